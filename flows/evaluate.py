@@ -1,0 +1,43 @@
+"""Proof that the new adapter is better."""
+
+from prefect import flow
+
+from flows.generate import generate_completions
+from tasks.config import EvaluationConfig, JudgingConfig
+from tasks.evaluation import (
+    BASELINE,
+    CANDIDATE,
+    NULL,
+    draw_settings,
+    pair_samples,
+    select_held_out,
+    summarise_evaluation,
+)
+from tasks.judging import collect_verdicts, plan_judging
+from tasks.storage import AdapterRef, CompletionsRef, EvaluationRef, VerdictsRef, Workspace
+
+
+@flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256}")
+async def evaluate_adapter(
+    adapter: AdapterRef, prompts: str, workspace: str, evaluation: EvaluationConfig
+) -> EvaluationRef:
+    """Have the judge compare samples of the new adapter with the SFT adapter's, on prompts it was not trained on."""
+    Workspace(workspace).check_writable()
+    held_out = select_held_out(adapter, prompts, workspace, evaluation).uri
+    sft = await generate_completions(held_out, workspace, draw_settings(evaluation, BASELINE, workspace))
+    new = await generate_completions(held_out, workspace, draw_settings(evaluation, CANDIDATE, workspace, adapter))
+    verdicts = await compare_samples(sft, new, workspace, evaluation.comparison_judge())
+    null = None
+    if evaluation.null_test:
+        again = await generate_completions(held_out, workspace, draw_settings(evaluation, NULL, workspace))
+        null = await compare_samples(sft, again, workspace, evaluation.comparison_judge())
+    return summarise_evaluation(adapter, verdicts, null, workspace, evaluation)
+
+
+@flow(name="compare-samples")
+async def compare_samples(
+    baseline: CompletionsRef, candidate: CompletionsRef, workspace: str, judging: JudgingConfig
+) -> VerdictsRef:
+    """Have the judge compare two draws sample by sample, in both orders."""
+    plan = plan_judging(pair_samples(baseline, candidate, workspace), workspace, judging)
+    return await collect_verdicts(plan)

@@ -1,0 +1,17 @@
+"""Sampling of completions."""
+
+from prefect import flow
+
+from tasks.config import GenerationConfig
+from tasks.generation import collect_completions, plan_generation
+from tasks.prompts import import_prompts
+from tasks.storage import CompletionsRef, Workspace
+
+
+@flow(name="generate-completions", flow_run_name="generate from {prompts}")
+async def generate_completions(prompts: str, workspace: str, generation: GenerationConfig) -> CompletionsRef:
+    """Sample N completions for every prompt of a JSONL file."""
+    Workspace(workspace).check_writable()
+    source = import_prompts(prompts, workspace)
+    plan = plan_generation(source, workspace, generation)
+    return await collect_completions(plan)

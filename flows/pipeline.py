@@ -1,0 +1,30 @@
+"""The whole of it: from prompts to a better adapter that is served."""
+
+from prefect import flow
+
+from flows.evaluate import evaluate_adapter
+from flows.generate import generate_completions
+from flows.judge import judge_preferences
+from flows.promote import promote_adapter
+from flows.train import train_dpo
+from tasks.config import PipelineConfig
+from tasks.runs import PipelineResult, prepare_run, record_result
+
+
+@flow(name="dpo-pipeline", flow_run_name="dpo from {config.prompts}")
+async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
+    """Sample completions, have them judged, train with DPO, prove that it is better, and serve it."""
+    config = await prepare_run(config)
+    workspace = config.workspace
+    completions = await generate_completions(config.prompts, workspace, config.generation)
+    preferences = await judge_preferences(completions, workspace, config.judging)
+    adapter = await train_dpo(preferences, workspace, config.training)
+    held_out = config.eval_prompts or config.prompts
+    evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation)
+    promotion = None
+    if evaluation.beats(config.promotion.min_win_rate):
+        promotion = await promote_adapter(adapter, evaluation, workspace, config.promotion)
+    result = PipelineResult(
+        completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation, promotion=promotion
+    )
+    return record_result(config, result)

@@ -1,0 +1,19 @@
+"""The gate, and serving what passed it."""
+
+from prefect import flow
+
+from tasks.config import PromotionConfig
+from tasks.promotion import check_gate, install_adapter, move_pointer, serve_adapter
+from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace
+
+
+@flow(name="promote-adapter", flow_run_name="promote to {promotion.name}")
+async def promote_adapter(
+    adapter: AdapterRef, evaluation: EvaluationRef, workspace: str, promotion: PromotionConfig
+) -> PromotionRef:
+    """Serve an adapter under its name if it won; refuse it otherwise."""
+    Workspace(workspace).check_writable()
+    check_gate(adapter, evaluation, promotion.min_win_rate)
+    uri = install_adapter(adapter, workspace, promotion.name)
+    await serve_adapter(uri, workspace, promotion)
+    return move_pointer(adapter, evaluation, uri, workspace, promotion)

@@ -1,0 +1,377 @@
+"""Every parameter: one frozen model a stage, with bounds, units and the text of the Prefect form."""
+
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# Fields that do not change what a stage produces (addresses, concurrency, keys, prices) carry this mark: they stay
+# out of `identity()`, and so out of every cache key.
+OPERATIONAL: dict[str, Any] = {"operational": True}
+
+
+def _check_secret_name(value: str) -> str:
+    if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
+        return value
+    looks_like_a_key = re.match(r"(sk|hf|gsk|xai|pk|key)[-_]", value) or len(value) > 48
+    if looks_like_a_key or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
+        raise ValueError(
+            "must name a secret, not be one: write env:NAME for an environment variable, or the name of a Prefect "
+            "Secret block (lower-case letters, digits and dashes)"
+        )
+    return value
+
+
+SecretName = Annotated[str, AfterValidator(_check_secret_name)]
+
+
+class StageConfig(BaseModel):
+    """Base of all configuration: frozen, no unknown fields, and errors that never print a value (it might be a key)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that determine the stage's output, JSON-ready, for its content key."""
+        operational = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational")
+        }
+        return self.model_dump(mode="json", exclude=operational)
+
+
+class EndpointConfig(StageConfig):
+    """How to reach a model behind an OpenAI-compatible address."""
+
+    endpoint: str = Field(
+        "http://127.0.0.1:8000/v1",
+        pattern=r"^https?://",
+        description="Base URL of the OpenAI-compatible endpoint; usually ends in /v1.",
+        json_schema_extra=OPERATIONAL,
+    )
+    model: str = Field("sft", min_length=1, description="Name under which the endpoint serves the model.")
+    api_key: SecretName | None = Field(
+        None,
+        description="Where the key is: env:NAME or the name of a Prefect Secret block. Never the key itself.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_concurrency: int = Field(
+        32, ge=1, le=4096, description="Requests in flight at once, at most (a sliding window).",
+        json_schema_extra=OPERATIONAL,
+    )
+    request_timeout_seconds: float = Field(
+        300, gt=0, le=3600, description="Time limit of one attempt, in seconds.", json_schema_extra=OPERATIONAL
+    )
+    max_outage_seconds: float = Field(
+        600, ge=0, le=86_400,
+        description="How long an endpoint that is down or refuses with 429/5xx is waited for, in seconds.",
+        json_schema_extra=OPERATIONAL,
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Hard cap on requests per minute; empty: none.", json_schema_extra=OPERATIONAL
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Hard cap on tokens per minute; empty: none.", json_schema_extra=OPERATIONAL
+    )
+    prompt_price: float = Field(
+        0.0, ge=0, description="Price of a million prompt tokens, in US$.", json_schema_extra=OPERATIONAL
+    )
+    completion_price: float = Field(
+        0.0, ge=0, description="Price of a million completion tokens (thinking included), in US$.",
+        json_schema_extra=OPERATIONAL,
+    )
+    budget_usd: float | None = Field(
+        None, gt=0, description="Stop before this stage costs more than this, in US$; empty: no limit.",
+        json_schema_extra=OPERATIONAL,
+    )
+    shard_size: int | None = Field(
+        None, ge=1, le=1000, description="Prompts in a shard (one Prefect task run); empty: chosen by the row count.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_failure_ratio: float = Field(
+        0.01, ge=0, le=1, description="Share of prompts that may fail for good before the stage fails.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
+class GenerationConfig(EndpointConfig):
+    """Sampling of completions from the SFT model."""
+
+    adapter: str | None = Field(
+        None,
+        description="Folder (or gs:// address) of the adapter that `model` names; its digest identifies the "
+        "completions. Empty: the pipeline takes training.sft_adapter; alone, the model's name must do.",
+        json_schema_extra=OPERATIONAL,
+    )
+    serve_from: str | None = Field(
+        None,
+        description="Folder, as vLLM sees it, from which the adapter is loaded under `model` while sampling, and "
+        "unloaded afterwards. Empty: the endpoint serves `model` already.",
+        json_schema_extra=OPERATIONAL,
+    )
+    num_completions: int = Field(3, ge=1, le=64, description="Completions per prompt; judging needs at least 2.")
+    temperature: float = Field(0.9, ge=0, le=2, description="Sampling temperature; 0.8-1.0 is the useful range.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: share of the probability mass kept.")
+    max_tokens: int = Field(256, ge=1, le=32_768, description="Longest completion, in tokens.")
+    frequency_penalty: float = Field(0.5, ge=-2, le=2, description="Penalty on repeated tokens; 0.3-0.7 is usual.")
+    seed: int = Field(42, ge=0, lt=2**31, description="Seed of every sample: the same seed gives the same completions.")
+    keep_lines: str | None = Field(
+        None, description="Regular expression; only lines it matches are kept, e.g. ^\\[[A-Z]+\\] . Empty: all lines."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.temperature == 0 and self.num_completions > 1:
+            raise ValueError("temperature 0 gives num_completions equal texts: raise temperature or set it to 1")
+        if self.keep_lines is not None:
+            try:
+                re.compile(self.keep_lines)
+            except re.error as error:
+                raise ValueError(f"keep_lines is not a regular expression: {error}") from error
+        return self
+
+
+class PairPolicy(StrEnum):
+    """When a best and a worst become a preference pair."""
+
+    UNANIMOUS = "unanimous"
+    MAJORITY = "majority"
+    BORDA = "borda"
+
+
+class JudgingConfig(EndpointConfig):
+    """Choice of the best and the worst completion by an LLM judge, and the pairs made of them."""
+
+    endpoint: str = Field(
+        "https://generativelanguage.googleapis.com/v1beta/openai/",
+        pattern=r"^https?://",
+        description="Base URL of the judge's OpenAI-compatible endpoint.",
+        json_schema_extra=OPERATIONAL,
+    )
+    model: str = Field("gemini-2.5-flash", min_length=1, description="Judge model; a stronger one ranks more surely.")
+    api_key: SecretName | None = Field(
+        "env:OPENAI_API_KEY",
+        description="Where the judge's key is: env:NAME or the name of a Prefect Secret block. Never the key itself.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_concurrency: int = Field(
+        16, ge=1, le=4096, description="Judge requests in flight at once, at most.", json_schema_extra=OPERATIONAL
+    )
+    temperature: float = Field(0.0, ge=0, le=2, description="Judge temperature; anything but 0 adds noise.")
+    max_tokens: int = Field(1024, ge=16, le=65_536, description="Token budget of a verdict, thinking included.")
+    rubric: str = Field("seinfeld", description="Rubric: a name in tasks/rubrics, or the path of a .md file.")
+    orders: int = Field(2, ge=1, le=64, description="Rotations in which each prompt is judged; 2 shows position bias.")
+    max_attempts: int = Field(3, ge=1, le=10, description="Times one verdict is asked for until it can be read.")
+    pair_policy: PairPolicy = Field(
+        PairPolicy.UNANIMOUS,
+        description="unanimous: best and worst the same in every order; majority: in most; borda: by summed ranks.",
+    )
+    min_confidence: int = Field(1, ge=1, le=5, description="Pairs whose mean confidence is lower are dropped (1-5).")
+    val_ratio: float = Field(0.1, ge=0, lt=1, description="Share of pairs (or groups) held out for evaluation.")
+    seed: int = Field(42, ge=0, lt=2**31, description="Seed of the orders and of the train/val split.")
+
+    def verdict_identity(self) -> dict[str, Any]:
+        """Return the settings that determine the judge's answers; pair policy, bar and split are applied later."""
+        applied_later = {"pair_policy", "min_confidence", "val_ratio", "shard_size"}
+        return {name: value for name, value in self.identity().items() if name not in applied_later}
+
+
+class LossType(StrEnum):
+    """The DPO losses that are offered; see TRL's `DPOConfig.loss_type`."""
+
+    SIGMOID = "sigmoid"
+    HINGE = "hinge"
+    IPO = "ipo"
+    ROBUST = "robust"
+    SIGMOID_NORM = "sigmoid_norm"
+
+
+class Schedule(StrEnum):
+    """Learning-rate schedules after the warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant_with_warmup"
+
+
+class ComputeType(StrEnum):
+    """Precision in which the quantised weights are multiplied."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class QuantType(StrEnum):
+    """4-bit formats of bitsandbytes."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+
+class ReportTo(StrEnum):
+    """Experiment trackers that the trainer can write to."""
+
+    NONE = "none"
+    WANDB = "wandb"
+    TENSORBOARD = "tensorboard"
+    MLFLOW = "mlflow"
+
+
+class TrainingConfig(StageConfig):
+    """DPO of the SFT adapter with TRL; names and defaults are TRL's or the usual ones for a 3B model on an L4."""
+
+    base_model: str = Field("meta-llama/Llama-3.2-3B", min_length=1, description="Base model: a hub name or a folder.")
+    base_revision: str | None = Field(
+        None, description="Commit or tag of a base model from the hub; empty: its newest. A folder has none."
+    )
+    sft_adapter: str = Field(
+        "adapters/sft",
+        min_length=1,
+        description="The SFT LoRA adapter to improve: a folder or gs:// address.",
+        json_schema_extra=OPERATIONAL,
+    )
+    load_in_4bit: bool = Field(True, description="Quantise the base to 4 bits (QLoRA).")
+    bnb_4bit_quant_type: QuantType = Field(QuantType.NF4, description="4-bit format of the base.")
+    bnb_4bit_compute_dtype: ComputeType = Field(ComputeType.BFLOAT16, description="Compute type of the 4-bit base.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="Quantise the quantisation constants too.")
+    beta: float = Field(0.1, gt=0, le=10, description="Strength of the pull to the reference; lower moves further.")
+    loss_type: LossType = Field(LossType.SIGMOID, description="DPO loss; sigmoid is standard.")
+    sft_weight: float = Field(
+        0.0, ge=0, le=10,
+        description="Weight of an added SFT loss on the chosen side (the DPO loss has weight 1); 1 keeps the format.",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs taken to be flipped (robust loss).")
+    learning_rate: float = Field(5e-6, gt=0, le=1, description="Peak learning rate.")
+    num_train_epochs: float = Field(1, gt=0, le=100, description="Passes over the training pairs.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps in all; overrides the epochs.")
+    lr_scheduler_type: Schedule = Field(Schedule.COSINE, description="Learning-rate schedule after the warm-up.")
+    warmup_steps: int = Field(20, ge=0, description="Optimizer steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")
+    per_device_train_batch_size: int = Field(2, ge=1, le=512, description="Pairs in a micro-batch.")
+    per_device_eval_batch_size: int = Field(1, ge=1, le=512, description="Pairs in an evaluation batch.")
+    gradient_accumulation_steps: int = Field(8, ge=1, le=1024, description="Micro-batches in an optimizer step.")
+    max_length: int = Field(2048, ge=16, description="Longest prompt + completion, in tokens; the rest is cut.")
+    bf16: bool = Field(True, description="bfloat16 autocast on CUDA; the trained adapter itself is always fp32.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, 30-50 % more time.")
+    group_by_length: bool = Field(True, description="Fill micro-batches with pairs of like length: less padding.")
+    disable_dropout: bool = Field(
+        True, description="Train without the adapter's dropout, so that the policy starts exactly at the reference."
+    )
+    cache_reference: bool = Field(
+        True,
+        description="Compute the reference log-probs once and keep them; off: again in every step, same result.",
+        json_schema_extra=OPERATIONAL,
+    )
+    eval_steps: int = Field(25, ge=1, description="Optimizer steps between evaluations.")
+    save_steps: int = Field(
+        25, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=OPERATIONAL
+    )
+    logging_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
+    seed: int = Field(42, ge=0, lt=2**31, description="Seed of shuffling and dropout.")
+    report_to: ReportTo = Field(ReportTo.NONE, description="Experiment tracker.", json_schema_extra=OPERATIONAL)
+    num_processes: int = Field(
+        1, ge=1, le=8, description="Training processes (GPUs) on this machine, through accelerate."
+    )
+    grace_seconds: float = Field(
+        12, gt=0, le=600, description="Time a preempted trainer gets to save, in seconds.",
+        json_schema_extra=OPERATIONAL,
+    )
+    lease_seconds: float = Field(
+        60, ge=1, le=3600,
+        description="A trainer that gave no sign of life for so long, in seconds, is replaced by a waiting one.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.label_smoothing and self.loss_type not in (LossType.SIGMOID, LossType.ROBUST):
+            raise ValueError(f"label_smoothing works with loss_type sigmoid or robust, not {self.loss_type.value}")
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than max_steps ({self.max_steps})")
+        return self
+
+
+class EvaluationConfig(StageConfig):
+    """Proof on held-out prompts: the judge compares samples of the new adapter with the SFT adapter's."""
+
+    num_samples: int = Field(4, ge=1, le=64, description="Samples per held-out prompt and adapter.")
+    max_prompts: int = Field(500, ge=1, description="Held-out prompts used, at most.")
+    null_test: bool = Field(True, description="Also compare two draws of the SFT adapter: must come out near 0.5.")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the win rate's interval.")
+    seed: int = Field(1042, ge=0, lt=2**31, description="Seed of the samples and of the interval's bootstrap.")
+    generation: GenerationConfig | None = Field(
+        None, description="Sampling endpoint and settings; empty: those of the generation stage."
+    )
+    judging: JudgingConfig | None = Field(None, description="The judge; empty: that of the judging stage.")
+    adapter_root: str | None = Field(
+        None,
+        description="Folder under which the vLLM server sees the workspace, where that differs from here.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
+    def comparison_judge(self) -> JudgingConfig:
+        """Return the judge as it compares two samples: always in both orders."""
+        return (self.judging or JudgingConfig()).model_copy(update={"orders": 2})
+
+
+class PromotionConfig(StageConfig):
+    """The gate, and where the adapter is served when it has passed."""
+
+    name: str = Field(
+        "dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name under which clients know the adapter."
+    )
+    min_win_rate: float = Field(
+        0.5, ge=0, lt=1, description="Bar: the lower bound of the win rate's interval must be over it."
+    )
+    endpoint: str | None = Field(
+        "http://127.0.0.1:8000/v1", pattern=r"^https?://",
+        description="vLLM that shall serve it at once; empty: only the workspace's pointer moves.",
+        json_schema_extra=OPERATIONAL,
+    )
+    api_key: SecretName | None = Field(
+        None, description="Where vLLM's key is: env:NAME or a Prefect Secret block.", json_schema_extra=OPERATIONAL
+    )
+    adapter_root: str | None = Field(
+        None,
+        description="Folder under which the vLLM server sees the workspace, where that differs from here.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
+class PipelineConfig(StageConfig):
+    """One whole run: prompts in, a better adapter out."""
+
+    prompts: str = Field("prompts.jsonl", min_length=1, description="Prompts (or SFT rows), JSONL: a path or gs://.")
+    eval_prompts: str | None = Field(
+        None,
+        description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from.",
+    )
+    workspace: str = Field("workspace", min_length=1, description="Where everything is kept: a folder or gs://.")
+    generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
+    judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Proof on held-out prompts.")
+    promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="The gate and serving.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.generation.num_completions < 2:
+            raise ValueError("generation.num_completions must be at least 2: a pair needs a best and a worst")
+        return self
+
+    def filled(self) -> "PipelineConfig":
+        """Return the same configuration with what one stage takes from another written out."""
+        generation = self.generation
+        if generation.adapter is None:
+            generation = generation.model_copy(update={"adapter": self.training.sft_adapter})
+        evaluation = self.evaluation.model_copy(
+            update={
+                "generation": self.evaluation.generation or generation,
+                "judging": self.evaluation.judging or self.judging,
+            }
+        )
+        return self.model_copy(update={"generation": generation, "evaluation": evaluation})

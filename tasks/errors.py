@@ -1,0 +1,8 @@
+"""The one error that is meant for the user."""
+
+
+class PreflowError(Exception):
+    """A problem the user can solve: the message says what is wrong, where, and what to do.
+
+    Anything that is not a `PreflowError` is a defect of preflow and shows its traceback.
+    """

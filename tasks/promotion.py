@@ -1,0 +1,119 @@
+"""The gate, the pointer to what is served, and loading an adapter into a running vLLM."""
+
+import json
+import logging
+import posixpath
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tasks.config import EndpointConfig, PromotionConfig
+from tasks.endpoint import Endpoint, resolve_secret
+from tasks.errors import PreflowError
+from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace, digest, server_path
+
+logger = logging.getLogger(__name__)
+
+
+class PromotionRefused(PreflowError):
+    """The adapter did not win by enough; what was served before is still served."""
+
+
+def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> None:
+    """Refuse an adapter whose evaluation is not its own, or whose lower bound is not over the bar.
+
+    Raises:
+        PromotionRefused: with the figures and what to try.
+    """
+    if evaluation.adapter_sha256 != adapter.sha256:
+        raise PromotionRefused(
+            f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
+            f"{adapter.sha256[:12]}: evaluate this adapter first"
+        )
+    if not evaluation.beats(bar):
+        raise PromotionRefused(
+            f"not promoted: win rate {evaluation.win_rate:.3f}, interval [{evaluation.lower:.3f}, "
+            f"{evaluation.upper:.3f}]; its lower bound must be over min_win_rate ({bar}). What was served before is "
+            "still served. More held-out prompts narrow the interval; a lower training.beta moves the adapter further."
+        )
+
+
+def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
+    """Copy a finished adapter to `adapters/<name>/<digest>/` and return that uri; a copy that is whole is kept."""
+    store = Workspace(workspace)
+    target = store.uri("adapters", name, adapter.sha256[:16])
+    if store.exists(posixpath.join(target, "COMMITTED.json")):
+        store.verify_folder(target)
+        return target
+    with TemporaryDirectory() as scratch:
+        local = Workspace.holding(adapter.uri).fetch_folder(adapter.uri, Path(scratch))
+        store.commit_folder(local, target)
+    return target
+
+
+def pointer_uri(workspace: str, name: str) -> str:
+    """Return where the pointer of a served name lies."""
+    return Workspace(workspace).uri("adapters", name, "CURRENT.json")
+
+
+def read_pointer(workspace: str, name: str) -> dict[str, Any] | None:
+    """Return what is served under `name`, with the history to roll back to; None before the first promotion."""
+    store, uri = Workspace(workspace), pointer_uri(workspace, name)
+    if not store.exists(uri):
+        return None
+    pointer: dict[str, Any] = store.read_json(uri)
+    return pointer
+
+
+async def serve_adapter(uri: str, workspace: str, promotion: PromotionConfig) -> None:
+    """Load an adapter into vLLM under its served name, in place of the one there, and see that it answers.
+
+    Without `promotion.endpoint` nothing is loaded.
+
+    Raises:
+        PreflowError: vLLM refused it, or does not answer under the name.
+    """
+    if promotion.endpoint is None:
+        return
+    path = server_path(uri, workspace, promotion.adapter_root)
+    config = EndpointConfig(
+        endpoint=promotion.endpoint, model=promotion.name, api_key=promotion.api_key, max_outage_seconds=60
+    )
+    async with Endpoint(config, await resolve_secret(promotion.api_key, "promotion.api_key")) as server:
+        await server.load_adapter(promotion.name, path, replace=True)
+        answer = await server.chat([{"role": "user", "content": "Say something."}], max_tokens=8, temperature=0)
+    if not answer.choices:
+        raise PreflowError(f"vLLM loaded {promotion.name!r} from {path} but gives no answer under it; see vLLM's log")
+
+
+def move_pointer(
+    adapter: AdapterRef, evaluation: EvaluationRef, uri: str, workspace: str, promotion: PromotionConfig
+) -> PromotionRef:
+    """Make `CURRENT.json` name the adapter; what it named before goes to the head of its history."""
+    store = Workspace(workspace)
+    before = read_pointer(workspace, promotion.name)
+    current = {
+        "adapter_sha256": adapter.sha256,
+        "uri": uri,
+        "evaluation": {
+            "uri": evaluation.uri, "win_rate": evaluation.win_rate, "lower": evaluation.lower,
+            "upper": evaluation.upper,
+        },
+    }
+    if before is None or before["current"]["adapter_sha256"] != adapter.sha256:
+        history = [before["current"], *before["history"]] if before else []
+        current["promoted_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        before = {"name": promotion.name, "current": current, "history": history}
+        store.write_json(pointer_uri(workspace, promotion.name), before)
+        logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
+    content = store.read_bytes(pointer_uri(workspace, promotion.name))
+    return PromotionRef(
+        uri=pointer_uri(workspace, promotion.name),
+        sha256=digest(json.loads(content)),
+        size=len(content),
+        rows=1 + len(before["history"]),
+        name=promotion.name,
+        adapter_sha256=adapter.sha256,
+        served_at=promotion.endpoint,
+    )

@@ -1,0 +1,71 @@
+"""Prompts into the workspace: validated whole, duplicates dropped and counted, held-out rows picked."""
+
+import json
+import logging
+from typing import Any
+
+from tasks.caching import stage_key
+from tasks.errors import PreflowError
+from tasks.records import Prompt, read_rows
+from tasks.storage import PromptsRef, Workspace
+
+VERSION = 1
+logger = logging.getLogger(__name__)
+
+
+def import_prompts(source: str, workspace: str, limit: int | None = None, exclude: str | None = None) -> PromptsRef:
+    """Check every row of a prompts file and keep its prompts in the workspace.
+
+    Args:
+        source: JSONL of `{prompt: [...]}` or SFT rows; a path or gs:// address.
+        workspace: where to keep them.
+        limit: keep at most this many, the first in file order.
+        exclude: address of training pairs; rows that share an id or a group with one are left out.
+
+    Raises:
+        PreflowError: a row is wrong (file, line, field), or no row is left.
+    """
+    origin, store = Workspace.holding(source), Workspace(workspace)
+    if not origin.exists(source):
+        raise PreflowError(f"{source}: no such prompts file. Give a JSONL file with a `prompt` in each row.")
+    trained = store.sha256(exclude) if exclude else None
+    key = stage_key("prompts", VERSION, source=origin.sha256(source), limit=limit, exclude=trained)
+    folder = store.uri("prompts", key)
+    manifest_uri = f"{folder}/manifest.json"
+    if known := store.find_finished(manifest_uri, PromptsRef):
+        return known
+    counts = {"read": 0, "duplicates": 0, "in_training": 0}
+    with store.writing(f"{folder}/prompts.jsonl") as out:
+        ids, groups = _trained_on(store, exclude)
+        for prompt in read_rows(Prompt, source, origin):
+            counts["read"] += 1
+            identity = bytes.fromhex(prompt.id)
+            if identity in ids[0] or (prompt.group is not None and prompt.group in groups):
+                counts["in_training"] += 1
+            elif identity in ids[1]:
+                counts["duplicates"] += 1
+            elif limit is None or out.rows < limit:
+                ids[1].add(identity)
+                out.write_row(prompt.model_dump(exclude_none=True))
+        if not out.rows:
+            raise PreflowError(
+                f"{source}: no prompt is left to evaluate on: all {counts['read']} occur in training pairs. "
+                "Give held-out prompts with `eval_prompts`, or raise judging.val_ratio."
+            )
+    artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
+    logger.info("%s: %d prompts (%d duplicates dropped, %d left out as trained on)", source, out.rows,
+                counts["duplicates"], counts["in_training"])
+    store.write_json(manifest_uri, {"artifact": artifact.model_dump(), "source": source, "counts": counts})
+    return artifact
+
+
+def _trained_on(store: Workspace, pairs: str | None) -> tuple[tuple[set[bytes], set[bytes]], set[str]]:
+    """Return ((ids in training pairs, ids seen so far), groups in training pairs)."""
+    ids: set[bytes] = set()
+    groups: set[str] = set()
+    for line in store.lines(pairs) if pairs else ():
+        row: dict[str, Any] = json.loads(line)
+        ids.add(bytes.fromhex(row["id"]))
+        if row.get("group") is not None:
+            groups.add(row["group"])
+    return (ids, set()), groups

@@ -1,0 +1,126 @@
+"""The seeded plan of a fake endpoint: which attempt at which request goes wrong, and how."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+FAULTS = (
+    "rate_limit",  # 429 without Retry-After
+    "rate_limit_after",  # 429 with Retry-After: `retry_after` seconds
+    "error_500",
+    "unavailable",  # 503; with `burst`, the requests that follow get it too
+    "reset_headers",  # connection reset in the middle of the response's headers
+    "reset_body",  # connection reset in the middle of the body
+    "slow",  # answered after `slow_seconds`
+    "hang",  # never answered
+    "broken_json",  # 200, and a body that stops in the middle
+)
+VERDICT_FAULTS = (
+    "fences",
+    "text_around",
+    "thinking",
+    "trailing_comma",
+    "strings",  # numbers as strings
+    "empty",
+    "length",  # cut, finish_reason "length"
+    "same",  # best == worst
+    "out_of_range",
+)
+
+
+@dataclass(frozen=True)
+class Outage:
+    """From the `after`-th chat request on, for `seconds`: no connection ("refuse"), "503", or no answer ("hang")."""
+
+    after: int
+    seconds: float
+    kind: str = "refuse"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a fake endpoint does; the defaults are a healthy, instant one.
+
+    Faults are shares of attempts (name: probability). Which attempt is hit depends only on `seed`, the request's body
+    and how often that body has come before.
+    """
+
+    seed: int = 0
+    samplers: tuple[str, ...] = ("sampler", "sft", "dpo")
+    max_model_len: int = 8192
+    key: str | None = None  # the only accepted API key; None: any or none
+    latency_ms: float = 0.0  # median of a log-normal
+    latency_sigma: float = 0.5
+    faults: Mapping[str, float] = field(default_factory=dict)
+    max_faults: int | None = None  # attempts at one body after which it is answered
+    retry_after: float = 1.0
+    retry_after_style: str = "seconds"  # or "date", "ms" (retry-after-ms)
+    burst: int = 0
+    slow_seconds: float = 2.0
+    outage: Outage | None = None
+    verdict_faults: Mapping[str, float] = field(default_factory=dict)
+    max_in_flight: int | None = None  # more get a 503
+    limit_requests: int | None = None  # more in `limit_seconds` get a 429 with Retry-After
+    limit_seconds: float = 60.0
+    context_marker: str = "TOO-LONG-FOR-THE-CONTEXT"
+    filter_marker: str = "WITHHELD-BY-THE-FILTER"
+    poison_marker: str = "ALWAYS-FAILS"  # 500 at every attempt
+    oracle_word: str = "ORACLE"
+    oracle_every: int = 0  # one of this many samples with consecutive seeds holds `oracle_word`; 0: none
+    reject_response_format: bool = False
+    reject_max_tokens: bool = False  # as newer OpenAI models, which want max_completion_tokens
+    list_models: bool = True
+    gemini_names: bool = False  # ids in /models as models/NAME
+    thinking_tokens: int = 0
+    runtime_lora: bool = True
+    max_lora_rank: int = 64
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the plan in `data`; unknown names are refused."""
+        values = dict(data)
+        _check_names(values, {item.name for item in fields(cls)})
+        _check_names(values.get("faults", {}), FAULTS)
+        _check_names(values.get("verdict_faults", {}), VERDICT_FAULTS)
+        if values.get("outage"):
+            values["outage"] = Outage(**values["outage"])
+        if "samplers" in values:
+            values["samplers"] = tuple(values["samplers"])
+        return cls(**values)
+
+    def fault(self, body_sha: str, attempt: int) -> str | None:
+        """Return what goes wrong at the `attempt`-th (from 0) attempt at a body, or None."""
+        if not self.faults or (self.max_faults is not None and attempt >= self.max_faults):
+            return None
+        return pick(self.faults, self._draw("fault", body_sha, attempt))
+
+    def verdict_fault(self, body_sha: str, attempt: int) -> str | None:
+        """Return how the verdict's text is spoilt, or None."""
+        return pick(self.verdict_faults, self._draw("verdict", body_sha, attempt)) if self.verdict_faults else None
+
+    def latency(self, body_sha: str, attempt: int) -> float:
+        """Return the seconds that an answer takes: log-normal with median `latency_ms`."""
+        if not self.latency_ms:
+            return 0.0
+        draw = random.Random(f"{self.seed}:latency:{body_sha}:{attempt}")
+        return self.latency_ms / 1000 * draw.lognormvariate(0, self.latency_sigma)
+
+    def _draw(self, what: str, body_sha: str, attempt: int) -> float:
+        digest = hashlib.sha256(f"{self.seed}:{what}:{body_sha}:{attempt}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def pick(shares: Mapping[str, float], draw: float) -> str | None:
+    """Return the name in whose share of [0, 1) `draw` falls, or None."""
+    for name, share in shares.items():
+        draw -= share
+        if draw < 0:
+            return name
+    return None
+
+
+def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"unknown in a plan: {', '.join(unknown)}; known: {', '.join(known)}")
