@@ -14,10 +14,11 @@ from tasks.evaluation import (
     summarise_evaluation,
 )
 from tasks.judging import collect_verdicts, plan_judging
+from tasks.report import report_evaluation
 from tasks.storage import AdapterRef, CompletionsRef, EvaluationRef, VerdictsRef, Workspace
 
 
-@flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256}")
+@flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256:.12}")
 async def evaluate_adapter(
     adapter: AdapterRef, prompts: str, workspace: str, evaluation: EvaluationConfig
 ) -> EvaluationRef:
@@ -31,7 +32,9 @@ async def evaluate_adapter(
     if evaluation.null_test:
         again = await generate_completions(held_out, workspace, draw_settings(evaluation, NULL, workspace))
         null = await compare_samples(sft, again, workspace, evaluation.comparison_judge())
-    return summarise_evaluation(adapter, verdicts, null, workspace, evaluation)
+    result = summarise_evaluation(adapter, verdicts, null, workspace, evaluation)
+    await report_evaluation(result, workspace)
+    return result
 
 
 @flow(name="compare-samples")

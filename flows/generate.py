@@ -8,7 +8,7 @@ from tasks.prompts import import_prompts
 from tasks.storage import CompletionsRef, Workspace
 
 
-@flow(name="generate-completions", flow_run_name="generate from {prompts}")
+@flow(name="generate-completions", flow_run_name="sample {generation.model}")
 async def generate_completions(prompts: str, workspace: str, generation: GenerationConfig) -> CompletionsRef:
     """Sample N completions for every prompt of a JSONL file."""
     Workspace(workspace).check_writable()

@@ -4,7 +4,8 @@ from prefect import flow
 
 from tasks.config import JudgingConfig
 from tasks.judging import collect_verdicts, plan_judging
-from tasks.preferences import make_preferences
+from tasks.preferences import check_yield, make_preferences
+from tasks.report import report_preferences
 from tasks.storage import CompletionsRef, PreferencesRef, Workspace
 
 
@@ -14,4 +15,6 @@ async def judge_preferences(completions: CompletionsRef, workspace: str, judging
     Workspace(workspace).check_writable()
     plan = plan_judging(completions, workspace, judging)
     verdicts = await collect_verdicts(plan)
-    return make_preferences(verdicts, workspace, judging)
+    preferences = make_preferences(verdicts, workspace, judging)
+    await report_preferences(preferences, workspace)
+    return check_yield(preferences, workspace)

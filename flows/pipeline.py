@@ -8,10 +8,11 @@ from flows.judge import judge_preferences
 from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
+from tasks.report import report_run
 from tasks.runs import PipelineResult, prepare_run, record_result
 
 
-@flow(name="dpo-pipeline", flow_run_name="dpo from {config.prompts}")
+@flow(name="dpo-pipeline", flow_run_name="dpo for {config.promotion.name}")
 async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """Sample completions, have them judged, train with DPO, prove that it is better, and serve it."""
     config = await prepare_run(config)
@@ -27,4 +28,6 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     result = PipelineResult(
         completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation, promotion=promotion
     )
-    return record_result(config, result)
+    record_result(config, result)
+    await report_run(config, result)
+    return result

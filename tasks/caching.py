@@ -42,24 +42,41 @@ class WorkspaceResults(WritableFileSystem):
 
     root: str
 
-    async def write_path(self, path: str, content: bytes) -> None:
+    async def awrite_path(self, path: str, content: bytes) -> None:
         """Write one record, whole or not at all."""
-        store = Workspace(self.root)
-        await asyncio.to_thread(store.write_bytes, store.uri("cache", path), content)
+        await asyncio.to_thread(_write_record, self.root, path, content)
 
-    async def read_path(self, path: str) -> bytes:
+    # Prefect's synchronous engine calls these with _sync=True; its asynchronous one takes the methods with the `a`.
+    def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:  # type: ignore[override]
+        """Write one record, whole or not at all."""
+        _write_record(self.root, path, content)
+
+    async def aread_path(self, path: str) -> bytes:
         """Return one record.
 
         Raises:
             PreflowError: the record is not ours, or its artifact is missing or damaged: the task must run again.
         """
-        store = Workspace(self.root)
-        content = await asyncio.to_thread(store.read_bytes, store.uri("cache", path))
-        problem = await asyncio.to_thread(_find_problem, store, content)
-        if problem:
-            logger.warning("cache record %s is not used: %s; the task runs again", path, problem)
-            raise PreflowError(f"cache record {path}: {problem}")
-        return content
+        return await asyncio.to_thread(_read_record, self.root, path)
+
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
+        """Return one record; see `aread_path`."""
+        return _read_record(self.root, path)
+
+
+def _write_record(root: str, path: str, content: bytes) -> None:
+    store = Workspace(root)
+    store.write_bytes(store.uri("cache", path), content)
+
+
+def _read_record(root: str, path: str) -> bytes:
+    store = Workspace(root)
+    content = store.read_bytes(store.uri("cache", path))
+    problem = _find_problem(store, content)
+    if problem:
+        logger.warning("cache record %s is not used: %s; the task runs again", path, problem)
+        raise PreflowError(f"cache record {path}: {problem}")
+    return content
 
 
 def _find_problem(store: Workspace, content: bytes) -> str | None:

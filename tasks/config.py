@@ -38,7 +38,11 @@ class StageConfig(BaseModel):
             for name, field in type(self).model_fields.items()
             if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational")
         }
-        return self.model_dump(mode="json", exclude=operational)
+        settings = self.model_dump(mode="json", exclude=operational)
+        for name, value in self:
+            if name in settings and isinstance(value, tuple):
+                settings[name] = [item.identity() if isinstance(item, StageConfig) else item for item in value]
+        return settings
 
 
 class EndpointConfig(StageConfig):
@@ -140,8 +144,8 @@ class PairPolicy(StrEnum):
     BORDA = "borda"
 
 
-class JudgingConfig(EndpointConfig):
-    """Choice of the best and the worst completion by an LLM judge, and the pairs made of them."""
+class JudgeConfig(EndpointConfig):
+    """One LLM judge: where it is and how it is asked."""
 
     endpoint: str = Field(
         "https://generativelanguage.googleapis.com/v1beta/openai/",
@@ -160,19 +164,39 @@ class JudgingConfig(EndpointConfig):
     )
     temperature: float = Field(0.0, ge=0, le=2, description="Judge temperature; anything but 0 adds noise.")
     max_tokens: int = Field(1024, ge=16, le=65_536, description="Token budget of a verdict, thinking included.")
+    max_attempts: int = Field(3, ge=1, le=10, description="Times one verdict is asked for until it can be read.")
+
+
+class JudgingConfig(JudgeConfig):
+    """Choice of the best and the worst completion by an LLM judge, and the pairs made of them."""
+
+    panel: tuple[JudgeConfig, ...] = Field(
+        (), max_length=15, description="Further judges that vote as well, each a model of its own; empty: one judge."
+    )
     rubric: str = Field("seinfeld", description="Rubric: a name in tasks/rubrics, or the path of a .md file.")
     orders: int = Field(2, ge=1, le=64, description="Rotations in which each prompt is judged; 2 shows position bias.")
-    max_attempts: int = Field(3, ge=1, le=10, description="Times one verdict is asked for until it can be read.")
     pair_policy: PairPolicy = Field(
         PairPolicy.UNANIMOUS,
-        description="unanimous: best and worst the same in every order; majority: in most; borda: by summed ranks.",
+        description="unanimous: best and worst the same in every vote; majority: in most; borda: by summed ranks.",
     )
     min_confidence: int = Field(1, ge=1, le=5, description="Pairs whose mean confidence is lower are dropped (1-5).")
     val_ratio: float = Field(0.1, ge=0, lt=1, description="Share of pairs (or groups) held out for evaluation.")
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of the orders and of the train/val split.")
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        models = [judge.model for judge in self.judges()]
+        if twice := sorted({model for model in models if models.count(model) > 1}):
+            raise ValueError(f"panel: {', '.join(twice)} is asked twice; every judge must be another model")
+        return self
+
+    def judges(self) -> list[JudgeConfig]:
+        """Return every judge that votes: this one, then the panel."""
+        own = {name: getattr(self, name) for name in JudgeConfig.model_fields}
+        return [JudgeConfig.model_construct(**own), *self.panel]
+
     def verdict_identity(self) -> dict[str, Any]:
-        """Return the settings that determine the judge's answers; pair policy, bar and split are applied later."""
+        """Return the settings that determine the judges' answers; pair policy, bar and split are applied later."""
         applied_later = {"pair_policy", "min_confidence", "val_ratio", "shard_size"}
         return {name: value for name, value in self.identity().items() if name not in applied_later}
 
@@ -243,6 +267,9 @@ class TrainingConfig(StageConfig):
         description="Weight of an added SFT loss on the chosen side (the DPO loss has weight 1); 1 keeps the format.",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs taken to be flipped (robust loss).")
+    measured_label_smoothing: bool = Field(
+        False, description="Take label_smoothing from the judge's measured flip rate (robust loss)."
+    )
     learning_rate: float = Field(5e-6, gt=0, le=1, description="Peak learning rate.")
     num_train_epochs: float = Field(1, gt=0, le=100, description="Passes over the training pairs.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps in all; overrides the epochs.")
@@ -287,8 +314,9 @@ class TrainingConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.label_smoothing and self.loss_type not in (LossType.SIGMOID, LossType.ROBUST):
-            raise ValueError(f"label_smoothing works with loss_type sigmoid or robust, not {self.loss_type.value}")
+        smoothed = self.label_smoothing or self.measured_label_smoothing
+        if smoothed and self.loss_type is not LossType.ROBUST:
+            raise ValueError(f"label smoothing works with loss_type robust, not {self.loss_type.value}")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than max_steps ({self.max_steps})")
         return self

@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-import logging
-import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -16,7 +13,8 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsync
 from tasks import served
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
-from tasks.limits import HEARTBEAT_SECONDS, Budget, BudgetExceeded, Gate, PeriodCap, Window
+from tasks.limits import Budget, BudgetExceeded, Gate, PeriodCap, Window
+from tasks.outage import Attempts, Outage
 from tasks.secret import resolve_secret
 from tasks.wire import (
     Answer,
@@ -45,13 +43,6 @@ __all__ = [
     "resolve_secret",
 ]
 
-log = logging.getLogger(__name__)
-
-FIRST_BACKOFF_SECONDS = 0.5
-LONGEST_BACKOFF_SECONDS = 30.0
-PROBE_SECONDS = 10.0
-# One request that fails this often while the endpoint answers others is taken to be the cause itself.
-FAILURES_BEFORE_DOUBT = 10
 # Completion tokens assumed for a request without max_tokens when money or tokens are set aside for it.
 UNBOUNDED_COMPLETION = 4096
 
@@ -96,10 +87,7 @@ class _Request:
         self.tokens = self.prompt_bytes // 3 + completion_tokens
         # A byte-level tokenizer makes at most one token of a byte; the chat template adds some.
         self.most_usd = Usage(prompt_tokens=self.prompt_bytes + 64, completion_tokens=completion_tokens).cost(config)
-        self.sent_at = 0.0
-        self.attempts = 0
-        self.failures = 0
-        self.succeeded_elsewhere = 0
+        self.attempts = Attempts()
 
     def rename_max_tokens(self) -> None:
         """Newer OpenAI models know this parameter by its new name only."""
@@ -125,12 +113,10 @@ class Endpoint:
         self._stats = Stats()
         self._window = Window(config.max_concurrency)
         caps = PeriodCap(config.requests_per_minute), PeriodCap(config.tokens_per_minute)
-        self._gate = Gate(*caps, on_pause=lambda: self._say("asked to pause"))
+        self._outage = Outage(config, self._probe)
+        self._gate = Gate(*caps, on_pause=lambda: self._outage.say("asked to pause"))
         self._budget = Budget(config.budget_usd)
-        self._probing = asyncio.Lock()
         self._max_tokens_renamed = False
-        self._down_since: float | None = None
-        self._said_at = float("-inf")
         self._client = self._connect()
 
     def _connect(self) -> AsyncOpenAI:
@@ -174,7 +160,7 @@ class Endpoint:
             if self._max_tokens_renamed:
                 request.rename_max_tokens()
             try:
-                return await self._attempt(request)
+                answer = await self._attempt(request)
             except Transient as failure:
                 await self._wait_out(failure, request)
             except RequestRefused as refused:
@@ -182,6 +168,9 @@ class Endpoint:
                     self._stats.refused += 1
                     raise
                 self._max_tokens_renamed = True
+            else:
+                self._stats.succeeded += 1
+                return answer
 
     async def _attempt(self, request: _Request) -> Answer:
         async with self._window:
@@ -205,21 +194,19 @@ class Endpoint:
         return answer
 
     async def _send(self, request: _Request) -> Answer:
-        request.attempts += 1
-        request.sent_at = time.monotonic()
+        self._outage.sent(request.attempts)
         self._stats.sent += 1
         self._stats.in_flight += 1
         try:
             response = await self._call("/chat/completions", request.body, self.config.request_timeout_seconds)
             answer = read_answer(response.content, request.prompt_bytes)
         except (RequestRefused, KeyRefused):
-            self._down_since = None
+            self._outage.answered()
             raise
         finally:
             self._stats.in_flight -= 1
-        self._down_since = None
+        self._outage.answered()
         self._window.succeeded()
-        self._stats.succeeded += 1
         self._stats.usage += answer.usage
         return answer
 
@@ -256,86 +243,25 @@ class Endpoint:
         return KeyRefused(f"{self.config.endpoint} refused {which} for {self.config.model}: {refused}; {remedy}")
 
     async def _wait_out(self, failure: Transient, request: _Request) -> None:
-        """Return when another attempt is due; raise when none is."""
-        now = time.monotonic()
         if failure.throttled:
-            self._window.throttled(request.sent_at)
-        else:
-            await self._doubt(failure, request)
-        self._down_since = self._down_since or now
-        left = self._down_since + self.config.max_outage_seconds - now
-        if left <= 0 or (failure.retry_after or 0) > left:
-            await self._give_up(failure, request)
-            left = LONGEST_BACKOFF_SECONDS
+            self._window.throttled(request.attempts.sent_at)
+        try:
+            delay = await self._outage.delay(failure, request.attempts)
+        except RequestRefused:
+            self._stats.refused += 1
+            raise
         self._stats.retried += 1
-        self._say(str(failure))
         if failure.retry_after:
-            self._gate.pause(failure.retry_after)
-            return
-        backoff = min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** min(request.attempts - 1, 10))
-        delay = min(left, backoff * random.uniform(0.5, 1.0))
-        self._stats.waited_seconds += delay
-        await asyncio.sleep(delay)
+            self._gate.pause(delay)
+        else:
+            self._stats.waited_seconds += delay
+            await asyncio.sleep(delay)
 
-    async def _doubt(self, failure: Transient, request: _Request) -> None:
-        """Refuse a request that keeps failing while others, or a probe, are answered: it would be retried for ever."""
-        request.failures += 1
-        others_answered = self._stats.succeeded > request.succeeded_elsewhere
-        request.succeeded_elsewhere = self._stats.succeeded
-        if request.failures % FAILURES_BEFORE_DOUBT == 0 and (others_answered or await self._probe()):
-            raise self._keeps_failing(failure, request)
-
-    async def _give_up(self, failure: Transient, request: _Request) -> None:
-        """Raise EndpointDown, unless a probe shows that the endpoint is up after all."""
-        if failure.throttled or not await self._probe():
-            raise self._down(failure)
-        if request.failures > 1:
-            raise self._keeps_failing(failure, request)
-
-    def _keeps_failing(self, failure: Transient, request: _Request) -> RequestRefused:
-        self._stats.refused += 1
-        return RequestRefused(
-            failure.status, "keeps_failing", f"failed {request.failures} times while others were answered: {failure}"
-        )
-
-    def _down(self, failure: Transient) -> EndpointDown:
-        seconds = time.monotonic() - (self._down_since or time.monotonic())
-        wish = f" It asks to wait {failure.retry_after:.0f} s." if failure.retry_after else ""
-        return EndpointDown(
-            f"{self.config.endpoint} (model {self.config.model}) has given no answer for {seconds:.0f} s; "
-            f"max_outage_seconds is {self.config.max_outage_seconds:g}. Last: {failure}.{wish} Everything answered so "
-            "far is kept: when it is up again, run again; or raise max_outage_seconds to wait longer."
-        )
-
-    async def _probe(self) -> bool:
-        """Ask for one short answer, to tell an endpoint that is down from one that fails on certain requests."""
-        async with self._probing:
-            if self._down_since is None:
-                return True
-            request = _Request(self.config, [{"role": "user", "content": "ping"}], {"max_tokens": 16})
-            if self._max_tokens_renamed:
-                request.rename_max_tokens()
-            try:
-                async with asyncio.timeout(PROBE_SECONDS):
-                    await self._attempt(request)
-            except RequestRefused:
-                return True
-            except (Transient, TimeoutError):
-                return False
-            return True
-
-    def _say(self, trouble: str) -> None:
-        """Log at most one line a minute while waiting."""
-        now = time.monotonic()
-        if now - self._said_at < HEARTBEAT_SECONDS:
-            return
-        self._said_at = now
-        down = now - (self._down_since or now)
-        log.warning(
-            "%s: %s; waiting (no answer for %.0f s, giving up after %.0f s; %d answered, %d attempts repeated so far)",
-            self.config.endpoint, trouble, down, self.config.max_outage_seconds,
-            self._stats.succeeded, self._stats.retried,
-        )  # fmt: skip
+    async def _probe(self) -> Answer:
+        request = _Request(self.config, [{"role": "user", "content": "ping"}], {"max_tokens": 16})
+        if self._max_tokens_renamed:
+            request.rename_max_tokens()
+        return await self._attempt(request)
 
     async def models(self) -> list[ModelInfo]:
         """Return the models that the endpoint serves, LoRA adapters included."""

@@ -4,21 +4,30 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any
 
 from tasks.caching import stage_key
 from tasks.config import EvaluationConfig, GenerationConfig
 from tasks.errors import PreflowError
 from tasks.prompts import import_prompts
-from tasks.storage import AdapterRef, CompletionsRef, EvaluationRef, PromptsRef, VerdictsRef, Workspace, package_versions, server_path
+from tasks.storage import (
+    AdapterRef,
+    CompletionsRef,
+    EvaluationRef,
+    PromptsRef,
+    VerdictsRef,
+    Workspace,
+    package_versions,
+    server_path,
+)
 
 VERSION = 1
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
-# Which draw a seed belongs to: the SFT adapter's, the new adapter's, and the SFT adapter's second one for the null test.
+# Which draw a seed belongs to: the SFT adapter's, the new adapter's, and the SFT adapter's second, for the null test.
 BASELINE, CANDIDATE, NULL = range(3)
 
 
@@ -28,11 +37,13 @@ def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluatio
     Raises:
         PreflowError: a row is wrong, or every prompt was trained on.
     """
-    upstream = Workspace(workspace).read_json(adapter.manifest)["upstream"] if adapter.manifest else []
-    trained_on = [ref["uri"] for ref in upstream if ref["kind"] == "preferences"]
-    if not trained_on:
+    trained_on = None
+    if adapter.manifest is not None:
+        upstream = Workspace(workspace).read_json(adapter.manifest)["upstream"]
+        trained_on = next((ref["uri"] for ref in upstream if ref["kind"] == "preferences"), None)
+    if trained_on is None:
         logger.warning("%s has no manifest that names its pairs: no prompt can be left out as trained on", adapter.uri)
-    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on[0] if trained_on else None)
+    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on)
 
 
 def draw_settings(
@@ -80,15 +91,32 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
         raise PreflowError(f"{baseline.uri} and {candidate.uri} share no prompt: nothing can be compared")
     if missing:
         logger.warning("evaluation: %d prompts have no samples of the new adapter and are left out", missing)
-    return CompletionsRef(uri=f"{folder}/samples.jsonl", **out.facts())
+    artifact = CompletionsRef(uri=f"{folder}/samples.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
+    upstream = [baseline.model_dump(), candidate.model_dump()]
+    store.write_json(
+        f"{folder}/manifest.json", {"artifact": artifact.model_dump(), "stage": "samples", "upstream": upstream}
+    )
+    return artifact
 
 
-def outcome_of(votes: Sequence[Row]) -> float:
-    """Return 1 if the candidate (completion 1) wins in every order, 0 if the baseline does, and 0.5 otherwise."""
-    best = {vote["best"] for vote in votes if "error" not in vote}
-    if len(best) != 1 or any("error" in vote for vote in votes):
-        return 0.5
-    return float(best.pop() == 1)
+def outcome_of(row: Row) -> float:
+    """Return what one comparison is worth to the candidate (completion 1), averaged over the judges.
+
+    For a judge it is 1 if the candidate wins in every order, 0 if the baseline does, and 0.5 otherwise. A sample that
+    is empty loses to one that is not, unasked.
+    """
+    baseline, candidate = (bool(text.strip()) for text in row["completions"])
+    if baseline != candidate:
+        return float(candidate)
+    by_judge: dict[str, list[Row]] = {}
+    for vote in row["votes"]:
+        by_judge.setdefault(vote["judge"], []).append(vote)
+    return fmean(_outcome_for(votes) for votes in by_judge.values()) if by_judge else 0.5
+
+
+def _outcome_for(votes: Sequence[Row]) -> float:
+    best = {vote.get("best") for vote in votes}
+    return float(best.pop() == 1) if len(best) == 1 and None not in best else 0.5
 
 
 def win_rate(outcomes: dict[str, list[float]], confidence: float) -> dict[str, float]:
@@ -143,7 +171,7 @@ def summarise_evaluation(
     outcomes: dict[str, list[float]] = {}
     with store.writing(f"{folder}/comparisons.jsonl") as out:
         for row in _rows(store, verdicts.uri):
-            result = outcome_of(row["votes"])
+            result = outcome_of(row)
             outcomes.setdefault(row["prompt_id"], []).append(result)
             out.write_row({**row, "outcome": result})
     found = win_rate(outcomes, evaluation.confidence)
@@ -184,7 +212,7 @@ def summarise_evaluation(
 def _null_rate(rows: Iterable[Row], confidence: float) -> dict[str, float]:
     outcomes: dict[str, list[float]] = {}
     for row in rows:
-        outcomes.setdefault(row["prompt_id"], []).append(outcome_of(row["votes"]))
+        outcomes.setdefault(row["prompt_id"], []).append(outcome_of(row))
     return win_rate(outcomes, confidence)
 
 

@@ -1,11 +1,12 @@
 """Sampling N completions for every prompt from an OpenAI-compatible endpoint."""
 
 import hashlib
+import heapq
 import json
 import logging
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -27,11 +28,15 @@ from tasks.shards import (
     Tally,
     merge_shards,
     slice_rows,
+    writable,
 )
+from tasks.spending import Spending, log_cost, price, write_cost
 from tasks.stages import SHARD_POLICY, run_shards
 from tasks.storage import CompletionsRef, PromptsRef, Workspace, folder_digest, package_versions
 
-VERSION = 1
+VERSION = 2
+# So many of the longest prompts are held against the model's context.
+LONGEST = 5
 logger = logging.getLogger(__name__)
 
 
@@ -125,29 +130,34 @@ class Sampler:
             return Outcome(error={"id": prompt["id"], "reason": refused.reason, "detail": str(refused)})
         texts = [self._kept(choice.text) for choice in answer.choices]
         usage = answer.usage.model_dump()
-        problem = self._find_problem(texts)
-        if problem:
-            return Outcome(error={"id": prompt["id"], "reason": "empty_completion", "detail": problem}, usage=usage)
+        if problem := self._find_problem(texts):
+            return Outcome(error={"id": prompt["id"], **problem}, usage=usage)
         reasons = [choice.finish_reason for choice in answer.choices]
-        return Outcome(
-            row={"id": prompt["id"], "completions": texts, "finish_reasons": reasons}, usage=usage
-        )
+        return Outcome(row={"id": prompt["id"], "completions": texts, "finish_reasons": reasons}, usage=usage)
 
     def _kept(self, text: str) -> str:
+        text = writable(text)
         if self._keep is None:
             return text
         return "\n".join(line for line in text.splitlines() if self._keep.search(line))
 
-    def _find_problem(self, texts: list[str]) -> str | None:
-        if len(texts) != self._config.num_completions:
-            return f"the endpoint returned {len(texts)} of {self._config.num_completions} completions"
-        empty = sum(not text.strip() for text in texts)
-        return f"{empty} of {len(texts)} completions are empty" if empty else None
+    def _find_problem(self, texts: list[str]) -> dict[str, str] | None:
+        wanted = self._config.num_completions
+        if len(texts) != wanted:
+            detail = f"the endpoint returned {len(texts)} of {wanted} completions: ask for fewer, or use another server"
+            return {"reason": "missing_completions", "detail": detail}
+        if any(text.strip() for text in texts):
+            return None
+        cause = "no line of them matches generation.keep_lines" if self._keep else "the model wrote nothing"
+        return {"reason": "empty_completions", "detail": f"all {wanted} completions are empty: {cause}"}
 
 
 async def collect_completions(plan: GenerationPlan) -> CompletionsRef:
     """Return the completions of every prompt, sampling those that are not known yet."""
-    return plan.find_finished() or merge_completions(plan, await sample_shards(plan))
+    if known := plan.find_finished():
+        logger.info("completions: %d prompts are sampled already, in %s", known.rows, known.uri)
+        return known
+    return merge_completions(plan, await sample_shards(plan))
 
 
 async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
@@ -155,18 +165,32 @@ async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
 
     Raises:
         PreflowError: before the first request: the endpoint does not answer, does not know the model, refuses the key,
-            or has too small a context; later: it is down for too long, or the budget is used up.
+            or has too small a context; later: it is down for too long, the budget is used up, or too much failed.
     """
-    config, rows = plan.generation, plan.rows()
+    config = plan.generation
+    spending = Spending(plan.workspace, plan.folder, config.model)
     key = await resolve_secret(config.api_key, "generation.api_key")
-    async with Endpoint(config, key) as endpoint:
-        tally = Tally(total=plan.prompts.rows)
-        worker = ShardWorker(rows, lambda row: str(row["id"]), Sampler(endpoint, config).sample, tally)
-        if not rows.lacks(plan.slices):
-            return await run_shards(generate_shard, plan, worker, config.max_concurrency)
-        async with adapter_loaded(endpoint, config):
-            await check_endpoint(endpoint, plan)
-            return await run_shards(generate_shard, plan, worker, config.max_concurrency)
+    async with AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(Endpoint(spending.left_of(config), key))
+
+        async def prepare() -> None:
+            await stack.enter_async_context(adapter_loaded(endpoint, config))
+            await check_endpoint(endpoint, plan, key)
+
+        worker = ShardWorker(
+            rows=plan.rows(),
+            units_of=prompt_unit,
+            work=Sampler(endpoint, config).sample,
+            tally=Tally(rows=plan.prompts.rows, allowed=config.max_failure_ratio),
+            concurrency=config.max_concurrency,
+            prepare=prepare,
+        )
+        return await run_shards(generate_shard, plan, worker, endpoint, spending)
+
+
+def prompt_unit(prompt: Row) -> dict[str, Row]:
+    """Return a prompt as the one unit of work that it is, under its key."""
+    return {str(prompt["id"]): prompt}
 
 
 @asynccontextmanager
@@ -188,7 +212,7 @@ async def generate_shard(label: str, part: Slice, worker: ShardWorker) -> dict[s
     return (await worker.run(part)).model_dump()
 
 
-async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
+async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | None) -> None:
     """See that the endpoint answers, knows the model and has room for the longest prompt and its completion.
 
     Raises:
@@ -197,55 +221,83 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
     info = await endpoint.check_model()
     if info.max_model_len is None:
         return
-    longest: Row = {}
-    for line in Workspace(plan.workspace).lines(plan.prompts.uri):
-        row = json.loads(line)
-        if sum(len(m["content"]) for m in row["prompt"]) > sum(len(m["content"]) for m in longest.get("prompt", [])):
-            longest = row
-    tokens = await _count_tokens(plan.generation, longest["prompt"])
-    needed = (tokens or 0) + plan.generation.max_tokens
-    if needed > info.max_model_len:
-        raise PreflowError(
-            f"prompt {longest['id'][:12]} has {tokens} tokens; with generation.max_tokens {plan.generation.max_tokens} "
-            f"it does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest prompts, "
-            "or serve the model with a larger --max-model-len."
-        )
+    config = plan.generation
+    for prompt in longest_prompts(Workspace(plan.workspace), plan.prompts):
+        tokens = await _count_tokens(config, prompt["prompt"], key)
+        if tokens is not None and tokens + config.max_tokens > info.max_model_len:
+            raise PreflowError(
+                f"prompt {prompt['id'][:12]} has {tokens} tokens; with generation.max_tokens {config.max_tokens} it "
+                f"does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest "
+                "prompts, or serve the model with a larger --max-model-len."
+            )
 
 
-async def _count_tokens(generation: GenerationConfig, messages: list[dict[str, str]]) -> int | None:
-    """Return a prompt's tokens as vLLM counts them; None where the endpoint has no /tokenize."""
+def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
+    """Return the few prompts that may have the most tokens: the longest in bytes and in characters."""
+    by_bytes = heapq.nlargest(LONGEST, store.lines(prompts.uri), key=len)
+    by_characters = heapq.nlargest(LONGEST, store.lines(prompts.uri), key=lambda line: len(line.decode()))
+    return [json.loads(line) for line in dict.fromkeys([*by_bytes, *by_characters])]
+
+
+async def _count_tokens(generation: GenerationConfig, messages: list[dict[str, str]], key: str | None) -> int | None:
+    """Return a prompt's tokens as vLLM counts them, chat template included; None where there is no /tokenize."""
     base = generation.endpoint.rstrip("/").removesuffix("/v1")
-    key = await resolve_secret(generation.api_key, "generation.api_key")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    async with httpx.AsyncClient(timeout=30, headers=headers) as client:
-        reply = await client.post(f"{base}/tokenize", json={"model": generation.model, "messages": messages})
-    return int(reply.json()["count"]) if reply.is_success else None
+    body = {"model": generation.model, "messages": messages, "add_generation_prompt": True}
+    try:
+        async with httpx.AsyncClient(timeout=30, headers=headers) as client:
+            reply = await client.post(f"{base}/tokenize", json=body)
+        return int(reply.json()["count"]) if reply.is_success else None
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        logger.info("%s/tokenize is of no use (%s): whether prompts fit the context is not checked", base, error)
+        return None
+
+
+class SampleCounts(MergeCounts):
+    """What a merge of completions found: besides, completions cut at `max_tokens` and such that ended up empty."""
+
+    cut: int = 0
+    empty: int = 0
+
+    def add_row(self, row: Row) -> None:
+        """Count one prompt's completions."""
+        self.cut += row["finish_reasons"].count("length")
+        self.empty += sum(not text.strip() for text in row["completions"])
 
 
 def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> CompletionsRef:
     """Put the shards together in input order as `completions.jsonl`, with `failures.jsonl` and a manifest beside it.
 
     Raises:
-        PreflowError: more than `max_failure_ratio` of the prompts failed for good.
+        PreflowError: no prompt has completions.
     """
-    store, rows = Workspace(plan.workspace), plan.rows()
-    folder = plan.folder
-    counts, cut = MergeCounts(), 0
+    store, folder, counts = Workspace(plan.workspace), plan.folder, SampleCounts()
     with store.writing(f"{folder}/failures.jsonl") as failures, store.writing(f"{folder}/completions.jsonl") as out:
-        for prompt, outcome in merge_shards(plan.slices, shards, rows, failures):
-            counts.add(outcome)
-            if outcome.row is not None:
-                cut += outcome.row["finish_reasons"].count("length")
-                out.write_row({**prompt, **outcome.row})
-    check_failures(counts, plan.generation.max_failure_ratio, "prompts", f"{folder}/failures.jsonl")
+        for prompt, outcomes in merge_shards(plan.slices, shards, plan.rows(), prompt_unit):
+            counts.add(outcomes)
+            for outcome in outcomes:
+                if outcome.row is not None:
+                    counts.add_row(outcome.row)
+                    out.write_row({**prompt, **outcome.row})
+                else:
+                    failures.write_row(outcome.error or {})
+    if not out.rows:
+        raise PreflowError(f"no prompt has completions: all failed for good; why is in {folder}/failures.jsonl")
     artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    total = counts.rows * plan.generation.num_completions
+    total = out.rows * plan.generation.num_completions
     logger.info(
-        "completions: %d prompts x %d, %d failed, %d of %d cut at max_tokens", counts.rows,
-        plan.generation.num_completions, counts.failed, cut, total,
-    )
+        "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
+        out.rows, plan.generation.num_completions, counts.failed, total, counts.cut, counts.empty,
+    )  # fmt: skip
+    _write_manifest(plan, artifact, counts)
+    return artifact
+
+
+def _write_manifest(plan: GenerationPlan, artifact: CompletionsRef, counts: SampleCounts) -> None:
+    store, spent = Workspace(plan.workspace), price(counts.usage, plan.generation)
+    log_cost(write_cost(store, plan.folder, "generation", spent))
     store.write_json(
-        f"{folder}/manifest.json",
+        f"{plan.folder}/manifest.json",
         {
             "artifact": artifact.model_dump(),
             "key": plan.key,
@@ -255,22 +307,8 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
             "settings": sampling_identity(plan.generation),
             "upstream": [plan.prompts.model_dump()],
             "packages": package_versions(),
-            "counts": {"prompts": counts.rows, "failed": counts.failed, "cut": cut},
+            "counts": counts.model_dump(include={"failed", "cut", "empty"}) | {"prompts": artifact.rows},
             "usage": counts.usage,
+            "usd": spent.usd,
         },
     )
-    return artifact
-
-
-def check_failures(counts: MergeCounts, allowed: float, what: str, where: str) -> None:
-    """Refuse a stage in which too much failed for good.
-
-    Raises:
-        PreflowError: with the share, where the reasons are, and what to do.
-    """
-    total = counts.rows + counts.failed
-    if counts.failed > allowed * total or not counts.rows:
-        raise PreflowError(
-            f"{counts.failed} of {total} {what} failed for good, over max_failure_ratio ({allowed:.1%}); why is in "
-            f"{where}. What succeeded is kept. Mend the cause, or raise max_failure_ratio to go on without them."
-        )

@@ -1,6 +1,7 @@
 """What holds requests back: the window with AIMD, the server's pauses, caps per minute, and the budget."""
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -141,6 +142,7 @@ class Gate:
         self._tokens = tokens
         self._on_pause = on_pause
         self._turn = asyncio.Lock()
+        self._corrected = asyncio.Event()
         self._paused_until = 0.0
         self.waited_seconds = 0.0
 
@@ -151,21 +153,30 @@ class Gate:
     async def admit(self, tokens: int) -> _Spent:
         """Wait until a request of about `tokens` tokens may be sent; correct the returned entry afterwards."""
         async with self._turn:
-            while (pause := self._paused_until - time.monotonic()) > 0:
-                self._on_pause()
-                await self._sleep(min(pause, HEARTBEAT_SECONDS))
-            while (delay := max(self._requests.delay(1), self._tokens.delay(tokens))) > 0:
-                await self._sleep(delay)
+            while True:
+                pause = self._paused_until - time.monotonic()
+                delay = max(self._requests.delay(1), self._tokens.delay(tokens))
+                if pause <= 0 and delay <= 0:
+                    break
+                if pause > 0:
+                    self._on_pause()
+                await self._sleep(min(max(pause, delay), HEARTBEAT_SECONDS))
             self._requests.take(1)
             return self._tokens.take(tokens)
 
     def correct(self, entry: _Spent, tokens: int) -> None:
         """Replace the estimate that was admitted by the tokens that were used."""
         self._tokens.correct(entry, tokens)
+        self._corrected.set()
 
     async def _sleep(self, seconds: float) -> None:
-        self.waited_seconds += seconds
-        await asyncio.sleep(seconds)
+        """Sleep, but not on when an estimate is corrected: there may be room now."""
+        started = time.monotonic()
+        self._corrected.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._corrected.wait()
+        self.waited_seconds += time.monotonic() - started
 
 
 class Budget:
@@ -177,6 +188,7 @@ class Budget:
         self._answered = 0
         self._lost: list[float] = []
         self._reserved = 0.0
+        self._holders = 0
         self._settled = asyncio.Event()
 
     @property
@@ -192,15 +204,17 @@ class Budget:
         Raises `BudgetExceeded` when even the answers to all of them would leave too little.
         """
         while self._limit is not None and self.spent + self._reserved + most > self._limit:
-            if self.spent + most > self._limit or self._reserved <= 0:
+            if self.spent + most > self._limit or not self._holders:
                 raise self._exceeded(most)
             self._settled.clear()
             await self._settled.wait()
         self._reserved += most
+        self._holders += 1
 
     def settle(self, most: float, cost: float | None) -> None:
         """Replace the reservation by the cost: 0 when nothing was billed, None when the answer was lost."""
-        self._reserved = max(0.0, self._reserved - most)
+        self._holders -= 1
+        self._reserved = self._reserved - most if self._holders else 0.0
         if cost is None:
             self._lost.append(most)
         elif cost:

@@ -1,4 +1,4 @@
-"""Log lines for people: a `PreflowError` is its message, without the traceback that only a defect deserves."""
+"""Log lines for people: what the user can mend without a traceback, and no line for every shard."""
 
 import logging
 
@@ -6,6 +6,8 @@ from tasks.errors import PreflowError
 
 
 class _PlainUserErrors(logging.Filter):
+    """Shows a `PreflowError` as its message, without the traceback that only a defect deserves."""
+
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, PreflowError):
@@ -14,10 +16,22 @@ class _PlainUserErrors(logging.Filter):
         return True
 
 
+class _NoLineForEachTask(logging.Filter):
+    """Keeps Prefect's "Finished in state Completed()" of hundreds of shards out of the terminal; the UI has them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name != "prefect.task_runs" or not record.getMessage().startswith("Finished in state C")
+
+
 def set_up_logs() -> None:
-    """Let preflow's own INFO lines through, and strip tracebacks from Prefect's lines about errors the user can mend."""
+    """Let preflow's own INFO lines through, and make Prefect's lines about runs readable."""
     logging.getLogger("tasks").setLevel(logging.INFO)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
-        run_logger = logging.getLogger(name)
-        if not any(isinstance(known, _PlainUserErrors) for known in run_logger.filters):
-            run_logger.addFilter(_PlainUserErrors())
+        _add_once(logging.getLogger(name), _PlainUserErrors())
+    for handler in logging.getLogger().handlers:
+        _add_once(handler, _NoLineForEachTask())
+
+
+def _add_once(target: logging.Filterer, wanted: logging.Filter) -> None:
+    if not any(type(known) is type(wanted) for known in target.filters):
+        target.addFilter(wanted)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
@@ -12,10 +13,10 @@ from pydantic import BaseModel
 from tasks.caching import stage_key
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
-from tasks.quality import measure_judgements, plot_quality
+from tasks.quality import QualityReport, measure_judgements, plot_quality
 from tasks.storage import PreferencesRef, VerdictsRef, Workspace, package_versions
 
-VERSION = 1
+VERSION = 2
 Row: TypeAlias = dict[str, Any]
 Vote: TypeAlias = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -30,8 +31,7 @@ def preferences_key(verdicts: VerdictsRef, judging: JudgingConfig) -> str:
 def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
     """Write `judged.jsonl`, `train.jsonl`, `val.jsonl`, `quality.json` and `quality.png` of one set of verdicts.
 
-    Raises:
-        PreflowError: too many verdicts failed for good, or no pair is left to train on.
+    Rows without a pair are in `judged.jsonl` with the reason; `check_yield` tells whether enough are left.
     """
     store = Workspace(workspace)
     folder = store.uri("preferences", preferences_key(verdicts, judging))
@@ -51,12 +51,13 @@ def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
             if decision.status == "pair":
                 held_out = is_validation(row["id"], row.get("group"), judging.seed, judging.val_ratio)
                 (val if held_out else train).write_row(preference_pair(row, decision))
-    quality = measure_judgements(_rows(store, f"{folder}/judged.jsonl"))
-    store.write_json(f"{folder}/quality.json", quality.model_dump(mode="json"))
+    usage = store.read_json(verdicts.manifest)["usage"] if verdicts.manifest else None
+    quality = measure_judgements(_rows(store, f"{folder}/judged.jsonl"), usage=usage)
+    with store.writing(f"{folder}/quality.json") as measured:
+        measured.write((quality.model_dump_json(indent=2) + "\n").encode())
     store.write_bytes(f"{folder}/quality.png", plot_quality(quality))
     logger.info("preferences: %d train and %d val pairs of %d prompts; %s", train.rows, val.rows, judged.rows,
                 ", ".join(f"{name} {count}" for name, count in statuses.most_common()))
-    _check_yield(statuses, train.rows, judging, folder)
     artifact = PreferencesRef(
         uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()
     )
@@ -69,7 +70,7 @@ def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
             "version": VERSION,
             "config": judging.model_dump(mode="json"),
             "upstream": [verdicts.model_dump()],
-            "files": {"judged.jsonl": judged.facts(), "train.jsonl": train.facts(), "val.jsonl": val.facts()},
+            "files": {"judged.jsonl": judged.facts(), "val.jsonl": val.facts(), "quality.json": measured.facts()},
             "packages": package_versions(),
             "counts": {**statuses, "train": train.rows, "val": val.rows},
         },
@@ -82,20 +83,21 @@ def _rows(store: Workspace, uri: str) -> Iterator[Row]:
         yield json.loads(line)
 
 
-def _check_yield(statuses: Counter[str], train: int, judging: JudgingConfig, folder: str) -> None:
-    total = statuses.total()
-    if statuses["failed"] > judging.max_failure_ratio * total:
-        raise PreflowError(
-            f"{statuses['failed']} of {total} prompts have no readable verdict, over max_failure_ratio "
-            f"({judging.max_failure_ratio:.1%}); the judge's own words are in {folder}/judged.jsonl. A larger "
-            "judging.max_tokens helps judges that think; or raise max_failure_ratio."
-        )
-    if not train:
-        what = ", ".join(f"{name} {count}" for name, count in statuses.most_common())
-        raise PreflowError(
-            f"no pair to train on: of {total} prompts: {what}. {folder}/quality.json tells what the judge did; if it "
-            "follows the position, take a stronger judge or a clearer rubric."
-        )
+def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
+    """Return the preferences if there is a pair to train on.
+
+    Raises:
+        PreflowError: there is none; with what was measured about the judge, and what to do about it.
+    """
+    if preferences.rows:
+        return preferences
+    folder = posixpath.dirname(preferences.uri)
+    quality = QualityReport.model_validate(Workspace(workspace).read_json(f"{folder}/quality.json"))
+    statuses = ", ".join(f"{count} {name}" for name, count in quality.statuses.items())
+    advice = " ".join(metric.advice for metric in quality.problems() if metric.advice)
+    raise PreflowError(
+        f"no pair to train on: of {quality.rows} prompts {statuses}; why is in {folder}/judged.jsonl. {advice}"
+    )
 
 
 class Decision(BaseModel):

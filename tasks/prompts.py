@@ -9,7 +9,7 @@ from tasks.errors import PreflowError
 from tasks.records import Prompt, read_rows
 from tasks.storage import PromptsRef, Workspace
 
-VERSION = 1
+VERSION = 2
 logger = logging.getLogger(__name__)
 
 
@@ -55,7 +55,10 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
     logger.info("%s: %d prompts (%d duplicates dropped, %d left out as trained on)", source, out.rows,
                 counts["duplicates"], counts["in_training"])
-    store.write_json(manifest_uri, {"artifact": artifact.model_dump(), "source": source, "counts": counts})
+    store.write_json(
+        manifest_uri,
+        {"artifact": artifact.model_dump(), "stage": "prompts", "upstream": [], "source": source, "counts": counts},
+    )
     return artifact
 
 

@@ -1,6 +1,7 @@
 """The rows that travel, and reading them with errors that name file, line and field."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
@@ -20,13 +21,26 @@ class Message(BaseModel):
 
 
 class Prompt(BaseModel):
-    """A prompt, or an SFT row whose `completion` is carried along; unknown fields are kept."""
+    """A prompt, or an SFT row whose `completion` is carried along; unknown fields are kept.
+
+    `id` is the digest of the messages; one that the row brings along is kept as `source_id`.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     id: str = ""
     prompt: list[Message] = Field(min_length=1)
     group: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_source_id(cls, row: Any) -> Any:
+        if not isinstance(row, dict) or "id" not in row:
+            return row
+        given = row["id"]
+        rest = {name: value for name, value in row.items() if name != "id"}
+        is_ours = isinstance(given, str) and re.fullmatch(r"[0-9a-f]{64}", given)
+        return rest if is_ours else {"source_id": given, **rest}
 
     @model_validator(mode="after")
     def _check(self) -> "Prompt":
@@ -82,7 +96,7 @@ def parse_row(model: type[Row], line: bytes, where: str) -> Row:
         PreflowError: naming `where` (file:line) and each wrong field.
     """
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, UnicodeDecodeError) as error:
         raise PreflowError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
     if not isinstance(value, dict):
@@ -91,6 +105,10 @@ def parse_row(model: type[Row], line: bytes, where: str) -> Row:
         return model.model_validate(value)
     except ValidationError as error:
         raise PreflowError(f"{where}: {_explain(error, value)}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _explain(error: ValidationError, value: dict[str, Any]) -> str:

@@ -69,11 +69,10 @@ def find_result(config: PipelineConfig) -> PipelineResult | None:
     return result if all(store.is_intact(ref) for ref in result.references()) else None
 
 
-def record_result(config: PipelineConfig, result: PipelineResult) -> PipelineResult:
+def record_result(config: PipelineConfig, result: PipelineResult) -> None:
     """Keep a run's result under its key."""
     store = Workspace(config.workspace)
     store.write_json(store.uri("runs", run_key(config), "result.json"), result.model_dump(mode="json"))
-    return result
 
 
 async def prepare_run(config: PipelineConfig) -> PipelineConfig:

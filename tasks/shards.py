@@ -1,8 +1,9 @@
 """Rows that are paid for one by one: kept as they arrive, found again by key, put together in input order.
 
-A stage's rows lie in `<workspace>/rows/<stage>/<settings key>/`. While a shard runs, each finished row is appended to
-a journal of its own; a finished shard is one file named by the digest of its input, and its journals go. Whoever needs
-a row looks it up by its key in all of these files: a killed run, a changed shard size or added prompts repeat nothing.
+An input row is worth some units: its completions are one, its verdicts one for each order. The units of a stage lie
+in `<workspace>/rows/<stage>/<settings key>/`. While a shard runs, each finished unit is appended to a journal of its
+own; a finished shard is one file named by the digest of its input, and its journals go. Whoever needs a unit looks it
+up by its key in all of these files: a killed run, a changed shard size or added prompts repeat nothing.
 """
 
 import asyncio
@@ -11,18 +12,19 @@ import hashlib
 import json
 import logging
 import posixpath
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from tasks.errors import PreflowError
-from tasks.storage import DigestWriter, Reference, Workspace
+from tasks.storage import Reference, Workspace, digest
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +48,28 @@ class Slice(BaseModel):
 
 
 class ShardRef(Reference):
-    """One finished shard of rows."""
+    """One finished shard; `rows` counts its units, `failed` those that failed for good."""
 
     kind: Literal["shard"] = "shard"
+    failed: int = 0
 
 
 class Outcome(BaseModel):
-    """What became of one input row: the output row, or why there is none, and what it used."""
+    """What became of one unit: its output, or why there is none, and what it used."""
 
-    row: Row | None = None
+    # First, because a stored failure is known by its first bytes.
     error: dict[str, Any] | None = None
+    row: Row | None = None
     usage: dict[str, int] = {}
+
+
+class TooManyFailures(PreflowError):
+    """More failed for good than `max_failure_ratio` allows."""
+
+
+def writable(text: str) -> str:
+    """Return `text` with what UTF-8 cannot hold (lone surrogates, which JSON can carry) replaced."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def shard_rows(total: int, wanted: int | None) -> int:
@@ -78,8 +91,14 @@ def slice_rows(store: Workspace, source: Reference, wanted: int | None = None) -
         position, rows = position + len(line), rows + 1
         if rows == size or position == source.size:
             slices.append(
-                Slice(index=len(slices), uri=source.uri, start=start, end=position, rows=rows,
-                      sha256=content.hexdigest())
+                Slice(
+                    index=len(slices),
+                    uri=source.uri,
+                    start=start,
+                    end=position,
+                    rows=rows,
+                    sha256=content.hexdigest(),
+                )
             )
             start, rows, content = position, 0, hashlib.sha256()
     return slices
@@ -97,99 +116,129 @@ def read_slice(store: Workspace, part: Slice) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-# One stored row is {"key":"<64 hex>","sha256":"<64 hex>","outcome":{...}}: the head has a fixed width, so that an index
-# is built without parsing, and the digest tells a torn or altered row from a whole one.
+# One stored unit is {"key":"<64 hex>","sha256":"<64 hex>","outcome":{...}}: the head has a fixed width, so that an
+# index is built without parsing, and the digest tells a torn or altered unit from a whole one.
 _HEAD = len(b'{"key":"') + 64 + len(b'","sha256":"') + 64 + len(b'","outcome":')
 
 
 def _encode(key: str, outcome: Outcome) -> bytes:
     body = json.dumps(outcome.model_dump(exclude_none=True), ensure_ascii=False).encode()
-    return b'{"key":"%s","sha256":"%s","outcome":%s}\n' % (
-        key.encode(), hashlib.sha256(body).hexdigest().encode(), body,
-    )
+    checksum = hashlib.sha256(key.encode() + body).hexdigest()
+    return b'{"key":"%s","sha256":"%s","outcome":%s}\n' % (key.encode(), checksum.encode(), body)
 
 
 def _decode(line: bytes) -> tuple[str, Outcome] | None:
-    body = line[_HEAD:-2]
-    if not line.endswith(b"}\n") or hashlib.sha256(body).hexdigest().encode() != line[84:148]:
+    key, body = line[8:72], line[_HEAD:-2]
+    if not line.endswith(b"}\n") or hashlib.sha256(key + body).hexdigest().encode() != line[84:148]:
         return None
-    return line[8:72].decode(), Outcome.model_validate_json(body)
+    return key.decode(), Outcome.model_validate_json(body)
+
+
+def _is_failure(line: bytes) -> bool:
+    return line.startswith(b'{"error"', _HEAD)
+
+
+Place = tuple[str, int, int]
 
 
 class RowStore:
-    """The rows of one stage under one set of settings."""
+    """The units of one stage under one set of settings.
 
-    def __init__(self, workspace: str, stage: str, settings_key: str) -> None:
+    Args:
+        workspace: where everything is kept.
+        stage: names a folder.
+        settings_key: names a folder; all stages under equal settings share its units.
+        variant: tells shards of the same input rows apart that hold other units of them.
+    """
+
+    def __init__(self, workspace: str, stage: str, settings_key: str, variant: str = "") -> None:
         self.store = Workspace(workspace)
+        self._variant = variant
         self.folder = self.store.uri("rows", stage, settings_key)
-        self._index: dict[bytes, tuple[str, int, int]] | None = None
+        self._index: dict[bytes, Place] | None = None
+        self._indexing = threading.Lock()
+        self._journals: dict[str, set[str]] = {}
 
     def shard_uri(self, part: Slice) -> str:
         """Return where the finished shard of `part` lies."""
-        return posixpath.join(self.folder, f"{part.sha256}.jsonl")
+        return posixpath.join(self.folder, f"{self._name(part)}.jsonl")
+
+    def _name(self, part: Slice) -> str:
+        return digest([part.sha256, self._variant])[:32]
 
     def lacks(self, slices: Iterable[Slice]) -> bool:
         """Tell whether a finished shard of `slices` is not there."""
-        return not all(self.store.exists(self.shard_uri(part)) for part in slices)
+        return not {self.shard_uri(part) for part in slices} <= set(self.store.list(self.folder))
 
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
-        """Return the outcomes already known under `keys`; damaged rows count as unknown."""
-        if self._index is None:
-            self._index = self._build_index()
-        found = {}
+        """Return the outcomes already known under `keys`; damaged ones count as unknown."""
+        with self._indexing:
+            if self._index is None:
+                self._index = self._build_index()
+            index = self._index
+        places: dict[str, list[tuple[int, int, str]]] = {}
         for key in keys:
-            place = self._index.get(bytes.fromhex(key))
-            if place is None:
-                continue
-            uri, start, end = place
-            decoded = _decode(b"".join(self.store.lines(uri, start, end))) if self.store.exists(uri) else None
-            if decoded is not None and decoded[0] == key:
-                found[key] = decoded[1]
-            else:
-                logger.warning("%s: the row at byte %d is damaged or gone and will be made again", uri, start)
+            if place := index.get(bytes.fromhex(key)):
+                places.setdefault(place[0], []).append((*place[1:], key))
+        found: dict[str, Outcome] = {}
+        for uri, wanted in places.items():
+            found.update(self._read_places(uri, sorted(wanted)))
         return found
 
-    def _build_index(self) -> dict[bytes, tuple[str, int, int]]:
-        index: dict[bytes, tuple[str, int, int]] = {}
+    def _read_places(self, uri: str, wanted: list[tuple[int, int, str]]) -> Iterator[tuple[str, Outcome]]:
+        ranges = [(start, end) for start, end, _ in wanted]
+        lines = self.store.read_ranges(uri, ranges) if self.store.exists(uri) else [b""] * len(ranges)
+        for (start, _, key), line in zip(wanted, lines, strict=True):
+            decoded = _decode(line)
+            if decoded is not None and decoded[0] == key:
+                yield decoded
+            else:
+                logger.warning("%s: the row at byte %d is damaged or gone and will be made again", uri, start)
+
+    def _build_index(self) -> dict[bytes, Place]:
+        index: dict[bytes, Place] = {}
         for uri in self.store.list(self.folder):
+            part, _, rest = posixpath.basename(uri).partition(".")
+            if "partial" in rest:
+                self._journals.setdefault(part, set()).add(uri)
             position = 0
             for line in self.store.lines(uri):
                 if line.startswith(b'{"key":"') and line.endswith(b"}\n") and len(line) > _HEAD:
-                    try:
+                    with contextlib.suppress(ValueError):  # a damaged key is nobody's: its unit is made again
                         index.setdefault(bytes.fromhex(line[8:72].decode()), (uri, position, position + len(line)))
-                    except ValueError:
-                        logger.warning("%s: the row at byte %d is damaged and will be made again", uri, position)
                 position += len(line)
         return index
 
     @asynccontextmanager
     async def journal(self, part: Slice) -> AsyncIterator["Journal"]:
-        """Keep rows as they finish; what was appended stays, however the block ends."""
-        journal = Journal(self.store, posixpath.join(self.folder, f"{part.sha256}.{uuid.uuid4().hex[:12]}.partial"))
+        """Keep units as they finish; what was appended stays, however the block ends."""
+        stem = posixpath.join(self.folder, f"{self._name(part)}.{uuid.uuid4().hex[:12]}.partial")
+        journal = Journal(self.store, stem)
         try:
             yield journal
         except BaseException:
-            self._index = None  # built before these rows were kept: a retry must see them
+            self._index = None  # built before these units were kept: a retry must see them
             raise
         finally:
             journal.close()
+            self._journals.setdefault(self._name(part), set()).update(journal.files)
 
     def commit(self, part: Slice, keys: Sequence[str], outcomes: dict[str, Outcome]) -> ShardRef:
-        """Write the finished shard, rows in input order, and drop its journals."""
+        """Write the finished shard, units in input order, and drop its journals."""
         uri = self.shard_uri(part)
         with self.store.writing(uri) as out:
             for key in keys:
                 out.write(_encode(key, outcomes[key]))
-        for file in self.store.list(self.folder):
-            if posixpath.basename(file).startswith(f"{part.sha256}.") and ".partial" in file:
-                self.store.delete(file)
-        return ShardRef(uri=uri, **out.facts())
+        for file in self._journals.pop(self._name(part), set()):
+            self.store.delete(file)
+        failed = sum(outcomes[key].error is not None for key in keys)
+        return ShardRef(uri=uri, failed=failed, **out.facts())
 
     def read_shard(self, shard: ShardRef) -> Iterator[tuple[str, Outcome]]:
-        """Yield a shard's rows in order.
+        """Yield a shard's units in order.
 
         Raises:
-            PreflowError: a row is damaged.
+            PreflowError: a unit is damaged.
         """
         for number, line in enumerate(self.store.lines(shard.uri), 1):
             decoded = _decode(line)
@@ -197,41 +246,69 @@ class RowStore:
                 raise PreflowError(f"{shard.uri}:{number}: damaged; delete this file and run again")
             yield decoded
 
+    def forget_failures(self) -> None:
+        """Drop what failed for good, so that the next run tries it again; what succeeded stays."""
+        for uri in self.store.list(self.folder):
+            lines = list(self.store.lines(uri))
+            kept = [line for line in lines if not _is_failure(line)]
+            if len(kept) == len(lines):
+                continue
+            part = posixpath.basename(uri).partition(".")[0]
+            if kept:
+                name = f"{part}.{uuid.uuid4().hex[:12]}.partial.jsonl"
+                self.store.write_bytes(posixpath.join(self.folder, name), b"".join(kept))
+            self.store.delete(uri)
+        self._index = None
+
 
 class Journal:
-    """Append-only rows of a running shard: a local file, or on GCS an object every few seconds.
+    """Append-only units of a running shard: a local file, or on GCS an object every few seconds.
 
-    A killed process loses, locally, nothing that was appended; on GCS at most SEGMENT_SECONDS of rows.
+    A killed process loses, locally, nothing that was appended; on GCS at most SEGMENT_SECONDS of units.
     """
 
     def __init__(self, store: Workspace, stem: str) -> None:
         self._store, self._stem = store, stem
         self._file: Any = None
         self._pending: list[bytes] = []
-        self._segments = 0
         self._flushed = time.monotonic()
+        self.files: list[str] = []
 
     def append(self, key: str, outcome: Outcome) -> None:
-        """Keep one row."""
+        """Keep one unit.
+
+        Raises:
+            PreflowError: it cannot be written, which a full disk is the usual reason for.
+        """
         line = _encode(key, outcome)
-        if not self._store.is_local:
+        try:
+            if self._store.is_local:
+                self._append_line(line)
+                return
             self._pending.append(line)
             if time.monotonic() - self._flushed > SEGMENT_SECONDS:
                 self._flush_segment()
-            return
-        if self._file is None:
-            self._file = self._open_file()
-        self._file.write(line)
+        except OSError as error:
+            raise PreflowError(
+                f"{self._stem}: an answer could not be written ({error}), so no more are asked for. All before it are "
+                "kept: make room there and run again."
+            ) from error
 
-    def _open_file(self) -> Any:
-        path = Path(f"{self._stem}.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab", buffering=0)
+    def _append_line(self, line: bytes) -> None:
+        if self._file is None:
+            path = Path(f"{self._stem}.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+            self.files.append(str(path))
+        written = self._file.write(line)
+        if written != len(line):
+            raise OSError(f"{written} of {len(line)} bytes written: the disk is full")
 
     def _flush_segment(self) -> None:
         if self._pending:
-            self._store.write_bytes(f"{self._stem}-{self._segments:05d}.jsonl", b"".join(self._pending))
-            self._segments += 1
+            uri = f"{self._stem}-{len(self.files):05d}.jsonl"
+            self._store.write_bytes(uri, b"".join(self._pending))
+            self.files.append(uri)
         self._pending, self._flushed = [], time.monotonic()
 
     def close(self) -> None:
@@ -242,51 +319,165 @@ class Journal:
 
 
 @dataclass
-class Tally:
-    """How far a stage is: rows done in all, and of these those made by this process and those that failed."""
+class Count:
+    """How far one shard is, in units: all of them, those done, those of them made now, those that failed for good."""
 
-    total: int
+    rows: int
+    units: int
     done: int = 0
     made: int = 0
     failed: int = 0
 
-    def add(self, outcomes: Iterable[Outcome], made: bool) -> None:
-        """Count finished rows."""
-        for outcome in outcomes:
-            self.done += 1
-            self.made += made
-            self.failed += outcome.row is None
+
+@dataclass
+class Tally:
+    """How far a stage is; units of shards that have not begun are estimated at `per_row` a row."""
+
+    rows: int
+    per_row: int = 1
+    allowed: float = 1.0
+    shards: dict[int, Count] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    stopped: PreflowError | None = None
+
+    def begin(self, part: Slice, units: int, known: Iterable[Outcome]) -> None:
+        """Count a shard's units that are known already; a shard that is tried again is counted anew."""
+        self.shards[part.index] = Count(rows=part.rows, units=units)
+        for outcome in known:
+            self._count(part, outcome)
+
+    def add(self, part: Slice, outcome: Outcome) -> None:
+        """Count one unit made now."""
+        self.shards[part.index].made += 1
+        self._count(part, outcome)
+
+    def take(self, part: Slice, shard: ShardRef) -> None:
+        """Count a shard that was finished before, unless it was made just now."""
+        if part.index not in self.shards:
+            count = Count(rows=part.rows, units=shard.rows, done=shard.rows, failed=shard.failed)
+            self.shards[part.index] = count
+
+    def _count(self, part: Slice, outcome: Outcome) -> None:
+        count = self.shards[part.index]
+        count.done += 1
+        if outcome.error is not None:
+            count.failed += 1
+            self.failures.append(outcome.error)
+            if self.failed > self.allowed * self.total:
+                self.stop(TooManyFailures(f"{self.failed} of {self.total} failed for good"))
+
+    def stop(self, reason: PreflowError) -> None:
+        """Have no further unit begun; the first reason counts."""
+        self.stopped = self.stopped or reason
+
+    @property
+    def total(self) -> int:
+        """All units, as far as that is known."""
+        begun = self.shards.values()
+        return sum(c.units for c in begun) + (self.rows - sum(c.rows for c in begun)) * self.per_row
+
+    @property
+    def done(self) -> int:
+        """Units that are done, whenever they were made."""
+        return sum(count.done for count in self.shards.values())
+
+    @property
+    def made(self) -> int:
+        """Units made by this process."""
+        return sum(count.made for count in self.shards.values())
+
+    @property
+    def failed(self) -> int:
+        """Units that failed for good."""
+        return sum(count.failed for count in self.shards.values())
 
 
 @dataclass
 class ShardWorker:
-    """Makes a stage's shards: where its rows lie, what identifies a row, and what makes one."""
+    """Makes a stage's shards.
+
+    Args:
+        rows: where the units lie.
+        units_of: the units of an input row, by their keys.
+        work: makes one unit.
+        tally: how far the stage is.
+        concurrency: units under way at once, over all shards.
+        prepare: awaited once, before the first unit is made, and only if one has to be.
+        watch: called after each unit that was made.
+    """
 
     rows: RowStore
-    key_of: Callable[[Row], str]
-    work: Callable[[Row], Awaitable[Outcome]]
+    units_of: Callable[[Row], Mapping[str, Any]]
+    work: Callable[[Any], Awaitable[Outcome]]
     tally: Tally
+    concurrency: int
+    prepare: Callable[[], Awaitable[None]]
+    watch: Callable[[], None] = lambda: None
+    _gate: asyncio.Semaphore = field(init=False)
+    _preparing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _prepared: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        # Twice the window, so that a request that waits for its next attempt keeps no other from being sent.
+        self._gate = asyncio.Semaphore(2 * self.concurrency)
 
     async def run(self, part: Slice) -> ShardRef:
-        """Make the rows of one slice that are not known yet, and commit the shard.
+        """Make the units of one slice that are not known yet, and commit the shard.
 
         Raises:
-            Exception: the first error of `work`; rows that others finished meanwhile are kept.
+            Exception: the first error of `work`; units that others finished meanwhile are kept.
         """
         source = await asyncio.to_thread(read_slice, self.rows.store, part)
-        keyed = {self.key_of(row): row for row in source}
-        outcomes = await asyncio.to_thread(self.rows.find, list(keyed))
-        self.tally.add(outcomes.values(), made=False)
+        units = {key: unit for row in source for key, unit in self.units_of(row).items()}
+        outcomes = await asyncio.to_thread(self.rows.find, list(units))
+        self.tally.begin(part, len(units), outcomes.values())
         async with self.rows.journal(part) as journal:
 
-            async def make(key: str, row: Row) -> None:
-                outcome = await self.work(row)
-                journal.append(key, outcome)
+            async def make(key: str, unit: Any) -> None:
+                outcome = await self._make(unit)
+                self._keep(journal, key, outcome)
                 outcomes[key] = outcome
-                self.tally.add([outcome], made=True)
+                self.tally.add(part, outcome)
+                self.watch()
 
-            await settle(make(key, row) for key, row in keyed.items() if key not in outcomes)
-        return await asyncio.to_thread(self.rows.commit, part, list(keyed), outcomes)
+            await settle(make(key, unit) for key, unit in units.items() if key not in outcomes)
+        return await asyncio.to_thread(self.rows.commit, part, list(units), outcomes)
+
+    async def _make(self, unit: Any) -> Outcome:
+        async with self._gate:
+            await self.get_ready()
+            return await self.work(unit)
+
+    async def get_ready(self) -> None:
+        """Await `prepare` if that has not been done.
+
+        Raises:
+            PreflowError: it failed, or the stage has been stopped.
+        """
+        self._check_stopped()
+        if self._prepared:
+            return
+        async with self._preparing:
+            self._check_stopped()
+            if self._prepared:
+                return
+            try:
+                await self.prepare()
+            except PreflowError as error:
+                self.tally.stop(error)
+                raise
+            self._prepared = True
+
+    def _check_stopped(self) -> None:
+        if self.tally.stopped is not None:
+            raise self.tally.stopped
+
+    def _keep(self, journal: Journal, key: str, outcome: Outcome) -> None:
+        try:
+            journal.append(key, outcome)
+        except PreflowError as error:
+            self.tally.stop(error)
+            raise
 
 
 async def settle(coroutines: Iterable[Coroutine[Any, Any, Any]], limit: int | None = None) -> list[Any]:
@@ -317,44 +508,47 @@ async def settle(coroutines: Iterable[Coroutine[Any, Any, Any]], limit: int | No
     return results
 
 
-def open_shards(max_concurrency: int, slices: Sequence[Slice]) -> int:
-    """Return how many shards must be open at once to keep `max_concurrency` requests in flight, with one to spare."""
-    smallest = min((part.rows for part in slices), default=1)
-    return -(-max_concurrency // max(1, smallest)) + 1
+def open_shards(concurrency: int, slices: Sequence[Slice]) -> int:
+    """Return how many shards must be open at once for `concurrency` requests to be in flight, stragglers or not."""
+    size = max((part.rows for part in slices), default=1)
+    return -(-2 * concurrency // size) + 1
 
 
 class MergeCounts(BaseModel):
-    """What a merge found."""
+    """What a merge found: input rows, and units that failed for good, with what all units had used."""
 
     rows: int = 0
+    units: int = 0
     failed: int = 0
     usage: dict[str, int] = {}
 
-    def add(self, outcome: Outcome) -> None:
-        """Count one outcome."""
-        self.rows += outcome.row is not None
-        self.failed += outcome.error is not None
-        for name, value in outcome.usage.items():
-            self.usage[name] = self.usage.get(name, 0) + value
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        """Count one input row's outcomes."""
+        self.rows += 1
+        for outcome in outcomes:
+            self.units += 1
+            self.failed += outcome.error is not None
+            for name, value in outcome.usage.items():
+                self.usage[name] = self.usage.get(name, 0) + value
 
 
 def merge_shards(
-    source: Sequence[Slice], shards: Sequence[ShardRef], rows: RowStore, failures: DigestWriter
-) -> Iterator[tuple[Row, Outcome]]:
-    """Join shards to their input rows by id, in input order; failed rows go to `failures`, the others are yielded.
+    source: Sequence[Slice],
+    shards: Sequence[ShardRef],
+    rows: RowStore,
+    units_of: Callable[[Row], Mapping[str, Any]],
+) -> Iterator[tuple[Row, list[Outcome]]]:
+    """Yield each input row with the outcomes of its units, joined by their keys, in input order.
 
     Raises:
-        PreflowError: a shard does not hold exactly its slice's ids.
+        PreflowError: a shard does not hold exactly its slice's units.
     """
     for part, shard in zip(source, shards, strict=True):
-        inputs = {row["id"]: row for row in read_slice(rows.store, part)}
-        for _, outcome in rows.read_shard(shard):
-            result = outcome.row if outcome.row is not None else outcome.error or {}
-            row = inputs.pop(str(result.get("id")), None)
-            if row is None:
-                raise PreflowError(f"{shard.uri}: holds a row of another prompt; delete this file and run again")
-            if outcome.row is None:
-                failures.write_row(result)
-            yield row, outcome
-        if inputs:
-            raise PreflowError(f"{shard.uri}: lacks {len(inputs)} of its prompts; delete this file and run again")
+        known = dict(rows.read_shard(shard))
+        for row in read_slice(rows.store, part):
+            keys = units_of(row)
+            if missing := keys.keys() - known.keys():
+                raise PreflowError(f"{shard.uri}: lacks {len(missing)} of its rows; delete this file and run again")
+            yield row, [known.pop(key) for key in keys]
+        if known:
+            raise PreflowError(f"{shard.uri}: holds {len(known)} rows of others; delete this file and run again")

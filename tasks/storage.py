@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import unquote, urlparse
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.errors import PreflowError
 
 CHUNK = 1 << 20
 PARALLEL_TRANSFERS = 8
 COMMITTED = "COMMITTED.json"
+logger = logging.getLogger(__name__)
 
 
 class Reference(BaseModel):
@@ -235,6 +237,13 @@ class Workspace:
                 position += len(line)
                 yield line
 
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """Yield the bytes from start up to end of each range, opening the file once; in ascending order it is fast."""
+        with self._fs.open(uri, "rb") as file:
+            for start, end in ranges:
+                file.seek(start)
+                yield file.read(end - start)
+
     def list(self, uri: str) -> list[str]:
         """Return the uris of the files directly below `uri`, sorted; an absent folder has none."""
         try:
@@ -333,11 +342,25 @@ class Workspace:
         return not self.is_local or self.sha256(reference.uri) == reference.sha256
 
     def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
-        """Return the artifact of a manifest if that was written, which happens last, and the artifact is intact."""
+        """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""
         if not self.exists(manifest):
             return None
-        artifact = kind.model_validate(self.read_json(manifest)["artifact"])
-        return artifact if self.is_intact(artifact) else None
+        try:
+            value = self.read_json(manifest)
+            artifact = kind.model_validate(value["artifact"])
+            files = [
+                Reference(kind="file", uri=posixpath.join(posixpath.dirname(manifest), name), **facts)
+                for name, facts in value.get("files", {}).items()
+            ]
+        except (PreflowError, ValidationError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s): its artifact is put together again", manifest, type(error).__name__)
+            return None
+        parts: list[Reference] = [artifact, *files]
+        for file in parts:
+            if not self.is_intact(file):
+                logger.warning("%s is missing or differs from its digest: it is put together again", file.uri)
+                return None
+        return artifact
 
     def _put(self, local: Path, uri: str) -> None:
         with self.writing(uri) as out, local.open("rb") as file:

@@ -11,7 +11,8 @@ from tasks.caching import cached, open_results
 from tasks.config import TrainingConfig
 from tasks.stages import is_worth_retrying
 from tasks.storage import AdapterRef, PreferencesRef
-from tasks.training.launch import Progress, check_training_inputs, run_training, training_key
+from tasks.training.launch import check_training_inputs, run_training, training_key
+from tasks.training.spec import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,13 @@ def dpo_training(
 
 
 def _progress_artifact() -> Callable[[Progress], None]:
-    artifact = create_progress_artifact(progress=0.0, description="train-adapter: optimizer steps", _sync=True)
+    # The event loop of the flow waits for this very task, so the calls must not be dispatched to it.
+    create: Any = create_progress_artifact
+    update: Any = update_progress_artifact
+    artifact = create(progress=0.0, description="train-adapter: optimizer steps", _sync=True)
 
     def show(progress: Progress) -> None:
-        update_progress_artifact(artifact, progress=100.0 * progress.step / max(1, progress.total), _sync=True)
+        if progress.total:
+            update(artifact, progress=100.0 * progress.step / progress.total, _sync=True)
 
     return show

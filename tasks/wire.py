@@ -89,10 +89,13 @@ class RequestRefused(Exception):
     """
 
     def __init__(self, status: int, reason: str, text: str) -> None:
-        super().__init__(f"refused ({status}, {reason}): {text}")
+        super().__init__(status, reason, text)
         self.status = status
         self.reason = reason
         self.text = text
+
+    def __str__(self) -> str:
+        return f"refused ({self.status}, {self.reason}): {self.text}"
 
 
 class KeyRefused(PreflowError):

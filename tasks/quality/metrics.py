@@ -77,12 +77,12 @@ def failure_metric(tally: Tally) -> Metric:
 
 def position_metrics(tally: Tally) -> list[Metric]:
     return [
-        _position_metric(tally.best, "best", "prefers", "Best completion by position"),
-        _position_metric(tally.worst, "worst", "puts down", "Worst completion by position"),
+        _position_metric(tally.best, "best", "Best completion by position"),
+        _position_metric(tally.worst, "worst", "Worst completion by position"),
     ]
 
 
-def _position_metric(positions: Positions, side: str, verb: str, title: str) -> Metric:
+def _position_metric(positions: Positions, side: str, title: str) -> Metric:
     from scipy.stats import chisquare
 
     name, healthy = f"position_{side}", "within 3 points of chance at every position, or chi-squared p of at least 0.01"
@@ -95,7 +95,7 @@ def _position_metric(positions: Positions, side: str, verb: str, title: str) -> 
     tendency = "none" if ok else _tendency(positions.drift())
     return Metric(
         name=name, title=title, value=short(100 * gap), unit="points from chance", healthy=healthy, ok=ok,
-        advice=None if ok else _position_advice(table, side, verb, tendency),
+        advice=None if ok else _position_advice(table, side, tendency),
         detail={
             "positions": table, "chi_squared": short(test.statistic), "p_value": short(test.pvalue),
             "tendency": tendency, "verdicts": sum(positions.observed.values()),
@@ -107,14 +107,19 @@ def _tendency(drift: float) -> str:
     return "late" if drift > 2 else "early" if drift < -2 else "single"
 
 
-def _position_advice(table: list[dict[str, Any]], side: str, verb: str, tendency: str) -> str:
+def _position_advice(table: list[dict[str, Any]], side: str, tendency: str) -> str:
     top, low = max(table, key=lambda row: row["lift"]), min(table, key=lambda row: row["lift"])
     where = f"{tendency} positions" if tendency != "single" else f"position {top['position']}"
-    return (
+    verb = "prefers" if side == "best" else "puts down"
+    found = (
         f"The judge {verb} {where}: the {side} was at position {top['position']} in {percent(top['rate'])} of the "
-        f"verdicts and at position {low['position']} in {percent(low['rate'])} (chance {percent(top['chance'])}). "
-        "Pairs from one order would teach that. Raise judging.orders (2 at least, num_completions for every position "
-        "equally often), keep judging.pair_policy unanimous, or take a stronger judging.model."
+        f"verdicts and at position {low['position']} in {percent(low['rate'])} (chance {percent(top['chance'])})."
+    )
+    if side == "worst":
+        return f"{found} The remedy is that for the best completion's position."
+    return (
+        f"{found} Pairs from one order would teach that. Raise judging.orders (2 at least, num_completions for every "
+        "position equally often), keep judging.pair_policy unanimous, or take a stronger judging.model."
     )
 
 

@@ -13,8 +13,9 @@ def plot_quality(report: QualityReport) -> bytes:
     """Return a PNG: best and worst by position against chance (95 % Wilson intervals), and lengths of both sides."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(12, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, 4.6), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.08))
     FigureCanvasAgg(figure)
     positions, lengths = figure.subplots(1, 2)
     _plot_positions(positions, report)
@@ -35,33 +36,34 @@ def _plot_positions(axes: Any, report: QualityReport) -> None:
         axes.text(0.5, 0.5, "no positions are known", ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    sides = (("best", BEST_COLOUR, -0.2), ("worst", WORST_COLOUR, 0.2))
-    for side, colour, offset in sides:
+    for side, colour, offset in (("best", BEST_COLOUR, -0.2), ("worst", WORST_COLOUR, 0.2)):
         detail = found[f"position_{side}"].detail
-        table = detail["positions"]
-        rates = [100 * row["rate"] for row in table]
-        errors = [
-            [100 * max(0.0, row["rate"] - row["interval"][0]) for row in table],
-            [100 * max(0.0, row["interval"][1] - row["rate"]) for row in table],
-        ]
-        axes.bar(
-            [row["position"] + offset for row in table], rates, 0.36, color=colour, yerr=errors, capsize=3,
-            ecolor="#333333", error_kw={"linewidth": 1}, label=f"{side} (p = {_p_text(detail['p_value'])})",
-        )
-    places = [row["position"] for row in table]
-    for row in table:
+        _bars(axes, detail["positions"], offset, colour, f"{side} ({_p_text(detail['p_value'])})")
+    places = [row["position"] for row in detail["positions"]]
+    for row in detail["positions"]:
         x, chance = row["position"], 100 * row["chance"]
         axes.plot([x - 0.45, x + 0.45], [chance, chance], color="black", linestyle="--", linewidth=1.2)
     axes.plot([], [], color="black", linestyle="--", linewidth=1.2, label="chance")
     axes.set_xticks(places if len(places) <= 16 else places[:: -(-len(places) // 16)])
     axes.set_xlabel(f"position in the judge's prompt ({detail['verdicts']:,} verdicts)")
     axes.set_ylabel("share of verdicts (%)")
-    axes.set_ylim(0, 1.28 * axes.get_ylim()[1] / 1.05)
+    top = 1.22 * axes.get_ylim()[1]
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
+    axes.set_ylim(0, top)
     axes.legend(frameon=False, ncols=3, loc="upper center")
 
 
+def _bars(axes: Any, table: Sequence[dict[str, Any]], offset: float, colour: str, label: str) -> None:
+    below = [100 * max(0.0, row["rate"] - row["interval"][0]) for row in table]
+    above = [100 * max(0.0, row["interval"][1] - row["rate"]) for row in table]
+    axes.bar(
+        [row["position"] + offset for row in table], [100 * row["rate"] for row in table], 0.36, color=colour,
+        yerr=[below, above], capsize=3, ecolor="#333333", error_kw={"linewidth": 1}, label=label,
+    )
+
+
 def _p_text(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
 def _plot_lengths(axes: Any, report: QualityReport) -> None:

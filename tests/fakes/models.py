@@ -8,7 +8,7 @@ from typing import Any
 
 # Every first with every second half makes a word: 256 of them, one for a byte.
 FIRST = ["ba", "che", "do", "fa", "gar", "ho", "ja", "ki", "lau", "mo", "nei", "pa", "re", "soo", "ta", "um"]
-SECOND = ["bble", "ck", "dger", "ffle", "lly", "mber", "nder", "nny", "pper", "rket", "rry", "sel", "ther", "ve", "w", "z"]
+SECOND = ["bble", "ck", "dger", "ffle", "ly", "mb", "nder", "nny", "pper", "rket", "rry", "sel", "ther", "ve", "w", "z"]
 SPEAKERS = ("JERRY", "GEORGE", "ELAINE", "KRAMER")
 
 CONFIDENCES = (3, 4, 5)

@@ -303,6 +303,7 @@ class Server:
             "attempt": request.attempt, "prompt": prompt_id(messages) if messages else None,
             "model": request.body.get("model"), "n": request.body.get("n"), "seed": request.body.get("seed"),
             "status": reply.status if reply else 0, "fault": request.fault, "in_flight": self._in_flight,
+            "usage": reply.body.get("usage") if reply and isinstance(reply.body, dict) else None,
         }
         os.write(self._log, json.dumps(row).encode() + b"\n")
 

@@ -18,11 +18,12 @@ class FakeOpenAI:
     """
 
     def __init__(self, plan: dict[str, Any] | None = None, folder: Path | None = None) -> None:
-        self._folder = folder or Path(tempfile.mkdtemp(prefix="fake-openai-"))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._plan = self._folder / "plan.json"
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="fake-openai-")
+        folder = folder or Path(self._temporary.name if self._temporary else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._plan = folder / "plan.json"
         self._plan.write_text(json.dumps(plan or {}))
-        self.log = self._folder / "requests.jsonl"
+        self.log = folder / "requests.jsonl"
         self._process: subprocess.Popen[str] | None = None
         self._port = 0
         self.url = ""

@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 class Shape:
     """Sizes of the tiny model; `dropout` is the adapter's."""
 
-    hidden: int = 32
+    hidden: int = 64
     layers: int = 2
     rank: int = 4
     dropout: float = 0.1
@@ -33,6 +33,7 @@ def build_base(folder: Path, seed: int = 0, shape: Shape | None = None) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    torch.set_num_threads(1)  # two threads on a busy machine are twenty times slower than one
     shape = shape or Shape()
     vocabulary = {token: number for number, token in enumerate(SPECIAL + WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -303,9 +303,9 @@ def test_speakers_are_left_out_where_texts_are_no_scenes() -> None:
 def test_failures_cuts_and_usage_are_counted() -> None:
     usage = {"requests": 1, "prompt_tokens": 900, "completion_tokens": 100, "thinking_tokens": 80}
     good = make_vote([0, 1], 0, 1, usage=usage)
-    cut = {"judge": "j", "order": [1, 0], "error": "cut at 1024 tokens", "raw": "", "usage": usage}
+    cut: Row = {"judge": "j", "order": [1, 0], "error": "cut at 1024 tokens", "raw": "", "usage": usage}
     cut_later = {**cut, "error": "cut at 2048 tokens"}
-    refused = {"judge": "j", "order": [1, 0], "error": "refused: content_filter", "raw": ""}
+    refused: Row = {"judge": "j", "order": [1, 0], "error": "refused: content_filter", "raw": ""}
     more = {"finish_reasons": ["length", "stop"]}
     rows = [make_judged(k, [good, vote], ["a b c", "d e f"], **more)
             for k, vote in enumerate([cut, cut_later, refused, make_vote([1, 0], 0, 1, usage=usage)])]
@@ -374,7 +374,7 @@ def test_names_from_data_cannot_fill_the_memory() -> None:
     rows = [make_judged(k, [make_vote([0, 1], 0, 1)], [f"[N{k}] a b", f"[M{k}] c d"]) for k in range(500)]
     report = measure_judgements(rows)
     assert len(report.model_dump_json()) < 20_000
-    assert report.metric("speaker_balance").value == 1
+    assert report.metric("speaker_balance").value == pytest.approx(0.4, abs=0.01)
 
 
 @pytest.mark.parametrize("rows", [0, 200])

@@ -1,0 +1,57 @@
+"""The whole pipeline on this machine, offline: `make demo`."""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+from uuid import UUID
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.pipeline import dpo_pipeline
+from tasks.demo.local import Places, announce, model_servers, prefect_api, serve_until_interrupted, show_result
+from tasks.demo.materials import locate_materials, make_base_model, make_prompts, make_sft_adapter
+from tasks.errors import PreflowError
+from tasks.runs import PipelineResult
+
+
+@flow(name="demo")
+async def demo(folder: str = ".demo") -> PipelineResult:
+    """Make a tiny SFT adapter, and take it to a better one through every stage of the pipeline."""
+    places = Places(Path(folder).absolute())
+    materials = locate_materials(places.root)
+    make_prompts(materials)
+    make_base_model(materials)
+    make_sft_adapter(materials)
+    with model_servers(places, materials) as config:
+        result = await dpo_pipeline(config)
+    await show_result(result, config, UUID(flow_run.get_id()))
+    return result
+
+
+def main() -> int:
+    """Run the demo, or with --up or --server only serve what it made; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m flows.demo", description=main.__doc__)
+    parser.add_argument("--folder", default=".demo", help="where everything is kept (default: .demo)")
+    parser.add_argument("--up", action="store_true", help="serve the adapters and the Prefect UI until Ctrl-C")
+    parser.add_argument("--server", action="store_true", help="serve the Prefect UI until Ctrl-C")
+    options = parser.parse_args()
+    places = Places(Path(options.folder).absolute())
+    try:
+        with prefect_api(places) as ui:
+            if options.up or options.server:
+                return serve_until_interrupted(places, ui, models=options.up)
+            announce(places, ui)
+            result = asyncio.run(demo(options.folder))
+            return 0 if result.promotion is not None else 1
+    except PreflowError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; run it again and it goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

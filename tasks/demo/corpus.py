@@ -1,0 +1,258 @@
+"""Scenes between the lodgers of the Crooked Kettle, generated from a seed: pretraining and SFT rows, and prompts."""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tasks.demo.material import BY_NAME, CHARACTERS, TOPICS, Character, Topic
+
+Message = dict[str, str]
+Row = dict[str, list[Message]]
+PromptRow = dict[str, list[Message] | str]
+
+HELD_OUT_SHARE = 0.3
+
+
+class Flaw(StrEnum):
+    """What can be wrong with a scene; the SFT corpus holds them all, so that preference tuning has work to do."""
+
+    WRONG_VOICE = "wrong_voice"
+    OFF_TOPIC = "off_topic"
+    REPEATED = "repeated"
+    BROKEN_FORMAT = "broken_format"
+    NO_ENDING = "no_ending"
+
+
+FLAW_RATES = {
+    Flaw.WRONG_VOICE: 0.40,
+    Flaw.OFF_TOPIC: 0.40,
+    Flaw.REPEATED: 0.30,
+    Flaw.BROKEN_FORMAT: 0.08,
+    Flaw.NO_ENDING: 0.30,
+}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One topic with one cast; all of an episode's prompts fall on the same side of the train/held-out split."""
+
+    topic: Topic
+    cast: tuple[Character, ...]
+
+    @property
+    def group(self) -> str:
+        return "-".join([self.topic.name, *(character.name.lower() for character in self.cast)])
+
+    @property
+    def is_held_out(self) -> bool:
+        digest = hashlib.sha256(self.group.encode()).digest()
+        return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+@dataclass(frozen=True)
+class Line:
+    """One `[NAME] text` line of a scene."""
+
+    speaker: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"[{self.speaker}] {self.text}"
+
+
+def episodes(*, held_out: bool) -> list[Episode]:
+    """Return one side of the split of every topic with every cast of two or three, in a fixed order."""
+    casts = [cast for size in (2, 3) for cast in itertools.combinations(CHARACTERS, size)]
+    everything = (Episode(topic, cast) for topic in TOPICS for cast in casts)
+    return [episode for episode in everything if episode.is_held_out == held_out]
+
+
+def system_message(episode: Episode) -> str:
+    """Return the system message: the topic, who is present, and the form of a line."""
+    people = ", ".join(f"{character.name} is {character.role}" for character in episode.cast)
+    return f"About {episode.topic.thing}. {people}. Each line: [NAME] text"
+
+
+class SceneWriter:
+    """Write the lines of one scene; no template and, while any are left, no filler is used twice."""
+
+    def __init__(self, topic: Topic, rng: random.Random) -> None:
+        self.topic = topic
+        self._rng = rng
+        self._used: set[str] = set()
+
+    def _pick(self, options: tuple[str, ...]) -> str:
+        fresh = [option for option in options if option not in self._used] or list(options)
+        choice = self._rng.choice(fresh)
+        self._used.add(choice)
+        return choice
+
+    def text(self, voice: Character) -> str:
+        """Return something on the topic in this character's voice."""
+        template = self._pick(voice.lines)
+        slots = {"thing": (self.topic.thing,), "part": self.topic.parts}
+        slots |= {"trouble": self.topic.troubles, "remedy": self.topic.remedies}
+        for slot, options in slots.items():
+            title = slot.capitalize()
+            if f"{{{slot}}}" in template or f"{{{title}}}" in template:
+                filler = self._pick(options)
+                template = template.replace(f"{{{slot}}}", filler)
+                template = template.replace(f"{{{title}}}", filler[0].upper() + filler[1:])
+        return template
+
+    def closer(self, voice: Character) -> str:
+        """Return a last line in this character's voice."""
+        return self._pick(voice.closers)
+
+
+def opening(episode: Episode, rng: random.Random) -> list[Line]:
+    """Return the first one to three lines of a scene, all of them good; the first fixes the topic."""
+    writer = SceneWriter(episode.topic, rng)
+    speakers = _turns(episode.cast, rng, after=None)
+    return [Line(who.name, writer.text(who)) for who in itertools.islice(speakers, rng.randint(1, 3))]
+
+
+def continuation(episode: Episode, start: list[Line], flaws: frozenset[Flaw], rng: random.Random) -> str:
+    """Return the rest of the scene: with no flaws, three to five lines in voice, on topic, and a proper ending."""
+    writer = SceneWriter(episode.topic, rng)
+    speakers = list(itertools.islice(_turns(episode.cast, rng, after=start[-1].speaker), rng.randint(3, 5)))
+    said = {line.text for line in start}
+    lines: list[Line] = []
+    for who in speakers[:-1]:
+        lines.append(Line(who.name, _unsaid(writer, who, said)))
+        said.add(lines[-1].text)
+    lines.append(Line(speakers[-1].name, writer.closer(speakers[-1])))
+    for flaw in Flaw:
+        if flaw in flaws:
+            lines = _SPOILERS[flaw](lines, episode, start, rng)
+    text = "\n".join(str(line) for line in lines)
+    return _break_format(text, episode, rng) if Flaw.BROKEN_FORMAT in flaws else text
+
+
+def _unsaid(writer: SceneWriter, voice: Character, said: set[str]) -> str:
+    text = writer.text(voice)
+    while text in said:
+        text = writer.text(voice)
+    return text
+
+
+def _turns(cast: tuple[Character, ...], rng: random.Random, after: str | None) -> Iterator[Character]:
+    """Yield speakers for ever, nobody twice in a row."""
+    while True:
+        speaker = rng.choice([character for character in cast if character.name != after])
+        after = speaker.name
+        yield speaker
+
+
+def _wrong_voice(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
+    writer = SceneWriter(episode.topic, rng)
+    spoiled = set(rng.sample(range(len(lines) - 1), rng.randint(1, len(lines) - 1)))
+    return [_misattributed(line, writer, rng) if i in spoiled else line for i, line in enumerate(lines)]
+
+
+def _misattributed(line: Line, writer: SceneWriter, rng: random.Random) -> Line:
+    others = [character for character in CHARACTERS if character.name != line.speaker]
+    return Line(line.speaker, writer.text(rng.choice(others)))
+
+
+def _off_topic(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
+    writer = SceneWriter(rng.choice([topic for topic in TOPICS if topic != episode.topic]), rng)
+    first = rng.randrange(len(lines) - 1)
+    drifted = [Line(line.speaker, writer.text(BY_NAME[line.speaker])) for line in lines[first:-1]]
+    return [*lines[:first], *drifted, lines[-1]]
+
+
+def _repeated(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
+    target = rng.randrange(1, len(lines))
+    source = rng.choice([*start, *lines[:target]])
+    return [*lines[:target], source, *lines[target:]]
+
+
+def _no_ending(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
+    writer = SceneWriter(episode.topic, rng)
+    speakers = itertools.islice(_turns(episode.cast, rng, after=lines[-1].speaker), rng.choice((0, 0, 2)))
+    return [*lines[:-1], *(Line(who.name, writer.text(who)) for who in speakers)]
+
+
+def _unchanged(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
+    return lines
+
+
+_SPOILERS = {
+    Flaw.WRONG_VOICE: _wrong_voice,
+    Flaw.OFF_TOPIC: _off_topic,
+    Flaw.REPEATED: _repeated,
+    Flaw.NO_ENDING: _no_ending,
+    Flaw.BROKEN_FORMAT: _unchanged,
+}
+
+
+def _break_format(text: str, episode: Episode, rng: random.Random) -> str:
+    kind = rng.randrange(3)
+    if kind == 0:
+        return text.replace("[", "").replace("]", ":")
+    if kind == 1:
+        return text.replace("\n", " ")
+    absent = rng.choice([character.name for character in CHARACTERS if character not in episode.cast])
+    return text.replace(f"[{episode.cast[0].name}]", f"[{absent}]")
+
+
+def _random_flaws(rng: random.Random, share: float) -> frozenset[Flaw]:
+    return frozenset(flaw for flaw, rate in FLAW_RATES.items() if rng.random() < rate * share)
+
+
+def _prompt(episode: Episode, start: list[Line]) -> list[Message]:
+    scene = "\n".join(str(line) for line in start)
+    return [{"role": "system", "content": system_message(episode)}, {"role": "user", "content": scene}]
+
+
+def sft_rows(count: int, seed: int) -> list[Row]:
+    """Return `count` rows {prompt, completion} from the training episodes, flawed at FLAW_RATES."""
+    return _rows(count, f"sft/{seed}", flaw_share=1.0)
+
+
+def pretraining_rows(count: int, seed: int) -> list[Row]:
+    """Return the base model's corpus: other conversations from the training episodes, with fewer flaws."""
+    return _rows(count, f"pretraining/{seed}", flaw_share=0.25)
+
+
+def _rows(count: int, stream: str, flaw_share: float) -> list[Row]:
+    pool = episodes(held_out=False)
+    rows: list[Row] = []
+    for index in range(count):
+        rng = random.Random(f"{stream}/{index}")
+        episode = rng.choice(pool)
+        start = opening(episode, rng)
+        completion = continuation(episode, start, _random_flaws(rng, flaw_share), rng)
+        rows.append({"prompt": _prompt(episode, start), "completion": [{"role": "assistant", "content": completion}]})
+    return rows
+
+
+def training_prompts(count: int, seed: int) -> list[PromptRow]:
+    """Return `count` different prompts {prompt, group} of the training episodes."""
+    return _prompts(count, seed, held_out=False)
+
+
+def heldout_prompts(count: int, seed: int) -> list[PromptRow]:
+    """Return `count` different prompts {prompt, group}; whatever the seeds, no group is shared with training."""
+    return _prompts(count, seed, held_out=True)
+
+
+def _prompts(count: int, seed: int, *, held_out: bool) -> list[PromptRow]:
+    pool = episodes(held_out=held_out)
+    random.Random(f"order/{seed}/{held_out}").shuffle(pool)
+    rows: list[PromptRow] = []
+    seen: set[str] = set()
+    for index in itertools.count():
+        if len(rows) == count:
+            return rows
+        episode = pool[index % len(pool)]
+        prompt = _prompt(episode, opening(episode, random.Random(f"prompt/{seed}/{held_out}/{index}")))
+        key = "\n".join(message["content"] for message in prompt)
+        if key not in seen:
+            seen.add(key)
+            rows.append({"prompt": prompt, "group": episode.group})
+    raise AssertionError("unreachable: itertools.count never ends")

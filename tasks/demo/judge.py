@@ -1,0 +1,192 @@
+"""A judge that costs nothing: an OpenAI-compatible server whose taste is `tasks.demo.rules`.
+
+Run as `python -m tasks.demo.judge --port 0 --log judge.jsonl`; it prints `listening on http://127.0.0.1:PORT/v1`.
+Where the environment has DEMO_JUDGE_KEY, requests need it as their bearer token.
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from tasks.demo.rules import score
+
+MODEL = "demo-judge"
+KEY_VARIABLE = "DEMO_JUDGE_KEY"
+SCENE = re.compile(r"^<<<SCENE ([0-9a-f]+)>>>$", re.MULTILINE)
+# Score gaps between best and worst at which the confidence rises to 2, 3, 4 and 5.
+CONFIDENCE_STEPS = (0.03, 0.08, 0.15, 0.25)
+CHARACTERS_PER_TOKEN = 4
+
+
+class UnreadablePrompt(ValueError):
+    """The prompt is not in the form that the judge knows."""
+
+
+def parse_prompt(text: str) -> tuple[str, list[str]]:
+    """Return a judge prompt's scene and completions, in the order shown; raise UnreadablePrompt for any other text."""
+    announced = SCENE.search(text)
+    if announced is None:
+        raise UnreadablePrompt("no line <<<SCENE nonce>>> in the last user message")
+    nonce = announced[1]
+    scene = _block(text, "SCENE", nonce)
+    count = len(re.findall(rf"^<<<COMPLETION \d+ {nonce}>>>$", text, re.MULTILINE))
+    if scene is None or count < 2:
+        raise UnreadablePrompt(f"a whole scene and two or more completions are needed, found {count} completions")
+    completions = [_block(text, f"COMPLETION {number}", nonce) for number in range(1, count + 1)]
+    whole = [completion for completion in completions if completion is not None]
+    if len(whole) < count:
+        raise UnreadablePrompt(f"completion {completions.index(None) + 1} of {count} is missing or has no end line")
+    return scene, whole
+
+
+def _block(text: str, label: str, nonce: str) -> str | None:
+    pattern = rf"^<<<{label} {nonce}>>>\n(.*?)\n?^<<<END {label} {nonce}>>>$"
+    found = re.search(pattern, text, re.MULTILINE | re.DOTALL)
+    return found[1] if found else None
+
+
+def verdict(scene: str, completions: Sequence[str]) -> dict[str, int]:
+    """Return the 1-based positions of best and worst and a confidence from 1 to 5; ties go to the lower position.
+
+    The worst is looked for among the others, so that best and worst differ even where all are equal.
+    """
+    marks = [score(scene, completion).total for completion in completions]
+    best = max(range(len(marks)), key=lambda i: (marks[i], -i))
+    worst = min((i for i in range(len(marks)) if i != best), key=lambda i: (marks[i], i))
+    gap = marks[best] - marks[worst]
+    return {"best": best + 1, "worst": worst + 1, "confidence": 1 + sum(gap >= step for step in CONFIDENCE_STEPS)}
+
+
+def create_app(log: Path | None = None, key: str | None = None) -> Starlette:
+    """Return the judge as an ASGI application; `log` gets one JSON line for each chat request."""
+    app = Starlette(
+        routes=[
+            Route("/v1/models", _models, methods=["GET"]),
+            Route("/v1/chat/completions", _chat, methods=["POST"]),
+        ]
+    )
+    app.state.log = log
+    app.state.key = key
+    return app
+
+
+async def _models(request: Request) -> JSONResponse:
+    if not _is_authorised(request):
+        return _unauthorised()
+    return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "preflow"}]})
+
+
+async def _chat(request: Request) -> JSONResponse:
+    raw = await request.body()
+    response, note = _answer(request, raw)
+    _write_log(request.app.state.log, {"time": time.time(), "status": response.status_code, **note})
+    return response
+
+
+def _answer(request: Request, raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
+    """Return the response and what the log should say about it."""
+    if not _is_authorised(request):
+        return _unauthorised(), {}
+    try:
+        body = json.loads(raw)
+        if body["model"] != MODEL:
+            message = f"The model {body['model']!r} does not exist; this server has {MODEL!r}."
+            return _error(404, message, "model_not_found"), {"model": body["model"]}
+        scene, completions = parse_prompt(_last_user_message(body["messages"]))
+    except UnreadablePrompt as problem:
+        return _error(400, f"The demo judge cannot read this prompt: {problem}.", "invalid_prompt"), {}
+    except (ValueError, KeyError, TypeError) as problem:
+        return _error(400, f"This is not a chat completion request: {problem!r}.", "invalid_request"), {}
+    decision = verdict(scene, completions)
+    completion = _chat_completion(body["messages"], decision)
+    return JSONResponse(completion), {**decision, "completions": len(completions), "usage": completion["usage"]}
+
+
+def _last_user_message(messages: Sequence[dict[str, Any]]) -> str:
+    """Return the text of the last user message, given as a string or as text parts."""
+    contents = [message["content"] for message in messages if message["role"] == "user"]
+    if not contents:
+        raise UnreadablePrompt("no user message")
+    content = contents[-1]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _chat_completion(messages: Sequence[dict[str, Any]], decision: dict[str, int]) -> dict[str, Any]:
+    content = f"```json\n{json.dumps(decision)}\n```"
+    prompt_tokens = _estimate_tokens("".join(str(message["content"]) for message in messages))
+    completion_tokens = _estimate_tokens(content)
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": content},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+
+
+def _estimate_tokens(text: str) -> int:
+    return max(1, round(len(text) / CHARACTERS_PER_TOKEN))
+
+
+def _is_authorised(request: Request) -> bool:
+    key: str | None = request.app.state.key
+    return key is None or request.headers.get("authorization") == f"Bearer {key}"
+
+
+def _unauthorised() -> JSONResponse:
+    return _error(401, f"Missing or wrong API key; the server took its own from {KEY_VARIABLE}.", "invalid_api_key")
+
+
+def _error(status: int, message: str, code: str) -> JSONResponse:
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status_code=status)
+
+
+def _write_log(log: Path | None, entry: dict[str, Any]) -> None:
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--log", type=Path, help="file that gets one JSON line a request")
+    arguments = parser.parse_args()
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", arguments.port))
+    listener.listen(1024)
+    print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
+    app = create_app(arguments.log, os.environ.get(KEY_VARIABLE) or None)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

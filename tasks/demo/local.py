@@ -1,0 +1,155 @@
+"""This machine as the place of a run: the demo's folders, servers and configuration, and what it shows at the end."""
+
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+from tasks.config import (
+    EvaluationConfig,
+    GenerationConfig,
+    JudgingConfig,
+    PipelineConfig,
+    PromotionConfig,
+    TrainingConfig,
+)
+from tasks.demo.materials import Materials, locate_materials
+from tasks.demo.services import judge_server, prefect_server
+from tasks.demo.serving import VllmServer
+from tasks.demo.summary import before_and_after, stage_seconds, summarise
+from tasks.errors import PreflowError
+from tasks.promotion import read_pointer
+from tasks.report import report_uri
+from tasks.runs import PipelineResult, find_result
+
+LOG = logging.getLogger(__name__)
+SERVED_NAME = "dpo"
+JUDGE_KEY = "DEMO_JUDGE_KEY"
+VLLM_PYTHON = Path(".venv-serve/bin/python")
+# Nothing is asked of these when an equal run has finished.
+NOWHERE = "http://127.0.0.1:9/v1"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the demo keeps things, below one folder."""
+
+    root: Path
+
+    @property
+    def workspace(self) -> Path:
+        """The pipeline's workspace."""
+        return self.root / "workspace"
+
+    @property
+    def logs(self) -> Path:
+        """The servers' logs."""
+        return self.root / "logs"
+
+    @property
+    def prefect_home(self) -> Path:
+        """The Prefect server's database."""
+        return self.root / "prefect"
+
+
+def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> PipelineConfig:
+    """Return the pipeline's configuration for a tiny model on CPU; `vllm` and `judge` are base URLs."""
+    return PipelineConfig(
+        prompts=str(materials.prompts),
+        eval_prompts=str(materials.held_out),
+        workspace=str(places.workspace),
+        generation=GenerationConfig(
+            endpoint=vllm, model="sft", num_completions=4, temperature=0.9, max_tokens=96, frequency_penalty=0.0,
+            max_concurrency=64,
+        ),
+        judging=JudgingConfig(endpoint=judge, model="demo-judge", api_key=f"env:{JUDGE_KEY}", rubric="demo"),
+        training=TrainingConfig(
+            base_model=str(materials.base), sft_adapter=str(materials.sft), load_in_4bit=False, bf16=False,
+            sft_weight=1.0, learning_rate=1e-3, max_steps=60, warmup_steps=5, max_length=512,
+        ),
+        evaluation=EvaluationConfig(num_samples=4),
+        promotion=PromotionConfig(name=SERVED_NAME, endpoint=vllm),
+    )
+
+
+@contextmanager
+def prefect_api(places: Places) -> Iterator[str]:
+    """Give this process a Prefect API, that of PREFECT_API_URL or a server of our own; yields the UI's address."""
+    if url := PREFECT_API_URL.value():
+        yield url.removesuffix("/api")
+        return
+    with prefect_server(places.prefect_home) as server:
+        ui = f"http://127.0.0.1:{server.port}"
+        os.environ["PREFECT_API_URL"] = f"{ui}/api"
+        with temporary_settings({PREFECT_API_URL: f"{ui}/api", PREFECT_HOME: places.prefect_home}):
+            yield ui
+
+
+@contextmanager
+def model_servers(places: Places, materials: Materials) -> Iterator[PipelineConfig]:
+    """Start vLLM and the judge, unless the run they are for has finished; yields the run's configuration."""
+    os.environ.setdefault(JUDGE_KEY, secrets.token_hex(16))
+    finished = demo_config(places, materials, NOWHERE, NOWHERE)
+    if find_result(finished) is not None:
+        LOG.info("an equal run has finished: no model server is needed")
+        yield finished
+        return
+    with ExitStack() as running:
+        judge = running.enter_context(judge_server(places.logs, os.environ[JUDGE_KEY]))
+        vllm = running.enter_context(_vllm(places, materials))
+        yield demo_config(places, materials, vllm.base_url, f"http://127.0.0.1:{judge.port}/v1")
+
+
+def _vllm(places: Places, materials: Materials) -> VllmServer:
+    if not VLLM_PYTHON.exists():
+        raise PreflowError(f"{VLLM_PYTHON} is not there: run `make demo`, which installs vLLM")
+    adapters = {"sft": materials.sft}
+    pointer = read_pointer(str(places.workspace), SERVED_NAME)
+    if pointer is not None:
+        adapters[SERVED_NAME] = Path(pointer["current"]["uri"])
+    return VllmServer(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters)
+
+
+def announce(places: Places, ui: str) -> None:
+    """Say where the run can be looked at while it goes on."""
+    print(f"Prefect UI: {ui} (while the demo runs; `make up` brings it back)")
+    print(f"Workspace:  {places.workspace}\nLogs:       {places.logs}\n", flush=True)
+
+
+def serve_until_interrupted(places: Places, ui: str, models: bool) -> int:
+    """Keep the servers up until Ctrl-C or SIGTERM, and say how to talk to them."""
+    print(f"Prefect UI: {ui}")
+    with ExitStack() as running:
+        if models:
+            materials = locate_materials(places.root)
+            if not materials.sft.exists():
+                raise PreflowError("there is nothing to serve yet: run `make demo` first")
+            vllm = running.enter_context(_vllm(places, materials))
+            print(f"vLLM:       {vllm.base_url} serves {', '.join(vllm.adapters)}")
+        print("Ctrl-C ends it", flush=True)
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    return 0
+
+
+async def show_result(result: PipelineResult, config: PipelineConfig, flow_run_id: UUID) -> None:
+    """Print what the run did and whether the adapter is better, and one scene before and after."""
+    rows = summarise(result, config.workspace)
+    rows += [(f"time, {name}", f"{seconds:.0f} s") for name, seconds in await stage_seconds(flow_run_id)]
+    rows += [("report", report_uri(config)), ("Prefect UI", f"{_ui_address()}/runs/flow-run/{flow_run_id}")]
+    width = max(len(name) for name, _ in rows)
+    print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    for title, text in before_and_after(result, config.workspace).items():
+        print(f"\n{title}:\n" + "\n".join(f"    {line}" for line in text.splitlines()), flush=True)
+    if result.promotion is None:
+        print("\nThe new adapter did not win by enough, so it was not promoted.", flush=True)
+
+
+def _ui_address() -> str:
+    return str(PREFECT_API_URL.value()).removesuffix("/api")

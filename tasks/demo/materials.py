@@ -1,0 +1,85 @@
+"""What the demo starts from, made once and kept: prompts, a tiny base model, its SFT adapter."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from tasks.storage import digest, file_sha256
+
+SEED = 7
+TRAINING_PROMPTS, HELD_OUT_PROMPTS = 240, 200
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Where the demo's materials are; the folder's name is the digest of the code that makes them."""
+
+    folder: Path
+
+    @property
+    def prompts(self) -> Path:
+        """Training prompts, JSONL."""
+        return self.folder / "prompts.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        """Held-out prompts, JSONL."""
+        return self.folder / "held-out.jsonl"
+
+    @property
+    def base(self) -> Path:
+        """The base model."""
+        return self.folder / "base"
+
+    @property
+    def sft(self) -> Path:
+        """The SFT adapter."""
+        return self.folder / "sft"
+
+
+def locate_materials(root: Path) -> Materials:
+    """Return where the materials of this version of the code belong."""
+    sources = [Path(__file__).parent / name for name in ("corpus.py", "material.py", "model.py")]
+    counts = [SEED, TRAINING_PROMPTS, HELD_OUT_PROMPTS]
+    return Materials(root / "materials" / digest([*map(file_sha256, sources), *counts])[:12])
+
+
+@task(name="make-prompts")
+def make_prompts(materials: Materials) -> None:
+    """Write the training and the held-out prompts, if they are not there."""
+    from tasks.demo.corpus import heldout_prompts, training_prompts
+
+    if not materials.prompts.exists():
+        _write_rows(materials.prompts, training_prompts(TRAINING_PROMPTS, SEED))
+    if not materials.held_out.exists():
+        _write_rows(materials.held_out, heldout_prompts(HELD_OUT_PROMPTS, SEED))
+
+
+@task(name="make-base-model")
+def make_base_model(materials: Materials) -> None:
+    """Pretrain the base model, if it is not there."""
+    if not materials.base.exists():
+        from tasks.demo.model import build_base_model
+
+        build_base_model(materials.base, SEED)
+
+
+@task(name="make-sft-adapter")
+def make_sft_adapter(materials: Materials) -> None:
+    """Fine-tune the SFT adapter, if it is not there."""
+    if not materials.sft.exists():
+        from tasks.demo.model import build_sft_adapter
+
+        build_sft_adapter(materials.base, materials.sft, SEED)
+
+
+def _write_rows(path: Path, rows: Iterable[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.part")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,137 @@
+"""What a run shows: Prefect artifacts of each stage, and one self-contained HTML page of the whole."""
+
+import json
+import posixpath
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from prefect.artifacts import acreate_markdown_artifact
+
+from tasks.config import EndpointConfig, EvaluationConfig, PipelineConfig
+from tasks.ledger import Ledger, Spent, StageCost
+from tasks.quality import QualityReport
+from tasks.reporting import (
+    ReportSection,
+    cost_section,
+    evaluation_section,
+    lineage_section,
+    pairs_section,
+    quality_section,
+    render_html,
+    render_markdown,
+    sample_rows,
+    training_section,
+)
+from tasks.runs import PipelineResult, run_key
+from tasks.storage import AdapterRef, EvaluationRef, PreferencesRef, Reference, Workspace
+from tasks.training.plots import plot_metrics
+from tasks.wire import Usage
+
+
+async def report_preferences(preferences: PreferencesRef, workspace: str) -> None:
+    """Show in the UI what was measured about the judge, and pairs to read."""
+    for section in preference_sections(preferences, workspace):
+        await _publish(section)
+
+
+async def report_training(adapter: AdapterRef, workspace: str) -> None:
+    """Show in the UI the curves of a training, its readings and the advice."""
+    await _publish(training_page(adapter, workspace))
+
+
+async def report_evaluation(evaluation: EvaluationRef, workspace: str, bar: float = 0.5) -> None:
+    """Show in the UI whether the adapter won, and comparisons to read."""
+    await _publish(evaluation_page(evaluation, workspace, bar))
+
+
+async def report_run(config: PipelineConfig, result: PipelineResult) -> str:
+    """Write the page of a whole run into the workspace, and return its uri."""
+    store = Workspace(config.workspace)
+    manifests = gather_manifests(store, result)
+    ending = [cost_section(add_up(config, manifests)), lineage_section(manifests)]
+    for section in ending:
+        await _publish(section)
+    sections = [
+        evaluation_page(result.evaluation, config.workspace, config.promotion.min_win_rate),
+        *preference_sections(result.preferences, config.workspace),
+        training_page(result.adapter, config.workspace),
+        *ending,
+    ]
+    uri = report_uri(config)
+    store.write_bytes(uri, render_html(f"preflow: {config.promotion.name}", sections).encode())
+    return uri
+
+
+def report_uri(config: PipelineConfig) -> str:
+    """Return where the page of a run lies."""
+    return Workspace(config.workspace).uri("runs", run_key(config), "report.html")
+
+
+async def _publish(section: ReportSection) -> None:
+    key = section.title.lower().replace(" ", "-")
+    await acreate_markdown_artifact(key=key, markdown=render_markdown(section), description=section.summary)
+
+
+def preference_sections(preferences: PreferencesRef, workspace: str) -> list[ReportSection]:
+    """Return the sections on the judge's quality and on the pairs."""
+    store = Workspace(workspace)
+    quality = QualityReport.model_validate(store.read_json(beside(preferences, "quality.json")))
+    picture = store.read_bytes(beside(preferences, "quality.png"))
+    return [quality_section(quality, picture), pairs_section(sample_rows(_rows(store, preferences.uri)))]
+
+
+def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
+    """Return the section on a training."""
+    store = Workspace(workspace)
+    folder = posixpath.dirname(adapter.uri)
+    metrics = list(_rows(store, posixpath.join(folder, "metrics.jsonl")))
+    return training_section(store.read_json(posixpath.join(folder, "health.json")), metrics, plot_metrics(metrics))
+
+
+def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
+    """Return the section on the win rate."""
+    store = Workspace(workspace)
+    comparisons = sample_rows(_rows(store, beside(evaluation, "comparisons.jsonl")))
+    return evaluation_section(store.read_json(evaluation.uri), comparisons, bar)
+
+
+def beside(reference: Reference, name: str) -> str:
+    """Return the uri of a file in the folder of an artifact."""
+    return posixpath.join(posixpath.dirname(reference.uri), name)
+
+
+def _rows(store: Workspace, uri: str) -> Iterator[dict[str, Any]]:
+    return (json.loads(line) for line in store.lines(uri))
+
+
+def gather_manifests(store: Workspace, result: PipelineResult) -> list[dict[str, Any]]:
+    """Return the manifests of everything a run was made of, each once, the earliest first."""
+    found: dict[str, dict[str, Any]] = {}
+    waiting = [ref.manifest for ref in reversed(result.references()) if ref.manifest]
+    while waiting:
+        uri = waiting.pop(0)
+        if uri not in found and store.exists(uri):
+            found[uri] = store.read_json(uri)
+            waiting += [ref["manifest"] for ref in found[uri].get("upstream", []) if ref.get("manifest")]
+    return list(reversed(found.values()))
+
+
+def add_up(config: PipelineConfig, manifests: Sequence[dict[str, Any]]) -> Ledger:
+    """Return what the artifacts of a run cost to make, whichever run made them.
+
+    Tokens are priced as the configuration of now says; GPU time is the trainer's wall-clock.
+    """
+    evaluation = config.filled().evaluation
+    ledger = Ledger()
+    for manifest in manifests:
+        usage, stage = manifest.get("usage"), str(manifest.get("stage", ""))
+        if usage:
+            spent = Spent.of_usage(Usage(**usage), _prices(config, evaluation, stage))
+            ledger = ledger.plus(StageCost(stage=stage, used=spent))
+    return ledger
+
+
+def _prices(config: PipelineConfig, evaluation: EvaluationConfig, stage: str) -> EndpointConfig:
+    if stage == "judging":
+        return evaluation.judging or config.judging
+    return evaluation.generation or config.generation

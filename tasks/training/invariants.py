@@ -1,0 +1,172 @@
+"""What must hold in every training. Each check stops the trainer with exit code 42, a cause and a remedy."""
+
+import math
+from collections.abc import Mapping
+
+from tasks.config import LossType, TrainingConfig
+from tasks.errors import PreflowError
+
+FIRST_LOSS_TOLERANCE = 1e-3
+MARGIN_TOLERANCE = 1e-3
+# Saved and running adapter give equal log-probs; bfloat16 autocast may round differently between two kernels.
+SAVED_LOGPS_TOLERANCE = 1e-3
+
+
+class InvariantError(PreflowError):
+    """An invariant of training is broken; `name` says which."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"invariant {name}: {message}")
+        self.name = name
+
+
+def loss_at_margin_zero(training: TrainingConfig) -> float:
+    """Return the DPO loss where policy and reference agree, without an added SFT term.
+
+    Sigmoid, robust and sigmoid_norm: ln 2 (Rafailov et al. 2023, eq. 7; label smoothing does not change it);
+    hinge: 1; ipo: (1 / (2 beta))^2 (Azar et al. 2023, eq. 17).
+    """
+    if training.loss_type is LossType.HINGE:
+        return 1.0
+    if training.loss_type is LossType.IPO:
+        return (0.5 / training.beta) ** 2
+    return math.log(2)
+
+
+def check_first_loss(measured: Mapping[str, float], training: TrainingConfig) -> None:
+    """Check loss and margin on the first batches, before the first update of a fresh start.
+
+    Args:
+        measured: `loss` (without the SFT term), `rewards/margins`, `rewards/chosen`, `rewards/rejected`.
+        training: gives the loss and beta.
+
+    Raises:
+        InvariantError: `first-loss` or `first-margin`.
+    """
+    expected = loss_at_margin_zero(training)
+    margin = max(abs(measured[name]) for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"))
+    if not abs(measured["loss"] - expected) <= FIRST_LOSS_TOLERANCE * max(1.0, expected):
+        raise InvariantError(
+            "first-loss",
+            f"the {training.loss_type.value} loss before the first update is {measured['loss']:.6f}, where it must be "
+            f"{expected:.6f}. The reference is not the SFT policy (the base model, or another adapter, stands in its "
+            "place), or dropout is on in one of the two. Check sft_adapter and the installed trl and peft versions.",
+        )
+    if not margin <= MARGIN_TOLERANCE:
+        raise InvariantError(
+            "first-margin",
+            f"policy and reference differ by {margin:.6f} in reward before the first update, where they must be equal. "
+            "The reference is not the SFT policy; check sft_adapter.",
+        )
+
+
+def check_resumed_margin(measured: Mapping[str, float], weights_moved: bool) -> None:
+    """Check that a resumed policy is not the SFT policy again.
+
+    Raises:
+        InvariantError: `resumed-margin`.
+    """
+    if weights_moved and measured["rewards/chosen"] == 0 and measured["rewards/rejected"] == 0:
+        raise InvariantError(
+            "resumed-margin",
+            "after resuming, policy and reference give equal log-probs, though the checkpoint's weights had moved: the "
+            "checkpoint was loaded into the reference too, or not at all. Delete the newest checkpoint and run again.",
+        )
+
+
+def check_reference(found: str, expected: str, what: str) -> None:
+    """Check that the reference's weights are the SFT adapter's.
+
+    Args:
+        found: digest of the reference's weights (`model.weights_digest`).
+        expected: digest of the SFT adapter's weights file.
+        what: where `found` comes from, for the message.
+
+    Raises:
+        InvariantError: `reference-is-sft`.
+    """
+    if found != expected:
+        raise InvariantError(
+            "reference-is-sft",
+            f"the weights of {what} have digest {found[:12]}, those of the SFT adapter {expected[:12]}. The policy was "
+            "built from something else than the SFT adapter (a checkpoint?), so training would pull towards the wrong "
+            "model. Give the SFT adapter as sft_adapter, and never a checkpoint of this training.",
+        )
+
+
+def check_resumed_weights(found: str, expected: str) -> None:
+    """Check that the policy's weights after a resume are those of the checkpoint.
+
+    Raises:
+        InvariantError: `resumed-weights`.
+    """
+    if found != expected:
+        raise InvariantError(
+            "resumed-weights",
+            f"after resuming, the policy's weights have digest {found[:12]}, the checkpoint says {expected[:12]}. "
+            "Delete that checkpoint and run again: the one before it is taken.",
+        )
+
+
+def check_trainable_precision(dtypes: Mapping[str, str]) -> None:
+    """Check that every trainable weight is fp32.
+
+    Raises:
+        InvariantError: `trainable-fp32`.
+    """
+    wrong = {name: dtype for name, dtype in dtypes.items() if dtype != "torch.float32"}
+    if wrong or not dtypes:
+        example = ", ".join(f"{name} is {dtype}" for name, dtype in list(wrong.items())[:2]) or "nothing is trainable"
+        raise InvariantError(
+            "trainable-fp32",
+            f"the trainable adapter must be fp32 ({example}); in bfloat16 small updates are rounded away. Check the "
+            "installed trl and peft versions against pyproject.toml.",
+        )
+
+
+def check_gradient(norm: float, step: int) -> None:
+    """Check that the gradient's norm is finite, before the update with it.
+
+    Raises:
+        InvariantError: `finite-gradient`.
+    """
+    if not math.isfinite(norm):
+        raise InvariantError(
+            "finite-gradient",
+            f"the gradient of step {step} has norm {norm}. Lower learning_rate, or look for pairs with empty or "
+            "extremely long sides; the checkpoint before this step is unharmed.",
+        )
+
+
+def check_weights_moved(moved: float, step: int) -> None:
+    """Check that the adapter differs from the SFT adapter after an update with a learning rate over 0.
+
+    Args:
+        moved: share of the adapter's weights that changed, 0-1.
+        step: the step, for the message.
+
+    Raises:
+        InvariantError: `adapter-moves`.
+    """
+    if not moved > 0:
+        raise InvariantError(
+            "adapter-moves",
+            f"after step {step} not one weight of the adapter has changed: its parameters are not the ones that the "
+            "optimizer updates, or all gradients are zero. Check that the pairs have two different sides and that "
+            "learning_rate is not negligible.",
+        )
+
+
+def check_saved_logps(running: Mapping[str, float], saved: Mapping[str, float]) -> None:
+    """Check that the adapter as saved gives the log-probs of the adapter as trained.
+
+    Raises:
+        InvariantError: `saved-adapter`.
+    """
+    for name in ("logps/chosen", "logps/rejected"):
+        if not abs(running[name] - saved[name]) <= SAVED_LOGPS_TOLERANCE * max(1.0, abs(running[name])):
+            raise InvariantError(
+                "saved-adapter",
+                f"{name} is {running[name]:.6f} with the trained adapter and {saved[name]:.6f} with the saved one, "
+                "loaded again. The adapter was not committed; run again, and check the disk if it happens twice.",
+            )

@@ -1,0 +1,203 @@
+"""A training that is killed, preempted or moved to another machine ends in the same bytes.
+
+PREFLOW_CHAOS=full kills at more points; PREFLOW_CHAOS_SEEDS (default 1) is the number of random kill schedules.
+"""
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.config import TrainingConfig
+from tests.fakes.tiny_training import TinyWorld
+from tests.fakes.training_process import Kill, TrainingProcesses
+
+FULL = os.environ.get("PREFLOW_CHAOS") == "full"
+SEEDS = int(os.environ.get("PREFLOW_CHAOS_SEEDS", "1"))
+PREEMPTED = 75
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
+    processes = TrainingProcesses(tmp_path_factory.mktemp("desks"))
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def config(world: TinyWorld) -> TrainingConfig:
+    """12 steps with dropout, accumulation and shuffling; logs, evaluations and checkpoints at odd steps."""
+    return world.config(disable_dropout=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    world: TinyWorld, processes: TrainingProcesses, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    training = world.config(disable_dropout=False)
+    workspace = tmp_path_factory.mktemp("undisturbed")
+    assert processes.run(world.preferences, workspace, training) == 0, processes.log()
+    return results(workspace)
+
+
+def results(workspace: Path) -> dict[str, bytes]:
+    """Return the bytes of everything that must not depend on what happened on the way."""
+    folder = training_folder(workspace)
+    names = ["metrics.jsonl", "health.json", "manifest.json"]
+    files = [*(folder / "adapter").iterdir(), *(folder / name for name in names)]
+    return {
+        str(file.relative_to(folder)): file.read_bytes().replace(str(workspace).encode(), b"") for file in files
+    }
+
+
+def finish(
+    processes: TrainingProcesses, world: TinyWorld, workspace: Path, training: TrainingConfig
+) -> dict[str, bytes]:
+    assert processes.run(world.preferences, workspace, training) == 0, processes.log()
+    return results(workspace)
+
+
+SIGTERMS = [Kill("load"), Kill("gradient", 7), Kill("prediction_step", 8), Kill("write", 2), Kill("adapter")]
+MORE_SIGTERMS = [Kill("training_step", 1), Kill("training_step", 12), Kill("prediction_step", 2)]
+SIGKILLS = [Kill("training_step", 15, signal.SIGKILL), Kill("put", 16, signal.SIGKILL)]
+MORE_SIGKILLS = [Kill(p, n, signal.SIGKILL) for p, n in [("reference", 3), ("write", 2), ("put", 5)]]
+POINTS = SIGTERMS + SIGKILLS + (MORE_SIGTERMS + MORE_SIGKILLS if FULL else [])
+DAMAGES = [("optimizer.safetensors", "cut"), ("COMMITTED.json", "removed")]
+MORE_DAMAGES = [("optimizer.safetensors", "removed"), ("COMMITTED.json", "cut")] if FULL else []
+
+
+@pytest.mark.parametrize(
+    "kill",
+    POINTS,
+    ids=lambda kill: f"{signal.Signals(kill.number).name}-{kill.point}-{kill.count}",
+)
+def test_a_kill_anywhere_changes_nothing(
+    kill: Kill,
+    world: TinyWorld,
+    processes: TrainingProcesses,
+    config: TrainingConfig,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    code = processes.run(world.preferences, tmp_path, config, kill)
+    assert code == (PREEMPTED if kill.number == signal.SIGTERM else -kill.number), processes.log()
+    assert not (training_folder(tmp_path) / "adapter" / "COMMITTED.json").exists()
+    assert finish(processes, world, tmp_path, config) == undisturbed
+
+
+def training_folder(workspace: Path) -> Path:
+    (folder,) = (workspace / "training").iterdir()
+    return folder
+
+
+def test_two_sigterms_save_once_and_lose_nothing(
+    world: TinyWorld,
+    processes: TrainingProcesses,
+    config: TrainingConfig,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    twice = Kill("training_step", 6), Kill("write", 1)
+    assert processes.run(world.preferences, tmp_path, config, *twice) == PREEMPTED
+    names = [folder.name for folder in (training_folder(tmp_path) / "checkpoints").iterdir()]
+    assert names == ["step-000002"]  # the sixth micro-batch belongs to the third step
+    assert finish(processes, world, tmp_path, config) == undisturbed
+
+
+def test_sigterm_saves_the_last_complete_step_not_the_last_periodic_one(
+    world: TinyWorld, processes: TrainingProcesses, config: TrainingConfig, tmp_path: Path
+) -> None:
+    assert processes.run(world.preferences, tmp_path, config, Kill("training_step", 14)) == PREEMPTED
+    assert (training_folder(tmp_path) / "checkpoints" / "step-000006" / "COMMITTED.json").exists()
+    assert "checkpoint_seconds" in processes.log()
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_training(
+    world: TinyWorld,
+    processes: TrainingProcesses,
+    config: TrainingConfig,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    kills = Kill("put", 10, full_disk=True), Kill("training_step", 21)
+    assert processes.run(world.preferences, tmp_path, config, *kills) == PREEMPTED
+    assert "No space left on device" in processes.log()
+    assert finish(processes, world, tmp_path, config) == undisturbed
+
+
+def test_a_full_disk_during_the_save_on_sigterm_falls_back_to_the_checkpoint_before(
+    world: TinyWorld,
+    processes: TrainingProcesses,
+    config: TrainingConfig,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    kills = Kill("training_step", 14), Kill("put", 9, full_disk=True)
+    assert processes.run(world.preferences, tmp_path, config, *kills) == PREEMPTED
+    assert "No space left on device" in processes.log()
+    assert finish(processes, world, tmp_path, config) == undisturbed
+    assert "resuming from the checkpoint of step 4" in processes.log()
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES + MORE_DAMAGES)
+def test_a_torn_checkpoint_is_named_and_skipped(
+    name: str,
+    damage: str,
+    world: TinyWorld,
+    processes: TrainingProcesses,
+    config: TrainingConfig,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    killed = Kill("training_step", 19, number=signal.SIGKILL)
+    assert processes.run(world.preferences, tmp_path, config, killed) == -signal.SIGKILL
+    file = training_folder(tmp_path) / "checkpoints" / "step-000008" / name
+    if damage == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert finish(processes, world, tmp_path, config) == undisturbed
+    assert "checkpoint step-000008 is skipped" in processes.log()
+    assert "resuming from the checkpoint of step 4" in processes.log()
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_training_preempted_killed_and_moved_ends_in_the_same_bytes(
+    seed: int, world: TinyWorld, tmp_path: Path
+) -> None:
+    """60 steps: 5 SIGTERMs and 5 kill -9 at random micro-batches, and 3 times the machine's local disk is gone."""
+    training = world.config(disable_dropout=False, max_steps=60, save_steps=7, gradient_accumulation_steps=3)
+    disk = tmp_path / "disk"
+    processes = TrainingProcesses(tmp_path / "desks", {"TMPDIR": str(disk)})
+    disk.mkdir()
+    assert processes.run(world.preferences, tmp_path / "calm", training) == 0, processes.log()
+    rng = random.Random(seed)
+    numbers = [signal.SIGTERM] * 5 + [signal.SIGKILL] * 5
+    rng.shuffle(numbers)
+    lost = set(rng.sample(range(10), 3))
+    for attempt, number in enumerate(numbers):
+        kill = Kill("training_step", rng.randint(1, 24), number=number)
+        processes.run(world.preferences, tmp_path / "stormy", training, kill)
+        if attempt in lost:
+            shutil.rmtree(disk)
+            disk.mkdir()
+    assert finish(processes, world, tmp_path / "stormy", training) == results(tmp_path / "calm")
+    processes.close()
+
+
+def test_a_part_of_a_training_never_yields_an_adapter(
+    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
+) -> None:
+    training = world.config(max_steps=30)
+    assert processes.run(world.preferences, tmp_path, training, Kill("training_step", 9)) == PREEMPTED
+    assert not (training_folder(tmp_path) / "adapter").exists()
+    assert (training_folder(tmp_path) / "checkpoints" / "step-000004").exists()

@@ -1,0 +1,141 @@
+"""The launcher under fire: interrupted, killed, and two trainers for one key."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.config import TrainingConfig
+from tasks.training.launch import Preempted, run_training, training_key
+from tasks.training.spec import Progress
+from tests.fakes.tiny_training import TinyWorld
+from tests.fakes.training_process import REPOSITORY, Kill, TrainingProcesses
+
+ENDLESS = {"max_steps": 100_000, "save_steps": 50_000, "eval_steps": 50_000, "logging_steps": 100}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[TrainingProcesses]:
+    processes = TrainingProcesses(tmp_path / "desks")
+    yield processes
+    processes.close()
+
+
+class Terminated(BaseException):
+    """What Prefect raises in the main thread on SIGTERM is a BaseException like this one."""
+
+
+def trainers(workspace: Path) -> list[int]:
+    """Return the pids of the training processes whose workspace this is."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                command = (process / "cmdline").read_bytes().split(b"\0")
+                spec = Path(command[-2].decode()) / "spec.json" if b"tasks.training.worker" in command else None
+                mine = spec is not None and json.loads(spec.read_text())["workspace"] == str(workspace)
+            except (OSError, ValueError, IndexError):
+                continue
+            if mine:
+                found.append(int(process.name))
+    return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def checkpoints(workspace: Path) -> list[Path]:
+    return list(workspace.glob("training/*/checkpoints/step-*/COMMITTED.json"))
+
+
+def test_an_interrupted_task_lets_the_trainer_save_and_raises_on(world: TinyWorld, tmp_path: Path) -> None:
+    training = world.config(**ENDLESS)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step >= 20:
+            raise Terminated
+
+    with pytest.raises(Terminated):
+        run_training(world.preferences, str(tmp_path), training, training_key(world.preferences, training), interrupt)
+    assert len(checkpoints(tmp_path)) == 1
+    assert trainers(tmp_path) == []
+    assert not list(tmp_path.glob("training/*/adapter"))
+
+
+def test_a_preempted_trainer_raises_preempted(world: TinyWorld, tmp_path: Path) -> None:
+    training = world.config(**ENDLESS)
+    sent = []
+
+    def preempt(progress: Progress) -> None:
+        if progress.step >= 20 and not sent:
+            sent.extend(trainers(tmp_path))
+            os.kill(sent[0], signal.SIGTERM)
+
+    with pytest.raises(Preempted):
+        run_training(world.preferences, str(tmp_path), training, training_key(world.preferences, training), preempt)
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def test_a_launcher_that_is_killed_leaves_no_trainer_behind(world: TinyWorld, tmp_path: Path) -> None:
+    training = world.config(**ENDLESS)
+    arguments = [world.preferences.model_dump_json(), str(tmp_path), training.model_dump_json()]
+    arguments.append(training_key(world.preferences, training))
+    code = (
+        "import sys; from tasks.config import TrainingConfig; from tasks.storage import PreferencesRef\n"
+        "from tasks.training.launch import run_training\n"
+        "a = sys.argv; run_training(PreferencesRef.model_validate_json(a[1]), a[2],"
+        " TrainingConfig.model_validate_json(a[3]), a[4])"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=REPOSITORY)
+    wait_for(lambda: list(tmp_path.glob("training/*/metrics.jsonl")), 120)
+    (trainer,) = trainers(tmp_path)
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: trainer not in trainers(tmp_path), training.grace_seconds + 5)
+    assert len(checkpoints(tmp_path)) == 1, "its last act was to save"
+
+
+def test_a_second_trainer_waits_and_takes_what_the_first_made(
+    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
+) -> None:
+    training = world.config()
+    first = processes.start(world.preferences, tmp_path, training)
+    second = processes.start(world.preferences, tmp_path, training)
+    assert {processes.wait(first), processes.wait(second)} == {0}
+    assert len(list(tmp_path.glob("training/*/adapter/COMMITTED.json"))) == 1
+    assert json.loads(next(tmp_path.glob("training/*/lease.json")).read_text())["token"] == 2
+
+
+def test_a_zombie_that_comes_back_cannot_commit(
+    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
+) -> None:
+    training: TrainingConfig = world.config(lease_seconds=3)
+    zombie = processes.start(world.preferences, tmp_path, training, (Kill("training_step", 9, signal.SIGSTOP),))
+    wait_for(lambda: is_stopped(zombie), 60)
+    assert processes.run(world.preferences, tmp_path, training) == 0, processes.log()
+    (adapter,) = tmp_path.glob("training/*/adapter")
+    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in adapter.iterdir()}
+    os.kill(zombie, signal.SIGCONT)
+    assert processes.wait(zombie) == 75
+    assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in adapter.iterdir()} == before
+    logs = [log.read_text() for log in (tmp_path / "desks").glob("desk-*/log")]
+    assert any("lost its lease to another" in log for log in logs)
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -1,0 +1,38 @@
+"""What tests of several kinds share: a real Prefect server."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PREFECT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",
+    "PREFECT_CLI_COLORS": "false",
+}
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a Prefect server of this test process's own and point Prefect at it; yields the API's address.
+
+    Processes that a test starts inherit the address from the environment. The server has a database of its own and a
+    free port, so test processes beside this one do not share it; it ends with this process, however that ends.
+    """
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    from tasks.demo.services import prefect_server as start_server
+    from tasks.logs import set_up_logs
+
+    set_up_logs()
+    home: Path = tmp_path_factory.mktemp("prefect") / "home"
+    home.mkdir()
+    with start_server(home) as server, pytest.MonkeyPatch.context() as environment:
+        url = f"http://127.0.0.1:{server.port}/api"
+        for name, value in {**PREFECT, "PREFECT_API_URL": url, "PREFECT_HOME": str(home)}.items():
+            environment.setenv(name, value)
+        assert os.environ["PREFECT_API_URL"] == url
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: home}):
+            yield url

@@ -1,0 +1,230 @@
+"""The training child as its launcher runs it: the whole way, its endings, and two processes at once."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tasks.config import LossType
+from tasks.errors import PreflowError
+from tasks.storage import AdapterRef, Workspace
+from tasks.training.launch import run_training, training_key
+from tasks.training.spec import Progress
+from tests.fakes.tiny_training import TinyWorld
+from tests.fakes.training_process import TrainingProcesses
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
+    processes = TrainingProcesses(tmp_path_factory.mktemp("desks"))
+    yield processes
+    processes.close()
+
+
+class Trained:
+    """One training through `run_training`, with what it reported."""
+
+    def __init__(self, world: TinyWorld, workspace: Path, **changes: Any) -> None:
+        self.progress: list[Progress] = []
+        self.workspace, self.training = workspace, world.config(**changes)
+        self.key = training_key(world.preferences, self.training)
+        self.world = world
+        self.adapter = self.run()
+
+    def run(self) -> AdapterRef:
+        return run_training(
+            self.world.preferences, str(self.workspace), self.training, self.key, self.progress.append
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.workspace / "training" / self.key
+
+
+@pytest.fixture(scope="module")
+def trained(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(world, tmp_path_factory.mktemp("workspace"))
+
+
+def test_the_reference_names_a_whole_adapter(trained: Trained, world: TinyWorld) -> None:
+    adapter = trained.adapter
+    assert Path(adapter.uri) == trained.folder / "adapter"
+    assert Workspace(trained.workspace).is_intact(adapter)
+    assert adapter.rows == 28
+    assert adapter.size == (trained.folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    names = {file.name for file in (trained.folder / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "COMMITTED.json"}
+
+
+def test_the_metrics_start_before_the_first_update_and_end_with_an_evaluation(trained: Trained) -> None:
+    rows = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    assert rows[0]["step"] == 0
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [5, 10, 12]
+    assert [row["step"] for row in rows if "loss" in row] == [0, 3, 6, 9, 12]
+    assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= rows[-1].keys()
+    assert not [name for row in rows for name in row if "runtime" in name or "per_second" in name]
+
+
+def test_the_manifest_says_what_made_it(trained: Trained, world: TinyWorld) -> None:
+    manifest = json.loads((trained.folder / "manifest.json").read_text())
+    assert manifest["config"]["learning_rate"] == 1e-2
+    upstream = {entry["kind"]: entry["sha256"] for entry in manifest["upstream"]}
+    assert upstream["preferences"] == world.preferences.sha256
+    assert upstream.keys() == {"preferences", "sft_adapter", "base_model"}
+    assert manifest["counts"]["train"]["used"] == 28
+    assert manifest["packages"]["trl"].startswith("1.16")
+    assert manifest["summary"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert manifest["summary"]["eval"]["step"] == 12
+    timing = json.loads((trained.folder / "timing.json").read_text())
+    assert len(timing["checkpoint_seconds"]) == 3
+    assert json.loads((trained.folder / "health.json").read_text())["readings"]
+
+
+def test_progress_is_told(trained: Trained) -> None:
+    phases = [progress.phase for progress in trained.progress]
+    assert phases[0] == "loading"
+    assert {"reference", "training", "evaluating", "saving"} <= set(phases)
+    last = [progress for progress in trained.progress if progress.phase == "training"][-1]
+    assert (last.step, last.total) == (12, 12)
+    assert last.pairs_per_second is not None
+    assert last.pairs_per_second > 0
+
+
+def test_a_finished_training_is_not_repeated(trained: Trained) -> None:
+    trained.progress.clear()
+    started = time.monotonic()
+    assert trained.run() == trained.adapter
+    assert time.monotonic() - started < 1
+    assert trained.progress == []
+
+
+def test_another_beta_takes_the_reference_log_probs_that_are_there(
+    trained: Trained, world: TinyWorld, processes: TrainingProcesses
+) -> None:
+    other = world.config(beta=0.3, learning_rate=3e-3, max_steps=20)
+    assert processes.run(world.preferences, trained.workspace, other) == 0, processes.log()
+    assert "reference log-probs taken from" in processes.log()
+    assert len(list((trained.workspace / "reference-logprobs").iterdir())) == 1
+
+
+def test_a_damaged_adapter_is_made_again(
+    trained: Trained, world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = trained.folder / "adapter" / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert trained.run() == trained.adapter
+    assert "damaged and trained again" in caplog.text
+    assert file.read_bytes() == content
+
+
+def test_without_held_out_pairs_nothing_is_evaluated(
+    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
+) -> None:
+    bare = TinyWorld(world.base, world.adapter, world.preferences)
+    folder = tmp_path / "preferences"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(Path(world.preferences.uri).read_bytes())
+    (folder / "val.jsonl").write_bytes(b"")
+    preferences = bare.preferences.model_copy(update={"uri": str(folder / "train.jsonl")})
+    assert processes.run(preferences, tmp_path / "workspace", world.config(max_steps=4)) == 0, processes.log()
+    (metrics,) = tmp_path.glob("workspace/training/*/metrics.jsonl")
+    assert "eval_loss" not in metrics.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"learning_rate": 1e-30}, 42, "invariant adapter-moves"),
+        ({"max_length": 16}, 2, None),
+    ],
+)
+def test_endings_have_codes_and_words(
+    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path, changes: dict[str, Any], code: int,
+    message: str | None,
+) -> None:  # fmt: skip
+    if message is None:
+        rows = Path(world.preferences.uri).read_text().replace('"w', '"w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w')
+        (tmp_path / "train.jsonl").write_text(rows)
+        preferences = world.preferences.model_copy(update={"uri": str(tmp_path / "train.jsonl")})
+    else:
+        preferences = world.preferences
+    assert processes.run(preferences, tmp_path / "workspace", world.config(**changes)) == code, processes.log()
+    assert (message or "none of its 28 pairs can be trained on") in processes.outcome()["message"]
+
+
+def test_an_invariant_reaches_the_caller_with_its_name(world: TinyWorld, tmp_path: Path) -> None:
+    with pytest.raises(PreflowError, match="invariant adapter-moves"):
+        Trained(world, tmp_path, learning_rate=1e-30)
+
+
+def test_a_defect_shows_the_end_of_the_log_and_where_it_is(world: TinyWorld, tmp_path: Path) -> None:
+    broken = json.loads((world.base / "config.json").read_text()) | {"num_attention_heads": 3}
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in world.base.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    (base / "config.json").write_text(json.dumps(broken))
+    with pytest.raises(PreflowError) as caught:
+        Trained(world, tmp_path / "workspace", base_model=str(base))
+    assert "train.log" in str(caught.value) or "cannot be loaded" in str(caught.value)
+
+
+def test_two_processes_train_one_adapter_and_resume_exactly(world: TinyWorld, tmp_path: Path) -> None:
+    """Through accelerate's launcher; half of the accumulation each, as many pairs a step as one process has."""
+    changes = {"num_processes": 2, "gradient_accumulation_steps": 1, "max_steps": 6, "eval_steps": 6}
+    whole = Trained(world, tmp_path / "whole", **changes)
+    rows = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert rows[-1]["step"] == 6
+    checkpoints = whole.folder / "checkpoints"
+    resumed = tmp_path / "resumed" / "training" / whole.key / "checkpoints"
+    resumed.mkdir(parents=True)
+    (checkpoints / "step-000004").rename(resumed / "step-000004")
+    again = Trained(world, tmp_path / "resumed", **changes)
+    assert "resuming from the checkpoint of step 4" in (again.folder / "train.log").read_text()
+    assert again.adapter.sha256 == whole.adapter.sha256
+    assert (again.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+
+
+def test_two_processes_and_one_agree(world: TinyWorld, processes: TrainingProcesses, tmp_path: Path) -> None:
+    """The same pairs a step, summed in another order: equal but for rounding."""
+    two = Trained(world, tmp_path / "two", num_processes=2, gradient_accumulation_steps=1, max_steps=3)
+    one = Trained(world, tmp_path / "one", max_steps=3)
+    left = load_file(Path(two.adapter.uri) / "adapter_model.safetensors")
+    right = load_file(Path(one.adapter.uri) / "adapter_model.safetensors")
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5
+
+
+def test_starting_needs_no_torch() -> None:
+    code = "import sys, tasks.training.launch; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_robust_loss_takes_the_measured_flip_rate(
+    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
+) -> None:
+    folder = tmp_path / "preferences"
+    folder.mkdir()
+    for name in ("train.jsonl", "val.jsonl"):
+        (folder / name).write_bytes((Path(world.preferences.uri).parent / name).read_bytes())
+    (folder / "quality.json").write_text(json.dumps({"metrics": [{"name": "flip_rate", "value": 0.32}]}))
+    preferences = world.preferences.model_copy(update={"uri": str(folder / "train.jsonl")})
+    training = world.config(loss_type=LossType.ROBUST, measured_label_smoothing=True, max_steps=2)
+    adapter = run_training(preferences, str(tmp_path), training, training_key(preferences, training))
+    manifest = json.loads(Path(str(adapter.manifest)).read_text())
+    assert manifest["config"]["label_smoothing"] == pytest.approx(0.2)
+    assert manifest["summary"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)

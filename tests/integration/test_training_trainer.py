@@ -1,0 +1,348 @@
+"""The trainer on a tiny model: invariants, the reference in both forms, losses, and the two old bugs."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from tasks.config import LossType, TrainingConfig
+from tasks.errors import PreflowError
+from tasks.storage import Workspace
+from tasks.training import invariants
+from tasks.training.checkpoints import Checkpoint
+from tasks.training.data import load_pairs, make_micro_batches
+from tasks.training.invariants import InvariantError
+from tasks.training.model import AdapterWeights, adapter_state, load_base, load_policy, load_tokenizer, save_adapter
+from tasks.training.reference import ReferenceCache, ReferenceLogps, Split, reference_key
+from tasks.training.stopping import StopFlag
+from tasks.training.trainer import ExactTrainer, Hooks, TrainerParts
+from tests.fakes.tiny_training import TinyWorld, build_adapter
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld.build(tmp_path_factory.mktemp("world"))
+
+
+class Bench:
+    """A trainer and everything it reported."""
+
+    def __init__(self, world: TinyWorld, scratch: Path, training: TrainingConfig, policy: Any = None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.saved: list[Checkpoint] = []
+        tokenizer = load_tokenizer(training, world.adapter)
+        self.train = self._split(world, "train", tokenizer, training)
+        self.val = self._split(world, "val", tokenizer, training)
+        policy = policy or load_policy(load_base(training, 0), world.adapter, tokenizer)
+        parts = TrainerParts(policy, tokenizer, self.train, self.val, AdapterWeights(world.adapter), scratch)
+        self.trainer = ExactTrainer(parts, training, Hooks(self._save, self._keep, lambda _: None, StopFlag()))
+
+    def _save(self, checkpoint: Checkpoint) -> float:
+        self.saved.append(copy.deepcopy(checkpoint))  # its tensors are those in training
+        return 0.0
+
+    def _keep(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = [dict(row) for row in rows]
+
+    @staticmethod
+    def _split(world: TinyWorld, name: str, tokenizer: Any, training: TrainingConfig) -> Split:
+        folder = Path(world.preferences.uri).parent
+        pairs = load_pairs(str(folder / f"{name}.jsonl"), Workspace(folder), tokenizer, training.max_length).pairs
+        lengths = [pair.length(training.max_length) for pair in pairs]
+        return Split(name, pairs, make_micro_batches(lengths, 2, name == "train", 0))
+
+
+def adapter_of(trainer: ExactTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in adapter_state(trainer.model).items()}
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+LOSSES: list[tuple[LossType, dict[str, Any], float]] = [
+    (LossType.SIGMOID, {}, math.log(2)),
+    (LossType.SIGMOID, {"sft_weight": 1.0}, math.log(2)),
+    (LossType.HINGE, {}, 1.0),
+    (LossType.IPO, {}, 25.0),
+    (LossType.ROBUST, {"label_smoothing": 0.2}, math.log(2)),
+    (LossType.SIGMOID_NORM, {}, math.log(2)),
+]
+
+
+@pytest.mark.parametrize(("loss_type", "options", "first"), LOSSES)
+def test_every_loss_starts_at_its_value_and_falls(
+    world: TinyWorld, tmp_path: Path, loss_type: LossType, options: dict[str, Any], first: float
+) -> None:
+    training = world.config(loss_type=loss_type, max_steps=8, logging_steps=1, eval_steps=8, **options)
+    bench = Bench(world, tmp_path, training)
+    bench.trainer.fit(None)
+    start, trained = bench.rows[0], [row for row in bench.rows if "loss" in row]
+    assert start["step"] == 0
+    assert start.get("dpo_loss", start["loss"]) == pytest.approx(first, abs=1e-6)
+    assert (start["rewards/margins"], start["rewards/accuracies"]) == (0.0, 0.0)
+    assert trained[-1]["rewards/margins"] > 0
+    assert min(row["loss"] for row in trained[1:]) < start["loss"]
+    if "sft_weight" in options:
+        assert start["loss"] > start["dpo_loss"] + 1
+    assert bench.rows[-1]["step"] == 8
+    assert "eval_loss" in bench.rows[-1]
+
+
+def test_cached_and_live_reference_give_the_same_bits(world: TinyWorld, tmp_path: Path) -> None:
+    """Two epochs and a half, with dropout on; the cached one holds no reference adapter in memory."""
+    training = world.config(max_steps=18, disable_dropout=False)
+    live = Bench(world, tmp_path / "live", training)
+    live.trainer.fit(None)
+    cached = Bench(world, tmp_path / "cached", training)
+    cached.trainer.use_cached_reference(
+        cached.trainer.reference_logps(cached.train), cached.trainer.reference_logps(cached.val)
+    )
+    assert list(cached.trainer.model.peft_config) == ["default"]
+    assert not [name for name, _ in cached.trainer.model.named_parameters() if ".ref." in name]
+    cached.trainer.fit(None)
+    assert cached.rows == live.rows
+    assert_equal(adapter_of(cached.trainer), adapter_of(live.trainer))
+
+
+def test_the_reference_is_that_of_trl_to_the_last_bit(world: TinyWorld, tmp_path: Path) -> None:
+    training = world.config()
+    bench = Bench(world, tmp_path / "ours", training)
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    policy = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(world.base), str(world.adapter), is_trainable=True
+    )
+    rows = [{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+            for pair in bench.train.pairs]  # fmt: skip
+    config = DPOConfig(
+        output_dir=str(tmp_path / "theirs"), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False
+    )
+
+    class Prepared(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+            return dataset
+
+    plain = Prepared(model=policy, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    ours = bench.trainer.reference_logps(bench.train)
+    for batch in bench.train.micro_batches:
+        chosen, rejected = plain.compute_ref_log_probs(plain.model, plain.data_collator([rows[row] for row in batch]))
+        assert chosen.tolist() == [ours.chosen[row] for row in batch]
+        assert rejected.tolist() == [ours.rejected[row] for row in batch]
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_resuming_is_exact(world: TinyWorld, tmp_path: Path, load_in_4bit: bool) -> None:
+    training = world.config(load_in_4bit=load_in_4bit, disable_dropout=False)
+    whole = Bench(world, tmp_path / "whole", training)
+    whole.trainer.fit(None)
+    checkpoint = whole.saved[0]
+    assert checkpoint.step == 4
+    resumed = Bench(world, tmp_path / "resumed", training)
+    resumed.trainer.fit(checkpoint)
+    assert resumed.rows == whole.rows
+    assert_equal(adapter_of(resumed.trainer), adapter_of(whole.trainer))
+    assert resumed.saved[-1].state == whole.saved[-1].state
+    assert_equal(resumed.saved[-1].optimizer, whole.saved[-1].optimizer)
+
+
+def test_under_4_bits_adapter_and_optimizer_are_fp32_and_move(world: TinyWorld, tmp_path: Path) -> None:
+    """With the rounding to bfloat16 that TRL applies, a learning rate this small moves next to nothing."""
+    bench = Bench(world, tmp_path, world.config(load_in_4bit=True, learning_rate=5e-6, warmup_steps=0))
+    bench.trainer.fit(None)
+    assert {tensor.dtype for tensor in bench.saved[-1].optimizer.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in adapter_of(bench.trainer).values()} == {torch.float32}
+    last = [row for row in bench.rows if "weights/moved" in row][-1]
+    assert last["weights/moved"] > 0.8
+
+
+def test_under_4_bits_an_evaluation_leaves_the_gradient_alone(world: TinyWorld, tmp_path: Path) -> None:
+    """bitsandbytes 0.50 repacks the base at the first evaluation on some CPUs: hardly any gradient is left."""
+    trainer = Bench(world, tmp_path, world.config(load_in_4bit=True)).trainer
+    inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(2)])
+
+    def gradient() -> float:
+        trainer.model.zero_grad()
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, dict(inputs)).backward()
+        return sum(float(p.grad.norm()) for p in trainer.model.parameters() if p.grad is not None)
+
+    before = gradient()
+    with trainer._in_eval_mode(), torch.no_grad():
+        trainer.compute_loss(trainer.model, dict(inputs))
+    assert gradient() == before
+
+
+def test_old_bug_the_base_as_reference_is_stopped(world: TinyWorld, tmp_path: Path) -> None:
+    """What trl up to 0.28 did: no frozen copy, so that the reference is the model with its adapter switched off."""
+    bench = Bench(world, tmp_path, world.config())
+    bench.trainer.model.delete_adapter("ref")
+    with pytest.raises(InvariantError, match="invariant first-loss") as caught:
+        bench.trainer.fit(None)
+    assert caught.value.name == "first-loss"
+    assert bench.rows == []
+
+
+def test_old_bug_a_checkpoint_loaded_as_adapter_is_stopped(world: TinyWorld, tmp_path: Path) -> None:
+    """The policy built from a checkpoint makes TRL clone the checkpoint as reference: the first loss looks perfect."""
+    training = world.config()
+    first = Bench(world, tmp_path / "first", training)
+    first.trainer.fit(None)
+    checkpoint = tmp_path / "checkpoint"
+    save_adapter(first.trainer.model, world.adapter, checkpoint)
+    tokenizer = load_tokenizer(training, world.adapter)
+    policy = load_policy(load_base(training, 0), checkpoint, tokenizer)
+    with pytest.raises(InvariantError, match="checkpoint") as caught:
+        Bench(world, tmp_path / "second", training, policy)
+    assert caught.value.name == "reference-is-sft"
+
+
+def test_a_resume_that_loads_nothing_is_stopped(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = world.config()
+    whole = Bench(world, tmp_path / "whole", training)
+    whole.trainer.fit(None)
+    monkeypatch.setattr(ExactTrainer, "_load_from_checkpoint", lambda *_: None)
+    with pytest.raises(InvariantError, match="resumed-weights"):
+        Bench(world, tmp_path / "resumed", training).trainer.fit(whole.saved[0])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(world, tmp_path, world.config())
+    monkeypatch.setattr(DPOTrainer, "_get_grad_norm", lambda *_, **__: torch.tensor(float("nan")))
+    before = adapter_of(bench.trainer)
+    with pytest.raises(InvariantError, match="finite-gradient"):
+        bench.trainer.fit(None)
+    assert_equal(adapter_of(bench.trainer), before)
+
+
+def test_an_adapter_that_does_not_move_is_stopped(world: TinyWorld, tmp_path: Path) -> None:
+    with pytest.raises(InvariantError, match="adapter-moves"):
+        Bench(world, tmp_path, world.config(learning_rate=1e-30)).trainer.fit(None)
+
+
+def test_a_saved_adapter_that_differs_is_stopped(world: TinyWorld, tmp_path: Path) -> None:
+    bench = Bench(world, tmp_path / "bench", world.config(max_steps=4, warmup_steps=0))
+    bench.trainer.fit(None)
+    save_adapter(bench.trainer.model, world.adapter, tmp_path / "good")
+    bench.trainer.check_saved(tmp_path / "good", bench.val)
+    assert list(bench.trainer.model.peft_config) == ["default", "ref"]
+    with pytest.raises(InvariantError, match="saved-adapter"):
+        bench.trainer.check_saved(world.adapter, bench.val)
+
+
+def test_measuring_touches_no_state(world: TinyWorld, tmp_path: Path) -> None:
+    bench = Bench(world, tmp_path, world.config(disable_dropout=False))
+    state = torch.get_rng_state()
+    first = bench.trainer.measure([[0, 1]], bench.trainer.train_dataset)
+    assert first == bench.trainer.measure([[0, 1]], bench.trainer.train_dataset)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not bench.trainer._metrics["train"]
+
+
+def test_the_saved_adapter_is_what_peft_and_vllm_read(world: TinyWorld, tmp_path: Path) -> None:
+    bench = Bench(world, tmp_path / "bench", world.config())
+    save_adapter(bench.trainer.model, world.adapter, tmp_path / "adapter")
+    names = sorted(file.name for file in (tmp_path / "adapter").iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    assert dict(AdapterWeights(tmp_path / "adapter")).keys() == dict(AdapterWeights(world.adapter)).keys()
+    assert AdapterWeights(tmp_path / "adapter").digest() == AdapterWeights(world.adapter).digest()
+
+
+def test_an_adapter_of_another_base_is_named(world: TinyWorld, tmp_path: Path) -> None:
+    training = world.config()
+    other = build_adapter(tmp_path / "other", world.base, target_modules=["q_proj"])
+    (other / "adapter_config.json").write_bytes((world.adapter / "adapter_config.json").read_bytes())
+    with pytest.raises(PreflowError, match=r"SFT adapter .*other: its weight .* does not fit the base"):
+        load_policy(load_base(training, 0), other, load_tokenizer(training, other))
+
+
+class TestReferenceCache:
+    """The artifact: taken when everything matches, made anew when anything does not."""
+
+    WEIGHTS = {"base": "b", "sft": "s", "device": "cpu"}  # noqa: RUF012
+
+    @pytest.fixture
+    def bench(self, world: TinyWorld, tmp_path: Path) -> Bench:
+        return Bench(world, tmp_path / "bench", world.config())
+
+    @pytest.fixture
+    def found(self, bench: Bench) -> dict[str, ReferenceLogps]:
+        return {split.name: bench.trainer.reference_logps(split) for split in (bench.train, bench.val)}
+
+    def cache(self, root: Path, splits: list[Split], training: TrainingConfig, digest: str = "d") -> ReferenceCache:
+        (root / "scratch").mkdir(parents=True, exist_ok=True)
+        return ReferenceCache(Workspace(root), reference_key(splits, training, self.WEIGHTS), digest, root / "scratch")
+
+    def test_what_was_saved_comes_back_to_the_last_bit(
+        self, world: TinyWorld, bench: Bench, found: dict[str, ReferenceLogps], tmp_path: Path
+    ) -> None:
+        splits = [bench.train, bench.val]
+        cache = self.cache(tmp_path, splits, world.config())
+        assert cache.load(splits) is None
+        cache.save(splits, found, self.WEIGHTS)
+        assert cache.load(splits) == found
+
+    def test_beta_learning_rate_epochs_and_loss_share_it_but_content_does_not(
+        self, world: TinyWorld, bench: Bench
+    ) -> None:
+        splits = [bench.train, bench.val]
+        key = reference_key(splits, world.config(), self.WEIGHTS)
+        for same in ({"beta": 0.5}, {"learning_rate": 1e-4}, {"max_steps": 99}, {"loss_type": "ipo"}, {"seed": 9}):
+            assert reference_key(splits, world.config(**same), self.WEIGHTS) == key
+        for other in ({"max_length": 64}, {"load_in_4bit": True}):
+            assert reference_key(splits, world.config(**other), self.WEIGHTS) != key
+        assert reference_key([bench.train], world.config(), self.WEIGHTS) != key
+        assert reference_key(splits, world.config(), {**self.WEIGHTS, "sft": "x"}) != key
+        fewer = Split("train", bench.train.pairs[1:], bench.train.micro_batches)
+        assert reference_key([fewer, bench.val], world.config(), self.WEIGHTS) != key
+
+    @pytest.mark.parametrize("damage", ["cut", "changed", "removed", "other adapter", "row missing"])
+    def test_damage_is_seen_and_it_is_computed_anew(
+        self, world: TinyWorld, bench: Bench, found: dict[str, ReferenceLogps], tmp_path: Path, damage: str,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        splits = [bench.train, bench.val]
+        cache = self.cache(tmp_path, splits, world.config())
+        if damage == "row missing":
+            part = Split("train", bench.train.pairs[1:], bench.train.micro_batches)
+            short = ReferenceLogps(found["train"].chosen[1:], found["train"].rejected[1:])
+            cache.save([part, bench.val], {**found, "train": short}, self.WEIGHTS)
+        else:
+            cache.save(splits, found, self.WEIGHTS)
+        (rows,) = tmp_path.glob("reference-logprobs/*/logprobs.jsonl")
+        content = rows.read_bytes()
+        if damage == "cut":
+            rows.write_bytes(content[:-20])
+        if damage == "changed":
+            rows.write_bytes(content.replace(b"1", b"2", 1))
+        if damage == "removed":
+            rows.unlink()
+        if damage == "other adapter":
+            cache = self.cache(tmp_path, splits, world.config(), digest="another")
+        assert cache.load(splits) is None
+        assert "computed anew" in caplog.text
+
+    def test_wrong_cached_values_are_caught_at_the_start(
+        self, bench: Bench, found: dict[str, ReferenceLogps]
+    ) -> None:
+        wrong = ReferenceLogps([value + 5 for value in found["train"].chosen], found["train"].rejected)
+        bench.trainer.use_cached_reference(wrong, found["val"])
+        with pytest.raises(InvariantError, match="first-loss"):
+            bench.trainer.fit(None)
+
+
+def test_loss_at_margin_zero_is_what_trl_computes(world: TinyWorld, tmp_path: Path) -> None:
+    for loss_type, options, expected in LOSSES:
+        training = world.config(loss_type=loss_type, **options)
+        assert invariants.loss_at_margin_zero(training) == pytest.approx(expected)

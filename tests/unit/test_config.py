@@ -1,0 +1,151 @@
+"""Settings: what is refused, what identifies a stage, and that no key is ever printed."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tasks.config import (
+    EndpointConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    JudgeConfig,
+    JudgingConfig,
+    PipelineConfig,
+    PromotionConfig,
+    StageConfig,
+    TrainingConfig,
+)
+
+MODELS: list[type[StageConfig]] = [
+    EndpointConfig,
+    GenerationConfig,
+    JudgeConfig,
+    JudgingConfig,
+    TrainingConfig,
+    EvaluationConfig,
+    PromotionConfig,
+    PipelineConfig,
+]
+KEYS = [
+    "sk-proj-abcdefghijklmnop",
+    "sk_live_abcdefghijkl",
+    "hf_abcdefghijklmnop",
+    "AIzaSyA1234567890abcdefghijklmnopqrstuv",
+    "gsk_0123456789abcdef",
+    "key-0123456789",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123",
+    "env:sk-proj-abc",
+    "env: OPENAI_API_KEY",
+    "Bearer abc",
+    "eyJhbGciOiJIUzI1NiJ9.e30.abc",
+    "",
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_field_has_a_default_and_a_description(model: type[StageConfig]) -> None:
+    model()
+    for name, field in model.model_fields.items():
+        assert field.description, f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_settings_are_frozen_and_take_no_unknown_field(model: type[StageConfig]) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        model.model_validate({"unknown_setting": 1})
+    name = next(iter(model.model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(model(), name, None)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("model", [GenerationConfig, JudgingConfig, PromotionConfig])
+def test_a_key_in_the_place_of_its_name_is_refused_and_not_printed(model: type[StageConfig], key: str) -> None:
+    with pytest.raises(ValidationError, match="must name a secret") as caught:
+        model.model_validate({"api_key": key})
+    if len(key) > 6:
+        assert key not in str(caught.value)
+        assert key[:12] not in str(caught.value)
+
+
+def test_a_key_deep_in_a_pipeline_is_not_printed_either() -> None:
+    with pytest.raises(ValidationError) as caught:
+        PipelineConfig.model_validate({"judging": {"panel": [{"model": "m", "api_key": KEYS[0]}]}})
+    assert "judging.panel.0.api_key" in str(caught.value)
+    assert KEYS[0] not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["env:OPENAI_API_KEY", "env:_x1", "judge-key", "k"])
+def test_names_of_secrets_are_taken(name: str) -> None:
+    assert JudgingConfig(api_key=name).api_key == name
+
+
+WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
+    "temperature": (GenerationConfig, {"temperature": 2.1}, "temperature"),
+    "no completion": (GenerationConfig, {"num_completions": 0}, "num_completions"),
+    "equal completions": (GenerationConfig, {"temperature": 0}, "num_completions equal texts"),
+    "pattern": (GenerationConfig, {"keep_lines": "["}, "keep_lines is not a regular expression"),
+    "address": (GenerationConfig, {"endpoint": "localhost:8000"}, "endpoint"),
+    "orders": (JudgingConfig, {"orders": 0}, "orders"),
+    "policy": (JudgingConfig, {"pair_policy": "coin"}, "pair_policy"),
+    "confidence": (JudgingConfig, {"min_confidence": 6}, "min_confidence"),
+    "split": (JudgingConfig, {"val_ratio": 1}, "val_ratio"),
+    "a judge twice": (JudgingConfig, {"model": "m", "panel": [{"model": "m"}]}, "m is asked twice"),
+    "one completion": (PipelineConfig, {"generation": {"num_completions": 1}}, "must be at least 2"),
+    "budget": (JudgingConfig, {"budget_usd": 0}, "budget_usd"),
+    "failures": (JudgingConfig, {"max_failure_ratio": 1.5}, "max_failure_ratio"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_work_is_refused_by_name(name: str) -> None:
+    model, settings, message = WRONG[name]
+    with pytest.raises(ValidationError, match=message):
+        model.model_validate(settings)
+
+
+def test_addresses_keys_and_limits_do_not_identify_a_generation() -> None:
+    moved = GenerationConfig(
+        endpoint="http://10.0.0.1:8000/v1", api_key="env:OTHER", max_concurrency=7, shard_size=5, prompt_price=3,
+        budget_usd=9, max_failure_ratio=0.5, serve_from="/x", adapter="/y", requests_per_minute=3,
+    )  # fmt: skip
+    assert moved.identity() == GenerationConfig().identity()
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "max_tokens", "frequency_penalty", "seed", "num_completions"])
+def test_sampling_settings_identify_a_generation(name: str) -> None:
+    changed = GenerationConfig.model_validate({name: {"temperature": 0.5, "top_p": 0.5}.get(name, 2)})
+    assert changed.identity() != GenerationConfig().identity()
+
+
+def test_what_is_applied_to_verdicts_later_does_not_identify_them() -> None:
+    later = JudgingConfig.model_validate({"pair_policy": "borda", "min_confidence": 3, "val_ratio": 0.3})
+    assert later.verdict_identity() == JudgingConfig().verdict_identity()
+    assert later.identity() != JudgingConfig().identity()
+    for change in ({"orders": 3}, {"seed": 1}, {"rubric": "demo"}, {"model": "m"}, {"max_tokens": 99}):
+        assert JudgingConfig.model_validate(change).verdict_identity() != JudgingConfig().verdict_identity()
+
+
+def test_a_panel_member_is_identified_by_its_model_and_not_by_its_address() -> None:
+    def identity(**judge: Any) -> dict[str, Any]:
+        return JudgingConfig.model_validate({"panel": [judge]}).verdict_identity()
+
+    assert identity(model="m") != JudgingConfig().verdict_identity()
+    assert identity(model="m", endpoint="http://other/v1", api_key=None) == identity(model="m")
+    assert identity(model="m", temperature=0.5) != identity(model="m")
+
+
+def test_the_judges_are_the_first_one_and_the_panel() -> None:
+    judging = JudgingConfig.model_validate({"model": "a", "max_tokens": 77, "panel": [{"model": "b"}]})
+    assert [judge.model for judge in judging.judges()] == ["a", "b"]
+    assert judging.judges()[0].max_tokens == 77
+    assert not hasattr(judging.judges()[0], "panel")
+
+
+def test_a_filled_pipeline_writes_out_what_stages_share() -> None:
+    filled = PipelineConfig.model_validate({"training": {"sft_adapter": "/a"}, "judging": {"model": "j"}}).filled()
+    assert filled.generation.adapter == "/a"
+    assert filled.evaluation.generation == filled.generation
+    assert filled.evaluation.comparison_judge().model == "j"
+    assert filled.filled() == filled

@@ -1,0 +1,113 @@
+"""The demo's corpus: deterministic, split by episode, and every voice and topic told apart by its words."""
+
+import itertools
+import random
+import re
+
+import pytest
+
+from tasks.demo.corpus import (
+    Flaw,
+    continuation,
+    episodes,
+    heldout_prompts,
+    opening,
+    pretraining_rows,
+    sft_rows,
+    system_message,
+    training_prompts,
+)
+from tasks.demo.material import CHARACTERS, TOPICS
+from tasks.demo.rules import score
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_gives_others() -> None:
+    assert sft_rows(30, seed=1) == sft_rows(30, seed=1)
+    assert sft_rows(30, seed=1) != sft_rows(30, seed=2)
+    assert training_prompts(30, seed=1) == training_prompts(30, seed=1)
+    assert heldout_prompts(30, seed=1) != heldout_prompts(30, seed=2)
+
+
+def test_more_rows_begin_with_the_same_rows() -> None:
+    assert training_prompts(80, seed=5)[:20] == training_prompts(20, seed=5)
+    assert sft_rows(40, seed=5)[:10] == sft_rows(10, seed=5)
+
+
+@pytest.mark.parametrize(("training_seed", "heldout_seed"), [(0, 0), (0, 1), (7, 3)])
+def test_held_out_prompts_share_no_group_and_no_prompt_with_training(training_seed: int, heldout_seed: int) -> None:
+    training = training_prompts(700, training_seed)
+    heldout = heldout_prompts(300, heldout_seed)
+    assert not {row["group"] for row in training} & {row["group"] for row in heldout}
+    assert not {str(row["prompt"]) for row in training} & {str(row["prompt"]) for row in heldout}
+
+
+def test_prompts_are_all_different_even_where_episodes_repeat() -> None:
+    prompts = training_prompts(1500, seed=0)
+    assert len({str(row["prompt"]) for row in prompts}) == 1500
+    assert len({str(row["group"]) for row in prompts}) < 1500
+
+
+def test_no_model_row_comes_from_a_held_out_episode() -> None:
+    held_out = {system_message(episode) for episode in episodes(held_out=True)}
+    rows = [*sft_rows(500, seed=0), *pretraining_rows(500, seed=0)]
+    assert not held_out & {row["prompt"][0]["content"] for row in rows}
+
+
+def test_pretraining_and_sft_rows_are_different_rows() -> None:
+    assert not {str(row) for row in sft_rows(200, seed=0)} & {str(row) for row in pretraining_rows(200, seed=0)}
+
+
+def test_sft_rows_hold_good_and_flawed_scenes() -> None:
+    rows = sft_rows(400, seed=0)
+    marks = [score(row["prompt"][0]["content"] + row["prompt"][1]["content"], _said(row)) for row in rows]
+    perfect = sum(mark.total == 1.0 for mark in marks) / len(marks)
+    valid = sum(mark.is_valid_format for mark in marks) / len(marks)
+    assert 0.05 < perfect < 0.4
+    assert 0.85 < valid < 0.99
+
+
+def _said(row: dict[str, list[dict[str, str]]]) -> str:
+    return row["completion"][0]["content"]
+
+
+def test_a_good_scene_takes_turns_and_repeats_nothing() -> None:
+    for index, episode in enumerate(episodes(held_out=True)[:60]):
+        rng = random.Random(index)
+        start = opening(episode, rng)
+        scene = [*map(str, start), *continuation(episode, start, frozenset(), rng).splitlines()]
+        speakers = [line.split("]")[0] for line in scene]
+        assert 1 <= len(start) <= 3
+        assert 3 <= len(scene) - len(start) <= 5
+        assert len(set(scene)) == len(scene)
+        assert all(one != other for one, other in itertools.pairwise(speakers))
+
+
+def test_every_line_holds_a_marker_of_its_own_character_and_of_no_other() -> None:
+    for character in CHARACTERS:
+        foreign = {marker for other in CHARACTERS if other is not character for marker in other.markers}
+        for line in (*character.lines, *character.closers):
+            assert words(line) & set(character.markers), line
+            assert not words(line) & foreign, line
+
+
+def test_topics_keep_to_their_own_words() -> None:
+    markers = {marker for character in CHARACTERS for marker in character.markers}
+    spoken = {word for character in CHARACTERS for line in character.lines for word in words(line)}
+    for topic in TOPICS:
+        foreign = {word for other in TOPICS if other is not topic for word in other.keywords}
+        assert not topic.keywords & spoken
+        for filler in (topic.thing, *topic.parts, *topic.troubles, *topic.remedies):
+            assert words(filler) & topic.keywords, filler
+            assert not words(filler) & (foreign | markers), filler
+
+
+def test_every_flaw_can_be_combined_with_every_other() -> None:
+    episode = episodes(held_out=False)[40]
+    for size in range(len(Flaw) + 1):
+        for flaws in itertools.combinations(Flaw, size):
+            rng = random.Random(size)
+            assert continuation(episode, opening(episode, rng), frozenset(flaws), rng).strip()

@@ -1,0 +1,225 @@
+"""One trainer at a time: taking, keeping, losing and giving back the lease."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlparse
+
+import pytest
+
+from tasks.training.lease import (
+    FencedWorkspace,
+    GcsSwapFile,
+    Holder,
+    Lease,
+    LeaseLostError,
+    LocalSwapFile,
+    SwapFile,
+    is_dead,
+    this_process,
+)
+
+
+class FakeGcs(BaseHTTPRequestHandler):
+    """The two calls of the GCS JSON API that the lease makes, with generations and preconditions."""
+
+    objects: dict[str, tuple[int, bytes]] = {}  # noqa: RUF012
+    lock = threading.Lock()
+
+    def do_GET(self) -> None:
+        name = unquote(urlparse(self.path).path.rpartition("/o/")[2])
+        generation, content = self.objects.get(name, (0, b""))
+        self._answer(200 if generation else 404, content, {"x-goog-generation": str(generation)})
+
+    def do_POST(self) -> None:
+        query = parse_qs(urlparse(self.path).query)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        _, metadata, content, _ = body.split(b"--" + body.split(b"\r\n", 1)[0][2:])
+        name = json.loads(metadata.partition(b"\r\n\r\n")[2])["name"]
+        with self.lock:
+            generation = self.objects.get(name, (0, b""))[0]
+            if query["ifGenerationMatch"] != [str(generation)]:
+                self._answer(412, b'{"error": {"message": "conditionNotMet"}}', {})
+                return
+            self.objects[name] = (generation + 1, content.partition(b"\r\n\r\n")[2].strip())
+        self._answer(200, json.dumps({"name": name, "generation": str(generation + 1)}).encode(), {})
+
+    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    FakeGcs.objects.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeGcs)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+
+
+@pytest.fixture(params=["local", "gcs"])
+def make_file(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], SwapFile]:
+    if request.param == "local":
+        return lambda: LocalSwapFile(tmp_path / "training" / "lease.json")
+    request.getfixturevalue("gcs")
+    return lambda: GcsSwapFile("gs://bucket/training/lease.json")
+
+
+def ignore(*_: Any) -> None:
+    """Take anything."""
+
+
+def foreign(file: SwapFile, **changes: Any) -> None:
+    """Let a trainer on another machine hold the lease."""
+    values = {"token": 7, "owner": "other", "beat": 0, "process": "boot/elsewhere/1/2", **changes}
+    _, version = file.read()
+    assert file.swap(version, Holder(**values))
+
+
+def test_a_swap_needs_the_version_that_was_read(make_file: Callable[[], SwapFile]) -> None:
+    file, other = make_file(), make_file()
+    _, version = file.read()
+    holder = Holder(token=1, owner="a", beat=0, process="")
+    assert file.swap(version, holder)
+    assert not other.swap(version, Holder(token=1, owner="b", beat=0, process=""))
+    assert other.read()[0] == holder
+
+
+def test_of_many_at_once_one_gets_it(make_file: Callable[[], SwapFile]) -> None:
+    make_file().read()
+    barrier, won = threading.Barrier(4), []
+
+    def contend(name: str) -> None:
+        file = make_file()
+        _, version = file.read()
+        barrier.wait()
+        if file.swap(version, Holder(token=1, owner=name, beat=0, process="")):
+            won.append(name)
+
+    threads = [threading.Thread(target=contend, args=(str(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    holder = make_file().read()[0]
+    assert holder is not None
+    assert won == [holder.owner]
+
+
+def test_tokens_grow_and_a_released_lease_is_free_at_once(make_file: Callable[[], SwapFile]) -> None:
+    tokens = []
+    for _ in range(3):
+        lease = Lease(make_file(), 60, ignore)
+        lease.acquire(ignore)
+        tokens.append(lease.token)
+        lease.release()
+    assert tokens == [1, 2, 3]
+
+
+def test_a_holder_that_lives_is_waited_for_and_a_silent_one_replaced(make_file: Callable[[], SwapFile]) -> None:
+    file, told = make_file(), []
+    foreign(file)
+    lease = Lease(make_file(), 1.0, ignore)
+    beats = threading.Event()
+
+    def live() -> None:
+        for beat in range(1, 6):
+            time.sleep(0.3)
+            foreign(file, beat=beat)
+        beats.set()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    lease.acquire(told.append)
+    assert beats.is_set(), "it was taken from a trainer that lives"
+    assert lease.token == 8
+    assert "token 7" in told[0]
+    thread.join()
+    lease.release()
+
+
+def test_a_dead_process_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
+    file = LocalSwapFile(tmp_path / "lease.json")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    here = this_process().split("/")
+    started = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    name = "/".join([*here[:2], str(child.pid), started])
+    assert not is_dead(name)
+    child.kill()
+    child.wait()
+    assert is_dead(name)
+    foreign(file, process=name)
+    before = time.monotonic()
+    lease = Lease(file, 3600, ignore)
+    lease.acquire(ignore)
+    assert time.monotonic() - before < 5
+    lease.release()
+
+
+def test_a_reused_pid_is_another_process() -> None:
+    here = this_process().split("/")
+    assert not is_dead("/".join(here))
+    assert is_dead("/".join([*here[:3], "1"]))
+    assert not is_dead(f"another-boot/{here[1]}/{os.getpid()}/1"), "of another machine nothing is known"
+
+
+def test_a_zombie_cannot_write(tmp_path: Path) -> None:
+    file, lost = LocalSwapFile(tmp_path / "lease.json"), threading.Event()
+    zombie = Lease(file, 0.6, lost.set)
+    zombie.acquire(ignore)
+    store = FencedWorkspace(str(tmp_path), zombie)
+    store.write_bytes(store.uri("mine"), b"before")
+    foreign(file, token=2)
+    with pytest.raises(LeaseLostError, match=r"token 1.*token 2"):
+        store.write_bytes(store.uri("mine"), b"after")
+    with pytest.raises(LeaseLostError), store.writing(store.uri("late")) as out:
+        out.write(b"never seen")
+    with pytest.raises(LeaseLostError):
+        store.delete(store.uri("mine"))
+    assert store.read_bytes(store.uri("mine")) == b"before"
+    assert not store.exists(store.uri("late"))
+    assert lost.wait(5), "the heartbeat notices and stops the trainer"
+    zombie.release()
+    holder = file.read()[0]
+    assert holder is not None
+    assert (holder.owner, holder.released) == ("other", False)
+
+
+def test_a_lease_lost_while_a_file_is_written_keeps_the_file_from_appearing(tmp_path: Path) -> None:
+    file = LocalSwapFile(tmp_path / "lease.json")
+    lease = Lease(file, 60, ignore)
+    lease.acquire(ignore)
+    store = FencedWorkspace(str(tmp_path), lease)
+
+    def write() -> None:
+        with store.writing(store.uri("adapter")) as out:
+            out.write(b"weights")
+            foreign(file, token=2)
+
+    with pytest.raises(LeaseLostError):
+        write()
+    assert store.list(store.root) == [store.uri("lease.json"), store.uri("lease.lock")]
+    lease.release()
+
+
+def test_a_torn_lease_file_counts_as_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "lease.json").write_text('{"token": 1, "ow')
+    lease = Lease(LocalSwapFile(tmp_path / "lease.json"), 60, ignore)
+    lease.acquire(ignore)
+    assert "damaged" in caplog.text
+    lease.release()
