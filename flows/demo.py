@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import sys
-from pathlib import Path
 from uuid import UUID
 
 from prefect import flow
@@ -19,7 +18,7 @@ from tasks.runs import PipelineResult
 @flow(name="demo")
 async def demo(folder: str = ".demo") -> PipelineResult:
     """Make a tiny SFT adapter, and take it to a better one through every stage of the pipeline."""
-    places = Places(Path(folder).absolute())
+    places = Places.below(folder)
     materials = locate_materials(places.root)
     make_prompts(materials)
     make_base_model(materials)
@@ -37,7 +36,7 @@ def main() -> int:
     parser.add_argument("--up", action="store_true", help="serve the adapters and the Prefect UI until Ctrl-C")
     parser.add_argument("--server", action="store_true", help="serve the Prefect UI until Ctrl-C")
     options = parser.parse_args()
-    places = Places(Path(options.folder).absolute())
+    places = Places.below(options.folder)
     try:
         with prefect_api(places) as ui:
             if options.up or options.server:

@@ -8,6 +8,7 @@ from flows.judge import judge_preferences
 from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
+from tasks.promotion import find_promotion
 from tasks.report import report_run
 from tasks.runs import PipelineResult, prepare_run, record_result
 
@@ -22,8 +23,8 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     adapter = await train_dpo(preferences, workspace, config.training)
     held_out = config.eval_prompts or config.prompts
     evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation)
-    promotion = None
-    if evaluation.beats(config.promotion.min_win_rate):
+    promotion = find_promotion(adapter, workspace, config.promotion)
+    if promotion is None and evaluation.beats(config.promotion.min_win_rate):
         promotion = await promote_adapter(adapter, evaluation, workspace, config.promotion)
     result = PipelineResult(
         completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation, promotion=promotion

@@ -15,7 +15,7 @@ from prefect import Task
 from prefect.context import AsyncClientContext
 from prefect.filesystems import WritableFileSystem
 from prefect.serializers import JSONSerializer
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 
 from tasks.errors import PreflowError
 from tasks.storage import Reference, Workspace, digest
@@ -89,7 +89,7 @@ def _find_problem(store: Workspace, content: bytes) -> str | None:
         if serializer.get("dumps_kwargs") or serializer.get("loads_kwargs"):
             return "its serializer has options that preflow never writes"
         reference = _AnyReference.model_validate(json.loads(record["result"]))
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "it is not a whole record of preflow"
     return None if store.is_intact(reference) else f"{reference.uri} is missing or differs from its digest"
 

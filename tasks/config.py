@@ -14,7 +14,8 @@ OPERATIONAL: dict[str, Any] = {"operational": True}
 def _check_secret_name(value: str) -> str:
     if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
         return value
-    looks_like_a_key = re.match(r"(sk|hf|gsk|xai|pk|key)[-_]", value) or len(value) > 48
+    random_run = re.search(r"(?=[a-z]*\d)(?=\d*[a-z])[a-z0-9]{16}", value) or re.fullmatch(r"[0-9a-f-]{32,}", value)
+    looks_like_a_key = re.match(r"(sk|hf|gsk|xai|pk|key)[-_]", value) or len(value) > 48 or random_run
     if looks_like_a_key or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
         raise ValueError(
             "must name a secret, not be one: write env:NAME for an environment variable, or the name of a Prefect "

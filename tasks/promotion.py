@@ -1,5 +1,6 @@
 """The gate, the pointer to what is served, and loading an adapter into a running vLLM."""
 
+import hashlib
 import json
 import logging
 import posixpath
@@ -11,7 +12,7 @@ from typing import Any
 from tasks.config import EndpointConfig, PromotionConfig
 from tasks.endpoint import Endpoint, resolve_secret
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace, digest, server_path
+from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace, server_path
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def move_pointer(
     """Make `CURRENT.json` name the adapter; what it named before goes to the head of its history."""
     store = Workspace(workspace)
     before = read_pointer(workspace, promotion.name)
-    current = {
+    current: dict[str, Any] = {
         "adapter_sha256": adapter.sha256,
         "uri": uri,
         "evaluation": {
@@ -104,16 +105,30 @@ def move_pointer(
     if before is None or before["current"]["adapter_sha256"] != adapter.sha256:
         history = [before["current"], *before["history"]] if before else []
         current["promoted_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        before = {"name": promotion.name, "current": current, "history": history}
-        store.write_json(pointer_uri(workspace, promotion.name), before)
+        pointer = {"name": promotion.name, "current": current, "history": history}
+        store.write_json(pointer_uri(workspace, promotion.name), pointer)
         logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
-    content = store.read_bytes(pointer_uri(workspace, promotion.name))
+    return _refer(workspace, promotion.name)
+
+
+def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:
+    """Return the pointer if it names `adapter` already."""
+    pointer = read_pointer(workspace, promotion.name)
+    if pointer is None or pointer["current"]["adapter_sha256"] != adapter.sha256:
+        return None
+    logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
+    return _refer(workspace, promotion.name)
+
+
+def _refer(workspace: str, name: str) -> PromotionRef:
+    uri = pointer_uri(workspace, name)
+    content = Workspace(workspace).read_bytes(uri)
+    pointer = json.loads(content)
     return PromotionRef(
-        uri=pointer_uri(workspace, promotion.name),
-        sha256=digest(json.loads(content)),
+        uri=uri,
+        sha256=hashlib.sha256(content).hexdigest(),
         size=len(content),
-        rows=1 + len(before["history"]),
-        name=promotion.name,
-        adapter_sha256=adapter.sha256,
-        served_at=promotion.endpoint,
+        rows=1 + len(pointer["history"]),
+        name=name,
+        adapter_sha256=pointer["current"]["adapter_sha256"],
     )

@@ -97,7 +97,7 @@ def parse_row(model: type[Row], line: bytes, where: str) -> Row:
     """
     try:
         value = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise PreflowError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
     if not isinstance(value, dict):
         raise PreflowError(f"{where}: a JSON {type(value).__name__}, not an object with a `prompt`")

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.caching import stage_key
 from tasks.config import EndpointConfig, PipelineConfig
@@ -65,7 +65,11 @@ def find_result(config: PipelineConfig) -> PipelineResult | None:
     uri = store.uri("runs", run_key(config), "result.json")
     if not store.exists(uri):
         return None
-    result = PipelineResult.model_validate(store.read_json(uri))
+    try:
+        result = PipelineResult.model_validate(store.read_json(uri))
+    except ValidationError:
+        logger.warning("%s was written by another version of preflow: the run's stages are looked up anew", uri)
+        return None
     return result if all(store.is_intact(ref) for ref in result.references()) else None
 
 

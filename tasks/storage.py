@@ -92,7 +92,6 @@ class PromotionRef(Reference):
     kind: Literal["promotion"] = "promotion"
     name: str
     adapter_sha256: str
-    served_at: str | None = None
 
 
 def canonical_json(value: object) -> bytes:
@@ -192,7 +191,7 @@ class Workspace:
         """
         try:
             return json.loads(self.read_bytes(uri))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PreflowError(
                 f"{uri}: damaged, not JSON ({error}); delete it and run again, it will be made anew"
             ) from error

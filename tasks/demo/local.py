@@ -43,6 +43,11 @@ class Places:
 
     root: Path
 
+    @classmethod
+    def below(cls, folder: str) -> "Places":
+        """Return the places below a folder, which may be relative."""
+        return cls(Path(folder).expanduser().absolute())
+
     @property
     def workspace(self) -> Path:
         """The pipeline's workspace."""
@@ -89,7 +94,11 @@ def prefect_api(places: Places) -> Iterator[str]:
         ui = f"http://127.0.0.1:{server.port}"
         os.environ["PREFECT_API_URL"] = f"{ui}/api"
         with temporary_settings({PREFECT_API_URL: f"{ui}/api", PREFECT_HOME: places.prefect_home}):
-            yield ui
+            try:
+                yield ui
+            finally:
+                for handler in logging.getLogger("prefect.flow_runs").handlers:
+                    handler.flush()  # the server must not go before the last lines have reached it
 
 
 @contextmanager

@@ -13,10 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tasks.config import TrainingConfig
+from tasks.config import ReportTo, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.storage import COMMITTED, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
 from tasks.training.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, TrainingSpec
@@ -94,6 +95,7 @@ def check_training_inputs(training: TrainingConfig) -> None:
     Raises:
         PreflowError: with what is wrong, where, and what to do.
     """
+    _check_tracker(training.report_to)
     adapter = _adapter_config(training.sft_adapter)
     _check_adapter_kind(training.sft_adapter, adapter)
     base = Path(training.base_model).expanduser()
@@ -106,6 +108,11 @@ def check_training_inputs(training: TrainingConfig) -> None:
         _check_tokenizer(base, training.sft_adapter)
     elif training.base_model.startswith((".", "/", "~")):
         raise PreflowError(f"base_model {training.base_model}: no such folder. Give a folder or a hub name.")
+
+
+def _check_tracker(tracker: ReportTo) -> None:
+    if tracker is not ReportTo.NONE and find_spec(tracker.value) is None:
+        raise PreflowError(f"report_to {tracker.value}: not installed here; pip install {tracker.value}, or set none")
 
 
 def _adapter_config(uri: str) -> dict[str, Any]:
@@ -359,6 +366,8 @@ def _raise_for(code: int, desk: Path, log: Path) -> None:
         return
     if code == ExitCode.PREEMPTED:
         raise Preempted(message or "the trainer was stopped")
+    if code < 0:
+        raise Preempted(f"the trainer was ended by {signal.Signals(-code).name} (SIGKILL: perhaps out of memory)")
     if code in (ExitCode.INVARIANT, ExitCode.USER_ERROR):
         raise PreflowError(message)
     raise PreflowError(

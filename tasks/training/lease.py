@@ -76,7 +76,7 @@ class GcsSwapFile:
     """`SwapFile` on Google Cloud Storage: the object's generation is the version."""
 
     def __init__(self, uri: str) -> None:
-        from google.cloud import storage  # type: ignore[import-untyped]
+        from google.cloud import storage  # type: ignore[attr-defined,import-untyped,unused-ignore]
 
         bucket, _, name = uri.removeprefix("gs://").partition("/")
         client = storage.Client.create_anonymous_client() if os.environ.get("STORAGE_EMULATOR_HOST") else None

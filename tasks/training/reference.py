@@ -120,7 +120,9 @@ class ReferenceCache:
         }
 
     def save(self, splits: Sequence[Split], found: dict[str, ReferenceLogps], weights: dict[str, str]) -> None:
-        """Commit the log-probs of all splits with their manifest."""
+        """Commit the log-probs of all splits with their manifest, unless another training was faster."""
+        if self.load(splits) is not None:
+            return
         with tempfile.TemporaryDirectory(dir=self._scratch) as name:
             folder = Path(name)
             with (folder / ROWS).open("w") as out:

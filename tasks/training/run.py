@@ -57,6 +57,8 @@ class TrainingRun:
             PreflowError, InvariantError: see there.
             StopTraining: preempted; what could be saved is saved.
         """
+        if self._is_main:
+            self._sweep()
         adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
         tokenizer = load_tokenizer(self._training, adapter)
         train, val = self._load_splits(tokenizer)
@@ -68,6 +70,12 @@ class TrainingRun:
         self._progress(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
         self._finish(trainer, adapter, val or train)
+
+    def _sweep(self) -> None:
+        """Remove files that a killed trainer was just writing."""
+        for uri in self._store.list(self._paths.folder):
+            if posixpath.basename(uri).startswith(".writing-"):
+                self._store.delete(uri)
 
     @cached_property
     def _checkpoints(self) -> CheckpointStore:

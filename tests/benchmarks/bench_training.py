@@ -108,7 +108,8 @@ def measure(mode: str, root: Path) -> dict[str, float]:
     """Run one mode in this process and return its figures."""
     import datasets
     import torch
-    import trl  # noqa: F401  imported before the clock starts
+
+    import tasks.training.run  # noqa: F401  everything slow to import, before the clock starts
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

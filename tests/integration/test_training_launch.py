@@ -183,30 +183,31 @@ def test_a_defect_shows_the_end_of_the_log_and_where_it_is(world: TinyWorld, tmp
     assert "train.log" in str(caught.value) or "cannot be loaded" in str(caught.value)
 
 
-def test_two_processes_train_one_adapter_and_resume_exactly(world: TinyWorld, tmp_path: Path) -> None:
-    """Through accelerate's launcher; half of the accumulation each, as many pairs a step as one process has."""
+def test_two_processes_train_what_one_trains_and_resume_exactly(
+    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
+) -> None:
+    """Through accelerate's launcher: as many pairs a step, summed in another order; SIGTERM in the middle."""
     changes = {"num_processes": 2, "gradient_accumulation_steps": 1, "max_steps": 6, "eval_steps": 6}
-    whole = Trained(world, tmp_path / "whole", **changes)
-    rows = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert rows[-1]["step"] == 6
-    checkpoints = whole.folder / "checkpoints"
-    resumed = tmp_path / "resumed" / "training" / whole.key / "checkpoints"
-    resumed.mkdir(parents=True)
-    (checkpoints / "step-000004").rename(resumed / "step-000004")
-    again = Trained(world, tmp_path / "resumed", **changes)
-    assert "resuming from the checkpoint of step 4" in (again.folder / "train.log").read_text()
-    assert again.adapter.sha256 == whole.adapter.sha256
-    assert (again.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+    training = world.config(**changes)
+    key = training_key(world.preferences, training)
 
+    def interrupt(progress: Progress) -> None:
+        if progress.step >= 3:
+            raise KeyboardInterrupt
 
-def test_two_processes_and_one_agree(world: TinyWorld, processes: TrainingProcesses, tmp_path: Path) -> None:
-    """The same pairs a step, summed in another order: equal but for rounding."""
-    two = Trained(world, tmp_path / "two", num_processes=2, gradient_accumulation_steps=1, max_steps=3)
-    one = Trained(world, tmp_path / "one", max_steps=3)
-    left = load_file(Path(two.adapter.uri) / "adapter_model.safetensors")
-    right = load_file(Path(one.adapter.uri) / "adapter_model.safetensors")
-    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5
+    with pytest.raises(KeyboardInterrupt):
+        run_training(world.preferences, str(tmp_path / "stormy"), training, key, interrupt)
+    stormy = Trained(world, tmp_path / "stormy", **changes)
+    assert "resuming from the checkpoint of step" in (stormy.folder / "train.log").read_text()
+    calm = Trained(world, tmp_path / "calm", **changes)
+    assert stormy.adapter.sha256 == calm.adapter.sha256
+    assert (stormy.folder / "metrics.jsonl").read_bytes() == (calm.folder / "metrics.jsonl").read_bytes()
+
+    single = world.config(max_steps=6, eval_steps=6)
+    assert processes.run(world.preferences, tmp_path / "single", single) == 0, processes.log()
+    (adapter,) = tmp_path.glob("single/training/*/adapter/adapter_model.safetensors")
+    one, two = load_file(adapter), load_file(Path(calm.adapter.uri) / "adapter_model.safetensors")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_starting_needs_no_torch() -> None:

@@ -18,6 +18,7 @@ from tasks.storage import Workspace
 from tasks.training import invariants
 from tasks.training.checkpoints import Checkpoint
 from tasks.training.data import load_pairs, make_micro_batches
+from tasks.training.health import Run, assess
 from tasks.training.invariants import InvariantError
 from tasks.training.model import AdapterWeights, adapter_state, load_base, load_policy, load_tokenizer, save_adapter
 from tasks.training.reference import ReferenceCache, ReferenceLogps, Split, reference_key
@@ -111,6 +112,31 @@ def test_cached_and_live_reference_give_the_same_bits(world: TinyWorld, tmp_path
     cached.trainer.fit(None)
     assert cached.rows == live.rows
     assert_equal(adapter_of(cached.trainer), adapter_of(live.trainer))
+
+
+def test_gradient_checkpointing_changes_nothing(world: TinyWorld, tmp_path: Path) -> None:
+    plain = Bench(world, tmp_path / "plain", world.config(max_steps=4))
+    plain.trainer.fit(None)
+    checkpointing = Bench(world, tmp_path / "checkpointing", world.config(max_steps=4, gradient_checkpointing=True))
+    checkpointing.trainer.fit(None)
+    assert checkpointing.trainer.model.get_base_model().is_gradient_checkpointing
+    assert_equal(adapter_of(checkpointing.trainer), adapter_of(plain.trainer))
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_it_learns_what_is_there_and_says_when_nothing_is(tmp_path: Path, learnable: bool) -> None:
+    """Held-out accuracy is strong on pairs with a rule, and at chance on shuffled labels; the health page says so."""
+    world = TinyWorld.build(tmp_path, train=160, val=64, learnable=learnable)
+    training = world.config(max_steps=40, gradient_accumulation_steps=4, learning_rate=5e-3, eval_steps=20)
+    bench = Bench(world, tmp_path / "bench", training)
+    bench.trainer.fit(None)
+    accuracy = next(r for r in assess(Run(bench.rows, training, 160, 64)).readings if r.name == "rewards/accuracies")
+    if learnable:
+        assert accuracy.value >= 0.70
+        assert accuracy.ok
+    else:
+        assert "at chance" in accuracy.meaning
+        assert not accuracy.ok
 
 
 def test_the_reference_is_that_of_trl_to_the_last_bit(world: TinyWorld, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ KEYS = [
     "gsk_0123456789abcdef",
     "key-0123456789",
     "0123456789abcdef0123456789abcdef0123456789abcdef0123",
+    "0123456789abcdef0123456789abcdef",
+    "0b9fd2a1-77c3-4f0e-9d51-2c1e0a9b8c7d",
+    "team-a1b2c3d4e5f6a7b8c9d0",
     "env:sk-proj-abc",
     "env: OPENAI_API_KEY",
     "Bearer abc",
@@ -76,7 +79,7 @@ def test_a_key_deep_in_a_pipeline_is_not_printed_either() -> None:
     assert KEYS[0] not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["env:OPENAI_API_KEY", "env:_x1", "judge-key", "k"])
+@pytest.mark.parametrize("name", ["env:OPENAI_API_KEY", "env:_x1", "judge-key", "k", "gemini-25-pro-key-of-team-7", "productionjudgekey"])
 def test_names_of_secrets_are_taken(name: str) -> None:
     assert JudgingConfig(api_key=name).api_key == name
 

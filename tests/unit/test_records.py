@@ -25,6 +25,7 @@ BAD = {
     "cut": (b'{"prompt": [{"role": "user", "con', r"not JSON"),
     "not UTF-8": (b'{"prompt": "\xff\xfe"}', r"not JSON"),
     "NaN": (b'{"prompt": [{"role": "user", "content": "x"}], "score": NaN}', r"NaN is no JSON value"),
+    "too deep": (b'{"prompt": ' + b"[" * 100_000, r"not JSON"),
     "a list": ([1], r"a JSON list, not an object"),
     "a number": (3, r"a JSON int, not an object"),
     "no prompt": ({"text": "x"}, r"prompt: Field required \(the row has: text\)"),

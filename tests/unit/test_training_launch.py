@@ -72,6 +72,13 @@ def test_a_missing_file_is_named(world: TinyWorld, file: str, message: str) -> N
         check_training_inputs(world.config())
 
 
+def test_a_tracker_that_is_not_installed_is_named(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.training.launch.find_spec", lambda name: None)
+    with pytest.raises(PreflowError, match="report_to wandb: not installed here"):
+        check_training_inputs(world.config(report_to="wandb"))
+    check_training_inputs(world.config())
+
+
 @pytest.mark.parametrize("folder", ["base_model", "sft_adapter"])
 def test_a_missing_folder_is_named(world: TinyWorld, folder: str) -> None:
     with pytest.raises(PreflowError, match=f"{folder} .*/nowhere"):

@@ -1,0 +1,261 @@
+"""The deployments, on a real server: they deploy, their forms explain themselves, they run, and wrong values are refused."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.fakes.process import ROOT, FakeOpenAI
+
+PREFECT_FILE = "deployments/prefect.yaml"
+TEMPLATE = "deployments/l4-spot.job-template.json"
+NAMES = {
+    "dpo-pipeline/local", "generate-completions/local", "judge-preferences/local", "train-dpo/local",
+    "train-dpo/l4-spot", "evaluate-adapter/local", "promote-adapter/local",
+}  # fmt: skip
+IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
+
+
+def prefect(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the Prefect command line in the checkout."""
+    return subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
+        cwd=ROOT, env={**os.environ, "COLUMNS": "200", **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+class Api:
+    """The server's REST API."""
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=url, timeout=30)
+
+    def get(self, path: str) -> Any:
+        return self._client.get(path).raise_for_status().json()
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        return self._client.post(path, json=body).raise_for_status().json()
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.get(f"/deployments/name/{name}")
+        return found
+
+    def refused(self, name: str, parameters: dict[str, Any]) -> httpx.Response:
+        """Ask for a run of a deployment and return the answer, whatever it is."""
+        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
+        return self._client.post(path, json={"parameters": parameters})
+
+    def runs(self, name: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.post(
+            "/flow_runs/filter", {"deployments": {"id": {"any_": [self.deployment(name)["id"]]}}}
+        )
+        return found
+
+
+@pytest.fixture(scope="module")
+def api(prefect_server: str) -> Api:
+    """The server with both pools and all deployments, made by the commands that the documentation gives."""
+    for command in (
+        ["work-pool", "create", "local", "--type", "process"],
+        ["work-pool", "create", "l4-spot", "--type", "kubernetes", "--base-job-template", TEMPLATE],
+        ["deploy", "--prefect-file", PREFECT_FILE, "--all"],
+    ):
+        done = prefect(*command, PREFLOW_TRAIN_IMAGE=IMAGE)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return Api(prefect_server)
+
+
+@pytest.fixture(scope="module")
+def worker(api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process worker that was started somewhere else than in the checkout."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    with (elsewhere / "worker.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
+            cwd=elsewhere, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+        )  # fmt: skip
+        yield
+        process.terminate()
+        process.wait(30)
+
+
+def test_every_deployment_is_there_and_nothing_starts_by_itself(api: Api) -> None:
+    deployments = {f"{api.get('/flows/' + item['flow_id'])['name']}/{item['name']}": item
+                   for item in api.post("/deployments/filter", {})}  # fmt: skip
+    assert set(deployments) == NAMES
+    for name, item in deployments.items():
+        assert len(item["description"]) > 100, name
+        assert "preflow" in item["tags"], name
+        assert item["enforce_parameter_schema"], name
+        assert item["work_pool_name"] == name.split("/")[1]
+        for schedule in item["schedules"]:
+            assert not schedule["active"], name
+    assert all(not automation["enabled"] for automation in api.post("/automations/filter", {}))
+
+
+def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
+    limited = {}
+    for name in NAMES:
+        item = api.deployment(name)
+        if item["global_concurrency_limit"]:
+            limited[name] = (item["global_concurrency_limit"]["limit"], item["concurrency_options"]["collision_strategy"])
+    assert limited == dict.fromkeys(("dpo-pipeline/local", "train-dpo/local", "promote-adapter/local"), (1, "ENQUEUE"))
+
+
+def test_the_pipeline_has_a_nightly_schedule_and_a_trigger_to_turn_on(api: Api) -> None:
+    deployment = api.deployment("dpo-pipeline/local")
+    assert [(item["slug"], item["schedule"]["cron"]) for item in deployment["schedules"]] == [("nightly", "0 2 * * *")]
+    (automation,) = api.post("/automations/filter", {})
+    assert automation["trigger"]["expect"] == ["preflow.prompts.arrived"]
+    assert automation["actions"][0]["deployment_id"] == deployment["id"]
+    assert automation["actions"][0]["parameters"]["config"]["prompts"]["__prefect_kind"] == "jinja"
+
+
+def test_the_training_image_is_named_at_deploy_time(api: Api) -> None:
+    assert api.deployment("train-dpo/l4-spot")["job_variables"] == {"image": IMAGE}
+    steps = api.deployment("train-dpo/l4-spot")["pull_steps"]
+    assert steps == [{"prefect.deployments.steps.set_working_directory": {"directory": "/opt/preflow"}}]
+    (step,) = api.deployment("train-dpo/local")["pull_steps"]
+    assert step == {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
+
+
+def test_without_an_image_the_pool_decides(api: Api) -> None:
+    """A literal placeholder must not reach Kubernetes when the variable was not set."""
+    environment = {name: value for name, value in os.environ.items() if name != "PREFLOW_TRAIN_IMAGE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", PREFECT_FILE, "-n", "train-dpo/l4-spot"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "image" not in api.deployment("train-dpo/l4-spot")["job_variables"]
+    assert prefect("deploy", "--prefect-file", PREFECT_FILE, "-n", "train-dpo/l4-spot",
+                   PREFLOW_TRAIN_IMAGE=IMAGE).returncode == 0  # fmt: skip
+
+
+def test_the_pool_has_the_template(api: Api) -> None:
+    stored = api.get("/work_pools/l4-spot")["base_job_template"]
+    assert stored == json.loads((ROOT / TEMPLATE).read_text())
+
+
+def config_fields(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every field of every configuration model in a deployment's parameter schema."""
+    for model, definition in schema["definitions"].items():
+        if model.endswith("Config"):
+            for field, spec in definition["properties"].items():
+                yield f"{model}.{field}", spec
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_the_form_explains_itself(api: Api, name: str) -> None:
+    schema = api.deployment(name)["parameter_openapi_schema"]
+    for definition in schema["definitions"].values():
+        if "properties" in definition and "kind" not in definition["properties"]:
+            assert not definition.get("required"), f"{definition['title']}: a changed field would lose its neighbours"
+    fields = dict(config_fields(schema))
+    assert fields
+    for field, spec in fields.items():
+        assert len(spec.get("description", "")) >= 4, f"{field} has no description"
+        # A reference to another model or to an enum carries the title of what it refers to.
+        assert "title" in spec or "$ref" in spec or any("$ref" in part for part in spec["anyOf"]), f"{field} has no title"
+
+
+def test_choices_are_drop_downs(api: Api) -> None:
+    definitions = api.deployment("dpo-pipeline/local")["parameter_openapi_schema"]["definitions"]
+    chosen = {name: spec["enum"] for name, spec in definitions.items() if "enum" in spec}
+    assert chosen["LossType"][0] == "sigmoid"
+    assert chosen["PairPolicy"] == ["unanimous", "majority", "borda"]
+    fields = dict(config_fields({"definitions": definitions}))
+    used = {spec["$ref"].rsplit("/", 1)[1] for spec in fields.values() if "$ref" in spec}
+    assert set(chosen) <= used
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "said"),
+    [
+        ("generate-completions/local", {"generation": {"temperature": 5}}, "temperature"),
+        ("generate-completions/local", {"generation": {"no_such_setting": 1}}, "no_such_setting"),
+        ("dpo-pipeline/local", {"config": {"training": {"loss_type": "hing"}}}, "hing"),
+        ("judge-preferences/local", {}, "completions"),
+        ("train-dpo/l4-spot", {}, "preferences"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_the_run(
+    api: Api, name: str, parameters: dict[str, Any], said: str
+) -> None:
+    before = len(api.runs(name))
+    given = api.deployment(name)["parameters"] | parameters
+    answer = api.refused(name, given)
+    assert answer.status_code in (409, 422), answer.text
+    assert said in answer.text
+    assert len(api.runs(name)) == before
+
+
+def test_the_defaults_alone_are_a_valid_start(api: Api) -> None:
+    """What the form opens with passes the server's check, for the flows that need no other stage's result."""
+    for name in ("dpo-pipeline/local", "generate-completions/local"):
+        answer = api.refused(name, {})
+        assert answer.status_code == 201, answer.text
+        run = answer.json()
+        api.post(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
+
+
+def test_a_deployment_runs_to_the_end_on_a_process_worker(api: Api, worker: None, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": f"Scene {i}"}]}) + "\n" for i in range(3)))
+    with FakeOpenAI() as sampler:
+        parameters = {
+            "prompts": str(prompts),
+            "workspace": str(tmp_path / "workspace"),
+            "generation": {"endpoint": sampler.url, "num_completions": 2},
+        }
+        arguments = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
+        started = prefect("deployment", "run", "generate-completions/local", *arguments)
+        assert started.returncode == 0, started.stdout + started.stderr
+        run = wait_for(api, "generate-completions/local")
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    (completions,) = (tmp_path / "workspace" / "completions").glob("*/completions.jsonl")
+    rows = [json.loads(line) for line in completions.read_text().splitlines()]
+    assert [len(row["completions"]) for row in rows] == [2, 2, 2]
+
+
+def wait_for(api: Api, name: str, seconds: float = 120) -> dict[str, Any]:
+    """Wait until the newest run of a deployment that was not cancelled is over, and return it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        runs = [run for run in api.runs(name) if run["state_type"] != "CANCELLED"]
+        (run,) = runs
+        if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED") or time.monotonic() > deadline:
+            return run
+        time.sleep(0.5)
+
+
+def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -> None:
+    (automation,) = api.post("/automations/filter", {})
+    api._client.patch(f"/automations/{automation['id']}", json={"enabled": True}).raise_for_status()
+    event = {
+        "occurred": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "preflow.prompts.arrived",
+        "resource": {"prefect.resource.id": "preflow.prompts.scenes"}, "payload": {"prompts": "/new/prompts.jsonl"},
+        "id": "11111111-2222-4333-8444-555555555555",
+    }  # fmt: skip
+    api._client.post("/events", json=[event]).raise_for_status()
+    deadline = time.monotonic() + 60
+    while not (runs := [run for run in api.runs("dpo-pipeline/local") if run["state_type"] != "CANCELLED"]):
+        assert time.monotonic() < deadline, "the trigger did not fire"
+        time.sleep(0.5)
+    api._client.patch(f"/automations/{automation['id']}", json={"enabled": False}).raise_for_status()
+    assert runs[0]["parameters"]["config"]["prompts"] == "/new/prompts.jsonl"
+
+
+def test_the_file_names_every_flow() -> None:
+    """A flow that is added to the package needs a deployment, or a reason not to have one."""
+    flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__", "demo"}
+    deployed = {item["entrypoint"].split(":")[0] for item in yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]}
+    assert deployed == {f"flows/{name}.py" for name in flows}

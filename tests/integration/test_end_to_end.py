@@ -1,0 +1,163 @@
+"""The whole pipeline with real parts: a Prefect server, vLLM on CPU, the trainer, and the demo's judge over HTTP."""
+
+import json
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from flows.pipeline import dpo_pipeline
+from flows.promote import promote_adapter
+from tasks.config import (
+    EvaluationConfig,
+    GenerationConfig,
+    JudgingConfig,
+    PipelineConfig,
+    PromotionConfig,
+    TrainingConfig,
+)
+from tasks.demo.corpus import heldout_prompts, training_prompts
+from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
+from tasks.demo.services import judge_server
+from tasks.demo.serving import VllmServer
+from tasks.promotion import PromotionRefused, read_pointer
+from tasks.runs import PipelineResult
+
+VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@dataclass
+class Bench:
+    """A machine with everything on it: model, adapter, prompts, servers, and a workspace."""
+
+    folder: Path
+    vllm: VllmServer
+    judge_url: str
+
+    def config(self) -> PipelineConfig:
+        return PipelineConfig(
+            prompts=str(self.folder / "prompts.jsonl"),
+            eval_prompts=str(self.folder / "held-out.jsonl"),
+            workspace=str(self.folder / "workspace"),
+            generation=GenerationConfig(
+                endpoint=self.vllm.base_url, model="sft", num_completions=3, max_tokens=48, frequency_penalty=0.0
+            ),
+            judging=JudgingConfig(
+                endpoint=self.judge_url, model="demo-judge", api_key="env:DEMO_JUDGE_KEY", rubric="demo"
+            ),
+            training=TrainingConfig(
+                base_model=str(self.folder / "base"), sft_adapter=str(self.folder / "sft"), load_in_4bit=False,
+                bf16=False, learning_rate=1e-3, max_steps=3, warmup_steps=1, max_length=256, logging_steps=1,
+                gradient_accumulation_steps=2,
+            ),
+            evaluation=EvaluationConfig(num_samples=2, null_test=False),
+            # Three steps of a hardly trained model need not win: what is tested here is the way, not the win.
+            promotion=PromotionConfig(name="better", min_win_rate=0.0, endpoint=self.vllm.base_url),
+        )
+
+    def judge_requests(self) -> int:
+        log = self.folder / "judge-requests.jsonl"
+        return sum("/chat/completions" in line for line in log.read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("bench")
+    build_base_model(folder / "base", 7, Recipe(rows=400, steps=60, batch_size=8, learning_rate=3e-3))
+    build_sft_adapter(folder / "base", folder / "sft", 7, Recipe(rows=100, steps=10, batch_size=8, learning_rate=2e-3))
+    for name, rows in (("prompts", training_prompts(24, 7)), ("held-out", heldout_prompts(10, 7))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    key = secrets.token_hex(8)
+    vllm = VllmServer(VLLM_PYTHON, folder / "base", folder / "vllm.log", {"sft": folder / "sft"})
+    with pytest.MonkeyPatch.context() as environment, judge_server(folder, key) as judge, vllm:
+        environment.setenv("DEMO_JUDGE_KEY", key)
+        yield Bench(folder, vllm, f"http://127.0.0.1:{judge.port}/v1")
+
+
+@pytest.fixture(scope="module")
+async def result(bench: Bench) -> PipelineResult:
+    return await dpo_pipeline(bench.config())
+
+
+async def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
+    rows = [json.loads(line) for line in Path(result.completions.uri).read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in Path(bench.config().prompts).read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    first = json.loads((Path(result.adapter.uri).parent / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["dpo_loss" if "dpo_loss" in first else "loss"] == pytest.approx(0.693147, abs=1e-3)
+    assert first["rewards/margins"] == 0
+    assert sorted(path.name for path in Path(result.adapter.uri).iterdir()) == [
+        "COMMITTED.json", "adapter_config.json", "adapter_model.safetensors",
+    ]
+    assert result.promotion is not None
+    pointer = read_pointer(bench.config().workspace, "better")
+    assert pointer is not None
+    assert pointer["current"]["adapter_sha256"] == result.adapter.sha256
+
+
+def test_the_promoted_adapter_is_the_one_served(bench: Bench, result: PipelineResult) -> None:
+    ids = _prompt_ids(bench, result)
+    trained = _log_probs(bench.folder / "base", Path(result.adapter.uri), ids)
+    sft = _log_probs(bench.folder / "base", bench.folder / "sft", ids)
+    assert _served_log_probs(bench, "better", ids) == pytest.approx(trained, abs=1e-3)
+    assert _served_log_probs(bench, "sft", ids) == pytest.approx(sft, abs=1e-3)
+    assert trained != pytest.approx(sft, abs=1e-3), "the two adapters are alike, so this test would see no mix-up"
+
+
+async def test_a_second_run_asks_nobody(bench: Bench, result: PipelineResult) -> None:
+    asked, sampled = bench.judge_requests(), _requests_served(bench)
+    again = await dpo_pipeline(bench.config())
+    assert again == result
+    assert (bench.judge_requests(), _requests_served(bench)) == (asked, sampled)
+
+
+async def test_what_did_not_win_is_not_promoted(bench: Bench, result: PipelineResult) -> None:
+    bar = PromotionConfig(name="refused", min_win_rate=0.999, endpoint=bench.vllm.base_url)
+    with pytest.raises(PromotionRefused, match="lower bound"):
+        await promote_adapter(result.adapter, result.evaluation, bench.config().workspace, bar)
+    assert read_pointer(bench.config().workspace, "refused") is None
+    assert "refused" not in _served_models(bench)
+
+
+def _prompt_ids(bench: Bench, result: PipelineResult) -> list[int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bench.folder / "base")
+    pair = json.loads(Path(result.preferences.uri).read_text().splitlines()[0])
+    text = tokenizer.apply_chat_template([*pair["prompt"], *pair["chosen"]], tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _log_probs(base: Path, adapter: Path, ids: list[int]) -> list[float]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    found = torch.log_softmax(logits[:-1], dim=-1).gather(1, torch.tensor(ids[1:])[:, None])
+    return [float(value) for value in found[:, 0]]
+
+
+def _served_log_probs(bench: Bench, model: str, ids: list[int]) -> list[float]:
+    body: dict[str, Any] = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    reply = httpx.post(f"{bench.vllm.base_url}/completions", json=body, timeout=60).raise_for_status().json()
+    told = reply["choices"][0]["prompt_logprobs"][1:]
+    return [entry[str(token)]["logprob"] for entry, token in zip(told, ids[1:], strict=True)]
+
+
+def _served_models(bench: Bench) -> set[str]:
+    return {entry["id"] for entry in httpx.get(f"{bench.vllm.base_url}/models").json()["data"]}
+
+
+def _requests_served(bench: Bench) -> float:
+    """Return how many requests vLLM itself says it has finished."""
+    lines = httpx.get(bench.vllm.base_url.replace("/v1", "/metrics")).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:request_success_total"))
