@@ -1,5 +1,6 @@
 """The workspace: a local folder or gs://bucket/prefix, where a file is either absent or whole."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from tasks.errors import PreflowError
 CHUNK = 1 << 20
 PARALLEL_TRANSFERS = 8
 COMMITTED = "COMMITTED.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger(__name__)
 
 
@@ -222,6 +224,13 @@ class Workspace:
                 os.replace(name, uri)
             else:
                 self._fs.put_file(name, uri)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise PreflowError(
+                f"{uri}: the disk is full ({error.strerror}). What was there is untouched and what was finished is "
+                "kept: make room, or choose another workspace, and run again."
+            ) from error
         finally:
             Path(name).unlink(missing_ok=True)
 

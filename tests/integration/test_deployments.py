@@ -24,12 +24,14 @@ NAMES = {
 IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
 
 
-def prefect(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the Prefect command line in the checkout."""
-    return subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
-        cwd=ROOT, env={**os.environ, "COLUMNS": "200", **environment}, capture_output=True, text=True, timeout=120,
+def register(*arguments: str, **environment: str) -> None:
+    """Run deployments/register.sh in the checkout with the Prefect of these tests."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["deployments/register.sh", *arguments],
+        cwd=ROOT, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 class Api:
@@ -63,13 +65,7 @@ class Api:
 @pytest.fixture(scope="module")
 def api(prefect_server: str) -> Api:
     """The server with both pools and all deployments, made by the commands that the documentation gives."""
-    for command in (
-        ["work-pool", "create", "local", "--type", "process"],
-        ["work-pool", "create", "l4-spot", "--type", "kubernetes", "--base-job-template", TEMPLATE],
-        ["deploy", "--prefect-file", PREFECT_FILE, "--all"],
-    ):
-        done = prefect(*command, PREFLOW_TRAIN_IMAGE=IMAGE)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    register(PREFLOW_TRAIN_IMAGE=IMAGE)
     return Api(prefect_server)
 
 
@@ -119,30 +115,23 @@ def test_the_pipeline_has_a_nightly_schedule_and_a_trigger_to_turn_on(api: Api) 
     assert automation["actions"][0]["parameters"]["config"]["prompts"]["__prefect_kind"] == "jinja"
 
 
-def test_the_training_image_is_named_at_deploy_time(api: Api) -> None:
-    assert api.deployment("train-dpo/l4-spot")["job_variables"] == {"image": IMAGE}
-    steps = api.deployment("train-dpo/l4-spot")["pull_steps"]
-    assert steps == [{"prefect.deployments.steps.set_working_directory": {"directory": "/opt/preflow"}}]
+def test_code_comes_from_the_checkout_and_on_the_pool_from_the_image(api: Api) -> None:
     (step,) = api.deployment("train-dpo/local")["pull_steps"]
     assert step == {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
+    (step,) = api.deployment("train-dpo/l4-spot")["pull_steps"]
+    assert step == {"prefect.deployments.steps.set_working_directory": {"directory": "/opt/preflow"}}
 
 
-def test_without_an_image_the_pool_decides(api: Api) -> None:
-    """A literal placeholder must not reach Kubernetes when the variable was not set."""
-    environment = {name: value for name, value in os.environ.items() if name != "PREFLOW_TRAIN_IMAGE"}
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", PREFECT_FILE, "-n", "train-dpo/l4-spot"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "image" not in api.deployment("train-dpo/l4-spot")["job_variables"]
-    assert prefect("deploy", "--prefect-file", PREFECT_FILE, "-n", "train-dpo/l4-spot",
-                   PREFLOW_TRAIN_IMAGE=IMAGE).returncode == 0  # fmt: skip
+def test_the_pool_has_the_template_with_the_image_that_was_named(api: Api) -> None:
+    template = json.loads((ROOT / TEMPLATE).read_text())
+    template["variables"]["properties"]["image"]["default"] = IMAGE
+    assert api.get("/work_pools/l4-spot")["base_job_template"] == template
 
 
-def test_the_pool_has_the_template(api: Api) -> None:
-    stored = api.get("/work_pools/l4-spot")["base_job_template"]
-    assert stored == json.loads((ROOT / TEMPLATE).read_text())
+def test_registering_again_leaves_the_settings_of_a_pool_alone(api: Api) -> None:
+    before = api.get("/work_pools/l4-spot")
+    register("pools", PREFLOW_TRAIN_IMAGE="registry.example/another:1")
+    assert api.get("/work_pools/l4-spot") == before
 
 
 def config_fields(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -217,8 +206,10 @@ def test_a_deployment_runs_to_the_end_on_a_process_worker(api: Api, worker: None
             "generation": {"endpoint": sampler.url, "num_completions": 2},
         }
         arguments = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
-        started = prefect("deployment", "run", "generate-completions/local", *arguments)
-        assert started.returncode == 0, started.stdout + started.stderr
+        subprocess.run(
+            [sys.executable, "-m", "prefect", "deployment", "run", "generate-completions/local", *arguments],
+            check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
         run = wait_for(api, "generate-completions/local")
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     (completions,) = (tmp_path / "workspace" / "completions").glob("*/completions.jsonl")

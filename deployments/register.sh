@@ -1,0 +1,21 @@
+#!/bin/sh
+# Make what is missing on the Prefect server that PREFECT_API_URL names. Run it in the root of a checkout or of the image.
+#   register.sh pools   the work pools; one that exists keeps its settings
+#   register.sh         the work pools, and every deployment as prefect.yaml has it
+# PREFLOW_TRAIN_IMAGE: the train image that the pool l4-spot starts from.
+set -eu
+template=deployments/l4-spot.job-template.json
+
+make_pool() {
+    prefect work-pool inspect "$1" >/dev/null 2>&1 || prefect work-pool create "$@"
+}
+
+if [ -n "${PREFLOW_TRAIN_IMAGE:-}" ]; then
+    named=$(mktemp)
+    trap 'rm -f "$named"' EXIT
+    sed "s|preflow-train:latest|$PREFLOW_TRAIN_IMAGE|" "$template" >"$named"
+    template=$named
+fi
+make_pool local --type process
+make_pool l4-spot --type kubernetes --base-job-template "$template"
+[ "${1:-all}" = pools ] || prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
