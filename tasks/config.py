@@ -62,14 +62,19 @@ class EndpointConfig(StageConfig):
         json_schema_extra=OPERATIONAL,
     )
     max_concurrency: int = Field(
-        32, ge=1, le=4096, description="Requests in flight at once, at most (a sliding window).",
+        32,
+        ge=1,
+        le=4096,
+        description="Requests in flight at once, at most (a sliding window).",
         json_schema_extra=OPERATIONAL,
     )
     request_timeout_seconds: float = Field(
         300, gt=0, le=3600, description="Time limit of one attempt, in seconds.", json_schema_extra=OPERATIONAL
     )
     max_outage_seconds: float = Field(
-        600, ge=0, le=86_400,
+        600,
+        ge=0,
+        le=86_400,
         description="How long an endpoint that is down or refuses with 429/5xx is waited for, in seconds.",
         json_schema_extra=OPERATIONAL,
     )
@@ -83,19 +88,29 @@ class EndpointConfig(StageConfig):
         0.0, ge=0, description="Price of a million prompt tokens, in US$.", json_schema_extra=OPERATIONAL
     )
     completion_price: float = Field(
-        0.0, ge=0, description="Price of a million completion tokens (thinking included), in US$.",
+        0.0,
+        ge=0,
+        description="Price of a million completion tokens (thinking included), in US$.",
         json_schema_extra=OPERATIONAL,
     )
     budget_usd: float | None = Field(
-        None, gt=0, description="Stop before this stage costs more than this, in US$; empty: no limit.",
+        None,
+        gt=0,
+        description="Stop before this stage costs more than this, in US$; empty: no limit.",
         json_schema_extra=OPERATIONAL,
     )
     shard_size: int | None = Field(
-        None, ge=1, le=1000, description="Prompts in a shard (one Prefect task run); empty: chosen by the row count.",
+        None,
+        ge=1,
+        le=1000,
+        description="Prompts in a shard (one Prefect task run); empty: chosen by the row count.",
         json_schema_extra=OPERATIONAL,
     )
     max_failure_ratio: float = Field(
-        0.01, ge=0, le=1, description="Share of prompts that may fail for good before the stage fails.",
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of prompts that may fail for good before the stage fails.",
         json_schema_extra=OPERATIONAL,
     )
 
@@ -264,7 +279,9 @@ class TrainingConfig(StageConfig):
     beta: float = Field(0.1, gt=0, le=10, description="Strength of the pull to the reference; lower moves further.")
     loss_type: LossType = Field(LossType.SIGMOID, description="DPO loss; sigmoid is standard.")
     sft_weight: float = Field(
-        0.0, ge=0, le=10,
+        0.0,
+        ge=0,
+        le=10,
         description="Weight of an added SFT loss on the chosen side (the DPO loss has weight 1); 1 keeps the format.",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs taken to be flipped (robust loss).")
@@ -294,9 +311,7 @@ class TrainingConfig(StageConfig):
         json_schema_extra=OPERATIONAL,
     )
     eval_steps: int = Field(25, ge=1, description="Optimizer steps between evaluations.")
-    save_steps: int = Field(
-        25, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=OPERATIONAL
-    )
+    save_steps: int = Field(25, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=OPERATIONAL)
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of shuffling and dropout.")
     report_to: ReportTo = Field(ReportTo.NONE, description="Experiment tracker.", json_schema_extra=OPERATIONAL)
@@ -304,11 +319,16 @@ class TrainingConfig(StageConfig):
         1, ge=1, le=8, description="Training processes (GPUs) on this machine, through accelerate."
     )
     grace_seconds: float = Field(
-        12, gt=0, le=600, description="Time a preempted trainer gets to save, in seconds.",
+        12,
+        gt=0,
+        le=600,
+        description="Time a preempted trainer gets to save, in seconds.",
         json_schema_extra=OPERATIONAL,
     )
     lease_seconds: float = Field(
-        60, ge=1, le=3600,
+        60,
+        ge=1,
+        le=3600,
         description="A trainer that gave no sign of life for so long, in seconds, is replaced by a waiting one.",
         json_schema_extra=OPERATIONAL,
     )
@@ -341,7 +361,6 @@ class EvaluationConfig(StageConfig):
         json_schema_extra=OPERATIONAL,
     )
 
-
     def comparison_judge(self) -> JudgingConfig:
         """Return the judge as it compares two samples: always in both orders."""
         return (self.judging or JudgingConfig()).model_copy(update={"orders": 2})
@@ -357,7 +376,8 @@ class PromotionConfig(StageConfig):
         0.5, ge=0, lt=1, description="Bar: the lower bound of the win rate's interval must be over it."
     )
     endpoint: str | None = Field(
-        "http://127.0.0.1:8000/v1", pattern=r"^https?://",
+        "http://127.0.0.1:8000/v1",
+        pattern=r"^https?://",
         description="vLLM that shall serve it at once; empty: only the workspace's pointer moves.",
         json_schema_extra=OPERATIONAL,
     )

@@ -84,8 +84,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
             missing += samples is None
             for number, (a, b) in enumerate(zip(row["completions"], samples or [], strict=False)):
                 out.write_row(
-                    {"id": f"{row['id']}#{number}", "prompt_id": row["id"], "prompt": row["prompt"],
-                     "completions": [a, b]}
+                    {
+                        "id": f"{row['id']}#{number}",
+                        "prompt_id": row["id"],
+                        "prompt": row["prompt"],
+                        "completions": [a, b],
+                    }
                 )
     if not out.rows:
         raise PreflowError(f"{baseline.uri} and {candidate.uri} share no prompt: nothing can be compared")
@@ -157,8 +161,12 @@ def win_rate(outcomes: dict[str, list[float]], confidence: float) -> dict[str, f
 def evaluation_key(adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, confidence: float) -> str:
     """Return the content key of an evaluation."""
     return stage_key(
-        "evaluation", VERSION, adapter=adapter.sha256, verdicts=verdicts.sha256,
-        null=null.sha256 if null else None, confidence=confidence,
+        "evaluation",
+        VERSION,
+        adapter=adapter.sha256,
+        verdicts=verdicts.sha256,
+        null=null.sha256 if null else None,
+        confidence=confidence,
     )
 
 
@@ -200,8 +208,12 @@ def summarise_evaluation(
         },
     )
     logger.info(
-        "win rate %.3f [%.3f, %.3f] over %d samples of %d prompts%s", found["win_rate"], found["lower"],
-        found["upper"], found["samples"], found["prompts"],
+        "win rate %.3f [%.3f, %.3f] over %d samples of %d prompts%s",
+        found["win_rate"],
+        found["lower"],
+        found["upper"],
+        found["samples"],
+        found["prompts"],
         f"; SFT against itself {summary['null']['win_rate']:.3f}" if null else "",
     )
     if found["samples"] < 800:

@@ -82,7 +82,8 @@ def sampling_identity(generation: GenerationConfig) -> dict[str, Any]:
     else:
         logger.warning(
             "generation.adapter is empty: the name %r must identify the model; a new model under the same name will "
-            "be taken for the old one", generation.model,
+            "be taken for the old one",
+            generation.model,
         )
     return settings
 

@@ -56,8 +56,13 @@ def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
     store.write_bytes(f"{folder}/quality.png", plot_quality(quality))
-    logger.info("preferences: %d train and %d val pairs of %d prompts; %s", train.rows, val.rows, judged.rows,
-                ", ".join(f"{name} {count}" for name, count in statuses.most_common()))
+    logger.info(
+        "preferences: %d train and %d val pairs of %d prompts; %s",
+        train.rows,
+        val.rows,
+        judged.rows,
+        ", ".join(f"{name} {count}" for name, count in statuses.most_common()),
+    )
     artifact = PreferencesRef(
         uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()
     )

@@ -53,8 +53,13 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
                 "Give held-out prompts with `eval_prompts`, or raise judging.val_ratio."
             )
     artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
-    logger.info("%s: %d prompts (%d duplicates dropped, %d left out as trained on)", source, out.rows,
-                counts["duplicates"], counts["in_training"])
+    logger.info(
+        "%s: %d prompts (%d duplicates dropped, %d left out as trained on)",
+        source,
+        out.rows,
+        counts["duplicates"],
+        counts["in_training"],
+    )
     store.write_json(
         manifest_uri,
         {"artifact": artifact.model_dump(), "stage": "prompts", "upstream": [], "source": source, "counts": counts},

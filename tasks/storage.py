@@ -291,9 +291,7 @@ class Workspace:
         names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
             list(pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)), names))
-        files = {
-            name: {"size": (local / name).stat().st_size, "sha256": file_sha256(local / name)} for name in names
-        }
+        files = {name: {"size": (local / name).stat().st_size, "sha256": file_sha256(local / name)} for name in names}
         manifest = {"files": files, **(extra or {})}
         self.write_json(posixpath.join(uri, COMMITTED), manifest)
         return self.sha256(posixpath.join(uri, COMMITTED))

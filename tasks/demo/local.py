@@ -21,8 +21,8 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.demo.materials import Materials, locate_materials
-from tasks.demo.services import judge_server, prefect_server
-from tasks.demo.serving import VllmServer
+from tasks.demo.services import Service, judge_server, prefect_server
+from tasks.demo.serving import vllm_server
 from tasks.demo.summary import before_and_after, stage_seconds, summarise
 from tasks.errors import PreflowError
 from tasks.promotion import read_pointer
@@ -71,7 +71,7 @@ def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> 
         eval_prompts=str(materials.held_out),
         workspace=str(places.workspace),
         generation=GenerationConfig(
-            endpoint=vllm, model="sft", num_completions=4, temperature=0.9, max_tokens=96, frequency_penalty=0.0,
+            endpoint=vllm, model="sft", num_completions=4, temperature=0.9, max_tokens=128, frequency_penalty=0.0,
             max_concurrency=64,
         ),
         judging=JudgingConfig(endpoint=judge, model="demo-judge", api_key=f"env:{JUDGE_KEY}", rubric="demo"),
@@ -116,14 +116,12 @@ def model_servers(places: Places, materials: Materials) -> Iterator[PipelineConf
         yield demo_config(places, materials, vllm.base_url, f"http://127.0.0.1:{judge.port}/v1")
 
 
-def _vllm(places: Places, materials: Materials) -> VllmServer:
-    if not VLLM_PYTHON.exists():
-        raise PreflowError(f"{VLLM_PYTHON} is not there: run `make demo`, which installs vLLM")
+def _vllm(places: Places, materials: Materials) -> Service:
     adapters = {"sft": materials.sft}
     pointer = read_pointer(str(places.workspace), SERVED_NAME)
     if pointer is not None:
         adapters[SERVED_NAME] = Path(pointer["current"]["uri"])
-    return VllmServer(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters)
+    return vllm_server(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters)
 
 
 def announce(places: Places, ui: str) -> None:
@@ -141,7 +139,7 @@ def serve_until_interrupted(places: Places, ui: str, models: bool) -> int:
             if not materials.sft.exists():
                 raise PreflowError("there is nothing to serve yet: run `make demo` first")
             vllm = running.enter_context(_vllm(places, materials))
-            print(f"vLLM:       {vllm.base_url} serves {', '.join(vllm.adapters)}")
+            print(f"vLLM:       {vllm.base_url} serves the base model, `sft` and, once promoted, `{SERVED_NAME}`")
         print("Ctrl-C ends it", flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
     return 0

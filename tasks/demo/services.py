@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,14 +19,16 @@ from tasks.errors import PreflowError
 
 LOG = logging.getLogger(__name__)
 GRACE_SECONDS = 10.0
+REPORT_SECONDS = 10.0
+LOG_LINES_IN_ERROR = 15
 
 
 @dataclass
 class Service:
-    """A server started by `command` on `port`, which is ready when `health` (a path) answers.
+    """A server on a port of 127.0.0.1, in a process group of its own that ends with this process.
 
-    Raises:
-        PreflowError: (`start`) it died or does not answer in time; the end of its log is shown.
+    `command` starts it, `health` is a path it answers when ready, `log` receives all it prints. As a context manager it
+    is ready inside and ended outside.
     """
 
     name: str
@@ -38,26 +40,52 @@ class Service:
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
     _lifeline: int = field(default=-1, init=False, repr=False)
 
-    def start(self, timeout: float = 180.0) -> None:
-        """Start the server and wait until it answers."""
+    @property
+    def base_url(self) -> str:
+        """The OpenAI-compatible base URL, for a server that has one."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        """Start the server and return at once; `wait_ready` tells when it answers."""
+        if self._process is not None:
+            raise PreflowError(f"{self.name} runs already on port {self.port}: stop it before it is started again")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         reader, self._lifeline = os.pipe()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, watchdog.__file__, str(reader), str(GRACE_SECONDS), *self.command],
-                pass_fds=[reader], stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                pass_fds=[reader],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env={**os.environ, **self.environment},
             )
         os.close(reader)
+
+    def wait_ready(self, timeout: float = 300.0, report: Callable[[str], None] = LOG.info) -> float:
+        """Wait until the server answers and return the seconds it took; `report` gets a line every ten seconds.
+
+        Raises:
+            PreflowError: with the end of the server's log, where it died or took longer than `timeout` seconds.
+        """
         start = time.monotonic()
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() - start > timeout:
-                end = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-                raise PreflowError(f"{self.name} did not start. The end of its log, {self.log}:\n{end}")
-            time.sleep(0.2)
+        next_report = start + REPORT_SECONDS
+        while not self._is_healthy():
+            waited = time.monotonic() - start
+            if self._process is None or self._process.poll() is not None:
+                raise PreflowError(f"{self.name} ended while starting. {self._log_end()}")
+            if waited > timeout:
+                raise PreflowError(f"{self.name} did not answer within {timeout:.0f} s. {self._log_end()}")
+            if time.monotonic() >= next_report:
+                report(f"{self.name} is starting, {waited:.0f} s so far; its log: {self.log}")
+                next_report += REPORT_SECONDS
+            time.sleep(0.25)
+        seconds = time.monotonic() - start
+        report(f"{self.name} is ready on port {self.port} after {seconds:.0f} s")
+        return seconds
 
     def stop(self) -> None:
-        """End the server and all it started."""
+        """End the server: SIGTERM to its process group, SIGKILL after the grace. Does nothing where it has ended."""
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
@@ -65,15 +93,10 @@ class Service:
             self._process.wait()
             self._process = None
 
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}{self.health}", timeout=5).status_code < 500
-        except httpx.TransportError:
-            return False
-
     def __enter__(self) -> Self:
+        self.start()
         try:
-            self.start()
+            self.wait_ready()
         except BaseException:
             self.stop()
             raise
@@ -83,6 +106,16 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}{self.health}", timeout=2.0).status_code < 500
+        except httpx.TransportError:
+            return False
+
+    def _log_end(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
+        return f"The last lines of {self.log}:\n" + "\n".join(lines)
 
 
 def free_port() -> int:
@@ -97,7 +130,9 @@ def prefect_server(home: Path) -> Service:
     port = free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     environment = {
-        "PREFECT_HOME": str(home), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_HOME": str(home),
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
     }
     log = home.parent / "logs" / "prefect.log"
@@ -107,7 +142,6 @@ def prefect_server(home: Path) -> Service:
 def judge_server(logs: Path, key: str) -> Service:
     """Return the demo's rule-based judge on a free port; each request adds a line to `judge-requests.jsonl`."""
     port = free_port()
-    command = [
-        sys.executable, "-m", "tasks.demo.judge", "--port", str(port), "--log", str(logs / "judge-requests.jsonl")
-    ]
+    requests = logs / "judge-requests.jsonl"
+    command = [sys.executable, "-m", "tasks.demo.judge", "--port", str(port), "--log", str(requests)]
     return Service("the judge", command, port, "/v1/models", logs / "judge.log", {"DEMO_JUDGE_KEY": key})

@@ -23,7 +23,7 @@ from tests.integration.test_stages import write_prompts
 KILLS = int(os.environ.get("PREFLOW_KILLS", "4"))
 CONCURRENCY = 8
 PROMPTS = 60
-PLAN = {"latency_ms": 40, "oracle_every": 3, "verdict_faults": {"fences": 0.2, "strings": 0.2}}
+PLAN = {"latency_ms": 40, "oracle_every": 3}
 FINAL = ("completions.jsonl", "failures.jsonl", "verdicts.jsonl", "judged.jsonl", "train.jsonl", "val.jsonl",
          "quality.json", "samples.jsonl", "comparisons.jsonl", "win_rate.json")  # fmt: skip
 

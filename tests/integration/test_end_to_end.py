@@ -23,8 +23,8 @@ from tasks.config import (
 )
 from tasks.demo.corpus import heldout_prompts, training_prompts
 from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
-from tasks.demo.services import judge_server
-from tasks.demo.serving import VllmServer
+from tasks.demo.services import Service, judge_server
+from tasks.demo.serving import vllm_server
 from tasks.promotion import PromotionRefused, read_pointer
 from tasks.runs import PipelineResult
 
@@ -38,7 +38,7 @@ class Bench:
     """A machine with everything on it: model, adapter, prompts, servers, and a workspace."""
 
     folder: Path
-    vllm: VllmServer
+    vllm: Service
     judge_url: str
 
     def config(self) -> PipelineConfig:
@@ -75,7 +75,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iter
     for name, rows in (("prompts", training_prompts(24, 7)), ("held-out", heldout_prompts(10, 7))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     key = secrets.token_hex(8)
-    vllm = VllmServer(VLLM_PYTHON, folder / "base", folder / "vllm.log", {"sft": folder / "sft"})
+    vllm = vllm_server(VLLM_PYTHON, folder / "base", folder / "vllm.log", {"sft": folder / "sft"})
     with pytest.MonkeyPatch.context() as environment, judge_server(folder, key) as judge, vllm:
         environment.setenv("DEMO_JUDGE_KEY", key)
         yield Bench(folder, vllm, f"http://127.0.0.1:{judge.port}/v1")

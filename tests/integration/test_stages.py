@@ -60,6 +60,10 @@ def read(uri: str | Path) -> list[Row]:
     return [json.loads(line) for line in Path(uri).read_text().splitlines()]
 
 
+def load(path: str | Path) -> bytes:
+    return Path(path).read_bytes()
+
+
 def beside(reference: PreferencesRef | CompletionsRef, name: str) -> Path:
     return Path(reference.uri).with_name(name)
 
@@ -149,7 +153,7 @@ async def test_a_lost_completion_is_made_again_to_the_byte(tmp_path: Path, fake:
     prompts = str(write_prompts(tmp_path, 30))
     first = await generate_completions(prompts, str(tmp_path / "a"), generation(fake, shard_size=7))
     second = await generate_completions(prompts, str(tmp_path / "b"), generation(fake, max_concurrency=3))
-    assert Path(first.uri).read_bytes() == Path(second.uri).read_bytes()
+    assert load(first.uri) == load(second.uri)
     assert len({row["seed"] for row in asked(fake, "sampler")}) == 30
     other = await generate_completions(prompts, str(tmp_path / "a"), generation(fake, seed=7))
     assert not {text for row in read(first.uri) for text in row["completions"]} & {
@@ -211,8 +215,7 @@ async def test_equal_completions_are_merged_and_lines_can_be_kept(tmp_path: Path
     texts = [text for row in read(kept.uri) for text in row["completions"]]
     assert all(line.startswith(("[JERRY] ", "[ELAINE] ")) for text in texts for line in text.splitlines())
     assert "" in texts, "the sampler was expected to leave some scenes without these speakers"
-    assert kept.manifest is not None
-    counts = json.loads(Path(kept.manifest).read_text())["counts"]
+    counts = json.loads(load(beside(kept, "manifest.json")))["counts"]
     assert counts["empty"] == texts.count("")
     preferences = await judge_preferences(kept, workspace, judging(fake))
     judged = read(beside(preferences, "judged.jsonl"))
@@ -249,7 +252,7 @@ async def test_what_does_not_change_the_answers_is_not_asked_again(tmp_path: Pat
     assert await requests_of(judging(fake, max_tokens=2000)) == (0, 200)
     assert await requests_of(judging(fake, orders=3)) == (0, 100), "two of three orders are known"
     more = write_prompts(tmp_path, 200)
-    assert Path(prompts).read_text() == more.read_text()[: len(Path(prompts).read_text())]
+    assert load(more).startswith(load(prompts))
     assert await requests_of(judging(fake), str(more)) == (100, 200), "100 prompts were added"
 
 
@@ -369,7 +372,7 @@ async def test_the_budget_stops_a_stage_with_everything_kept(tmp_path: Path, fak
     prompts, workspace = str(write_prompts(tmp_path, 150)), str(tmp_path / "ws")
     prices = {"prompt_price": 100.0, "completion_price": 1000.0, "max_tokens": 64, "max_concurrency": 4}
     # One request costs about 0.15 US$ and might cost 0.2; all of them about 23.
-    with pytest.raises(PreflowError, match="budget_usd is 18 US.*It was not sent. Everything answered so far is kept"):
+    with pytest.raises(PreflowError, match=r"budget_usd is 18 US.*It was not sent. Everything answered so far is kept"):
         await generate_completions(prompts, workspace, generation(fake, **prices, budget_usd=18))
     spent = sum_usd(asked(fake, "sampler"), 100, 1000)
     assert 16 < spent <= 18

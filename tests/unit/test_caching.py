@@ -156,10 +156,13 @@ async def test_a_record_of_a_damaged_artifact_is_not_believed(
 ) -> None:
     artifact = make_artifact(tmp_path)
     await results.awrite_path("k", make_record(artifact.model_dump(mode="json")))
-    file = Path(artifact.uri)
+    spoil(Path(artifact.uri), damage)
+    with pytest.raises(PreflowError, match="is missing or differs from its digest"):
+        await results.aread_path("k")
+
+
+def spoil(file: Path, damage: str) -> None:
     if damage == "gone":
         file.unlink()
     else:
         file.write_bytes(b'{"a": 2}\n' if damage == "changed" else b"")
-    with pytest.raises(PreflowError, match="is missing or differs from its digest"):
-        await results.aread_path("k")

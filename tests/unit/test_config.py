@@ -44,6 +44,7 @@ KEYS = [
     "eyJhbGciOiJIUzI1NiJ9.e30.abc",
     "",
 ]
+NAMES = ["env:OPENAI_API_KEY", "env:_x1", "judge-key", "k", "gemini-25-pro-key-of-team-7", "productionjudgekey"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -79,7 +80,7 @@ def test_a_key_deep_in_a_pipeline_is_not_printed_either() -> None:
     assert KEYS[0] not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["env:OPENAI_API_KEY", "env:_x1", "judge-key", "k", "gemini-25-pro-key-of-team-7", "productionjudgekey"])
+@pytest.mark.parametrize("name", NAMES)
 def test_names_of_secrets_are_taken(name: str) -> None:
     assert JudgingConfig(api_key=name).api_key == name
 

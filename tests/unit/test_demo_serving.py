@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tasks.demo import watchdog
-from tasks.demo.serving import VllmOptions, VllmServer
+from tasks.demo.serving import VllmOptions, vllm_server
 from tasks.errors import PreflowError
 
 # Answers /health, and has a child of its own that ignores SIGTERM, as an engine process in trouble would.
@@ -31,8 +31,8 @@ http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
 PARENT = """
 import sys, time
 from pathlib import Path
-from tasks.demo.serving import VllmServer
-server = VllmServer(python=Path(sys.argv[1]), model=Path(sys.argv[2]), log=Path(sys.argv[3]))
+from tasks.demo.serving import vllm_server
+server = vllm_server(python=Path(sys.argv[1]), model=Path(sys.argv[2]), log=Path(sys.argv[3]))
 server.start()
 server.wait_ready(60)
 print("ready", flush=True)
@@ -82,9 +82,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
 def test_stop_ends_the_server_and_a_child_that_ignores_sigterm(
     stub: Path, model: Path, pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.demo.serving.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("tasks.demo.services.GRACE_SECONDS", 0.5)
     lines: list[str] = []
-    server = VllmServer(python=stub, model=model, log=tmp_path / "vllm.log")
+    server = vllm_server(python=stub, model=model, log=tmp_path / "vllm.log")
     server.start()
     server.wait_ready(60, lines.append)
     assert httpx.get(server.base_url.removesuffix("/v1") + "/health").status_code == 200
@@ -92,7 +92,7 @@ def test_stop_ends_the_server_and_a_child_that_ignores_sigterm(
     assert all(map(is_running, running))
     server.stop()
     assert not any(map(is_running, running))
-    assert server.base_url in lines[-1]
+    assert str(server.port) in lines[-1]
     server.stop()
 
 
@@ -110,7 +110,7 @@ def test_kill_9_of_the_parent_leaves_nothing_behind(stub: Path, model: Path, pid
 def test_a_server_that_dies_while_starting_shows_the_end_of_its_log(model: Path, tmp_path: Path) -> None:
     dying = executable(tmp_path / "python", "#!/bin/sh\necho first; seq 1 40; echo no memory left; exit 3\n")
     log = tmp_path / "vllm.log"
-    server = VllmServer(python=dying, model=model, log=log)
+    server = vllm_server(python=dying, model=model, log=log)
     with pytest.raises(PreflowError) as caught, server:
         raise AssertionError("the server never answered")
     assert "no memory left" in str(caught.value)
@@ -120,7 +120,7 @@ def test_a_server_that_dies_while_starting_shows_the_end_of_its_log(model: Path,
 
 def test_a_server_that_never_answers_is_given_up_and_ended(model: Path, tmp_path: Path) -> None:
     silent = executable(tmp_path / "python", f"#!/bin/sh\necho $$ > {tmp_path}/pid; exec sleep 600\n")
-    server = VllmServer(python=silent, model=model, log=tmp_path / "vllm.log")
+    server = vllm_server(python=silent, model=model, log=tmp_path / "vllm.log")
     server.start()
     with pytest.raises(PreflowError, match="did not answer within 1 s"):
         server.wait_ready(1)
@@ -129,9 +129,8 @@ def test_a_server_that_never_answers_is_given_up_and_ended(model: Path, tmp_path
 
 
 def test_a_folder_that_is_not_whole_is_refused_before_anything_starts(stub: Path, model: Path, tmp_path: Path) -> None:
-    server = VllmServer(python=stub, model=model, log=tmp_path / "vllm.log", adapters={"sft": tmp_path / "nothing"})
     with pytest.raises(PreflowError, match=r"adapter 'sft' in .*nothing is not whole: adapter_config.json"):
-        server.start()
+        vllm_server(python=stub, model=model, log=tmp_path / "vllm.log", adapters={"sft": tmp_path / "nothing"})
 
 
 def test_no_prompt_can_be_split_and_every_adapter_is_named() -> None:

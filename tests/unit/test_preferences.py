@@ -187,7 +187,7 @@ def test_added_prompts_move_none_from_one_side_to_the_other(tmp_path: Path) -> N
 def test_groups_stay_together_in_the_files(tmp_path: Path) -> None:
     found = sides(make(tmp_path, make_rows(300, groups=20), val_ratio=0.4))
     groups = {side: {row["group"] for row in found[side]} for side in ("train", "val")}
-    assert groups["train"] and groups["val"]
+    assert min(map(len, groups.values())) > 0
     assert not groups["train"] & groups["val"]
 
 

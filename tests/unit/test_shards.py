@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -37,6 +38,18 @@ def make_source(folder: Path, count: int, first: int = 0) -> PromptsRef:
         for number in range(first, first + count):
             out.write_row({"id": digest(number), "number": number, "text": "é" * (number % 7)})
     return PromptsRef(uri=store.uri(f"rows-{first}-{count}.jsonl"), **out.facts())
+
+
+def load(path: str | Path) -> bytes:
+    return Path(path).read_bytes()
+
+
+def save(path: str | Path, content: bytes) -> None:
+    Path(path).write_bytes(content)
+
+
+def journals(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.partial.jsonl"))
 
 
 class Maker:
@@ -118,8 +131,8 @@ def test_slices_are_the_whole_file_in_order(tmp_path: Path) -> None:
 def test_a_file_that_changed_under_a_slice_is_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path, 20)
     part = slice_rows(Workspace(tmp_path), source, 10)[1]
-    content = Path(source.uri).read_bytes()
-    Path(source.uri).write_bytes(content.replace(b'"number": 15', b'"number": 51'))
+    content = load(source.uri)
+    save(source.uri, content.replace(b'"number": 15', b'"number": 51'))
     with pytest.raises(PreflowError, match="changed while it was being read"):
         read_slice(Workspace(tmp_path), part)
 
@@ -141,7 +154,7 @@ async def test_every_row_is_made_once_and_joined_to_its_own_input(tmp_path: Path
     shards = await run_all(tmp_path, maker, source)
     assert merged(tmp_path, source, shards) == [(n, n * n) for n in range(97)]
     assert set(maker.made.values()) == {1}
-    assert not list(tmp_path.rglob("*partial*")), "journals go when their shard is finished"
+    assert not journals(tmp_path), "journals go when their shard is finished"
 
 
 async def test_what_was_finished_before_an_error_is_not_made_again(tmp_path: Path) -> None:
@@ -181,13 +194,13 @@ async def test_damaged_rows_are_made_again_and_never_wrong(tmp_path: Path, seed:
     rng = random.Random(seed)
     source = make_source(tmp_path, 40)
     (shard,) = await run_all(tmp_path, Maker(), source, size=40)
-    content = bytearray(Path(shard.uri).read_bytes())
+    content = bytearray(load(shard.uri))
     if seed % 2:
         del content[rng.randrange(len(content)) :]
     for _ in range(5):
         if content:
             content[rng.randrange(len(content))] = rng.randrange(256)
-    Path(shard.uri).write_bytes(bytes(content))
+    save(shard.uri, bytes(content))
     maker = Maker()
     shards = await run_all(tmp_path, maker, source, size=40)
     assert maker.made, "nothing was noticed"
@@ -197,9 +210,9 @@ async def test_damaged_rows_are_made_again_and_never_wrong(tmp_path: Path, seed:
 async def test_a_row_moved_under_another_key_is_not_believed(tmp_path: Path) -> None:
     source = make_source(tmp_path, 2)
     (shard,) = await run_all(tmp_path, Maker(), source, size=2)
-    content = Path(shard.uri).read_bytes()
+    content = load(shard.uri)
     a, b = digest(0).encode(), digest(1).encode()
-    Path(shard.uri).write_bytes(content.replace(b'{"key":"' + a, b'{"key":"' + b, 1))
+    save(shard.uri, content.replace(b'{"key":"' + a, b'{"key":"' + b, 1))
     maker = Maker()
     shards = await run_all(tmp_path, maker, source, size=2)
     assert maker.made
@@ -210,8 +223,8 @@ async def test_a_torn_last_line_of_a_journal_costs_one_row(tmp_path: Path) -> No
     source, maker = make_source(tmp_path, 10), Maker(broken={9})
     with pytest.raises(ConnectionError):
         await run_all(tmp_path, maker, source)
-    (journal,) = tmp_path.rglob("*.partial.jsonl")
-    journal.write_bytes(journal.read_bytes()[:-20])
+    (journal,) = journals(tmp_path)
+    save(journal, load(journal)[:-20])
     again = Maker()
     await run_all(tmp_path, again, source)
     assert len(again.made) == 2
@@ -234,7 +247,7 @@ async def test_variants_share_units_and_keep_their_shards_apart(tmp_path: Path) 
         worker.rows = RowStore(str(tmp_path), "squares", "key", variant)
         await worker.run(part)
     assert set(maker.made.values()) == {1}
-    assert len(list((tmp_path / "rows" / "squares" / "key").iterdir())) == 2
+    assert len(os.listdir(tmp_path / "rows" / "squares" / "key")) == 2
 
 
 # ---- merging
@@ -251,7 +264,7 @@ async def test_a_shard_with_more_than_its_rows_is_refused(tmp_path: Path) -> Non
     source = make_source(tmp_path, 10)
     (shard,) = await run_all(tmp_path, Maker(), source)
     (other,) = await run_all(tmp_path, Maker(), make_source(tmp_path, 1, first=99))
-    Path(shard.uri).write_bytes(Path(shard.uri).read_bytes() + Path(other.uri).read_bytes())
+    save(shard.uri, load(shard.uri) + load(other.uri))
     with pytest.raises(PreflowError, match="holds 1 rows of others"):
         merged(tmp_path, source, [shard])
 
@@ -259,8 +272,8 @@ async def test_a_shard_with_more_than_its_rows_is_refused(tmp_path: Path) -> Non
 async def test_a_shard_damaged_before_the_merge_is_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path, 10)
     (shard,) = await run_all(tmp_path, Maker(), source)
-    content = Path(shard.uri).read_bytes()
-    Path(shard.uri).write_bytes(content.replace(b'"square": 81', b'"square": 82'))
+    content = load(shard.uri)
+    save(shard.uri, content.replace(b'"square": 81', b'"square": 82'))
     with pytest.raises(PreflowError, match=r":10: damaged"):
         merged(tmp_path, source, [shard])
 

@@ -32,6 +32,12 @@ def write_artifact(store: Workspace, name: str, rows: list[Any]) -> CompletionsR
     return CompletionsRef(uri=store.uri(name), **out.facts())
 
 
+def write_half(store: Workspace, uri: str) -> None:
+    with store.writing(uri) as out:
+        out.write(b"new, but")
+        raise RuntimeError("half way")
+
+
 def make_adapter(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
@@ -70,9 +76,8 @@ def test_pickled_weights_are_no_adapter(tmp_path: Path) -> None:
 def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> None:
     store = Workspace(tmp_path)
     store.write_bytes(store.uri("a", "file"), b"old")
-    with pytest.raises(RuntimeError, match="half way"), store.writing(store.uri("a", "file")) as out:
-        out.write(b"new, but")
-        raise RuntimeError("half way")
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half(store, store.uri("a", "file"))
     assert store.read_bytes(store.uri("a", "file")) == b"old"
     assert os.listdir(tmp_path / "a") == ["file"]
 

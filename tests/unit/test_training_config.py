@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tasks.config import ComputeType, LossType, QuantType, ReportTo, Schedule, TrainingConfig
 from tasks.training import model
@@ -77,9 +78,12 @@ def test_bf16_is_for_cuda_only(cuda: bool, tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_base_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(
-        model.AutoModelForCausalLM, "from_pretrained", lambda name, **options: seen.update(name=name, **options)
-    )
+
+    def load(name: str, **options: Any) -> torch.nn.Module:
+        seen.update(name=name, **options)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", load)
     training = TrainingConfig(
         base_model="a/b", base_revision="abc", bnb_4bit_quant_type=QuantType.FP4,
         bnb_4bit_compute_dtype=ComputeType.FLOAT16, bnb_4bit_use_double_quant=False,

@@ -1,0 +1,241 @@
+"""Generation and judging against a bare loop and against gathered batches, on one fake endpoint with real latencies.
+
+    python -m tests.benchmarks.bench_generation --prompts prompts.jsonl
+    python -m tests.benchmarks.bench_generation --scale 100000
+
+The first prints throughput, client CPU and the cached replay; the second CPU and peak memory as the prompts grow. Each
+contender runs in a process of its own, one after the other, against the same endpoint.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from tests.fakes import FakeOpenAI
+from tests.fakes.models import sample
+
+COMPLETIONS, MAX_TOKENS, SEED = 3, 256, 42
+SAMPLING: dict[str, Any] = {"temperature": 0.9, "max_tokens": MAX_TOKENS, "frequency_penalty": 0.5}
+Row = dict[str, Any]
+
+
+# ---- the contenders: each runs in its own process and prints one JSON line
+
+
+async def bare_loop(order: Row) -> None:
+    """What anyone would write first: one client, a semaphore, gather, rows written as they come. Loses rows if killed."""
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=order["endpoint"], api_key="none", max_retries=0)
+    window = asyncio.Semaphore(order["concurrency"])
+    with open(order["out"], "w") as out:
+
+        async def one(row: Row) -> None:
+            async with window:
+                answer = await client.chat.completions.create(
+                    model="sampler", messages=row["prompt"], n=COMPLETIONS, seed=SEED, **SAMPLING
+                )
+            texts = [choice.message.content for choice in answer.choices]
+            out.write(json.dumps({**row, "completions": texts}) + "\n")
+
+        await in_order(order, one)
+
+
+async def in_order(order: Row, one: Callable[[Row], Awaitable[None]]) -> None:
+    """Call `one` for each row, a bounded number of them at a time, so that memory is the loop's and not the file's."""
+    pending: set[asyncio.Future[None]] = set()
+    with open(order["prompts"]) as file:
+        for line in file:
+            if len(pending) >= 4 * order["concurrency"]:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            pending.add(asyncio.ensure_future(one(json.loads(line))))
+    await asyncio.gather(*pending)
+
+
+async def gathered_batches(order: Row) -> None:
+    """Batches of 8 prompts that wait for their slowest, one request for each completion."""
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=order["endpoint"], api_key="none", max_retries=0)
+    with open(order["prompts"]) as file, open(order["out"], "w") as out:
+        rows = [json.loads(line) for line in file]
+        for start in range(0, len(rows), 8):
+            batch = rows[start : start + 8]
+            requests = [
+                client.chat.completions.create(model="sampler", messages=row["prompt"], seed=SEED + i, **SAMPLING)
+                for row in batch
+                for i in range(COMPLETIONS)
+            ]
+            answers = await asyncio.gather(*requests)
+            for number, row in enumerate(batch):
+                of_row = answers[number * COMPLETIONS : (number + 1) * COMPLETIONS]
+                out.write(json.dumps({**row, "completions": [a.choices[0].message.content for a in of_row]}) + "\n")
+
+
+async def preflow_stage(order: Row) -> None:
+    """The stage as it is: Prefect flow, shards, journals, cache records, manifest."""
+    from flows.generate import generate_completions
+    from tasks.config import GenerationConfig
+
+    config = GenerationConfig(
+        endpoint=order["endpoint"], model="sampler", num_completions=COMPLETIONS, max_concurrency=order["concurrency"]
+    )
+    await generate_completions(order["prompts"], order["workspace"], config)
+
+
+async def preflow_judging(order: Row) -> None:
+    """Generation, which is cached by then, and judging in two orders."""
+    from flows.generate import generate_completions
+    from flows.judge import judge_preferences
+    from tasks.config import GenerationConfig, JudgingConfig
+
+    common: Row = {"endpoint": order["endpoint"], "max_concurrency": order["concurrency"]}
+    completions = await generate_completions(
+        order["prompts"], order["workspace"], GenerationConfig(model="sampler", **common)
+    )
+    judging = JudgingConfig(model="judge-hash", api_key=None, **common)
+    await judge_preferences(completions, order["workspace"], judging)
+
+
+CONTENDERS = {
+    "bare": bare_loop,
+    "batches": gathered_batches,
+    "preflow": preflow_stage,
+    "preflow-judging": preflow_judging,
+}
+
+
+def contend(order: Row) -> None:
+    """Run one contender and print what it took; its imports are made before the clock starts."""
+    import openai  # noqa: F401
+
+    if order["who"].startswith("preflow"):
+        import flows.generate
+        import flows.judge  # noqa: F401
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    asyncio.run(CONTENDERS[order["who"]](order))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(json.dumps({"seconds": time.monotonic() - start, "cpu": cpu, "rss_mb": after.ru_maxrss / 1024}), flush=True)
+
+
+def run(who: str, **order: Any) -> Row:
+    """Run one contender in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.bench_generation",
+        "--contend",
+        json.dumps({"who": who, **order}),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{who} failed:\n{done.stderr[-3000:]}")
+    result: Row = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+# ---- what is measured
+
+
+def synthetic_prompts(path: Path, count: int) -> Path:
+    """Write `count` prompts of the size of a short scene."""
+    with path.open("w") as file:
+        for number in range(count):
+            content = f"Scene {number}.\n" + "\n".join(sample("bench", 7 * number + i, None) for i in range(3))
+            messages = [{"role": "system", "content": "You go on with scenes."}, {"role": "user", "content": content}]
+            file.write(json.dumps({"prompt": messages}) + "\n")
+    return path
+
+
+def compare(prompts: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Print throughput and CPU of all contenders on the same prompts, interleaved over the rounds."""
+    count = sum(1 for _ in prompts.open())
+    plan = {"latency_ms": options.latency_ms, "latency_sigma": 0.5}
+    results: dict[str, list[Row]] = {"bare": [], "batches": [], "preflow": []}
+    with FakeOpenAI(plan, folder / "fake") as fake:
+        common: Row = {"endpoint": fake.url, "prompts": str(prompts), "concurrency": options.concurrency}
+        for number in range(options.rounds):
+            for who, runs in results.items():
+                runs.append(run(who, **common, out=str(folder / "out"), workspace=str(folder / f"ws{number}")))
+        replay = run("preflow", **common, workspace=str(folder / "ws0"))
+        judged = run("preflow-judging", **common, workspace=str(folder / "ws0"))
+        judged_again = run("preflow-judging", **common, workspace=str(folder / "ws0"))
+    print(
+        f"{count} prompts x {COMPLETIONS} completions, {options.concurrency} requests in flight, log-normal latency ",
+        end="",
+    )
+    print(f"with median {options.latency_ms:g} ms and sigma 0.5; median of {options.rounds} rounds\n")
+    print(
+        "| way | seconds | prompts/s | against the bare loop | client CPU, ms a prompt |\n| --- | ---: | ---: | ---: | ---: |"
+    )
+    names = {"bare": "bare asyncio + openai loop", "batches": "gathered batches of 8", "preflow": "preflow"}
+    base = median(results["bare"], "seconds")
+    for who, runs in results.items():
+        seconds, cpu = median(runs, "seconds"), median(runs, "cpu")
+        print(
+            f"| {names[who]} | {seconds:.1f} | {count / seconds:.1f} | {base / seconds:.3f} | {1000 * cpu / count:.2f} |"
+        )
+    for name, row in {"preflow, all known": replay, "preflow, judging in 2 orders": judged,
+                      "preflow, both known": judged_again}.items():  # fmt: skip
+        print(f"| {name} | {row['seconds']:.1f} | {count / row['seconds']:.1f} | | {1000 * row['cpu'] / count:.2f} |")
+
+
+def median(runs: list[Row], name: str) -> float:
+    return statistics.median(float(row[name]) for row in runs)
+
+
+def scale(sizes: list[int], folder: Path, options: argparse.Namespace) -> None:
+    """Print peak memory and client CPU as the prompts grow."""
+    print("| prompts | way | seconds | client CPU, ms a prompt | peak RSS, MB |\n| ---: | --- | ---: | ---: | ---: |")
+    for size in sizes:
+        prompts = synthetic_prompts(folder / f"prompts-{size}.jsonl", size)
+        with FakeOpenAI({"latency_ms": options.latency_ms}, folder / f"fake-{size}") as fake:
+            for who in ("bare", "preflow"):
+                order: Row = {"endpoint": fake.url, "prompts": str(prompts), "concurrency": options.concurrency}
+                found = run(who, **order, out=str(folder / "out"), workspace=str(folder / f"scale-{size}"))
+                cpu = 1000 * found["cpu"] / size
+                print(f"| {size:,} | {who} | {found['seconds']:.0f} | {cpu:.2f} | {found['rss_mb']:.0f} |", flush=True)
+
+
+def main() -> None:
+    """Start a Prefect server and measure."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_generation", description=__doc__)
+    parser.add_argument("--prompts", type=Path, help="JSONL of prompts; without it 1,021 synthetic ones")
+    parser.add_argument("--scale", type=int, help="measure memory and CPU at 1,000 and at this many synthetic prompts")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--latency-ms", type=float, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contend", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contend:
+        contend(options.contend)
+        return
+    from tasks.demo.services import prefect_server
+
+    with tempfile.TemporaryDirectory(prefix="bench-generation-") as scratch:
+        folder = Path(scratch)
+        (folder / "prefect").mkdir()
+        with prefect_server(folder / "prefect") as server:
+            os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{server.port}/api"
+            os.environ["PREFECT_HOME"] = str(folder / "prefect")
+            if options.scale:
+                scale([1000, options.scale], folder, options)
+            else:
+                compare(options.prompts or synthetic_prompts(folder / "p.jsonl", 1021), folder, options)
+
+
+if __name__ == "__main__":
+    main()
