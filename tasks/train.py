@@ -1,7 +1,9 @@
 """Training as a Prefect task: cached by its key, resumed where it was, seen while it runs."""
 
-import logging
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect import task
@@ -13,8 +15,6 @@ from tasks.stages import is_worth_retrying
 from tasks.storage import AdapterRef, PreferencesRef
 from tasks.training.launch import check_training_inputs, run_training, training_key
 from tasks.training.spec import Progress
-
-logger = logging.getLogger(__name__)
 
 
 async def train_adapter(preferences: PreferencesRef, workspace: str, training: TrainingConfig) -> AdapterRef:
@@ -36,7 +36,21 @@ def dpo_training(
     preferences: PreferencesRef, workspace: str, training: TrainingConfig, key: str
 ) -> dict[str, Any]:
     """Run the trainer in a child process until it has finished; a preempted one goes on from its last checkpoint."""
-    return run_training(preferences, workspace, training, key, _progress_artifact()).model_dump()
+    with _ctrl_c_at_once():
+        return run_training(preferences, workspace, training, key, _progress_artifact()).model_dump()
+
+
+@contextmanager
+def _ctrl_c_at_once() -> Iterator[None]:
+    """Let Ctrl-C interrupt the block: `asyncio.run` would leave it to the event loop, which waits for this task."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _progress_artifact() -> Callable[[Progress], None]:

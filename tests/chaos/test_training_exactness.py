@@ -68,8 +68,8 @@ def finish(
 
 SIGTERMS = [Kill("load"), Kill("gradient", 7), Kill("prediction_step", 8), Kill("write", 2), Kill("adapter")]
 MORE_SIGTERMS = [Kill("training_step", 1), Kill("training_step", 12), Kill("prediction_step", 2)]
-SIGKILLS = [Kill("training_step", 15, signal.SIGKILL), Kill("put", 16, signal.SIGKILL)]
-MORE_SIGKILLS = [Kill(p, n, signal.SIGKILL) for p, n in [("reference", 3), ("write", 2), ("put", 5)]]
+SIGKILLS = [Kill("training_step", 15, signal.SIGKILL), Kill("put", 4, signal.SIGKILL)]
+MORE_SIGKILLS = [Kill(p, n, signal.SIGKILL) for p, n in [("reference", 3), ("write", 2), ("put", 2)]]
 POINTS = SIGTERMS + SIGKILLS + (MORE_SIGTERMS + MORE_SIGKILLS if FULL else [])
 DAMAGES = [("optimizer.safetensors", "cut"), ("COMMITTED.json", "removed")]
 MORE_DAMAGES = [("optimizer.safetensors", "removed"), ("COMMITTED.json", "cut")] if FULL else []
@@ -128,7 +128,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_training(
     undisturbed: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
-    kills = Kill("put", 10, full_disk=True), Kill("training_step", 21)
+    kills = Kill("write", 2, full_disk=True), Kill("training_step", 21)
     assert processes.run(world.preferences, tmp_path, config, *kills) == PREEMPTED
     assert "No space left on device" in processes.log()
     assert finish(processes, world, tmp_path, config) == undisturbed
@@ -141,7 +141,7 @@ def test_a_full_disk_during_the_save_on_sigterm_falls_back_to_the_checkpoint_bef
     undisturbed: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
-    kills = Kill("training_step", 14), Kill("put", 9, full_disk=True)
+    kills = Kill("training_step", 14), Kill("write", 2, full_disk=True)
     assert processes.run(world.preferences, tmp_path, config, *kills) == PREEMPTED
     assert "No space left on device" in processes.log()
     assert finish(processes, world, tmp_path, config) == undisturbed

@@ -28,7 +28,7 @@ class Kill:
 
     Points: load, training_step, gradient, prediction_step, reference, write (a checkpoint's local files), put (a file
     of any committed folder), adapter (the finished adapter is about to be written).
-    `full_disk` raises ENOSPC there instead.
+    `full_disk` raises ENOSPC right after that point instead.
     """
 
     point: str
@@ -129,6 +129,7 @@ def _killing(original: Callable[..., Any], kill: Kill) -> Callable[..., Any]:
         nonlocal calls
         calls += 1
         if calls == kill.count and kill.full_disk:
+            original(*args, **kwargs)
             raise OSError(28, "No space left on device")
         if calls == kill.count:
             os.kill(os.getpid(), kill.number)

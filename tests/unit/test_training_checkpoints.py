@@ -112,6 +112,30 @@ def test_a_torn_one_is_written_again(store: CheckpointStore, tmp_path: Path) -> 
     assert found.step == 5
 
 
+def test_a_full_disk_leaves_what_was_there(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(checkpoint(5))
+    write = Checkpoint.write
+
+    def onto_a_full_disk(self: Checkpoint, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "optimizer.safetensors").symlink_to("/dev/full")
+        write(self, folder)
+
+    monkeypatch.setattr(Checkpoint, "write", onto_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        store.save(checkpoint(10))
+    assert steps(tmp_path) == ["step-000005"]
+
+
+def test_what_a_killed_trainer_was_writing_is_swept(store: CheckpointStore, tmp_path: Path) -> None:
+    store.save(checkpoint(5))
+    (tmp_path / "checkpoints" / ".writing-abc" / "step-000010").mkdir(parents=True)
+    store.sweep()
+    assert steps(tmp_path) == ["step-000005"]
+
+
 def test_nothing_in_a_checkpoint_can_run_code(store: CheckpointStore, tmp_path: Path) -> None:
     store.save(checkpoint(5))
     suffixes = {file.suffix for file in (tmp_path / "checkpoints" / "step-000005").iterdir()}

@@ -1,0 +1,324 @@
+"""The cluster's manifests as kustomize builds them: valid, locked down, and in step with what the software calls."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import prefect_kubernetes
+import pytest
+import yaml
+from kubernetes_asyncio.client import ApiClient, BatchV1Api
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_AUTH_STRING, Settings, temporary_settings
+from prefect.settings.legacy import _get_valid_setting_names
+from prefect_kubernetes.settings import KubernetesSettings
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
+
+from tests.fakes.process import ROOT
+
+K8S = ROOT / "infra" / "k8s"
+KUBERNETES = "1.33"
+OVERLAYS = ("gke", "local")
+Object = dict[str, Any]
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl builds the manifests")
+
+
+@cache
+def build(folder: Path) -> str:
+    return subprocess.run(["kubectl", "kustomize", folder], check=True, capture_output=True, text=True).stdout
+
+
+def objects(overlay: str) -> list[Object]:
+    return list(yaml.safe_load_all(build(K8S / "overlays" / overlay)))
+
+
+def find(overlay: str, kind: str, name: str) -> Object:
+    (found,) = (item for item in objects(overlay) if (item["kind"], item["metadata"]["name"]) == (kind, name))
+    return found
+
+
+def workloads(overlay: str) -> Iterator[tuple[str, Object, Object]]:
+    """Yield name, pod labels and pod of everything that runs."""
+    for item in objects(overlay):
+        if item["kind"] in ("Deployment", "StatefulSet"):
+            template = item["spec"]["template"]
+            yield item["metadata"]["name"], template["metadata"]["labels"], template["spec"]
+
+
+def containers(pod: Object) -> list[Object]:
+    return [*pod["containers"], *pod.get("initContainers", [])]
+
+
+def environment(overlay: str, name: str, container: str) -> dict[str, Any]:
+    pod = find(overlay, "Deployment", name)["spec"]["template"]["spec"]
+    (found,) = (item for item in containers(pod) if item["name"] == container)
+    return {item["name"]: item.get("value", item.get("valueFrom")) for item in found["env"]}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kubernetes_knows_every_field(overlay: str) -> None:
+    import kubernetes_validate
+
+    for item in objects(overlay):
+        kubernetes_validate.validate(item, KUBERNETES, strict=True)
+        assert item["kind"] == "Namespace" or item["metadata"]["namespace"] == "preflow"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_is_locked_down(overlay: str) -> None:
+    """The namespace enforces the restricted standard; beyond that file systems are read-only and tokens rare."""
+    for name, _, pod in workloads(overlay):
+        assert pod["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert pod["automountServiceAccountToken"] is (name == "prefect-worker"), name
+        for container in containers(pod):
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False, name
+            assert security["readOnlyRootFilesystem"] is True, name
+            assert security["capabilities"] == {"drop": ["ALL"]}, name
+            for kind in ("requests", "limits"):
+                assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"][kind]), name
+        assert not any("hostPath" in volume for volume in pod["volumes"]), name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_is_referred_to_is_there(overlay: str) -> None:
+    names = {(item["kind"], item["metadata"]["name"]) for item in objects(overlay)}
+    for name, _, pod in workloads(overlay):
+        assert ("ServiceAccount", pod["serviceAccountName"]) in names
+        for volume in pod["volumes"]:
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in names, name
+            if "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names, name
+        volumes = {volume["name"] for volume in pod["volumes"]} | {"data"}
+        for container in containers(pod):
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes, name
+
+
+def secret_references(pod: Object) -> Iterator[tuple[str, str | None, bool]]:
+    for container in containers(pod):
+        for item in container.get("env", []):
+            if reference := item.get("valueFrom", {}).get("secretKeyRef"):
+                yield reference["name"], reference["key"], reference.get("optional", False)
+        for item in container.get("envFrom", []):
+            if reference := item.get("secretRef"):
+                yield reference["name"], None, reference.get("optional", False)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_secret_stands_in_clear(overlay: str) -> None:
+    assert not [item for item in objects(overlay) if item["kind"] == "Secret"]
+    secret = re.compile(r"PASSWORD|TOKEN|_KEY$|AUTH_STRING$|CONNECTION_URL|SECRET(?!_NAME|_KEY)")
+    for name, _, pod in workloads(overlay):
+        for container in containers(pod):
+            for item in container.get("env", []):
+                if secret.search(item["name"]) and not item["name"].startswith("PREFECT_INTEGRATIONS"):
+                    assert "value" not in item, f"{name}: {item['name']}"
+    for item in objects(overlay):
+        if item["kind"] == "ConfigMap":
+            assert not [key for key in item["data"] if secret.search(key)]
+
+
+def test_the_images_and_settings_of_the_project_reach_every_container() -> None:
+    settings = find("gke", "ConfigMap", "cluster-settings")["data"]
+    images = {
+        (name, container["name"]): container["image"] for name, _, pod in workloads("gke") for container in containers(pod)
+    }
+    flow = settings["FLOW_IMAGE"]
+    assert images == {
+        ("flow-worker", "worker"): flow, ("flow-worker", "pools"): flow, ("prefect-worker", "worker"): flow,
+        ("prefect-worker", "pools"): flow, ("prefect-server", "server"): flow, ("vllm", "vllm"): settings["SERVE_IMAGE"],
+        ("vllm", "gateway"): "nginxinc/nginx-unprivileged:1.27-alpine", ("postgres", "postgres"): "postgres:17.6-bookworm",
+    }  # fmt: skip
+    for worker in ("flow-worker", "prefect-worker"):
+        assert environment("gke", worker, "pools")["PREFLOW_TRAIN_IMAGE"] == settings["TRAIN_IMAGE"]
+    assert environment("gke", "vllm", "vllm")["MODEL"] == settings["BASE_MODEL"]
+    pod = find("gke", "Deployment", "vllm")["spec"]["template"]["spec"]
+    (bucket,) = (volume["csi"] for volume in pod["volumes"] if volume["name"] == "workspace")
+    assert bucket["volumeAttributes"]["bucketName"] == settings["BUCKET"]
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true"}
+
+
+def test_the_worker_has_the_rights_it_uses_and_no_others() -> None:
+    """Every call in the worker's source, less those that settings turn off, is granted; nothing else is."""
+    package = Path(prefect_kubernetes.__file__).parent
+    source = (package / "worker.py").read_text() + (package / "observer.py").read_text()
+    verbs = {"create": "create", "read": "get", "list": "list", "delete": "delete", "patch": "patch", "replace": "update"}
+    resources = {"job": ("batch", "jobs"), "pod": ("", "pods"), "pod_log": ("", "pods/log"), "secret": ("", "secrets")}
+    calls = set(re.findall(rf"\.({'|'.join(verbs)})_namespaced_(\w+)\(", source))
+    needed = {(*resources[resource], verbs[verb]) for verb, resource in calls}
+    # kopf, under the observer, watches what its handlers are registered for.
+    needed |= {("batch", "jobs", "watch"), ("", "pods", "watch")}
+    settings = KubernetesSettings()
+    assert not settings.worker.store_env_as_secret
+    assert not settings.worker.create_secret_for_api_key
+    needed -= {call for call in needed if call[1] == "secrets"}
+    rules = find("gke", "Role", "prefect-worker")["rules"]
+    granted = {
+        (group, resource, verb)
+        for rule in rules for group in rule["apiGroups"] for resource in rule["resources"] for verb in rule["verbs"]
+    }  # fmt: skip
+    assert granted == needed
+    assert not [item for item in objects("gke") if item["kind"].startswith("ClusterRole")]
+    (subject,) = find("gke", "RoleBinding", "prefect-worker")["subjects"]
+    assert (subject["kind"], subject["name"]) == ("ServiceAccount", "prefect-worker")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_prefect_knows_every_setting(overlay: str) -> None:
+    """A misspelt setting is ignored without a word."""
+    known = _get_valid_setting_names(Settings)
+    names = {key for item in objects(overlay) if item["kind"] == "ConfigMap" for key in item["data"]}
+    for _, _, pod in workloads(overlay):
+        names |= {item["name"] for container in containers(pod) for item in container.get("env", [])}
+    own = {name for name in names if name.startswith("PREFECT_")}
+    assert "PREFECT_SERVER_API_AUTH_STRING" in own
+    assert not {name for name in own if name not in known and not name.startswith("PREFECT_INTEGRATIONS_KUBERNETES_")}
+
+
+def test_the_server_writes_in_batches() -> None:
+    config = next(
+        item["data"] for item in objects("gke")
+        if item["kind"] == "ConfigMap" and item["metadata"]["name"].startswith("prefect-server-")
+    )  # fmt: skip
+    for name in ("TASK_RUN_RECORDER_BATCH_SIZE", "TASK_RUN_RECORDER_READ_BATCH_SIZE", "EVENT_PERSISTER_READ_BATCH_SIZE"):
+        assert config[f"PREFECT_SERVER_SERVICES_{name}"] == "100"
+
+
+@pytest.fixture
+def worker_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings that the worker's container gives it."""
+    for name, value in environment("gke", "prefect-worker", "worker").items():
+        if name.startswith("PREFECT_INTEGRATIONS_KUBERNETES_"):
+            monkeypatch.setenv(name, value if isinstance(value, str) else "preflow")
+
+
+async def test_the_auth_string_gets_into_a_job_by_reference(
+    worker_settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert KubernetesSettings().observer.namespaces == {"preflow"}
+    sent: list[Object] = []
+
+    async def create(api: BatchV1Api, namespace: str, body: Object) -> None:
+        sent.append(body)
+
+    monkeypatch.setattr(BatchV1Api, "create_namespaced_job", create)
+    template = json.loads((ROOT / "deployments" / "l4-spot.job-template.json").read_text())
+    with temporary_settings({PREFECT_API_AUTH_STRING: "admin:planted-secret-value"}):
+        configuration = await KubernetesWorkerJobConfiguration.from_template_and_values(
+            template, {}, client=PrefectClient("http://127.0.0.1:9/api")
+        )
+        configuration.prepare_for_flow_run(FlowRun(flow_id="00000000-0000-4000-8000-000000000000", name="run"))
+        assert "planted-secret-value" in json.dumps(configuration.job_manifest)
+        async with ApiClient() as client:
+            await KubernetesWorker("l4-spot")._create_job(configuration, client)
+    (job,) = sent
+    assert "planted-secret-value" not in json.dumps(job)
+    (reference,) = (
+        item["valueFrom"] for item in job["spec"]["template"]["spec"]["containers"][0]["env"]
+        if item["name"] == "PREFECT_API_AUTH_STRING"
+    )  # fmt: skip
+    assert reference == {"secretKeyRef": {"name": "prefect-auth", "key": "auth-string"}}
+
+
+def selects(policy: Object, labels: Object) -> bool:
+    selector = policy["spec"]["podSelector"]
+    return all(labels.get(name) == value for name, value in selector.get("matchLabels", {}).items()) and all(
+        labels.get(rule["key"]) in rule["values"] for rule in selector.get("matchExpressions", [])
+    )
+
+
+def who_reaches(labels: Object, port: int) -> list[Object]:
+    """Return the peers that the policies let reach a port of the pods with these labels."""
+    policies = [item for item in objects("gke") if item["kind"] == "NetworkPolicy" and selects(item, labels)]
+    assert any("Ingress" in policy["spec"]["policyTypes"] for policy in policies)
+    return [
+        peer
+        for policy in policies
+        for rule in policy["spec"].get("ingress", [])
+        if port in [item["port"] for item in rule["ports"]]
+        for peer in rule["from"]
+    ]
+
+
+def test_adapters_are_loaded_from_inside_only() -> None:
+    vllm = {"app.kubernetes.io/name": "vllm"}
+    assert who_reaches(vllm, 8000) == [{"podSelector": {"matchLabels": {"preflow.dev/flow": "true"}}}]
+    assert who_reaches(vllm, 8080) == [
+        {"namespaceSelector": {}, "podSelector": {"matchLabels": {"preflow.dev/client": "true"}}}
+    ]
+    gateway = (K8S / "base" / "gateway.conf").read_text()
+    passed = re.findall(r"location = (\S+) { proxy_pass http://127\.0\.0\.1:8000; }", gateway)
+    assert set(passed) == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
+    assert len(re.findall("location", gateway)) == len(passed) + 1
+    assert "location / { return 404; }" in gateway
+    assert all(item["spec"].get("type", "ClusterIP") == "ClusterIP" for item in objects("gke") if item["kind"] == "Service")
+
+
+def test_the_database_is_the_servers_alone() -> None:
+    peers = who_reaches({"app.kubernetes.io/name": "postgres"}, 5432)
+    assert peers == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "prefect-server"}}}]
+
+
+def test_training_jobs_reach_what_they_need() -> None:
+    """The pods of the job template carry the labels that the policies let out."""
+    template = json.loads((ROOT / "deployments" / "l4-spot.job-template.json").read_text())
+    labels = template["job_configuration"]["job_manifest"]["spec"]["template"]["metadata"]["labels"]
+    policies = {
+        item["metadata"]["name"] for item in objects("gke") if item["kind"] == "NetworkPolicy" and selects(item, labels)
+    }
+    assert policies == {"default-deny", "dns", "flows", "metadata-server"}
+    account = template["variables"]["properties"]["service_account_name"]["default"]
+    assert find("gke", "ServiceAccount", account)
+
+
+def test_the_server_is_not_drained_by_chance() -> None:
+    budget = find("gke", "PodDisruptionBudget", "prefect-server")["spec"]
+    server = find("gke", "Deployment", "prefect-server")["spec"]
+    assert budget["selector"]["matchLabels"] == server["selector"]["matchLabels"]
+    assert (budget["minAvailable"], server["replicas"]) == (1, 1)
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kubectl that keeps what is applied in a file and gives it back; the rest is the real one's."""
+    applied = tmp_path / "applied.yaml"
+    real = shutil.which("kubectl")
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "kubectl"
+    script.write_text(f"""#!/bin/bash
+echo "$@" >> {tmp_path}/commands
+case "$1 $3" in
+    "apply -") {{ cat; echo ---; }} >> {applied} ;;
+    "apply "*) true ;;
+    "--namespace get") exit 1 ;;
+    *) exec {real} "$@" ;;
+esac
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    return applied
+
+
+def test_the_script_makes_every_secret_that_is_referred_to(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "planted-judge-key")
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    done = subprocess.run([K8S / "secrets.sh"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    made = {item["metadata"]["name"]: item["data"] for item in yaml.safe_load_all(kubectl.read_text()) if item}
+    for _, _, pod in workloads("gke"):
+        for name, key, optional in secret_references(pod):
+            assert optional or key in made[name], f"{name}: {key}"
+    assert set(made["preflow-flow"]) == {"OPENAI_API_KEY"}
+    assert set(made["preflow-train"]) == {"HF_TOKEN"}
+    spoken = done.stdout + done.stderr + (kubectl.parent / "commands").read_text()
+    assert "planted" not in spoken, "a key is shown, or stands in a command line"
