@@ -1,5 +1,6 @@
 """Sampling N completions for every prompt from an OpenAI-compatible endpoint."""
 
+import asyncio
 import hashlib
 import heapq
 import json
@@ -222,9 +223,9 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | No
     info = await endpoint.check_model()
     if info.max_model_len is None:
         return
-    config = plan.generation
-    for prompt in longest_prompts(Workspace(plan.workspace), plan.prompts):
-        tokens = await _count_tokens(config, prompt["prompt"], key)
+    config, longest = plan.generation, longest_prompts(Workspace(plan.workspace), plan.prompts)
+    counts = await asyncio.gather(*(_count_tokens(config, prompt["prompt"], key) for prompt in longest))
+    for prompt, tokens in zip(longest, counts, strict=True):
         if tokens is not None and tokens + config.max_tokens > info.max_model_len:
             raise PreflowError(
                 f"prompt {prompt['id'][:12]} has {tokens} tokens; with generation.max_tokens {config.max_tokens} it "

@@ -28,7 +28,9 @@ from tasks.storage import Reference, Workspace, digest
 
 logger = logging.getLogger(__name__)
 
-MIN_SHARDS, MAX_SHARDS, MIN_ROWS, MAX_ROWS = 8, 1000, 16, 1000
+MIN_SHARDS, MAX_SHARDS, MAX_ROWS = 8, 1000, 1000
+# A task run takes some 10 ms and as long to record on the server: more rows than this in one are not missed.
+USUAL_ROWS = 64
 SEGMENT_SECONDS = 5.0
 
 Row = dict[str, Any]
@@ -73,11 +75,11 @@ def writable(text: str) -> str:
 
 
 def shard_rows(total: int, wanted: int | None) -> int:
-    """Return the rows of a shard: `wanted`, or such that there are 8 to about 1000 shards of 16 to 1000 rows."""
+    """Return the rows of a shard: `wanted`, or such that there are 8 to about 1000 shards of up to 1000 rows."""
     if wanted:
         return wanted
-    fair = -(-total // MAX_SHARDS)
-    return max(1, min(max(fair, MIN_ROWS), MAX_ROWS, -(-total // MIN_SHARDS)))
+    fewest = -(-total // MAX_SHARDS)
+    return max(1, min(max(fewest, USUAL_ROWS), MAX_ROWS, -(-total // MIN_SHARDS)))
 
 
 def slice_rows(store: Workspace, source: Reference, wanted: int | None = None) -> list[Slice]:

@@ -1,4 +1,4 @@
-"""The deployments, on a real server: they deploy, their forms explain themselves, they run, and wrong values are refused."""
+"""The deployments on a real server: they deploy, their forms explain themselves, they run, wrong values are refused."""
 
 import json
 import os
@@ -76,8 +76,11 @@ def worker(api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with (elsewhere / "worker.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
-            cwd=elsewhere, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
-        )  # fmt: skip
+            cwd=elsewhere,
+            env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         yield
         process.terminate()
         process.wait(30)
@@ -102,7 +105,10 @@ def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
     for name in NAMES:
         item = api.deployment(name)
         if item["global_concurrency_limit"]:
-            limited[name] = (item["global_concurrency_limit"]["limit"], item["concurrency_options"]["collision_strategy"])
+            limited[name] = (
+                item["global_concurrency_limit"]["limit"],
+                item["concurrency_options"]["collision_strategy"],
+            )
     assert limited == dict.fromkeys(("dpo-pipeline/local", "train-dpo/local", "promote-adapter/local"), (1, "ENQUEUE"))
 
 
@@ -153,7 +159,19 @@ def test_the_form_explains_itself(api: Api, name: str) -> None:
     for field, spec in fields.items():
         assert len(spec.get("description", "")) >= 4, f"{field} has no description"
         # A reference to another model or to an enum carries the title of what it refers to.
-        assert "title" in spec or "$ref" in spec or any("$ref" in part for part in spec["anyOf"]), f"{field} has no title"
+        assert "title" in spec or "$ref" in spec or any("$ref" in part for part in spec["anyOf"]), (
+            f"{field} has no title"
+        )
+
+
+@pytest.mark.xfail(strict=True, reason="the flows' docstrings say nothing about their parameters, nor do references")
+def test_every_parameter_is_described(api: Api) -> None:
+    for name in NAMES:
+        schema = api.deployment(name)["parameter_openapi_schema"]
+        models = [schema, *(model for model in schema["definitions"].values() if "properties" in model)]
+        for model in models:
+            for field, spec in model["properties"].items():
+                assert spec.get("description"), f"{name}: {model['title']}.{field}"
 
 
 def test_choices_are_drop_downs(api: Api) -> None:
@@ -198,7 +216,9 @@ def test_the_defaults_alone_are_a_valid_start(api: Api) -> None:
 
 def test_a_deployment_runs_to_the_end_on_a_process_worker(api: Api, worker: None, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": f"Scene {i}"}]}) + "\n" for i in range(3)))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": [{"role": "user", "content": f"Scene {i}"}]}) + "\n" for i in range(3))
+    )
     with FakeOpenAI() as sampler:
         parameters = {
             "prompts": str(prompts),
@@ -248,5 +268,7 @@ def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -
 def test_the_file_names_every_flow() -> None:
     """A flow that is added to the package needs a deployment, or a reason not to have one."""
     flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__", "demo"}
-    deployed = {item["entrypoint"].split(":")[0] for item in yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]}
+    deployed = {
+        item["entrypoint"].split(":")[0] for item in yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]
+    }
     assert deployed == {f"flows/{name}.py" for name in flows}

@@ -25,7 +25,8 @@ async def render(template: dict[str, Any] = TEMPLATE, **values: Any) -> dict[str
     client = PrefectClient("http://127.0.0.1:9/api")
     configuration = await KubernetesWorkerJobConfiguration.from_template_and_values(template, values, client=client)
     configuration.prepare_for_flow_run(RUN)
-    return configuration.job_manifest
+    job: dict[str, Any] = configuration.job_manifest
+    return job
 
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:
@@ -173,8 +174,8 @@ async def test_the_command_is_the_workers() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("gpu_type", "l4"), ("gpu_count", -1), ("spot", "yes"), ("cpu", "six"), ("memory", "24GB"), ("backoff_limit", 0),
-        ("grace_seconds", 600), ("deadline_seconds", 0), ("image_pull_policy", "Sometimes"),
+        ("gpu_type", "l4"), ("gpu_count", -1), ("spot", "yes"), ("cpu", "six"), ("memory", "24GB"),
+        ("backoff_limit", 0), ("grace_seconds", 600), ("deadline_seconds", 0), ("image_pull_policy", "Sometimes"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_the_schema(name: str, value: object) -> None:

@@ -131,13 +131,16 @@ def test_no_secret_stands_in_clear(overlay: str) -> None:
 def test_the_images_and_settings_of_the_project_reach_every_container() -> None:
     settings = find("gke", "ConfigMap", "cluster-settings")["data"]
     images = {
-        (name, container["name"]): container["image"] for name, _, pod in workloads("gke") for container in containers(pod)
+        (name, container["name"]): container["image"]
+        for name, _, pod in workloads("gke")
+        for container in containers(pod)
     }
     flow = settings["FLOW_IMAGE"]
     assert images == {
         ("flow-worker", "worker"): flow, ("flow-worker", "pools"): flow, ("prefect-worker", "worker"): flow,
-        ("prefect-worker", "pools"): flow, ("prefect-server", "server"): flow, ("vllm", "vllm"): settings["SERVE_IMAGE"],
-        ("vllm", "gateway"): "nginxinc/nginx-unprivileged:1.27-alpine", ("postgres", "postgres"): "postgres:17.6-bookworm",
+        ("prefect-worker", "pools"): flow, ("prefect-server", "server"): flow,
+        ("vllm", "vllm"): settings["SERVE_IMAGE"], ("vllm", "gateway"): "nginxinc/nginx-unprivileged:1.27-alpine",
+        ("postgres", "postgres"): "postgres:17.6-bookworm",
     }  # fmt: skip
     for worker in ("flow-worker", "prefect-worker"):
         assert environment("gke", worker, "pools")["PREFLOW_TRAIN_IMAGE"] == settings["TRAIN_IMAGE"]
@@ -152,7 +155,14 @@ def test_the_worker_has_the_rights_it_uses_and_no_others() -> None:
     """Every call in the worker's source, less those that settings turn off, is granted; nothing else is."""
     package = Path(prefect_kubernetes.__file__).parent
     source = (package / "worker.py").read_text() + (package / "observer.py").read_text()
-    verbs = {"create": "create", "read": "get", "list": "list", "delete": "delete", "patch": "patch", "replace": "update"}
+    verbs = {
+        "create": "create",
+        "read": "get",
+        "list": "list",
+        "delete": "delete",
+        "patch": "patch",
+        "replace": "update",
+    }
     resources = {"job": ("batch", "jobs"), "pod": ("", "pods"), "pod_log": ("", "pods/log"), "secret": ("", "secrets")}
     calls = set(re.findall(rf"\.({'|'.join(verbs)})_namespaced_(\w+)\(", source))
     needed = {(*resources[resource], verbs[verb]) for verb, resource in calls}
@@ -190,7 +200,11 @@ def test_the_server_writes_in_batches() -> None:
         item["data"] for item in objects("gke")
         if item["kind"] == "ConfigMap" and item["metadata"]["name"].startswith("prefect-server-")
     )  # fmt: skip
-    for name in ("TASK_RUN_RECORDER_BATCH_SIZE", "TASK_RUN_RECORDER_READ_BATCH_SIZE", "EVENT_PERSISTER_READ_BATCH_SIZE"):
+    for name in (
+        "TASK_RUN_RECORDER_BATCH_SIZE",
+        "TASK_RUN_RECORDER_READ_BATCH_SIZE",
+        "EVENT_PERSISTER_READ_BATCH_SIZE",
+    ):
         assert config[f"PREFECT_SERVER_SERVICES_{name}"] == "100"
 
 
@@ -261,7 +275,9 @@ def test_adapters_are_loaded_from_inside_only() -> None:
     assert set(passed) == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
     assert len(re.findall("location", gateway)) == len(passed) + 1
     assert "location / { return 404; }" in gateway
-    assert all(item["spec"].get("type", "ClusterIP") == "ClusterIP" for item in objects("gke") if item["kind"] == "Service")
+    assert all(
+        item["spec"].get("type", "ClusterIP") == "ClusterIP" for item in objects("gke") if item["kind"] == "Service"
+    )
 
 
 def test_the_database_is_the_servers_alone() -> None:

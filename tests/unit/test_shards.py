@@ -111,7 +111,7 @@ def test_shards_are_neither_too_many_nor_too_few(total: int) -> None:
     assert 1 <= size <= 1000
     assert count >= min(8, total)
     assert count <= 1000 or size == 1000
-    assert size >= 16 or count <= 8 + 7
+    assert size >= 64 or count <= 8 + 7
 
 
 def test_a_wanted_shard_size_is_taken() -> None:

@@ -1,0 +1,121 @@
+"""The Terraform configuration, as far as it can be checked without the provider."""
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.fakes.process import ROOT
+
+GCP = ROOT / "infra" / "gcp"
+TEXT = "\n".join(path.read_text() for path in sorted(GCP.glob("*.tf")))
+
+
+@cache
+def configuration() -> dict[str, list[Any]]:
+    """Return the blocks of all files by their kind."""
+    import hcl2
+
+    blocks: dict[str, list[Any]] = {}
+    for path in sorted(GCP.glob("*.tf")):
+        for kind, found in hcl2.loads(path.read_text()).items():
+            blocks.setdefault(kind, []).extend(found)
+    return blocks
+
+
+def named(kind: str) -> dict[str, Any]:
+    """Return the blocks of one kind by their name; the parser leaves the quotes on."""
+    return {name.strip('"'): body for block in configuration()[kind] for name, body in block.items()}
+
+
+def resources() -> dict[str, Any]:
+    return {
+        f"{kind.strip(chr(34))}.{name.strip(chr(34))}": body
+        for block in configuration()["resource"]
+        for kind, inner in block.items()
+        for name, body in inner.items()
+    }
+
+
+@pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform formats the files")
+def test_the_files_are_formatted() -> None:
+    done = subprocess.run(["terraform", "fmt", "-check", "-diff", GCP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_variable_and_output_explains_itself_and_is_used() -> None:
+    for name, body in named("variable").items():
+        assert len(body["description"]) > 30, name
+        assert "type" in body, name
+        assert f"var.{name}" in TEXT, f"nothing reads {name}"
+    for name, body in named("output").items():
+        assert len(body["description"]) > 15, name
+    assert set(re.findall(r"\bvar\.(\w+)", TEXT)) == set(named("variable"))
+    required = [name for name, body in named("variable").items() if "default" not in body]
+    assert required == ["project_id"]
+
+
+def test_every_reference_has_its_resource() -> None:
+    known = set(resources())
+    for reference in re.findall(r"(?<![\w.])(google_\w+\.\w+)", TEXT):
+        assert reference in known or f"data.{reference}" in TEXT, reference
+
+
+def test_the_outputs_are_the_next_commands() -> None:
+    steps = [name for name in named("output") if name.startswith("next_")]
+    assert steps == sorted(steps)
+    for number, tool in enumerate(("kubectl", "images", "secrets", "adapter", "install"), 1):
+        assert steps[number - 1] == f"next_{number}_{tool}"
+    for script in re.findall(r"(infra/\S+\.(?:sh|yaml))", " ".join(named("output")[step]["value"] for step in steps)):
+        assert (ROOT / script).exists(), script
+
+
+def test_the_settings_of_the_overlay_are_all_written() -> None:
+    given = set(re.findall(r"^\s*([A-Z_]+)=", named("output")["cluster_settings"]["value"], re.MULTILINE))
+    example = (ROOT / "infra/k8s/overlays/gke/settings.env").read_text()
+    assert given == {line.split("=")[0] for line in example.splitlines() if line}
+
+
+def test_gpus_are_spot_and_cost_nothing_while_idle() -> None:
+    (autoscaling,) = resources()["google_container_node_pool.l4_spot"]["autoscaling"]
+    assert autoscaling["min_node_count"] == 0
+    pool = resources()["google_container_node_pool.l4_spot"]
+    (node,) = pool["node_config"]
+    assert pool["initial_node_count"] == 0
+    assert node["spot"] is True
+    (taint,) = node["taint"]
+    assert taint["key"].strip('"') == "cloud.google.com/gke-spot"
+    (accelerator,) = node["guest_accelerator"]
+    assert accelerator["type"].strip('"') == "nvidia-l4"
+    assert '"kubelet_config"' in {key for block in node["dynamic"] for key in block}
+
+
+def test_what_is_lost_can_be_got_back_and_nothing_is_public() -> None:
+    bucket = resources()["google_storage_bucket.workspace"]
+    assert bucket["versioning"][0]["enabled"] is True
+    actions = {rule["action"][0]["type"].strip('"') for rule in bucket["lifecycle_rule"]}
+    assert actions == {"Delete", "AbortIncompleteMultipartUpload"}
+    assert bucket["public_access_prevention"].strip('"') == "enforced"
+    assert bucket["uniform_bucket_level_access"] is True
+
+
+def test_workload_identity_is_given_to_accounts_that_exist() -> None:
+    accounts = (ROOT / "infra/k8s/base/accounts.yaml").read_text()
+    for account in re.findall(r'"(preflow-\w+)"', re.search(r"bucket_accounts\s+= (.*)", TEXT).group(1)):  # type: ignore[union-attr]
+        assert f"name: {account}\n" in accounts
+    members = resources()["google_storage_bucket_iam_member.flows"]
+    assert members["role"].strip('"') == "roles/storage.objectUser"
+    for pool in ("cpu", "l4_spot"):
+        (node,) = resources()[f"google_container_node_pool.{pool}"]["node_config"]
+        assert node["workload_metadata_config"][0]["mode"].strip('"') == "GKE_METADATA"
+
+
+def test_no_secret_passes_through_terraform() -> None:
+    assert "google_secret_manager_secret.this" in resources()
+    assert "google_secret_manager_secret_version" not in TEXT
+    script = (ROOT / "infra/k8s/secrets.sh").read_text()
+    for name in re.findall(r'"([a-z-]+)"', re.search(r"secrets = toset\((.*)\)", TEXT).group(1)):  # type: ignore[union-attr]
+        assert f"value {name} " in script, f"secrets.sh does not read {name}"

@@ -1,0 +1,165 @@
+"""The images: what they copy is there, what they install is pinned, and a SIGTERM reaches what they run."""
+
+import fnmatch
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fakes.process import ROOT
+
+DOCKER = ROOT / "infra" / "docker"
+IMAGES = ("flow", "train", "serve")
+Instruction = tuple[str, str]
+
+
+def instructions(image: str) -> list[Instruction]:
+    """Return a Dockerfile's instructions and their values, in order."""
+    from dockerfile_parse import DockerfileParser
+
+    parser = DockerfileParser(path=str(DOCKER / f"{image}.Dockerfile"), env_replace=False)
+    return [(item["instruction"], item["value"]) for item in parser.structure if item["instruction"] != "COMMENT"]
+
+
+def values(image: str, instruction: str) -> list[str]:
+    return [value for name, value in instructions(image) if name == instruction]
+
+
+def is_sent(path: str) -> bool:
+    """Tell whether .dockerignore lets a path into the build; the last pattern that matches it or a parent decides."""
+    ignored = False
+    parts = Path(path).parts
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip().removeprefix("!")
+        if not pattern or pattern.startswith("#"):
+            continue
+        parents = ["/".join(parts[: end + 1]) for end in range(len(parts))]
+        if any(fnmatch.fnmatch(parent, pattern.removeprefix("**/")) for parent in parents):
+            ignored = not line.startswith("!")
+    return not ignored
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_what_is_copied_is_there_and_sent(image: str) -> None:
+    for value in values(image, "COPY"):
+        *sources, _ = value.split()
+        for source in sources:
+            assert (ROOT / source).exists(), source
+            assert is_sent(source), f"{source} is kept out by .dockerignore"
+
+
+@pytest.mark.parametrize(
+    "path", [".env", ".git/config", "workspace/cache/x", ".demo/keys", "infra/gcp/terraform.tfstate"]
+)
+def test_nothing_else_gets_into_a_build(path: str) -> None:
+    assert not is_sent(path)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_it_does_not_run_as_root(image: str) -> None:
+    assert values(image, "USER")[-1] == "10001:10001"
+    names = [name for name, _ in instructions(image)]
+    assert "RUN" not in names[names.index("USER") :]
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_signals_reach_the_process(image: str) -> None:
+    """A shell as PID 1 would swallow the SIGTERM. `tini -g` would send it past Prefect's supervisor."""
+    (entrypoint,) = (json.loads(value) for value in values(image, "ENTRYPOINT"))
+    assert entrypoint in (["tini", "--"], ["/opt/preflow/serve.sh"])
+    for value in values(image, "CMD"):
+        assert json.loads(value)[0] == "prefect"
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_base_image_is_pinned_and_no_other_host_is_named(image: str) -> None:
+    (base,) = values(image, "FROM")
+    assert re.fullmatch(r"[a-z/-]+:v?\d+\.\d+\.\d+(-[a-z]+)*", base)
+    text = (DOCKER / f"{image}.Dockerfile").read_text()
+    assert "://" not in text
+    assert not re.search(r"index-url|find-links|\.(io|com|org|dev)\b", text)
+
+
+@pytest.mark.parametrize("image", ["flow", "train"])
+def test_dependencies_are_pinned_and_cached_apart_from_the_code(image: str) -> None:
+    steps = instructions(image)
+    (install,) = (i for i, (name, value) in enumerate(steps) if name == "RUN" and "--requirement" in value)
+    assert "--constraint constraints.txt" in steps[install][1]
+    copied_before = " ".join(value for name, value in steps[:install] if name == "COPY")
+    assert copied_before == "pyproject.toml constraints.txt infra/docker/requirements.py ./"
+    copied_after = [value.split()[0] for name, value in steps[install:] if name == "COPY"]
+    assert {"flows", "tasks"} <= set(copied_after)
+
+
+def test_every_direct_dependency_has_a_pin() -> None:
+    printed = subprocess.run(
+        [sys.executable, DOCKER / "requirements.py", "train"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["dependencies"] + project["optional-dependencies"]["train"]) < set(printed)
+    pins = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    names = {re.split(r"[<>=!~\[ ]", line)[0].lower().replace("_", "-") for line in printed if line}
+    assert names <= pins
+
+
+def test_the_vllm_of_the_image_is_that_of_the_package() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
+    (base,) = values("serve", "FROM")
+    assert extra == [f"vllm=={base.split(':v')[1]}"]
+
+
+def test_every_image_is_built_and_pushed() -> None:
+    build = yaml.safe_load((DOCKER / "cloudbuild.yaml").read_text())
+    assert [step["id"] for step in build["steps"]] == list(IMAGES)
+    for step in build["steps"]:
+        assert f"--file=infra/docker/{step['id']}.Dockerfile" in step["args"]
+        assert f"--tag=$_REGISTRY/{step['id']}:$_TAG" in step["args"]
+        assert step["args"][-1] == "."
+    assert build["images"] == [f"$_REGISTRY/{image}:$_TAG" for image in IMAGES]
+
+
+def serve(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run serve.sh with a vllm that prints its process id and its arguments."""
+    vllm = tmp_path / "vllm"
+    vllm.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getpid(), *sys.argv[1:]]))\n")
+    vllm.chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    shell = 'echo $$; exec "$0" "$@"'
+    return subprocess.run(
+        ["sh", "-c", shell, DOCKER / "serve.sh", *arguments],
+        env={"PATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_vllm_takes_the_place_of_the_start_script(tmp_path: Path) -> None:
+    done = serve(tmp_path, "--seed", "7", MODEL="base", SFT_ADAPTER="/workspace/adapters/sft")
+    started, printed = done.stdout.splitlines()
+    pid, *given = json.loads(printed)
+    assert pid == int(started)
+    assert given[:2] == ["serve", "base"]
+    assert given[-4:] == ["--lora-modules", "sft=/workspace/adapters/sft", "--seed", "7"]
+    assert json.loads(given[given.index("--structured-outputs-config") + 1])["disable_any_whitespace"] is True
+    assert {"--enable-lora", "--shutdown-timeout"} <= set(given)
+
+
+def test_vllm_is_not_started_without_a_model(tmp_path: Path) -> None:
+    done = serve(tmp_path)
+    assert done.returncode != 0
+    assert "name the base model" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["infra/docker/serve.sh", "infra/k8s/secrets.sh", "deployments/register.sh"])
+def test_scripts_can_be_run(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+    shell = (ROOT / script).read_text().splitlines()[0].split("/")[-1].split()[-1]
+    subprocess.run([shell, "-n", ROOT / script], check=True)
