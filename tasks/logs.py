@@ -17,10 +17,10 @@ class _PlainUserErrors(logging.Filter):
 
 
 class _NoLineForEachTask(logging.Filter):
-    """Keeps Prefect's "Finished in state Completed()" of hundreds of shards out of the terminal; the UI has them."""
+    """Drops Prefect's "Finished in state Completed()" of hundreds of shards; the UI shows their states."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.name != "prefect.task_runs" or not record.getMessage().startswith("Finished in state C")
+        return not record.getMessage().startswith(("Finished in state Completed", "Finished in state Cached"))
 
 
 def set_up_logs() -> None:
@@ -28,10 +28,9 @@ def set_up_logs() -> None:
     logging.getLogger("tasks").setLevel(logging.INFO)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         _add_once(logging.getLogger(name), _PlainUserErrors())
-    for handler in logging.getLogger().handlers:
-        _add_once(handler, _NoLineForEachTask())
+    _add_once(logging.getLogger("prefect.task_runs"), _NoLineForEachTask())
 
 
-def _add_once(target: logging.Filterer, wanted: logging.Filter) -> None:
+def _add_once(target: logging.Logger, wanted: logging.Filter) -> None:
     if not any(type(known) is type(wanted) for known in target.filters):
         target.addFilter(wanted)
