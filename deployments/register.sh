@@ -7,7 +7,7 @@ set -eu
 template=deployments/l4-spot.job-template.json
 
 make_pool() {
-    prefect work-pool inspect "$1" >/dev/null 2>&1 || prefect work-pool create "$@"
+    prefect work-pool create "$@" || prefect work-pool inspect "$1" >/dev/null
 }
 
 if [ -n "${PREFLOW_TRAIN_IMAGE:-}" ]; then

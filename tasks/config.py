@@ -300,7 +300,10 @@ class TrainingConfig(StageConfig):
     gradient_accumulation_steps: int = Field(8, ge=1, le=1024, description="Micro-batches in an optimizer step.")
     max_length: int = Field(2048, ge=16, description="Longest prompt + completion, in tokens; the rest is cut.")
     bf16: bool = Field(True, description="bfloat16 autocast on CUDA; the trained adapter itself is always fp32.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, 30-50 % more time.")
+    gradient_checkpointing: bool = Field(
+        True,
+        description="Recompute activations: 30-50 % more time, and 4 pairs of 2048 tokens fit an L4 with a 3B model.",
+    )
     group_by_length: bool = Field(True, description="Fill micro-batches with pairs of like length: less padding.")
     disable_dropout: bool = Field(
         True, description="Train without the adapter's dropout, so that the policy starts exactly at the reference."

@@ -6,3 +6,7 @@ class PreflowError(Exception):
 
     Anything that is not a `PreflowError` is a defect of preflow and shows its traceback.
     """
+
+
+class DiskFullError(PreflowError, OSError):
+    """There was no room for a file; what was there before is untouched."""

@@ -31,56 +31,65 @@ def preferences_key(verdicts: VerdictsRef, judging: JudgingConfig) -> str:
 def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
     """Write `judged.jsonl`, `train.jsonl`, `val.jsonl`, `quality.json` and `quality.png` of one set of verdicts.
 
-    Rows without a pair are in `judged.jsonl` with the reason; `check_yield` tells whether enough are left.
+    Rows without a pair are in `judged.jsonl` with the reason; `check_yield` tells whether any has one.
     """
-    store = Workspace(workspace)
-    folder = store.uri("preferences", preferences_key(verdicts, judging))
+    store, key = Workspace(workspace), preferences_key(verdicts, judging)
+    folder = store.uri("preferences", key)
     if known := store.find_finished(f"{folder}/manifest.json", PreferencesRef):
         return known
+    files, statuses = _write_pairs(store, folder, verdicts, judging)
+    files["quality.json"] = _measure(store, folder, verdicts)
+    counts = {**statuses, "train": files["train.jsonl"]["rows"], "val": files["val.jsonl"]["rows"]}
+    logger.info("preferences: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+    artifact = PreferencesRef(
+        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=counts["val"], **files["train.jsonl"]
+    )
+    store.write_json(
+        f"{folder}/manifest.json",
+        {
+            "artifact": artifact.model_dump(),
+            "key": key,
+            "stage": "preferences",
+            "version": VERSION,
+            "config": judging.model_dump(mode="json"),
+            "upstream": [verdicts.model_dump()],
+            "files": files,
+            "packages": package_versions(),
+            "counts": counts,
+        },
+    )
+    return artifact
+
+
+def _write_pairs(
+    store: Workspace, folder: str, verdicts: VerdictsRef, judging: JudgingConfig
+) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+    """Decide on every row, and return the facts of the files and how many rows came to what."""
     statuses: Counter[str] = Counter()
     with (
         store.writing(f"{folder}/judged.jsonl") as judged,
         store.writing(f"{folder}/train.jsonl") as train,
         store.writing(f"{folder}/val.jsonl") as val,
     ):
-        for line in store.lines(verdicts.uri):
-            row = json.loads(line)
+        for row in _rows(store, verdicts.uri):
             decision = decide(row["votes"], judging.pair_policy, judging.min_confidence)
             statuses[decision.status] += 1
             judged.write_row({**row, **decision.model_dump()})
             if decision.status == "pair":
                 held_out = is_validation(row["id"], row.get("group"), judging.seed, judging.val_ratio)
                 (val if held_out else train).write_row(preference_pair(row, decision))
+    files = {"judged.jsonl": judged.facts(), "train.jsonl": train.facts(), "val.jsonl": val.facts()}
+    return files, statuses
+
+
+def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, Any]:
+    """Write `quality.json` and its picture, and return the facts of the former."""
     usage = store.read_json(verdicts.manifest)["usage"] if verdicts.manifest else None
     quality = measure_judgements(_rows(store, f"{folder}/judged.jsonl"), usage=usage)
+    store.write_bytes(f"{folder}/quality.png", plot_quality(quality))
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
-    store.write_bytes(f"{folder}/quality.png", plot_quality(quality))
-    logger.info(
-        "preferences: %d train and %d val pairs of %d prompts; %s",
-        train.rows,
-        val.rows,
-        judged.rows,
-        ", ".join(f"{name} {count}" for name, count in statuses.most_common()),
-    )
-    artifact = PreferencesRef(
-        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()
-    )
-    store.write_json(
-        f"{folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "key": preferences_key(verdicts, judging),
-            "stage": "preferences",
-            "version": VERSION,
-            "config": judging.model_dump(mode="json"),
-            "upstream": [verdicts.model_dump()],
-            "files": {"judged.jsonl": judged.facts(), "val.jsonl": val.facts(), "quality.json": measured.facts()},
-            "packages": package_versions(),
-            "counts": {**statuses, "train": train.rows, "val": val.rows},
-        },
-    )
-    return artifact
+    return measured.facts()
 
 
 def _rows(store: Workspace, uri: str) -> Iterator[Row]:

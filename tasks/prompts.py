@@ -2,12 +2,13 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from tasks.caching import stage_key
 from tasks.errors import PreflowError
 from tasks.records import Prompt, read_rows
-from tasks.storage import PromptsRef, Workspace
+from tasks.storage import DigestWriter, PromptsRef, Workspace
 
 VERSION = 2
 logger = logging.getLogger(__name__)
@@ -34,32 +35,16 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     manifest_uri = f"{folder}/manifest.json"
     if known := store.find_finished(manifest_uri, PromptsRef):
         return known
-    counts = {"read": 0, "duplicates": 0, "in_training": 0}
     with store.writing(f"{folder}/prompts.jsonl") as out:
-        ids, groups = _trained_on(store, exclude)
-        for prompt in read_rows(Prompt, source, origin):
-            counts["read"] += 1
-            identity = bytes.fromhex(prompt.id)
-            if identity in ids[0] or (prompt.group is not None and prompt.group in groups):
-                counts["in_training"] += 1
-            elif identity in ids[1]:
-                counts["duplicates"] += 1
-            elif limit is None or out.rows < limit:
-                ids[1].add(identity)
-                out.write_row(prompt.model_dump(exclude_none=True))
+        left_out = _read_trained(store, exclude)
+        counts = _copy_prompts(read_rows(Prompt, source, origin), out, left_out, limit)
         if not out.rows:
             raise PreflowError(
                 f"{source}: no prompt is left to evaluate on: all {counts['read']} occur in training pairs. "
                 "Give held-out prompts with `eval_prompts`, or raise judging.val_ratio."
             )
     artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
-    logger.info(
-        "%s: %d prompts (%d duplicates dropped, %d left out as trained on)",
-        source,
-        out.rows,
-        counts["duplicates"],
-        counts["in_training"],
-    )
+    logger.info("%s: %d prompts; of the rows %s", source, out.rows, counts)
     store.write_json(
         manifest_uri,
         {"artifact": artifact.model_dump(), "stage": "prompts", "upstream": [], "source": source, "counts": counts},
@@ -67,8 +52,28 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     return artifact
 
 
-def _trained_on(store: Workspace, pairs: str | None) -> tuple[tuple[set[bytes], set[bytes]], set[str]]:
-    """Return ((ids in training pairs, ids seen so far), groups in training pairs)."""
+def _copy_prompts(
+    prompts: Iterable[Prompt], out: DigestWriter, left_out: tuple[set[bytes], set[str]], limit: int | None
+) -> dict[str, int]:
+    """Write each prompt once, except those whose id or group is left out; all rows are read, to the last."""
+    counts = {"read": 0, "duplicates": 0, "in_training": 0}
+    seen: set[bytes] = set()
+    ids, groups = left_out
+    for prompt in prompts:
+        identity = bytes.fromhex(prompt.id)
+        counts["read"] += 1
+        if identity in ids or (prompt.group is not None and prompt.group in groups):
+            counts["in_training"] += 1
+        elif identity in seen:
+            counts["duplicates"] += 1
+        elif limit is None or out.rows < limit:
+            seen.add(identity)
+            out.write_row(prompt.model_dump(exclude_none=True))
+    return counts
+
+
+def _read_trained(store: Workspace, pairs: str | None) -> tuple[set[bytes], set[str]]:
+    """Return the ids and the groups that occur in training pairs."""
     ids: set[bytes] = set()
     groups: set[str] = set()
     for line in store.lines(pairs) if pairs else ():
@@ -76,4 +81,4 @@ def _trained_on(store: Workspace, pairs: str | None) -> tuple[tuple[set[bytes], 
         ids.add(bytes.fromhex(row["id"]))
         if row.get("group") is not None:
             groups.add(row["group"])
-    return (ids, set()), groups
+    return ids, groups

@@ -511,9 +511,9 @@ async def settle(coroutines: Iterable[Coroutine[Any, Any, Any]], limit: int | No
 
 
 def open_shards(concurrency: int, slices: Sequence[Slice]) -> int:
-    """Return how many shards must be open at once for `concurrency` requests to be in flight, stragglers or not."""
+    """Return how many shards must be open for `concurrency` requests to be in flight, whatever stragglers there are."""
     size = max((part.rows for part in slices), default=1)
-    return -(-2 * concurrency // size) + 1
+    return -(-2 * concurrency // size) + 2
 
 
 class MergeCounts(BaseModel):

@@ -115,9 +115,10 @@ def refuse_failures(plan: Plan, worker: ShardWorker, allowed: float) -> PreflowE
             out.write_row(failure)
     worker.rows.forget_failures()
     first = tally.failures[0] if tally.failures else {}
+    detail = str(first.get("detail"))[:300]
     return PreflowError(
         f"{tally.failed} of {tally.total} requests failed for good, over max_failure_ratio ({allowed:.1%}); the first: "
-        f"{first.get('reason')}: {first.get('detail')} All of them are in {where}. What succeeded is kept. Mend the "
+        f"{first.get('reason')}: {detail}. All of them are in {where}. What succeeded is kept. Mend the "
         "cause and run again, only the others are asked for; or raise max_failure_ratio to go on without them."
     )
 

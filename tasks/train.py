@@ -1,20 +1,35 @@
 """Training as a Prefect task: cached by its key, resumed where it was, seen while it runs."""
 
+import json
+import logging
+import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import UUID
 
+import httpx
 from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.exceptions import PrefectException
 
 from tasks.caching import cached, open_results
 from tasks.config import TrainingConfig
+from tasks.reporting import live_section, render_markdown
 from tasks.stages import is_worth_retrying
-from tasks.storage import AdapterRef, PreferencesRef
+from tasks.storage import AdapterRef, PreferencesRef, Workspace
 from tasks.training.launch import check_training_inputs, run_training, training_key
-from tasks.training.spec import Progress
+from tasks.training.plots import plot_metrics
+from tasks.training.spec import Progress, TrainingPaths
+
+logger = logging.getLogger(__name__)
+LIVE_KEY = "training-live"
+REFRESH_SECONDS = 30.0
 
 
 async def train_adapter(preferences: PreferencesRef, workspace: str, training: TrainingConfig) -> AdapterRef:
@@ -32,12 +47,13 @@ async def train_adapter(preferences: PreferencesRef, workspace: str, training: T
 
 
 @task(name="train-adapter", retries=3, retry_delay_seconds=10, retry_condition_fn=is_worth_retrying)
-def dpo_training(
-    preferences: PreferencesRef, workspace: str, training: TrainingConfig, key: str
-) -> dict[str, Any]:
+def dpo_training(preferences: PreferencesRef, workspace: str, training: TrainingConfig, key: str) -> dict[str, Any]:
     """Run the trainer in a child process until it has finished; a preempted one goes on from its last checkpoint."""
+    view = TrainingView(TrainingPaths.of(Workspace(workspace).root, key).file("metrics.jsonl"))
     with _ctrl_c_at_once():
-        return run_training(preferences, workspace, training, key, _progress_artifact()).model_dump()
+        adapter = run_training(preferences, workspace, training, key, view.show)
+    view.finish()
+    return adapter.model_dump()
 
 
 @contextmanager
@@ -53,14 +69,64 @@ def _ctrl_c_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _progress_artifact() -> Callable[[Progress], None]:
-    # The event loop of the flow waits for this very task, so the calls must not be dispatched to it.
-    create: Any = create_progress_artifact
-    update: Any = update_progress_artifact
-    artifact = create(progress=0.0, description="train-adapter: optimizer steps", _sync=True)
+class TrainingView:
+    """What the UI shows of a training while it runs: a progress bar, and a page of curves and newest figures.
 
-    def show(progress: Progress) -> None:
-        if progress.total:
-            update(artifact, progress=100.0 * progress.step / progress.total, _sync=True)
+    Args:
+        metrics: uri of the `metrics.jsonl` that the trainer keeps up to date.
+    """
 
-    return show
+    def __init__(self, metrics: str) -> None:
+        self._metrics = metrics
+        self._store = Workspace.holding(metrics)
+        # The event loop of the flow waits for the task that calls this, so no call may be dispatched to it.
+        create: Any = create_progress_artifact
+        self._bar: UUID = create(progress=0.0, description="train-adapter: optimizer steps", _sync=True)
+        self._page: UUID | None = None
+        self._drawn = self._complained = -math.inf
+
+    def show(self, progress: Progress) -> None:
+        """Move the bar; draw the page anew if the last one is `REFRESH_SECONDS` old."""
+        with self._server_may_be_away():
+            if progress.total:
+                self._move(100.0 * progress.step / progress.total)
+            if time.monotonic() - self._drawn >= REFRESH_SECONDS:
+                self._draw(f"Running: {progress.text()}.")
+
+    def finish(self) -> None:
+        """Show the finished training."""
+        with self._server_may_be_away():
+            self._move(100.0)
+            self._draw("Finished; the page on the training has its readings and the advice.")
+
+    @contextmanager
+    def _server_may_be_away(self) -> Iterator[None]:
+        """Let a training go on while the Prefect server does not answer; say so at most once a refresh."""
+        try:
+            yield
+        except (httpx.HTTPError, PrefectException) as error:
+            if time.monotonic() - self._complained >= REFRESH_SECONDS:
+                self._complained = time.monotonic()
+                logger.warning("the Prefect server does not take the training's progress (%s); training goes on", error)
+
+    def _move(self, percent: float) -> None:
+        update: Any = update_progress_artifact
+        update(self._bar, progress=percent, _sync=True)
+
+    def _draw(self, summary: str) -> None:
+        if not self._store.exists(self._metrics):
+            return
+        rows = [json.loads(line) for line in self._store.lines(self._metrics)]
+        page = render_markdown(live_section(summary, rows, plot_metrics(rows)))
+        self._publish(page)
+        self._drawn = time.monotonic()
+
+    def _publish(self, page: str) -> None:
+        if self._page is None:
+            create: Any = create_markdown_artifact
+            description = "The training as it goes: curves and newest figures."
+            self._page = create(key=LIVE_KEY, markdown=page, description=description, _sync=True)
+            return
+        # In place: a version of 100 kB every half minute would fill the server's database.
+        with get_client(sync_client=True) as client:
+            client.update_artifact(self._page, ArtifactUpdate(data=page))

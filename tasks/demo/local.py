@@ -76,7 +76,7 @@ def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> 
         ),
         judging=JudgingConfig(endpoint=judge, model="demo-judge", api_key=f"env:{JUDGE_KEY}", rubric="demo"),
         training=TrainingConfig(
-            base_model=str(materials.base), sft_adapter=str(materials.sft), load_in_4bit=False, bf16=False,
+            base_model=str(materials.base), sft_adapter=str(materials.sft), load_in_4bit=False, bf16=False, gradient_checkpointing=False,
             sft_weight=1.0, learning_rate=1e-3, max_steps=60, warmup_steps=5, max_length=512,
         ),
         evaluation=EvaluationConfig(num_samples=4),

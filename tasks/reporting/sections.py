@@ -66,8 +66,10 @@ def _detail_table(metric: Metric) -> Table | None:
     if "positions" in detail:
         return _position_table(metric)
     if "speakers" in detail:
-        rows = ((row["speaker"], f"{100 * row['chosen']:.1f} %", f"{100 * row['rejected']:.1f} %")
-                for row in detail["speakers"])
+        rows = (
+            (row["speaker"], f"{100 * row['chosen']:.1f} %", f"{100 * row['rejected']:.1f} %")
+            for row in detail["speakers"]
+        )
         return Table("Lines by speaker", ("speaker", "in chosen", "in rejected"), tuple(rows))
     if "histogram" in detail:
         return Table(metric.title, ("confidence", "votes"), tuple(detail["histogram"].items()))
@@ -83,8 +85,11 @@ def _position_table(metric: Metric) -> Table:
     detail = metric.detail
     rows = tuple(
         (
-            row["position"], row["observed"], f"{100 * row['rate']:.1f} %",
-            f"{100 * row['interval'][0]:.1f}-{100 * row['interval'][1]:.1f} %", f"{100 * row['chance']:.1f} %",
+            row["position"],
+            row["observed"],
+            f"{100 * row['rate']:.1f} %",
+            f"{100 * row['interval'][0]:.1f}-{100 * row['interval'][1]:.1f} %",
+            f"{100 * row['chance']:.1f} %",
             row["lift"],
         )
         for row in detail["positions"]
@@ -124,19 +129,35 @@ def training_section(health: Row, metrics: Sequence[Row], png: bytes | None = No
         png: the curves, from `tasks.training.plots.plot_metrics`.
     """
     readings = tuple((r["name"], r["value"], r["healthy"], r["ok"], r["meaning"]) for r in health["readings"])
-    figures = tuple(row for name, title in TRAINING_FIGURES if (row := _course(metrics, name, title)))
-    tables = (
-        Table("Readings", ("metric", "value", "healthy", "state", "meaning"), readings),
-        Table("From first to last", ("figure", "first", "last", "lowest", "highest"), figures),
-    )
+    tables = (Table("Readings", ("metric", "value", "healthy", "state", "meaning"), readings), _figures(metrics))
     verdict = "Healthy" if health["ok"] else "Needs attention"
     return ReportSection(
         title="Training",
         summary=f"{verdict}: readings from {health['source']}.",
         advice=(*health["warnings"], *health["advice"]),
         tables=tuple(table for table in tables if table.rows),
-        pictures=(Picture(png, "Loss, accuracy and rewards over the optimizer steps."),) if png else (),
+        pictures=(_curves(png),) if png else (),
     )
+
+
+def live_section(summary: str, metrics: Sequence[Row], png: bytes) -> ReportSection:
+    """Show a training that is still running.
+
+    Args:
+        summary: how far it is.
+        metrics: the rows of `metrics.jsonl` so far.
+        png: their curves, from `tasks.training.plots.plot_metrics`.
+    """
+    return ReportSection("Training live", summary, tables=(_figures(metrics),), pictures=(_curves(png),))
+
+
+def _curves(png: bytes) -> Picture:
+    return Picture(png, "Loss, accuracy and rewards over the optimizer steps.")
+
+
+def _figures(metrics: Sequence[Row]) -> Table:
+    rows = tuple(row for name, title in TRAINING_FIGURES if (row := _course(metrics, name, title)))
+    return Table("From first to last", ("figure", "first", "last", "lowest", "highest"), rows)
 
 
 def _course(metrics: Sequence[Row], name: str, title: str) -> tuple[Cell, ...] | None:
@@ -269,8 +290,11 @@ def _lineage_row(manifest: Row) -> tuple[Cell, ...]:
     upstream = ", ".join(f"{ref.get('kind', '?')} {str(ref.get('sha256', ''))[:12]}" for ref in _upstream(manifest))
     rows = artifact.get("rows")
     return (
-        _text(manifest.get("stage") or artifact.get("kind")), _text(artifact.get("kind")),
-        rows if isinstance(rows, int) else None, str(artifact.get("sha256", ""))[:12] or None, upstream or None,
+        _text(manifest.get("stage") or artifact.get("kind")),
+        _text(artifact.get("kind")),
+        rows if isinstance(rows, int) else None,
+        str(artifact.get("sha256", ""))[:12] or None,
+        upstream or None,
         _text(artifact.get("uri")),
     )
 

@@ -134,7 +134,7 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Remove what a killed trainer was just writing."""
-        for name in _folders(self._store, self._folder):
+        for name in self._store.folders(self._folder):
             if name.startswith(BEING_WRITTEN):
                 self._store.delete_folder(posixpath.join(self._folder, name))
 
@@ -163,7 +163,7 @@ class CheckpointStore:
         return None
 
     def _uris(self) -> list[str]:
-        names = [name for name in _folders(self._store, self._folder) if re.fullmatch(r"step-\d{6,}", name)]
+        names = [name for name in self._store.folders(self._folder) if re.fullmatch(r"step-\d{6,}", name)]
         return [posixpath.join(self._folder, name) for name in sorted(names, key=lambda name: int(name[5:]))]
 
     def _prune(self) -> None:
@@ -173,11 +173,3 @@ class CheckpointStore:
             if uri not in whole[-KEPT:]:
                 self._store.delete(posixpath.join(uri, COMMITTED))
                 self._store.delete_folder(uri)
-
-
-def _folders(store: Workspace, uri: str) -> list[str]:
-    try:
-        entries = store._fs.ls(uri, detail=True)
-    except FileNotFoundError:
-        return []
-    return [posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory"]

@@ -283,6 +283,7 @@ def _environment() -> dict[str, str]:
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A pipeline that runs unattended sends nothing about its data or models anywhere.
     environment.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    environment.setdefault("WANDB_ERROR_REPORTING", "false")
     if not shutil.which("nvidia-smi"):
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment

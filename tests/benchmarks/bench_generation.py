@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import openai
 
 from tests.fakes import FakeOpenAI
 from tests.fakes.models import sample
@@ -32,59 +33,56 @@ Row = dict[str, Any]
 # ---- the contenders: each runs in its own process and prints one JSON line
 
 
-async def bare_loop(order: Row) -> None:
-    """What anyone would write first: one client, a semaphore, gather, rows written as they come. Loses rows if killed."""
-    import openai
+def bare_loop(order: Row) -> None:
+    """What anyone would write first: one client, a semaphore, rows written as they come. Killed, it begins anew."""
+    with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
+        asyncio.run(_bare_loop(order, prompts, out))
 
+
+async def _bare_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
     client = openai.AsyncOpenAI(base_url=order["endpoint"], api_key="none", max_retries=0)
+    pending: set[asyncio.Task[None]] = set()
     window = asyncio.Semaphore(order["concurrency"])
-    with open(order["out"], "w") as out:
 
-        async def one(row: Row) -> None:
-            async with window:
-                answer = await client.chat.completions.create(
-                    model="sampler", messages=row["prompt"], n=COMPLETIONS, seed=SEED, **SAMPLING
-                )
-            texts = [choice.message.content for choice in answer.choices]
-            out.write(json.dumps({**row, "completions": texts}) + "\n")
+    async def one(row: Row) -> None:
+        async with window:
+            answer = await client.chat.completions.create(
+                model="sampler", messages=row["prompt"], n=COMPLETIONS, seed=SEED, **SAMPLING
+            )
+        texts = [choice.message.content for choice in answer.choices]
+        out.write(json.dumps({**row, "completions": texts}) + "\n")
 
-        await in_order(order, one)
-
-
-async def in_order(order: Row, one: Callable[[Row], Awaitable[None]]) -> None:
-    """Call `one` for each row, a bounded number of them at a time, so that memory is the loop's and not the file's."""
-    pending: set[asyncio.Future[None]] = set()
-    with open(order["prompts"]) as file:
-        for line in file:
-            if len(pending) >= 4 * order["concurrency"]:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-            pending.add(asyncio.ensure_future(one(json.loads(line))))
+    for line in prompts:
+        # So that its memory is the loop's and not the file's.
+        if len(pending) >= 4 * order["concurrency"]:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(*done)
+        pending.add(asyncio.create_task(one(json.loads(line))))
     await asyncio.gather(*pending)
 
 
-async def gathered_batches(order: Row) -> None:
+def gathered_batches(order: Row) -> None:
     """Batches of 8 prompts that wait for their slowest, one request for each completion."""
-    import openai
+    with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
+        asyncio.run(_gathered_batches(order, [json.loads(line) for line in prompts], out))
 
+
+async def _gathered_batches(order: Row, rows: list[Row], out: TextIO) -> None:
     client = openai.AsyncOpenAI(base_url=order["endpoint"], api_key="none", max_retries=0)
-    with open(order["prompts"]) as file, open(order["out"], "w") as out:
-        rows = [json.loads(line) for line in file]
-        for start in range(0, len(rows), 8):
-            batch = rows[start : start + 8]
-            requests = [
-                client.chat.completions.create(model="sampler", messages=row["prompt"], seed=SEED + i, **SAMPLING)
-                for row in batch
-                for i in range(COMPLETIONS)
-            ]
-            answers = await asyncio.gather(*requests)
-            for number, row in enumerate(batch):
-                of_row = answers[number * COMPLETIONS : (number + 1) * COMPLETIONS]
-                out.write(json.dumps({**row, "completions": [a.choices[0].message.content for a in of_row]}) + "\n")
+    for start in range(0, len(rows), 8):
+        batch = rows[start : start + 8]
+        requests = [
+            client.chat.completions.create(model="sampler", messages=row["prompt"], seed=SEED + i, **SAMPLING)
+            for row in batch
+            for i in range(COMPLETIONS)
+        ]
+        answers = await asyncio.gather(*requests)
+        for number, row in enumerate(batch):
+            of_row = answers[number * COMPLETIONS : (number + 1) * COMPLETIONS]
+            out.write(json.dumps({**row, "completions": [a.choices[0].message.content for a in of_row]}) + "\n")
 
 
-async def preflow_stage(order: Row) -> None:
+def preflow_stage(order: Row) -> None:
     """The stage as it is: Prefect flow, shards, journals, cache records, manifest."""
     from flows.generate import generate_completions
     from tasks.config import GenerationConfig
@@ -92,19 +90,22 @@ async def preflow_stage(order: Row) -> None:
     config = GenerationConfig(
         endpoint=order["endpoint"], model="sampler", num_completions=COMPLETIONS, max_concurrency=order["concurrency"]
     )
-    await generate_completions(order["prompts"], order["workspace"], config)
+    asyncio.run(generate_completions(order["prompts"], order["workspace"], config))
 
 
-async def preflow_judging(order: Row) -> None:
+def preflow_judging(order: Row) -> None:
     """Generation, which is cached by then, and judging in two orders."""
+    asyncio.run(_preflow_judging(order))
+
+
+async def _preflow_judging(order: Row) -> None:
     from flows.generate import generate_completions
     from flows.judge import judge_preferences
     from tasks.config import GenerationConfig, JudgingConfig
 
     common: Row = {"endpoint": order["endpoint"], "max_concurrency": order["concurrency"]}
-    completions = await generate_completions(
-        order["prompts"], order["workspace"], GenerationConfig(model="sampler", **common)
-    )
+    generation = GenerationConfig(model="sampler", **common)
+    completions = await generate_completions(order["prompts"], order["workspace"], generation)
     judging = JudgingConfig(model="judge-hash", api_key=None, **common)
     await judge_preferences(completions, order["workspace"], judging)
 
@@ -119,13 +120,11 @@ CONTENDERS = {
 
 def contend(order: Row) -> None:
     """Run one contender and print what it took; its imports are made before the clock starts."""
-    import openai  # noqa: F401
-
     if order["who"].startswith("preflow"):
         import flows.generate
         import flows.judge  # noqa: F401
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-    asyncio.run(CONTENDERS[order["who"]](order))
+    CONTENDERS[order["who"]](order)
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(json.dumps({"seconds": time.monotonic() - start, "cpu": cpu, "rss_mb": after.ru_maxrss / 1024}), flush=True)
@@ -140,7 +139,7 @@ def run(who: str, **order: Any) -> Row:
         "--contend",
         json.dumps({"who": who, **order}),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{who} failed:\n{done.stderr[-3000:]}")
     result: Row = json.loads(done.stdout.splitlines()[-1])
@@ -148,6 +147,16 @@ def run(who: str, **order: Any) -> Row:
 
 
 # ---- what is measured
+
+NAMES = {
+    "bare": "a bare asyncio + openai loop",
+    "batches": "gathered batches of 8, one request a completion",
+    "preflow": "preflow",
+    "replay": "preflow, all known",
+    "judging": "preflow, judging in 2 orders",
+    "judging replay": "preflow, judging, all known",
+}
+SIGMA = 0.5
 
 
 def synthetic_prompts(path: Path, count: int) -> Path:
@@ -161,36 +170,35 @@ def synthetic_prompts(path: Path, count: int) -> Path:
 
 
 def compare(prompts: Path, folder: Path, options: argparse.Namespace) -> None:
-    """Print throughput and CPU of all contenders on the same prompts, interleaved over the rounds."""
-    count = sum(1 for _ in prompts.open())
-    plan = {"latency_ms": options.latency_ms, "latency_sigma": 0.5}
-    results: dict[str, list[Row]] = {"bare": [], "batches": [], "preflow": []}
+    """Print throughput and CPU of all contenders on the same prompts, in turns."""
+    plan = {"latency_ms": options.latency_ms, "latency_sigma": SIGMA}
+    results: dict[str, list[Row]] = {"bare": [], "preflow": []}
     with FakeOpenAI(plan, folder / "fake") as fake:
         common: Row = {"endpoint": fake.url, "prompts": str(prompts), "concurrency": options.concurrency}
         for number in range(options.rounds):
             for who, runs in results.items():
                 runs.append(run(who, **common, out=str(folder / "out"), workspace=str(folder / f"ws{number}")))
-        replay = run("preflow", **common, workspace=str(folder / "ws0"))
-        judged = run("preflow-judging", **common, workspace=str(folder / "ws0"))
-        judged_again = run("preflow-judging", **common, workspace=str(folder / "ws0"))
+        results["batches"] = [run("batches", **common, out=str(folder / "out"))]
+        known: Row = {**common, "workspace": str(folder / "ws0")}
+        results["replay"] = [run("preflow", **known)]
+        results["judging"] = [run("preflow-judging", **known)]
+        results["judging replay"] = [run("preflow-judging", **known)]
+    report(results, sum(1 for _ in prompts.open()), options)
+
+
+def report(results: dict[str, list[Row]], count: int, options: argparse.Namespace) -> None:
+    """Print the table."""
     print(
-        f"{count} prompts x {COMPLETIONS} completions, {options.concurrency} requests in flight, log-normal latency ",
-        end="",
+        f"{count:,} prompts x {COMPLETIONS} completions, {options.concurrency} requests in flight, log-normal latency "
+        f"(median {options.latency_ms:g} ms, sigma {SIGMA:g}), median of {options.rounds} rounds\n"
     )
-    print(f"with median {options.latency_ms:g} ms and sigma 0.5; median of {options.rounds} rounds\n")
-    print(
-        "| way | seconds | prompts/s | against the bare loop | client CPU, ms a prompt |\n| --- | ---: | ---: | ---: | ---: |"
-    )
-    names = {"bare": "bare asyncio + openai loop", "batches": "gathered batches of 8", "preflow": "preflow"}
+    print("| way | seconds | prompts/s | against the bare loop | client CPU, ms a prompt |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     base = median(results["bare"], "seconds")
-    for who, runs in results.items():
-        seconds, cpu = median(runs, "seconds"), median(runs, "cpu")
-        print(
-            f"| {names[who]} | {seconds:.1f} | {count / seconds:.1f} | {base / seconds:.3f} | {1000 * cpu / count:.2f} |"
-        )
-    for name, row in {"preflow, all known": replay, "preflow, judging in 2 orders": judged,
-                      "preflow, both known": judged_again}.items():  # fmt: skip
-        print(f"| {name} | {row['seconds']:.1f} | {count / row['seconds']:.1f} | | {1000 * row['cpu'] / count:.2f} |")
+    for who, name in NAMES.items():
+        seconds, cpu = median(results[who], "seconds"), median(results[who], "cpu")
+        ratio = f"{base / seconds:.3f}" if who in ("bare", "preflow", "batches") else ""
+        print(f"| {name} | {seconds:.1f} | {count / seconds:.1f} | {ratio} | {1000 * cpu / count:.2f} |")
 
 
 def median(runs: list[Row], name: str) -> float:
@@ -216,7 +224,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="JSONL of prompts; without it 1,021 synthetic ones")
     parser.add_argument("--scale", type=int, help="measure memory and CPU at 1,000 and at this many synthetic prompts")
     parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--latency-ms", type=float, default=400)
+    parser.add_argument("--latency-ms", type=float, help="median; default 1500, with --scale 20")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contend", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -231,6 +239,7 @@ def main() -> None:
         with prefect_server(folder / "prefect") as server:
             os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{server.port}/api"
             os.environ["PREFECT_HOME"] = str(folder / "prefect")
+            options.latency_ms = options.latency_ms or (20 if options.scale else 1500)
             if options.scale:
                 scale([1000, options.scale], folder, options)
             else:

@@ -60,6 +60,7 @@ def config(root: Path, changes: dict[str, Any]) -> TrainingConfig:
     settings = {
         "base_model": str(root / "base"), "sft_adapter": str(root / "sft"), "load_in_4bit": False, "warmup_steps": 1,
         "max_length": 512, "per_device_eval_batch_size": 2, "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
     }  # fmt: skip
     return TrainingConfig(**{**settings, **changes})
 

@@ -129,5 +129,6 @@ class TinyWorld:
             "base_model": str(self.base), "sft_adapter": str(self.adapter), "load_in_4bit": False,
             "learning_rate": 1e-2, "warmup_steps": 2, "max_steps": 12, "gradient_accumulation_steps": 2,
             "per_device_eval_batch_size": 2, "eval_steps": 5, "save_steps": 4, "logging_steps": 3, "max_length": 128,
+            "gradient_checkpointing": False,
         }  # fmt: skip
         return TrainingConfig(**{**settings, **changes})

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -45,6 +47,12 @@ class Api:
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         return self._client.post(path, json=body).raise_for_status().json()
+
+    def patch(self, path: str, body: dict[str, Any]) -> None:
+        self._client.patch(path, json=body).raise_for_status()
+
+    def send(self, events: list[dict[str, Any]]) -> None:
+        self._client.post("/events", json=events).raise_for_status()
 
     def deployment(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.get(f"/deployments/name/{name}")
@@ -250,19 +258,30 @@ def wait_for(api: Api, name: str, seconds: float = 120) -> dict[str, Any]:
 
 def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -> None:
     (automation,) = api.post("/automations/filter", {})
-    api._client.patch(f"/automations/{automation['id']}", json={"enabled": True}).raise_for_status()
-    event = {
-        "occurred": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": "preflow.prompts.arrived",
-        "resource": {"prefect.resource.id": "preflow.prompts.scenes"}, "payload": {"prompts": "/new/prompts.jsonl"},
-        "id": "11111111-2222-4333-8444-555555555555",
-    }  # fmt: skip
-    api._client.post("/events", json=[event]).raise_for_status()
-    deadline = time.monotonic() + 60
-    while not (runs := [run for run in api.runs("dpo-pipeline/local") if run["state_type"] != "CANCELLED"]):
-        assert time.monotonic() < deadline, "the trigger did not fire"
-        time.sleep(0.5)
-    api._client.patch(f"/automations/{automation['id']}", json={"enabled": False}).raise_for_status()
-    assert runs[0]["parameters"]["config"]["prompts"] == "/new/prompts.jsonl"
+    api.patch(f"/automations/{automation['id']}", {"enabled": True})
+    try:
+        run = send_until_run(api)
+    finally:
+        api.patch(f"/automations/{automation['id']}", {"enabled": False})
+    assert run["parameters"]["config"]["prompts"] == "/new/prompts.jsonl"
+
+
+def send_until_run(api: Api, seconds: float = 90) -> dict[str, Any]:
+    """Send the event until a run has come of it; the server takes a while to see that a trigger was turned on."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        event = {
+            "id": str(uuid4()),
+            "occurred": datetime.now(UTC).isoformat(),
+            "event": "preflow.prompts.arrived",
+            "resource": {"prefect.resource.id": "preflow.prompts.scenes"},
+            "payload": {"prompts": "/new/prompts.jsonl"},
+        }
+        api.send([event])
+        time.sleep(2)
+        if runs := [run for run in api.runs("dpo-pipeline/local") if run["state_type"] != "CANCELLED"]:
+            return runs[0]
+    raise AssertionError("the trigger did not fire")
 
 
 def test_the_file_names_every_flow() -> None:

@@ -195,7 +195,7 @@ def test_prefect_knows_every_setting(overlay: str) -> None:
     assert not {name for name in own if name not in known and not name.startswith("PREFECT_INTEGRATIONS_KUBERNETES_")}
 
 
-def test_the_server_writes_in_batches() -> None:
+def test_the_server_writes_in_batches_and_its_ui_to_a_writable_folder() -> None:
     config = next(
         item["data"] for item in objects("gke")
         if item["kind"] == "ConfigMap" and item["metadata"]["name"].startswith("prefect-server-")
@@ -206,6 +206,9 @@ def test_the_server_writes_in_batches() -> None:
         "EVENT_PERSISTER_READ_BATCH_SIZE",
     ):
         assert config[f"PREFECT_SERVER_SERVICES_{name}"] == "100"
+    pod = find("gke", "Deployment", "prefect-server")["spec"]["template"]["spec"]
+    writable = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+    assert str(Path(config["PREFECT_SERVER_UI_STATIC_DIRECTORY"]).parent) in writable
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
     "per_device_eval_batch_size": (7, "per_device_eval_batch_size", 7),
     "gradient_accumulation_steps": (3, "gradient_accumulation_steps", 3),
     "max_length": (99, "max_length", 99),
-    "gradient_checkpointing": (True, "activation_checkpointing", True),
+    "gradient_checkpointing": (False, "activation_checkpointing", False),
     "disable_dropout": (False, "disable_dropout", False),
     "eval_steps": (11, "eval_steps", 11),
     "save_steps": (13, "save_steps", 13),

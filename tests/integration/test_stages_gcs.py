@@ -1,0 +1,136 @@
+"""The stages on a bucket: needs gcp-storage-emulator, or STORAGE_EMULATOR_HOST naming a running one."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from flows.generate import generate_completions
+from flows.judge import judge_preferences
+from tasks.demo.services import free_port
+from tasks.errors import PreflowError
+from tasks.storage import AdapterRef, PreferencesRef, Workspace, folder_digest
+from tests.fakes import FakeOpenAI
+from tests.integration.test_stages import generation, judging, write_prompts
+
+BUCKET = "preflow-tests"
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[str]:
+    if running := os.environ.get("STORAGE_EMULATOR_HOST"):
+        yield running
+        return
+    if importlib.util.find_spec("gcp_storage_emulator") is None:
+        pytest.skip("gcp-storage-emulator is not installed")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--in-memory"]
+    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("STORAGE_EMULATOR_HOST", url)
+            wait_for(url)
+            yield url
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def wait_for(url: str) -> None:
+    for _ in range(200):
+        try:
+            httpx.get(f"{url}/storage/v1/b", timeout=2)
+        except httpx.TransportError:
+            time.sleep(0.1)
+        else:
+            return
+    raise TimeoutError(f"the storage emulator at {url} does not answer")
+
+
+@pytest.fixture
+def workspace(emulator: str) -> str:
+    httpx.post(f"{emulator}/storage/v1/b", json={"name": BUCKET}, timeout=10)
+    return f"gs://{BUCKET}/{uuid.uuid4().hex}"
+
+
+def test_a_bucket_behaves_as_a_folder_does(workspace: str, tmp_path: Path) -> None:
+    store = Workspace(workspace)
+    store.check_writable()
+    uri = store.uri("a", "file.txt")
+    assert not store.exists(uri)
+    assert store.list(store.uri("a")) == []
+    store.write_bytes(uri, b"one\ntwo\nthree\n")
+    assert (store.exists(uri), store.exists(store.uri("a")), store.size(uri)) == (True, False, 14)
+    assert list(store.lines(uri, 4, 8)) == [b"two\n"]
+    assert list(store.read_ranges(uri, [(0, 4), (8, 14)])) == [b"one\n", b"three\n"]
+    assert store.list(store.uri("a")) == [uri]
+    assert store.sha256(uri) == store.sha256(uri)
+    store.write_bytes(uri, b"other")
+    assert store.read_bytes(uri) == b"other"
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way(store, uri)
+    assert store.read_bytes(uri) == b"other"
+    store.delete(uri)
+    assert not store.exists(uri)
+    check_folders(store, tmp_path)
+
+
+def fail_half_way(store: Workspace, uri: str) -> None:
+    with store.writing(uri) as out:
+        out.write(b"half")
+        raise RuntimeError("half way")
+
+
+def check_folders(store: Workspace, scratch: Path) -> None:
+    local = scratch / "adapter"
+    local.mkdir()
+    (local / "adapter_model.safetensors").write_bytes(b"weights")
+    (local / "adapter_config.json").write_text("{}")
+    uri = store.uri("adapters", "a")
+    sha256 = store.commit_folder(local, uri)
+    assert folder_digest(uri) == folder_digest(str(local))
+    fetched = store.fetch_folder(uri, scratch / "fetched")
+    assert (fetched / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert store.is_intact(AdapterRef(uri=uri, sha256=sha256, size=1, rows=1))
+    store.delete(f"{uri}/adapter_config.json")
+    with pytest.raises(PreflowError, match=r"adapter_config.json: missing"):
+        store.verify_folder(uri)
+
+
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.timeout(300)
+async def test_the_stages_on_a_bucket_give_what_they_give_in_a_folder(workspace: str, tmp_path: Path) -> None:
+    prompts = str(write_prompts(tmp_path, 60))
+
+    async def run(where: str, fake: FakeOpenAI) -> PreferencesRef:
+        completions = await generate_completions(prompts, where, generation(fake))
+        return await judge_preferences(completions, where, judging(fake))
+
+    with FakeOpenAI({"outage": {"after": 31, "seconds": 600, "kind": "503"}}, tmp_path / "first") as fake:
+        with pytest.raises(PreflowError, match="Everything answered so far is kept"):
+            await generate_completions(prompts, workspace, generation(fake, max_outage_seconds=1, max_concurrency=4))
+        answered = {row["prompt"] for row in fake.requests() if row["status"] == 200}
+    with FakeOpenAI(folder=tmp_path / "second") as fake:
+        on_bucket = await run(workspace, fake)
+        asked = [row["prompt"] for row in fake.requests() if row["model"] == "sampler"]
+        assert len(answered) == 30
+        assert len(asked) == 30
+        assert not answered & set(asked)
+        count = len(fake.requests())
+        assert await run(workspace, fake) == on_bucket
+        for name in ("completions", "verdicts", "preferences", "cache"):
+            Workspace(workspace).delete_folder(f"{workspace}/{name}")
+        assert await run(workspace, fake) == on_bucket
+        assert len(fake.requests()) == count, "what lies on the bucket was asked for again"
+        in_folder = await run(str(tmp_path / "ws"), fake)
+    assert in_folder.sha256 == on_bucket.sha256
+    shutil.rmtree(tmp_path / "ws")
