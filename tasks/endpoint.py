@@ -127,9 +127,7 @@ class Endpoint:
             timeout=httpx2.Timeout(seconds, connect=min(30.0, seconds), pool=None),
         )
         # Without a key the client would send this endpoint whatever OPENAI_API_KEY holds.
-        return AsyncOpenAI(
-            base_url=self.config.endpoint, api_key=self._key or "none", max_retries=0, http_client=http
-        )
+        return AsyncOpenAI(base_url=self.config.endpoint, api_key=self._key or "none", max_retries=0, http_client=http)
 
     async def __aenter__(self) -> Self:
         return self

@@ -98,7 +98,9 @@ def move_pointer(
         "adapter_sha256": adapter.sha256,
         "uri": uri,
         "evaluation": {
-            "uri": evaluation.uri, "win_rate": evaluation.win_rate, "lower": evaluation.lower,
+            "uri": evaluation.uri,
+            "win_rate": evaluation.win_rate,
+            "lower": evaluation.lower,
             "upper": evaluation.upper,
         },
     }

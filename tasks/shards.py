@@ -448,7 +448,11 @@ class ShardWorker:
     async def _make(self, unit: Any) -> Outcome:
         async with self._gate:
             await self.get_ready()
-            return await self.work(unit)
+            try:
+                return await self.work(unit)
+            except PreflowError as error:  # such as a refused key: no other unit would fare better
+                self.tally.stop(error)
+                raise
 
     async def get_ready(self) -> None:
         """Await `prepare` if that has not been done.

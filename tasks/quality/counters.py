@@ -243,9 +243,7 @@ class Tally:
         if row["status"] == "pair":
             self.add_pair(row["completions"][row["best"]], row["completions"][row["worst"]])
 
-    def add_preference(
-        self, pair: PreferencePair, side: str, candidates: Candidates | None, where: str
-    ) -> bytes:
+    def add_preference(self, pair: PreferencePair, side: str, candidates: Candidates | None, where: str) -> bytes:
         """Count one preference pair and return its prompt's id."""
         self.rows += 1
         self.statuses[side] += 1

@@ -55,8 +55,14 @@ def yield_metric(tally: Tally) -> Metric:
         else:
             advice += "Look at `reason` and `votes` in judged.jsonl."
     return Metric(
-        name="pair_yield", title="Prompts that gave a pair", value=None if share is None else short(share),
-        unit="share", healthy="at least 30 %", ok=ok, advice=advice, detail={"statuses": dict(tally.statuses)},
+        name="pair_yield",
+        title="Prompts that gave a pair",
+        value=None if share is None else short(share),
+        unit="share",
+        healthy="at least 30 %",
+        ok=ok,
+        advice=advice,
+        detail={"statuses": dict(tally.statuses)},
     )
 
 
@@ -69,9 +75,14 @@ def failure_metric(tally: Tally) -> Metric:
         "raise judging.max_tokens; where the endpoint refused, look at its limits. Run again: only these are asked."
     )
     return Metric(
-        name="failed_prompts", title="Prompts that could not be judged",
-        value=None if share is None else short(share), unit="share", healthy="at most 1 %", ok=ok,
-        advice=advice if ok is False else None, detail={"failed": failed},
+        name="failed_prompts",
+        title="Prompts that could not be judged",
+        value=None if share is None else short(share),
+        unit="share",
+        healthy="at most 1 %",
+        ok=ok,
+        advice=advice if ok is False else None,
+        detail={"failed": failed},
     )
 
 
@@ -94,11 +105,19 @@ def _position_metric(positions: Positions, side: str, title: str) -> Metric:
     ok = bool(gap <= 0.03 or test.pvalue >= 0.01)
     tendency = "none" if ok else _tendency(positions.drift())
     return Metric(
-        name=name, title=title, value=short(100 * gap), unit="points from chance", healthy=healthy, ok=ok,
+        name=name,
+        title=title,
+        value=short(100 * gap),
+        unit="points from chance",
+        healthy=healthy,
+        ok=ok,
         advice=None if ok else _position_advice(table, side, tendency),
         detail={
-            "positions": table, "chi_squared": short(test.statistic), "p_value": short(test.pvalue),
-            "tendency": tendency, "verdicts": sum(positions.observed.values()),
+            "positions": table,
+            "chi_squared": short(test.statistic),
+            "p_value": short(test.pvalue),
+            "tendency": tendency,
+            "verdicts": sum(positions.observed.values()),
         },
     )
 
@@ -129,7 +148,11 @@ def _flip_metric(tally: Tally) -> Metric:
     title = "Best changes with the order"
     if not flips.compared:
         return Metric(
-            name="flip_rate", title=title, value=None, unit="share", healthy=healthy,
+            name="flip_rate",
+            title=title,
+            value=None,
+            unit="share",
+            healthy=healthy,
             advice="No prompt was judged in two orders: set judging.orders to 2 or more to see whether verdicts last.",
         )
     rate = flips.flipped / flips.compared
@@ -139,10 +162,17 @@ def _flip_metric(tally: Tally) -> Metric:
         "temperature, so that the best stands out. Keep judging.pair_policy unanimous meanwhile."
     )
     return Metric(
-        name="flip_rate", title=title, value=short(rate), unit="share", healthy=healthy, ok=rate <= 0.45,
+        name="flip_rate",
+        title=title,
+        value=short(rate),
+        unit="share",
+        healthy=healthy,
+        ok=rate <= 0.45,
         advice=advice if rate > 0.45 else None,
         detail={
-            "compared": flips.compared, "prompts": flips.prompts, "prompts_flipped": flips.prompts_flipped,
+            "compared": flips.compared,
+            "prompts": flips.prompts,
+            "prompts_flipped": flips.prompts_flipped,
             "interval": [short(bound) for bound in wilson_interval(flips.flipped, flips.compared)],
             "worst": short(worst.flipped / worst.compared),
         },
@@ -159,11 +189,15 @@ def _agreement_metric(tally: Tally) -> Metric:
     if alpha is None:
         advice = "Needs two votes on a prompt: set judging.orders to 2 or more."
     return Metric(
-        name="agreement", title="Agreement of the votes (Krippendorff's alpha)",
+        name="agreement",
+        title="Agreement of the votes (Krippendorff's alpha)",
         value=None if alpha is None else short(alpha),
-        healthy="at least 0.4 (0: chance, 1: every vote alike)", ok=ok, advice=None if ok else advice,
+        healthy="at least 0.4 (0: chance, 1: every vote alike)",
+        ok=ok,
+        advice=None if ok else advice,
         detail={
-            "prompts": tally.agreement.units, "worst": None if worst is None else short(worst),
+            "prompts": tally.agreement.units,
+            "worst": None if worst is None else short(worst),
             "definition": "nominal; a unit is a prompt, its value the best completion, a rater one judge in one order",
         },
     )
@@ -184,10 +218,17 @@ def _length_metric(lengths: Lengths, unit: str) -> Metric:
         "samples in the evaluation."
     )
     return Metric(
-        name=name, title=title, value=short(lengths.longer / decided), unit="share", healthy=healthy, ok=ok,
+        name=name,
+        title=title,
+        value=short(lengths.longer / decided),
+        unit="share",
+        healthy=healthy,
+        ok=ok,
         advice=None if ok else advice,
         detail={
-            "longer": lengths.longer, "shorter": lengths.shorter, "equal": lengths.equal,
+            "longer": lengths.longer,
+            "shorter": lengths.shorter,
+            "equal": lengths.equal,
             "interval": [short(low), short(high)],
         },
     )
@@ -201,8 +242,13 @@ def _diversity_metric(diversity: Diversity) -> Metric:
         "(0.8-1.0 is the useful range) or generation.frequency_penalty."
     )
     return Metric(
-        name="distinct_2", title="Distinct bigrams in two completions of a prompt", value=short(means[2]),
-        unit="share", healthy="at least 55 %", ok=ok, advice=None if ok else advice,
+        name="distinct_2",
+        title="Distinct bigrams in two completions of a prompt",
+        value=short(means[2]),
+        unit="share",
+        healthy="at least 55 %",
+        ok=ok,
+        advice=None if ok else advice,
         detail={**{f"distinct_{n}": short(mean) for n, mean in means.items()}, "prompts": diversity.prompts},
     )
 
@@ -218,10 +264,13 @@ def _speaker_metric(speakers: Mapping[str, Counter[str]]) -> Metric:
         }
         for name in common
     ]
-    gap = sum(
-        abs(speakers["chosen"][name] / totals["chosen"] - speakers["rejected"][name] / totals["rejected"])
-        for name in speakers["chosen"] | speakers["rejected"]
-    ) / 2
+    gap = (
+        sum(
+            abs(speakers["chosen"][name] / totals["chosen"] - speakers["rejected"][name] / totals["rejected"])
+            for name in speakers["chosen"] | speakers["rejected"]
+        )
+        / 2
+    )
     p_value = _independence(speakers, common)
     ok = gap <= 0.05 or p_value >= 0.01
     advice = (
@@ -229,9 +278,14 @@ def _speaker_metric(speakers: Mapping[str, Counter[str]]) -> Metric:
         "speaks, not how. Look at the table; say in judging.rubric that who speaks does not count."
     )
     return Metric(
-        name="speaker_balance", title="Speakers: difference between chosen and rejected",
-        value=short(gap), unit="share of lines", healthy="at most 5 %, or chi-squared p of at least 0.01", ok=ok,
-        advice=None if ok else advice, detail={"speakers": table, "lines": totals, "p_value": short(p_value)},
+        name="speaker_balance",
+        title="Speakers: difference between chosen and rejected",
+        value=short(gap),
+        unit="share of lines",
+        healthy="at most 5 %, or chi-squared p of at least 0.01",
+        ok=ok,
+        advice=None if ok else advice,
+        detail={"speakers": table, "lines": totals, "p_value": short(p_value)},
     )
 
 
@@ -264,7 +318,12 @@ def confidence_metric(confidence: Counter[int]) -> Metric:
             "judging.min_confidence at 1 and rely on judging.orders."
         )
     return Metric(
-        name="confidence", title=title, value=short(mean), healthy=healthy, ok=advice is None, advice=advice,
+        name="confidence",
+        title=title,
+        value=short(mean),
+        healthy=healthy,
+        ok=advice is None,
+        advice=advice,
         detail={"histogram": {str(value): count for value, count in sorted(confidence.items())}},
     )
 
@@ -278,10 +337,17 @@ def _parse_metric(tally: Tally) -> Metric:
         "judging.max_attempts, or take a judging.model that follows a JSON schema."
     )
     return Metric(
-        name="parse_failures", title="Verdicts that could not be read", value=None if share is None else short(share),
-        unit="share", healthy="at most 1 %", ok=ok, advice=advice if ok is False else None,
+        name="parse_failures",
+        title="Verdicts that could not be read",
+        value=None if share is None else short(share),
+        unit="share",
+        healthy="at most 1 %",
+        ok=ok,
+        advice=advice if ok is False else None,
         detail={
-            "failures": failures, "refused": tally.refused, "votes": tally.votes,
+            "failures": failures,
+            "refused": tally.refused,
+            "votes": tally.votes,
             "errors": dict(tally.errors.most_common(10)),
         },
     )
@@ -292,8 +358,14 @@ def _cut_metric(finish_reasons: Counter[str]) -> Metric:
     ok = share <= 0.1
     advice = "Many completions end in mid-sentence, so the policy learns not to stop: raise generation.max_tokens."
     return Metric(
-        name="cut_by_length", title="Completions cut by max_tokens", value=short(share), unit="share",
-        healthy="at most 10 %", ok=ok, advice=None if ok else advice, detail={"finish_reasons": dict(finish_reasons)},
+        name="cut_by_length",
+        title="Completions cut by max_tokens",
+        value=short(share),
+        unit="share",
+        healthy="at most 10 %",
+        ok=ok,
+        advice=None if ok else advice,
+        detail={"finish_reasons": dict(finish_reasons)},
     )
 
 
@@ -302,8 +374,11 @@ def _usage_metric(tally: Tally) -> Metric:
     readable = tally.votes - tally.errors.total()
     value = (usage["prompt"] + usage["completion"]) / readable if readable and tally.usage else None
     return Metric(
-        name="tokens_per_verdict", title="Tokens per verdict (prompt and completion)",
-        value=None if value is None else short(value), unit="tokens", healthy="for information",
+        name="tokens_per_verdict",
+        title="Tokens per verdict (prompt and completion)",
+        value=None if value is None else short(value),
+        unit="tokens",
+        healthy="for information",
         detail={**usage, "requests": tally.usage["requests"], "verdicts": readable},
     )
 
@@ -312,8 +387,13 @@ def _degenerate_metric(tally: Tally) -> Metric:
     ok = tally.degenerate == 0 if tally.pairs else None
     advice = "Pairs whose sides are equal or empty teach nothing: take them out of the file."
     return Metric(
-        name="degenerate_pairs", title="Pairs with equal or empty sides", value=float(tally.degenerate), unit="pairs",
-        healthy="none", ok=ok, advice=advice if ok is False else None,
+        name="degenerate_pairs",
+        title="Pairs with equal or empty sides",
+        value=float(tally.degenerate),
+        unit="pairs",
+        healthy="none",
+        ok=ok,
+        advice=advice if ok is False else None,
     )
 
 
@@ -321,8 +401,13 @@ def leak_metric(train: set[bytes], val: set[bytes]) -> Metric:
     both = len(train & val)
     advice = "Prompts lie in both files, which flatters the held-out accuracy: split by prompt or group, not by pair."
     return Metric(
-        name="shared_prompts", title="Prompts in both train and val", value=float(both), unit="prompts",
-        healthy="none", ok=both == 0 if val else None, advice=advice if both else None,
+        name="shared_prompts",
+        title="Prompts in both train and val",
+        value=float(both),
+        unit="prompts",
+        healthy="none",
+        ok=both == 0 if val else None,
+        advice=advice if both else None,
         detail={"train": len(train), "val": len(val)},
     )
 
@@ -336,6 +421,12 @@ def match_metric(tally: Tally) -> Metric:
         "pairs were judged from. The positions below are those of the others."
     )
     return Metric(
-        name="unmatched_pairs", title="Pairs whose position is unknown", value=short(share), unit="share",
-        healthy="at most 5 %", ok=ok, advice=None if ok else advice, detail=dict(tally.reasons),
+        name="unmatched_pairs",
+        title="Pairs whose position is unknown",
+        value=short(share),
+        unit="share",
+        healthy="at most 5 %",
+        ok=ok,
+        advice=None if ok else advice,
+        detail=dict(tally.reasons),
     )

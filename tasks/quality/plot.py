@@ -57,8 +57,15 @@ def _bars(axes: Any, table: Sequence[dict[str, Any]], offset: float, colour: str
     below = [100 * max(0.0, row["rate"] - row["interval"][0]) for row in table]
     above = [100 * max(0.0, row["interval"][1] - row["rate"]) for row in table]
     axes.bar(
-        [row["position"] + offset for row in table], [100 * row["rate"] for row in table], 0.36, color=colour,
-        yerr=[below, above], capsize=3, ecolor="#333333", error_kw={"linewidth": 1}, label=label,
+        [row["position"] + offset for row in table],
+        [100 * row["rate"] for row in table],
+        0.36,
+        color=colour,
+        yerr=[below, above],
+        capsize=3,
+        ecolor="#333333",
+        error_kw={"linewidth": 1},
+        label=label,
     )
 
 

@@ -219,8 +219,10 @@ def _markdown_example(example: Example) -> str:
     return "\n\n".join(
         (
             f"### {_markdown(example.title)}",
-            f"**{_markdown(example.left_label)}**", _markdown_quote(example.left),
-            f"**{_markdown(example.right_label)}**", _markdown_quote(example.right),
+            f"**{_markdown(example.left_label)}**",
+            _markdown_quote(example.left),
+            f"**{_markdown(example.right_label)}**",
+            _markdown_quote(example.right),
         )
     )
 

@@ -442,9 +442,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             "total_loss": self._total_loss_scalar,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
         }
-        scheduler = {
-            name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"
-        }
+        scheduler = {name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
         return {
             "step": self.state.global_step,
             "pending": pending,

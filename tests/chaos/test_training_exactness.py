@@ -54,9 +54,7 @@ def results(workspace: Path) -> dict[str, bytes]:
     folder = training_folder(workspace)
     names = ["metrics.jsonl", "health.json", "manifest.json"]
     files = [*(folder / "adapter").iterdir(), *(folder / name for name in names)]
-    return {
-        str(file.relative_to(folder)): file.read_bytes().replace(str(workspace).encode(), b"") for file in files
-    }
+    return {str(file.relative_to(folder)): file.read_bytes().replace(str(workspace).encode(), b"") for file in files}
 
 
 def finish(

@@ -121,9 +121,7 @@ def test_a_second_trainer_waits_and_takes_what_the_first_made(
     assert json.loads(next(tmp_path.glob("training/*/lease.json")).read_text())["token"] == 2
 
 
-def test_a_zombie_that_comes_back_cannot_commit(
-    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
-) -> None:
+def test_a_zombie_that_comes_back_cannot_commit(world: TinyWorld, processes: TrainingProcesses, tmp_path: Path) -> None:
     training: TrainingConfig = world.config(lease_seconds=3)
     zombie = processes.start(world.preferences, tmp_path, training, (Kill("training_step", 9, signal.SIGSTOP),))
     wait_for(lambda: is_stopped(zombie), 60)

@@ -158,8 +158,12 @@ class Server:
         if len(self._recent) < plan.limit_requests:
             self._recent.append(now)
             return None
-        return error(429, "too many requests a minute", "rate_limit_exceeded",
-                     self._retry_after(self._recent[0] + plan.limit_seconds - now))
+        return error(
+            429,
+            "too many requests a minute",
+            "rate_limit_exceeded",
+            self._retry_after(self._recent[0] + plan.limit_seconds - now),
+        )
 
     def _retry_after(self, seconds: float) -> dict[str, str]:
         if self.plan.retry_after_style == "ms":
@@ -193,8 +197,9 @@ class Server:
         if model not in (*plan.samplers, *JUDGES, *self.adapters):
             return error(404, f"The model `{model}` does not exist.", "model_not_found")
         if plan.context_marker in text:
-            return error(400, f"This model's maximum context length is {plan.max_model_len} tokens.",
-                         "context_length_exceeded")
+            return error(
+                400, f"This model's maximum context length is {plan.max_model_len} tokens.", "context_length_exceeded"
+            )
         if plan.filter_marker in text:
             return error(400, "The prompt triggered the content management policy.", "content_filter")
         if plan.poison_marker in text:
@@ -203,20 +208,29 @@ class Server:
         if plan.reject_response_format and body.get("response_format"):
             return error(400, "response_format json_schema is not supported by this model", "unsupported_value")
         if plan.reject_max_tokens and "max_tokens" in body:
-            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
-                         "unsupported_parameter")
+            return error(
+                400,
+                "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+                "unsupported_parameter",
+            )
         if (body.get("n") or 1) > 1 and body.get("temperature") == 0:
             return error(400, "n must be 1 when using greedy sampling")
         choices = self._verdict(request) if model in JUDGES else self._samples(body)
         completion = sum(len(choice) for choice, _ in choices) // 4 + 1
-        return Reply(200, {
-            "id": f"fake-{request.sha[:12]}", "object": "chat.completion", "created": 0, "model": model,
-            "choices": [
-                {"index": index, "message": {"role": "assistant", "content": content}, "finish_reason": reason}
-                for index, (content, reason) in enumerate(choices)
-            ],
-            "usage": usage_of(len(text) // 4 + 1, completion, plan.thinking_tokens * len(choices)),
-        })
+        return Reply(
+            200,
+            {
+                "id": f"fake-{request.sha[:12]}",
+                "object": "chat.completion",
+                "created": 0,
+                "model": model,
+                "choices": [
+                    {"index": index, "message": {"role": "assistant", "content": content}, "finish_reason": reason}
+                    for index, (content, reason) in enumerate(choices)
+                ],
+                "usage": usage_of(len(text) // 4 + 1, completion, plan.thinking_tokens * len(choices)),
+            },
+        )
 
     def _samples(self, body: dict[str, Any]) -> list[tuple[str, str]]:
         plan, model = self.plan, body["model"]
@@ -275,8 +289,11 @@ class Server:
         if name in self.plan.samplers[:1]:
             return error(400, f"The lora adapter '{name}' conflicts with a served base model.")
         if name in self.adapters and not body.get("load_inplace"):
-            return error(400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in "
-                         "place, set 'load_inplace' to True.")
+            return error(
+                400,
+                f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in "
+                "place, set 'load_inplace' to True.",
+            )
         settings = Path(path) / "adapter_config.json"
         if not settings.exists():
             return error(404, f"Loading lora {name} failed: No adapter found for {path}")
@@ -299,10 +316,18 @@ class Server:
             return
         messages = request.body.get("messages")
         row = {
-            "time": time.time(), "method": request.method, "path": request.path, "sha": request.sha,
-            "attempt": request.attempt, "prompt": prompt_id(messages) if messages else None,
-            "model": request.body.get("model"), "n": request.body.get("n"), "seed": request.body.get("seed"),
-            "status": reply.status if reply else 0, "fault": request.fault, "in_flight": self._in_flight,
+            "time": time.time(),
+            "method": request.method,
+            "path": request.path,
+            "sha": request.sha,
+            "attempt": request.attempt,
+            "prompt": prompt_id(messages) if messages else None,
+            "model": request.body.get("model"),
+            "n": request.body.get("n"),
+            "seed": request.body.get("seed"),
+            "status": reply.status if reply else 0,
+            "fault": request.fault,
+            "in_flight": self._in_flight,
             "usage": reply.body.get("usage") if reply and isinstance(reply.body, dict) else None,
         }
         os.write(self._log, json.dumps(row).encode() + b"\n")

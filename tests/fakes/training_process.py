@@ -71,9 +71,7 @@ class TrainingProcesses:
         """Return a process's exit code, negative for a signal."""
         return int(self._ask({"wait": pid}))
 
-    def run(
-        self, preferences: PreferencesRef, workspace: Path, training: TrainingConfig, *kills: Kill
-    ) -> int:
+    def run(self, preferences: PreferencesRef, workspace: Path, training: TrainingConfig, *kills: Kill) -> int:
         """Start a process and wait for its end."""
         return self.wait(self.start(preferences, workspace, training, kills))
 

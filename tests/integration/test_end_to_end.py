@@ -53,8 +53,15 @@ class Bench:
                 endpoint=self.judge_url, model="demo-judge", api_key="env:DEMO_JUDGE_KEY", rubric="demo"
             ),
             training=TrainingConfig(
-                base_model=str(self.folder / "base"), sft_adapter=str(self.folder / "sft"), load_in_4bit=False,
-                bf16=False, learning_rate=1e-3, max_steps=3, warmup_steps=1, max_length=256, logging_steps=1,
+                base_model=str(self.folder / "base"),
+                sft_adapter=str(self.folder / "sft"),
+                load_in_4bit=False,
+                bf16=False,
+                learning_rate=1e-3,
+                max_steps=3,
+                warmup_steps=1,
+                max_length=256,
+                logging_steps=1,
                 gradient_accumulation_steps=2,
             ),
             evaluation=EvaluationConfig(num_samples=2, null_test=False),
@@ -94,7 +101,9 @@ async def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
     assert first["dpo_loss" if "dpo_loss" in first else "loss"] == pytest.approx(0.693147, abs=1e-3)
     assert first["rewards/margins"] == 0
     assert sorted(path.name for path in Path(result.adapter.uri).iterdir()) == [
-        "COMMITTED.json", "adapter_config.json", "adapter_model.safetensors",
+        "COMMITTED.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
     ]
     assert result.promotion is not None
     pointer = read_pointer(bench.config().workspace, "better")

@@ -544,7 +544,9 @@ async def test_the_client_costs_less_than_a_millisecond_beyond_the_bare_openai_c
                 async def one(number: int) -> None:
                     async with window:
                         await client.chat.completions.create(
-                            model="sampler", messages=prompt(number), **SAMPLING  # type: ignore[arg-type]
+                            model="sampler",
+                            messages=prompt(number),
+                            **SAMPLING,  # type: ignore[arg-type]
                         )
 
                 await asyncio.gather(*(one(number) for number in range(count)))

@@ -43,9 +43,7 @@ class Trained:
         self.adapter = self.run()
 
     def run(self) -> AdapterRef:
-        return run_training(
-            self.world.preferences, str(self.workspace), self.training, self.key, self.progress.append
-        )
+        return run_training(self.world.preferences, str(self.workspace), self.training, self.key, self.progress.append)
 
     @property
     def folder(self) -> Path:

@@ -359,9 +359,7 @@ class TestReferenceCache:
         assert cache.load(splits) is None
         assert "computed anew" in caplog.text
 
-    def test_wrong_cached_values_are_caught_at_the_start(
-        self, bench: Bench, found: dict[str, ReferenceLogps]
-    ) -> None:
+    def test_wrong_cached_values_are_caught_at_the_start(self, bench: Bench, found: dict[str, ReferenceLogps]) -> None:
         wrong = ReferenceLogps([value + 5 for value in found["train"].chosen], found["train"].rejected)
         bench.trainer.use_cached_reference(wrong, found["val"])
         with pytest.raises(InvariantError, match="first-loss"):

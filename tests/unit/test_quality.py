@@ -38,8 +38,17 @@ def make_judged(number: int, votes: list[Row], completions: list[str], **more: A
         decision = {"status": "pair", "reason": None, "best": votes[0]["best"], "worst": votes[0]["worst"]}
     prompt = [{"role": "user", "content": f"scene {number}"}]
     reasons = ["stop"] * len(completions)
-    return {"id": f"{number:064x}", "prompt": prompt, "completions": completions, "finish_reasons": reasons,
-            "votes": votes, "agreement": None, "confidence": None, **decision, **more}
+    return {
+        "id": f"{number:064x}",
+        "prompt": prompt,
+        "completions": completions,
+        "finish_reasons": reasons,
+        "votes": votes,
+        "agreement": None,
+        "confidence": None,
+        **decision,
+        **more,
+    }
 
 
 def rotations(rng: random.Random, n: int) -> list[list[int]]:
@@ -271,8 +280,10 @@ def test_distinct_n_is_the_share_of_distinct_ngrams_of_a_prompt() -> None:
 
 
 def test_equal_completions_advise_a_higher_temperature() -> None:
-    rows = [make_judged(k, [make_vote([0, 1], 0, 1)], ["[ANN] the same old words", "[ANN] the same old words"])
-            for k in range(5)]
+    rows = [
+        make_judged(k, [make_vote([0, 1], 0, 1)], ["[ANN] the same old words", "[ANN] the same old words"])
+        for k in range(5)
+    ]
     report = measure_judgements(rows)
     assert report.metric("distinct_2").ok is False
     assert report.degenerate == 5
@@ -307,8 +318,10 @@ def test_failures_cuts_and_usage_are_counted() -> None:
     cut_later = {**cut, "error": "cut at 2048 tokens"}
     refused: Row = {"judge": "j", "order": [1, 0], "error": "refused: content_filter", "raw": ""}
     more = {"finish_reasons": ["length", "stop"]}
-    rows = [make_judged(k, [good, vote], ["a b c", "d e f"], **more)
-            for k, vote in enumerate([cut, cut_later, refused, make_vote([1, 0], 0, 1, usage=usage)])]
+    rows = [
+        make_judged(k, [good, vote], ["a b c", "d e f"], **more)
+        for k, vote in enumerate([cut, cut_later, refused, make_vote([1, 0], 0, 1, usage=usage)])
+    ]
     rows[0] |= {"status": "failed"}
     report = measure_judgements(rows)
     parse = report.metric("parse_failures")

@@ -70,8 +70,13 @@ class Page(HTMLParser):
 def section_of(text: str) -> ReportSection:
     """A section with `text` wherever a section takes text."""
     return ReportSection(
-        title=text, summary=text, advice=(text,), tables=(Table(text, (text, "n"), ((text, 1), (None, 2))),),
-        pictures=(Picture(PNG, text),), examples=(Example(text, text, text, text, text, text),), blocks=((text, text),),
+        title=text,
+        summary=text,
+        advice=(text,),
+        tables=(Table(text, (text, "n"), ((text, 1), (None, 2))),),
+        pictures=(Picture(PNG, text),),
+        examples=(Example(text, text, text, text, text, text),),
+        blocks=((text, text),),
     )
 
 
@@ -79,17 +84,42 @@ def make_report(rows: int = 60) -> QualityReport:
     rng = random.Random(0)
     judged = []
     for number in range(rows):
-        votes = [{"judge": "j", "order": order, "best": order[-1], "worst": order[0], "confidence": 4,
-                  "usage": {"requests": 1, "prompt_tokens": 90, "completion_tokens": 9}}
-                 for order in ([0, 1, 2], [1, 2, 0])]
+        votes = [
+            {
+                "judge": "j",
+                "order": order,
+                "best": order[-1],
+                "worst": order[0],
+                "confidence": 4,
+                "usage": {"requests": 1, "prompt_tokens": 90, "completion_tokens": 9},
+            }
+            for order in ([0, 1, 2], [1, 2, 0])
+        ]
         texts = [f"[ANN] {rng.random()} line\n[BOB] {rng.random()}" for _ in range(3)]
-        judged.append({"id": str(number), "completions": texts, "votes": votes, "status": "pair" if number % 2 else
-                       "dropped", "reason": None if number % 2 else "best not unanimous", "best": 0, "worst": 1})
+        judged.append(
+            {
+                "id": str(number),
+                "completions": texts,
+                "votes": votes,
+                "status": "pair" if number % 2 else "dropped",
+                "reason": None if number % 2 else "best not unanimous",
+                "best": 0,
+                "worst": 1,
+            }
+        )
     return measure_judgements(judged)
 
 
-WIN_RATE: dict[str, Any] = {"win_rate": 0.61, "lower": 0.58, "upper": 0.64, "samples": 2000, "prompts": 500,
-                            "effective_samples": 1500.0, "ties": 0.3, "confidence": 0.95}
+WIN_RATE: dict[str, Any] = {
+    "win_rate": 0.61,
+    "lower": 0.58,
+    "upper": 0.64,
+    "samples": 2000,
+    "prompts": 500,
+    "effective_samples": 1500.0,
+    "ties": 0.3,
+    "confidence": 0.95,
+}
 NULL = {**WIN_RATE, "win_rate": 0.5, "lower": 0.48, "upper": 0.52}
 
 
@@ -203,9 +233,12 @@ def test_quality_section_reads_back_from_json() -> None:
 
 def test_pairs_are_shown_side_by_side() -> None:
     pairs = [
-        {"prompt": [{"role": "system", "content": "write"}, {"role": "user", "content": f"scene {k}"}],
-         "chosen": [{"role": "assistant", "content": f"good {k}"}],
-         "rejected": [{"role": "assistant", "content": f"bad {k}"}], "confidence": 4.5 if k else None}
+        {
+            "prompt": [{"role": "system", "content": "write"}, {"role": "user", "content": f"scene {k}"}],
+            "chosen": [{"role": "assistant", "content": f"good {k}"}],
+            "rejected": [{"role": "assistant", "content": f"bad {k}"}],
+            "confidence": 4.5 if k else None,
+        }
         for k in range(25)
     ]
     section = pairs_section(pairs)
@@ -228,7 +261,8 @@ def test_training_section_shows_readings_and_their_advice() -> None:
     assert section.advice == ("first", "then")
     assert section.tables[0].rows[1] == ("rewards/chosen", -0.2, ">= -0.1", False, "unlearns")
     assert section.tables[1].rows == (
-        ("Training loss", 0.7, 0.5, 0.5, 0.7), ("Held-out loss", 0.6, 0.6, 0.6, 0.6),
+        ("Training loss", 0.7, 0.5, 0.5, 0.7),
+        ("Held-out loss", 0.6, 0.6, 0.6, 0.6),
     )
 
 
@@ -262,11 +296,15 @@ def test_a_null_that_is_off_takes_the_trust_away() -> None:
 
 
 def test_comparisons_are_before_and_after() -> None:
-    rows = [{"prompt": [{"role": "user", "content": "scene"}], "completions": ["old", "new"], "outcome": outcome}
-            for outcome in (1.0, 0.0, 0.5)]
+    rows = [
+        {"prompt": [{"role": "user", "content": "scene"}], "completions": ["old", "new"], "outcome": outcome}
+        for outcome in (1.0, 0.0, 0.5)
+    ]
     examples = evaluation_section(WIN_RATE, rows).examples
     assert [example.title.split(". ")[1] for example in examples] == [
-        "the new adapter won: scene", "the SFT adapter won: scene", "undecided: scene",
+        "the new adapter won: scene",
+        "the SFT adapter won: scene",
+        "undecided: scene",
     ]
     assert {(e.left_label, e.left, e.right_label, e.right) for e in examples} == {
         ("before (SFT)", "old", "after (DPO)", "new")
@@ -287,13 +325,23 @@ def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
     ]
     manifests: list[dict[str, Any]] = [
         {"artifact": artifacts[0], "source": "p.jsonl"},
-        {"artifact": artifacts[1], "stage": "generation", "upstream": artifacts[:1], "packages": {"openai": "3.54.0"},
-         "config": {"seed": 42}},
+        {
+            "artifact": artifacts[1],
+            "stage": "generation",
+            "upstream": artifacts[:1],
+            "packages": {"openai": "3.54.0"},
+            "config": {"seed": 42},
+        },
         {"artifact": artifacts[2], "stage": "judging", "upstream": artifacts[1:2], "packages": {"openai": "3.55.0"}},
     ]
     section = lineage_section(manifests)
     assert section.tables[0].rows[1] == (
-        "generation", "completions", 10, "b" * 12, f"prompts {'a' * 12}", "/w/completions.jsonl",
+        "generation",
+        "completions",
+        10,
+        "b" * 12,
+        f"prompts {'a' * 12}",
+        "/w/completions.jsonl",
     )
     assert section.tables[1].rows == (("openai", "3.54.0", "generation"), ("openai", "3.55.0", "judging"))
     assert "different versions of openai" in section.advice[0]

@@ -336,6 +336,22 @@ async def test_a_preparation_that_fails_is_tried_once(tmp_path: Path) -> None:
     assert (len(calls), maker.made.total()) == (1, 0)
 
 
+async def test_what_no_request_can_survive_stops_the_stage_at_once(tmp_path: Path) -> None:
+    maker = Maker()
+
+    async def work(row: Row) -> Outcome:
+        if maker.made.total() == 20:
+            raise PreflowError("the key is refused")
+        return await maker.work(row)
+
+    worker = make_worker(tmp_path, maker, 300)
+    worker.work = work
+    slices = slice_rows(Workspace(tmp_path), make_source(tmp_path, 300), 100)
+    with pytest.raises(PreflowError, match="the key is refused"):
+        await settle(worker.run(part) for part in slices)
+    assert maker.made.total() == 20
+
+
 async def test_a_full_disk_stops_the_stage_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks import shards as module
 

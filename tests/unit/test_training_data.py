@@ -62,9 +62,7 @@ def test_pairs_that_teach_nothing_are_refused(pair: TokenPair, reason: str | Non
     assert pair.refusal(max_length=16) == reason
 
 
-def test_refused_pairs_are_counted_and_named(
-    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_refused_pairs_are_counted_and_named(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = pairs(4, 0)
     rows[2]["rejected"] = rows[2]["chosen"]
     preferences = write_preferences(tmp_path, rows, [])

@@ -90,9 +90,7 @@ def test_a_chat_template_beside_the_adapter_will_do(world: TinyWorld) -> None:
     check_training_inputs(world.config())
 
 
-def test_another_base_in_the_adapters_config_is_a_warning(
-    world: TinyWorld, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_base_in_the_adapters_config_is_a_warning(world: TinyWorld, caplog: pytest.LogCaptureFixture) -> None:
     change_adapter(world, base_model_name_or_path="someone/other-model")
     check_training_inputs(world.config())
     assert "names the base model someone/other-model" in caplog.text
