@@ -11,7 +11,7 @@ help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
 	@echo "make up      serve the demo's adapters with vLLM, with the Prefect server and its UI; Ctrl-C ends them"
 	@echo "make server  the Prefect server and UI alone, with the runs of the demo"
-	@echo "make test    lint, types and every test (about 15 minutes)"
+	@echo "make test    lint, types and every test (about 10 minutes)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   delete the demo's workspace; the virtual environments stay"
 	@echo "The first target that needs an environment makes it (.venv, .venv-serve)."
@@ -37,7 +37,7 @@ lint: .venv/ready
 	@$(BIN)/mypy
 
 test: .venv/ready .venv-serve/ready lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	@rm -rf .demo

@@ -102,7 +102,8 @@ def test_a_launcher_that_is_killed_leaves_no_trainer_behind(world: TinyWorld, tm
         " TrainingConfig.model_validate_json(a[3]), a[4])"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=REPOSITORY)
-    wait_for(lambda: list(tmp_path.glob("training/*/metrics.jsonl")), 120)
+    # Row 0 is logged before the first update: with a second row there is a complete step to save.
+    wait_for(lambda: any(len(f.read_text().splitlines()) > 1 for f in tmp_path.glob("training/*/metrics.jsonl")), 120)
     (trainer,) = trainers(tmp_path)
     launcher.kill()
     launcher.wait()

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 import torch
 
 from flows.pipeline import dpo_pipeline
@@ -88,7 +89,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iter
         yield Bench(folder, vllm, f"http://127.0.0.1:{judge.port}/v1")
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def result(bench: Bench) -> PipelineResult:
     return await dpo_pipeline(bench.config())
 

@@ -173,9 +173,9 @@ def test_audit_reads_confidence_and_refuses_what_is_none(tmp_path: Path) -> None
     graded = [{**pair, "confidence": number % 3 + 2.0} for number, pair in enumerate(pairs)]
     report = audit_preferences(write_jsonl(tmp_path / "graded.jsonl", graded), val)
     assert set(report.metric("confidence").detail["histogram"]) == {"2", "3", "4"}
-    for bad in ("high", float("nan")):
+    for bad, message in (("high", r"broken\.jsonl, row 3: confidence"), (float("nan"), r"broken\.jsonl:3: .*NaN")):
         broken = write_jsonl(tmp_path / "broken.jsonl", [*pairs[:2], {**pairs[2], "confidence": bad}])
-        with pytest.raises(PreflowError, match=r"broken\.jsonl, row 3: confidence"):
+        with pytest.raises(PreflowError, match=message):
             audit_preferences(broken, val)
 
 
