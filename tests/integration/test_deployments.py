@@ -43,16 +43,21 @@ class Api:
         self._client = httpx.Client(base_url=url, timeout=30)
 
     def get(self, path: str) -> Any:
-        return self._client.get(path).raise_for_status().json()
+        return self._ask("GET", path).json()
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._client.post(path, json=body).raise_for_status().json()
+        return self._ask("POST", path, body).json()
 
     def patch(self, path: str, body: dict[str, Any]) -> None:
-        self._client.patch(path, json=body).raise_for_status()
+        self._ask("PATCH", path, body)
 
     def send(self, events: list[dict[str, Any]]) -> None:
-        self._client.post("/events", json=events).raise_for_status()
+        self._ask("POST", "/events", events)
+
+    def _ask(self, method: str, path: str, body: object = None) -> httpx.Response:
+        answer = self._client.request(method, path, json=body)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer
 
     def deployment(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.get(f"/deployments/name/{name}")
@@ -263,7 +268,7 @@ def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -
         run = send_until_run(api)
     finally:
         api.patch(f"/automations/{automation['id']}", {"enabled": False})
-    assert run["parameters"]["config"]["prompts"] == "/new/prompts.jsonl"
+    assert run["parameters"] == {"config": {"prompts": "/new/prompts.jsonl"}}
 
 
 def send_until_run(api: Api, seconds: float = 90) -> dict[str, Any]:
