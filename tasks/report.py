@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
 
-from tasks.config import EndpointConfig, EvaluationConfig, PipelineConfig
+from tasks.config import PipelineConfig
 from tasks.ledger import Ledger, Spent, StageCost
 from tasks.quality import QualityReport
 from tasks.reporting import (
@@ -25,7 +25,6 @@ from tasks.reporting import (
 from tasks.runs import PipelineResult, run_key
 from tasks.storage import AdapterRef, EvaluationRef, PreferencesRef, Reference, Workspace
 from tasks.training.plots import plot_metrics
-from tasks.wire import Usage
 
 
 async def report_preferences(preferences: PreferencesRef, workspace: str) -> None:
@@ -48,7 +47,7 @@ async def report_run(config: PipelineConfig, result: PipelineResult) -> str:
     """Write the page of a whole run into the workspace, and return its uri."""
     store = Workspace(config.workspace)
     manifests = gather_manifests(store, result)
-    ending = [cost_section(add_up(config, manifests)), lineage_section(manifests)]
+    ending = [cost_section(add_up(manifests)), lineage_section(manifests)]
     for section in ending:
         await _publish(section)
     sections = [
@@ -116,22 +115,11 @@ def gather_manifests(store: Workspace, result: PipelineResult) -> list[dict[str,
     return list(reversed(found.values()))
 
 
-def add_up(config: PipelineConfig, manifests: Sequence[dict[str, Any]]) -> Ledger:
-    """Return what the artifacts of a run cost to make, whichever run made them.
-
-    Tokens are priced as the configuration of now says; GPU time is the trainer's wall-clock.
-    """
-    evaluation = config.filled().evaluation
+def add_up(manifests: Sequence[dict[str, Any]]) -> Ledger:
+    """Return what the artifacts of a run cost to make, whichever run made them, at the prices of then."""
     ledger = Ledger()
     for manifest in manifests:
-        usage, stage = manifest.get("usage"), str(manifest.get("stage", ""))
-        if usage:
-            spent = Spent.of_usage(Usage(**usage), _prices(config, evaluation, stage))
-            ledger = ledger.plus(StageCost(stage=stage, used=spent))
+        if usage := manifest.get("usage"):
+            spent = Spent(**usage, usd=manifest["usd"])
+            ledger = ledger.plus(StageCost(stage=manifest["stage"], used=spent))
     return ledger
-
-
-def _prices(config: PipelineConfig, evaluation: EvaluationConfig, stage: str) -> EndpointConfig:
-    if stage == "judging":
-        return evaluation.judging or config.judging
-    return evaluation.generation or config.generation

@@ -1,7 +1,6 @@
 """A whole run: checked before anything is spent, and its result kept so that a finished run is known as such."""
 
 import logging
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -93,27 +92,17 @@ async def prepare_run(config: PipelineConfig) -> PipelineConfig:
     check_training_inputs(config.training)
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
         import_prompts(prompts, config.workspace)
-    keys = await _resolve_keys(config)
     if find_result(config) is None:
-        await _check_endpoints(config, keys)
+        await resolve_secret(config.promotion.api_key, "promotion.api_key")
+        await _check_endpoints(config)
     return config
 
 
-async def _resolve_keys(config: PipelineConfig) -> dict[str, str | None]:
-    named = {
-        "generation.api_key": config.generation.api_key,
-        "judging.api_key": config.judging.api_key,
-        "promotion.api_key": config.promotion.api_key,
-    }
-    return {field: await resolve_secret(name, field) for field, name in named.items()}
-
-
-async def _check_endpoints(config: PipelineConfig, keys: dict[str, str | None]) -> None:
-    endpoints: dict[str, tuple[EndpointConfig, Any]] = {
-        "generation": (config.generation, keys["generation.api_key"]),
-        "judging": (config.judging, keys["judging.api_key"]),
-    }
-    for name, (settings, key) in endpoints.items():
-        async with Endpoint(settings, key) as endpoint:
+async def _check_endpoints(config: PipelineConfig) -> None:
+    """See that every endpoint answers, knows its model and takes its key."""
+    endpoints: list[tuple[str, EndpointConfig]] = [("generation", config.generation)]
+    endpoints += [("judging", judge) for judge in config.judging.judges()]
+    for name, settings in endpoints:
+        async with Endpoint(settings, await resolve_secret(settings.api_key, f"{name}.api_key")) as endpoint:
             info = await endpoint.check_model()
         logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
