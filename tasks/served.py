@@ -86,8 +86,8 @@ async def _without_list(call: Call, config: EndpointConfig) -> ModelInfo:
     if not base.endswith("/v1"):
         try:
             await call(f"{base}/v1/models", None, CHECK_SECONDS)
-        except (Transient, RequestRefused):
-            pass
+        except (Transient, RequestRefused) as absent:
+            log.debug("%s/v1/models lists nothing either: %s", base, absent)
         else:
             raise PreflowError(f"{config.endpoint} is not the API's base address: set endpoint to {base}/v1")
     log.warning(
