@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 import pytest_asyncio
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
+from prefect.states import AwaitingRetry, Cancelling
 
 from tasks import remote
 from tasks.config import PipelineConfig
-from tasks.remote import TrainingOrder
+from tasks.errors import PreflowError
+from tasks.pools import check_deployment
+from tasks.remote import TrainingOrder, count_crashes
 from tasks.storage import AdapterRef
 from tasks.training.launch import run_training
 from tests.fakes.pool_parent import pool_parent
@@ -244,7 +248,9 @@ async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
     template, aside = world.base / "chat_template.jinja", tmp_path / "aside"
     template.rename(aside)
     try:
-        with pytest.raises(PreflowError, match="failed: no chat template in .*Its run is http.*run again") as caught:
+        with pytest.raises(
+            PreflowError, match=r"failed: no chat template in [\s\S]*Its run is http.*run again"
+        ) as caught:
             await pool_parent(world.preferences, config)
     finally:
         aside.rename(template)
