@@ -450,11 +450,11 @@ class DrillConfig(StageConfig):
         pattern=r"^train-dpo/[^/]+$",
         description="Deployment that trains, e.g. train-dpo/l4-spot; empty: a child process on this machine.",
     )
-    preemptions: int = Field(4, ge=1, le=50, description="Times the training is preempted, SIGTERM and SIGKILL in turn.")
+    preemptions: int = Field(4, ge=1, le=50, description="Times it is preempted, SIGTERM and SIGKILL in turn.")
     max_steps: int = Field(40, ge=4, le=100_000, description="Optimizer steps of the training.")
     save_steps: int = Field(10, ge=1, description="Optimizer steps between checkpoints.")
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of the steps at which it is preempted.")
-    grace_seconds: float = Field(15, gt=0, le=600, description="From SIGTERM to SIGKILL, in seconds; GKE spot gives 15.")
+    grace_seconds: float = Field(15, gt=0, le=600, description="Seconds from SIGTERM to SIGKILL; GKE spot gives 15.")
     price_per_hour: float = Field(0.35, ge=0, description="Price of the machine, in US$ an hour.")
     base_model: str | None = Field(None, description="Base model to train on; empty: a tiny one, made for the drill.")
     sft_adapter: str | None = Field(None, description="Its SFT adapter; empty: a tiny one, made for the drill.")
