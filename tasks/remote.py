@@ -31,7 +31,7 @@ from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run as this_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import AwaitingRetry, Cancelling
+from prefect.states import AwaitingRetry, Cancelling, Crashed
 from prefect.utilities.urls import url_for
 
 from tasks.config import PipelineConfig, TrainingConfig
@@ -46,6 +46,7 @@ T = TypeVar("T")
 FLOW = "train-dpo"
 POLL_SECONDS = 5.0
 OUTAGE_SECONDS = 5.0
+SILENT_SECONDS, SILENT_LEASES = 600.0, 10
 # A crash that repeats itself at once would else use up all restarts within a minute.
 FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 10.0, 300.0
 
@@ -194,11 +195,13 @@ def _is_outage(error: Exception) -> bool:
 
 async def _follow(run: FlowRun, order: TrainingOrder) -> AdapterRef:
     """Wait until the adapter is there; show the run's states and progress as this run's own, and revive it."""
-    view = await patiently(_RunView.open, run, order.deployment)
+    view, pulse = await patiently(_RunView.open, run, order.deployment), _Pulse(order)
     while True:
         run = await patiently(_read, run.id)
         await view.show(run)
-        if _state(run).is_final():
+        if pulse.has_stopped(_state(run)):
+            await patiently(_bury, run)
+        elif _state(run).is_final():
             adapter = order.find_adapter()
             if adapter is not None:
                 return adapter
@@ -214,6 +217,36 @@ async def _read(run_id: UUID) -> FlowRun:
             raise PreflowError(
                 f"the training run {run_id} was deleted from the Prefect server. Run again: what it had saved is kept"
             ) from error
+
+
+class _Pulse:
+    """Whether a training that is shown as running gives signs of life: its lease's beat, by this process's clock."""
+
+    def __init__(self, order: TrainingOrder) -> None:
+        self._store = Workspace(order.workspace)
+        self._lease = TrainingPaths.of(self._store.root, order.key).lease
+        self._limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
+        self._seen: object = None
+        self._since = time.monotonic()
+
+    def has_stopped(self, state: State[Any]) -> bool:
+        """Tell whether a running training has been silent for too long."""
+        beat = self._store.read_bytes(self._lease) if self._store.exists(self._lease) else b""
+        if (state.id, beat) != self._seen:
+            self._seen, self._since = (state.id, beat), time.monotonic()
+        return state.is_running() and time.monotonic() - self._since > self._limit
+
+
+async def _bury(run: FlowRun) -> None:
+    """Report a silent run as crashed, since nobody else will: its worker is gone with it.
+
+    Not on Kubernetes: there a lost pod is replaced, however long that takes.
+    """
+    async with get_client() as client:
+        pool = await client.read_work_pool(run.work_pool_name) if run.work_pool_name else None
+        if pool is not None and pool.type == "process":
+            reason = "No sign of life: its machine, or its worker and its process, are gone."
+            await client.set_flow_run_state(run.id, Crashed(message=reason))
 
 
 async def _revive(run: FlowRun, order: TrainingOrder) -> None:

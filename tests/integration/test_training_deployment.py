@@ -57,19 +57,34 @@ def deployed(prefect_server: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+class Worker:
+    """A process worker that looks for work every second, started somewhere else than in the checkout."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        with (self._folder / "worker.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
+                cwd=self._folder, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+
 @pytest.fixture(scope="module")
-def worker(deployed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A process worker that looks for work every second; yields its log."""
-    folder = tmp_path_factory.mktemp("worker")
-    log = folder / "worker.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
-            cwd=folder, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}, stdout=output, stderr=output,
-        )  # fmt: skip
-        yield log
-        process.terminate()
-        process.wait(60)
+def worker(deployed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    worker = Worker(tmp_path_factory.mktemp("worker"))
+    yield worker
+    worker.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +95,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def deployed_parent(worker: Path) -> AsyncIterator[str]:
+async def deployed_parent(worker: Worker) -> AsyncIterator[str]:
     """The waiting flow as a deployment on the same pool."""
     source: Flow[..., Any] = await Flow.afrom_source(str(ROOT), "tests/fakes/pool_parent.py:pool_parent")
     await source.adeploy("test", work_pool_name="local", print_next_steps=False)
@@ -159,7 +174,7 @@ def calm(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> AdapterR
     return run_training(world.preferences, order.workspace, order.training, order.key)
 
 
-async def test_two_who_ask_at_once_get_the_same_training(world: TinyWorld, worker: Path, tmp_path: Path) -> None:
+async def test_two_who_ask_at_once_get_the_same_training(world: TinyWorld, worker: Worker, tmp_path: Path) -> None:
     config = settings(world, tmp_path)
     first, second = await asyncio.gather(pool_parent(world.preferences, config), pool_parent(world.preferences, config))
     assert first == second
@@ -225,7 +240,7 @@ async def test_parent_and_training_are_killed_and_come_back_as_the_same_runs(
 
 
 async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_again(
-    world: TinyWorld, worker: Path, calm: AdapterRef, tmp_path: Path
+    world: TinyWorld, worker: Worker, calm: AdapterRef, tmp_path: Path
 ) -> None:
     config = settings(world, tmp_path, max_restarts=0, **LONG)
     asked = asyncio.create_task(pool_parent(world.preferences, config))
@@ -242,7 +257,7 @@ async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_
 
 
 async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
-    world: TinyWorld, worker: Path, tmp_path: Path
+    world: TinyWorld, worker: Worker, tmp_path: Path
 ) -> None:
     config = settings(world, tmp_path)
     template, aside = world.base / "chat_template.jinja", tmp_path / "aside"
@@ -274,6 +289,26 @@ async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deploye
         assert run.state is not None
         assert run.state.is_cancelled(), run.state
     assert run.state.message == "Flow run was cancelled successfully."
+
+
+async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silence(
+    world: TinyWorld, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SILENT_SECONDS", 2.0)
+    config = settings(world, tmp_path, max_steps=60, save_steps=10, eval_steps=60, lease_seconds=1)
+    asked = asyncio.create_task(pool_parent(world.preferences, config))
+    await wait_for(partial(newest_step, tmp_path), "checkpoint")
+    worker.kill()
+    kill_group((await children(world, config))[0])
+
+    async def seen() -> int:
+        return await count_crashes((await children(world, config))[0])
+
+    await wait_for(seen, "crash that was seen")
+    worker.start()
+    assert Path((await asked).uri).is_dir()
+    (training,) = await children(world, config)
+    assert (training.run_count, await count_crashes(training)) == (2, 1)
 
 
 async def test_a_deployment_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, world: TinyWorld) -> None:
