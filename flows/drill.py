@@ -11,6 +11,7 @@ from tasks.config import DrillConfig
 from tasks.demo.local import Places, prefect_api
 from tasks.drill import DrillResult, make_order, report_drill, train_in_peace, train_in_the_storm
 from tasks.errors import PreflowError
+from tasks.preemption import choose_target
 
 
 @flow(name="preemption-drill", flow_run_name="{drill.preemptions} preemptions")
@@ -21,9 +22,10 @@ async def preemption_drill(workspace: str, drill: DrillConfig) -> DrillResult:
         workspace: Where everything is kept, below drill/: a folder or gs://.
         drill: How often it is preempted, and where it trains.
     """
-    order = make_order(workspace, drill)
-    calm = await train_in_peace(order, drill)
-    preemptions, stormy = await train_in_the_storm(order, drill)
+    target = await choose_target(drill)
+    order = await make_order(workspace, drill)
+    calm = await train_in_peace(order, target)
+    preemptions, stormy = await train_in_the_storm(order, target, drill)
     result = DrillResult(preemptions=preemptions, calm=calm, stormy=stormy, price_per_hour=drill.price_per_hour)
     await report_drill(result)
     return result

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from tasks.config import DrillConfig, TrainingConfig
 from tasks.demo.tiny import make_tiny_materials
 from tasks.errors import PreflowError
-from tasks.preemption import Kind, Target, choose_target
+from tasks.pools import check_deployment
+from tasks.preemption import Kind, Target
 from tasks.remote import TrainingOrder
 from tasks.reporting import ReportSection, Table, render_markdown, render_text_table
 from tasks.reporting.page import Cell
@@ -88,11 +89,11 @@ class DrillResult(BaseModel):
         return f"After {times} the results DIFFER from those of the undisturbed training: {', '.join(different)}."
 
 
-def make_order(workspace: str, drill: DrillConfig) -> TrainingOrder:
+async def make_order(workspace: str, drill: DrillConfig) -> TrainingOrder:
     """Return the drill's training, in the folder of the undisturbed one; what it needs is made where it is not given.
 
     Raises:
-        PreflowError: the tiny model cannot be put where the training would find it.
+        PreflowError: the tiny model cannot be put where the training would find it, or the deployment is not fit.
     """
     store = Workspace(workspace)
     store.check_writable()
@@ -110,6 +111,8 @@ def make_order(workspace: str, drill: DrillConfig) -> TrainingOrder:
         **settings, max_steps=drill.max_steps, save_steps=drill.save_steps, eval_steps=drill.max_steps,
         logging_steps=1, warmup_steps=2, lease_seconds=10,
     )  # fmt: skip
+    if drill.deployment is not None:
+        await check_deployment(drill.deployment, workspace, training)
     where = {"image": drill.image, "namespace": drill.namespace} if drill.image else {}
     return TrainingOrder(
         deployment=drill.deployment or "this machine", preferences=read_pairs(pairs),
@@ -137,17 +140,19 @@ def plan_preemptions(drill: DrillConfig) -> list[tuple[int, Kind]]:
     return [(step, kinds[number % len(kinds)]) for number, step in enumerate(sorted(steps))]
 
 
-async def train_in_peace(order: TrainingOrder, drill: DrillConfig) -> dict[str, str]:
+async def train_in_peace(order: TrainingOrder, target: Target) -> dict[str, str]:
     """Train once without any disturbance, and return the digests of what came out."""
-    logger.info("training %d steps undisturbed, on %s", drill.max_steps, order.deployment)
-    await (await choose_target(drill)).train(order)
+    logger.info("training %s steps undisturbed, on %s", order.training.max_steps, order.deployment)
+    await target.train(order)
     return read_digests(order)
 
 
-async def train_in_the_storm(calm: TrainingOrder, drill: DrillConfig) -> tuple[list[Preemption], dict[str, str]]:
+async def train_in_the_storm(
+    calm: TrainingOrder, target: Target, drill: DrillConfig
+) -> tuple[list[Preemption], dict[str, str]]:
     """Train the same in a new folder, preempted as planned, and return what each preemption cost, and the digests."""
     folder = posixpath.join(posixpath.dirname(calm.workspace), f"storm-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}")
-    order, target = replace(calm, workspace=folder), await choose_target(drill)
+    order = replace(calm, workspace=folder)
     training = asyncio.create_task(target.train(order))
     watch, done = TrainingWatch(order, training), []
     try:

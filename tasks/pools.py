@@ -11,7 +11,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
-from tasks.config import PipelineConfig
+from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 
 logger = logging.getLogger(__name__)
@@ -21,26 +21,29 @@ FLOW = "train-dpo"
 MOUNT = "/workspace"
 
 
-async def check_deployment(config: PipelineConfig) -> None:
+async def check_deployment(name: str, workspace: str, training: TrainingConfig) -> None:
     """See that the deployment that shall train exists, takes runs and can reach what it needs.
 
     Raises:
         PreflowError: with what is wrong, where, and what to do.
     """
-    if config.training_deployment is None:
-        return
-    deployment = await _read_deployment(config.training_deployment)
+    deployment = await read_deployment(name)
     if deployment.paused:
-        raise PreflowError(f"deployment {config.training_deployment} is paused: resume it in the Prefect UI")
+        raise PreflowError(f"deployment {name} is paused: resume it in the Prefect UI")
     if deployment.work_pool_name is not None:
         async with get_client() as client:
             pool = await client.read_work_pool(deployment.work_pool_name)
             workers = await client.read_workers_for_work_pool(pool.name)
         _check_pool(pool, [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE])
-        _check_reach(config, pool)
+        _check_reach(workspace, training, pool)
 
 
-async def _read_deployment(name: str) -> DeploymentResponse:
+async def read_deployment(name: str) -> DeploymentResponse:
+    """Return a deployment of the training.
+
+    Raises:
+        PreflowError: there is none of this name; says which there are.
+    """
     async with get_client() as client:
         try:
             return await client.read_deployment_by_name(name)
@@ -48,8 +51,8 @@ async def _read_deployment(name: str) -> DeploymentResponse:
             found = await client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])))
             names = ", ".join(sorted(f"{FLOW}/{deployment.name}" for deployment in found)) or "none"
             raise PreflowError(
-                f"training_deployment {name}: no such deployment on {PREFECT_API_URL.value()} (found: {names}). "
-                "Make all of them with deployments/register.sh, or leave training_deployment empty to train here."
+                f"deployment {name}: there is no such deployment on {PREFECT_API_URL.value()} (found: {names}). "
+                "Make all of them with deployments/register.sh, or leave the field empty to train here."
             ) from error
 
 
@@ -63,15 +66,15 @@ def _check_pool(pool: WorkPool, online: list[str]) -> None:
         )  # fmt: skip
 
 
-def _check_reach(config: PipelineConfig, pool: WorkPool) -> None:
+def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> None:
     """Refuse paths that mean nothing where the pool's runs are executed."""
-    base = config.training.base_model
+    base = training.base_model
     is_folder = base.startswith((".", "/", "~")) or Path(base).is_dir()
     if is_folder and not posixpath.isabs(base):
         raise PreflowError(f"training.base_model {base}: give the whole path, {pool.name} runs in another folder")
     if pool.type != "kubernetes":
         return
-    paths = {"workspace": config.workspace, "training.sft_adapter": config.training.sft_adapter}
+    paths = {"workspace": workspace, "training.sft_adapter": training.sft_adapter}
     if is_folder:
         paths["training.base_model"] = base
     for name, path in paths.items():

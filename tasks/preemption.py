@@ -18,6 +18,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from tasks.config import DrillConfig
 from tasks.errors import PreflowError
+from tasks.pools import read_deployment
 from tasks.remote import TrainingOrder, obtain_adapter
 from tasks.storage import AdapterRef, Workspace
 from tasks.training.launch import Preempted, run_training
@@ -55,8 +56,8 @@ async def choose_target(drill: DrillConfig) -> Target:
     """
     if drill.deployment is None:
         return LocalTarget(drill.grace_seconds)
+    deployment = await read_deployment(drill.deployment)
     async with get_client() as client:
-        deployment = await client.read_deployment_by_name(drill.deployment)
         pool = await client.read_work_pool(deployment.work_pool_name) if deployment.work_pool_name else None
     if pool is not None and pool.type == "process":
         return ProcessPoolTarget(drill.grace_seconds)

@@ -47,8 +47,9 @@ FLOW = "train-dpo"
 POLL_SECONDS = 5.0
 OUTAGE_SECONDS = 5.0
 SILENT_SECONDS, SILENT_LEASES = 600.0, 10
-# A crash that repeats itself at once would else use up all restarts within a minute.
-FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 10.0, 300.0
+# A process worker reports a killed process twice, the second time after its hooks have run, some 10 to 25 s later; a
+# run that was executed again by then would be marked as crashed while it runs.
+FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 30.0, 300.0
 
 
 async def train_on_pool(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:
@@ -162,10 +163,14 @@ def _state(run: FlowRun) -> State[Any]:
 
 
 async def count_crashes(run: FlowRun) -> int:
-    """Return how often a run has crashed; the server keeps count, so a restart of this process forgets nothing."""
+    """Return how many executions of a run have crashed; the server remembers, whatever became of this process."""
     async with get_client() as client:
         states = await client.read_flow_run_states(run.id)
-    return sum(state.is_crashed() for state in states)
+    crashes, executed = 0, False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        crashes += state.is_crashed() and executed
+        executed = state.is_running() or state.is_pending() or (executed and not state.is_crashed())
+    return crashes
 
 
 async def patiently(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
@@ -256,7 +261,7 @@ async def _revive(run: FlowRun, order: TrainingOrder) -> None:
         PreflowError: it did not crash, or too often; says what happened, where the log is and what to do.
     """
     state = _state(run)
-    crashes = await count_crashes(run) if state.is_crashed() else 0
+    crashes = max(1, await count_crashes(run)) if state.is_crashed() else 0
     if not 0 < crashes <= order.max_restarts:
         raise PreflowError(_what_happened(run, order, crashes))
     delay = min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2 ** (crashes - 1))

@@ -94,7 +94,8 @@ async def prepare_run(config: PipelineConfig) -> PipelineConfig:
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
         import_prompts(prompts, config.workspace)
     if find_result(config) is None:
-        await check_deployment(config)
+        if config.training_deployment is not None:
+            await check_deployment(config.training_deployment, config.workspace, config.training)
         await resolve_secret(config.promotion.api_key, "promotion.api_key")
         await _check_endpoints(config)
     return config
