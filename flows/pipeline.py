@@ -9,6 +9,7 @@ from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
 from tasks.promotion import find_promotion
+from tasks.remote import train_on_pool
 from tasks.report import report_run
 from tasks.runs import PipelineResult, prepare_run, record_result
 
@@ -20,7 +21,10 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     workspace = config.workspace
     completions = await generate_completions(config.prompts, workspace, config.generation)
     preferences = await judge_preferences(completions, workspace, config.judging)
-    adapter = await train_dpo(preferences, workspace, config.training)
+    if config.training_deployment is None:
+        adapter = await train_dpo(preferences, workspace, config.training)
+    else:
+        adapter = await train_on_pool(preferences, config)
     held_out = config.eval_prompts or config.prompts
     evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation)
     promotion = find_promotion(adapter, workspace, config.promotion)

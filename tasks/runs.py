@@ -9,6 +9,7 @@ from tasks.config import EndpointConfig, PipelineConfig
 from tasks.endpoint import Endpoint, resolve_secret
 from tasks.generation import sampling_identity
 from tasks.judging import read_rubric
+from tasks.pools import check_deployment
 from tasks.prompts import import_prompts
 from tasks.storage import (
     AdapterRef,
@@ -93,6 +94,8 @@ async def prepare_run(config: PipelineConfig) -> PipelineConfig:
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
         import_prompts(prompts, config.workspace)
     if find_result(config) is None:
+        if config.training_deployment is not None:
+            await check_deployment(config.training_deployment, config.workspace, config.training)
         await resolve_secret(config.promotion.api_key, "promotion.api_key")
         await _check_endpoints(config)
     return config
