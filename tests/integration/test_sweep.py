@@ -1,4 +1,4 @@
-"""A sweep with real parts: a Prefect server, real trainings of a tiny model, and endpoints that log what they are asked."""
+"""A sweep with real parts: a Prefect server, trainings of a tiny model, endpoints that log what they are asked."""
 
 import json
 from collections import Counter
