@@ -9,6 +9,7 @@ from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
 from tasks.promotion import find_promotion
+from tasks.remote import train_on_pool
 from tasks.report import report_run
 from tasks.runs import PipelineResult, my_turn, prepare_run, record_result
 from tasks.storage import AdapterRef, PreferencesRef, PromotionRef
@@ -40,6 +41,8 @@ async def improve(config: PipelineConfig) -> PipelineResult:
 
 async def train(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:
     """Train where the configuration says."""
+    if config.training_deployment is not None:
+        return await train_on_pool(preferences, config)
     return await train_dpo(preferences, config.workspace, config.training)
 
 

@@ -13,6 +13,7 @@ from tasks.config import EndpointConfig, PipelineConfig
 from tasks.endpoint import Endpoint, resolve_secret
 from tasks.generation import sampling_identity
 from tasks.judging import read_rubric
+from tasks.pools import check_deployment
 from tasks.prompts import import_prompts
 from tasks.storage import (
     AdapterRef,
@@ -96,7 +97,7 @@ async def prepare_run(config: PipelineConfig) -> PipelineConfig:
     check_inputs(config)
     if find_result(config) is None:
         await resolve_secret(config.promotion.api_key, "promotion.api_key")
-        await check_endpoints(config)
+        await check_services(config)
     return config
 
 
@@ -112,12 +113,14 @@ def check_inputs(config: PipelineConfig) -> None:
         import_prompts(prompts, config.workspace)
 
 
-async def check_endpoints(config: PipelineConfig) -> None:
-    """See that every endpoint answers, knows its model and takes its key.
+async def check_services(config: PipelineConfig) -> None:
+    """See that every endpoint answers, knows its model and takes its key, and that the training deployment can train.
 
     Raises:
-        PreflowError: one does not.
+        PreflowError: one does not, or it cannot.
     """
+    if config.training_deployment is not None:
+        await check_deployment(config.training_deployment, config.workspace, config.training)
     endpoints: list[tuple[str, EndpointConfig]] = [("generation", config.generation)]
     endpoints += [("judging", judge) for judge in config.judging.judges()]
     if config.evaluation.generation:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
-from tasks.runs import check_endpoints, check_inputs
+from tasks.runs import check_inputs, check_services
 from tasks.storage import Workspace, digest, server_path
 from tasks.sweeping.plan import SweepPlan
 from tasks.sweeping.points import Point, Points, drop_equal, expand_points
@@ -57,9 +57,9 @@ async def find_unready(points: Sequence[Point], plan: SweepPlan) -> dict[int, Pr
     for point in points:
         if point.number not in unfinished:
             continue
-        who = _endpoints(point.config)
+        who = _services(point.config)
         if who not in found:
-            found[who] = await _try_endpoints(point.config)
+            found[who] = await _try_services(point.config)
         if error := found[who]:
             unready[point.number] = error
     if unready and len(unready) == len(points):
@@ -67,16 +67,17 @@ async def find_unready(points: Sequence[Point], plan: SweepPlan) -> dict[int, Pr
     return unready
 
 
-def _endpoints(config: PipelineConfig) -> str:
+def _services(config: PipelineConfig) -> str:
     names = {"endpoint", "model", "api_key"}
     judges = [*config.judging.judges(), *config.evaluation.comparison_judge().judges()]
     samplers = [config.generation, *filter(None, [config.evaluation.generation])]
-    return digest([settings.model_dump(include=names) for settings in (*samplers, *judges)])
+    asked = [settings.model_dump(include=names) for settings in (*samplers, *judges)]
+    return digest([config.training_deployment, asked])
 
 
-async def _try_endpoints(config: PipelineConfig) -> PreflowError | None:
+async def _try_services(config: PipelineConfig) -> PreflowError | None:
     try:
-        await check_endpoints(config)
+        await check_services(config)
     except PreflowError as error:
         return error
     return None
@@ -84,5 +85,5 @@ async def _try_endpoints(config: PipelineConfig) -> PreflowError | None:
 
 def trainings_at_once(points: Sequence[Point], sweep: SweepConfig) -> int:
     """Return how many points may be under way: local trainings share this machine, so then it is one."""
-    elsewhere = all(getattr(point.config, "training_deployment", None) for point in points)
+    elsewhere = all(point.config.training_deployment is not None for point in points)
     return sweep.parallel if elsewhere else 1
