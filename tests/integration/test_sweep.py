@@ -18,9 +18,13 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 from prefect.client.schemas.objects import State
+from prefect.flows import Flow
 
 from flows.sweep import dpo_sweep
+from tasks import remote
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.promotion import read_pointer
@@ -245,11 +249,54 @@ async def test_the_best_is_promoted_where_that_is_asked_for(bench: Bench, result
     assert await swept(bench, grid=GRID, promote_best=True) == promoted
 
 
+# ---- on a work pool
+
+
+@pytest.fixture
+def pool(bench: Bench) -> Iterator[str]:
+    """A work pool with a process worker."""
+    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
+    subprocess.run([*prefect, "work-pool", "create", "sweep", "--type", "process"], check=True, timeout=120)
+    with (bench.folder / "worker.log").open("w") as log:
+        worker = subprocess.Popen(
+            [*prefect, "worker", "start", "--pool", "sweep"],
+            cwd=bench.folder, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}, stdout=log, stderr=log,
+        )  # fmt: skip
+    yield "sweep"
+    worker.terminate()
+    worker.wait(60)
+
+
+async def test_on_a_pool_points_train_at_once_and_nothing_is_asked_twice(
+    bench: Bench, result: SweepResult, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.5)
+    # Unlike the deployments of prefect.yaml, this one has no limit on its runs.
+    source: Flow[..., Any] = await Flow.afrom_source(str(ROOT), "flows/train.py:train_dpo")
+    await source.adeploy("sweep", work_pool_name=pool, print_next_steps=False)
+    first = len(bench.fake.requests())
+    config = bench.config(seed=9).model_copy(update={"training_deployment": "train-dpo/sweep"})
+    sweep = SweepConfig(grid={"training.learning_rate": [1e-3, 2e-3]}, parallel=2)
+    found = await dpo_sweep(config, sweep)
+    assert isinstance(found, SweepResult)
+    assert [point.error for point in found.points] == [None, None]
+    asked = bench.asked(first)
+    assert len({row["sha"] for row in asked}) == len(asked)
+    async with get_client() as client:
+        runs = await client.read_flow_runs(
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["sweep"]))
+        )
+    (a, b) = ((run.start_time, run.end_time) for run in runs)
+    assert None not in (*a, *b)
+    assert max(a[0], b[0]) < min(a[1], b[1]), "the two trainings were not under way at once"
+
+
 # ---- kill -9
 
 SWEEP = """
 import asyncio, json, sys
 from flows.sweep import dpo_sweep
+from tasks import remote
 from tasks.config import PipelineConfig, SweepConfig
 config, sweep = (json.loads(argument) for argument in sys.argv[1:])
 asyncio.run(dpo_sweep(PipelineConfig.model_validate(config), SweepConfig.model_validate(sweep)))
