@@ -20,7 +20,7 @@ from tests.fakes.process import ROOT, FakeOpenAI
 PREFECT_FILE = "deployments/prefect.yaml"
 TEMPLATE = "deployments/l4-spot.job-template.json"
 NAMES = {
-    "dpo-pipeline/local", "generate-completions/local", "judge-preferences/local", "train-dpo/local",
+    "dpo-pipeline/local", "dpo-sweep/local", "generate-completions/local", "judge-preferences/local", "train-dpo/local",
     "train-dpo/l4-spot", "evaluate-adapter/local", "promote-adapter/local", "preemption-drill/local",
 }  # fmt: skip
 IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
@@ -122,7 +122,8 @@ def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
                 item["global_concurrency_limit"]["limit"],
                 item["concurrency_options"]["collision_strategy"],
             )
-    assert limited == dict.fromkeys(("dpo-pipeline/local", "train-dpo/local", "promote-adapter/local"), (1, "ENQUEUE"))
+    names = ("dpo-pipeline/local", "dpo-sweep/local", "train-dpo/local", "promote-adapter/local")
+    assert limited == dict.fromkeys(names, (1, "ENQUEUE"))
 
 
 def test_the_pipeline_has_a_nightly_schedule_and_a_trigger_to_turn_on(api: Api) -> None:
@@ -203,6 +204,8 @@ def test_choices_are_drop_downs(api: Api) -> None:
         ("generate-completions/local", {"generation": {"temperature": 5}}, "temperature"),
         ("generate-completions/local", {"generation": {"no_such_setting": 1}}, "no_such_setting"),
         ("dpo-pipeline/local", {"config": {"training": {"loss_type": "hing"}}}, "hing"),
+        ("dpo-sweep/local", {"sweep": {"presets": ["bta"]}}, "bta"),
+        ("dpo-sweep/local", {"sweep": {"grid": {"training.beta": 0.1}}}, "0.1"),
         ("judge-preferences/local", {}, "completions"),
         ("train-dpo/l4-spot", {}, "preferences"),
     ],
@@ -220,7 +223,7 @@ def test_a_wrong_parameter_is_refused_before_the_run(
 
 def test_the_defaults_alone_are_a_valid_start(api: Api) -> None:
     """What the form opens with passes the server's check, for the flows that need no other stage's result."""
-    for name in ("dpo-pipeline/local", "generate-completions/local"):
+    for name in ("dpo-pipeline/local", "dpo-sweep/local", "generate-completions/local"):
         answer = api.refused(name, {})
         assert answer.status_code == 201, answer.text
         run = answer.json()
