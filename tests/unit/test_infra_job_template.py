@@ -201,7 +201,8 @@ FIELDS: dict[str, tuple[Any, set[str]]] = {
     "namespace": ("research", {"metadata/namespace"}),
     "labels": ({"team": "a"}, {"metadata/labels/team", "spec/template/metadata/labels/team"}),
     "annotations": (
-        {"note": "b"}, {f"{where}metadata/annotations/note" for where in ("", "spec/template/")} | {"metadata/annotations"}
+        {"note": "b"},
+        {"metadata/annotations", "metadata/annotations/note", "spec/template/metadata/annotations/note"},
     ),
     "command": ("sleep 1", {f"{CONTAINER}/args/{number}" for number in range(3)}),
     "env": ({"HF_HOME": "/workspace/hub"}, {f"{CONTAINER}/env/HF_HOME"}),
