@@ -17,7 +17,14 @@ HERE = Path(__file__).resolve()
 # In a container this file lies alone; what it builds images from matters only where it is deployed from.
 ROOT = HERE.parents[2] if modal.is_local() else HERE.parent
 DOCKER = ROOT / "infra" / "docker"
-START_VLLM = "/opt/preflow/serve.sh"
+SERVE_SH = DOCKER / "serve.sh" if modal.is_local() else Path("/opt/preflow/serve.sh")
+# serve.Dockerfile's.
+SERVE_ENV = {
+    "DO_NOT_TRACK": "1",
+    "PYTHONPATH": "/opt/preflow/vllm_plugin",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 WORKSPACE, HUB = "/workspace", "/hub"
 HOUR = 60 * 60
 MODEL = os.environ.get("MODEL", "meta-llama/Llama-3.2-3B")
@@ -33,8 +40,8 @@ train_image = modal.Image.from_dockerfile(DOCKER / "train.Dockerfile", context_d
 serve_image = (
     modal.Image.from_registry("vllm/vllm-openai:v0.32.0", add_python="3.12")
     .entrypoint([])
-    .env({"DO_NOT_TRACK": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"})
-    .add_local_file(DOCKER / "serve.sh", START_VLLM)
+    .env(SERVE_ENV)
+    .add_local_dir(DOCKER, "/opt/preflow")
 )
 
 
@@ -86,7 +93,12 @@ def train(preferences: str, training: str = "{}", workspace: str = WORKSPACE) ->
     gpu="L4",
     volumes={WORKSPACE: workspace_volume, HUB: hub_volume},
     secrets=[secret],
-    env={"HF_HOME": HUB, "MODEL": MODEL, "SFT_ADAPTER": f"{WORKSPACE}/adapters/sft"},
+    env={
+        "HF_HOME": HUB,
+        "MODEL": MODEL,
+        "SFT_ADAPTER": f"{WORKSPACE}/adapters/sft",
+        "ADAPTERS": f"{WORKSPACE}/adapters",
+    },
     timeout=HOUR,
     scaledown_window=300,
     max_containers=1,
@@ -95,4 +107,4 @@ def train(preferences: str, training: str = "{}", workspace: str = WORKSPACE) ->
 @modal.web_server(8000, startup_timeout=HOUR)
 def serve() -> None:
     """Start vLLM; Modal passes requests to its port, and ends the container five minutes after the last one."""
-    subprocess.Popen(["sh", DOCKER / "serve.sh" if modal.is_local() else START_VLLM])
+    subprocess.Popen(["sh", SERVE_SH])

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.storage import AdapterRef, Workspace
 from tasks.training.launch import run_training, training_key
+from tests.fakes.dockerfile import values
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import TinyWorld
 
@@ -128,9 +130,10 @@ def test_vllm_is_started_with_the_flags_of_the_image(tmp_path: Path, monkeypatch
 
 def test_it_is_the_image_and_the_model_server_of_the_cluster() -> None:
     app = load_app()
-    base = re.search(r"^FROM (\S+)", (ROOT / "infra/docker/serve.Dockerfile").read_text(), re.MULTILINE)
-    assert base is not None
-    assert f'from_registry("{base.group(1)}"' in APP.read_text()
+    (base,) = values("serve", "FROM")
+    assert f'from_registry("{base}"' in APP.read_text()
+    set_there = dict(pair.split("=", 1) for value in values("serve", "ENV") for pair in shlex.split(value))
+    assert set(set_there.items()) - app.SERVE_ENV.items() == {("HOME", "/home/preflow")}
     assert "infra/docker/train.Dockerfile" in repr(app.train_image)
     assert APP.read_text().count('gpu="L4"') == 2
 
@@ -138,7 +141,7 @@ def test_it_is_the_image_and_the_model_server_of_the_cluster() -> None:
 def test_it_can_be_imported_where_there_is_nothing_else(tmp_path: Path) -> None:
     """Modal puts this one file into the container and imports it there."""
     shutil.copy(APP, tmp_path)
-    remote = "import modal; modal.is_local = lambda: False; import app; print(app.START_VLLM)"
+    remote = "import modal; modal.is_local = lambda: False; import app; print(app.SERVE_SH)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", remote], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "/opt/preflow/serve.sh", done.stderr
