@@ -84,7 +84,7 @@ def train(preferences: str, training: str = "{}", workspace: str = WORKSPACE) ->
     check_training_inputs(config)
     key = training_key(pairs, config)
     adapter = run_training(pairs, workspace, config, key, lambda progress: print(progress.text(), flush=True))
-    print(f"done: modal volume get preflow training/{key} WORKSPACE/training/", flush=True)
+    print(f"done: modal volume get preflow training/{key} workspace/training/", flush=True)
     return adapter.model_dump_json()
 
 
