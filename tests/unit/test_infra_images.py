@@ -171,8 +171,14 @@ def test_vllm_takes_the_place_of_the_start_script(tmp_path: Path) -> None:
     assert {"--enable-lora", "--shutdown-timeout"} <= set(given)
 
 
+def test_vllm_is_not_started_without_a_model(tmp_path: Path) -> None:
+    done = serve(tmp_path)
+    assert done.returncode != 0
+    assert "name the base model" in done.stderr
+
+
 def test_vllm_speaks_with_the_chat_template_of_the_training(tmp_path: Path) -> None:
-    adapter = tmp_path / "my adapter"
+    adapter = tmp_path / "sft"
     adapter.mkdir()
     environment = {"MODEL": "base", "SFT_ADAPTER": str(adapter)}
     assert "--chat-template" not in serve(tmp_path, **environment).stdout
@@ -182,12 +188,6 @@ def test_vllm_speaks_with_the_chat_template_of_the_training(tmp_path: Path) -> N
     assert given[given.index("--chat-template") + 1] == str(template)
     given = json.loads(serve(tmp_path, **environment, CHAT_TEMPLATE="/other.jinja").stdout.splitlines()[1])
     assert given[given.index("--chat-template") + 1] == "/other.jinja"
-
-
-def test_vllm_is_not_started_without_a_model(tmp_path: Path) -> None:
-    done = serve(tmp_path)
-    assert done.returncode != 0
-    assert "name the base model" in done.stderr
 
 
 DRAINING = """
