@@ -28,6 +28,7 @@ from tasks.config import PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.pools import check_deployment
 from tasks.remote import TrainingOrder, count_crashes
+from tasks.runs import prepare_run
 from tasks.storage import AdapterRef
 from tasks.training.launch import run_training
 from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
@@ -316,6 +317,15 @@ async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silen
 async def test_a_deployment_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, world: TinyWorld) -> None:
     with pytest.raises(PreflowError, match=r"no such deployment on http.*found: .*train-dpo/local.*register\.sh"):
         await check_deployment("train-dpo/l40-spot", str(tmp_path), world.config())
+
+
+async def test_the_pipeline_checks_its_deployment_before_it_asks_anybody(world: TinyWorld, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "w1"}]}) + "\n")
+    config = settings(world, tmp_path / "workspace")
+    config = config.model_copy(update={"prompts": str(prompts), "training_deployment": "train-dpo/nowhere"})
+    with pytest.raises(PreflowError, match="there is no such deployment"):
+        await prepare_run(config)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
