@@ -165,13 +165,13 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.2]}))
     section = plan_section(SweepPlan(work=WORK), found.points, SweepConfig(), duplicates=3)
     assert "3 equal to another were left out" in section.summary
-    assert "1 trainings and 260 requests are still to come" in section.summary
-    assert "one by one, the points would take 800 requests" in section.summary
+    assert "Still to come: 1 trainings and 260 requests, about 2.58 US$ and what has no price set." in section.summary
+    assert "One by one, the points would take 2 trainings and 800 requests" in section.summary
     rows = section.tables[0].rows
     assert rows[0] == ("sample completions", "sft", "1-3, 5", 100, "40", 6000, 9000, None, "no price set")
     assert rows[2][7:] == ("13 min 24 s", "0.08")
     assert rows[3][4] == "finished"
-    assert rows[-1][-1] == "2.58 and more"
+    assert rows[-1][-1] == "about 2.58 US$ and what has no price set"
 
 
 # ---- the best of many
