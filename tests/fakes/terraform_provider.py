@@ -149,4 +149,4 @@ def reattach(socket: Path) -> dict[str, str]:
     """Return the variable that tells Terraform where a provider runs that it neither starts nor ends."""
     address = {"Network": "unix", "String": str(socket)}
     where = {"Protocol": "grpc", "ProtocolVersion": 6, "Pid": os.getpid(), "Test": True, "Addr": address}
-    return {"TF_REATTACH_PROVIDERS": json.dumps({"registry.terraform.io/hashicorp/google": where})}
+    return {"TF_REATTACH_PROVIDERS": json.dumps({"hashicorp/google": where})}
