@@ -15,7 +15,11 @@ from tasks.runs import PipelineResult, prepare_run, record_result
 
 @flow(name="dpo-pipeline", flow_run_name="dpo for {config.promotion.name}")
 async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
-    """Sample completions, have them judged, train with DPO, prove that it is better, and serve it."""
+    """Sample completions, have them judged, train with DPO, prove that it is better, and serve it.
+
+    Args:
+        config: Everything about the run, stage by stage; what is left alone has its default.
+    """
     config = await prepare_run(config)
     workspace = config.workspace
     completions = await generate_completions(config.prompts, workspace, config.generation)
