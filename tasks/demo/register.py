@@ -1,5 +1,6 @@
 """The deployments on a Prefect server of this machine, and those named `demo`, whose defaults are the demo's."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -7,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
 
 from tasks.config import PipelineConfig, StageConfig
 from tasks.errors import PreflowError
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 600.0
+logger = logging.getLogger(__name__)
 
 
 def register_all(api: str, log: Path, config: PipelineConfig) -> None:
@@ -76,3 +87,17 @@ def _register_demo(client: SyncPrefectClient, flow: str, parameters: dict[str, A
         concurrency_limit=limit.limit if limit else None,
         concurrency_options=local.concurrency_options,
     )
+
+
+def end_lost_runs(api: str) -> None:
+    """Take runs for crashed that an earlier worker of this machine has left running: after a reboot, or a `kill -9`.
+
+    The automation preflow-restart-crashed then starts them again.
+    """
+    running = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    lost = FlowRunFilter(state=FlowRunFilterState(type=running))
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=["local"]))
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=lost, work_pool_filter=pool):
+            logger.info("%s was running when its worker went away", run.name)
+            client.set_flow_run_state(run.id, Crashed(message="Its worker went away."), force=True)

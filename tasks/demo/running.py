@@ -80,18 +80,22 @@ class Run:
     def leftovers(self) -> list[int]:
         """Return the processes that a supervisor of this folder has started, and their children."""
         mark = f"{MARK}={self.root}".encode()
-        return [pid for pid in _processes() if mark in _environment(pid)]
+        return [pid for pid in _processes() if mark in _read(pid, "environ").split(b"\0")]
+
+    def flow_processes(self) -> list[int]:
+        """Return the processes that run flows for the worker."""
+        return [pid for pid in self.leftovers() if b"prefect.engine" in _read(pid, "cmdline")]
 
 
 def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
 
 
-def _environment(pid: int) -> list[bytes]:
+def _read(pid: int, file: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/{file}").read_bytes()
     except OSError:  # gone, or somebody else's
-        return []
+        return b""
 
 
 def end_all(run: Run) -> int:
@@ -100,16 +104,17 @@ def end_all(run: Run) -> int:
     supervisor = run.supervisor()
     if supervisor is not None and supervisor in run.leftovers():
         os.kill(supervisor, signal.SIGTERM)
-        _wait_until(lambda: run.supervisor() is None)
+        wait_until(lambda: run.supervisor() is None)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in run.leftovers():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-        _wait_until(lambda: not run.leftovers())
+        wait_until(lambda: not run.leftovers())
     return count
 
 
-def _wait_until(holds: Callable[[], bool]) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds, but not longer than `END_SECONDS`."""
     deadline = time.monotonic() + END_SECONDS
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -18,8 +18,8 @@ from typing import Any
 
 from tasks.demo.local import JUDGE_KEY, SERVED_NAME, Places, demo_config, vllm_for
 from tasks.demo.materials import Materials, ensure_materials, locate_materials
-from tasks.demo.register import register_all
-from tasks.demo.running import Run, end_all
+from tasks.demo.register import end_lost_runs, register_all
+from tasks.demo.running import Run, end_all, wait_until
 from tasks.demo.services import Service, judge_server, prefect_server, prefect_worker, require_free
 from tasks.errors import PreflowError
 
@@ -83,9 +83,15 @@ class Supervisor:
             return 1
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            for name in reversed(self._running):
-                self._running[name].stop()
-            self._note()
+            self._end_all()
+
+    def _end_all(self) -> None:
+        """End the worker first, and let its runs report that they were interrupted, while the server is there."""
+        for name in reversed(self._running):
+            self._running[name].stop()
+            if name == "worker":
+                wait_until(lambda: not self._run.flow_processes())
+        self._note()
 
     def _make(self, name: str) -> Service:
         places, ports = self._places, self._ports
@@ -105,6 +111,7 @@ class Supervisor:
         self._wait("Prefect")
         config = demo_config(self._places, self._materials, self._ports.url("vllm"), self._ports.url("judge"))
         register_all(self._ports.api, self._places.logs / "register.log", config)
+        end_lost_runs(self._ports.api)
         self._start("worker")
         for name in ("judge", "worker", "vLLM"):
             self._wait(name)
