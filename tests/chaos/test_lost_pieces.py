@@ -69,7 +69,7 @@ def test_a_run_survives_the_loss_of_every_piece(machine: Machine) -> None:
 
     machine.wait("the run samples", lambda: len(machine.requests()) >= CONCURRENCY)
     machine.kill("vLLM")
-    machine.wait("vLLM is back", lambda: machine.piece("vLLM")["restarts"] == 1 and machine.piece("vLLM")["ready"])
+    machine.wait("vLLM is back", lambda: is_back(machine, "vLLM"))
     lose_the_server(machine)
     assert state()["run_count"] == 1, "neither vLLM nor the Prefect server takes the run with it"
     machine.kill("worker")
@@ -78,6 +78,11 @@ def test_a_run_survives_the_loss_of_every_piece(machine: Machine) -> None:
     assert state()["state_type"] == "COMPLETED", state()["state"]["message"]
     assert state()["run_count"] == 2
     check_rows(machine)
+
+
+def is_back(machine: Machine, name: str) -> bool:
+    piece = machine.piece(name)
+    return piece["restarts"] == 1 and piece["ready"]
 
 
 def lose_the_server(machine: Machine) -> None:

@@ -93,6 +93,12 @@ def automations(client: SyncPrefectClient) -> dict[str, Any]:
     return {name: automation for name in names for automation in client.read_automations_by_name(name)}
 
 
+def switch(client: SyncPrefectClient, name: str, on: bool) -> None:
+    """Turn an automation on or off, as the switch in the UI does."""
+    id = automations(client)[name].id
+    client._client.patch(f"/automations/{id}", json={"enabled": on}).raise_for_status()
+
+
 def make_run(client: SyncPrefectClient, pool: str, parameters: dict[str, Any] | None = None) -> FlowRun:
     """Make a run of a deployment of generate-completions; no worker is there to start it."""
     deployment = client.create_deployment(
@@ -128,8 +134,7 @@ def test_a_block_that_does_not_exist_is_named(client: SyncPrefectClient) -> None
 def test_with_a_block_they_are_on_and_one_turned_off_stays_off(client: SyncPrefectClient, receiver: Receiver) -> None:
     found = automations(client)
     assert {name for name, automation in found.items() if automation.enabled} == {*NOTIFYING, "preflow-restart-crashed"}
-    silent = found["preflow-notify-silent"]
-    client.update_automation(silent.id, silent.model_copy(update={"enabled": False}))
+    switch(client, "preflow-notify-silent", on=False)
     assert register(block="custom-webhook/receiver").returncode == 0
     assert not automations(client)["preflow-notify-silent"].enabled
     assert len(automations(client)) == 4
@@ -165,8 +170,7 @@ def test_a_process_that_goes_without_a_word_is_told_of(
 ) -> None:
     soon = tmp_path / "automations.yaml"
     soon.write_text(FILE.read_text().replace("within: 900", "within: 15"))
-    silent = automations(client)["preflow-notify-silent"]
-    client.update_automation(silent.id, silent.model_copy(update={"enabled": True}))
+    switch(client, "preflow-notify-silent", on=True)
     assert register(soon, block="custom-webhook/receiver").returncode == 0
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "Scene"}]}) + "\n")
