@@ -176,6 +176,8 @@ def prefect_worker(api: str, home: Path, pool: str = "local") -> Service:
         "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
         "PREFECT_WORKER_WEBSERVER_PORT": str(port),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        # A server that is away is waited for: 2, 4, ... 256 s between the attempts, 8 minutes in all.
+        "PREFECT_CLIENT_MAX_RETRIES": "8",
         "DO_NOT_TRACK": "1",
     }
     return Service("the worker", command, port, "/health", home.parent / "logs" / "worker.log", environment)

@@ -99,10 +99,12 @@ def switch(client: SyncPrefectClient, name: str, on: bool) -> None:
     client._client.patch(f"/automations/{id}", json={"enabled": on}).raise_for_status()
 
 
-def make_run(client: SyncPrefectClient, pool: str, parameters: dict[str, Any] | None = None) -> FlowRun:
-    """Make a run of a deployment of generate-completions; no worker is there to start it."""
+def make_run(
+    client: SyncPrefectClient, pool: str, parameters: dict[str, Any] | None = None, flow: str = "generate-completions"
+) -> FlowRun:
+    """Make a run of a deployment; no worker is there to start it."""
     deployment = client.create_deployment(
-        flow_id=client.create_flow_from_name("generate-completions"), name=f"on-{pool}", work_pool_name=pool,
+        flow_id=client.create_flow_from_name(flow), name=f"on-{pool}", work_pool_name=pool,
         entrypoint="flows/generate.py:generate_completions",
         pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
     )  # fmt: skip
@@ -156,8 +158,11 @@ def test_a_crashed_run_is_told_of_and_started_again_three_times(client: SyncPref
     assert str(run.id) in message["body"]
 
 
-def test_a_run_of_another_pool_is_told_of_and_left_to_it(client: SyncPrefectClient, receiver: Receiver) -> None:
-    run = make_run(client, "elsewhere")
+@pytest.mark.parametrize(("pool", "flow"), [("elsewhere", "generate-completions"), ("local", "train-dpo")])
+def test_what_something_else_starts_again_is_told_of_and_left_to_it(
+    client: SyncPrefectClient, receiver: Receiver, pool: str, flow: str
+) -> None:
+    run = make_run(client, pool, flow=flow)
     client.set_flow_run_state(run.id, Running(), force=True)
     client.set_flow_run_state(run.id, Crashed(message="killed"), force=True)
     wait("it is told", lambda: receiver.about(run.name))
