@@ -9,10 +9,16 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.pipeline import dpo_pipeline
+from flows.sweep import dpo_sweep
+from tasks.config import SweepConfig
 from tasks.demo.local import Places, announce, model_servers, prefect_api, show_result
 from tasks.demo.materials import locate_materials, make_base_model, make_prompts, make_sft_adapter
 from tasks.errors import PreflowError
 from tasks.runs import PipelineResult
+from tasks.sweeping.prepare import prepare_points
+from tasks.sweeping.results import find_sweep
+
+BETAS = SweepConfig(grid={"training.beta": [0.03, 0.1, 0.3]})
 
 
 @flow(name="demo")
@@ -29,15 +35,31 @@ async def demo(folder: str = ".demo") -> PipelineResult:
     return result
 
 
+@flow(name="demo-sweep")
+async def demo_sweep(folder: str = ".demo") -> None:
+    """Try three betas on the demo's model: one generation, one judging, three trainings, ranked by win rate."""
+    places = Places.below(folder)
+    materials = locate_materials(places.root)
+    make_prompts(materials)
+    make_base_model(materials)
+    make_sft_adapter(materials)
+    with model_servers(places, materials, lambda config: find_sweep(prepare_points(config, BETAS).points)) as config:
+        await dpo_sweep(config, BETAS)
+
+
 def main() -> int:
-    """Run the demo; return the exit code."""
+    """Run the demo or, with --sweep, its sweep; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows.demo", description=main.__doc__)
     parser.add_argument("--folder", default=".demo", help="where everything is kept (default: .demo)")
+    parser.add_argument("--sweep", action="store_true", help="try three betas against each other")
     options = parser.parse_args()
     places = Places.below(options.folder)
     try:
         with prefect_api(places) as ui:
             announce(places, ui)
+            if options.sweep:
+                asyncio.run(demo_sweep(options.folder))
+                return 0
             result = asyncio.run(demo(options.folder))
             return 0 if result.promotion is not None else 1
     except PreflowError as error:

@@ -9,8 +9,10 @@ from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
 from tasks.promotion import find_promotion
+from tasks.remote import train_on_pool
 from tasks.report import report_run
-from tasks.runs import PipelineResult, prepare_run, record_result
+from tasks.runs import PipelineResult, my_turn, prepare_run, record_result
+from tasks.storage import AdapterRef, PreferencesRef, PromotionRef
 
 
 @flow(name="dpo-pipeline", flow_run_name="dpo for {config.promotion.name}")
@@ -21,18 +23,36 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
         config: Everything about the run, stage by stage; what is left alone has its default.
     """
     config = await prepare_run(config)
-    workspace = config.workspace
-    completions = await generate_completions(config.prompts, workspace, config.generation)
-    preferences = await judge_preferences(completions, workspace, config.judging)
-    adapter = await train_dpo(preferences, workspace, config.training)
-    held_out = config.eval_prompts or config.prompts
-    evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation)
-    promotion = find_promotion(adapter, workspace, config.promotion)
-    if promotion is None and evaluation.beats(config.promotion.min_win_rate):
-        promotion = await promote_adapter(adapter, evaluation, workspace, config.promotion)
-    result = PipelineResult(
-        completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation, promotion=promotion
-    )
+    made = await improve(config)
+    result = made.model_copy(update={"promotion": await promote_if_better(made, config)})
     record_result(config, result)
     await report_run(config, result)
     return result
+
+
+async def improve(config: PipelineConfig) -> PipelineResult:
+    """Make a new adapter and measure how often it wins; nothing is promoted."""
+    workspace = config.workspace
+    async with my_turn():
+        completions = await generate_completions(config.prompts, workspace, config.generation)
+        preferences = await judge_preferences(completions, workspace, config.judging)
+    adapter = await train(preferences, config)
+    held_out = config.eval_prompts or config.prompts
+    async with my_turn():
+        evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation)
+    return PipelineResult(completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation)
+
+
+async def train(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:
+    """Train where the configuration says."""
+    if config.training_deployment is not None:
+        return await train_on_pool(preferences, config)
+    return await train_dpo(preferences, config.workspace, config.training)
+
+
+async def promote_if_better(made: PipelineResult, config: PipelineConfig) -> PromotionRef | None:
+    """Serve the adapter under its name if it won by enough; return what stands if it is served already."""
+    known = find_promotion(made.adapter, config.workspace, config.promotion)
+    if known is None and made.evaluation.beats(config.promotion.min_win_rate):
+        return await promote_adapter(made.adapter, made.evaluation, config.workspace, config.promotion)
+    return known

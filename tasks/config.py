@@ -310,7 +310,7 @@ class TrainingConfig(StageConfig):
         False, description="Take label_smoothing from the judge's measured flip rate (robust loss)."
     )
     learning_rate: float = Field(5e-6, gt=0, le=1, description="Peak learning rate.")
-    num_train_epochs: float = Field(1, gt=0, le=100, description="Passes over the training pairs.")
+    num_train_epochs: float = Field(1.0, gt=0, le=100, description="Passes over the training pairs.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps in all; overrides the epochs.")
     lr_scheduler_type: Schedule = Field(Schedule.COSINE, description="Learning-rate schedule after the warm-up.")
     warmup_steps: int = Field(20, ge=0, description="Optimizer steps of linear warm-up.")
@@ -452,6 +452,19 @@ class PipelineConfig(StageConfig):
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
     judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")
+    training_deployment: str | None = Field(
+        None,
+        pattern=r"^train-dpo/[^/]+$",
+        description="Deployment that trains, e.g. train-dpo/l4-spot for a spot GPU; empty: where the pipeline runs.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_restarts: int = Field(
+        5,
+        ge=0,
+        le=100,
+        description="Times a training that crashed on its work pool is started again; preemptions do not count.",
+        json_schema_extra=OPERATIONAL,
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Proof on held-out prompts.")
     promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="The gate and serving.")
 
@@ -508,3 +521,90 @@ class PipelineConfig(StageConfig):
             }
         )
         return self.model_copy(update={"generation": generation, "evaluation": evaluation})
+
+
+class Preset(StrEnum):
+    """Points that are usually worth a try, the most promising first; docs/sweeps.md says what each changes and why."""
+
+    BETA = "beta"
+    JUDGE = "judge"
+    COMPLETIONS = "completions"
+    TEMPERATURE = "temperature"
+    MORE_DATA = "more_data"
+    EPOCHS = "epochs"
+    WARMUP = "warmup"
+
+
+class SweepConfig(StageConfig):
+    """What a sweep varies and where its limits are. Presets, grid and changes are added up; equal points run once."""
+
+    presets: tuple[Preset, ...] = Field(
+        (), description="Ready-made points, each against the configuration as it is, which runs as a point too."
+    )
+    grid: dict[str, list[Any]] = Field(
+        {},
+        description='Values by dotted name, e.g. {"training.beta": [0.05, 0.1]}; every combination is a point.',
+    )
+    changes: list[dict[str, Any]] = Field(
+        [],
+        description='One point each, e.g. {"training.num_train_epochs": 3, "training.learning_rate": 1e-6}; {} is the '
+        "configuration as it is.",
+    )
+    stronger_judge: str | None = Field(
+        None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as gemini-2.5-pro."
+    )
+    more_prompts: str | None = Field(
+        None,
+        min_length=1,
+        description="For the preset more_data: a larger prompts file (JSONL); prompts that are in the first too cost "
+        "nothing again.",
+    )
+    max_points: int = Field(24, ge=1, le=1000, description="A sweep of more points is refused.")
+    budget_usd: float | None = Field(
+        None, gt=0, description="A sweep whose estimate is higher, in US$, is refused; empty: no limit."
+    )
+    gpu_price: float = Field(
+        0.0, ge=0, description="Price of a GPU hour for training, in US$ (a spot L4: 0.3-0.4); 0: not counted."
+    )
+    pairs_per_second: float = Field(
+        1.14, gt=0, description="Pairs trained a second, for the estimate; 1.14 was measured for a 3B model on an L4."
+    )
+    parallel: int = Field(
+        1, ge=1, le=64, description="Trainings at once, where the configuration trains through a deployment."
+    )
+    promote_best: bool = Field(
+        False, description="Promote the best point if its interval, widened for the number of points, is over the bar."
+    )
+
+
+class DrillConfig(StageConfig):
+    """A training that is preempted again and again, and must come out the same."""
+
+    deployment: str | None = Field(
+        None,
+        pattern=r"^train-dpo/[^/]+$",
+        description="Deployment that trains, e.g. train-dpo/l4-spot; empty: a child process on this machine.",
+    )
+    preemptions: int = Field(4, ge=1, le=50, description="Times it is preempted, SIGTERM and SIGKILL in turn.")
+    max_steps: int = Field(40, ge=4, le=100_000, description="Optimizer steps of the training.")
+    save_steps: int = Field(10, ge=1, description="Optimizer steps between checkpoints.")
+    seed: int = Field(42, ge=0, lt=2**31, description="Seed of the steps at which it is preempted.")
+    grace_seconds: float = Field(15, gt=0, le=600, description="Seconds from SIGTERM to SIGKILL; GKE spot gives 15.")
+    price_per_hour: float = Field(0.35, ge=0, description="Price of the machine, in US$ an hour.")
+    base_model: str | None = Field(None, description="Base model to train on; empty: a tiny one, made for the drill.")
+    sft_adapter: str | None = Field(None, description="Its SFT adapter; empty: a tiny one, made for the drill.")
+    pairs: str | None = Field(None, description="Preference pairs, a train.jsonl; empty: a few, made for the drill.")
+    kubeconfig: str | None = Field(
+        None, description="Kubernetes: file that says how to reach the cluster; empty: the usual one, or the pod's own."
+    )
+    namespace: str = Field("preflow", min_length=1, description="Kubernetes: namespace of the work pool's Jobs.")
+    image: str | None = Field(None, description="Kubernetes: image to train with; empty: the work pool's.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [self.base_model, self.sft_adapter, self.pairs]
+        if any(given) and not all(given):
+            raise ValueError("give base_model, sft_adapter and pairs, or none of them")
+        if self.preemptions > self.max_steps // 2:
+            raise ValueError(f"{self.preemptions} preemptions do not fit {self.max_steps} steps: raise max_steps")
+        return self

@@ -26,6 +26,8 @@ class _NoLineForEachTask(logging.Filter):
 def set_up_logs() -> None:
     """Let preflow's own INFO lines through, and make Prefect's lines about runs readable."""
     logging.getLogger("tasks").setLevel(logging.INFO)
+    # It asks, on every import without a GPU, for a 4-bit CPU kernel that only comes from the internet.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         _add_once(logging.getLogger(name), _PlainUserErrors())
     _add_once(logging.getLogger("prefect.task_runs"), _NoLineForEachTask())

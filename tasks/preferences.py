@@ -28,15 +28,22 @@ def preferences_key(verdicts: VerdictsRef, judging: JudgingConfig) -> str:
     return stage_key("preferences", VERSION, verdicts=verdicts.sha256, **applied)
 
 
+def find_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef | None:
+    """Return the pairs made of these verdicts, if they were made before."""
+    store = Workspace(workspace)
+    manifest = store.uri("preferences", preferences_key(verdicts, judging), "manifest.json")
+    return store.find_finished(manifest, PreferencesRef)
+
+
 def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
     """Write `judged.jsonl`, `train.jsonl`, `val.jsonl`, `quality.json` and `quality.png` of one set of verdicts.
 
     Rows without a pair are in `judged.jsonl` with the reason; `check_yield` tells whether any has one.
     """
+    if known := find_preferences(verdicts, workspace, judging):
+        return known
     store, key = Workspace(workspace), preferences_key(verdicts, judging)
     folder = store.uri("preferences", key)
-    if known := store.find_finished(f"{folder}/manifest.json", PreferencesRef):
-        return known
     files, statuses = _write_pairs(store, folder, verdicts, judging)
     files["quality.json"] = _measure(store, folder, verdicts)
     counts = {**statuses, "train": files["train.jsonl"]["rows"], "val": files["val.jsonl"]["rows"]}

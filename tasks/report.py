@@ -30,35 +30,39 @@ from tasks.training.plots import plot_metrics
 async def report_preferences(preferences: PreferencesRef, workspace: str) -> None:
     """Show in the UI what was measured about the judge, and pairs to read."""
     for section in preference_sections(preferences, workspace):
-        await _publish(section)
+        await publish(section)
 
 
 async def report_training(adapter: AdapterRef, workspace: str) -> None:
     """Show in the UI the curves of a training, its readings and the advice."""
-    await _publish(training_page(adapter, workspace))
+    await publish(training_page(adapter, workspace))
 
 
 async def report_evaluation(evaluation: EvaluationRef, workspace: str, bar: float = 0.5) -> None:
     """Show in the UI whether the adapter won, and comparisons to read."""
-    await _publish(evaluation_page(evaluation, workspace, bar))
+    await publish(evaluation_page(evaluation, workspace, bar))
 
 
 async def report_run(config: PipelineConfig, result: PipelineResult) -> str:
     """Write the page of a whole run into the workspace, and return its uri."""
-    store = Workspace(config.workspace)
-    manifests = gather_manifests(store, result)
-    ending = [cost_section(add_up(manifests)), lineage_section(manifests)]
-    for section in ending:
-        await _publish(section)
-    sections = [
+    sections = run_sections(config, result)
+    for section in sections[-2:]:
+        await publish(section)
+    uri = report_uri(config)
+    Workspace(config.workspace).write_bytes(uri, render_html(f"preflow: {config.promotion.name}", sections).encode())
+    return uri
+
+
+def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
+    """Return what the page of a run consists of; cost and lineage come last."""
+    manifests = gather_manifests(Workspace(config.workspace), result)
+    return [
         evaluation_page(result.evaluation, config.workspace, config.promotion.min_win_rate),
         *preference_sections(result.preferences, config.workspace),
         training_page(result.adapter, config.workspace),
-        *ending,
+        cost_section(add_up(manifests)),
+        lineage_section(manifests),
     ]
-    uri = report_uri(config)
-    store.write_bytes(uri, render_html(f"preflow: {config.promotion.name}", sections).encode())
-    return uri
 
 
 def report_uri(config: PipelineConfig) -> str:
@@ -66,7 +70,8 @@ def report_uri(config: PipelineConfig) -> str:
     return Workspace(config.workspace).uri("runs", run_key(config), "report.html")
 
 
-async def _publish(section: ReportSection) -> None:
+async def publish(section: ReportSection) -> None:
+    """Show a section in the UI, as a markdown artifact named after its title."""
     key = section.title.lower().replace(" ", "-")
     await acreate_markdown_artifact(key=key, markdown=render_markdown(section), description=section.summary)
 
@@ -103,10 +108,10 @@ def _rows(store: Workspace, uri: str) -> Iterator[dict[str, Any]]:
     return (json.loads(line) for line in store.lines(uri))
 
 
-def gather_manifests(store: Workspace, result: PipelineResult) -> list[dict[str, Any]]:
-    """Return the manifests of everything a run was made of, each once, the earliest first."""
+def gather_manifests(store: Workspace, *results: PipelineResult) -> list[dict[str, Any]]:
+    """Return the manifests of everything that runs were made of, each once, the earliest first."""
     found: dict[str, dict[str, Any]] = {}
-    waiting = [ref.manifest for ref in reversed(result.references()) if ref.manifest]
+    waiting = [ref.manifest for result in results for ref in reversed(result.references()) if ref.manifest]
     while waiting:
         uri = waiting.pop(0)
         if uri not in found and store.exists(uri):

@@ -1,6 +1,10 @@
 """A whole run: checked before anything is spent, and its result kept so that a finished run is known as such."""
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -9,6 +13,7 @@ from tasks.config import EndpointConfig, PipelineConfig
 from tasks.endpoint import Endpoint, resolve_secret
 from tasks.generation import sampling_identity
 from tasks.judging import read_rubric
+from tasks.pools import check_deployment
 from tasks.prompts import import_prompts
 from tasks.storage import (
     AdapterRef,
@@ -23,6 +28,7 @@ from tasks.training.launch import check_training_inputs
 
 VERSION = 1
 logger = logging.getLogger(__name__)
+_turn: ContextVar[asyncio.Lock | None] = ContextVar("turn", default=None)
 
 
 class PipelineResult(BaseModel):
@@ -88,21 +94,65 @@ async def prepare_run(config: PipelineConfig) -> PipelineConfig:
     """
     config = config.filled()
     Workspace(config.workspace).check_writable()
+    check_inputs(config)
+    if find_result(config) is None:
+        await resolve_secret(config.promotion.api_key, "promotion.api_key")
+        await check_services(config)
+    return config
+
+
+def check_inputs(config: PipelineConfig) -> None:
+    """Check the files that a run reads; nobody is asked anything.
+
+    Raises:
+        PreflowError: naming the first file that is wrong, where, and what to do.
+    """
     read_rubric(config.judging.rubric)
     check_training_inputs(config.training)
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
         import_prompts(prompts, config.workspace)
-    if find_result(config) is None:
-        await resolve_secret(config.promotion.api_key, "promotion.api_key")
-        await _check_endpoints(config)
-    return config
 
 
-async def _check_endpoints(config: PipelineConfig) -> None:
-    """See that every endpoint answers, knows its model and takes its key."""
+async def check_services(config: PipelineConfig) -> None:
+    """See that every endpoint answers, knows its model and takes its key, and that the training deployment can train.
+
+    Raises:
+        PreflowError: one does not, or it cannot.
+    """
+    if config.training_deployment is not None:
+        await check_deployment(config.training_deployment, config.workspace, config.training)
     endpoints: list[tuple[str, EndpointConfig]] = [("generation", config.generation)]
     endpoints += [("judging", judge) for judge in config.judging.judges()]
+    if config.evaluation.generation:
+        endpoints.append(("evaluation.generation", config.evaluation.generation))
+    endpoints += [("evaluation.judging", judge) for judge in config.evaluation.comparison_judge().judges()]
+    asked: set[tuple[str, str, str | None]] = set()
     for name, settings in endpoints:
+        who = (settings.endpoint, settings.model, settings.api_key)
+        if who in asked:
+            continue
+        asked.add(who)
         async with Endpoint(settings, await resolve_secret(settings.api_key, f"{name}.api_key")) as endpoint:
             info = await endpoint.check_model()
         logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
+
+
+@asynccontextmanager
+async def taking_turns() -> AsyncIterator[None]:
+    """Have runs that are under way at once in the block ask endpoints one after another (see `my_turn`)."""
+    token = _turn.set(asyncio.Lock())
+    try:
+        yield
+    finally:
+        _turn.reset(token)
+
+
+@asynccontextmanager
+async def my_turn() -> AsyncIterator[None]:
+    """Wait until no run beside this one asks endpoints: what it asked is kept then and found, not asked again."""
+    lock = _turn.get()
+    if lock is None:
+        yield
+        return
+    async with lock:
+        yield

@@ -172,12 +172,20 @@ class RowStore:
         """Tell whether a finished shard of `slices` is not there."""
         return not {self.shard_uri(part) for part in slices} <= set(self.store.list(self.folder))
 
-    def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
-        """Return the outcomes already known under `keys`; damaged ones count as unknown."""
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """Return those of `keys` under which something is kept, without reading what; a damaged outcome counts too."""
+        index = self._indexed()
+        return {key for key in keys if bytes.fromhex(key) in index}
+
+    def _indexed(self) -> dict[bytes, Place]:
         with self._indexing:
             if self._index is None:
                 self._index = self._build_index()
-            index = self._index
+            return self._index
+
+    def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
+        """Return the outcomes already known under `keys`; damaged ones count as unknown."""
+        index = self._indexed()
         places: dict[str, list[tuple[int, int, str]]] = {}
         for key in keys:
             if place := index.get(bytes.fromhex(key)):

@@ -2,6 +2,8 @@
 #   docker build --file infra/docker/flow.Dockerfile --tag preflow-flow .
 FROM python:3.11.14-slim-bookworm
 
+# No version pins: Debian's mirrors keep only the newest of a release, so that a pin breaks the build later.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* \

@@ -4,6 +4,8 @@
 FROM python:3.11.14-slim-bookworm
 
 # gcc: Triton compiles the launchers of its kernels when they are first used.
+# No version pins: Debian's mirrors keep only the newest of a release, so that a pin breaks the build later.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev tini \
     && rm -rf /var/lib/apt/lists/* \

@@ -39,6 +39,7 @@ resource "google_compute_router_nat" "this" {
 resource "google_service_account" "nodes" {
   account_id   = "${var.name}-nodes"
   display_name = "Nodes of the cluster ${var.name}"
+  depends_on   = [google_project_service.this]
 }
 
 resource "google_project_iam_member" "nodes" {

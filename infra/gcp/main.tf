@@ -1,7 +1,8 @@
 locals {
   services = toset([
     "artifactregistry.googleapis.com", "billingbudgets.googleapis.com", "cloudbuild.googleapis.com",
-    "compute.googleapis.com", "container.googleapis.com", "secretmanager.googleapis.com",
+    "cloudresourcemanager.googleapis.com", "compute.googleapis.com", "container.googleapis.com", "iam.googleapis.com",
+    "secretmanager.googleapis.com",
   ])
   registry = "${var.region}-docker.pkg.dev/${var.project_id}/${google_artifact_registry_repository.images.repository_id}"
   pool     = "projects/${data.google_project.this.number}/locations/global/workloadIdentityPools/${var.project_id}.svc.id.goog"
@@ -42,6 +43,19 @@ resource "google_artifact_registry_repository" "images" {
     }
   }
   depends_on = [google_project_service.this]
+}
+
+# Builds the images: the account that Cloud Build takes by itself has no rights in many new projects.
+resource "google_service_account" "builder" {
+  account_id   = "${var.name}-builder"
+  display_name = "Builds of the images of ${var.name}"
+  depends_on   = [google_project_service.this]
+}
+
+resource "google_project_iam_member" "builder" {
+  project = var.project_id
+  role    = "roles/cloudbuild.builds.builder"
+  member  = google_service_account.builder.member
 }
 
 resource "google_storage_bucket" "workspace" {

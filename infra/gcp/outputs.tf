@@ -27,7 +27,7 @@ output "next_1_kubectl" {
 
 output "next_2_images" {
   description = "Build the images and push them; in the root of the repository."
-  value       = "gcloud builds submit --project ${var.project_id} --config infra/docker/cloudbuild.yaml --substitutions _REGISTRY=${local.registry},_TAG=${var.image_tag}"
+  value       = "gcloud builds submit --project ${var.project_id} --service-account ${google_service_account.builder.name} --config infra/docker/cloudbuild.yaml --substitutions _REGISTRY=${local.registry},_TAG=${var.image_tag}"
 }
 
 output "next_3_secrets" {

@@ -2,8 +2,9 @@ terraform {
   required_version = ">= 1.9"
   required_providers {
     google = {
-      source  = "hashicorp/google"
-      version = ">= 7.0, < 8.0"
+      source = "hashicorp/google"
+      # 7.39 brought the shutdown_grace_period fields of kubelet_config.
+      version = ">= 7.39, < 8.0"
     }
   }
 }

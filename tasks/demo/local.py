@@ -3,7 +3,7 @@
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,11 +123,19 @@ def prefect_api(places: Places) -> Iterator[str]:
 
 
 @contextmanager
-def model_servers(places: Places, materials: Materials) -> Iterator[PipelineConfig]:
-    """Start vLLM and the judge, unless the run they are for has finished; yields the run's configuration."""
+def model_servers(
+    places: Places, materials: Materials, find: Callable[[PipelineConfig], object | None] = find_result
+) -> Iterator[PipelineConfig]:
+    """Start vLLM and the judge, unless what they are for has finished; yields the run's configuration.
+
+    Args:
+        places: the demo's folders.
+        materials: models and prompts.
+        find: returns the result of what they are for, if it has finished.
+    """
     os.environ.setdefault(JUDGE_KEY, secrets.token_hex(16))
     finished = demo_config(places, materials, NOWHERE, NOWHERE)
-    if find_result(finished) is not None:
+    if find(finished) is not None:
         LOG.info("an equal run has finished: no model server is needed")
         yield finished
         return

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from tasks.demo.corpus import Row, pretraining_rows, sft_rows
 from tasks.errors import PreflowError
 
 LOG = logging.getLogger(__name__)
+# Bars that are full at once, and peft's use of a name that transformers has given up, tell a user nothing.
+disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 END = "<|end|>"
 PAD = "<|pad|>"

@@ -56,6 +56,7 @@ def demo_parameters(config: PipelineConfig) -> dict[str, dict[str, Any]]:
     stage = {"workspace": config.workspace}
     return {
         "dpo-pipeline": {"config": whole},
+        "dpo-sweep": {"config": whole, "sweep": {"grid": {"training.beta": [0.03, 0.1, 0.3]}}},
         "generate-completions": {**stage, "prompts": config.prompts, "generation": _changed(config.generation)},
         "judge-preferences": {**stage, "judging": _changed(config.judging)},
         "train-dpo": {**stage, "training": _changed(config.training)},

@@ -231,7 +231,7 @@ def run_training(
     training = with_measured_smoothing(preferences, training)
     store = Workspace(workspace)
     paths = TrainingPaths.of(store.root, key)
-    finished = _finished(store, paths, preferences)
+    finished = find_adapter(store, key, preferences)
     if finished is not None:
         return finished
     spec = TrainingSpec(
@@ -246,13 +246,15 @@ def run_training(
         _raise_for(code, desk, log)
     finally:
         shutil.rmtree(desk, ignore_errors=True)
-    finished = _finished(store, paths, preferences)
+    finished = find_adapter(store, key, preferences)
     if finished is None:
         raise PreflowError(f"training ended without an adapter; see {log}")
     return finished
 
 
-def _finished(store: Workspace, paths: TrainingPaths, preferences: PreferencesRef) -> AdapterRef | None:
+def find_adapter(store: Workspace, key: str, preferences: PreferencesRef) -> AdapterRef | None:
+    """Return the finished adapter of training `key`, if it is there and whole."""
+    paths = TrainingPaths.of(store.root, key)
     marker = posixpath.join(paths.adapter, COMMITTED)
     if not store.exists(marker):
         return None

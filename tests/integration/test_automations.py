@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,16 @@ def test_without_a_block_nobody_is_told_and_it_says_what_to_do(client: SyncPrefe
     for name in NOTIFYING:
         assert found[name].actions[0].type == "do-nothing"
         assert "PREFLOW_NOTIFY_BLOCK" in found[name].description
+
+
+def test_every_local_flow_is_started_again_but_those_that_somebody_else_does() -> None:
+    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    files = {item["entrypoint"].split(":")[0] for item in deployments if item["name"] == "local"}
+    flows = {name for file in files for name in re.findall(r'@flow\(\s*name="([\w-]+)"', (ROOT / file).read_text())}
+    restart = yaml.safe_load(FILE.read_text())["automations"][-1]
+    names = set(restart["trigger"]["match_related"][-1]["prefect.resource.name"])
+    subflows = {"compare-samples", "sweep-point"}
+    assert names == flows - subflows - {"train-dpo", "preemption-drill"}
 
 
 def test_a_block_that_does_not_exist_is_named(client: SyncPrefectClient) -> None:

@@ -20,8 +20,8 @@ from tests.fakes.process import ROOT, FakeOpenAI
 PREFECT_FILE = "deployments/prefect.yaml"
 TEMPLATE = "deployments/l4-spot.job-template.json"
 NAMES = {
-    "dpo-pipeline/local", "generate-completions/local", "judge-preferences/local", "train-dpo/local",
-    "train-dpo/l4-spot", "evaluate-adapter/local", "promote-adapter/local",
+    "dpo-pipeline/local", "dpo-sweep/local", "generate-completions/local", "judge-preferences/local", "train-dpo/local",
+    "train-dpo/l4-spot", "evaluate-adapter/local", "promote-adapter/local", "preemption-drill/local",
 }  # fmt: skip
 IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
 
@@ -62,6 +62,11 @@ class Api:
     def deployment(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.get(f"/deployments/name/{name}")
         return found
+
+    def automation(self, name: str) -> dict[str, Any]:
+        found = [item for item in self.post("/automations/filter", {}) if item["name"] == name]
+        assert len(found) == 1, name
+        return dict(found[0])
 
     def refused(self, name: str, parameters: dict[str, Any]) -> httpx.Response:
         """Ask for a run of a deployment and return the answer, whatever it is."""
@@ -110,7 +115,8 @@ def test_every_deployment_is_there_and_nothing_starts_by_itself(api: Api) -> Non
         assert item["work_pool_name"] == name.split("/")[1]
         for schedule in item["schedules"]:
             assert not schedule["active"], name
-    assert all(not automation["enabled"] for automation in api.post("/automations/filter", {}))
+    enabled = {automation["name"] for automation in api.post("/automations/filter", {}) if automation["enabled"]}
+    assert enabled == {"preflow-restart-crashed"}, "only what was started once may be started again"
 
 
 def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
@@ -122,13 +128,14 @@ def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
                 item["global_concurrency_limit"]["limit"],
                 item["concurrency_options"]["collision_strategy"],
             )
-    assert limited == dict.fromkeys(("dpo-pipeline/local", "train-dpo/local", "promote-adapter/local"), (1, "ENQUEUE"))
+    names = ("dpo-pipeline/local", "dpo-sweep/local", "train-dpo/local", "promote-adapter/local")
+    assert limited == dict.fromkeys(names, (1, "ENQUEUE"))
 
 
 def test_the_pipeline_has_a_nightly_schedule_and_a_trigger_to_turn_on(api: Api) -> None:
     deployment = api.deployment("dpo-pipeline/local")
     assert [(item["slug"], item["schedule"]["cron"]) for item in deployment["schedules"]] == [("nightly", "0 2 * * *")]
-    (automation,) = api.post("/automations/filter", {})
+    automation = api.automation("preflow-new-prompts")
     assert automation["trigger"]["expect"] == ["preflow.prompts.arrived"]
     assert automation["actions"][0]["deployment_id"] == deployment["id"]
     assert automation["actions"][0]["parameters"]["config"]["prompts"]["__prefect_kind"] == "jinja"
@@ -199,6 +206,8 @@ def test_choices_are_drop_downs(api: Api) -> None:
         ("generate-completions/local", {"generation": {"temperature": 5}}, "temperature"),
         ("generate-completions/local", {"generation": {"no_such_setting": 1}}, "no_such_setting"),
         ("dpo-pipeline/local", {"config": {"training": {"loss_type": "hing"}}}, "hing"),
+        ("dpo-sweep/local", {"sweep": {"presets": ["bta"]}}, "bta"),
+        ("dpo-sweep/local", {"sweep": {"grid": {"training.beta": 0.1}}}, "0.1"),
         ("judge-preferences/local", {}, "completions"),
         ("train-dpo/l4-spot", {}, "preferences"),
     ],
@@ -216,7 +225,7 @@ def test_a_wrong_parameter_is_refused_before_the_run(
 
 def test_the_defaults_alone_are_a_valid_start(api: Api) -> None:
     """What the form opens with passes the server's check, for the flows that need no other stage's result."""
-    for name in ("dpo-pipeline/local", "generate-completions/local"):
+    for name in ("dpo-pipeline/local", "dpo-sweep/local", "generate-completions/local"):
         answer = api.refused(name, {})
         assert answer.status_code == 201, answer.text
         run = answer.json()
@@ -258,7 +267,7 @@ def wait_for(api: Api, name: str, seconds: float = 120) -> dict[str, Any]:
 
 
 def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -> None:
-    (automation,) = api.post("/automations/filter", {})
+    automation = api.automation("preflow-new-prompts")
     api.patch(f"/automations/{automation['id']}", {"enabled": True})
     try:
         send_until_run(api, {"config": {"prompts": "/new/prompts.jsonl"}})

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.config import (
+    DrillConfig,
     EndpointConfig,
     EvaluationConfig,
     GenerationConfig,
@@ -28,6 +29,7 @@ MODELS: list[type[StageConfig]] = [
     EvaluationConfig,
     PromotionConfig,
     PipelineConfig,
+    DrillConfig,
 ]
 KEYS = [
     "sk-proj-abcdefghijklmnop",
@@ -97,6 +99,10 @@ def test_names_of_secrets_are_taken(name: str) -> None:
 
 
 WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
+    "another flow's deployment": (PipelineConfig, {"training_deployment": "judge-preferences/local"}, "train-dpo"),
+    "a deployment without its flow": (PipelineConfig, {"training_deployment": "l4-spot"}, "train-dpo"),
+    "more preemptions than steps": (DrillConfig, {"preemptions": 9, "max_steps": 12}, "raise max_steps"),
+    "half of a drill's materials": (DrillConfig, {"base_model": "org/base"}, "sft_adapter and pairs"),
     "temperature": (GenerationConfig, {"temperature": 2.1}, "temperature"),
     "no completion": (GenerationConfig, {"num_completions": 0}, "num_completions"),
     "equal completions": (GenerationConfig, {"temperature": 0}, r"temperature 0 .*num_completions \(3\)"),

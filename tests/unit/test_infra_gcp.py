@@ -1,8 +1,10 @@
 """The Terraform configuration, as far as it can be checked without the provider."""
 
+import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -62,6 +64,74 @@ def test_every_reference_has_its_resource() -> None:
     known = set(resources())
     for reference in re.findall(r"(?<![\w.])(google_\w+\.\w+)", TEXT):
         assert reference in known or f"data.{reference}" in TEXT, reference
+
+
+PROVIDER = json.loads((ROOT / "tests" / "fakes" / "google_provider.json").read_text())
+META = {"count", "for_each", "depends_on"}  # Terraform's own, in every resource
+Body = dict[str, Any]
+
+
+def blocks_of(body: Body) -> Iterator[tuple[str, Body]]:
+    """Yield the nested blocks of a body, those that `dynamic` makes among them."""
+    for name, value in body.items():
+        if name == "dynamic":
+            for block in value:
+                yield from ((kind.strip('"'), inner["content"][0]) for kind, inner in block.items())
+        elif (
+            not name.startswith("__")
+            and isinstance(value, list)
+            and value
+            and all(isinstance(item, dict) for item in value)
+        ):
+            yield from ((name, item) for item in value)
+
+
+def check_arguments(body: Body, known: Body, where: str) -> None:
+    """Refuse what the provider does not know at this place, and what it needs and does not get."""
+    blocks = list(blocks_of(body))
+    given = {name for name in body if not name.startswith("__")} - {"dynamic"} | {name for name, _ in blocks}
+    required = set(known.get("required", "").split())
+    allowed = required | set(f"{known.get('optional', '')} {known.get('other_blocks', '')}".split())
+    allowed |= known.get("blocks", {}).keys()
+    assert given <= allowed, f"{where} has no {given - allowed}"
+    assert required <= given, f"{where} needs {required - given}"
+    for name, inner in blocks:
+        # A block of which the table has the name alone must be empty, as `auto {}` is.
+        check_arguments(inner, known.get("blocks", {}).get(name, {}), f"{where}.{name}")
+
+
+def test_the_provider_knows_every_argument() -> None:
+    """By a table of its schema: `terraform validate` needs the provider itself, which is no package."""
+    assert len(resources()) > 15
+    for name, body in resources().items():
+        own = {argument: value for argument, value in body.items() if argument not in META}
+        check_arguments(own, PROVIDER[name.split(".")[0]], name)
+    for block in configuration()["data"]:
+        for kind, inner in block.items():
+            for body in inner.values():
+                check_arguments(body, PROVIDER[f"data.{kind.strip(chr(34))}"], kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"spotty": True}, "has no {'spotty'}"), ({"taint": [{"key": "a", "value": "b"}]}, "needs {'effect'}")],
+)
+def test_a_wrong_argument_is_seen(change: Body, message: str) -> None:
+    pool = resources()["google_container_node_pool.l4_spot"]
+    broken = {**pool, "node_config": [{**pool["node_config"][0], **change}]}
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        check_arguments(broken, PROVIDER["google_container_node_pool"], "pool")
+
+
+def test_the_extended_grace_has_a_provider_that_knows_it() -> None:
+    """7.39 brought the two fields; the whole may be 0, 30 or 120 s, and the part of critical pods is below it."""
+    (version,) = re.findall(r'version = ">= 7\.(\d+), < 8\.0"', (GCP / "versions.tf").read_text())
+    assert int(version) >= 39
+    whole, critical = (
+        int(seconds) for seconds in re.findall(r"shutdown_grace_period_(?:critical_pods_)?seconds\s+= (\d+)", TEXT)
+    )
+    assert whole in (30, 120)
+    assert critical < whole
 
 
 def test_the_outputs_are_the_next_commands() -> None:

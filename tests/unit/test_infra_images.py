@@ -4,6 +4,8 @@ import fnmatch
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -12,23 +14,35 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.fakes.dockerfile import DOCKER, instructions, values
 from tests.fakes.process import ROOT
 
-DOCKER = ROOT / "infra" / "docker"
 IMAGES = ("flow", "train", "serve")
-Instruction = tuple[str, str]
+VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
+SCRIPTS = [
+    "infra/docker/serve.sh",
+    "infra/k8s/secrets.sh",
+    "deployments/register.sh",
+    "infra/local/setup.sh",
+    ".ci/run",
+]
 
 
-def instructions(image: str) -> list[Instruction]:
-    """Return a Dockerfile's instructions and their values, in order."""
-    from dockerfile_parse import DockerfileParser
+def lint(tool: str, *arguments: str | Path) -> None:
+    """Run a linter that pip installs beside the interpreter; it ends with 1 for anything that it has to say."""
+    command = [Path(sys.executable).with_name(tool), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
-    parser = DockerfileParser(path=str(DOCKER / f"{image}.Dockerfile"), env_replace=False)
-    return [(item["instruction"], item["value"]) for item in parser.structure if item["instruction"] != "COMMENT"]
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_hadolint_has_nothing_to_say(image: str) -> None:
+    lint("hadolint", "--no-color", "--failure-threshold", "info", DOCKER / f"{image}.Dockerfile")
 
 
-def values(image: str, instruction: str) -> list[str]:
-    return [value for name, value in instructions(image) if name == instruction]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_has_nothing_to_say(script: str) -> None:
+    lint("shellcheck", script)
 
 
 def is_sent(path: str) -> bool:
@@ -126,16 +140,21 @@ def test_every_image_is_built_and_pushed() -> None:
     assert build["images"] == [f"$_REGISTRY/{image}:$_TAG" for image in IMAGES]
 
 
+def stand_in(folder: Path, program: str) -> dict[str, str]:
+    """Put a `vllm` that runs `program` into `folder`; return an environment that finds it."""
+    vllm = folder / "vllm"
+    vllm.write_text(f"#!{sys.executable}\nimport json, os, signal, sys, time\n{program}")
+    vllm.chmod(0o755)
+    return {"PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin"}
+
+
 def serve(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run serve.sh with a vllm that prints its process id and its arguments."""
-    vllm = tmp_path / "vllm"
-    vllm.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getpid(), *sys.argv[1:]]))\n")
-    vllm.chmod(0o755)
-    path = f"{tmp_path}:/usr/bin:/bin"
+    path = stand_in(tmp_path, "print(json.dumps([os.getpid(), *sys.argv[1:]]))\n")
     shell = 'echo $$; exec "$0" "$@"'
     return subprocess.run(
         ["sh", "-c", shell, DOCKER / "serve.sh", *arguments],
-        env={"PATH": path, **environment},
+        env={**path, **environment},
         capture_output=True,
         text=True,
     )
@@ -158,8 +177,73 @@ def test_vllm_is_not_started_without_a_model(tmp_path: Path) -> None:
     assert "name the base model" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["infra/docker/serve.sh", "infra/k8s/secrets.sh", "deployments/register.sh"])
+def test_vllm_speaks_with_the_chat_template_of_the_training(tmp_path: Path) -> None:
+    adapter = tmp_path / "sft"
+    adapter.mkdir()
+    environment = {"MODEL": "base", "SFT_ADAPTER": str(adapter)}
+    assert "--chat-template" not in serve(tmp_path, **environment).stdout
+    template = adapter / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    given = json.loads(serve(tmp_path, **environment).stdout.splitlines()[1])
+    assert given[given.index("--chat-template") + 1] == str(template)
+    given = json.loads(serve(tmp_path, **environment, CHAT_TEMPLATE="/other.jinja").stdout.splitlines()[1])
+    assert given[given.index("--chat-template") + 1] == "/other.jinja"
+
+
+DRAINING = """
+def drain(*_):
+    os.write(1, b"draining %d" % os.getpid())
+    os._exit(0)
+signal.signal(signal.SIGTERM, drain)
+os.write(1, b"up\\n")
+time.sleep(600)
+"""
+NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child"]
+
+
+def can_be_pid_1() -> bool:
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not can_be_pid_1(), reason="this user may not make a process namespace")
+def test_as_pid_1_vllm_gets_the_sigterm(tmp_path: Path) -> None:
+    """In a pod the start script is process 1, to which the kernel passes no signal that it does not handle."""
+    environment = {**stand_in(tmp_path, DRAINING), "MODEL": "base"}
+    outer = subprocess.Popen([*NAMESPACE, DOCKER / "serve.sh"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert outer.stdout is not None
+    assert outer.stdout.readline() == "up\n"
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    assert outer.stdout.read() == "draining 1"
+    assert outer.wait(60) == 0
+
+
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+given = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
+print(json.dumps([given.model_tag, given.enable_lora, given.shutdown_timeout, [a.name for a in given.lora_modules]]))
+"""
+
+
+@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="make .venv-serve/ready installs vLLM")
+def test_vllm_knows_every_flag(tmp_path: Path) -> None:
+    """Its own parser reads what the start script hands on, and refuses what it does not know."""
+    told = json.loads(serve(tmp_path, MODEL="base", SFT_ADAPTER="/sft").stdout.splitlines()[1])[2:]
+    command = [VLLM_PYTHON, "-c", PARSE]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    done = subprocess.run([*command, *told], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["base", True, 20, ["sft"]]
+    wrong = subprocess.run([*command, *told, "--enable-loras-please"], env=environment, capture_output=True, text=True)
+    assert "unrecognized arguments: --enable-loras-please" in wrong.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_can_be_run(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
-    shell = (ROOT / script).read_text().splitlines()[0].split("/")[-1].split()[-1]
-    subprocess.run([shell, "-n", ROOT / script], check=True)

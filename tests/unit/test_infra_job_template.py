@@ -88,25 +88,48 @@ async def test_a_job_ends_and_is_cleared_away() -> None:
     assert spec["ttlSecondsAfterFinished"] == 600
 
 
+# What GKE writes on its nodes; other clusters write neither.
+L4, A100 = ({"cloud.google.com/gke-accelerator": name} for name in ("nvidia-l4", "nvidia-tesla-a100"))
+SPOT, STANDARD = ({"cloud.google.com/gke-provisioning": name} for name in ("spot", "standard"))
+
+
+def may_run_on(pod: dict[str, Any], node: dict[str, str]) -> bool:
+    """Tell whether the scheduler's required node affinity lets a pod onto a node with these labels."""
+    matches = {
+        "In": lambda rule: node.get(rule["key"]) in rule["values"],
+        "NotIn": lambda rule: node.get(rule["key"]) not in rule["values"],
+        "DoesNotExist": lambda rule: rule["key"] not in node,
+    }
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    return any(
+        all(matches[rule["operator"]](rule) for rule in term["matchExpressions"])
+        for term in required["nodeSelectorTerms"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("avoid", "spot", "on_demand"), [("standard", True, False), ("spot", False, True), ("none", True, True)]
+)
+async def test_spot_on_demand_or_either(avoid: str, spot: bool, on_demand: bool) -> None:
+    pod = pod_of(await render(avoid_nodes=avoid))
+    assert may_run_on(pod, L4 | SPOT) is spot
+    assert may_run_on(pod, L4 | STANDARD) is on_demand
+    assert not may_run_on(pod, A100 | SPOT)
+    assert not may_run_on(pod, A100 | STANDARD)
+    assert "nodeSelector" not in pod
+
+
+async def test_outside_gke_the_gpu_request_alone_chooses_the_node() -> None:
+    assert may_run_on(pod_of(await render()), {"kubernetes.io/os": "linux"})
+
+
 async def test_it_asks_for_a_spot_node_with_the_accelerator() -> None:
     pod = pod_of(await render())
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-accelerator": "nvidia-l4",
-        "cloud.google.com/gke-spot": "true",
-    }
+    assert may_run_on(pod, L4 | SPOT)
     assert {item["key"] for item in pod["tolerations"]} == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}
     resources = container_of(await render())["resources"]
     assert resources["limits"] == resources["requests"]
     assert resources["limits"] == {"cpu": "6", "memory": "24Gi", "ephemeral-storage": "60Gi", "nvidia.com/gpu": 1}
-
-
-async def test_without_the_defaults_any_node_will_do() -> None:
-    """On demand, or a cluster that is not GKE: the pool's settings without the default of `spot` or `gpu_type`."""
-    template = deepcopy(TEMPLATE)
-    del template["variables"]["properties"]["spot"]["default"]
-    assert pod_of(await render(template))["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
-    del template["variables"]["properties"]["gpu_type"]["default"]
-    assert pod_of(await render(template))["nodeSelector"] == {}
 
 
 async def test_the_pod_may_do_nothing_but_train() -> None:
@@ -146,14 +169,16 @@ async def test_changed_variables_arrive() -> None:
     claim = {"name": "workspace", "persistentVolumeClaim": {"claimName": "preflow-workspace"}}
     job = await render(
         namespace="research", image="registry.example/train:1", image_pull_policy="Never", gpu_type="nvidia-tesla-a100",
-        gpu_count=2, cpu="500m", memory="900Mi", shared_memory="64Mi", ephemeral_storage="1Gi", workspace_volume=claim,
-        service_account_name="trainer", secret_name="keys", backoff_limit=1, deadline_seconds=90, grace_seconds=100,
-        finished_job_ttl=5, env={"HF_HOME": "/workspace/hub"}, labels={"team": "a"}, annotations={"note": "b"},
+        avoid_nodes="spot", gpu_count=2, cpu="500m", memory="900Mi", shared_memory="64Mi", ephemeral_storage="1Gi",
+        workspace_volume=claim, service_account_name="trainer", secret_name="keys", backoff_limit=1,
+        deadline_seconds=90, grace_seconds=100, finished_job_ttl=5, env={"HF_HOME": "/workspace/hub"},
+        labels={"team": "a"}, annotations={"note": "b"},
     )  # fmt: skip
     pod, container, spec = pod_of(job), container_of(job), job["spec"]
     assert job["metadata"]["namespace"] == "research"
     assert (container["image"], container["imagePullPolicy"]) == ("registry.example/train:1", "Never")
-    assert pod["nodeSelector"]["cloud.google.com/gke-accelerator"] == "nvidia-tesla-a100"
+    assert may_run_on(pod, A100 | STANDARD)
+    assert not may_run_on(pod, L4 | STANDARD)
     assert container["resources"]["limits"] == {
         "cpu": "500m", "memory": "900Mi", "ephemeral-storage": "1Gi", "nvidia.com/gpu": 2,
     }  # fmt: skip
@@ -167,6 +192,71 @@ async def test_changed_variables_arrive() -> None:
     check_schema(job)
 
 
+POD = "spec/template/spec"
+CONTAINER = f"{POD}/containers/0"
+TERMS = f"{POD}/affinity/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution/nodeSelectorTerms"
+# Each variable, a value for it, and every field of the Job that it decides.
+FIELDS: dict[str, tuple[Any, set[str]]] = {
+    "name": ("mine", {"metadata/generateName"}),
+    "namespace": ("research", {"metadata/namespace"}),
+    "labels": ({"team": "a"}, {"metadata/labels/team", "spec/template/metadata/labels/team"}),
+    "annotations": (
+        {"note": "b"},
+        {"metadata/annotations", "metadata/annotations/note", "spec/template/metadata/annotations/note"},
+    ),
+    "command": ("sleep 1", {f"{CONTAINER}/args/{number}" for number in range(3)}),
+    "env": ({"HF_HOME": "/workspace/hub"}, {f"{CONTAINER}/env/HF_HOME"}),
+    "image": ("registry.example/train:1", {f"{CONTAINER}/image"}),
+    "image_pull_policy": ("Never", {f"{CONTAINER}/imagePullPolicy"}),
+    "gpu_type": ("nvidia-h100-80gb", {f"{TERMS}/0/matchExpressions/1/values/0"}),
+    "gpu_count": (2, {f"{CONTAINER}/resources/{kind}/nvidia.com/gpu" for kind in ("requests", "limits")}),
+    "avoid_nodes": ("none", {f"{TERMS}/{term}/matchExpressions/0/values/0" for term in (0, 1)}),
+    "cpu": ("2", {f"{CONTAINER}/resources/{kind}/cpu" for kind in ("requests", "limits")}),
+    "memory": ("9Gi", {f"{CONTAINER}/resources/{kind}/memory" for kind in ("requests", "limits")}),
+    "shared_memory": ("1Gi", {f"{POD}/volumes/0/emptyDir/sizeLimit"}),
+    "ephemeral_storage": (
+        "9Gi", {f"{CONTAINER}/resources/{kind}/ephemeral-storage" for kind in ("requests", "limits")}
+    ),
+    "workspace_volume": (
+        {"name": "workspace", "persistentVolumeClaim": {"claimName": "mine"}},
+        {f"{POD}/volumes/3/emptyDir", f"{POD}/volumes/3/persistentVolumeClaim/claimName"},
+    ),
+    "service_account_name": ("trainer", {f"{POD}/serviceAccountName"}),
+    "secret_name": ("keys", {f"{CONTAINER}/envFrom/0/secretRef/name"}),
+    "backoff_limit": (2, {"spec/backoffLimit"}),
+    "deadline_seconds": (90, {"spec/activeDeadlineSeconds"}),
+    "grace_seconds": (100, {f"{POD}/terminationGracePeriodSeconds"}),
+    "finished_job_ttl": (5, {"spec/ttlSecondsAfterFinished"}),
+}  # fmt: skip
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Return every scalar of a Job by its path; an environment variable's path ends in its name."""
+    if isinstance(value, list) and path.endswith("/env"):
+        value = {item["name"]: item.get("value") for item in value}
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    return {
+        leaf: scalar
+        for key, item in value.items()
+        for leaf, scalar in leaves(item, f"{path}/{key}".lstrip("/")).items()
+    }
+
+
+@pytest.mark.parametrize("variable", list(VARIABLES))
+async def test_a_variable_decides_its_own_fields_and_no_others(variable: str) -> None:
+    value, fields = FIELDS[variable]
+    jsonschema.validate(value, VARIABLES[variable])
+    before, after = leaves(await render()), leaves(await render(**{variable: value}))
+    changed = {path for path in before.keys() | after.keys() if before.get(path, ...) != after.get(path, ...)}
+    assert changed == fields
+    for field in fields & after.keys():
+        scalars = set(leaves(value).values())
+        assert after[field] in scalars or str(value) in str(after[field]) or after[field] in str(value).split()
+
+
 async def test_the_command_is_the_workers() -> None:
     assert container_of(await render())["args"] == ["prefect", "flow-run", "execute"]
 
@@ -174,7 +264,7 @@ async def test_the_command_is_the_workers() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("gpu_type", "l4"), ("gpu_count", -1), ("spot", "yes"), ("cpu", "six"), ("memory", "24GB"),
+        ("gpu_type", "l4"), ("gpu_count", -1), ("avoid_nodes", "yes"), ("cpu", "six"), ("memory", "24GB"),
         ("backoff_limit", 0), ("grace_seconds", 600), ("deadline_seconds", 0), ("image_pull_policy", "Sometimes"),
     ],
 )  # fmt: skip

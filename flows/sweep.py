@@ -1,0 +1,52 @@
+"""Many settings against each other: every point a run of the pipeline, every stage done once for all that share it."""
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from flows.pipeline import improve, promote_if_better
+from tasks.config import PipelineConfig, SweepConfig
+from tasks.runs import PipelineResult, taking_turns
+from tasks.shards import settle
+from tasks.sweeping.estimate import plan_sweep
+from tasks.sweeping.plan import check_budget
+from tasks.sweeping.points import Point
+from tasks.sweeping.prepare import find_unready, prepare_points, trainings_at_once
+from tasks.sweeping.report import conclude, report_plan, report_sweep
+from tasks.sweeping.results import SweepResult, attempt, find_sweep, rank, record_sweep, winner
+
+
+@flow(name="dpo-sweep", flow_run_name="sweep for {config.promotion.name}")
+async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult | State[SweepResult]:
+    """Run the pipeline at every point of a sweep, without promoting, and show which setting wins and how surely.
+
+    Args:
+        config: What dpo-pipeline takes; the points change it.
+        sweep: What to vary, and what may be spent.
+    """
+    points = prepare_points(config, sweep)
+    result = find_sweep(points.points)
+    if result is None:
+        result = await run_points(points.points, sweep, points.duplicates)
+        record_sweep(result, config.workspace)
+    best = winner(result, points.points) if sweep.promote_best else None
+    if best is not None:
+        result = result.model_copy(update={"promotion": await promote_if_better(best[1], best[0].config)})
+    await report_sweep(result, points.points)
+    return conclude(result, config.workspace)
+
+
+async def run_points(points: tuple[Point, ...], sweep: SweepConfig, duplicates: int) -> SweepResult:
+    """Show what the points will cost, run those that can run, and rank them."""
+    plan = plan_sweep(points, sweep)
+    await report_plan(plan, points, sweep, duplicates)
+    check_budget(plan, sweep)
+    unready = await find_unready(points, plan)
+    async with taking_turns():
+        runs = (attempt(point, run_point, unready.get(point.number)) for point in points)
+        return rank(points, await settle(runs, trainings_at_once(points, sweep)))
+
+
+@flow(name="sweep-point", flow_run_name="point {point.number}: {point.name}")
+async def run_point(point: Point) -> PipelineResult:
+    """Run the pipeline at one point, up to its win rate."""
+    return await improve(point.config)

@@ -1,0 +1,24 @@
+"""A flow that only waits for a training on a work pool, as the pipeline does; to be deployed, killed and cancelled."""
+
+from prefect import flow
+
+from tasks import remote
+from tasks.config import PipelineConfig
+from tasks.remote import train_on_pool
+from tasks.storage import AdapterRef, PreferencesRef
+
+# Over the time that a process worker takes to report a killed process for the second time.
+RESTART_SECONDS = 12.0
+
+
+@flow(name="pool-parent")
+async def pool_parent(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:
+    """Train on the pool."""
+    return await train_on_pool(preferences, config)
+
+
+@flow(name="impatient-parent")
+async def impatient_parent(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:
+    """As `pool_parent`, in a process of its own, whose waits can be shortened."""
+    remote.POLL_SECONDS, remote.FIRST_RESTART_SECONDS = 0.5, RESTART_SECONDS
+    return await train_on_pool(preferences, config)

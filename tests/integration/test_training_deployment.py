@@ -1,0 +1,358 @@
+"""Training on a work pool: a real server, a real process worker, the real deployment, real signals."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+import pytest_asyncio
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.objects import FlowRun
+from prefect.flows import Flow
+from prefect.states import AwaitingRetry, Cancelling
+
+from tasks import remote
+from tasks.config import PipelineConfig, TrainingConfig
+from tasks.errors import PreflowError
+from tasks.pools import check_deployment
+from tasks.remote import TrainingOrder, count_crashes
+from tasks.storage import AdapterRef
+from tasks.training.launch import run_training
+from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
+from tests.fakes.process import ROOT
+from tests.fakes.tiny_training import TinyWorld
+
+DEPLOYMENT = "train-dpo/local"
+WAIT_SECONDS = 180.0
+# Slow enough to be met in the middle, with a checkpoint to go on from.
+LONG = {"max_steps": 150, "save_steps": 10, "eval_steps": 150, "logging_steps": 5}
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return TinyWorld.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deployed(prefect_server: str) -> None:
+    """The work pool and the deployment of the training, as deployments/register.sh makes them."""
+    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
+    deploy = ["deploy", "--prefect-file", "deployments/prefect.yaml", "--name", DEPLOYMENT]
+    for command in (["work-pool", "create", "local", "--type", "process"], deploy):
+        done = subprocess.run([*prefect, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Worker:
+    """A process worker that looks for work every second, started somewhere else than in the checkout."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        with (self._folder / "worker.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
+                cwd=self._folder, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def worker(deployed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    worker = Worker(tmp_path_factory.mktemp("worker"))
+    yield worker
+    worker.stop()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "FIRST_RESTART_SECONDS", RESTART_SECONDS)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def deployed_parent(worker: Worker) -> AsyncIterator[str]:
+    """The waiting flow as a deployment on the same pool."""
+    source: Flow[..., Any] = await Flow.afrom_source(str(ROOT), "tests/fakes/pool_parent.py:impatient_parent")
+    await source.adeploy("test", work_pool_name="local", print_next_steps=False)
+    yield "impatient-parent/test"
+
+
+def settings(world: TinyWorld, workspace: Path, max_restarts: int = 5, **training: Any) -> PipelineConfig:
+    return PipelineConfig(
+        workspace=str(workspace),
+        training=world.config(**training),
+        training_deployment=DEPLOYMENT,
+        max_restarts=max_restarts,
+    )
+
+
+async def children(world: TinyWorld, config: PipelineConfig) -> list[FlowRun]:
+    """Return the training runs that were ever started for this configuration, the first one first."""
+    return await TrainingOrder.of(world.preferences, config).runs()
+
+
+async def wait_for(condition: Callable[[], Awaitable[Any]], what: str) -> Any:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not (value := await condition()):
+        assert time.monotonic() < deadline, f"in {WAIT_SECONDS:.0f} s there was no {what}"
+        await asyncio.sleep(0.2)
+    return value
+
+
+async def newest_step(workspace: Path) -> int:
+    """Return the step of the newest checkpoint, 0 if there is none."""
+    found = workspace.glob("training/*/checkpoints/step-*/COMMITTED.json")
+    return max((int(marker.parent.name.removeprefix("step-")) for marker in found), default=0)
+
+
+async def read(run_id: UUID) -> FlowRun:
+    async with get_client() as client:
+        return await client.read_flow_run(run_id)
+
+
+async def is_completed(run_id: UUID) -> bool:
+    state = (await read(run_id)).state
+    return state is not None and state.is_completed()
+
+
+def finished(world: TinyWorld, config: PipelineConfig) -> AdapterRef:
+    adapter = TrainingOrder.of(world.preferences, config).find_adapter()
+    assert adapter is not None
+    return adapter
+
+
+def artifacts(run_id: UUID, kind: str) -> list[dict[str, Any]]:
+    """Return a run's artifacts of a type, the oldest first."""
+    wanted = {"artifacts": {"type": {"any_": [kind]}}, "flow_runs": {"id": {"any_": [str(run_id)]}}}
+    answer = httpx.post(f"{os.environ['PREFECT_API_URL']}/artifacts/filter", json=wanted, timeout=30)
+    found: list[dict[str, Any]] = answer.raise_for_status().json()
+    return sorted(found, key=lambda artifact: str(artifact["created"]))
+
+
+def lease_token(workspace: Path) -> int:
+    (lease,) = workspace.glob("training/*/lease.json")
+    return int(json.loads(lease.read_text())["token"])
+
+
+def kill_group(run: FlowRun) -> None:
+    """End everything that executes a flow run on the process worker, at once."""
+    assert run.infrastructure_pid is not None
+    pid = int(run.infrastructure_pid.rsplit(":", 1)[-1])
+    os.killpg(os.getpgid(pid), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def calm(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
+    """What an undisturbed training on this machine gives, without any deployment."""
+    workspace = tmp_path_factory.mktemp("calm")
+    order = TrainingOrder.of(world.preferences, settings(world, workspace, **LONG))
+    return run_training(world.preferences, order.workspace, order.training, order.key)
+
+
+async def test_two_who_ask_at_once_get_the_same_training(world: TinyWorld, worker: Worker, tmp_path: Path) -> None:
+    config = settings(world, tmp_path)
+    first, second = await asyncio.gather(pool_parent(world.preferences, config), pool_parent(world.preferences, config))
+    assert first == second
+    here = run_training(
+        world.preferences, str(tmp_path / "here"), config.training, TrainingOrder.of(world.preferences, config).key
+    )
+    assert first.sha256 == here.sha256
+    (run,) = await children(world, config)
+    assert (run.run_count, lease_token(tmp_path)) == (1, 1)
+    assert await pool_parent(world.preferences, config) == first, "a finished training starts nothing"
+    assert len(await children(world, config)) == 1
+
+
+async def start(parent: str, world: TinyWorld, config: PipelineConfig) -> UUID:
+    """Start the waiting flow in a process of its own, as the worker does it."""
+    parameters = {
+        "preferences": world.preferences.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
+    }
+    async with get_client() as client:
+        deployment = await client.read_deployment_by_name(parent)
+        run = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+    return run.id
+
+
+async def ended(run_id: UUID) -> FlowRun:
+    async def check() -> FlowRun | None:
+        run = await read(run_id)
+        return run if run.state is not None and run.state.is_final() else None
+
+    run: FlowRun = await wait_for(check, f"end of run {run_id}")
+    return run
+
+
+async def test_parent_and_training_are_killed_and_come_back_as_the_same_runs(
+    world: TinyWorld, deployed_parent: str, calm: AdapterRef, tmp_path: Path
+) -> None:
+    config = settings(world, tmp_path, **LONG)
+    parent = await start(deployed_parent, world, config)
+    before = await wait_for(partial(newest_step, tmp_path), "checkpoint")
+    kill_group(await read(parent))
+
+    async def went_on() -> bool:
+        return await newest_step(tmp_path) > before
+
+    await wait_for(went_on, "checkpoint without the parent")
+    (training,) = await children(world, config)
+    kill_group(training)
+    for killed in (parent, training.id):
+        run = await ended(killed)
+        assert run.state is not None
+        assert run.state.is_crashed(), run.state
+    async with get_client() as client:
+        await client.set_flow_run_state(parent, AwaitingRetry())
+
+    await wait_for(partial(is_completed, parent), "end of the parent that was executed again")
+    (training,) = await children(world, config)
+    # On a loaded machine the worker's second report of a crash comes late enough to cost one more execution.
+    assert training.run_count >= 2
+    assert await count_crashes(training) >= 1
+    assert lease_token(tmp_path) >= 2
+    assert (await read(parent)).run_count >= 2
+    assert finished(world, config).sha256 == calm.sha256
+    assert [bar["data"] for bar in artifacts(parent, "progress")][-1] == 100
+    assert any(str(training.id) in link["data"] for link in artifacts(parent, "markdown"))
+
+
+async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_again(
+    world: TinyWorld, worker: Worker, calm: AdapterRef, tmp_path: Path
+) -> None:
+    config = settings(world, tmp_path, max_restarts=0, **LONG)
+    asked = asyncio.create_task(pool_parent(world.preferences, config))
+    reached = await wait_for(partial(newest_step, tmp_path), "checkpoint")
+    kill_group((await children(world, config))[0])
+    with pytest.raises(PreflowError, match=r"crashed 1 times, over max_restarts \(0\).*exited with status code: -9"):
+        await asked
+    adapter = await pool_parent(world.preferences, config)
+    assert adapter.sha256 == calm.sha256
+    assert len(await children(world, config)) == 2
+    (log,) = tmp_path.glob("training/*/train.log")
+    (resumed,) = re.findall(r"resuming from the checkpoint of step (\d+)", log.read_text())
+    assert int(resumed) >= reached
+
+
+async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
+    world: TinyWorld, worker: Worker, tmp_path: Path
+) -> None:
+    config = settings(world, tmp_path)
+    template, aside = world.base / "chat_template.jinja", tmp_path / "aside"
+    template.rename(aside)
+    try:
+        with pytest.raises(
+            PreflowError, match=r"failed: no chat template in [\s\S]*Its run is http.*run again"
+        ) as caught:
+            await pool_parent(world.preferences, config)
+    finally:
+        aside.rename(template)
+    (failed,) = await children(world, config)
+    assert str(failed.id) in str(caught.value)
+    assert Path((await pool_parent(world.preferences, config)).uri).is_dir()
+    _, again = await children(world, config)
+    assert again.state is not None
+    assert again.state.is_completed()
+
+
+async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deployed_parent: str, tmp_path: Path) -> None:
+    config = settings(world, tmp_path, max_steps=100_000, save_steps=10, eval_steps=100_000)
+    parent = await start(deployed_parent, world, config)
+    await wait_for(partial(newest_step, tmp_path), "checkpoint")
+    async with get_client() as client:
+        await client.set_flow_run_state(parent, Cancelling())
+    (training,) = await children(world, config)
+    for cancelled in (parent, training.id):
+        run = await ended(cancelled)
+        assert run.state is not None
+        assert run.state.is_cancelled(), run.state
+
+
+async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silence(
+    world: TinyWorld, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SILENT_SECONDS", 2.0)
+    config = settings(world, tmp_path, max_steps=60, save_steps=10, eval_steps=60, lease_seconds=1)
+    asked = asyncio.create_task(pool_parent(world.preferences, config))
+    await wait_for(partial(newest_step, tmp_path), "checkpoint")
+    worker.kill()
+    kill_group((await children(world, config))[0])
+
+    async def seen() -> int:
+        return await count_crashes((await children(world, config))[0])
+
+    await wait_for(seen, "crash that was seen")
+    worker.start()
+    assert Path((await asked).uri).is_dir()
+    (training,) = await children(world, config)
+    assert training.run_count >= 2
+
+
+async def test_a_deployment_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, world: TinyWorld) -> None:
+    with pytest.raises(PreflowError, match=r"no such deployment on http.*found: .*train-dpo/local.*register\.sh"):
+        await check_deployment("train-dpo/l40-spot", str(tmp_path), world.config())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pods(deployed: None) -> str:
+    """A deployment of the training on a pool of type kubernetes that nobody works for."""
+    async with get_client() as client:
+        await client.create_work_pool(WorkPoolCreate(name="pods", type="kubernetes"))
+        flow = await client.read_flow_by_name("train-dpo")
+        await client.create_deployment(flow.id, "pods", work_pool_name="pods")
+    return "train-dpo/pods"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"workspace": "/data/workspace"},
+            r"workspace /data/workspace: a pod of the work pool pods cannot see it.*gs://",
+        ),
+        ({"training": {"sft_adapter": "sft"}}, r"training\.sft_adapter sft: a pod"),
+        ({"training": {"base_model": "/models/base"}}, r"training\.base_model /models/base: a pod.*on the hub"),
+        ({"training": {"base_model": "./base"}}, r"training\.base_model \./base: give the whole path"),
+    ],
+)
+async def test_what_a_pod_cannot_see_is_refused(pods: str, changes: dict[str, Any], said: str) -> None:
+    training = {"sft_adapter": "gs://bucket/sft", "base_model": "org/base", **changes.get("training", {})}
+    with pytest.raises(PreflowError, match=said):
+        await check_deployment(pods, changes.get("workspace", "/workspace"), TrainingConfig.model_validate(training))
+
+
+async def test_a_pool_without_a_worker_is_a_warning_and_a_paused_one_an_error(
+    pods: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = TrainingConfig(sft_adapter="gs://bucket/sft")
+    await check_deployment(pods, "gs://bucket/workspace", training)
+    assert "no worker of the work pool pods is online" in caplog.text
+    async with get_client() as client:
+        await client.update_work_pool("pods", WorkPoolUpdate(is_paused=True))
+    with pytest.raises(PreflowError, match="work pool pods is paused"):
+        await check_deployment(pods, "gs://bucket/workspace", training)
