@@ -5,12 +5,12 @@ export PYTHON
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test lint server clean
+.PHONY: help demo up down test lint clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
-	@echo "make up      serve the demo's adapters with vLLM, with the Prefect server and its UI; Ctrl-C ends them"
-	@echo "make server  the Prefect server and UI alone, with the runs of the demo"
+	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
+	@echo "make down    end what make up started"
 	@echo "make test    lint, types and every test (about 10 minutes)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   delete the demo's workspace; the virtual environments stay"
@@ -26,10 +26,10 @@ demo: .venv/ready .venv-serve/ready
 	@$(BIN)/python -m flows.demo
 
 up: .venv/ready .venv-serve/ready
-	@$(BIN)/python -m flows.demo --up
+	@$(BIN)/python -m tasks.demo.up up
 
-server: .venv/ready
-	@$(BIN)/python -m flows.demo --server
+down: .venv/ready
+	@$(BIN)/python -m tasks.demo.up down
 
 lint: .venv/ready
 	@$(BIN)/ruff check .
@@ -40,4 +40,5 @@ test: .venv/ready .venv-serve/ready lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
+	@[ ! -x $(BIN)/python ] || $(BIN)/python -m tasks.demo.up down
 	@rm -rf .demo

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Make what is missing on the Prefect server that PREFECT_API_URL names. Run it in the root of a checkout or of the image.
 #   register.sh pools   the work pools; one that exists keeps its settings
-#   register.sh         the work pools, and every deployment as prefect.yaml has it
+#   register.sh         the work pools, every deployment as prefect.yaml has it, and the automations
 # PREFLOW_TRAIN_IMAGE: the train image that the pool l4-spot starts from.
+# PREFLOW_NOTIFY_BLOCK: type/name of the notification block that tells of crashed and silent runs.
 set -eu
 template=deployments/l4-spot.job-template.json
 
@@ -18,4 +19,6 @@ if [ -n "${PREFLOW_TRAIN_IMAGE:-}" ]; then
 fi
 make_pool local --type process
 make_pool l4-spot --type kubernetes --base-job-template "$template"
-[ "${1:-all}" = pools ] || prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
+[ "${1:-all}" != pools ] || exit 0
+prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
+python deployments/automations.py

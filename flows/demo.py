@@ -11,7 +11,7 @@ from prefect.runtime import flow_run
 from flows.pipeline import dpo_pipeline
 from flows.sweep import dpo_sweep
 from tasks.config import SweepConfig
-from tasks.demo.local import Places, announce, model_servers, prefect_api, serve_until_interrupted, show_result
+from tasks.demo.local import Places, announce, model_servers, prefect_api, show_result
 from tasks.demo.materials import locate_materials, make_base_model, make_prompts, make_sft_adapter
 from tasks.errors import PreflowError
 from tasks.runs import PipelineResult
@@ -48,18 +48,14 @@ async def demo_sweep(folder: str = ".demo") -> None:
 
 
 def main() -> int:
-    """Run the demo or, with --sweep, its sweep; with --up or --server only serve what it made; return the exit code."""
+    """Run the demo or, with --sweep, its sweep; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows.demo", description=main.__doc__)
     parser.add_argument("--folder", default=".demo", help="where everything is kept (default: .demo)")
-    parser.add_argument("--up", action="store_true", help="serve the adapters and the Prefect UI until Ctrl-C")
     parser.add_argument("--sweep", action="store_true", help="try three betas against each other")
-    parser.add_argument("--server", action="store_true", help="serve the Prefect UI until Ctrl-C")
     options = parser.parse_args()
     places = Places.below(options.folder)
     try:
         with prefect_api(places) as ui:
-            if options.up or options.server:
-                return serve_until_interrupted(places, ui, models=options.up)
             announce(places, ui)
             if options.sweep:
                 asyncio.run(demo_sweep(options.folder))

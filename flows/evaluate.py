@@ -14,15 +14,23 @@ from tasks.evaluation import (
     summarise_evaluation,
 )
 from tasks.judging import collect_verdicts, plan_judging
+from tasks.references import AdapterInput
 from tasks.report import report_evaluation
-from tasks.storage import AdapterRef, CompletionsRef, EvaluationRef, VerdictsRef, Workspace
+from tasks.storage import CompletionsRef, EvaluationRef, VerdictsRef, Workspace
 
 
 @flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256:.12}")
 async def evaluate_adapter(
-    adapter: AdapterRef, prompts: str, workspace: str, evaluation: EvaluationConfig
+    adapter: AdapterInput, prompts: str, workspace: str, evaluation: EvaluationConfig
 ) -> EvaluationRef:
-    """Have the judge compare samples of the new adapter with the SFT adapter's, on prompts it was not trained on."""
+    """Have the judge compare samples of the new adapter with the SFT adapter's, on prompts it was not trained on.
+
+    Args:
+        adapter: The new adapter: its folder in the workspace, its training's manifest.json, or the reference itself.
+        prompts: Held-out prompts, JSONL: a path or gs:// address; those that were trained on are left out.
+        workspace: Where everything is kept: a folder or gs:// address.
+        evaluation: Number of samples, endpoint and judge.
+    """
     Workspace(workspace).check_writable()
     held_out = select_held_out(adapter, prompts, workspace, evaluation).uri
     sft = await generate_completions(held_out, workspace, draw_settings(evaluation, BASELINE, workspace))

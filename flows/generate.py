@@ -10,7 +10,13 @@ from tasks.storage import CompletionsRef, Workspace
 
 @flow(name="generate-completions", flow_run_name="sample {generation.model}")
 async def generate_completions(prompts: str, workspace: str, generation: GenerationConfig) -> CompletionsRef:
-    """Sample N completions for every prompt of a JSONL file."""
+    """Sample N completions for every prompt of a JSONL file.
+
+    Args:
+        prompts: Prompts (or SFT rows), JSONL: a path or gs:// address.
+        workspace: Where everything is kept: a folder or gs:// address.
+        generation: Endpoint and sampling settings.
+    """
     Workspace(workspace).check_writable()
     source = import_prompts(prompts, workspace)
     plan = plan_generation(source, workspace, generation)

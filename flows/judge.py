@@ -5,13 +5,20 @@ from prefect import flow
 from tasks.config import JudgingConfig
 from tasks.judging import collect_verdicts, plan_judging
 from tasks.preferences import check_yield, make_preferences
+from tasks.references import CompletionsInput
 from tasks.report import report_preferences
-from tasks.storage import CompletionsRef, PreferencesRef, Workspace
+from tasks.storage import PreferencesRef, Workspace
 
 
 @flow(name="judge-preferences", flow_run_name="judge with {judging.model}")
-async def judge_preferences(completions: CompletionsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
-    """Have a judge choose the best and the worst completion of every prompt, and keep the pairs it is sure of."""
+async def judge_preferences(completions: CompletionsInput, workspace: str, judging: JudgingConfig) -> PreferencesRef:
+    """Have a judge choose the best and the worst completion of every prompt, and keep the pairs it is sure of.
+
+    Args:
+        completions: The completions: their folder in the workspace, its manifest.json, or the reference itself.
+        workspace: Where everything is kept: a folder or gs:// address.
+        judging: The judge, and when two completions become a pair.
+    """
     Workspace(workspace).check_writable()
     plan = plan_judging(completions, workspace, judging)
     verdicts = await collect_verdicts(plan)

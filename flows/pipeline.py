@@ -17,7 +17,11 @@ from tasks.storage import AdapterRef, PreferencesRef, PromotionRef
 
 @flow(name="dpo-pipeline", flow_run_name="dpo for {config.promotion.name}")
 async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
-    """Sample completions, have them judged, train with DPO, prove that it is better, and serve it."""
+    """Sample completions, have them judged, train with DPO, prove that it is better, and serve it.
+
+    Args:
+        config: Everything about the run, stage by stage; what is left alone has its default.
+    """
     config = await prepare_run(config)
     made = await improve(config)
     result = made.model_copy(update={"promotion": await promote_if_better(made, config)})

@@ -4,14 +4,22 @@ from prefect import flow
 
 from tasks.config import PromotionConfig
 from tasks.promotion import check_gate, install_adapter, move_pointer, serve_adapter
-from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace
+from tasks.references import AdapterInput, EvaluationInput
+from tasks.storage import PromotionRef, Workspace
 
 
 @flow(name="promote-adapter", flow_run_name="promote to {promotion.name}")
 async def promote_adapter(
-    adapter: AdapterRef, evaluation: EvaluationRef, workspace: str, promotion: PromotionConfig
+    adapter: AdapterInput, evaluation: EvaluationInput, workspace: str, promotion: PromotionConfig
 ) -> PromotionRef:
-    """Serve an adapter under its name if it won; refuse it otherwise."""
+    """Serve an adapter under its name if it won; refuse it otherwise.
+
+    Args:
+        adapter: The new adapter: its folder in the workspace, its training's manifest.json, or the reference itself.
+        evaluation: Its evaluation: the folder in the workspace, its manifest.json, or the reference itself.
+        workspace: Where everything is kept: a folder or gs:// address.
+        promotion: The gate, and where it is served.
+    """
     Workspace(workspace).check_writable()
     check_gate(adapter, evaluation, promotion.min_win_rate)
     uri = install_adapter(adapter, workspace, promotion.name)

@@ -17,7 +17,12 @@ from tasks.sweeping.results import SweepResult, attempt, find_sweep, rank, recor
 
 @flow(name="dpo-sweep", flow_run_name="sweep for {config.promotion.name}")
 async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult | State[SweepResult]:
-    """Run the pipeline at every point of a sweep, without promoting, and show which setting wins and how surely."""
+    """Run the pipeline at every point of a sweep, without promoting, and show which setting wins and how surely.
+
+    Args:
+        config: What dpo-pipeline takes; the points change it.
+        sweep: What to vary, and what may be spent.
+    """
     points = prepare_points(config, sweep)
     result = find_sweep(points.points)
     if result is None:

@@ -2,9 +2,12 @@
 
 import re
 from enum import StrEnum
+from statistics import NormalDist
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from tasks.titles import field_title
 
 # Fields that do not change what a stage produces (addresses, concurrency, keys, prices) carry this mark: they stay
 # out of `identity()`, and so out of every cache key.
@@ -30,7 +33,7 @@ SecretName = Annotated[str, AfterValidator(_check_secret_name)]
 class StageConfig(BaseModel):
     """Base of all configuration: frozen, no unknown fields, and errors that never print a value (it might be a key)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, field_title_generator=field_title)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the stage's output, JSON-ready, for its content key."""
@@ -114,6 +117,21 @@ class EndpointConfig(StageConfig):
         json_schema_extra=OPERATIONAL,
     )
 
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        if self.budget_usd is not None and not (self.prompt_price or self.completion_price):
+            raise ValueError(
+                f"budget_usd is {self.budget_usd:g} for {self.model}, but prompt_price and completion_price are 0, so "
+                "nothing could be counted: set the prices, or leave budget_usd empty"
+            )
+        most = getattr(self, "max_tokens", 0)
+        if self.tokens_per_minute is not None and self.tokens_per_minute < most:
+            raise ValueError(
+                f"tokens_per_minute ({self.tokens_per_minute}) is less than max_tokens ({most}): a single answer may "
+                "be over the cap; lower max_tokens or raise tokens_per_minute"
+            )
+        return self
+
 
 class GenerationConfig(EndpointConfig):
     """Sampling of completions from the SFT model."""
@@ -143,7 +161,10 @@ class GenerationConfig(EndpointConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.temperature == 0 and self.num_completions > 1:
-            raise ValueError("temperature 0 gives num_completions equal texts: raise temperature or set it to 1")
+            raise ValueError(
+                f"temperature 0 gives num_completions ({self.num_completions}) equal texts: raise temperature, or set "
+                "num_completions to 1"
+            )
         if self.keep_lines is not None:
             try:
                 re.compile(self.keep_lines)
@@ -338,9 +359,17 @@ class TrainingConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        smoothed = self.label_smoothing or self.measured_label_smoothing
-        if smoothed and self.loss_type is not LossType.ROBUST:
-            raise ValueError(f"label smoothing works with loss_type robust, not {self.loss_type.value}")
+        smoothed = [name for name in ("label_smoothing", "measured_label_smoothing") if getattr(self, name)]
+        robust = self.loss_type is LossType.ROBUST
+        if smoothed and not robust:
+            raise ValueError(f"{smoothed[0]} works with loss_type robust alone, not with {self.loss_type.value}")
+        if robust and not smoothed:
+            raise ValueError(
+                "loss_type robust without smoothing is the sigmoid loss: set label_smoothing or "
+                "measured_label_smoothing, or take loss_type sigmoid"
+            )
+        if self.bnb_4bit_quant_type is not QuantType.NF4 and not self.load_in_4bit:
+            raise ValueError(f"bnb_4bit_quant_type {self.bnb_4bit_quant_type.value} does nothing without load_in_4bit")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than max_steps ({self.max_steps})")
         return self
@@ -363,6 +392,23 @@ class EvaluationConfig(StageConfig):
         description="Folder under which the vLLM server sees the workspace, where that differs from here.",
         json_schema_extra=OPERATIONAL,
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.generation is not None and self.generation.temperature == 0:
+            if self.num_samples > 1:
+                raise ValueError(
+                    f"generation.temperature 0 gives num_samples ({self.num_samples}) equal texts: raise temperature, "
+                    "or set num_samples to 1"
+                )
+            if self.null_test:
+                raise ValueError("null_test compares two draws, and generation.temperature 0 makes them equal")
+        return self
+
+    def best_lower_bound(self) -> float:
+        """Return what the win rate's lower bound can be at most, all n samples won: n / (n + z^2) (Wilson, 1927)."""
+        samples = self.num_samples * self.max_prompts
+        return samples / (samples + NormalDist().inv_cdf((1 + self.confidence) / 2) ** 2)
 
     def comparison_judge(self) -> JudgingConfig:
         """Return the judge as it compares two samples: always in both orders."""
@@ -425,7 +471,42 @@ class PipelineConfig(StageConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.generation.num_completions < 2:
-            raise ValueError("generation.num_completions must be at least 2: a pair needs a best and a worst")
+            raise ValueError("generation.num_completions must be at least 2: judging needs a best and a worst")
+        if self.judging.orders > self.generation.num_completions:
+            raise ValueError(
+                f"judging.orders ({self.judging.orders}) is more than generation.num_completions "
+                f"({self.generation.num_completions}): there are only so many rotations"
+            )
+        if self.training.max_length <= self.generation.max_tokens:
+            raise ValueError(
+                f"training.max_length ({self.training.max_length} tokens, prompt and completion) leaves no room for a "
+                f"prompt beside generation.max_tokens ({self.generation.max_tokens}): completions would be cut"
+            )
+        if self.training.measured_label_smoothing and self.judging.orders < 2:
+            raise ValueError(
+                "training.measured_label_smoothing needs judging.orders of at least 2 to see verdicts flip"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_proof(self) -> Self:
+        if not self.judging.val_ratio and not self.eval_prompts:
+            raise ValueError(
+                "judging.val_ratio 0 holds no prompts out for the evaluation: raise it, or set eval_prompts"
+            )
+        best, bar = self.evaluation.best_lower_bound(), self.promotion.min_win_rate
+        if best <= bar:
+            raise ValueError(
+                f"promotion.min_win_rate ({bar:g}) is out of reach of evaluation.max_prompts "
+                f"({self.evaluation.max_prompts}) x evaluation.num_samples ({self.evaluation.num_samples}): if all "
+                f"were won, the lower bound would be {best:.3f}"
+            )
+        same_server = self.promotion.endpoint in (self.generation.endpoint, self.generation.endpoint.rstrip("/"))
+        if same_server and self.promotion.name == self.generation.model:
+            raise ValueError(
+                f"promotion.name and generation.model are both {self.promotion.name!r} on one server: the new adapter "
+                "would take the place of the one that is sampled from; give it another name"
+            )
         return self
 
     def filled(self) -> "PipelineConfig":

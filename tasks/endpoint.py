@@ -12,7 +12,6 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsync
 
 from tasks import served
 from tasks.config import EndpointConfig
-from tasks.errors import PreflowError
 from tasks.limits import Budget, BudgetExceeded, Gate, PeriodCap, Window
 from tasks.outage import Attempts, Outage
 from tasks.secret import resolve_secret
@@ -103,11 +102,6 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig, api_key: str | None) -> None:
-        if config.budget_usd is not None and not (config.prompt_price or config.completion_price):
-            raise PreflowError(
-                f"budget_usd is {config.budget_usd} for {config.model}, but prompt_price and completion_price are 0: "
-                "nothing could be counted. Set the prices (US$ per million tokens), or leave budget_usd empty"
-            )
         self.config = config
         self._key = api_key
         self._stats = Stats()

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import unquote, urlparse
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.errors import DiskFullError, PreflowError
+from tasks.titles import field_title
 
 CHUNK = 1 << 20
 PARALLEL_TRANSFERS = 8
@@ -30,14 +31,14 @@ logger = logging.getLogger(__name__)
 class Reference(BaseModel):
     """What stages hand each other: where an artifact is and what it must contain, never the data itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", field_title_generator=field_title)
 
-    kind: str
-    uri: str
-    sha256: str
-    size: int
-    rows: int
-    manifest: str | None = None
+    kind: str = Field(description="What the artifact is.")
+    uri: str = Field(description="Where it is: a path or gs:// address, of a file or (an adapter) a folder.")
+    sha256: str = Field(description="Digest of its content; an adapter's is that of its COMMITTED.json.")
+    size: int = Field(description="Size of the file, in bytes.")
+    rows: int = Field(description="Rows that the file holds.")
+    manifest: str | None = Field(None, description="Where its manifest.json is, which says what it was made from.")
 
 
 RefT = TypeVar("RefT", bound=Reference)
@@ -46,42 +47,42 @@ RefT = TypeVar("RefT", bound=Reference)
 class PromptsRef(Reference):
     """Validated, de-duplicated prompts: `prompts.jsonl`."""
 
-    kind: Literal["prompts"] = "prompts"
+    kind: Literal["prompts"] = Field("prompts", description="What the artifact is.")
 
 
 class CompletionsRef(Reference):
     """One row of N completions per prompt: `completions.jsonl`."""
 
-    kind: Literal["completions"] = "completions"
+    kind: Literal["completions"] = Field("completions", description="What the artifact is.")
 
 
 class VerdictsRef(Reference):
     """The completions with every vote on them: `verdicts.jsonl`."""
 
-    kind: Literal["verdicts"] = "verdicts"
+    kind: Literal["verdicts"] = Field("verdicts", description="What the artifact is.")
 
 
 class PreferencesRef(Reference):
     """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie beside it."""
 
-    kind: Literal["preferences"] = "preferences"
-    val_rows: int = 0
+    kind: Literal["preferences"] = Field("preferences", description="What the artifact is.")
+    val_rows: int = Field(0, description="Pairs in val.jsonl beside it, held out of the training.")
 
 
 class AdapterRef(Reference):
     """A finished adapter: `uri` is its folder, `sha256` the digest of its `COMMITTED.json`."""
 
-    kind: Literal["adapter"] = "adapter"
+    kind: Literal["adapter"] = Field("adapter", description="What the artifact is.")
 
 
 class EvaluationRef(Reference):
     """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies beside it."""
 
-    kind: Literal["evaluation"] = "evaluation"
-    adapter_sha256: str
-    win_rate: float
-    lower: float
-    upper: float
+    kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
+    adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
+    win_rate: float = Field(description="Share of the samples it won against the SFT adapter's, ties as halves.")
+    lower: float = Field(description="Lower bound of the win rate's interval; the gate looks at this one.")
+    upper: float = Field(description="Upper bound of the win rate's interval.")
 
     def beats(self, bar: float) -> bool:
         """Tell whether the interval's lower bound is over `bar`."""
@@ -91,9 +92,9 @@ class EvaluationRef(Reference):
 class PromotionRef(Reference):
     """The pointer `CURRENT.json` as it stood after the promotion."""
 
-    kind: Literal["promotion"] = "promotion"
-    name: str
-    adapter_sha256: str
+    kind: Literal["promotion"] = Field("promotion", description="What the artifact is.")
+    name: str = Field(description="Name under which clients know the adapter.")
+    adapter_sha256: str = Field(description="Digest of the adapter that is served.")
 
 
 def canonical_json(value: object) -> bytes:

@@ -3,7 +3,6 @@
 import logging
 import os
 import secrets
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from tasks.config import (
     PromotionConfig,
     TrainingConfig,
 )
-from tasks.demo.materials import Materials, locate_materials
+from tasks.demo.materials import Materials
+from tasks.demo.running import Run
 from tasks.demo.services import Service, judge_server, prefect_server
 from tasks.demo.serving import vllm_server
 from tasks.demo.summary import before_and_after, stage_seconds, summarise
-from tasks.errors import PreflowError
 from tasks.promotion import read_pointer
 from tasks.report import report_uri
 from tasks.runs import PipelineResult, find_result
@@ -99,9 +98,18 @@ def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> 
 
 @contextmanager
 def prefect_api(places: Places) -> Iterator[str]:
-    """Give this process a Prefect API, that of PREFECT_API_URL or a server of our own; yields the UI's address."""
+    """Give this process a Prefect API; yields the UI's address.
+
+    It is that of PREFECT_API_URL, that of `make up` if that is running (two servers would share one database), or a
+    server of our own.
+    """
     if url := PREFECT_API_URL.value():
         yield url.removesuffix("/api")
+        return
+    if url := Run(places.root).api():
+        os.environ["PREFECT_API_URL"] = url
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url.removesuffix("/api")
         return
     with prefect_server(places.prefect_home) as server:
         ui = f"http://127.0.0.1:{server.port}"
@@ -133,37 +141,23 @@ def model_servers(
         return
     with ExitStack() as running:
         judge = running.enter_context(judge_server(places.logs, os.environ[JUDGE_KEY]))
-        vllm = running.enter_context(_vllm(places, materials))
+        vllm = running.enter_context(vllm_for(places, materials))
         yield demo_config(places, materials, vllm.base_url, f"http://127.0.0.1:{judge.port}/v1")
 
 
-def _vllm(places: Places, materials: Materials) -> Service:
+def vllm_for(places: Places, materials: Materials, port: int | None = None) -> Service:
+    """Return a vLLM server of the base model, the SFT adapter and what was promoted, on `port` or a free one."""
     adapters = {"sft": materials.sft}
     pointer = read_pointer(str(places.workspace), SERVED_NAME)
     if pointer is not None:
         adapters[SERVED_NAME] = Path(pointer["current"]["uri"])
-    return vllm_server(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters)
+    return vllm_server(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters, port=port)
 
 
 def announce(places: Places, ui: str) -> None:
     """Say where the run can be looked at while it goes on."""
     print(f"Prefect UI: {ui} (while the demo runs; `make up` brings it back)")
     print(f"Workspace:  {places.workspace}\nLogs:       {places.logs}\n", flush=True)
-
-
-def serve_until_interrupted(places: Places, ui: str, models: bool) -> int:
-    """Keep the servers up until Ctrl-C or SIGTERM, and say how to talk to them."""
-    print(f"Prefect UI: {ui}")
-    with ExitStack() as running:
-        if models:
-            materials = locate_materials(places.root)
-            if not materials.sft.exists():
-                raise PreflowError("there is nothing to serve yet: run `make demo` first")
-            vllm = running.enter_context(_vllm(places, materials))
-            print(f"vLLM:       {vllm.base_url} serves the base model, `sft` and, once promoted, `{SERVED_NAME}`")
-        print("Ctrl-C ends it", flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
-    return 0
 
 
 async def show_result(result: PipelineResult, config: PipelineConfig, flow_run_id: UUID) -> None:

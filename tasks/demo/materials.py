@@ -78,6 +78,14 @@ def make_sft_adapter(materials: Materials) -> None:
         build_sft_adapter(materials.base, materials.sft, SEED)
 
 
+def ensure_materials(materials: Materials) -> None:
+    """Make what is missing, outside of any flow, and say beforehand how long that takes."""
+    if not materials.sft.exists():
+        print("making the demo's prompts, a tiny base model and its SFT adapter: 2 to 3 minutes, once", flush=True)
+    for make in (make_prompts, make_base_model, make_sft_adapter):
+        make.fn(materials)
+
+
 def _write_rows(path: Path, rows: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.part")

@@ -62,6 +62,15 @@ class Service:
             )
         os.close(reader)
 
+    @property
+    def pid(self) -> int | None:
+        """The process id of the watchdog that the server runs under, while it runs."""
+        return self._process.pid if self.is_running() and self._process is not None else None
+
+    def is_running(self) -> bool:
+        """Tell whether the server was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def wait_ready(self, timeout: float = 300.0, report: Callable[[str], None] = LOG.info) -> float:
         """Wait until the server answers and return the seconds it took; `report` gets a line every ten seconds.
 
@@ -70,9 +79,9 @@ class Service:
         """
         start = time.monotonic()
         next_report = start + REPORT_SECONDS
-        while not self._is_healthy():
+        while not self.is_healthy():
             waited = time.monotonic() - start
-            if self._process is None or self._process.poll() is not None:
+            if not self.is_running():
                 raise PreflowError(f"{self.name} ended while starting. {self._log_end()}")
             if waited > timeout:
                 raise PreflowError(f"{self.name} did not answer within {timeout:.0f} s. {self._log_end()}")
@@ -107,7 +116,8 @@ class Service:
     ) -> None:
         self.stop()
 
-    def _is_healthy(self) -> bool:
+    def is_healthy(self) -> bool:
+        """Tell whether the server answers now."""
         try:
             return httpx.get(f"http://127.0.0.1:{self.port}{self.health}", timeout=2.0).status_code < 500
         except httpx.TransportError:
@@ -125,9 +135,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def prefect_server(home: Path) -> Service:
-    """Return a Prefect server with its UI on a free port, its database in `home`."""
-    port = free_port()
+def require_free(port: int, variable: str, use: str) -> None:
+    """Refuse a port that something listens on already.
+
+    Raises:
+        PreflowError: naming the variable that chooses another port.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise PreflowError(
+                f"port {port} of 127.0.0.1, for {use}, is taken by another program: end that, or choose another port "
+                f"with {variable}, e.g. {variable}={port + 10} make up"
+            ) from error
+
+
+def prefect_server(home: Path, port: int | None = None) -> Service:
+    """Return a Prefect server with its UI on `port` or a free one, its database in `home`."""
+    port = port or free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     environment = {
         "PREFECT_HOME": str(home),
@@ -139,9 +166,26 @@ def prefect_server(home: Path) -> Service:
     return Service("the Prefect server", command, port, "/api/health", log, environment)
 
 
-def judge_server(logs: Path, key: str) -> Service:
-    """Return the demo's rule-based judge on a free port; each request adds a line to `judge-requests.jsonl`."""
+def prefect_worker(api: str, home: Path, pool: str = "local") -> Service:
+    """Return a worker that runs what is started on a work pool of the Prefect server at `api`."""
     port = free_port()
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--with-healthcheck"]
+    environment = {
+        "PREFECT_API_URL": api,
+        "PREFECT_HOME": str(home),
+        "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
+        "PREFECT_WORKER_WEBSERVER_PORT": str(port),
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        # A server that is away is waited for: 2, 4, ... 256 s between the attempts, 8 minutes in all.
+        "PREFECT_CLIENT_MAX_RETRIES": "8",
+        "DO_NOT_TRACK": "1",
+    }
+    return Service("the worker", command, port, "/health", home.parent / "logs" / "worker.log", environment)
+
+
+def judge_server(logs: Path, key: str, port: int | None = None) -> Service:
+    """Return the demo's rule-based judge on `port` or a free one; each request adds a line to judge-requests.jsonl."""
+    port = port or free_port()
     requests = logs / "judge-requests.jsonl"
     command = [sys.executable, "-m", "tasks.demo.judge", "--port", str(port), "--log", str(requests)]
     return Service("the judge", command, port, "/v1/models", logs / "judge.log", {"DEMO_JUDGE_KEY": key})

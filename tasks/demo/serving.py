@@ -54,9 +54,14 @@ class VllmOptions:
 
 
 def vllm_server(
-    python: Path, model: Path, log: Path, adapters: Mapping[str, Path] | None = None, options: VllmOptions | None = None
+    python: Path,
+    model: Path,
+    log: Path,
+    adapters: Mapping[str, Path] | None = None,
+    options: VllmOptions | None = None,
+    port: int | None = None,
 ) -> Service:
-    """Return a vLLM server on a free port.
+    """Return a vLLM server.
 
     Args:
         python: the interpreter of the environment that holds vLLM.
@@ -64,6 +69,7 @@ def vllm_server(
         log: receives all that the server prints.
         adapters: name to folder of the LoRA adapters that it serves from the start.
         options: what it is started with.
+        port: where it listens; None: on a free port.
 
     Raises:
         PreflowError: there is no such interpreter, or a folder is not whole.
@@ -74,7 +80,7 @@ def vllm_server(
     for name, path, file in _folders(model, adapters):
         if not (path / file).is_file():
             raise PreflowError(f"{name} in {path} is not whole: {file} is missing. Build it again.")
-    port = free_port()
+    port = port or free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", *options.arguments(model, adapters, port)]
     return Service("vLLM", command, port, "/health", log, ENVIRONMENT)
 

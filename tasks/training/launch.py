@@ -103,6 +103,11 @@ def check_training_inputs(training: TrainingConfig) -> None:
     if named and named != training.base_model and posixpath.basename(named) != posixpath.basename(str(base)):
         LOG.warning("SFT adapter %s names the base model %s; base_model is %s", training.sft_adapter, named, base)
     if base.is_dir():
+        if training.base_revision:
+            raise PreflowError(
+                f"base_revision {training.base_revision}: base_model {base} is a folder, which has no revisions. Leave "
+                "base_revision empty, or give a hub name."
+            )
         _check_base_folder(base)
         _check_shapes(training.sft_adapter, adapter, json.loads((base / "config.json").read_text()))
         _check_tokenizer(base, training.sft_adapter)

@@ -1,5 +1,6 @@
 """Settings: what is refused, what identifies a stage, and that no key is ever printed."""
 
+import re
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tasks.config import (
     StageConfig,
     TrainingConfig,
 )
+from tasks.evaluation import win_rate
 
 MODELS: list[type[StageConfig]] = [
     EndpointConfig,
@@ -57,6 +59,15 @@ def test_every_field_has_a_default_and_a_description(model: type[StageConfig]) -
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_every_title_is_made_of_words_and_says_its_unit(model: type[StageConfig]) -> None:
+    for name, spec in model.model_json_schema()["properties"].items():
+        title = spec["title"]
+        assert not re.search(r"_|\b(Sft|Api|Usd|Bnb|Lr|Num|Eval|Val|Bf16|4bit|Jsonl)\b", title), title
+        for ending, unit in (("_seconds", "(s)"), ("_usd", "US$"), ("_price", "US$"), ("_steps", "optimizer step")):
+            assert not name.endswith(ending) or unit.lower() in title.lower(), title
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_settings_are_frozen_and_take_no_unknown_field(model: type[StageConfig]) -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
         model.model_validate({"unknown_setting": 1})
@@ -94,7 +105,7 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "half of a drill's materials": (DrillConfig, {"base_model": "org/base"}, "sft_adapter and pairs"),
     "temperature": (GenerationConfig, {"temperature": 2.1}, "temperature"),
     "no completion": (GenerationConfig, {"num_completions": 0}, "num_completions"),
-    "equal completions": (GenerationConfig, {"temperature": 0}, "num_completions equal texts"),
+    "equal completions": (GenerationConfig, {"temperature": 0}, r"temperature 0 .*num_completions \(3\)"),
     "pattern": (GenerationConfig, {"keep_lines": "["}, "keep_lines is not a regular expression"),
     "address": (GenerationConfig, {"endpoint": "localhost:8000"}, "endpoint"),
     "orders": (JudgingConfig, {"orders": 0}, "orders"),
@@ -104,6 +115,36 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "a judge twice": (JudgingConfig, {"model": "m", "panel": [{"model": "m"}]}, "m is asked twice"),
     "one completion": (PipelineConfig, {"generation": {"num_completions": 1}}, "must be at least 2"),
     "budget": (JudgingConfig, {"budget_usd": 0}, "budget_usd"),
+    "free budget": (JudgingConfig, {"budget_usd": 5}, "budget_usd is 5 .*prompt_price"),
+    "cap below one answer": (GenerationConfig, {"tokens_per_minute": 99}, r"tokens_per_minute \(99\) .*max_tokens"),
+    "equal samples": (
+        EvaluationConfig,
+        {"generation": {"temperature": 0, "num_completions": 1}},
+        r"generation.temperature 0 .*num_samples \(4\)",
+    ),
+    "equal draws": (
+        EvaluationConfig,
+        {"generation": {"temperature": 0, "num_completions": 1}, "num_samples": 1},
+        "null_test .*generation.temperature",
+    ),
+    "rotations": (PipelineConfig, {"judging": {"orders": 4}}, r"judging.orders \(4\) .*num_completions \(3\)"),
+    "no room": (
+        PipelineConfig,
+        {"training": {"max_length": 256}},
+        r"training.max_length \(256 .*generation.max_tokens \(256\)",
+    ),
+    "unseen flips": (
+        PipelineConfig,
+        {"judging": {"orders": 1}, "training": {"loss_type": "robust", "measured_label_smoothing": True}},
+        "measured_label_smoothing .*judging.orders",
+    ),
+    "nothing held out": (PipelineConfig, {"judging": {"val_ratio": 0}}, "judging.val_ratio .*eval_prompts"),
+    "bar out of reach": (
+        PipelineConfig,
+        {"evaluation": {"max_prompts": 2, "num_samples": 1}},
+        r"promotion.min_win_rate \(0.5\) .*max_prompts \(2\) .*num_samples \(1\).*0.342",
+    ),
+    "own place": (PipelineConfig, {"promotion": {"name": "sft"}}, "promotion.name and generation.model"),
     "failures": (JudgingConfig, {"max_failure_ratio": 1.5}, "max_failure_ratio"),
 }
 
@@ -113,6 +154,19 @@ def test_what_cannot_work_is_refused_by_name(name: str) -> None:
     model, settings, message = WRONG[name]
     with pytest.raises(ValidationError, match=message):
         model.model_validate(settings)
+
+
+def test_the_same_name_on_another_server_is_fine() -> None:
+    PipelineConfig.model_validate({"promotion": {"name": "sft", "endpoint": "http://other:8000/v1"}})
+
+
+def test_the_best_lower_bound_is_that_of_wilsons_interval() -> None:
+    won = {str(i): [1.0] for i in range(50)}
+    config = EvaluationConfig(max_prompts=50, num_samples=1)
+    assert config.best_lower_bound() == pytest.approx(win_rate(won, config.confidence)["lower"], abs=1e-9)
+    almost = {str(i): [1.0, 0.5 if i == 0 else 1.0] for i in range(50)}
+    config = EvaluationConfig(max_prompts=50, num_samples=2)
+    assert win_rate(almost, config.confidence)["lower"] < config.best_lower_bound()
 
 
 def test_addresses_keys_and_limits_do_not_identify_a_generation() -> None:

@@ -98,8 +98,16 @@ def test_the_base_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> No
     assert "quantization_config" not in seen
 
 
-def test_smoothing_is_refused_where_the_loss_ignores_it() -> None:
-    with pytest.raises(ValueError, match="label smoothing works with loss_type robust, not sigmoid"):
-        TrainingConfig(label_smoothing=0.1)
-    with pytest.raises(ValueError, match="not hinge"):
-        TrainingConfig(measured_label_smoothing=True, loss_type=LossType.HINGE)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing works with loss_type robust alone, not with sigmoid"),
+        ({"measured_label_smoothing": True, "loss_type": "hinge"}, "measured_label_smoothing .*loss_type .*hinge"),
+        ({"loss_type": "robust"}, "loss_type robust .*label_smoothing"),
+        ({"load_in_4bit": False, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type fp4 .*load_in_4bit"),
+        ({"max_steps": 10, "warmup_steps": 11}, r"warmup_steps \(11\) .*max_steps \(10\)"),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused_by_both_names(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig.model_validate(settings)

@@ -85,6 +85,11 @@ def test_a_missing_folder_is_named(world: TinyWorld, folder: str) -> None:
         check_training_inputs(world.config(**{folder: str(world.base.parent / "nowhere")}))
 
 
+def test_a_revision_of_a_folder_is_refused(world: TinyWorld) -> None:
+    with pytest.raises(PreflowError, match=r"base_revision v1: base_model .* is a folder"):
+        check_training_inputs(world.config(base_revision="v1"))
+
+
 def test_a_chat_template_beside_the_adapter_will_do(world: TinyWorld) -> None:
     (world.base / "chat_template.jinja").rename(world.adapter / "chat_template.jinja")
     check_training_inputs(world.config())

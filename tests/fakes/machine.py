@@ -1,0 +1,126 @@
+"""`make up` on a folder of its own: the real supervisor, Prefect server, worker and judge; only vLLM is a fake.
+
+Where the supervisor starts the interpreter of the serving environment it finds a script that starts the fake endpoint.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tasks.demo.materials import locate_materials
+from tasks.demo.running import Run
+from tasks.demo.services import free_port
+from tests.fakes.process import ROOT
+
+VLLM = """#!/bin/sh
+for argument; do case $argument in --port=*) port=${argument#--port=};; esac; done
+exec %(python)s -m tests.fakes.openai_server --port "$port" --plan %(folder)s/plan.json --log %(folder)s/requests.jsonl
+"""
+
+
+@dataclass
+class Machine:
+    """A folder in which `up` and `down` are run as from a checkout, on free ports."""
+
+    folder: Path
+    ports: dict[str, str] = field(
+        default_factory=lambda: {f"{name}_PORT": str(free_port()) for name in ("UI", "VLLM", "JUDGE")}
+    )
+
+    def prepare(self, plan: dict[str, Any], prompts: int) -> None:
+        """Put down what `up` would make: prompts, and folders that look like a model and an adapter."""
+        materials = locate_materials(self.folder / ".demo")
+        for folder, name in ((materials.base, "config.json"), (materials.sft, "adapter_config.json")):
+            folder.mkdir(parents=True)
+            (folder / name).write_text("{}")
+        (materials.sft / "adapter_model.safetensors").write_bytes(b"weights")
+        rows = [{"prompt": [{"role": "user", "content": f"Scene {number}"}]} for number in range(prompts)]
+        for path in (materials.prompts, materials.held_out):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (self.folder / "plan.json").write_text(json.dumps(plan))
+        python = self.folder / ".venv-serve" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(VLLM % {"python": sys.executable, "folder": self.folder})
+        python.chmod(0o755)
+
+    @property
+    def run(self) -> Run:
+        """What is running here."""
+        return Run(self.folder / ".demo")
+
+    def environment(self) -> dict[str, str]:
+        """The environment of a shell in which this is done, with no Prefect server in it."""
+        without = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        return {**without, **self.ports, "PYTHONPATH": str(ROOT), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+
+    def start(self, action: str, **environment: str) -> subprocess.Popen[str]:
+        """Start `up` or `down` and return at once."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "tasks.demo.up", action],
+            cwd=self.folder, env={**self.environment(), **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def do(self, action: str) -> str:
+        """Run `up` or `down` to its end and return what it printed."""
+        process = self.start(action)
+        said, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, said + self.logs()
+        return said
+
+    def logs(self) -> str:
+        """Return the ends of all logs, for a failed assertion."""
+        logs = sorted((self.folder / ".demo" / "logs").glob("*.log"))
+        return "".join(f"\n--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
+
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        """Ask the Prefect API."""
+        api = self.run.state()["api"]
+        return httpx.request(method, f"{api}{path}", json=body, timeout=30).raise_for_status().json()
+
+    def piece(self, name: str) -> dict[str, Any]:
+        """Return what the supervisor last wrote of a piece."""
+        found: dict[str, Any] = self.run.state()["pieces"][name]
+        return found
+
+    def kill(self, name: str) -> None:
+        """kill -9 the process of a piece: the child of its watchdog."""
+        watchdog = self.piece(name)["pid"]
+        for pid in self.run.leftovers():
+            if parent_of(pid) == watchdog:
+                os.kill(pid, signal.SIGKILL)
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Return the completions that the fake vLLM was asked for."""
+        log = self.folder / "requests.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [row for row in rows if row["path"] == "/v1/chat/completions"]
+
+    def wait(self, what: str, holds: Callable[[], bool], seconds: float = 240) -> None:
+        """Wait until something holds; the server may be away meanwhile."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                if holds():
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.3)
+        raise AssertionError(f"{what}: not within {seconds:.0f} s{self.logs()}")
+
+
+def parent_of(pid: int) -> int:
+    """Return a process's parent, or -1 where it has gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1

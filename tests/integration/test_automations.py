@@ -1,0 +1,209 @@
+"""The automations on a real server: who is told of a crashed or silent run, and what is started again, how often."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import yaml
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Crashed, Running
+
+from tests.fakes.process import ROOT, FakeOpenAI
+
+FILE = ROOT / "deployments" / "automations.yaml"
+NOTIFYING = {"preflow-notify-crashed", "preflow-notify-silent"}
+
+
+class Receiver:
+    """A webhook's target on this machine that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        messages: list[dict[str, str]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.messages = messages
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def about(self, subject: str) -> list[dict[str, str]]:
+        return [message for message in self.messages if subject in message["subject"]]
+
+
+def register(file: Path = FILE, block: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run deployments/automations.py as register.sh does."""
+    environment = {**os.environ, **({"PREFLOW_NOTIFY_BLOCK": block} if block else {})}
+    return subprocess.run(
+        [sys.executable, "deployments/automations.py", str(file)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def wait(what: str, holds: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def client(prefect_server: str) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        for name in ("local", "elsewhere"):
+            client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+        yield client
+
+
+@pytest.fixture(scope="module")
+def receiver(client: SyncPrefectClient) -> Iterator[Receiver]:
+    """A receiver, with every notification of the automations going there."""
+    receiver = Receiver()
+    url = f"http://127.0.0.1:{receiver.server.server_port}/"
+    block = CustomWebhookNotificationBlock(
+        name="receiver", url=url, json_data={"subject": "{{subject}}", "body": "{{body}}"}
+    )
+    block.save("receiver")
+    done = register(block="custom-webhook/receiver")
+    assert done.returncode == 0, done.stderr
+    yield receiver
+    receiver.server.shutdown()
+
+
+def automations(client: SyncPrefectClient) -> dict[str, Any]:
+    names = [item["name"] for item in yaml.safe_load(FILE.read_text())["automations"]]
+    return {name: automation for name in names for automation in client.read_automations_by_name(name)}
+
+
+def switch(client: SyncPrefectClient, name: str, on: bool) -> None:
+    """Turn an automation on or off, as the switch in the UI does."""
+    id = automations(client)[name].id
+    client._client.patch(f"/automations/{id}", json={"enabled": on}).raise_for_status()
+
+
+def make_run(
+    client: SyncPrefectClient, pool: str, parameters: dict[str, Any] | None = None, flow: str = "generate-completions"
+) -> FlowRun:
+    """Make a run of a deployment; no worker is there to start it."""
+    deployment = client.create_deployment(
+        flow_id=client.create_flow_from_name(flow), name=f"on-{pool}", work_pool_name=pool,
+        entrypoint="flows/generate.py:generate_completions",
+        pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
+    )  # fmt: skip
+    return client.create_flow_run_from_deployment(deployment, parameters=parameters or {})
+
+
+def state_of(client: SyncPrefectClient, run: UUID) -> str:
+    state = client.read_flow_run(run).state
+    assert state is not None
+    return str(state.name)
+
+
+def test_without_a_block_nobody_is_told_and_it_says_what_to_do(client: SyncPrefectClient) -> None:
+    done = register()
+    assert done.returncode == 0, done.stderr
+    found = automations(client)
+    assert {name for name, automation in found.items() if automation.enabled} == {"preflow-restart-crashed"}
+    for name in NOTIFYING:
+        assert found[name].actions[0].type == "do-nothing"
+        assert "PREFLOW_NOTIFY_BLOCK" in found[name].description
+
+
+def test_every_local_flow_is_started_again_but_those_that_somebody_else_does() -> None:
+    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    files = {item["entrypoint"].split(":")[0] for item in deployments if item["name"] == "local"}
+    flows = {name for file in files for name in re.findall(r'@flow\(\s*name="([\w-]+)"', (ROOT / file).read_text())}
+    restart = yaml.safe_load(FILE.read_text())["automations"][-1]
+    names = set(restart["trigger"]["match_related"][-1]["prefect.resource.name"])
+    subflows = {"compare-samples", "sweep-point"}
+    assert names == flows - subflows - {"train-dpo", "preemption-drill"}
+
+
+def test_a_block_that_does_not_exist_is_named(client: SyncPrefectClient) -> None:
+    done = register(block="slack-webhook/nobody")
+    assert done.returncode == 1
+    assert "slack-webhook/nobody: no such block" in done.stderr
+
+
+def test_with_a_block_they_are_on_and_one_turned_off_stays_off(client: SyncPrefectClient, receiver: Receiver) -> None:
+    found = automations(client)
+    assert {name for name, automation in found.items() if automation.enabled} == {*NOTIFYING, "preflow-restart-crashed"}
+    switch(client, "preflow-notify-silent", on=False)
+    assert register(block="custom-webhook/receiver").returncode == 0
+    assert not automations(client)["preflow-notify-silent"].enabled
+    assert len(automations(client)) == 4
+
+
+def test_a_crashed_run_is_told_of_and_started_again_three_times(client: SyncPrefectClient, receiver: Receiver) -> None:
+    run = make_run(client, "local")
+    for attempt in (1, 2, 3, 4):
+        client.set_flow_run_state(run.id, Running(), force=True)
+        client.set_flow_run_state(run.id, Crashed(message="killed"), force=True)
+        wait("it is told", lambda attempt=attempt: len(receiver.about(run.name)) == attempt)
+        if attempt < 4:
+            wait("it is started again", lambda: state_of(client, run.id) == "AwaitingRetry")
+    time.sleep(3)
+    assert state_of(client, run.id) == "Crashed", "started a fourth time"
+    message = receiver.about(run.name)[0]
+    assert message["subject"] == f"preflow: {run.name} crashed"
+    assert "killed" in message["body"]
+    assert str(run.id) in message["body"]
+
+
+@pytest.mark.parametrize(("pool", "flow"), [("elsewhere", "generate-completions"), ("local", "train-dpo")])
+def test_what_something_else_starts_again_is_told_of_and_left_to_it(
+    client: SyncPrefectClient, receiver: Receiver, pool: str, flow: str
+) -> None:
+    run = make_run(client, pool, flow=flow)
+    client.set_flow_run_state(run.id, Running(), force=True)
+    client.set_flow_run_state(run.id, Crashed(message="killed"), force=True)
+    wait("it is told", lambda: receiver.about(run.name))
+    time.sleep(3)
+    assert state_of(client, run.id) == "Crashed"
+
+
+def test_a_process_that_goes_without_a_word_is_told_of(
+    client: SyncPrefectClient, receiver: Receiver, tmp_path: Path
+) -> None:
+    soon = tmp_path / "automations.yaml"
+    soon.write_text(FILE.read_text().replace("within: 900", "within: 15"))
+    switch(client, "preflow-notify-silent", on=True)
+    assert register(soon, block="custom-webhook/receiver").returncode == 0
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "Scene"}]}) + "\n")
+    with FakeOpenAI({"latency_ms": 600_000}) as sampler:
+        parameters = {"prompts": str(prompts), "workspace": str(tmp_path), "generation": {"endpoint": sampler.url}}
+        run = make_run(client, "local", parameters)
+        with (tmp_path / "engine.log").open("w") as log:
+            engine = subprocess.Popen(
+                [sys.executable, "-m", "prefect.engine", str(run.id)], cwd=ROOT, stdout=log, stderr=log
+            )
+        try:
+            wait("it samples", lambda: sampler.requests() or engine.poll() is not None)
+            assert engine.poll() is None, (tmp_path / "engine.log").read_text()
+            name = client.read_flow_run(run.id).name
+            time.sleep(2)  # for its first heartbeat to arrive
+        finally:
+            engine.send_signal(signal.SIGKILL)
+            engine.wait()
+        wait("it is told", lambda: receiver.about(f"nothing is heard of {name}"))
+    assert state_of(client, run.id) == "Running", "only told of, not touched"
