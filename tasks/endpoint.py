@@ -279,3 +279,10 @@ class Endpoint:
     async def unload_adapter(self, name: str) -> None:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
         await served.unload_adapter(self._call, self.config, name)
+
+    async def prompt_log_probs(self, ids: Sequence[int]) -> list[float]:
+        """Return the log-probs (nats) that the model gives token ids, from the second on; vLLM alone tells them.
+
+        Raises `PreflowError`.
+        """
+        return await served.prompt_log_probs(self._call, self.config, ids)

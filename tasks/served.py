@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx2
@@ -122,6 +122,22 @@ async def unload_adapter(call: Call, config: EndpointConfig, name: str) -> None:
         raise PreflowError(
             f"{config.endpoint} did not unload the adapter {name}: {failure}. {_remedy(failure)}"
         ) from failure
+
+
+async def prompt_log_probs(call: Call, config: EndpointConfig, ids: Sequence[int]) -> list[float]:
+    """Return the log-probs of token ids, from the second on; see `Endpoint.prompt_log_probs`."""
+    body = {"model": config.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    try:
+        response = await call("/completions", body, ADAPTER_SECONDS)
+        told = response.json()["choices"][0]["prompt_logprobs"][1:]
+        return [float(entry[str(token)]["logprob"]) for entry, token in zip(told, ids[1:], strict=True)]
+    except (Transient, RequestRefused) as failure:
+        raise PreflowError(f"{config.endpoint} gave no log-probs of {config.model}: {failure}") from failure
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise PreflowError(
+            f"{config.endpoint} gave no log-probs of {config.model} ({type(error).__name__}): it must be a vLLM, which "
+            "answers prompt_logprobs on /v1/completions"
+        ) from error
 
 
 def _remedy(failure: Transient | RequestRefused) -> str:
