@@ -5,12 +5,13 @@ export PYTHON
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test lint server clean
+.PHONY: help demo up down chat test lint server clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
 	@echo "make up      serve the demo's adapters with vLLM, with the Prefect server and its UI; Ctrl-C ends them"
 	@echo "make server  the Prefect server and UI alone, with the runs of the demo"
+	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
 	@echo "make test    lint, types and every test (about 10 minutes)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   delete the demo's workspace; the virtual environments stay"
@@ -30,6 +31,9 @@ up: .venv/ready .venv-serve/ready
 
 server: .venv/ready
 	@$(BIN)/python -m flows.demo --server
+
+chat: .venv/ready
+	@$(BIN)/python -m tasks.chat $(CHAT)
 
 lint: .venv/ready
 	@$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 # Serve a base model and its LoRA adapters with vLLM; arguments are handed on to it. From the environment:
 #   MODEL          hub name or folder of the base model
 #   SFT_ADAPTER    folder of the SFT adapter, served as "sft"; empty: none at the start
-#   ADAPTERS       folder of the promoted adapters (<workspace>/adapters): what each CURRENT.json names is served from the start
+#   ADAPTERS       <workspace>/adapters: what each CURRENT.json there names is served from the start; empty: none
 #   MAX_MODEL_LEN  longest prompt + completion, in tokens (4096)
 #   MAX_LORAS      adapters on the GPU at once (4)      MAX_LORA_RANK  highest rank of an adapter (64)
 #   VLLM_API_KEY   key that clients must send

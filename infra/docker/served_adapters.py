@@ -2,8 +2,8 @@
 
     served_adapters.py ADAPTERS SFT_ADAPTER        either may be empty
 
-ADAPTERS is <workspace>/adapters as this machine sees it. A CURRENT.json names its adapter by an address in the workspace;
-the last part of it is the adapter's folder beside that file. Standard library only.
+ADAPTERS is <workspace>/adapters as this machine sees it. A CURRENT.json names its adapter by an address in the
+workspace; the last part of it is the adapter's folder beside that file. Standard library only.
 """
 
 import json
