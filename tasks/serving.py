@@ -68,9 +68,9 @@ class Probe(BaseModel):
         told = ", ".join(f"{value:.4f} from {name}" for name, value in distance.items())
         if not math.isfinite(distance["adapter"]):
             raise ProbeFailed(f"it answers with log-probs that are no numbers ({told})")
-        for other in ("sft", "base"):
-            if trained[other] != trained["adapter"] and distance[other] <= distance["adapter"]:
-                raise ProbeFailed(f"its log-probs are nearer to those of the {other} than of the adapter ({told})")
+        nearest = min(distance, key=lambda name: distance[name])
+        if distance[nearest] < distance["adapter"]:
+            raise ProbeFailed(f"its log-probs are nearer to those of the {nearest} than of the adapter ({told})")
         if distance["adapter"] > self.tolerance:
             raise ProbeFailed(f"its log-probs differ by more than {self.tolerance} nats a token ({told})")
         return distance["adapter"]
