@@ -280,9 +280,9 @@ class Endpoint:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
         await served.unload_adapter(self._call, self.config, name)
 
-    async def prompt_log_probs(self, ids: Sequence[int]) -> list[float]:
-        """Return the log-probs (nats) that the model gives token ids, from the second on; vLLM alone tells them.
+    async def token_log_prob(self, prefix: Sequence[int], token: int) -> float:
+        """Return the log-prob (nats) that the model gives `token` after the token ids `prefix`; vLLM alone tells it.
 
         Raises `PreflowError`.
         """
-        return await served.prompt_log_probs(self._call, self.config, ids)
+        return await served.token_log_prob(self._call, self.config, prefix, token)

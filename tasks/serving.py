@@ -19,6 +19,8 @@ PROBE = "probe.json"
 # hundredths; a base in 4 bits is another model, and only its adapter's effect can be compared.
 TOLERANCE = {"float32": 0.1, "bfloat16": 0.1}
 TOLERANCE_4BIT = 0.3
+# Log-probs asked for in each text: 36 of three pairs.
+POSITIONS = 6
 
 
 class ProbeFailed(PreflowError):
@@ -41,6 +43,17 @@ class ProbeText(BaseModel):
             raise ValueError("as many log-probs as token ids after the first are needed")
         return self
 
+    @property
+    def positions(self) -> list[int]:
+        """The indices of the log-probs that are asked for: spread over the text, the last one among them."""
+        count = len(self.adapter)
+        return list(range(count - 1, -1, -max(1, count // POSITIONS)))[:POSITIONS]
+
+    def chosen(self, name: str) -> list[float]:
+        """Return the log-probs of one way, `adapter`, `sft` or `base`, at these positions."""
+        values: list[float] = getattr(self, name)
+        return [values[position] for position in self.positions]
+
 
 class Probe(BaseModel):
     """How a finished adapter is known: `probe.json`, which training writes."""
@@ -60,11 +73,11 @@ class Probe(BaseModel):
             ProbeFailed: it is nearer to the SFT adapter or to the bare base, or too far from all of them.
         """
         effect = _differences(served, served_base)
-        trained = {
-            name: _differences([getattr(text, name) for text in self.texts], [text.base for text in self.texts])
+        bare = [text.chosen("base") for text in self.texts]
+        distance = {
+            name: _mean_distance(effect, _differences([text.chosen(name) for text in self.texts], bare))
             for name in ("adapter", "sft", "base")
         }
-        distance = {name: _mean_distance(effect, values) for name, values in trained.items()}
         told = ", ".join(f"{value:.4f} from {name}" for name, value in distance.items())
         if not math.isfinite(distance["adapter"]):
             raise ProbeFailed(f"it answers with log-probs that are no numbers ({told})")
@@ -152,18 +165,21 @@ async def prove(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
             "%s has no %s (its training recorded none): it is NOT checked that vLLM serves this very adapter, only "
             "that it answers. An adapter trained by this version of preflow has one.", uri, PROBE,
         )  # fmt: skip
-        await server.prompt_log_probs([1, 2, 3])
+        await server.token_log_prob([1, 2], 3)
         return
-    ids = [text.token_ids for text in probe.texts]
     base_name = await _base_name(server, promotion.name)
     async with await _server(promotion.model_copy(update={"name": base_name})) as base:
-        served, bare = await asyncio.gather(_ask(server, ids), _ask(base, ids))
+        served, bare = await asyncio.gather(_ask(server, probe), _ask(base, probe))
     distance = probe.check(served, bare)
     logger.info("%s serves the adapter in %s: log-probs differ by %.2g nats a token", promotion.name, uri, distance)
 
 
-async def _ask(model: Endpoint, texts: list[list[int]]) -> list[list[float]]:
-    return list(await asyncio.gather(*(model.prompt_log_probs(ids) for ids in texts)))
+async def _ask(model: Endpoint, probe: Probe) -> list[list[float]]:
+    async def ask_text(text: ProbeText) -> list[float]:
+        ids = text.token_ids
+        return list(await asyncio.gather(*(model.token_log_prob(ids[: i + 1], ids[i + 1]) for i in text.positions)))
+
+    return list(await asyncio.gather(*(ask_text(text) for text in probe.texts)))
 
 
 async def _base_name(server: Endpoint, name: str) -> str:

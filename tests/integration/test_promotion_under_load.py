@@ -80,6 +80,12 @@ class Stage:
         return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
 
+def random_text(seed: int, length: int) -> list[int]:
+    """Return token ids beyond the special ones."""
+    rng = random.Random(seed)
+    return [rng.randrange(10, 600) for _ in range(length)]
+
+
 def finished_training(folder: Path, base: Path, sft: Path, adapter: Path, name: str) -> AdapterRef:
     """Lay an adapter down as a training does, with the log-probs that the trainer's own code finds for it."""
     from peft import PeftModel
@@ -89,7 +95,7 @@ def finished_training(folder: Path, base: Path, sft: Path, adapter: Path, name: 
 
     training = folder / "workspace" / "training" / name
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    texts = [[random.Random(row).randrange(10, 1200) for _ in range(60)] for row in range(4)]
+    texts = [random_text(row, 60) for row in range(4)]
     probe = record_probe(model, sft, texts, TrainingConfig(load_in_4bit=False, bf16=False))
     store = Workspace(folder / "workspace")
     store.write_json(str(training / "probe.json"), probe)
@@ -118,7 +124,7 @@ async def connected() -> AsyncIterator[httpx.AsyncClient]:
 
 async def find_telling_prompts(stage: Stage, client: httpx.AsyncClient) -> None:
     """Keep prompts to which the two adapters give different answers, with those answers."""
-    candidates = [[random.Random(n).randrange(10, 1200) for _ in range(PROMPT_TOKENS)] for n in range(2 * CLIENTS)]
+    candidates = [random_text(number, PROMPT_TOKENS) for number in range(2 * CLIENTS)]
     stage.prompts = candidates
     answers: dict[str, list[str]] = {}
     for name in "ab":

@@ -176,7 +176,8 @@ BASE, SFT, TRAINED = [-2.0, -3.0, -1.0], [-1.5, -2.5, -1.2], [-1.3, -2.2, -1.6]
 
 
 def probe(precision: str = "float32") -> Probe:
-    text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED, sft=SFT, base=BASE)
+    # The positions that are asked for run from the end to the beginning.
+    text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED[::-1], sft=SFT[::-1], base=BASE[::-1])
     return Probe(base_precision=precision, texts=[text])
 
 
