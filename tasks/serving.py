@@ -15,10 +15,11 @@ from tasks.wire import Transient
 logger = logging.getLogger(__name__)
 
 PROBE = "probe.json"
-# Mean difference of a log-prob, in nats. vLLM in fp32 stays below 1e-5 of an fp32 training, in bfloat16 below a few
-# hundredths; a base in 4 bits is another model, and only its adapter's effect can be compared.
-TOLERANCE = {"float32": 0.1, "bfloat16": 0.1}
-TOLERANCE_4BIT = 0.3
+# Mean difference of a log-prob of the right adapter, in nats. Measured with the demo's model: below 1e-5 where both sides
+# are fp32, 0.011 for bfloat16, 0.020 for a base trained on in 4 bits and served in bfloat16; a wrong adapter 0.65.
+TOLERANCE, TOLERANCE_4BIT = 0.1, 0.3
+# Below this share of the tolerance, being nearer to another adapter is noise: the two are too much alike to be told apart.
+NOISE = 0.3
 # Log-probs asked for in each text: 36 of three pairs.
 POSITIONS = 6
 
@@ -82,16 +83,18 @@ class Probe(BaseModel):
         if not math.isfinite(distance["adapter"]):
             raise ProbeFailed(f"it answers with log-probs that are no numbers ({told})")
         nearest = min(distance, key=lambda name: distance[name])
-        if distance[nearest] < distance["adapter"]:
-            raise ProbeFailed(f"its log-probs are nearer to those of the {nearest} than of the adapter ({told})")
         if distance["adapter"] > self.tolerance:
             raise ProbeFailed(f"its log-probs differ by more than {self.tolerance} nats a token ({told})")
+        if distance[nearest] < distance["adapter"]:
+            if distance["adapter"] > NOISE * self.tolerance:
+                raise ProbeFailed(f"its log-probs are nearer to those of the {nearest} than of the adapter ({told})")
+            logger.warning("the adapter is so like the %s that the probe cannot tell them apart (%s)", nearest, told)
         return distance["adapter"]
 
     @property
     def tolerance(self) -> float:
         """Largest mean difference of a log-prob, in nats, that passes for the same adapter."""
-        return TOLERANCE.get(self.base_precision, TOLERANCE_4BIT)
+        return TOLERANCE if self.base_precision in ("float32", "bfloat16") else TOLERANCE_4BIT
 
 
 def _differences(rows: list[list[float]], bases: list[list[float]]) -> list[float]:

@@ -197,10 +197,20 @@ def test_a_base_in_other_precision_is_taken_out_of_the_comparison() -> None:
     assert found == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize(("served", "name"), [(SFT, "sft"), (BASE, "base")])
-def test_another_adapter_and_the_bare_base_fail(served: list[float], name: str) -> None:
-    with pytest.raises(ProbeFailed, match=f"nearer to those of the {name}"):
+@pytest.mark.parametrize("served", [SFT, BASE])
+def test_another_adapter_and_the_bare_base_fail(served: list[float]) -> None:
+    with pytest.raises(ProbeFailed, match=r"differ by more than 0\.1 nats"):
         probe().check([served], [BASE])
+    with pytest.raises(ProbeFailed, match="nearer to those of the sft"):
+        probe("nf4").check([SFT], [BASE])
+
+
+def test_an_adapter_that_hardly_moved_passes_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED, sft=shifted(TRAINED, 0.01, 0.0, 0.0), base=BASE)
+    alike = Probe(base_precision="float32", texts=[text])
+    noisy = shifted(TRAINED, 0.02, 0.0, 0.0)
+    assert alike.check([noisy[::-1]], [BASE[::-1]]) < 0.03
+    assert "cannot tell them apart" in caplog.text
 
 
 def test_what_is_far_from_all_fails_too() -> None:
