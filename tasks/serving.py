@@ -15,10 +15,10 @@ from tasks.wire import Transient
 logger = logging.getLogger(__name__)
 
 PROBE = "probe.json"
-# Mean difference of a log-prob of the right adapter, in nats. Measured with the demo's model: below 1e-5 where both sides
-# are fp32, 0.011 for bfloat16, 0.020 for a base trained on in 4 bits and served in bfloat16; a wrong adapter 0.65.
+# Mean difference of a log-prob, in nats. Measured with the demo's model, right adapter: below 1e-5 where both sides are
+# fp32, 0.011 for bfloat16, 0.020 for a base trained on in 4 bits and served in bfloat16. A wrong adapter: 0.65.
 TOLERANCE, TOLERANCE_4BIT = 0.1, 0.3
-# Below this share of the tolerance, being nearer to another adapter is noise: the two are too much alike to be told apart.
+# Below this share of the tolerance, being nearer to another adapter is noise: the two are too much alike.
 NOISE = 0.3
 # Log-probs asked for in each text: 36 of three pairs.
 POSITIONS = 6
