@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import httpx2
-from openai import APIError, APIStatusError, OpenAI
+from openai import APIError, APIStatusError, OpenAI, omit
 from openai.types.chat import ChatCompletionMessageParam
 
 from tasks.config import EndpointConfig
@@ -30,10 +30,10 @@ class Chat:
         client: of the endpoint.
         model: name of the served model or adapter; may be changed between questions.
         temperature: of the sampling.
-        max_tokens: longest answer, in tokens.
+        max_tokens: longest answer, in tokens; None: as long as the model's context allows.
     """
 
-    def __init__(self, client: OpenAI, model: str, temperature: float, max_tokens: int) -> None:
+    def __init__(self, client: OpenAI, model: str, temperature: float, max_tokens: int | None) -> None:
         self._client = client
         self.model = model
         self._temperature = temperature
@@ -54,7 +54,7 @@ class Chat:
         question: ChatCompletionMessageParam = {"role": "user", "content": text}
         stream = self._client.chat.completions.create(
             model=self.model, messages=[*self._turns, question], temperature=self._temperature,
-            max_tokens=self._max_tokens, stream=True,
+            max_tokens=self._max_tokens or omit, stream=True,
         )  # fmt: skip
         try:
             for event in stream:
@@ -94,7 +94,7 @@ def converse(chat: Chat) -> None:
     """Ask and answer until the input ends."""
     while True:
         try:
-            text = input(f"\n{_bold('you')}  ").strip()
+            text = input(f"\n{_bold('you', prompt=True)}  ").strip()
         except EOFError:
             print("\nbye")
             return
@@ -127,7 +127,8 @@ def _answer(chat: Chat, text: str) -> None:
     except KeyboardInterrupt:
         print(" [stopped]")
     except APIStatusError as error:
-        print(f"\nrefused ({error.status_code}): {_reason(error)}. /new starts a shorter conversation.")
+        remedy = "/model NAME asks another one" if error.status_code == 404 else "/new starts a shorter conversation"
+        print(f"\nrefused ({error.status_code}): {_reason(error)}. {remedy}.")
     except (APIError, httpx2.HTTPError) as error:
         print(f"\nthe server went away ({type(error).__name__}): start it again and repeat the question")
 
@@ -137,9 +138,13 @@ def _reason(error: APIStatusError) -> str:
     return str(body.get("message") or error.message).rstrip(".")[:300]
 
 
-def _bold(text: str) -> str:
-    # readline counts what is printed; \001 and \002 keep the codes out of that.
-    return f"\001\033[1m\002{text}>\001\033[0m\002" if sys.stdout.isatty() else f"{text}>"
+def _bold(text: str, prompt: bool = False) -> str:
+    if not sys.stdout.isatty():
+        return f"{text}>"
+    on, off = "\033[1m", "\033[0m"
+    if prompt:  # readline counts a prompt's characters; between \001 and \002 it does not
+        on, off = f"\001{on}\002", f"\001{off}\002"
+    return f"{on}{text}>{off}"
 
 
 def main() -> int:
@@ -150,7 +155,7 @@ def main() -> int:
     parser.add_argument("--model", help="name of the served model or adapter (the adapter promoted last)")
     parser.add_argument("--api-key", help="where the key is: env:NAME or the name of a Prefect Secret block")
     parser.add_argument("--temperature", type=float, default=0.7, help="sampling temperature (0.7)")
-    parser.add_argument("--max-tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    parser.add_argument("--max-tokens", type=int, help="longest answer, in tokens (as long as the context allows)")
     options = parser.parse_args()
     try:
         config = EndpointConfig(endpoint=options.endpoint, model=options.model or "any", api_key=options.api_key)
