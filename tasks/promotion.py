@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import posixpath
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,8 @@ from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.serving import PROBE, exchange, is_served
 from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace
+
+Pointer = dict[str, Any]
 
 MIN_PREFIX = 6
 logger = logging.getLogger(__name__)
@@ -89,8 +92,7 @@ def move_pointer(
     adapter: AdapterRef, evaluation: EvaluationRef, uri: str, workspace: str, promotion: PromotionConfig
 ) -> PromotionRef:
     """Make `CURRENT.json` name the adapter; what it named before goes to the head of its history."""
-    before = read_pointer(workspace, promotion.name)
-    current: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "adapter_sha256": adapter.sha256,
         "uri": uri,
         "evaluation": {
@@ -100,11 +102,15 @@ def move_pointer(
             "upper": evaluation.upper,
         },
     }
-    if before is None or before["current"]["adapter_sha256"] != adapter.sha256:
+
+    def move(before: Pointer | None) -> Pointer | None:
+        if before is not None and before["current"]["adapter_sha256"] == adapter.sha256:
+            return None
         history = [before["current"], *before["history"]] if before else []
-        current["promoted_at"] = _now()
-        _write_pointer(workspace, {"name": promotion.name, "current": current, "history": history})
-        logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
+        return {"name": promotion.name, "current": {**entry, "promoted_at": _now()}, "history": history}
+
+    _update_pointer(workspace, promotion.name, move)
+    logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
     return _refer(workspace, promotion.name)
 
 
@@ -152,17 +158,19 @@ def _no_rollback(name: str, to: str | None, current: str, entries: list[dict[str
 
 def roll_back_pointer(entry: dict[str, Any], workspace: str, name: str) -> PromotionRef:
     """Make `CURRENT.json` name an entry of its history again; the one rolled back stays in the history, marked so."""
-    pointer = read_pointer(workspace, name)
-    if pointer is None:
-        raise PreflowError(f"{pointer_uri(workspace, name)} was deleted during the rollback: promote an adapter anew")
-    withdrawn = {**pointer["current"], "rolled_back_at": _now()}
-    restored = {key: value for key, value in entry.items() if key != "rolled_back_at"}
-    restored |= {"restored_at": withdrawn["rolled_back_at"], "restored_from": withdrawn["adapter_sha256"]}
-    _write_pointer(workspace, {"name": name, "current": restored, "history": [withdrawn, *pointer["history"]]})
-    logger.info(
-        "%s is adapter %s again (%s); %s was rolled back",
-        name, entry["adapter_sha256"][:12], entry["uri"], withdrawn["adapter_sha256"][:12],
-    )  # fmt: skip
+
+    def move(before: Pointer | None) -> Pointer:
+        if before is None:
+            raise PreflowError(
+                f"{pointer_uri(workspace, name)} was deleted during the rollback: promote an adapter anew"
+            )
+        withdrawn = {**before["current"], "rolled_back_at": _now()}
+        restored = {key: value for key, value in entry.items() if key != "rolled_back_at"}
+        restored |= {"restored_at": withdrawn["rolled_back_at"], "restored_from": withdrawn["adapter_sha256"]}
+        return {"name": name, "current": restored, "history": [withdrawn, *before["history"]]}
+
+    _update_pointer(workspace, name, move)
+    logger.info("%s is adapter %s again (%s)", name, entry["adapter_sha256"][:12], entry["uri"])
     return _refer(workspace, name)
 
 
@@ -188,16 +196,34 @@ async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
 
 
 def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:
-    """Return the pointer if it names `adapter` already."""
+    """Return the pointer if it names `adapter` already, or if `adapter` was rolled back: then what is served stays.
+
+    A pipeline that is run again must not undo a rollback; promote-adapter, started by hand, may.
+    """
     pointer = read_pointer(workspace, promotion.name)
-    if pointer is None or pointer["current"]["adapter_sha256"] != adapter.sha256:
+    if pointer is None:
         return None
-    logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
-    return _refer(workspace, promotion.name)
+    latest = next(
+        (entry for entry in (pointer["current"], *pointer["history"]) if entry["adapter_sha256"] == adapter.sha256),
+        None,
+    )
+    if latest is pointer["current"]:
+        logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
+        return _refer(workspace, promotion.name)
+    if latest is not None and "rolled_back_at" in latest:
+        logger.warning(
+            "adapter %s was rolled back at %s and is not promoted again; run promote-adapter if it shall be",
+            adapter.sha256[:12], latest["rolled_back_at"],
+        )  # fmt: skip
+        return _refer(workspace, promotion.name)
+    return None
 
 
-def _write_pointer(workspace: str, pointer: dict[str, Any]) -> None:
-    Workspace(workspace).write_json(pointer_uri(workspace, pointer["name"]), pointer)
+def _update_pointer(workspace: str, name: str, change: Callable[[Pointer | None], Pointer | None]) -> None:
+    """Replace the pointer by what `change` makes of it; None leaves it as it is."""
+    changed = change(read_pointer(workspace, name))
+    if changed is not None:
+        Workspace(workspace).write_json(pointer_uri(workspace, name), changed)
 
 
 def _now() -> str:

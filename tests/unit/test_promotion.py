@@ -142,6 +142,20 @@ def test_the_history_keeps_everything_with_its_times(tmp_path: Path) -> None:
     assert "rolled_back_at" not in pointer["current"]
 
 
+def test_a_pipeline_that_runs_again_does_not_undo_a_rollback(tmp_path: Path) -> None:
+    workspace = str(tmp_path / "workspace")
+    first, second = promoted(tmp_path, "first", "second")
+    assert find_promotion(first, workspace, PROMOTION) is None, "an older adapter that won again may be promoted"
+    roll_back(tmp_path)
+    found = find_promotion(second, workspace, PROMOTION)
+    assert found is not None
+    assert found.adapter_sha256 == first.sha256
+    move_pointer(second, evaluation(second, 0.6), "uri", workspace, PROMOTION)
+    found = find_promotion(second, workspace, PROMOTION)
+    assert found is not None
+    assert found.adapter_sha256 == second.sha256
+
+
 def test_a_rollback_to_what_is_not_there_says_what_is(tmp_path: Path) -> None:
     with pytest.raises(PreflowError, match="nothing was ever promoted as 'mine'"):
         roll_back(tmp_path)
