@@ -214,6 +214,21 @@ async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
     assert len(pointer["history"]) >= SWITCHES
 
 
+async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
+    """Without the plugin each step reads it again: slow, and the end of the engine where the folder has gone."""
+    await stage.promote("a")
+    pointer = read_pointer(stage.workspace, NAME)
+    assert pointer is not None
+    folder = Path(pointer["current"]["uri"])
+    away = folder.rename(folder.with_name("away"))
+    try:
+        async with connected() as http:
+            answers = [await stage.answer(http, NAME, number) for number in range(4)]
+    finally:
+        away.rename(folder)
+    assert answers == [stage.wanted["a", number] for number in range(4)]
+
+
 async def test_a_wrong_adapter_fails_the_probe_and_the_old_one_is_put_back(stage: Stage) -> None:
     await stage.promote("a")
     async with connected() as http:
