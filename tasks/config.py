@@ -440,6 +440,30 @@ class PromotionConfig(StageConfig):
     )
 
 
+class PublishingConfig(StageConfig):
+    """Where an adapter is published on the Hugging Face hub, and what its card cannot know from the manifests."""
+
+    repo: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)?$",
+        description="Repository on the hub, owner/name; made if it is not there.",
+    )
+    private: bool = Field(True, description="Make a new repository private; one that is there stays as it is.")
+    token: SecretName = Field(
+        "env:HF_TOKEN",
+        description="Where the hub's write token is: env:NAME or the name of a Prefect Secret block. Never the token.",
+        json_schema_extra=OPERATIONAL,
+    )
+    base_model: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="The base model's name on the hub, for the card. Empty: training.base_model, if that is one.",
+    )
+    license: str | None = Field(
+        None, pattern=r"^[a-z0-9][a-z0-9.-]*$", description="The hub's identifier of a license, e.g. llama3.2."
+    )
+
+
 class PipelineConfig(StageConfig):
     """One whole run: prompts in, a better adapter out."""
 

@@ -44,6 +44,8 @@ install_serve() {
     rm -r "$env/wheels"
 }
 
+# A link leads to an environment that others use too, and making it anew begins by emptying it.
+[ ! -L "$env" ] || fail "$env is a link to $(readlink "$env"): update that one where it is, then run: touch $env/ready"
 start=$SECONDS
 need_python
 say "making $env"

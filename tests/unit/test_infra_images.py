@@ -171,6 +171,32 @@ def test_vllm_takes_the_place_of_the_start_script(tmp_path: Path) -> None:
     assert {"--enable-lora", "--shutdown-timeout"} <= set(given)
 
 
+def test_a_restarted_vllm_serves_what_was_promoted(tmp_path: Path) -> None:
+    """The pointer holds the flow's address of the adapter; vLLM sees the same folder beside the pointer."""
+    adapters = tmp_path / "mount" / "adapters"
+    for name, digest, whole in (("live", "c7b2c00699f3aaaa", True), ("torn", "0123456789abcdef", False)):
+        folder = adapters / name / digest
+        folder.mkdir(parents=True)
+        pointer = {"name": name, "current": {"uri": f"gs://bucket/ws/adapters/{name}/{digest}"}, "history": []}
+        (adapters / name / "CURRENT.json").write_text(json.dumps(pointer))
+        if whole:
+            (folder / "COMMITTED.json").write_text("{}")
+    (adapters / "cut").mkdir()
+    (adapters / "cut" / "CURRENT.json").write_text('{"current": ')
+    done = serve(tmp_path, MODEL="base", SFT_ADAPTER="/workspace/sft", ADAPTERS=str(adapters))
+    _, *given = json.loads(done.stdout.splitlines()[-1])
+    loras = given[given.index("--lora-modules") + 1 :]
+    assert loras == ["sft=/workspace/sft", f"live={adapters}/live/c7b2c00699f3aaaa"]
+    assert "cut/CURRENT.json: damaged" in done.stderr
+    assert "0123456789abcdef: has no COMMITTED.json" in done.stderr
+
+
+def test_vllm_is_started_without_adapters(tmp_path: Path) -> None:
+    done = serve(tmp_path, MODEL="base", ADAPTERS=str(tmp_path / "not-there"))
+    assert done.returncode == 0, done.stderr
+    assert "--lora-modules" not in done.stdout
+
+
 def test_vllm_is_not_started_without_a_model(tmp_path: Path) -> None:
     done = serve(tmp_path)
     assert done.returncode != 0
