@@ -1,10 +1,8 @@
 """The gate, and the pointer to what is served: moved by a promotion, moved back by a rollback."""
 
 import hashlib
-import json
 import logging
 import posixpath
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +11,7 @@ from typing import Any
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.serving import PROBE, exchange, is_served
-from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace
+from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
 
 Pointer = dict[str, Any]
 
@@ -71,10 +69,10 @@ def pointer_uri(workspace: str, name: str) -> str:
 
 def read_pointer(workspace: str, name: str) -> dict[str, Any] | None:
     """Return what is served under `name`, with the history to roll back to; None before the first promotion."""
-    store, uri = Workspace(workspace), pointer_uri(workspace, name)
-    if not store.exists(uri):
+    try:
+        pointer: dict[str, Any] = Workspace(workspace).read_json(pointer_uri(workspace, name))
+    except FileNotFoundError:
         return None
-    pointer: dict[str, Any] = store.read_json(uri)
     return pointer
 
 
@@ -109,9 +107,9 @@ def move_pointer(
         history = [before["current"], *before["history"]] if before else []
         return {"name": promotion.name, "current": {**entry, "promoted_at": _now()}, "history": history}
 
-    _update_pointer(workspace, promotion.name, move)
+    pointer = Workspace(workspace).update_json(pointer_uri(workspace, promotion.name), move)
     logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
-    return _refer(workspace, promotion.name)
+    return _refer(workspace, pointer)
 
 
 def choose_rollback(workspace: str, name: str, to: str | None) -> dict[str, Any]:
@@ -169,9 +167,9 @@ def roll_back_pointer(entry: dict[str, Any], workspace: str, name: str) -> Promo
         restored |= {"restored_at": withdrawn["rolled_back_at"], "restored_from": withdrawn["adapter_sha256"]}
         return {"name": name, "current": restored, "history": [withdrawn, *before["history"]]}
 
-    _update_pointer(workspace, name, move)
+    pointer = Workspace(workspace).update_json(pointer_uri(workspace, name), move)
     logger.info("%s is adapter %s again (%s)", name, entry["adapter_sha256"][:12], entry["uri"])
-    return _refer(workspace, name)
+    return _refer(workspace, pointer)
 
 
 async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
@@ -192,7 +190,7 @@ async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
         )
     else:
         await exchange(uri, uri, workspace, promotion)
-    return _refer(workspace, promotion.name)
+    return _refer(workspace, pointer)
 
 
 def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:
@@ -209,33 +207,24 @@ def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConf
     )
     if latest is pointer["current"]:
         logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
-        return _refer(workspace, promotion.name)
+        return _refer(workspace, pointer)
     if latest is not None and "rolled_back_at" in latest:
         logger.warning(
             "adapter %s was rolled back at %s and is not promoted again; run promote-adapter if it shall be",
             adapter.sha256[:12], latest["rolled_back_at"],
         )  # fmt: skip
-        return _refer(workspace, promotion.name)
+        return _refer(workspace, pointer)
     return None
-
-
-def _update_pointer(workspace: str, name: str, change: Callable[[Pointer | None], Pointer | None]) -> None:
-    """Replace the pointer by what `change` makes of it; None leaves it as it is."""
-    changed = change(read_pointer(workspace, name))
-    if changed is not None:
-        Workspace(workspace).write_json(pointer_uri(workspace, name), changed)
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _refer(workspace: str, name: str) -> PromotionRef:
-    uri = pointer_uri(workspace, name)
-    content = Workspace(workspace).read_bytes(uri)
-    pointer = json.loads(content)
+def _refer(workspace: str, pointer: Pointer) -> PromotionRef:
+    content, name = indented_json(pointer), str(pointer["name"])
     return PromotionRef(
-        uri=uri,
+        uri=pointer_uri(workspace, name),
         sha256=hashlib.sha256(content).hexdigest(),
         size=len(content),
         rows=1 + len(pointer["history"]),
