@@ -1,30 +1,39 @@
 """What a run shows: Prefect artifacts of each stage, and one self-contained HTML page of the whole."""
 
 import json
+import logging
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
 
 from tasks.config import PipelineConfig
-from tasks.ledger import Ledger, Spent, StageCost
+from tasks.ledger import Ledger, Spent, StageCost, format_usd
 from tasks.quality import QualityReport
 from tasks.reporting import (
     ReportSection,
+    SampleLengths,
     cost_section,
     evaluation_section,
+    glance_section,
+    inputs_section,
     lineage_section,
     pairs_section,
+    quality_figures,
     quality_section,
     render_html,
     render_markdown,
     sample_rows,
+    training_figures,
     training_section,
 )
 from tasks.runs import PipelineResult, run_key
 from tasks.storage import AdapterRef, EvaluationRef, PreferencesRef, Reference, Workspace
 from tasks.training.plots import plot_metrics
+
+logger = logging.getLogger(__name__)
 
 
 async def report_preferences(preferences: PreferencesRef, workspace: str) -> None:
@@ -44,21 +53,77 @@ async def report_evaluation(evaluation: EvaluationRef, workspace: str, bar: floa
 
 
 async def report_run(config: PipelineConfig, result: PipelineResult) -> str:
-    """Write the page of a whole run into the workspace, and return its uri."""
+    """Write the page of a whole run into the workspace, show it in the UI, and return its uri."""
+    store, uri = Workspace(config.workspace), report_uri(config)
+    sections = run_sections(config, result)
+    store.write_bytes(uri, render_html(f"preflow: {config.promotion.name}", sections).encode())
+    for section in sections:
+        if section.title in ("Cost", "Lineage"):  # the others are pages of their stages already
+            await _publish(section)
+    whole = "\n".join(render_markdown(replace(section, blocks=())) for section in sections)
+    page = f"The same page, to keep or to print: `{uri}`\n\n{whole}"
+    # Last, because the UI shows the newest page of a run first.
+    await acreate_markdown_artifact(key="report", markdown=page, description=sections[0].summary)
+    logger.info("%s The whole report: %s", sections[0].summary, uri)
+    return uri
+
+
+def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
+    """Return every page on a run: first the verdict, then what shows it, then how it came about."""
     store = Workspace(config.workspace)
-    manifests = gather_manifests(store, result)
-    ending = [cost_section(add_up(manifests)), lineage_section(manifests)]
-    for section in ending:
-        await _publish(section)
-    sections = [
-        evaluation_page(result.evaluation, config.workspace, config.promotion.min_win_rate),
+    manifests, bar = gather_manifests(store, result), config.promotion.min_win_rate
+    ledger = add_up(store, manifests)
+    shown = [
+        evaluation_page(result.evaluation, config.workspace, bar),
         *preference_sections(result.preferences, config.workspace),
         training_page(result.adapter, config.workspace),
-        *ending,
     ]
-    uri = report_uri(config)
-    store.write_bytes(uri, render_html(f"preflow: {config.promotion.name}", sections).encode())
-    return uri
+    figures = run_figures(store, result, ledger)
+    glance = glance_section(store.read_json(result.evaluation.uri), bar, what_is_served(result), figures, shown)
+    inputs = inputs_section(manifests, changed_settings(config))
+    return [glance, inputs, *shown, cost_section(ledger), lineage_section(manifests, store.root)]
+
+
+def run_figures(
+    store: Workspace, result: PipelineResult, ledger: Ledger
+) -> list[tuple[str, str | int | float | bool | None, str, bool | None]]:
+    """Return the figures of the first page, each with its healthy range."""
+    training = store.read_json(result.adapter.manifest) if result.adapter.manifest else {}
+    pairs = f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"
+    return [
+        ("Prompts sampled", result.completions.rows, "", None),
+        ("Preference pairs", pairs, "", None),
+        *quality_figures(read_quality(store, result.preferences)),
+        *training_figures(store.read_json(beside(result.adapter, "health.json")), _first_loss(training)),
+        ("Cost of everything, US$", format_usd(ledger.total().used.usd), "", None),
+    ]
+
+
+def _first_loss(training: Mapping[str, Any]) -> float | None:
+    found: float | None = training.get("summary", {}).get("first_loss")
+    return found
+
+
+def what_is_served(result: PipelineResult) -> str:
+    """Say what became of the new adapter."""
+    if result.promotion is not None:
+        return f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
+    return f"It is not served: {result.declined or 'it did not win by enough'}."
+
+
+def changed_settings(config: PipelineConfig) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, by their dotted names."""
+    return dict(_differences("", config.model_dump(mode="json"), PipelineConfig().model_dump(mode="json")))
+
+
+def _differences(prefix: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in given.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            yield from _differences(f"{prefix}{name}.", value, default)
+        # The evaluation's endpoints are those of the stages before, written out.
+        elif value != default and not (prefix == "evaluation." and isinstance(value, dict)):
+            yield f"{prefix}{name}", value
 
 
 def report_uri(config: PipelineConfig) -> str:
@@ -74,24 +139,29 @@ async def _publish(section: ReportSection) -> None:
 def preference_sections(preferences: PreferencesRef, workspace: str) -> list[ReportSection]:
     """Return the sections on the judge's quality and on the pairs."""
     store = Workspace(workspace)
-    quality = QualityReport.model_validate(store.read_json(beside(preferences, "quality.json")))
+    quality = read_quality(store, preferences)
     picture = store.read_bytes(beside(preferences, "quality.png"))
     return [quality_section(quality, picture), pairs_section(sample_rows(_rows(store, preferences.uri)))]
+
+
+def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport:
+    """Return what was measured about the judge and its pairs."""
+    return QualityReport.model_validate(store.read_json(beside(preferences, "quality.json")))
 
 
 def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
     """Return the section on a training."""
     store = Workspace(workspace)
-    folder = posixpath.dirname(adapter.uri)
-    metrics = list(_rows(store, posixpath.join(folder, "metrics.jsonl")))
-    return training_section(store.read_json(posixpath.join(folder, "health.json")), metrics, plot_metrics(metrics))
+    metrics = list(_rows(store, beside(adapter, "metrics.jsonl")))
+    counts = store.read_json(adapter.manifest)["counts"] if adapter.manifest else None
+    return training_section(store.read_json(beside(adapter, "health.json")), metrics, plot_metrics(metrics), counts)
 
 
 def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
     """Return the section on the win rate."""
-    store = Workspace(workspace)
-    comparisons = sample_rows(_rows(store, beside(evaluation, "comparisons.jsonl")))
-    return evaluation_section(store.read_json(evaluation.uri), comparisons, bar)
+    store, lengths = Workspace(workspace), SampleLengths()
+    comparisons = sample_rows(lengths.watch(_rows(store, beside(evaluation, "comparisons.jsonl"))))
+    return evaluation_section(store.read_json(evaluation.uri), comparisons, bar, lengths)
 
 
 def beside(reference: Reference, name: str) -> str:
@@ -106,20 +176,36 @@ def _rows(store: Workspace, uri: str) -> Iterator[dict[str, Any]]:
 def gather_manifests(store: Workspace, result: PipelineResult) -> list[dict[str, Any]]:
     """Return the manifests of everything a run was made of, each once, the earliest first."""
     found: dict[str, dict[str, Any]] = {}
-    waiting = [ref.manifest for ref in reversed(result.references()) if ref.manifest]
+    waiting = [ref.model_dump() for ref in reversed(result.references()) if ref.manifest]
     while waiting:
-        uri = waiting.pop(0)
+        reference = waiting.pop(0)
+        uri = reference["manifest"]
         if uri not in found and store.exists(uri):
-            found[uri] = store.read_json(uri)
-            waiting += [ref["manifest"] for ref in found[uri].get("upstream", []) if ref.get("manifest")]
+            # A training's manifest names no artifact: it is written before the adapter is committed.
+            found[uri] = {"artifact": reference, **store.read_json(uri), "uri": uri}
+            waiting += [ref for ref in found[uri].get("upstream", []) if ref.get("manifest")]
     return list(reversed(found.values()))
 
 
-def add_up(manifests: Sequence[dict[str, Any]]) -> Ledger:
+def add_up(store: Workspace, manifests: Sequence[dict[str, Any]]) -> Ledger:
     """Return what the artifacts of a run cost to make, whichever run made them, at the prices of then."""
     ledger = Ledger()
     for manifest in manifests:
-        if usage := manifest.get("usage"):
-            spent = Spent(**usage, usd=manifest["usd"])
-            ledger = ledger.plus(StageCost(stage=manifest["stage"], used=spent))
+        if (cost := _cost_of(store, manifest)) is not None:
+            ledger = ledger.plus(cost)
     return ledger
+
+
+def _cost_of(store: Workspace, manifest: dict[str, Any]) -> StageCost | None:
+    """Return one artifact's cost: tokens of all its rows, and the time that making it took."""
+    folder, stage = posixpath.dirname(manifest["uri"]), manifest["stage"]
+    if stage == "training":
+        timing = posixpath.join(folder, "timing.json")
+        found = store.read_json(timing) if store.exists(timing) else {"seconds": 0.0}
+        gpus = manifest["config"]["num_processes"] if found.get("peak_accelerator_bytes") else 0
+        return StageCost(stage=stage, used=Spent(gpu_seconds=gpus * found["seconds"]), seconds=found["seconds"])
+    if not (usage := manifest.get("usage")):
+        return None
+    cost = posixpath.join(folder, "cost.json")
+    seconds = store.read_json(cost)["seconds"] if store.exists(cost) else 0.0
+    return StageCost(stage=stage, used=Spent(**usage, usd=manifest["usd"]), seconds=seconds)
