@@ -130,7 +130,7 @@ async def _ask(config: PipelineConfig, run: FlowRun, key: str, page: ReportSecti
     for keyset in keysets:
         if (given := await aread_flow_run_input(keyset["response"], flow_run_id=run.id)) is not None:
             return Decision(**given)
-    form = Decision.with_initial_data(description=await _show(page), approve=False, note="")
+    form = Decision.with_initial_data(description=await _show(page))
     seconds = config.approval_timeout_seconds
     if run.deployment_id is not None and run.parent_task_run_id is None:
         return await asuspend_flow_run(wait_for_input=form, timeout=seconds, key=key)

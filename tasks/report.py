@@ -13,6 +13,7 @@ from tasks.config import PipelineConfig
 from tasks.ledger import Ledger, Spent, StageCost, format_usd
 from tasks.quality import QualityReport
 from tasks.reporting import (
+    Figure,
     ReportSection,
     SampleLengths,
     cost_section,
@@ -28,6 +29,7 @@ from tasks.reporting import (
     sample_rows,
     training_figures,
     training_section,
+    win_rate_figures,
 )
 from tasks.runs import PipelineResult, run_key
 from tasks.storage import AdapterRef, EvaluationRef, PreferencesRef, Reference, Workspace
@@ -56,7 +58,7 @@ async def report_run(config: PipelineConfig, result: PipelineResult) -> str:
     """Write the page of a whole run into the workspace, show it in the UI, and return its uri."""
     store, uri = Workspace(config.workspace), report_uri(config)
     sections = run_sections(config, result)
-    store.write_bytes(uri, render_html(f"preflow: {config.promotion.name}", sections).encode())
+    store.write_bytes(uri, render_html(f"preflow run for {config.promotion.name}", sections).encode())
     for section in sections:
         if section.title in ("Cost", "Lineage"):  # the others are pages of their stages already
             await _publish(section)
@@ -78,19 +80,18 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
         *preference_sections(result.preferences, config.workspace),
         training_page(result.adapter, config.workspace),
     ]
-    figures = run_figures(store, result, ledger)
+    figures = run_figures(store, result, ledger, bar)
     glance = glance_section(store.read_json(result.evaluation.uri), bar, what_is_served(result), figures, shown)
     inputs = inputs_section(manifests, changed_settings(config))
     return [glance, inputs, *shown, cost_section(ledger), lineage_section(manifests, store.root)]
 
 
-def run_figures(
-    store: Workspace, result: PipelineResult, ledger: Ledger
-) -> list[tuple[str, str | int | float | bool | None, str, bool | None]]:
+def run_figures(store: Workspace, result: PipelineResult, ledger: Ledger, bar: float) -> list[Figure]:
     """Return the figures of the first page, each with its healthy range."""
     training = store.read_json(result.adapter.manifest) if result.adapter.manifest else {}
     pairs = f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"
     return [
+        *win_rate_figures(store.read_json(result.evaluation.uri), bar),
         ("Prompts sampled", result.completions.rows, "", None),
         ("Preference pairs", pairs, "", None),
         *quality_figures(read_quality(store, result.preferences)),
@@ -174,17 +175,38 @@ def _rows(store: Workspace, uri: str) -> Iterator[dict[str, Any]]:
 
 
 def gather_manifests(store: Workspace, result: PipelineResult) -> list[dict[str, Any]]:
-    """Return the manifests of everything a run was made of, each once, the earliest first."""
+    """Return the manifests of everything a run was made of, each once, what was made first before what was made of it.
+
+    A manifest that names no artifact (a training's is written before its adapter is committed) gets the reference.
+    """
     found: dict[str, dict[str, Any]] = {}
-    waiting = [ref.model_dump() for ref in reversed(result.references()) if ref.manifest]
-    while waiting:
-        reference = waiting.pop(0)
-        uri = reference["manifest"]
-        if uri not in found and store.exists(uri):
-            # A training's manifest names no artifact: it is written before the adapter is committed.
-            found[uri] = {"artifact": reference, **store.read_json(uri), "uri": uri}
-            waiting += [ref for ref in found[uri].get("upstream", []) if ref.get("manifest")]
-    return list(reversed(found.values()))
+    seen: set[str] = set()
+
+    def visit(reference: dict[str, Any]) -> None:
+        uri = reference.get("manifest")
+        if uri is None or uri in seen or not store.exists(uri):
+            return
+        seen.add(uri)
+        manifest = {"artifact": reference, **store.read_json(uri), "uri": uri}
+        for upstream in manifest.get("upstream", []):
+            visit(upstream)
+        found[uri] = _with_origin(store, manifest) if manifest["stage"] == "prompts" else manifest
+
+    for reference in result.references():
+        visit(reference.model_dump())
+    return list(found.values())
+
+
+def _with_origin(store: Workspace, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of prompts with the file that they came from in the end, and all that was left out."""
+    source: str = manifest["source"]
+    before = posixpath.join(posixpath.dirname(source), "manifest.json")
+    if not source.startswith(store.uri("prompts")) or not store.exists(before):
+        return manifest
+    origin = _with_origin(store, store.read_json(before))
+    counts, earlier = manifest["counts"], origin["counts"]
+    left_out = {name: counts[name] + earlier[name] for name in ("duplicates", "in_training")}
+    return {**manifest, "source": origin["source"], "counts": {"read": earlier["read"], **left_out}}
 
 
 def add_up(store: Workspace, manifests: Sequence[dict[str, Any]]) -> Ledger:

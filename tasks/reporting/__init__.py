@@ -1,12 +1,14 @@
 """The report: sections made of plain data, as one self-contained HTML page, as markdown and as terminal tables."""
 
 from tasks.reporting.overview import (
+    Figure,
     approval_section,
     glance_section,
     inputs_section,
     quality_figures,
     training_figures,
     verdict,
+    win_rate_figures,
 )
 from tasks.reporting.page import Example, Picture, ReportSection, Table
 from tasks.reporting.render import render_html, render_markdown, render_text_table
@@ -24,6 +26,7 @@ from tasks.reporting.sections import (
 
 __all__ = [
     "Example",
+    "Figure",
     "Picture",
     "ReportSection",
     "SampleLengths",
@@ -45,4 +48,5 @@ __all__ = [
     "training_figures",
     "training_section",
     "verdict",
+    "win_rate_figures",
 ]

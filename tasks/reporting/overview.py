@@ -1,14 +1,16 @@
 """The first page of a run's report, what went into the run, and what a person is asked to approve."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from tasks.ledger import format_usd
 from tasks.quality import QualityReport
 from tasks.reporting.page import Cell, ReportSection, Table
-from tasks.reporting.sections import metric_row, rate_text
+from tasks.reporting.sections import ENOUGH_DECIDED, ENOUGH_FOR_60, metric_row, null_is_near, rate_text
 
 Row = Mapping[str, Any]
+# Name, value, healthy range, and whether the value lies in it (None: there is nothing to hold it against).
+Figure: TypeAlias = tuple[str, Cell, str, bool | None]
 SHOWN_METRICS = (
     "pair_yield",
     "position_best",
@@ -30,7 +32,7 @@ def verdict(win_rate: Row, bar: float) -> str:
     sure = f"{100 * win_rate['confidence']:.3g} % interval"
     found = f"it wins {rate_text(win_rate)} of the comparisons ({sure} in brackets)"
     null = win_rate.get("null")
-    if null and not null["lower"] <= 0.5 <= null["upper"]:
+    if null and not null_is_near(null):
         return f"Not to be trusted: {found}, but the SFT adapter against itself comes out at {rate_text(null)}."
     if win_rate["upper"] < 0.5:
         return f"Worse: {found}, fewer than half."
@@ -45,7 +47,7 @@ def glance_section(
     win_rate: Row,
     bar: float,
     served: str,
-    figures: Iterable[tuple[str, Cell, str, bool | None]],
+    figures: Iterable[Figure],
     details: Sequence[ReportSection],
 ) -> ReportSection:
     """Show the verdict, what became of the adapter, the figures that carry it, and what to do next.
@@ -54,7 +56,7 @@ def glance_section(
         win_rate: `win_rate.json`.
         bar: what the interval's lower bound must be over.
         served: what became of the adapter, as a sentence.
-        figures: name, value, healthy range, and whether it lies in it (None: there is none).
+        figures: what carries the verdict.
         details: the pages that follow; their first advice is repeated here.
     """
     advice = [f"{page.title}: {text}" for page in details for text in page.advice[:MOST_ADVICE]]
@@ -64,20 +66,35 @@ def glance_section(
     return ReportSection("At a glance", f"{verdict(win_rate, bar)} {served}", tuple(advice), (table,))
 
 
-def quality_figures(quality: QualityReport) -> list[tuple[str, Cell, str, bool | None]]:
+def win_rate_figures(win_rate: Row, bar: float) -> list[Figure]:
+    """Return the win rate, how many comparisons it rests on, and the test that it can be believed."""
+    decided = round(win_rate["samples"] * (1 - win_rate["ties"]))
+    rows: list[Figure] = [
+        ("Win rate", rate_text(win_rate), f"lower bound over {100 * bar:.3g} %", win_rate["lower"] > bar),
+        (
+            "Decided comparisons", decided, f"{ENOUGH_DECIDED} to see 55 %, {ENOUGH_FOR_60} to see 60 %",
+            decided >= ENOUGH_DECIDED or win_rate["lower"] > 0.5,
+        ),
+    ]  # fmt: skip
+    if null := win_rate.get("null"):
+        rows.append(("SFT against itself", rate_text(null), "50 % within the interval", null_is_near(null)))
+    return rows
+
+
+def quality_figures(quality: QualityReport) -> list[Figure]:
     """Return the measurements of the judge and its pairs that belong on the first page."""
     found = {metric.name: metric for metric in quality.metrics}
     return [metric_row(found[name]) for name in SHOWN_METRICS if name in found]
 
 
-def training_figures(health: Row, first_loss: float | None) -> list[tuple[str, Cell, str, bool | None]]:
+def training_figures(health: Row, first_loss: float | None) -> list[Figure]:
     """Return the readings of a training that belong on the first page.
 
     Args:
         health: `health.json`.
         first_loss: the DPO loss before the first update; that it is right was checked when the training started.
     """
-    rows: list[tuple[str, Cell, str, bool | None]] = []
+    rows: list[Figure] = []
     if first_loss is not None:
         rows.append(("Loss before the first update", f"{first_loss:.4f}", "ln 2 = 0.6931 for the sigmoid loss", None))
     known = {reading["name"]: reading for reading in health["readings"]}
@@ -92,21 +109,22 @@ def inputs_section(manifests: Sequence[Row], changed: Mapping[str, Any]) -> Repo
         manifests: the artifacts' manifests.
         changed: dotted name of a setting to its value.
     """
-    prompts = tuple(_prompts_row(m) for m in manifests if m.get("stage") == "prompts")
+    used = [manifest for manifest in manifests if manifest.get("stage") == "prompts"]
+    prompts = tuple(_prompts_row(number, manifest) for number, manifest in enumerate(used))
     settings = tuple((name, _value(value)) for name, value in changed.items())
     tables = (
-        Table("Prompts", ("file", "rows", "duplicates", "trained on", "used", "sha256"), prompts),
+        Table("Prompts", ("for", "file", "rows", "duplicates", "in training pairs", "used", "sha256"), prompts),
         Table("Models and judges", ("what", "name", "sha256"), tuple(_models(manifests))),
         Table("Settings that are not the defaults", ("setting", "value"), settings),
     )
-    used = " and ".join(f"{row[4]:,}" for row in prompts)
-    summary = f"{used or 'No'} prompts, in the order of the runs that used them. A digest names content, not a path."
+    summary = "The prompts, models, judges and settings that the run was made from."
     return ReportSection("What went in", summary, tables=tuple(table for table in tables if table.rows))
 
 
-def _prompts_row(manifest: Row) -> tuple[Cell, ...]:
+def _prompts_row(number: int, manifest: Row) -> tuple[Cell, ...]:
     counts, artifact = manifest.get("counts", {}), manifest["artifact"]
     return (
+        "comparison" if number else "pairs",
         str(manifest.get("source", "–")).rsplit("/", 1)[-1],
         counts.get("read"),
         counts.get("duplicates"),

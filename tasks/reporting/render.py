@@ -56,8 +56,10 @@ details details { border: 0; } details details summary { color: var(--soft); fon
 pre { margin: 0; padding: .75rem; background: var(--quote); border-radius: .4rem; font: .9rem/1.5 inherit;
   font-family: inherit; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
 pre.code { font-family: ui-monospace, monospace; font-size: .82rem; max-height: 30rem; overflow: auto; }
-@media (max-width: 44rem) { .pair { grid-template-columns: 1fr; } section { padding: 1rem; } }
-@media print { details > * { display: block; } body { background: #fff; } }
+@media (max-width: 44rem) {
+  .pair { grid-template-columns: 1fr; } section { padding: 1rem; } table { min-width: 34rem; } }
+@media print { body { background: #fff; } nav { display: none; }
+  details > * { display: block; } details::details-content { content-visibility: visible; } }
 """
 
 

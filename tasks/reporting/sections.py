@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -234,7 +235,7 @@ def evaluation_section(
     rows: list[tuple[Cell, ...]] = [_rate_row("new adapter against SFT", win_rate, passed)]
     null = win_rate.get("null")
     if null:
-        rows.append(_rate_row("SFT against itself", null, null["lower"] <= 0.5 <= null["upper"]))
+        rows.append(_rate_row("SFT against itself", null, null_is_near(null)))
     columns = ("comparison", "win rate", "interval", "samples", "prompts", "ties", "state")
     table = Table(f"Win rates with {100 * win_rate['confidence']:.3g} % intervals", columns, tuple(rows))
     return ReportSection(
@@ -244,6 +245,11 @@ def evaluation_section(
         tables=(table, lengths.table()) if lengths and lengths.samples else (table,),
         examples=tuple(_comparison(number, row) for number, row in enumerate(comparisons[:EXAMPLES], 1)),
     )
+
+
+def null_is_near(null: Row) -> bool:
+    """Tell whether the SFT adapter against itself comes out even, as it must."""
+    return bool(null["lower"] <= 0.5 <= null["upper"])
 
 
 def rate_text(found: Row) -> str:
@@ -259,7 +265,7 @@ def _rate_row(name: str, found: Row, ok: bool) -> tuple[Cell, ...]:
 
 def _evaluation_advice(win_rate: Row, passed: bool) -> Iterable[str]:
     null = win_rate.get("null")
-    if null and not null["lower"] <= 0.5 <= null["upper"]:
+    if null and not null_is_near(null):
         yield (
             f"Two draws of the SFT adapter come out at {rate_text(null)}, where it must be near 50 %: do not trust "
             "this win rate. Look at the judge's positions, and take more evaluation.num_samples."
@@ -357,8 +363,14 @@ def _lineage_row(manifest: Row, root: str) -> tuple[Cell, ...]:
         rows if isinstance(rows, int) else None,
         str(artifact.get("sha256", ""))[:12] or None,
         upstream or None,
-        _text(artifact.get("uri") and str(artifact["uri"]).removeprefix(root).removeprefix("/" if root else "")),
+        _text(artifact.get("uri") and _place(str(artifact["uri"]), root)),
     )
+
+
+def _place(uri: str, root: str) -> str:
+    """Shorten an address: without the workspace, and with the first digits of keys, which no table has room for."""
+    below = uri.removeprefix(root).removeprefix("/") if root else uri
+    return re.sub(r"([0-9a-f]{12})[0-9a-f]{20,}", r"\1…", below)
 
 
 def _upstream(manifest: Row) -> list[Row]:
