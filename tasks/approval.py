@@ -15,6 +15,7 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
+from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import apause_flow_run, asuspend_flow_run
 from prefect.input import RunInput
 from prefect.input.actions import aread_flow_run_input
@@ -134,7 +135,13 @@ async def _ask(config: PipelineConfig, run: FlowRun, key: str, page: ReportSecti
     seconds = config.approval_timeout_seconds
     if run.deployment_id is not None and run.parent_task_run_id is None:
         return await asuspend_flow_run(wait_for_input=form, timeout=seconds, key=key)
-    return await apause_flow_run(wait_for_input=form, timeout=seconds, poll_interval=2, key=key)
+    try:
+        return await apause_flow_run(wait_for_input=form, timeout=seconds, poll_interval=2, key=key)
+    except FlowPauseTimeout as late:
+        raise PreflowError(
+            f"{key.partition('-')[0]} was not approved within approval_timeout_seconds ({seconds:,} s). What was made "
+            "so far is kept: run again to be asked again."
+        ) from late
 
 
 async def _show(page: ReportSection) -> str:

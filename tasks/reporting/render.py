@@ -40,7 +40,7 @@ p { margin: 0 0 .75rem; max-width: 46rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 caption { padding: .9rem 0 .3rem; text-align: left; font-weight: 600; }
 th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
 .figure { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); font-weight: 600; white-space: nowrap; }

@@ -75,6 +75,7 @@ def section_of(text: str) -> ReportSection:
         advice=(text,),
         tables=(Table(text, (text, "n"), ((text, 1), (None, 2))),),
         pictures=(Picture(PNG, text),),
+        notes=(text,),
         examples=(Example(text, text, text, text, text, text),),
         blocks=((text, text),),
     )
