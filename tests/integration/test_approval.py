@@ -16,9 +16,6 @@ from prefect.flow_runs import aresume_flow_run
 from tasks.approval import NotApproved, approve_judging, approve_promotion, cancel_if_refused, read_answers
 from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
-from tasks.estimate import estimate_judging
-from tasks.judging import plan_judging
-from tasks.shards import Outcome, read_slice
 from tasks.storage import AdapterRef, CompletionsRef, EvaluationRef, PromotionRef, Workspace
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -163,23 +160,3 @@ async def test_a_run_that_nobody_approves_in_time_fails_and_says_what_to_do(tmp_
         await judged(bench)
     with pytest.raises(PreflowError, match="only a flow run"):
         await approve_judging(bench.config, bench.completions())
-
-
-async def test_the_estimate_counts_what_will_be_asked_and_not_what_is_known(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    completions = bench.completions()
-    (estimate,) = estimate_judging(bench.config, completions)
-    assert (estimate.requests, estimate.known) == (10, 0)
-    assert estimate.completion_tokens == 300
-    assert estimate.most_completion_tokens == 1000
-    assert estimate.usd == pytest.approx((estimate.prompt_tokens + 10 * 300) / 1e6)
-    plan = plan_judging(completions, bench.config.workspace, bench.config.judging)
-    (judge,) = plan.judges
-    rows = judge.rows()
-    (part,) = plan.slices
-    units = [key for row in read_slice(bench.store, part) for key in plan.units_of(row)]
-    async with rows.journal(part) as journal:
-        for key in units[:4]:
-            journal.append(key, Outcome(row={"order": [0, 1, 2], "best": 0, "worst": 1}))
-    (estimate,) = estimate_judging(bench.config, completions)
-    assert (estimate.requests, estimate.known) == (6, 4)

@@ -190,23 +190,42 @@ def test_a_run_is_started_from_the_form_and_unchanged_fields_keep_their_defaults
     assert [len(json.loads(line)["completions"]) for line in file.read_text().splitlines()] == [4] * 6
 
 
-def test_a_run_waits_for_a_yes_and_its_pages_can_be_read(world: World) -> None:
-    ui, config = world.ui, pipeline_config(world)
+@pytest.fixture(scope="module")
+def waiting(world: World) -> str:
+    """A run of the whole pipeline that waits for a yes before its judge is paid."""
+    run = world.start("dpo-pipeline", {"config": pipeline_config(world)})
+    world.wait(run, "PAUSED")
+    return run
+
+
+def test_a_no_ends_the_run_as_cancelled_with_the_reason(world: World, waiting: str) -> None:
+    """While another run waits: it holds neither the worker nor the one place that the deployment has."""
+    config = pipeline_config(world)
+    config["judging"] |= {"seed": 7, "orders": 3}
     run = world.start("dpo-pipeline", {"config": config})
     world.wait(run, "PAUSED")
+    assert world.get(f"/flow_runs/{waiting}")["state_type"] == "PAUSED"
+    approve(world, run, "approval-refused", "72 questions", False, "too dear for now")
+    ended = world.wait(run, "CANCELLED")
+    assert "too dear for now" in ended["state"]["message"]
+    assert world.judge.requests() == []
+
+
+def test_a_run_waits_for_a_yes_and_its_pages_can_be_read(world: World, waiting: str) -> None:
+    ui = world.ui
     assert world.judge.requests() == [], "the judge was paid before anybody approved"
-    approve(world, run, "approval-of-judging", "48 questions", True, "cheap enough")
+    approve(world, waiting, "approval-of-judging", "48 questions", True, "cheap enough")
     until(lambda: world.judge.requests())
-    world.wait(run, "PAUSED")
+    world.wait(waiting, "PAUSED")
     asked = len(world.judge.requests())
-    approve(world, run, "approval-of-promotion", "The new adapter wins", True, "reads well")
+    approve(world, waiting, "approval-of-promotion", "The new adapter wins", True, "reads well")
     ui.wait_for_state("Completed")
-    world.wait(run, "COMPLETED")
+    world.wait(waiting, "COMPLETED")
     assert len(world.judge.requests()) == asked, "a resumed run asked the judge again"
     assert (world.folder / "workspace" / "adapters" / "better" / "CURRENT.json").exists()
     (answers,) = (world.folder / "workspace" / "runs").glob("*/approvals/promotion.json")
     assert [(a["approve"], a["note"]) for a in json.loads(answers.read_text())["answers"]] == [(True, "reads well")]
-    ui.open(f"/runs/flow-run/{run}?tab=Artifacts")
+    ui.open(f"/runs/flow-run/{waiting}?tab=Artifacts")
     ui.picture("run-of-the-pipeline")
     ui.page.get_by_text("report", exact=True).first.click()
     expect(ui.page.get_by_role("heading", name="At a glance")).to_be_visible()
@@ -244,18 +263,6 @@ def read_artifacts(world: World) -> None:
         )
         assert all(width > 0 for width in widths), f"{key}: a picture is broken: {widths}"
         world.ui.picture(f"artifact-{key}")
-
-
-def test_a_no_ends_the_run_as_cancelled_with_the_reason(world: World) -> None:
-    config = pipeline_config(world) | {"approve_before": ["judging"]}
-    config["judging"] |= {"seed": 7, "orders": 3}
-    asked = len(world.judge.requests())
-    run = world.start("dpo-pipeline", {"config": config})
-    world.wait(run, "PAUSED")
-    approve(world, run, "approval-refused", "questions", False, "too dear for now")
-    ended = world.wait(run, "CANCELLED")
-    assert "too dear for now" in ended["state"]["message"]
-    assert len(world.judge.requests()) == asked
 
 
 def test_the_report_opens_from_the_disk(world: World) -> None:
