@@ -5,7 +5,6 @@ Pictures of every page are kept in tests/output (or where PREFLOW_TEST_PICTURES 
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -71,11 +70,6 @@ class World:
             return found if found["state_type"] in states else None
 
         return until(there)
-
-    def title(self, deployment: str, model: str, field: str) -> str:
-        """Return the title that the form gives a field."""
-        schema = self.deployment(deployment)["parameter_openapi_schema"]
-        return str(schema["definitions"][model]["properties"][field]["title"])
 
 
 def until(look: Callable[[], Any], seconds: float = 240) -> Any:
@@ -155,27 +149,36 @@ def open_form(world: World, name: str) -> None:
     expect(world.ui.page.get_by_role("button", name="Submit")).to_be_visible()
 
 
-def test_a_wrong_value_is_refused_in_the_form(world: World) -> None:
+def test_wrong_values_are_refused_in_the_form(world: World) -> None:
+    """A number out of bounds by the browser, a text of the wrong form by the server; both before there is a run."""
     open_form(world, "generate-completions")
-    title = world.title("generate-completions", "GenerationConfig", "temperature")
-    world.ui.field(title).fill("5")
-    world.ui.page.get_by_role("button", name="Submit").click()
-    expect(
-        world.ui.page.get_by_text(re.compile("less than or equal to|maximum of 2|greater than the maximum")).first
-    ).to_be_visible()
+    titles = form_titles(world)
+    submit = world.ui.page.get_by_role("button", name="Submit")
+    temperature = world.ui.field(titles["temperature"])
+    temperature.fill("5")
+    submit.click()
+    assert "less than or equal to 2" in temperature.evaluate("field => field.validationMessage")
+    temperature.fill("0.9")
+    world.ui.field(titles["endpoint"]).fill("vllm:8000")
+    submit.click()
+    expect(world.ui.page.get_by_text("'vllm:8000' does not match").first).to_be_visible()
     world.ui.picture("form-wrong-value")
     assert world.runs("generate-completions") == []
+
+
+def form_titles(world: World) -> dict[str, str]:
+    """Return the title that the form gives each field of the sampling stage."""
+    schema = world.deployment("generate-completions")["parameter_openapi_schema"]
+    fields = {**schema["properties"], **schema["definitions"]["GenerationConfig"]["properties"]}
+    return {name: field.get("title", name) for name, field in fields.items()}
 
 
 def test_a_run_is_started_from_the_form_and_unchanged_fields_keep_their_defaults(world: World) -> None:
     prompts = write_prompts(world.folder / "form.jsonl", "STREET", 6)
     open_form(world, "generate-completions")
-    titles = {name: world.title("generate-completions", "GenerationConfig", name)
-              for name in ("endpoint", "num_completions")}  # fmt: skip
-    schema = world.deployment("generate-completions")["parameter_openapi_schema"]["properties"]
-    ui = world.ui
-    ui.field(schema["prompts"].get("title", "prompts")).fill(prompts)
-    ui.field(schema["workspace"].get("title", "workspace")).fill(str(world.folder / "form-workspace"))
+    titles, ui = form_titles(world), world.ui
+    ui.field(titles["prompts"]).fill(prompts)
+    ui.field(titles["workspace"]).fill(str(world.folder / "form-workspace"))
     ui.field(titles["endpoint"]).fill(world.sampler.url)
     ui.field(titles["num_completions"]).fill("4")
     ui.picture("form-filled")
