@@ -41,6 +41,7 @@ lint: .venv/ready
 	@$(BIN)/mypy
 
 test: .venv/ready .venv-serve/ready lint
+	@infra/local/setup.sh browser
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:

@@ -464,6 +464,13 @@ class PublishingConfig(StageConfig):
     )
 
 
+class ApprovalPoint(StrEnum):
+    """Where a run can wait for a person's yes: before the judge is paid, or before a new adapter is served."""
+
+    JUDGING = "judging"
+    PROMOTION = "promotion"
+
+
 class PipelineConfig(StageConfig):
     """One whole run: prompts in, a better adapter out."""
 
@@ -491,6 +498,20 @@ class PipelineConfig(StageConfig):
     )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Proof on held-out prompts.")
     promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="The gate and serving.")
+    approve_before: tuple[ApprovalPoint, ...] = Field(
+        (),
+        max_length=2,
+        description="Wait for a person's yes, given with Resume: before judging (shows calls, tokens and cost), before "
+        "promotion (shows the evaluation). Empty: never.",
+        json_schema_extra=OPERATIONAL,
+    )
+    approval_timeout_seconds: int = Field(
+        604_800,
+        ge=1,
+        le=31_536_000,
+        description="How long the run waits for that, in seconds (a week); then it fails and can be retried.",
+        json_schema_extra=OPERATIONAL,
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -200,7 +200,9 @@ def test_choices_are_drop_downs(api: Api) -> None:
     assert chosen["LossType"][0] == "sigmoid"
     assert chosen["PairPolicy"] == ["unanimous", "majority", "borda"]
     fields = dict(config_fields({"definitions": definitions}))
-    used = {spec["$ref"].rsplit("/", 1)[1] for spec in fields.values() if "$ref" in spec}
+    # A field of several choices refers to them in its items.
+    references = [spec.get("$ref") or spec.get("items", {}).get("$ref") for spec in fields.values()]
+    used = {reference.rsplit("/", 1)[1] for reference in references if reference}
     assert set(chosen) <= used
 
 

@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 
-from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, Preset, SweepConfig, TrainingConfig
+from tasks.config import (
+    ApprovalPoint,
+    GenerationConfig,
+    JudgingConfig,
+    PipelineConfig,
+    Preset,
+    SweepConfig,
+    TrainingConfig,
+)
 from tasks.errors import PreflowError
 from tasks.evaluation import win_rate
 from tasks.runs import my_turn, taking_turns
 from tasks.sweeping.plan import SweepPlan, Work, check_budget
 from tasks.sweeping.points import expand_points, parameter_names
-from tasks.sweeping.prepare import trainings_at_once
+from tasks.sweeping.prepare import prepare_points, trainings_at_once
 from tasks.sweeping.results import PointResult, SweepResult, WinRate, sidak
 from tasks.sweeping.sections import plan_section, ranking_section
 
@@ -111,6 +119,12 @@ def test_all_wrong_points_are_told_at_once_and_no_key_with_them() -> None:
     assert "point 1 (judging.api_key=...)" in text
     assert "point 2 (judging.panel=...): judging.panel.0.api_key" in text
     assert "sk-secret" not in text
+
+
+def test_a_sweep_that_would_wait_for_a_person_at_every_point_is_refused() -> None:
+    config = PipelineConfig(approve_before=(ApprovalPoint.PROMOTION,))
+    with pytest.raises(PreflowError, match="approve_before"):
+        prepare_points(config, SweepConfig(grid={"training.beta": [0.1]}))
 
 
 def test_the_presets() -> None:
