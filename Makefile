@@ -5,12 +5,13 @@ export PYTHON
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test lint clean
+.PHONY: help demo up down chat test lint clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
 	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
 	@echo "make down    end what make up started"
+	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
 	@echo "make test    lint, types and every test (about 10 minutes)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   delete the demo's workspace; the virtual environments stay"
@@ -31,12 +32,16 @@ up: .venv/ready .venv-serve/ready
 down: .venv/ready
 	@$(BIN)/python -m tasks.demo.up down
 
+chat: .venv/ready
+	@$(BIN)/python -m tasks.chat $(CHAT)
+
 lint: .venv/ready
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 test: .venv/ready .venv-serve/ready lint
+	@infra/local/setup.sh browser
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:

@@ -7,15 +7,16 @@ from flows.generate import generate_completions
 from flows.judge import judge_preferences
 from flows.promote import promote_adapter
 from flows.train import train_dpo
+from tasks.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.config import PipelineConfig
 from tasks.promotion import find_promotion
 from tasks.remote import train_on_pool
 from tasks.report import report_run
 from tasks.runs import PipelineResult, my_turn, prepare_run, record_result
-from tasks.storage import AdapterRef, PreferencesRef, PromotionRef
+from tasks.storage import AdapterRef, PreferencesRef
 
 
-@flow(name="dpo-pipeline", flow_run_name="dpo for {config.promotion.name}")
+@flow(name="dpo-pipeline", flow_run_name="dpo for {config.promotion.name}", on_failure=[cancel_if_refused])
 async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """Sample completions, have them judged, train with DPO, prove that it is better, and serve it.
 
@@ -23,8 +24,7 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
         config: Everything about the run, stage by stage; what is left alone has its default.
     """
     config = await prepare_run(config)
-    made = await improve(config)
-    result = made.model_copy(update={"promotion": await promote_if_better(made, config)})
+    result = await promote_if_better(await improve(config), config)
     record_result(config, result)
     await report_run(config, result)
     return result
@@ -35,6 +35,7 @@ async def improve(config: PipelineConfig) -> PipelineResult:
     workspace = config.workspace
     async with my_turn():
         completions = await generate_completions(config.prompts, workspace, config.generation)
+        await approve_judging(config, completions)
         preferences = await judge_preferences(completions, workspace, config.judging)
     adapter = await train(preferences, config)
     held_out = config.eval_prompts or config.prompts
@@ -50,9 +51,10 @@ async def train(preferences: PreferencesRef, config: PipelineConfig) -> AdapterR
     return await train_dpo(preferences, config.workspace, config.training)
 
 
-async def promote_if_better(made: PipelineResult, config: PipelineConfig) -> PromotionRef | None:
-    """Serve the adapter under its name if it won by enough; return what stands if it is served already."""
-    known = find_promotion(made.adapter, config.workspace, config.promotion)
-    if known is None and made.evaluation.beats(config.promotion.min_win_rate):
-        return await promote_adapter(made.adapter, made.evaluation, config.workspace, config.promotion)
-    return known
+async def promote_if_better(made: PipelineResult, config: PipelineConfig) -> PipelineResult:
+    """Serve the adapter under its name if it won by enough, and nobody who was asked said no."""
+    promotion = find_promotion(made.adapter, config.workspace, config.promotion)
+    declined = await approve_promotion(config, made.evaluation, promotion)
+    if promotion is None and declined is None and made.evaluation.beats(config.promotion.min_win_rate):
+        promotion = await promote_adapter(made.adapter, made.evaluation, config.workspace, config.promotion)
+    return made.model_copy(update={"promotion": promotion, "declined": declined})

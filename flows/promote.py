@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks.config import PromotionConfig
-from tasks.promotion import check_gate, install_adapter, move_pointer, serve_adapter
+from tasks.promotion import check_gate, install_adapter, move_pointer, reconcile, serve_adapter
 from tasks.references import AdapterInput, EvaluationInput
 from tasks.storage import PromotionRef, Workspace
 
@@ -25,3 +25,14 @@ async def promote_adapter(
     uri = install_adapter(adapter, workspace, promotion.name)
     await serve_adapter(uri, workspace, promotion)
     return move_pointer(adapter, evaluation, uri, workspace, promotion)
+
+
+@flow(name="reconcile-served", flow_run_name="serve what {promotion.name} is")
+async def reconcile_served(workspace: str, promotion: PromotionConfig) -> PromotionRef:
+    """Have vLLM serve what was promoted, if it does not: after a restart, or a promotion that was cut off.
+
+    Args:
+        workspace: Where everything is kept: a folder or gs:// address.
+        promotion: What is served, and where; its bar is not looked at.
+    """
+    return await reconcile(workspace, promotion)

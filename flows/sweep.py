@@ -30,7 +30,8 @@ async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult |
         record_sweep(result, config.workspace)
     best = winner(result, points.points) if sweep.promote_best else None
     if best is not None:
-        result = result.model_copy(update={"promotion": await promote_if_better(best[1], best[0].config)})
+        served = await promote_if_better(best[1], best[0].config)
+        result = result.model_copy(update={"promotion": served.promotion})
     await report_sweep(result, points.points)
     return conclude(result, config.workspace)
 

@@ -440,6 +440,37 @@ class PromotionConfig(StageConfig):
     )
 
 
+class PublishingConfig(StageConfig):
+    """Where an adapter is published on the Hugging Face hub, and what its card cannot know from the manifests."""
+
+    repo: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)?$",
+        description="Repository on the hub, owner/name; made if it is not there.",
+    )
+    private: bool = Field(True, description="Make a new repository private; one that is there stays as it is.")
+    token: SecretName = Field(
+        "env:HF_TOKEN",
+        description="Where the hub's write token is: env:NAME or the name of a Prefect Secret block. Never the token.",
+        json_schema_extra=OPERATIONAL,
+    )
+    base_model: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="The base model's name on the hub, for the card. Empty: training.base_model, if that is one.",
+    )
+    license: str | None = Field(
+        None, pattern=r"^[a-z0-9][a-z0-9.-]*$", description="The hub's identifier of a license, e.g. llama3.2."
+    )
+
+
+class ApprovalPoint(StrEnum):
+    """Where a run can wait for a person's yes: before the judge is paid, or before a new adapter is served."""
+
+    JUDGING = "judging"
+    PROMOTION = "promotion"
+
+
 class PipelineConfig(StageConfig):
     """One whole run: prompts in, a better adapter out."""
 
@@ -467,6 +498,20 @@ class PipelineConfig(StageConfig):
     )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Proof on held-out prompts.")
     promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="The gate and serving.")
+    approve_before: tuple[ApprovalPoint, ...] = Field(
+        (),
+        max_length=2,
+        description="Wait for a person's yes, given with Resume: before judging (shows calls, tokens and cost), before "
+        "promotion (shows the evaluation). Empty: never.",
+        json_schema_extra=OPERATIONAL,
+    )
+    approval_timeout_seconds: int = Field(
+        604_800,
+        ge=1,
+        le=31_536_000,
+        description="How long the run waits for that, in seconds (a week); then it fails and can be retried.",
+        json_schema_extra=OPERATIONAL,
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -47,6 +47,11 @@ class Preemption(BaseModel):
         """Optimizer steps that were done twice."""
         return max(0, self.at_step - self.resumed_from)
 
+    def text(self) -> str:
+        """Return one line for the log."""
+        where = f"at step {self.at_step}, resumed from {self.resumed_from}"
+        return f"preempted by {self.kind.value} {where}; {self.seconds_lost:.1f} s until it was back there"
+
 
 class DrillResult(BaseModel):
     """What came out: the digests of adapter and metrics undisturbed and under preemption; prices in US$ an hour."""
@@ -159,7 +164,7 @@ async def train_in_the_storm(
         for step, kind in plan_preemptions(drill):
             await watch.until(step)
             done.append(await preempt(target, order, watch, kind))
-            logger.info("preemption %d: %s", len(done), done[-1])
+            logger.info("%s", done[-1].text())
         await training
     finally:
         training.cancel()

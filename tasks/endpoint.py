@@ -273,3 +273,10 @@ class Endpoint:
     async def unload_adapter(self, name: str) -> None:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
         await served.unload_adapter(self._call, self.config, name)
+
+    async def token_log_prob(self, prefix: Sequence[int], token: int) -> float:
+        """Return the log-prob (nats) that the model gives `token` after the token ids `prefix`; vLLM alone tells it.
+
+        Raises `PreflowError`.
+        """
+        return await served.token_log_prob(self._call, self.config, prefix, token)

@@ -236,10 +236,19 @@ class _Pulse:
 
     def has_stopped(self, state: State[Any]) -> bool:
         """Tell whether a running training has been silent for too long."""
-        beat = self._store.read_bytes(self._lease) if self._store.exists(self._lease) else b""
-        if (state.id, beat) != self._seen:
-            self._seen, self._since = (state.id, beat), time.monotonic()
-        return state.is_running() and time.monotonic() - self._since > self._limit
+        if not state.is_running():
+            return False
+        seen = state.id, self._beat()
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        return time.monotonic() - self._since > self._limit
+
+    def _beat(self) -> object:
+        try:
+            return self._store.read_bytes(self._lease) if self._store.exists(self._lease) else None
+        except Exception:
+            logger.warning("%s cannot be read now; that says nothing of the training", self._lease, exc_info=True)
+            return object()
 
 
 async def _bury(run: FlowRun) -> None:

@@ -32,7 +32,7 @@ _turn: ContextVar[asyncio.Lock | None] = ContextVar("turn", default=None)
 
 
 class PipelineResult(BaseModel):
-    """What a pipeline run made; `promotion` is None if the adapter did not win by enough."""
+    """What a pipeline run made; `promotion` is None if the adapter did not win by enough, or was `declined`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,6 +41,7 @@ class PipelineResult(BaseModel):
     adapter: AdapterRef
     evaluation: EvaluationRef
     promotion: PromotionRef | None = None
+    declined: str | None = None
 
     def references(self) -> list[Reference]:
         """Return everything that a finished run must still have."""

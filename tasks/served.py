@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx2
@@ -122,6 +122,25 @@ async def unload_adapter(call: Call, config: EndpointConfig, name: str) -> None:
         raise PreflowError(
             f"{config.endpoint} did not unload the adapter {name}: {failure}. {_remedy(failure)}"
         ) from failure
+
+
+async def token_log_prob(call: Call, config: EndpointConfig, prefix: Sequence[int], token: int) -> float:
+    """Return the log-prob of one token after others; see `Endpoint.token_log_prob`."""
+    # Not `prompt_logprobs`: in one batch with other requests that ends vLLM's CPU engine (0.32).
+    body = {
+        "model": config.model, "prompt": list(prefix), "max_tokens": 1, "temperature": 0, "logprobs": 1,
+        "allowed_token_ids": [token],
+    }  # fmt: skip
+    try:
+        response = await call("/completions", body, ADAPTER_SECONDS)
+        return float(response.json()["choices"][0]["logprobs"]["token_logprobs"][0])
+    except (Transient, RequestRefused) as failure:
+        raise PreflowError(f"{config.endpoint} gave no log-probs of {config.model}: {failure}") from failure
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise PreflowError(
+            f"{config.endpoint} gave no log-probs of {config.model} ({type(error).__name__}): it must be a vLLM, which "
+            "takes token ids and allowed_token_ids on /v1/completions"
+        ) from error
 
 
 def _remedy(failure: Transient | RequestRefused) -> str:

@@ -7,9 +7,11 @@ RUN groupadd --gid 10001 preflow \
 
 ENV DO_NOT_TRACK=1 \
     HOME=/home/preflow \
+    PYTHONPATH=/opt/preflow/vllm_plugin \
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True \
     VLLM_NO_USAGE_STATS=1
-COPY infra/docker/serve.sh /opt/preflow/serve.sh
+COPY infra/docker/vllm_plugin /opt/preflow/vllm_plugin
+COPY infra/docker/serve.sh infra/docker/served_adapters.py /opt/preflow/
 
 USER 10001:10001
 ENTRYPOINT ["/opt/preflow/serve.sh"]

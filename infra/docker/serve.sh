@@ -2,6 +2,7 @@
 # Serve a base model and its LoRA adapters with vLLM; arguments are handed on to it. From the environment:
 #   MODEL          hub name or folder of the base model
 #   SFT_ADAPTER    folder of the SFT adapter, served as "sft"; empty: none at the start
+#   ADAPTERS       <workspace>/adapters: what each CURRENT.json there names is served from the start; empty: none
 #   MAX_MODEL_LEN  longest prompt + completion, in tokens (4096)
 #   MAX_LORAS      adapters on the GPU at once (4)      MAX_LORA_RANK  highest rank of an adapter (64)
 #   VLLM_API_KEY   key that clients must send
@@ -10,7 +11,10 @@ set -eu
 # Training takes the adapter's template too: sampling must speak to the model in the same words.
 [ ! -f "${SFT_ADAPTER:-}/chat_template.jinja" ] || : "${CHAT_TEMPLATE:=$SFT_ADAPTER/chat_template.jinja}"
 : "${MODEL:?name the base model}"
-[ -z "${SFT_ADAPTER:-}" ] || set -- --lora-modules "sft=$SFT_ADAPTER" "$@"
+loras=$(python3 "$(dirname "$0")/served_adapters.py" "${ADAPTERS:-}" "${SFT_ADAPTER:-}")
+# A name or path with a space in it would not come through; names have none, and paths are ours.
+# shellcheck disable=SC2086
+[ -z "$loras" ] || set -- --lora-modules $loras "$@"
 # exec: vLLM itself must get the SIGTERM, to finish what is in flight.
 exec vllm serve "$MODEL" \
     --host 0.0.0.0 --port 8000 \

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Make one of the two virtual environments. Called by make; pip's own settings (index, find-links, proxies) are respected.
+# Make one of the two virtual environments, or install what the tests need besides. Called by make; pip's own settings (index, find-links, proxies) are respected.
 #   setup.sh main  .venv         Prefect, TRL, tests
 #   setup.sh serve .venv-serve   vLLM
+#   setup.sh browser             Chromium, which the tests of the UI drive
 set -euo pipefail
-kind=$1 env=$2
+kind=$1 env=${2:-}
 python=${PYTHON:-python3.11}
 
 say() { printf '%s\n' "setup: $*"; }
@@ -25,6 +26,22 @@ need_library() {
     apt-get update -qq && apt-get install -y -qq "$2" >/dev/null
 }
 
+need_program() {
+    command -v "$1" >/dev/null && return
+    say "installing $2"
+    [ "$(id -u)" = 0 ] || fail "$1 is missing: run 'sudo apt-get install $2', then make again"
+    apt-get update -qq && apt-get install -y -qq "$2" >/dev/null
+    command -v "$1" >/dev/null || fail "$1 is not there after 'apt-get install $2': install it by hand, then make again"
+}
+
+# PREFLOW_CHROMIUM names another browser of the kind, where Debian's package is not to be had.
+install_browser() {
+    if [ -z "${PREFLOW_CHROMIUM:-}" ] && ! command -v google-chrome >/dev/null; then
+        need_program chromium chromium
+    fi
+    exit 0
+}
+
 install_main() {
     say "installing Prefect, torch and TRL into $env (about 2.3 GB; 2 to 4 minutes)"
     "$env/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
@@ -44,6 +61,9 @@ install_serve() {
     rm -r "$env/wheels"
 }
 
+[ "$kind" != browser ] || install_browser
+# A link leads to an environment that others use too, and making it anew begins by emptying it.
+[ ! -L "$env" ] || fail "$env is a link to $(readlink "$env"): update that one where it is, then run: touch $env/ready"
 start=$SECONDS
 need_python
 say "making $env"

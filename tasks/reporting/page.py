@@ -45,7 +45,7 @@ class Example:
 class ReportSection:
     """One part of the report: a summary, what to do, and what shows it.
 
-    `blocks` are (title, text) pairs that are shown as they are, folded.
+    `notes` say how the tables are to be read; `blocks` are (title, text) pairs that are shown as they are, folded.
     """
 
     title: str
@@ -53,5 +53,6 @@ class ReportSection:
     advice: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     pictures: tuple[Picture, ...] = ()
+    notes: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
     blocks: tuple[tuple[str, str], ...] = ()

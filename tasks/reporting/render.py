@@ -32,6 +32,7 @@ nav b { color: var(--bad); }
 section { margin: 0 0 1.25rem; padding: 1.25rem 1.5rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .6rem; }
 p { margin: 0 0 .75rem; max-width: 46rem; }
+.note { margin-top: .75rem; color: var(--soft); font-size: .9rem; }
 .advice { margin: .75rem 0; padding: .75rem 1rem .75rem 2rem; background: var(--warn);
   border-left: 4px solid var(--bad); border-radius: .3rem; }
 .advice li + li { margin-top: .4rem; }
@@ -39,7 +40,7 @@ p { margin: 0 0 .75rem; max-width: 46rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 caption { padding: .9rem 0 .3rem; text-align: left; font-weight: 600; }
 th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
 .figure { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); font-weight: 600; white-space: nowrap; }
@@ -55,8 +56,10 @@ details details { border: 0; } details details summary { color: var(--soft); fon
 pre { margin: 0; padding: .75rem; background: var(--quote); border-radius: .4rem; font: .9rem/1.5 inherit;
   font-family: inherit; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
 pre.code { font-family: ui-monospace, monospace; font-size: .82rem; max-height: 30rem; overflow: auto; }
-@media (max-width: 44rem) { .pair { grid-template-columns: 1fr; } section { padding: 1rem; } }
-@media print { details > * { display: block; } body { background: #fff; } }
+@media (max-width: 44rem) {
+  .pair { grid-template-columns: 1fr; } section { padding: 1rem; } table { min-width: 34rem; } }
+@media print { body { background: #fff; } nav { display: none; }
+  details > * { display: block; } details::details-content { content-visibility: visible; } }
 """
 
 
@@ -81,6 +84,7 @@ def render_markdown(section: ReportSection) -> str:
         parts.append("**What to do**\n\n" + "\n".join(f"- {_markdown(text)}" for text in section.advice))
     parts += [f"![{_markdown(picture.caption)}]({_data_uri(picture)})" for picture in section.pictures]
     parts += [_markdown_table(table) for table in section.tables]
+    parts += [_markdown(text) for text in section.notes]
     parts += [_markdown_example(example) for example in section.examples]
     parts += [f"**{_markdown(title)}**\n\n{_markdown_code(text)}" for title, text in section.blocks]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -156,6 +160,7 @@ def _html_section(number: int, section: ReportSection) -> str:
         parts.append(f'<ul class="advice">{"".join(f"<li>{_html(text)}</li>" for text in section.advice)}</ul>')
     parts += [_html_picture(picture) for picture in section.pictures]
     parts += [_html_table(table) for table in section.tables]
+    parts += [f'<p class="note">{_html(text)}</p>' for text in section.notes]
     if section.examples:
         parts.append("<h3>To read</h3>")
     parts += [_html_example(example) for example in section.examples]

@@ -2,7 +2,9 @@
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tasks.ledger import Ledger, format_usd
@@ -10,7 +12,8 @@ from tasks.quality import Metric, QualityReport
 from tasks.reporting.page import Cell, Example, Picture, ReportSection, Table
 
 EXAMPLES = 20
-ENOUGH_SAMPLES = 800
+# One-sided 5 %, power 80 %: decided comparisons that it takes to see a win rate of 55 % and of 60 %.
+ENOUGH_DECIDED, ENOUGH_FOR_60 = 615, 152
 TRAINING_FIGURES = (
     ("loss", "Training loss"),
     ("eval_loss", "Held-out loss"),
@@ -39,7 +42,7 @@ def sample_rows(rows: Iterable[Row], count: int = EXAMPLES, seed: int = 42) -> l
 def quality_section(report: QualityReport, png: bytes | None = None) -> ReportSection:
     """Show what was measured about the judge and its pairs, and what to change."""
     columns = ("measurement", "value", "healthy", "state")
-    tables = [Table("Measurements", columns, tuple(map(_metric_row, report.metrics)))]
+    tables = [Table("Measurements", columns, tuple(map(metric_row, report.metrics)))]
     tables += [table for metric in report.metrics if (table := _detail_table(metric))]
     if report.reasons:
         tables.append(Table("Why rows gave no pair", ("reason", "rows"), tuple(report.reasons.items())))
@@ -53,11 +56,12 @@ def quality_section(report: QualityReport, png: bytes | None = None) -> ReportSe
     )
 
 
-def _metric_row(metric: Metric) -> tuple[Cell, ...]:
+def metric_row(metric: Metric) -> tuple[str, Cell, str, bool | None]:
+    """Return a measurement's title, its value with its unit, the healthy range, and whether it lies in it."""
     value: Cell = metric.value
     if metric.value is not None:
         is_share = (metric.unit or "").startswith("share")
-        value = f"{100 * metric.value:.1f} %" if is_share else f"{metric.value:,.4g} {metric.unit or ''}".strip()
+        value = f"{100 * metric.value:.1f} %" if is_share else f"{metric.value:,.3g} {metric.unit or ''}".strip()
     return metric.title, value, metric.healthy, metric.ok
 
 
@@ -120,16 +124,23 @@ def pairs_section(pairs: Sequence[Row]) -> ReportSection:
     return ReportSection(title="Example pairs", summary=summary, examples=examples)
 
 
-def training_section(health: Row, metrics: Sequence[Row], png: bytes | None = None) -> ReportSection:
+def training_section(
+    health: Row, metrics: Sequence[Row], png: bytes | None = None, counts: Row | None = None
+) -> ReportSection:
     """Show the readings and curves of a training.
 
     Args:
         health: `health.json`: ok, source, readings (name, value, healthy, ok, meaning), warnings, advice.
         metrics: the rows of `metrics.jsonl`: {step, loss, eval_loss, rewards/..., ...}, each with some of them.
         png: the curves, from `tasks.training.plots.plot_metrics`.
+        counts: `counts` of the training's manifest: what became of the pairs.
     """
     readings = tuple((r["name"], r["value"], r["healthy"], r["ok"], r["meaning"]) for r in health["readings"])
-    tables = (Table("Readings", ("metric", "value", "healthy", "state", "meaning"), readings), _figures(metrics))
+    tables = (
+        Table("Readings", ("metric", "value", "healthy", "state", "meaning"), readings),
+        _figures(metrics),
+        _pairs_used(counts or {}),
+    )
     verdict = "Healthy" if health["ok"] else "Needs attention"
     return ReportSection(
         title="Training",
@@ -138,6 +149,17 @@ def training_section(health: Row, metrics: Sequence[Row], png: bytes | None = No
         tables=tuple(table for table in tables if table.rows),
         pictures=(_curves(png),) if png else (),
     )
+
+
+def _pairs_used(counts: Row) -> Table:
+    columns = ("pairs", "given", "used", "refused", "sides cut at max_length", "longest, tokens")
+    sides = (("to train", counts.get("train")), ("held out", counts.get("val")))
+    rows = tuple(
+        (name, side["pairs"], side["used"], len(side["refused"]), side["cut_sides"], side["longest"])
+        for name, side in sides
+        if side
+    )
+    return Table("Pairs", columns, rows)
 
 
 def live_section(summary: str, metrics: Sequence[Row], png: bytes) -> ReportSection:
@@ -165,36 +187,73 @@ def _course(metrics: Sequence[Row], name: str, title: str) -> tuple[Cell, ...] |
     return (title, values[0], values[-1], min(values), max(values)) if values else None
 
 
-def evaluation_section(win_rate: Row, comparisons: Sequence[Row] = (), bar: float = 0.5) -> ReportSection:
+@dataclass
+class SampleLengths:
+    """Words and empty samples of both adapters, counted over a stream of comparisons."""
+
+    samples: int = 0
+    words: tuple[int, int] = (0, 0)
+    empty: tuple[int, int] = (0, 0)
+
+    def watch(self, comparisons: Iterable[Row]) -> Iterator[Row]:
+        """Yield the comparisons, counting them."""
+        for row in comparisons:
+            before, after = (len(text.split()) for text in row["completions"])
+            self.samples += 1
+            self.words = (self.words[0] + before, self.words[1] + after)
+            self.empty = (self.empty[0] + (before == 0), self.empty[1] + (after == 0))
+            yield row
+
+    def table(self) -> Table:
+        """Return the mean length of both adapters' samples."""
+        names = ("before (SFT)", "after (DPO)")
+        rows = tuple(
+            (name, round(words / max(1, self.samples), 1), empty)
+            for name, words, empty in zip(names, self.words, self.empty, strict=True)
+        )
+        return Table("Length of the samples", ("adapter", "mean words", "empty"), rows)
+
+
+def evaluation_section(
+    win_rate: Row, comparisons: Sequence[Row] = (), bar: float = 0.5, lengths: SampleLengths | None = None
+) -> ReportSection:
     """Show whether the new adapter won, and before/after comparisons to read.
 
     Args:
         win_rate: `win_rate.json`: win_rate, lower, upper, confidence, samples, prompts, ties, and `null` of the same.
         comparisons: rows of `comparisons.jsonl`: prompt, completions [SFT, new], outcome (1: the new one won).
         bar: what the interval's lower bound must be over.
+        lengths: of all samples, if they were counted: a judge may like longer texts better.
     """
     passed = win_rate["lower"] > bar
     summary = (
-        f"The new adapter wins {_rate(win_rate)} of the comparisons with the SFT adapter on {win_rate['prompts']:,} "
-        f"held-out prompts (ties count half). The interval lies {'' if passed else 'not '}over the bar of "
+        f"The new adapter wins {rate_text(win_rate)} of the comparisons with the SFT adapter on "
+        f"{win_rate['prompts']:,} held-out prompts (ties count half). The interval "
+        f"{'lies' if passed else 'does not lie'} over the bar of "
         f"{100 * bar:.3g} %."
     )
     rows: list[tuple[Cell, ...]] = [_rate_row("new adapter against SFT", win_rate, passed)]
     null = win_rate.get("null")
     if null:
-        rows.append(_rate_row("SFT against itself", null, null["lower"] <= 0.5 <= null["upper"]))
+        rows.append(_rate_row("SFT against itself", null, null_is_near(null)))
     columns = ("comparison", "win rate", "interval", "samples", "prompts", "ties", "state")
     table = Table(f"Win rates with {100 * win_rate['confidence']:.3g} % intervals", columns, tuple(rows))
     return ReportSection(
         title="Evaluation",
         summary=summary,
         advice=tuple(_evaluation_advice(win_rate, passed)),
-        tables=(table,),
+        tables=(table, lengths.table()) if lengths and lengths.samples else (table,),
         examples=tuple(_comparison(number, row) for number, row in enumerate(comparisons[:EXAMPLES], 1)),
     )
 
 
-def _rate(found: Row) -> str:
+def null_is_near(null: Row) -> bool:
+    """Tell whether the SFT adapter against itself comes out even, as it must."""
+    return bool(null["lower"] <= 0.5 <= null["upper"])
+
+
+def rate_text(found: Row) -> str:
+    """Return a win rate with its interval, in percent."""
     return f"{100 * found['win_rate']:.1f} % ({100 * found['lower']:.1f}-{100 * found['upper']:.1f} %)"
 
 
@@ -206,15 +265,16 @@ def _rate_row(name: str, found: Row, ok: bool) -> tuple[Cell, ...]:
 
 def _evaluation_advice(win_rate: Row, passed: bool) -> Iterable[str]:
     null = win_rate.get("null")
-    if null and not null["lower"] <= 0.5 <= null["upper"]:
+    if null and not null_is_near(null):
         yield (
-            f"Two draws of the SFT adapter come out at {_rate(null)}, where it must be near 50 %: do not trust this "
-            "win rate. Look at the judge's positions, and take more evaluation.num_samples."
+            f"Two draws of the SFT adapter come out at {rate_text(null)}, where it must be near 50 %: do not trust "
+            "this win rate. Look at the judge's positions, and take more evaluation.num_samples."
         )
-    if not passed and win_rate["upper"] > 0.5 and win_rate["samples"] < ENOUGH_SAMPLES:
+    decided = round(win_rate["samples"] * (1 - win_rate["ties"]))
+    if not passed and win_rate["upper"] > 0.5 and decided < ENOUGH_DECIDED:
         yield (
-            f"{win_rate['samples']:,} samples are too few to see a small gain (a win rate of 55 % takes about "
-            f"{ENOUGH_SAMPLES}): raise evaluation.num_samples or max_prompts."
+            f"Only {decided:,} comparisons were decided (ties left out). To see a win rate of 55 % takes about "
+            f"{ENOUGH_DECIDED} of them, 60 % about {ENOUGH_FOR_60}: raise evaluation.num_samples or max_prompts."
         )
     elif not passed:
         yield (
@@ -241,7 +301,7 @@ def cost_section(ledger: Ledger) -> ReportSection:
     """Show tokens, GPU time and money by stage, and what the cache saved."""
     heading, *rows = ledger.rows()
     total = ledger.total()
-    summary = f"This run cost {format_usd(total.used.usd)} US$."
+    summary = f"Making everything in this run cost {format_usd(total.used.usd)} US$, whichever run made it."
     if total.cached.usd:
         summary += f" Results kept from earlier runs saved another {format_usd(total.cached.usd)} US$."
     elif total.cached.requests:
@@ -251,13 +311,14 @@ def cost_section(ledger: Ledger) -> ReportSection:
     )
 
 
-def lineage_section(manifests: Sequence[Row]) -> ReportSection:
+def lineage_section(manifests: Sequence[Row], root: str = "") -> ReportSection:
     """Show what was made from what: digests, rows, package versions, and each stage's settings.
 
     Args:
         manifests: the artifacts' manifests: artifact (kind, uri, sha256, rows), stage, config, upstream, packages, ...
+        root: of the workspace: addresses below it are shown without it.
     """
-    rows = tuple(_lineage_row(manifest) for manifest in manifests)
+    rows = tuple(_lineage_row(manifest, root) for manifest in manifests)
     tables = [Table("Artifacts", ("stage", "artifact", "rows", "sha256", "made from", "where"), rows)]
     advice = []
     packages = _package_rows(manifests)
@@ -267,7 +328,10 @@ def lineage_section(manifests: Sequence[Row]) -> ReportSection:
     if mixed:
         advice.append(f"Stages ran with different versions of {', '.join(mixed)}: see the table of packages.")
     blocks = tuple(
-        (f"Settings of {manifest.get('stage') or _artifact(manifest).get('kind', '?')}", _json(manifest["config"]))
+        (
+            f"Settings of {_stage(manifest)}, {str(_artifact(manifest).get('sha256', '?'))[:12]}",
+            _json(manifest["config"]),
+        )
         for manifest in manifests
         if manifest.get("config")
     )
@@ -285,7 +349,11 @@ def _artifact(manifest: Row) -> Row:
     return artifact
 
 
-def _lineage_row(manifest: Row) -> tuple[Cell, ...]:
+def _stage(manifest: Row) -> str:
+    return str(manifest.get("stage") or _artifact(manifest).get("kind", "?"))
+
+
+def _lineage_row(manifest: Row, root: str) -> tuple[Cell, ...]:
     artifact = _artifact(manifest)
     upstream = ", ".join(f"{ref.get('kind', '?')} {str(ref.get('sha256', ''))[:12]}" for ref in _upstream(manifest))
     rows = artifact.get("rows")
@@ -295,8 +363,14 @@ def _lineage_row(manifest: Row) -> tuple[Cell, ...]:
         rows if isinstance(rows, int) else None,
         str(artifact.get("sha256", ""))[:12] or None,
         upstream or None,
-        _text(artifact.get("uri")),
+        _text(artifact.get("uri") and _place(str(artifact["uri"]), root)),
     )
+
+
+def _place(uri: str, root: str) -> str:
+    """Shorten an address: without the workspace, and with the first digits of keys, which no table has room for."""
+    below = uri.removeprefix(root).removeprefix("/") if root else uri
+    return re.sub(r"([0-9a-f]{12})[0-9a-f]{20,}", r"\1…", below)
 
 
 def _upstream(manifest: Row) -> list[Row]:
@@ -307,9 +381,9 @@ def _upstream(manifest: Row) -> list[Row]:
 def _package_rows(manifests: Sequence[Row]) -> tuple[tuple[Cell, ...], ...]:
     stages: dict[tuple[str, str], list[str]] = {}
     for manifest in manifests:
-        name = str(manifest.get("stage") or _artifact(manifest).get("kind", "?"))
         for package, version in (manifest.get("packages") or {}).items():
-            stages.setdefault((str(package), str(version)), []).append(name)
+            names = stages.setdefault((str(package), str(version)), [])
+            names += [name for name in (_stage(manifest),) if name not in names]
     return tuple((package, version, ", ".join(names)) for (package, version), names in sorted(stages.items()))
 
 

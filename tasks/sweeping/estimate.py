@@ -255,7 +255,7 @@ class _Planner:
         else:
             key = training_key(preferences, training)
             adapter = find_adapter(self._store, key, preferences)
-        piece, is_new = self._open(f"{TRAINING} {key}", number, TRAINING, f"beta {training.beta:g}")
+        piece, is_new = self._open(f"{TRAINING} {key}", number, TRAINING, config.training_deployment or "this machine")
         if is_new:
             piece.finished = adapter is not None
             batch = training.per_device_train_batch_size * training.gradient_accumulation_steps

@@ -17,6 +17,11 @@ def prepare_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
     Raises:
         PreflowError: naming the point, what is wrong, and what to do.
     """
+    if config.approve_before:
+        raise PreflowError(
+            "config.approve_before: a sweep does not wait for a person at every point. Leave it empty, and let "
+            "sweep.budget_usd say what may be spent"
+        )
     expanded = expand_points(config, sweep)
     Workspace(config.workspace).check_writable()
     checked: set[str] = set()

@@ -30,8 +30,8 @@ def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, d
     asked, alone = sum(work.to_ask for work in plan.work), sum(len(w.points) * w.requests for w in plan.work)
     left_out = f" {duplicates} equal to another were left out." if duplicates else ""
     summary = (
-        f"{len(points)} points.{left_out} {new} trainings and {asked:,} requests are still to come, for about "
-        f"{format_usd(plan.usd())} US$; one by one, the points would take {alone:,} requests."
+        f"{len(points)} points.{left_out} Still to come: {new} trainings and {asked:,} requests, {_money(plan)}. "
+        f"One by one, the points would take {len(points)} trainings and {alone:,} requests."
     )
     rows = (*map(_work_row, plan.work), _total_row(plan))
     return ReportSection(
@@ -43,6 +43,13 @@ def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, d
         ),
         blocks=(("How this is estimated", HOW_ESTIMATED.format(rate=sweep.pairs_per_second)),),
     )
+
+
+def _money(plan: SweepPlan) -> str:
+    unpriced = any(work.usd is None for work in plan.work)
+    if unpriced and not plan.usd():
+        return "no price set"
+    return f"about {format_usd(plan.usd())} US$" + (" and what has no price set" if unpriced else "")
 
 
 def _work_row(work: Work) -> tuple[Cell, ...]:
@@ -57,11 +64,10 @@ def _work_row(work: Work) -> tuple[Cell, ...]:
 
 def _total_row(plan: SweepPlan) -> tuple[Cell, ...]:
     minutes = sum(work.gpu_minutes for work in plan.work)
-    unpriced = any(work.usd is None for work in plan.work)
     return (
         "total", None, None, sum(work.requests for work in plan.work), f"{sum(work.known for work in plan.work):,}",
         sum(work.prompt_tokens for work in plan.work), sum(work.completion_tokens for work in plan.work),
-        format_seconds(60 * minutes) if minutes else None, format_usd(plan.usd()) + (" and more" if unpriced else ""),
+        format_seconds(60 * minutes) if minutes else None, _money(plan),
     )  # fmt: skip
 
 

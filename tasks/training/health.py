@@ -212,7 +212,7 @@ def _not_learning(run: Run, last: Row) -> list[str]:
         f"Judge more prompts: this run had {run.train_pairs} pairs and {run.steps} steps.",
         f"Train 2-3 epochs (now {training.num_train_epochs:g}) at a learning rate of {training.learning_rate / 5:g}.",
     ]
-    if run.steps and training.warmup_steps > 0.1 * run.steps:
+    if run.steps and training.warmup_steps > max(1, run.steps // 10):
         found.append(
             f"Shorten the warm-up: {training.warmup_steps} of {run.steps} steps ran below the full learning rate; "
             f"{max(1, run.steps // 10)} are enough."

@@ -18,6 +18,7 @@ from tasks.training.checkpoints import Checkpoint, CheckpointStore
 from tasks.training.data import PairData, load_pairs, make_micro_batches
 from tasks.training.health import Run, assess
 from tasks.training.model import AdapterWeights, has_cuda, load_base, load_policy, load_tokenizer, save_adapter
+from tasks.training.probe import probe_texts, record_probe
 from tasks.training.reference import ReferenceCache, Split, reference_key
 from tasks.training.spec import Progress, TrainingPaths, TrainingSpec
 from tasks.training.stopping import StopFlag
@@ -155,6 +156,8 @@ class TrainingRun:
         save_adapter(trainer.model, adapter, folder)
         trainer.check_saved(folder, check)
         if self._is_main:
+            probe = record_probe(trainer.model, adapter, probe_texts(check.pairs), self._training)
+            self._store.write_json(self._paths.file("probe.json"), probe)
             self._commit(trainer, folder)
 
     def _commit(self, trainer: ExactTrainer, folder: Path) -> None:
@@ -218,10 +221,7 @@ def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
     store = Workspace.holding(uri)
     folder = Path(uri).expanduser().absolute()
     if not store.is_local:
-        local.mkdir(parents=True)
-        for file in store.list(uri):
-            (local / posixpath.basename(file)).write_bytes(store.read_bytes(file))
-        folder = local
+        folder = store.fetch_files(uri, local)
     found = folder_digest(str(folder))
     if found != expected:
         raise PreflowError(

@@ -21,7 +21,8 @@ PREFECT_FILE = "deployments/prefect.yaml"
 TEMPLATE = "deployments/l4-spot.job-template.json"
 NAMES = {
     "dpo-pipeline/local", "dpo-sweep/local", "generate-completions/local", "judge-preferences/local", "train-dpo/local",
-    "train-dpo/l4-spot", "evaluate-adapter/local", "promote-adapter/local", "preemption-drill/local",
+    "train-dpo/l4-spot", "evaluate-adapter/local", "promote-adapter/local", "rollback-adapter/local",
+    "reconcile-served/local", "publish-adapter/local", "preemption-drill/local",
 }  # fmt: skip
 IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
 
@@ -128,8 +129,11 @@ def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
                 item["global_concurrency_limit"]["limit"],
                 item["concurrency_options"]["collision_strategy"],
             )
-    names = ("dpo-pipeline/local", "dpo-sweep/local", "train-dpo/local", "promote-adapter/local")
-    assert limited == dict.fromkeys(names, (1, "ENQUEUE"))
+    alone = (
+        "dpo-pipeline/local", "dpo-sweep/local", "train-dpo/local", "promote-adapter/local", "rollback-adapter/local",
+        "reconcile-served/local", "publish-adapter/local",
+    )  # fmt: skip
+    assert limited == dict.fromkeys(alone, (1, "ENQUEUE"))
 
 
 def test_the_pipeline_has_a_nightly_schedule_and_a_trigger_to_turn_on(api: Api) -> None:
@@ -196,7 +200,9 @@ def test_choices_are_drop_downs(api: Api) -> None:
     assert chosen["LossType"][0] == "sigmoid"
     assert chosen["PairPolicy"] == ["unanimous", "majority", "borda"]
     fields = dict(config_fields({"definitions": definitions}))
-    used = {spec["$ref"].rsplit("/", 1)[1] for spec in fields.values() if "$ref" in spec}
+    # A field of several choices refers to them in its items.
+    references = [spec.get("$ref") or spec.get("items", {}).get("$ref") for spec in fields.values()]
+    used = {reference.rsplit("/", 1)[1] for reference in references if reference}
     assert set(chosen) <= used
 
 

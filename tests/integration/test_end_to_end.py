@@ -1,7 +1,13 @@
 """The whole pipeline with real parts: a Prefect server, vLLM on CPU, the trainer, and the demo's judge over HTTP."""
 
 import json
+import os
+import pty
+import re
 import secrets
+import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +30,13 @@ from tasks.config import (
 )
 from tasks.demo.corpus import heldout_prompts, training_prompts
 from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
-from tasks.demo.services import Service, judge_server
+from tasks.demo.services import Service, free_port, judge_server
 from tasks.demo.serving import vllm_server
 from tasks.promotion import PromotionRefused, read_pointer
 from tasks.runs import PipelineResult
 
-VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
+ROOT = Path(__file__).parents[2]
+VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -171,3 +178,70 @@ def _requests_served(bench: Bench) -> float:
     """Return how many requests vLLM itself says it has finished."""
     lines = httpx.get(bench.vllm.base_url.replace("/v1", "/metrics")).text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:request_success_total"))
+
+
+def test_it_can_be_talked_to_in_a_terminal(bench: Bench, result: PipelineResult) -> None:
+    with Terminal("--endpoint", bench.vllm.base_url, "--max-tokens", "400", "--temperature", "0") as terminal:
+        terminal.expect("served here: base, sft, better", "better at ", "you>")
+        terminal.send(b"Write a scene.\r")
+        terminal.expect("better>", "you>")
+        terminal.send(b"/model sft\r")
+        terminal.expect("from now on sft answers", "you>")
+        terminal.send(b"Again.\r")
+        terminal.expect("sft>", "refused (400)", "/new starts a shorter conversation", "you>")
+        terminal.send(b"/new\r")
+        terminal.expect("a new conversation", "you>")
+        terminal.send(b"\x04")
+        terminal.expect("bye")
+        assert terminal.exit_code() == 0
+
+
+def test_talking_to_what_is_not_there_says_what_to_do(bench: Bench) -> None:
+    with Terminal("--endpoint", f"http://127.0.0.1:{free_port()}/v1") as terminal:
+        terminal.expect("is not usable", "make up")
+        assert terminal.exit_code() == 1
+    with Terminal("--endpoint", bench.vllm.base_url, "--model", "nobody") as terminal:
+        terminal.expect("does not serve the model 'nobody'", "base, ")
+        assert terminal.exit_code() == 1
+
+
+class Terminal:
+    """`python -m tasks.chat` on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._arguments = arguments
+        self._seen = ""
+
+    def __enter__(self) -> "Terminal":
+        self._screen, inside = pty.openpty()
+        command = [sys.executable, "-m", "tasks.chat", *self._arguments]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
+        )
+        os.close(inside)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._screen)
+
+    def send(self, keys: bytes) -> None:
+        os.write(self._screen, keys)
+
+    def expect(self, *texts: str) -> None:
+        """Wait until these texts have come, one after the other, and go on after the last."""
+        for text in texts:
+            while text not in self._seen:
+                ready, _, _ = select.select([self._screen], [], [], 120)
+                assert ready, f"{text!r} did not come; there is {self._seen!r}"
+                try:
+                    more = os.read(self._screen, 4096).decode(errors="replace")
+                except OSError:  # the other end is closed
+                    more = ""
+                assert more, f"{text!r} did not come; there is {self._seen!r}"
+                self._seen += re.sub(r"\x1b\[[\d;?]*[a-zA-Z]|[\x01\x02]", "", more)
+            self._seen = self._seen.partition(text)[2]
+
+    def exit_code(self) -> int:
+        return self._process.wait(60)

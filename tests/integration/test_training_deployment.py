@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ from prefect.flows import Flow
 from prefect.states import AwaitingRetry, Cancelling
 
 from tasks import remote
-from tasks.config import PipelineConfig, TrainingConfig
+from tasks.config import DrillConfig, PipelineConfig, TrainingConfig
+from tasks.drill import read_digests, train_in_the_storm
 from tasks.errors import PreflowError
 from tasks.pools import check_deployment
+from tasks.preemption import choose_target
 from tasks.remote import TrainingOrder, count_crashes
+from tasks.runs import prepare_run
 from tasks.storage import AdapterRef
 from tasks.training.launch import run_training
 from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
@@ -293,6 +297,20 @@ async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deploye
         assert run.state.is_cancelled(), run.state
 
 
+async def test_the_drill_preempts_runs_of_the_process_pool(
+    world: TinyWorld, worker: Worker, calm: AdapterRef, tmp_path: Path
+) -> None:
+    order = TrainingOrder.of(world.preferences, settings(world, tmp_path / "order", **LONG))
+    drill = DrillConfig(deployment=DEPLOYMENT, preemptions=2, max_steps=LONG["max_steps"])
+    target = await choose_target(drill)
+    lost, digests = await train_in_the_storm(order, target, drill)
+    assert digests == read_digests(replace(order, workspace=str(Path(calm.uri).parents[2])))
+    assert [preemption.kind.value for preemption in lost] == ["SIGTERM", "SIGKILL"]
+    assert lost[0].resumed_from >= lost[0].at_step, "on SIGTERM the trainer saves"
+    assert lost[1].resumed_from % LONG["save_steps"] == 0 or lost[1].resumed_from == lost[0].resumed_from
+    assert all(preemption.seconds_lost > 0 for preemption in lost)
+
+
 async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silence(
     world: TinyWorld, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +334,15 @@ async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silen
 async def test_a_deployment_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, world: TinyWorld) -> None:
     with pytest.raises(PreflowError, match=r"no such deployment on http.*found: .*train-dpo/local.*register\.sh"):
         await check_deployment("train-dpo/l40-spot", str(tmp_path), world.config())
+
+
+async def test_the_pipeline_checks_its_deployment_before_it_asks_anybody(world: TinyWorld, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "w1"}]}) + "\n")
+    config = settings(world, tmp_path / "workspace")
+    config = config.model_copy(update={"prompts": str(prompts), "training_deployment": "train-dpo/nowhere"})
+    with pytest.raises(PreflowError, match="there is no such deployment"):
+        await prepare_run(config)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

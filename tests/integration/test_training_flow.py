@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from flows.train import train_dpo
+from tasks.serving import Probe
 from tasks.train import LIVE_KEY
 from tests.fakes.tiny_training import TinyWorld
 
@@ -33,6 +35,31 @@ async def test_the_ui_shows_a_training_while_it_runs(tmp_path: Path, prefect_ser
     (picture,) = PICTURE.findall(page["data"])
     assert base64.b64decode(picture).startswith(b"\x89PNG")
     assert "Finished" in page["data"]
+    check_probe(world, Path(adapter.uri))
     # The page is refreshed in place, so when it was made tells whether it could be seen while the training ran.
     finished = Path(adapter.uri, "COMMITTED.json").stat().st_mtime
     assert datetime.fromisoformat(page["created"]).timestamp() < finished
+
+
+def check_probe(world: TinyWorld, adapter: Path) -> None:
+    """The log-probs that a promotion will ask for are those of the adapter as it lies on disk."""
+    probe = Probe.model_validate_json((adapter.parent / "probe.json").read_text())
+    assert probe.base_precision == "float32"
+    assert len(probe.texts) == 6
+    for text in probe.texts:
+        for name, folder in (("adapter", adapter), ("sft", world.adapter), ("base", None)):
+            assert getattr(text, name) == pytest.approx(log_probs(world.base, folder, text.token_ids), abs=1e-4), name
+        assert text.adapter != pytest.approx(text.sft, abs=1e-2)
+
+
+def log_probs(base: Path, adapter: Path | None, ids: list[int]) -> list[float]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        found = torch.log_softmax(model.eval()(torch.tensor([ids])).logits[0, :-1], dim=-1)
+    return [float(row[token]) for row, token in zip(found, ids[1:], strict=True)]

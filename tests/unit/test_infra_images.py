@@ -171,6 +171,32 @@ def test_vllm_takes_the_place_of_the_start_script(tmp_path: Path) -> None:
     assert {"--enable-lora", "--shutdown-timeout"} <= set(given)
 
 
+def test_a_restarted_vllm_serves_what_was_promoted(tmp_path: Path) -> None:
+    """The pointer holds the flow's address of the adapter; vLLM sees the same folder beside the pointer."""
+    adapters = tmp_path / "mount" / "adapters"
+    for name, digest, whole in (("live", "c7b2c00699f3aaaa", True), ("torn", "0123456789abcdef", False)):
+        folder = adapters / name / digest
+        folder.mkdir(parents=True)
+        pointer = {"name": name, "current": {"uri": f"gs://bucket/ws/adapters/{name}/{digest}"}, "history": []}
+        (adapters / name / "CURRENT.json").write_text(json.dumps(pointer))
+        if whole:
+            (folder / "COMMITTED.json").write_text("{}")
+    (adapters / "cut").mkdir()
+    (adapters / "cut" / "CURRENT.json").write_text('{"current": ')
+    done = serve(tmp_path, MODEL="base", SFT_ADAPTER="/workspace/sft", ADAPTERS=str(adapters))
+    _, *given = json.loads(done.stdout.splitlines()[-1])
+    loras = given[given.index("--lora-modules") + 1 :]
+    assert loras == ["sft=/workspace/sft", f"live={adapters}/live/c7b2c00699f3aaaa"]
+    assert "cut/CURRENT.json: damaged" in done.stderr
+    assert "0123456789abcdef: has no COMMITTED.json" in done.stderr
+
+
+def test_vllm_is_started_without_adapters(tmp_path: Path) -> None:
+    done = serve(tmp_path, MODEL="base", ADAPTERS=str(tmp_path / "not-there"))
+    assert done.returncode == 0, done.stderr
+    assert "--lora-modules" not in done.stdout
+
+
 def test_vllm_is_not_started_without_a_model(tmp_path: Path) -> None:
     done = serve(tmp_path)
     assert done.returncode != 0
@@ -226,8 +252,10 @@ import json, sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-given = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
+parser = make_arg_parser(FlexibleArgumentParser())
+given = parser.parse_args(sys.argv[1:])
 print(json.dumps([given.model_tag, given.enable_lora, given.shutdown_timeout, [a.name for a in given.lora_modules]]))
+parser.parse_args([*sys.argv[1:], "--enable-loras-please"])
 """
 
 
@@ -235,13 +263,11 @@ print(json.dumps([given.model_tag, given.enable_lora, given.shutdown_timeout, [a
 def test_vllm_knows_every_flag(tmp_path: Path) -> None:
     """Its own parser reads what the start script hands on, and refuses what it does not know."""
     told = json.loads(serve(tmp_path, MODEL="base", SFT_ADAPTER="/sft").stdout.splitlines()[1])[2:]
-    command = [VLLM_PYTHON, "-c", PARSE]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    done = subprocess.run([*command, *told], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == ["base", True, 20, ["sft"]]
-    wrong = subprocess.run([*command, *told, "--enable-loras-please"], env=environment, capture_output=True, text=True)
-    assert "unrecognized arguments: --enable-loras-please" in wrong.stderr
+    done = subprocess.run([VLLM_PYTHON, "-c", PARSE, *told], env=environment, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == ["base", True, 20, ["sft"]], done.stderr
+    assert done.returncode == 2
+    assert "unrecognized arguments: --enable-loras-please" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

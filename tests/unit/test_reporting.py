@@ -75,6 +75,7 @@ def section_of(text: str) -> ReportSection:
         advice=(text,),
         tables=(Table(text, (text, "n"), ((text, 1), (None, 2))),),
         pictures=(Picture(PNG, text),),
+        notes=(text,),
         examples=(Example(text, text, text, text, text, text),),
         blocks=((text, text),),
     )
@@ -282,7 +283,7 @@ def test_evaluation_that_passes_and_one_that_does_not() -> None:
     assert [row[-1] for row in passed.tables[0].rows] == [True, True]
 
     small = evaluation_section({**WIN_RATE, "lower": 0.47, "samples": 120})
-    assert "lies not over" in small.summary
+    assert "does not lie over" in small.summary
     assert "evaluation.num_samples" in small.advice[0]
     worse = evaluation_section({**WIN_RATE, "win_rate": 0.45, "lower": 0.42, "upper": 0.48})
     assert "not promoted" in worse.advice[0]
@@ -314,7 +315,10 @@ def test_comparisons_are_before_and_after() -> None:
 def test_cost_section_sums_up_and_shows_what_the_cache_saved() -> None:
     ledger = Ledger().plus(StageCost(stage="judge", used=Spent(requests=10, usd=0.5), cached=Spent(usd=1.25)))
     section = cost_section(ledger)
-    assert section.summary == "This run cost 0.50 US$. Results kept from earlier runs saved another 1.25 US$."
+    assert section.summary == (
+        "Making everything in this run cost 0.50 US$, whichever run made it. Results kept from earlier runs saved "
+        "another 1.25 US$."
+    )
     assert [row[0] for row in section.tables[0].rows] == ["judge", "total", "saved by the cache"]
 
 
@@ -345,7 +349,7 @@ def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
     )
     assert section.tables[1].rows == (("openai", "3.54.0", "generation"), ("openai", "3.55.0", "judging"))
     assert "different versions of openai" in section.advice[0]
-    assert section.blocks == (("Settings of generation", '{\n  "seed": 42\n}'),)
+    assert section.blocks == (("Settings of generation, bbbbbbbbbbbb", '{\n  "seed": 42\n}'),)
 
 
 def test_sample_is_even_repeatable_and_in_order() -> None:

@@ -1,5 +1,6 @@
 """A sweep's points, their refusals, the presets, and how sure the best of many is."""
 
+import asyncio
 import json
 import random
 import re
@@ -7,11 +8,21 @@ from typing import Any
 
 import pytest
 
-from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, Preset, SweepConfig, TrainingConfig
+from tasks.config import (
+    ApprovalPoint,
+    GenerationConfig,
+    JudgingConfig,
+    PipelineConfig,
+    Preset,
+    SweepConfig,
+    TrainingConfig,
+)
 from tasks.errors import PreflowError
 from tasks.evaluation import win_rate
+from tasks.runs import my_turn, taking_turns
 from tasks.sweeping.plan import SweepPlan, Work, check_budget
 from tasks.sweeping.points import expand_points, parameter_names
+from tasks.sweeping.prepare import prepare_points, trainings_at_once
 from tasks.sweeping.results import PointResult, SweepResult, WinRate, sidak
 from tasks.sweeping.sections import plan_section, ranking_section
 
@@ -110,6 +121,12 @@ def test_all_wrong_points_are_told_at_once_and_no_key_with_them() -> None:
     assert "sk-secret" not in text
 
 
+def test_a_sweep_that_would_wait_for_a_person_at_every_point_is_refused() -> None:
+    config = PipelineConfig(approve_before=(ApprovalPoint.PROMOTION,))
+    with pytest.raises(PreflowError, match="approve_before"):
+        prepare_points(config, SweepConfig(grid={"training.beta": [0.1]}))
+
+
 def test_the_presets() -> None:
     base = PipelineConfig(training=TrainingConfig(max_steps=60))
     sweep = {"presets": [preset.value for preset in Preset], "stronger_judge": "big", "more_prompts": "all.jsonl"}
@@ -165,13 +182,13 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.2]}))
     section = plan_section(SweepPlan(work=WORK), found.points, SweepConfig(), duplicates=3)
     assert "3 equal to another were left out" in section.summary
-    assert "1 trainings and 260 requests are still to come" in section.summary
-    assert "one by one, the points would take 800 requests" in section.summary
+    assert "Still to come: 1 trainings and 260 requests, about 2.58 US$ and what has no price set." in section.summary
+    assert "One by one, the points would take 2 trainings and 800 requests" in section.summary
     rows = section.tables[0].rows
     assert rows[0] == ("sample completions", "sft", "1-3, 5", 100, "40", 6000, 9000, None, "no price set")
     assert rows[2][7:] == ("13 min 24 s", "0.08")
     assert rows[3][4] == "finished"
-    assert rows[-1][-1] == "2.58 and more"
+    assert rows[-1][-1] == "about 2.58 US$ and what has no price set"
 
 
 # ---- the best of many
@@ -223,3 +240,31 @@ def test_the_ranking_is_honest() -> None:
     assert json.loads(config)["training"]["beta"] == 0.3
     assert command.startswith("prefect deployment run dpo-pipeline/local --param 'config={")
     assert section.pictures[0].png.startswith(b"\x89PNG")
+
+
+# ---- several points at once
+
+
+async def test_runs_beside_each_other_ask_one_after_another_and_only_in_a_sweep() -> None:
+    asking = most = 0
+
+    async def run() -> None:
+        nonlocal asking, most
+        async with my_turn():
+            asking += 1
+            most = max(most, asking)
+            await asyncio.sleep(0)
+            asking -= 1
+
+    async with taking_turns():
+        await asyncio.gather(*(run() for _ in range(5)))
+    assert most == 1
+    await asyncio.gather(*(run() for _ in range(5)))
+    assert most == 5
+
+
+def test_points_that_train_on_this_machine_run_one_after_another() -> None:
+    here, there = PipelineConfig(), PipelineConfig(training_deployment="train-dpo/l4-spot")
+    for base, change, at_once in ((here, {}, 1), (there, {}, 3), (there, {"training_deployment": None}, 1)):
+        sweep = SweepConfig(changes=[{"training.beta": 0.2}, {"training.beta": 0.3, **change}], parallel=3)
+        assert trainings_at_once(expand_points(base, sweep).points, sweep) == at_once

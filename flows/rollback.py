@@ -1,0 +1,22 @@
+"""Going back to an adapter that was served before."""
+
+from prefect import flow
+
+from tasks.config import PromotionConfig
+from tasks.promotion import choose_rollback, roll_back_pointer, serve_adapter
+from tasks.storage import PromotionRef, Workspace
+
+
+@flow(name="rollback-adapter", flow_run_name="roll {promotion.name} back")
+async def rollback_adapter(workspace: str, promotion: PromotionConfig, to: str | None = None) -> PromotionRef:
+    """Serve the adapter before the present one again, or the one whose digest begins with `to`.
+
+    Args:
+        workspace: Where everything is kept: a folder or gs:// address.
+        promotion: What is served, and where; its bar is not looked at.
+        to: First characters (at least 6) of the digest of the adapter to go back to; empty: the one before.
+    """
+    Workspace(workspace).check_writable()
+    entry = choose_rollback(workspace, promotion.name, to)
+    await serve_adapter(entry["uri"], workspace, promotion)
+    return roll_back_pointer(entry, workspace, promotion.name)

@@ -1,0 +1,93 @@
+"""A headless Chromium on the Prefect UI, as a person uses it: forms, runs, artifacts, pictures of what was seen."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+    # The V2 UI fetches a settings file of its analytics even where they are turned off. Nothing leaves this machine.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)  # fmt: skip
+# How long a page may take on a loaded machine, in milliseconds.
+PATIENCE = 60_000
+PICTURES = Path(os.environ.get("PREFLOW_TEST_PICTURES", Path(__file__).parent / "output"))
+
+
+def find_chromium() -> str:
+    """Return where Chromium is.
+
+    Raises:
+        RuntimeError: nowhere; says how to install it.
+    """
+    found = os.environ.get("PREFLOW_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        raise RuntimeError("no Chromium: `apt-get install chromium`, or set PREFLOW_CHROMIUM to one")
+    return found
+
+
+@contextmanager
+def open_browser(width: int = 1400, height: int = 1000) -> Iterator[Page]:
+    """Open a page of a fresh browser with a profile of its own; errors of scripts on it are raised at the end."""
+    with TemporaryDirectory(prefix="chromium-") as profile, sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            profile, executable_path=find_chromium(), args=list(FLAGS), viewport={"width": width, "height": height}
+        )
+        context.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
+        page = context.pages[0]
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield page
+        context.close()
+        assert not errors, errors
+
+
+class PrefectUi:
+    """The Prefect UI at an address: the version that `/` leads to."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        page.goto(url)
+        page.wait_for_url(re.compile(r"/dashboard"))
+        self.root = page.url.partition("/dashboard")[0]
+
+    def open(self, path: str) -> None:
+        """Open a page of the UI by its address and wait until it has loaded."""
+        self.page.goto(f"{self.root}{path}")
+        self.page.wait_for_load_state("networkidle")
+
+    def picture(self, name: str, whole: bool = True) -> Path:
+        """Keep a picture of the page as it is."""
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        target = PICTURES / f"{name}.png"
+        self.page.screenshot(path=target, full_page=whole)
+        return target
+
+    def field(self, title: str, number: int = 0) -> Locator:
+        """Return the entry of the form's field with a title (the UI adds "(Optional)"); `number` tells equals apart."""
+        return self.page.get_by_label(re.compile(rf"^{re.escape(title)}( \(Optional\))?$")).nth(number)
+
+    def choose(self, entry: str) -> None:
+        """Choose an entry of the menu of the run that is shown."""
+        self.page.locator("main button[aria-haspopup=menu]").first.click()
+        self.page.get_by_role("menuitem", name=entry, exact=True).click()
+
+    def wait_for_state(self, state: str, seconds: float = 180) -> None:
+        """Wait until the run that is shown is in a state."""
+        badge = self.page.get_by_text(state, exact=True).first
+        expect(badge).to_be_visible(timeout=1000 * seconds)
+
+    def pictures_shown(self) -> list[int]:
+        """Return the widths of the markdown's pictures, as they were decoded; 0 for one that is broken."""
+        found: list[int] = self.page.evaluate(
+            "[...document.images].filter(i => i.src.startsWith('data:image/png')).map(i => i.naturalWidth)"
+        )
+        return found

@@ -1,0 +1,187 @@
+"""A Hugging Face hub over HTTP, as its own client calls it: repositories, preupload, large files, commits; with faults.
+
+Each status in `faults` is the answer to one request whose path holds the key, in order, before any is answered well.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlparse
+
+import yaml
+
+BLOB = "/blob/"
+
+
+@dataclass
+class Repo:
+    """One repository: its files as last committed, and the commits."""
+
+    private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=lambda: [hashlib.sha1(b"root").hexdigest()])
+
+
+class FakeHub:
+    """A running hub that knows one token; use as a context manager."""
+
+    def __init__(self, token: str, owners: tuple[str, ...] = ("lab",)) -> None:
+        self.token, self.owners = token, owners
+        self.repos: dict[str, Repo] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.faults: dict[str, list[int]] = {}
+        self.asked: list[tuple[str, str]] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fault(self, path: str) -> int | None:
+        """Return the status that this request gets instead of its answer, once."""
+        for part, statuses in self.faults.items():
+            if part in path and statuses:
+                return statuses.pop(0)
+        return None
+
+    def create(self, wanted: dict[str, Any]) -> tuple[int, Any]:
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if wanted["organization"] not in self.owners:
+            return 403, {"error": "You don't have the rights to create a model under this namespace"}
+        address = {"url": f"{self.url}/{name}", "name": name}
+        if name in self.repos:
+            return 409, {"error": "You already created this model repo", **address}
+        private = wanted.get("private") is True or wanted.get("visibility") == "private"
+        self.repos[name] = Repo(private=private)
+        return 200, address
+
+    def preupload(self, repo: Repo, wanted: dict[str, Any]) -> tuple[int, Any]:
+        files = []
+        for file in wanted["files"]:
+            large = file["path"].endswith(".safetensors")
+            entry = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            known = repo.files.get(file["path"])
+            if known is not None:
+                entry["oid"] = hashlib.sha256(known).hexdigest() if large else _git_hash(known)
+            files.append(entry)
+        return 200, {"files": files}
+
+    def batch(self, wanted: dict[str, Any]) -> tuple[int, Any]:
+        objects: list[dict[str, Any]] = []
+        for file in wanted["objects"]:
+            entry: dict[str, Any] = {"oid": file["oid"], "size": file["size"]}
+            if file["oid"] not in self.blobs:
+                entry["actions"] = {"upload": {"href": f"{self.url}{BLOB}{file['oid']}"}}
+            objects.append(entry)
+        return 200, {"transfer": "basic", "objects": objects}
+
+    def commit(self, repo: Repo, name: str, body: bytes) -> tuple[int, Any]:
+        files = {}
+        for line in body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                if value["oid"] not in self.blobs:
+                    return 400, {"error": f"LFS pointer pointed to a file that does not exist: {value['path']}"}
+                files[value["path"]] = self.blobs[value["oid"]]
+        repo.files |= files
+        repo.commits.append(hashlib.sha1(body).hexdigest())
+        oid = repo.commits[-1]
+        return 200, {
+            "success": True,
+            "commitOid": oid,
+            "commitUrl": f"{self.url}/{name}/commit/{oid}",
+            "hookOutput": "",
+        }
+
+
+def _git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self._answer("POST")
+
+        def do_GET(self) -> None:
+            self._answer("GET")
+
+        def do_PUT(self) -> None:
+            self._answer("PUT")
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+        def _answer(self, method: str) -> None:
+            path = urlparse(self.path).path
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            hub.asked.append((method, path))
+            status, value = self._decide(method, path, body)
+            content = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def _decide(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+            if (status := hub.fault(path)) is not None:
+                return status, {"error": "fault"}
+            if path.startswith(BLOB):  # a signed address: no token
+                oid = path.removeprefix(BLOB)
+                if hashlib.sha256(body).hexdigest() != oid:
+                    return 400, {"error": "digest"}
+                hub.blobs[oid] = body
+                return 200, {}
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return 401, {"error": "Invalid credentials in Authorization header"}
+            return self._route(method, path, body)
+
+        def _route(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+            if path == "/api/repos/create":
+                return hub.create(json.loads(body))
+            if path == "/api/validate-yaml":
+                return _check_yaml(json.loads(body)["content"])
+            if path.endswith("/info/lfs/objects/batch"):
+                return hub.batch(json.loads(body))
+            name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+            repo = hub.repos.get(name)
+            if repo is None:
+                return 404, {"error": "Repository not found"}
+            if "/preupload/" in path:
+                return hub.preupload(repo, json.loads(body))
+            if "/commit/" in path:
+                return hub.commit(repo, name, body)
+            if method == "GET" and path.startswith("/api/models/"):
+                return 200, {"id": name, "sha": repo.commits[-1], "private": repo.private, "siblings": []}
+            return 404, {"error": f"no such call: {method} {path}"}
+
+    return Handler
+
+
+def _check_yaml(content: str) -> tuple[int, Any]:
+    front = content.split("---\n")[1] if content.startswith("---\n") else ""
+    try:
+        found = yaml.safe_load(front)
+    except yaml.YAMLError as error:
+        return 400, {"errors": [{"message": str(error)}], "warnings": []}
+    if not isinstance(found, dict):
+        return 400, {"errors": [{"message": "no metadata"}], "warnings": []}
+    return 200, {"errors": [], "warnings": []}

@@ -1,0 +1,286 @@
+"""The served adapter exchanged while clients ask for it without pause, on a real vLLM; and a vLLM that dies then."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flows.promote import promote_adapter, reconcile_served
+from flows.rollback import rollback_adapter
+from tasks import serving
+from tasks.config import PromotionConfig, TrainingConfig
+from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
+from tasks.demo.services import Service
+from tasks.demo.serving import vllm_server
+from tasks.errors import PreflowError
+from tasks.promotion import read_pointer
+from tasks.serving import ProbeFailed
+from tasks.storage import AdapterRef, EvaluationRef, Workspace
+
+VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
+NAME = "live"
+CLIENTS, SWITCHES = 50, 20
+PROMPT_TOKENS, ANSWER_TOKENS = 140, 6  # longer than a block of the prefix cache
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@dataclass
+class Stage:
+    """A vLLM, a workspace, and two finished adapters that write different texts."""
+
+    folder: Path
+    vllm: Service
+    adapters: dict[str, AdapterRef]
+    wanted: dict[tuple[str, int], str] = field(default_factory=dict)
+    prompts: list[list[int]] = field(default_factory=list)
+
+    @property
+    def workspace(self) -> str:
+        return str(self.folder / "workspace")
+
+    @property
+    def promotion(self) -> PromotionConfig:
+        return PromotionConfig(name=NAME, endpoint=self.vllm.base_url)
+
+    async def promote(self, which: str) -> None:
+        adapter = self.adapters[which]
+        won = EvaluationRef(
+            uri="win_rate.json", sha256="0" * 64, size=1, rows=800, adapter_sha256=adapter.sha256, win_rate=0.7,
+            lower=0.6, upper=0.8,
+        )  # fmt: skip
+        await promote_adapter.fn(adapter, won, self.workspace, self.promotion)
+
+    def current(self) -> str | None:
+        pointer = read_pointer(self.workspace, NAME)
+        names = {adapter.sha256: name for name, adapter in self.adapters.items()}
+        return names[pointer["current"]["adapter_sha256"]] if pointer else None
+
+    async def answer(self, client: httpx.AsyncClient, model: str, number: int, stream: bool = False) -> str:
+        body = {
+            "model": model, "prompt": self.prompts[number], "max_tokens": ANSWER_TOKENS, "temperature": 0,
+            "ignore_eos": True, "stream": stream,
+        }  # fmt: skip
+        reply = await client.post(f"{self.vllm.base_url}/completions", json=body)
+        reply.raise_for_status()
+        if not stream:
+            return str(reply.json()["choices"][0]["text"])
+        events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+def random_text(seed: int, length: int) -> list[int]:
+    """Return token ids beyond the special ones."""
+    rng = random.Random(seed)
+    return [rng.randrange(10, 600) for _ in range(length)]
+
+
+def finished_training(folder: Path, base: Path, sft: Path, adapter: Path, name: str) -> AdapterRef:
+    """Lay an adapter down as a training does, with the log-probs that the trainer's own code finds for it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tasks.training.probe import record_probe
+
+    training = folder / "workspace" / "training" / name
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    texts = [random_text(row, 60) for row in range(4)]
+    probe = record_probe(model, sft, texts, TrainingConfig(load_in_4bit=False, bf16=False))
+    store = Workspace(folder / "workspace")
+    store.write_json(str(training / "probe.json"), probe)
+    sha256 = store.commit_folder(adapter, str(training / "adapter"))
+    return AdapterRef(uri=str(training / "adapter"), sha256=sha256, size=1, rows=1)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("stage")
+    base, sft = folder / "base", folder / "sft"
+    build_base_model(base, 7, Recipe(rows=300, steps=40, batch_size=8, learning_rate=3e-3))
+    for name, seed, rate in (("sft", 7, 1e-3), ("a", 8, 1e-2), ("b", 9, 2e-2)):
+        build_sft_adapter(base, folder / name, seed, Recipe(rows=100, steps=10, batch_size=8, learning_rate=rate))
+    adapters = {name: finished_training(folder, base, sft, folder / name, name) for name in "ab"}
+    with vllm_server(VLLM_PYTHON, base, folder / "vllm.log", {"sft": sft}) as vllm:
+        yield Stage(folder, vllm, adapters)
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[httpx.AsyncClient]:
+    # A kept connection may be closed by the server in the moment it is used again: that would be no failed request.
+    limits = httpx.Limits(max_connections=CLIENTS + 2, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+        yield client
+
+
+async def find_telling_prompts(stage: Stage, client: httpx.AsyncClient) -> None:
+    """Keep prompts to which the two adapters give different answers, with those answers."""
+    candidates = [random_text(number, PROMPT_TOKENS) for number in range(2 * CLIENTS)]
+    stage.prompts = candidates
+    answers: dict[str, list[str]] = {}
+    for name in "ab":
+        await stage.promote(name)
+        answers[name] = await asyncio.gather(*(stage.answer(client, NAME, n) for n in range(len(candidates))))
+    telling = [n for n in range(len(candidates)) if answers["a"][n] != answers["b"][n]]
+    assert len(telling) >= CLIENTS // 2, "the two adapters are alike, so this test would see no mix-up"
+    stage.prompts = [candidates[n] for n in telling]
+    stage.wanted = {(name, i): answers[name][n] for name in "ab" for i, n in enumerate(telling)}
+
+
+@dataclass
+class Traffic:
+    """What the clients saw: answers by the adapter that was current from the request's start to its end."""
+
+    epoch: int = 0
+    current: str | None = None
+    stop: bool = False
+    right: int = 0
+    during: int = 0
+    wrong: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    async def answered(self, count: int) -> None:
+        """Wait until `count` more answers came from the adapter that was current throughout."""
+        aim = self.right + count
+        while self.right < aim and not (self.failed or self.wrong):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+    async def client(self, stage: Stage, http: httpx.AsyncClient, number: int) -> None:
+        while not self.stop:
+            for_whom, epoch = self.current, self.epoch
+            prompt = number % len(stage.prompts)
+            try:
+                text = await stage.answer(http, NAME, prompt, stream=number % 2 == 0)
+            except httpx.HTTPError as error:
+                self.failed.append(repr(error))
+                continue
+            self._count(text, {name: stage.wanted[name, prompt] for name in "ab"}, for_whom, epoch)
+
+    def _count(self, text: str, wanted: dict[str, str], for_whom: str | None, epoch: int) -> None:
+        if for_whom is None or self.current is None or epoch != self.epoch:
+            # A switch was under way: either adapter will do, but wholly the one or the other.
+            self.during += 1
+            if text not in wanted.values():
+                self.wrong.append(f"a mixture of adapters: {text!r}")
+        elif text != wanted[for_whom]:
+            self.wrong.append(f"after switch {epoch} to {for_whom}: {text!r}")
+        else:
+            self.right += 1
+
+
+async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traffic, seconds = Traffic(), []
+    async with connected() as http:
+        await find_telling_prompts(stage, http)
+        traffic.current = stage.current()
+        clients = [asyncio.create_task(traffic.client(stage, http, number)) for number in range(CLIENTS)]
+        for number in range(SWITCHES):
+            await traffic.answered(CLIENTS)
+            other = "b" if stage.current() == "a" else "a"
+            traffic.current, start = None, time.monotonic()
+            if number % 2:
+                await rollback_adapter.fn(stage.workspace, stage.promotion, stage.adapters[other].sha256[:12])
+            else:
+                await stage.promote(other)
+            seconds.append(time.monotonic() - start)
+            assert stage.current() == other
+            traffic.current, traffic.epoch = other, traffic.epoch + 1
+        await asyncio.sleep(1)
+        traffic.stop = True
+        await asyncio.gather(*clients)
+    with capsys.disabled():
+        print(
+            f"\n{CLIENTS} clients, {SWITCHES} switches: {traffic.right} right, {traffic.during} during a switch, "
+            f"{len(traffic.wrong)} wrong, {len(traffic.failed)} failed; "
+            f"a switch takes {statistics.median(seconds):.2f} s in the median"
+        )
+    assert traffic.failed == []
+    assert traffic.wrong == []
+    assert traffic.right >= SWITCHES * CLIENTS
+    pointer = read_pointer(stage.workspace, NAME)
+    assert pointer is not None
+    assert len(pointer["history"]) >= SWITCHES
+
+
+async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
+    """Without the plugin each step reads it again: slow, and the end of the engine where the folder has gone."""
+    await stage.promote("a")
+    pointer = read_pointer(stage.workspace, NAME)
+    assert pointer is not None
+    folder = Path(pointer["current"]["uri"])
+    away = folder.rename(folder.with_name("away"))
+    try:
+        async with connected() as http:
+            answers = [await stage.answer(http, NAME, number) for number in range(4)]
+    finally:
+        away.rename(folder)
+    assert answers == [stage.wanted["a", number] for number in range(4)]
+
+
+async def test_a_wrong_adapter_fails_the_probe_and_the_old_one_is_put_back(stage: Stage) -> None:
+    await stage.promote("a")
+    async with connected() as http:
+        before = await stage.answer(http, NAME, 0)
+        swapped = AdapterRef(**{**stage.adapters["b"].model_dump(), "uri": _with_probe_of_another(stage)})
+        stage.adapters["b"], honest = swapped, stage.adapters["b"]
+        try:
+            with pytest.raises(ProbeFailed, match="is served again"):
+                await stage.promote("b")
+        finally:
+            stage.adapters["b"] = honest
+        assert stage.current() == "a"
+        assert await stage.answer(http, NAME, 0) == before
+
+
+def _with_probe_of_another(stage: Stage) -> str:
+    """Return a training folder with b's weights beside the log-probs of a."""
+    store = Workspace(stage.workspace)
+    folder = store.uri("training", "swapped")
+    store.commit_folder(Path(stage.adapters["b"].uri), f"{folder}/adapter")
+    store.write_bytes(f"{folder}/probe.json", Path(stage.adapters["a"].uri).parent.joinpath("probe.json").read_bytes())
+    return f"{folder}/adapter"
+
+
+async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_mended(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stage.promote("a")
+    prove = serving.prove
+
+    async def killed_first(*arguments: Any) -> None:
+        assert stage.vllm._process is not None
+        watchdog = stage.vllm._process.pid
+        (server,) = Path(f"/proc/{watchdog}/task/{watchdog}/children").read_text().split()
+        os.killpg(int(server), signal.SIGKILL)
+        stage.vllm.stop()
+        await prove(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "prove", killed_first)
+        with pytest.raises(PreflowError, match=r"could not be put back.*start vLLM, then promote again") as caught:
+            await stage.promote("b")
+    assert stage.vllm.base_url in str(caught.value)
+    assert stage.current() == "a"
+
+    stage.vllm.start()
+    stage.vllm.wait_ready()
+    async with connected() as http:
+        with pytest.raises(httpx.HTTPStatusError, match="404"):
+            await stage.answer(http, NAME, 0)
+        await reconcile_served.fn(stage.workspace, stage.promotion)
+        assert await stage.answer(http, NAME, 0) == stage.wanted["a", 0]
+        await stage.promote("b")
+        assert stage.current() == "b"
+        assert await stage.answer(http, NAME, 0) == stage.wanted["b", 0]

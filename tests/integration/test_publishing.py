@@ -1,0 +1,183 @@
+"""Publishing on a hub that is called by the hub's own client over HTTP; its faults, and the card that arrives there."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.publish import publish_adapter
+from tasks.config import PromotionConfig, PublishingConfig
+from tasks.errors import PreflowError
+from tasks.promotion import install_adapter, move_pointer
+from tasks.storage import AdapterRef, EvaluationRef, Workspace
+from tests.fakes.hub import FakeHub
+
+TOKEN = "hf_" + "t0ken" * 6
+PUBLISHING = PublishingConfig(repo="lab/better", base_model="lab/base-3b", license="apache-2.0")
+RATE = {"win_rate": 0.7, "lower": 0.65, "upper": 0.75, "samples": 800, "prompts": 200}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with FakeHub(TOKEN) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        # Large files go by git-lfs then; what hf_xet speaks with its own servers is not faked here.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+        yield hub
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> str:
+    """A workspace with one promoted adapter and the manifests of what made it."""
+    root = tmp_path / "workspace"
+    promote(root, b"weights")
+    return str(root)
+
+
+def promote(root: Path, weights: bytes) -> None:
+    store = Workspace(root)
+    preferences = {
+        "stage": "preferences", "config": {"model": "judge-1", "panel": [{"model": "judge-2"}], "orders": 2,
+        "rubric": "/home/someone/rubrics/house.md", "pair_policy": "unanimous"},
+        "counts": {"pair": 214, "dropped": 26, "train": 189, "val": 25}, "upstream": [],
+    }  # fmt: skip
+    training = {
+        "stage": "training", "config": {"base_model": "/home/someone/base", "beta": 0.1, "learning_rate": 5e-6,
+        "loss_type": "sigmoid", "max_length": 2048, "seed": 42}, "packages": {"trl": "1.16.0", "peft": "0.21.2"},
+        "counts": {"steps": 60, "train": {"used": 189, "mean": 127.6}, "val": {"used": 25, "mean": 129.7}},
+        "summary": {"first_loss": 0.693147, "train": {}, "eval": {"eval_rewards/accuracies": 0.92,
+                                                                  "eval_rewards/margins": 0.81}},
+        "upstream": [{"kind": "preferences", "sha256": "a" * 64, "manifest": store.uri("preferences/k/manifest.json")},
+                     {"kind": "sft_adapter", "sha256": "b" * 64}, {"kind": "base_model", "sha256": "c" * 64}],
+    }  # fmt: skip
+    made = root.parent / "made"
+    made.mkdir(exist_ok=True)
+    (made / "adapter_model.safetensors").write_bytes(weights)
+    (made / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/someone/base", "r": 16}))
+    uri = store.uri("training/k/adapter")
+    sha256 = store.commit_folder(made, uri)
+    store.write_json(store.uri("training/k/probe.json"), {"texts": ["rows of the data"]})
+    adapter = AdapterRef(uri=uri, sha256=sha256, size=7, rows=189, manifest=store.uri("training/k/manifest.json"))
+    evaluation = {"stage": "evaluation", "upstream": [adapter.model_dump()]}
+    for name, value in (("preferences", preferences), ("training", training), ("evaluations", evaluation)):
+        store.write_json(store.uri(name, "k", "manifest.json"), value)
+    rate = {**RATE, "confidence": 0.95, "null": {**RATE, "win_rate": 0.506, "lower": 0.471, "upper": 0.54}}
+    store.write_json(store.uri("evaluations/k/win_rate.json"), rate)
+    won = EvaluationRef(uri=store.uri("evaluations/k/win_rate.json"), sha256="0" * 64, size=1, rows=800,
+                        adapter_sha256=sha256, win_rate=0.7, lower=0.65, upper=0.75)  # fmt: skip
+    move_pointer(adapter, won, install_adapter(adapter, str(root), "mine"), str(root), PromotionConfig(name="mine"))
+
+
+async def published(workspace: str, **changes: Any) -> Any:
+    return await publish_adapter.fn(workspace, "mine", PUBLISHING.model_copy(update=changes))
+
+
+async def test_the_adapter_arrives_with_its_card_and_nothing_else(workspace: str, hub: FakeHub) -> None:
+    done = await published(workspace)
+    repo = hub.repos["lab/better"]
+    assert repo.private
+    assert done.commit == repo.commits[-1]
+    assert done.url == f"{hub.url}/lab/better"
+    assert set(repo.files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert repo.files["adapter_model.safetensors"] == b"weights"
+    assert json.loads(repo.files["adapter_config.json"]) == {"base_model_name_or_path": "lab/base-3b", "r": 16}
+
+
+async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> None:
+    done = await published(workspace)
+    card = hub.repos["lab/better"].files["README.md"].decode()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == "lab/base-3b"
+    assert front["library_name"] == "peft"
+    assert front["license"] == "apache-2.0"
+    assert {"dpo", "trl", "lora"} <= set(front["tags"])
+    for fact in (
+        "0.700 [0.650, 0.750]", "0.506 [0.471, 0.540]", "| preference pairs, training | 189 |", "judge-1, judge-2",
+        "house.md", "| beta | 0.1 |", "| learning_rate | 5e-06 |", "| first loss | 0.6931 |", "b" * 64,
+        done.adapter_sha256, "trl 1.16.0", 'AutoModelForCausalLM.from_pretrained("lab/base-3b"), "lab/better")',
+        "--lora-modules better=lab/better",
+    ):  # fmt: skip
+        assert fact in card, fact
+    assert "/home/someone" not in card
+    assert TOKEN not in card
+
+
+async def test_the_same_adapter_again_is_no_commit_and_a_new_one_is(workspace: str, hub: FakeHub) -> None:
+    first = await published(workspace)
+    asked = len(hub.asked)
+    again = await published(workspace)
+    assert again == first
+    assert not any(method == "PUT" or "/commit/" in path for method, path in hub.asked[asked:])
+    promote(Path(workspace), b"better weights")
+    third = await published(workspace)
+    assert third.commit != first.commit
+    assert hub.repos["lab/better"].files["adapter_model.safetensors"] == b"better weights"
+
+
+@pytest.mark.parametrize("where", ["/preupload/", "/blob/"])
+async def test_a_hub_that_is_busy_is_waited_for(workspace: str, hub: FakeHub, where: str) -> None:
+    hub.faults = {where: [503, 503]}
+    await published(workspace)
+    assert hub.repos["lab/better"].files["adapter_model.safetensors"] == b"weights"
+
+
+async def test_a_hub_that_stays_away_leaves_nothing_half_done(workspace: str, hub: FakeHub) -> None:
+    hub.faults = {"/commit/": [503] * 50}
+    with pytest.raises(PreflowError, match=r"answered 503.*run again later"):
+        await published(workspace)
+    assert hub.repos["lab/better"].files == {}
+    hub.faults = {}
+    await published(workspace)
+    assert len(hub.repos["lab/better"].files) == 3
+    assert sum(method == "PUT" for method, _ in hub.asked) == 1, "what had arrived was sent again"
+
+
+async def test_a_large_file_that_does_not_get_through_is_said(workspace: str, hub: FakeHub) -> None:
+    hub.faults = {"/blob/": [400] * 50}
+    with pytest.raises(PreflowError, match="does not take it"):
+        await published(workspace)
+    assert hub.repos["lab/better"].files == {}
+
+
+async def test_no_hub_is_said_plainly(workspace: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PreflowError, match=r"http://127\.0\.0\.1:9 does not take it"):
+        await published(workspace)
+
+
+async def test_a_refused_token_is_named_and_not_shown(
+    workspace: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = "hf_" + "wr0ng" * 6
+    monkeypatch.setenv("HF_TOKEN", wrong)
+    with pytest.raises(PreflowError, match=r"answered 401.*env:HF_TOKEN") as caught:
+        await published(workspace)
+    shown = str(caught.value) + repr(caught.value.__cause__) + caplog.text
+    assert wrong not in shown
+    assert hub.repos == {}
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PreflowError, match=r"publishing\.token names env:HF_TOKEN, but it is not set"):
+        await published(workspace)
+
+
+async def test_another_owners_repo_is_refused(workspace: str, hub: FakeHub) -> None:
+    with pytest.raises(PreflowError, match=r"answered 403.*may not write to other/better"):
+        await published(workspace, repo="other/better")
+
+
+async def test_what_cannot_be_published_is_refused_before_the_hub_is_asked(workspace: str, hub: FakeHub) -> None:
+    with pytest.raises(PreflowError, match=r"publishing\.repo is empty"):
+        await published(workspace, repo="")
+    with pytest.raises(PreflowError, match=r"set publishing\.base_model to owner/name"):
+        await published(workspace, base_model=None)
+    with pytest.raises(PreflowError, match="only an adapter that passed its gate"):
+        await publish_adapter.fn(workspace, "another", PUBLISHING)
+    Path(workspace, "preferences", "k", "manifest.json").unlink()
+    with pytest.raises(PreflowError, match="Publish from the workspace"):
+        await published(workspace)
+    assert hub.asked == []
