@@ -17,10 +17,7 @@ from tasks.errors import PreflowError
 from tasks.wire import Transient
 
 HELP = "Enter sends; /new starts afresh, /model NAME asks another one; Ctrl-C stops an answer, Ctrl-D ends."
-NO_SERVER = (
-    "Start the demo's models with `make up` in another terminal, or give the address of yours: --endpoint "
-    "http://HOST:8000/v1"
-)
+NO_SERVER = "Start the demo's models with `make up`, or give the address of yours: --endpoint http://HOST:8000/v1"
 
 
 class Chat:

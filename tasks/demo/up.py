@@ -22,8 +22,9 @@ from tasks.demo.register import end_lost_runs, register_all
 from tasks.demo.running import Run, end_all, wait_until
 from tasks.demo.services import Service, judge_server, prefect_server, prefect_worker, require_free
 from tasks.errors import PreflowError
+from tasks.logs import set_up_logs
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("tasks.demo.up")
 MOST_RESTARTS = 3
 POLL_SECONDS = 0.5
 START_SECONDS = 900.0
@@ -222,7 +223,6 @@ def down(run: Run) -> int:
 
 def supervise(run: Run) -> int:
     """Be the supervisor."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with run.lock():
         return Supervisor(run, Ports.from_environment(), locate_materials(run.root)).main()
 
@@ -233,6 +233,7 @@ def main() -> int:
     parser.add_argument("action", choices=["up", "down", "supervise"])
     parser.add_argument("--folder", default=".demo", help="where everything is kept (default: .demo)")
     options = parser.parse_args()
+    set_up_logs()
     run = Run(Places.below(options.folder).root)
     try:
         return {"up": up, "down": down, "supervise": supervise}[options.action](run)
