@@ -43,6 +43,9 @@ WAIT_SECONDS = 180.0
 # Slow enough to be met in the middle, with a checkpoint to go on from.
 LONG = {"max_steps": 150, "save_steps": 10, "eval_steps": 150, "logging_steps": 5}
 
+# A worker that looks every second, and starts nothing before its time.
+EAGER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_WORKER_PREFETCH_SECONDS": "0"}
+
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -62,7 +65,7 @@ def deployed(prefect_server: str) -> None:
 
 
 class Worker:
-    """A process worker that looks for work every second, started somewhere else than in the checkout."""
+    """A process worker, started somewhere else than in the checkout."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -72,7 +75,7 @@ class Worker:
         with (self._folder / "worker.log").open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
-                cwd=self._folder, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}, stdout=log, stderr=log,
+                cwd=self._folder, env={**os.environ, **EAGER}, stdout=log, stderr=log,
             )  # fmt: skip
 
     def kill(self) -> None:
