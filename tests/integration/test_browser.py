@@ -303,7 +303,7 @@ def test_a_crashed_run_goes_on_from_the_retry_button(world: World) -> None:
         ui.page.get_by_role("alertdialog").or_(ui.page.get_by_role("dialog")).get_by_role(
             "button", name="Retry"
         ).click()
-        # The worker may report the first process's end once more, after the retry: the page takes that for the last word.
+        # The worker may report the first process's end once more: the page takes that for the last word.
         until(lambda: world.get(f"/flow_runs/{run}")["state_type"] == "COMPLETED")
         ui.open(f"/runs/flow-run/{run}")
         ui.wait_for_state("Completed")
