@@ -1,7 +1,6 @@
 """The gate, the pointer to what is served, and loading an adapter into a running vLLM."""
 
 import hashlib
-import json
 import logging
 import posixpath
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import Any
 from tasks.config import EndpointConfig, PromotionConfig
 from tasks.endpoint import Endpoint, resolve_secret
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace, server_path
+from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json, server_path
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +59,10 @@ def pointer_uri(workspace: str, name: str) -> str:
 
 def read_pointer(workspace: str, name: str) -> dict[str, Any] | None:
     """Return what is served under `name`, with the history to roll back to; None before the first promotion."""
-    store, uri = Workspace(workspace), pointer_uri(workspace, name)
-    if not store.exists(uri):
+    try:
+        pointer: dict[str, Any] = Workspace(workspace).read_json(pointer_uri(workspace, name))
+    except FileNotFoundError:
         return None
-    pointer: dict[str, Any] = store.read_json(uri)
     return pointer
 
 
@@ -92,8 +91,6 @@ def move_pointer(
     adapter: AdapterRef, evaluation: EvaluationRef, uri: str, workspace: str, promotion: PromotionConfig
 ) -> PromotionRef:
     """Make `CURRENT.json` name the adapter; what it named before goes to the head of its history."""
-    store = Workspace(workspace)
-    before = read_pointer(workspace, promotion.name)
     current: dict[str, Any] = {
         "adapter_sha256": adapter.sha256,
         "uri": uri,
@@ -104,13 +101,17 @@ def move_pointer(
             "upper": evaluation.upper,
         },
     }
-    if before is None or before["current"]["adapter_sha256"] != adapter.sha256:
+
+    def move(before: dict[str, Any] | None) -> dict[str, Any] | None:
+        if before is not None and before["current"]["adapter_sha256"] == adapter.sha256:
+            return None
         history = [before["current"], *before["history"]] if before else []
-        current["promoted_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        pointer = {"name": promotion.name, "current": current, "history": history}
-        store.write_json(pointer_uri(workspace, promotion.name), pointer)
-        logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
-    return _refer(workspace, promotion.name)
+        moved = {**current, "promoted_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        return {"name": promotion.name, "current": moved, "history": history}
+
+    pointer = Workspace(workspace).update_json(pointer_uri(workspace, promotion.name), move)
+    logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
+    return _refer(workspace, pointer)
 
 
 def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:
@@ -119,15 +120,13 @@ def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConf
     if pointer is None or pointer["current"]["adapter_sha256"] != adapter.sha256:
         return None
     logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
-    return _refer(workspace, promotion.name)
+    return _refer(workspace, pointer)
 
 
-def _refer(workspace: str, name: str) -> PromotionRef:
-    uri = pointer_uri(workspace, name)
-    content = Workspace(workspace).read_bytes(uri)
-    pointer = json.loads(content)
+def _refer(workspace: str, pointer: dict[str, Any]) -> PromotionRef:
+    content, name = indented_json(pointer), str(pointer["name"])
     return PromotionRef(
-        uri=uri,
+        uri=pointer_uri(workspace, name),
         sha256=hashlib.sha256(content).hexdigest(),
         size=len(content),
         rows=1 + len(pointer["history"]),

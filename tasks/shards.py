@@ -189,7 +189,10 @@ class RowStore:
 
     def _read_places(self, uri: str, wanted: list[tuple[int, int, str]]) -> Iterator[tuple[str, Outcome]]:
         ranges = [(start, end) for start, end, _ in wanted]
-        lines = self.store.read_ranges(uri, ranges) if self.store.exists(uri) else [b""] * len(ranges)
+        try:
+            lines = self.store.read_ranges(uri, ranges)
+        except FileNotFoundError:
+            lines = [b""] * len(ranges)
         for (start, _, key), line in zip(wanted, lines, strict=True):
             decoded = _decode(line)
             if decoded is not None and decoded[0] == key:
@@ -215,15 +218,14 @@ class RowStore:
     async def journal(self, part: Slice) -> AsyncIterator["Journal"]:
         """Keep units as they finish; what was appended stays, however the block ends."""
         stem = posixpath.join(self.folder, f"{self._name(part)}.{uuid.uuid4().hex[:12]}.partial")
-        journal = Journal(self.store, stem)
+        journal = Journal(self.store, stem, self._journals.setdefault(self._name(part), set()))
         try:
             yield journal
         except BaseException:
             self._index = None  # built before these units were kept: a retry must see them
             raise
         finally:
-            journal.close()
-            self._journals.setdefault(self._name(part), set()).update(journal.files)
+            await journal.close()
 
     def commit(self, part: Slice, keys: Sequence[str], outcomes: dict[str, Outcome]) -> ShardRef:
         """Write the finished shard, units in input order, and drop its journals."""
@@ -269,14 +271,14 @@ class Journal:
     A killed process loses, locally, nothing that was appended; on GCS at most SEGMENT_SECONDS of units.
     """
 
-    def __init__(self, store: Workspace, stem: str) -> None:
-        self._store, self._stem = store, stem
+    def __init__(self, store: Workspace, stem: str, files: set[str]) -> None:
+        self._store, self._stem, self._files = store, stem, files
         self._file: Any = None
         self._pending: list[bytes] = []
         self._flushed = time.monotonic()
-        self.files: list[str] = []
+        self._segments = 0
 
-    def append(self, key: str, outcome: Outcome) -> None:
+    async def append(self, key: str, outcome: Outcome) -> None:
         """Keep one unit.
 
         Raises:
@@ -289,7 +291,7 @@ class Journal:
                 return
             self._pending.append(line)
             if time.monotonic() - self._flushed > SEGMENT_SECONDS:
-                self._flush_segment()
+                await self._flush_segment()
         except OSError as error:
             raise PreflowError(
                 f"{self._stem}: an answer could not be written ({error}), so no more are asked for. All before it are "
@@ -301,21 +303,32 @@ class Journal:
             path = Path(f"{self._stem}.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
-            self.files.append(str(path))
+            self._files.add(str(path))
         written = self._file.write(line)
         if written != len(line):
             raise OSError(f"{written} of {len(line)} bytes written: the disk is full")
 
-    def _flush_segment(self) -> None:
-        if self._pending:
-            uri = f"{self._stem}-{len(self.files):05d}.jsonl"
-            self._store.write_bytes(uri, b"".join(self._pending))
-            self.files.append(uri)
-        self._pending, self._flushed = [], time.monotonic()
+    async def _flush_segment(self) -> None:
+        """Write what is pending, in a thread: a bucket that is slow must not hold up the requests in flight."""
+        pending, self._pending, self._flushed = self._pending, [], time.monotonic()
+        if not pending:
+            return
+        uri = f"{self._stem}-{self._segments:05d}.jsonl"
+        self._segments += 1
+        try:
+            await asyncio.to_thread(self._store.write_bytes, uri, b"".join(pending))
+        except BaseException:
+            self._pending = pending + self._pending
+            raise
+        self._files.add(uri)
 
-    def close(self) -> None:
-        """Flush what is pending and close the file."""
-        self._flush_segment()
+    def forget_pending(self) -> None:
+        """Drop what is not written yet: the shard that holds it is committed."""
+        self._pending = []
+
+    async def close(self) -> None:
+        """Write what is pending and close the file."""
+        await self._flush_segment()
         if self._file is not None:
             self._file.close()
 
@@ -437,13 +450,15 @@ class ShardWorker:
 
             async def make(key: str, unit: Any) -> None:
                 outcome = await self._make(unit)
-                self._keep(journal, key, outcome)
+                await self._keep(journal, key, outcome)
                 outcomes[key] = outcome
                 self.tally.add(part, outcome)
                 self.watch()
 
             await settle(make(key, unit) for key, unit in units.items() if key not in outcomes)
-        return await asyncio.to_thread(self.rows.commit, part, list(units), outcomes)
+            shard = await asyncio.to_thread(self.rows.commit, part, list(units), outcomes)
+            journal.forget_pending()
+        return shard
 
     async def _make(self, unit: Any) -> Outcome:
         async with self._gate:
@@ -478,9 +493,9 @@ class ShardWorker:
         if self.tally.stopped is not None:
             raise self.tally.stopped
 
-    def _keep(self, journal: Journal, key: str, outcome: Outcome) -> None:
+    async def _keep(self, journal: Journal, key: str, outcome: Outcome) -> None:
         try:
-            journal.append(key, outcome)
+            await journal.append(key, outcome)
         except PreflowError as error:
             self.tally.stop(error)
             raise

@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
 import posixpath
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,12 +21,16 @@ from urllib.parse import unquote, urlparse
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.errors import DiskFullError, PreflowError
+from tasks.files import Files, LocalFiles, Stat
 
 CHUNK = 1 << 20
-PARALLEL_TRANSFERS = 8
+PARALLEL_TRANSFERS = 16
+UPDATE_ATTEMPTS = 30
+PROBED_SECONDS = 300.0
 COMMITTED = "COMMITTED.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger(__name__)
+_writable_until: dict[str, float] = {}
 
 
 class Reference(BaseModel):
@@ -120,8 +126,8 @@ def package_versions() -> dict[str, str]:
 class Workspace:
     """A folder of artifacts, local or on Google Cloud Storage, with atomic writes.
 
-    Locally a file is written beside its place and renamed; on GCS it is one object upload. Relative names are
-    joined to the root with `uri()`; every method takes the full uri.
+    Locally a file is written beside its place and renamed (`files.py`); on GCS it is one object upload (`gcs.py`).
+    Relative names are joined to the root with `uri()`; every method takes the full uri.
 
     Raises:
         PreflowError: the root cannot be used (`check_writable`), or a file is missing or unreadable.
@@ -137,34 +143,34 @@ class Workspace:
         self.root = str(Path(text).expanduser().absolute()) if self.is_local else text.rstrip("/")
 
     @cached_property
-    def _fs(self) -> Any:
-        """The fsspec file system; gcsfs is imported only when a gs:// address is used."""
+    def _files(self) -> Files:
+        """Where the files are; Google's client is imported only when a gs:// address is used."""
         if self.is_local:
-            from fsspec.implementations.local import LocalFileSystem
+            return LocalFiles()
+        from tasks.gcs import GcsFiles
 
-            return LocalFileSystem()
-        # Otherwise every call first asks for the bucket's layout, which takes a right that is needed for nothing else.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        import gcsfs
-
-        return gcsfs.GCSFileSystem(use_listings_cache=False, endpoint_url=os.environ.get("STORAGE_EMULATOR_HOST"))
+        return GcsFiles()
 
     def uri(self, *parts: str) -> str:
         """Join `parts` to the root."""
         return posixpath.join(self.root, *parts)
 
     def check_writable(self) -> None:
-        """Write, read back and delete a probe file.
+        """Write, read back and delete a probe file; a bucket that was found writable is asked again after minutes only.
 
         Raises:
             PreflowError: with the workspace, the system's reason and the remedy.
         """
+        if time.monotonic() < _writable_until.get(self.root, 0.0):
+            return
         probe = self.uri("cache", f".probe-{os.getpid()}")
         try:
             self.write_bytes(probe, b"preflow")
             if self.read_bytes(probe) != b"preflow":
                 raise OSError("what was written was not read back")
             self.delete(probe)
+            if not self.is_local:
+                _writable_until[self.root] = time.monotonic() + PROBED_SECONDS
         except Exception as error:
             raise PreflowError(
                 f"workspace {self.root}: cannot be written ({error}). Choose another folder with `workspace`, or give "
@@ -173,11 +179,14 @@ class Workspace:
 
     def exists(self, uri: str) -> bool:
         """Tell whether there is a file at `uri`."""
-        return bool(self._fs.isfile(uri))
+        return self._files.stat(uri) is not None
 
     def size(self, uri: str) -> int:
         """Return a file's size in bytes."""
-        return int(self._fs.size(uri))
+        stat = self._files.stat(uri)
+        if stat is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+        return stat.size
 
     def read_bytes(self, uri: str) -> bytes:
         """Return a file's content.
@@ -185,20 +194,16 @@ class Workspace:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        return bytes(self._fs.cat_file(uri))
+        return self._files.read(uri)
 
     def read_json(self, uri: str) -> Any:
         """Return a JSON file's value.
 
         Raises:
+            FileNotFoundError: there is no such file.
             PreflowError: the file does not hold JSON.
         """
-        try:
-            return json.loads(self.read_bytes(uri))
-        except (ValueError, RecursionError) as error:
-            raise PreflowError(
-                f"{uri}: damaged, not JSON ({error}); delete it and run again, it will be made anew"
-            ) from error
+        return _parse_json(uri, self.read_bytes(uri))
 
     def write_bytes(self, uri: str, content: bytes) -> None:
         """Write a whole file, or leave what was there untouched."""
@@ -207,25 +212,51 @@ class Workspace:
 
     def write_json(self, uri: str, value: object) -> None:
         """Write `value` as indented JSON with a newline at its end."""
-        self.write_bytes(uri, (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode())
+        self.write_bytes(uri, indented_json(value))
+
+    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
+        """Return a file's content (None where there is none) and its version, for `swap`."""
+        return self._files.read_versioned(uri)
+
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        return self._files.swap(uri, content, version)
+
+    def update_json(self, uri: str, change: Callable[[Any], Any]) -> Any:
+        """Replace a JSON file's value by what `change` makes of it (None where there is none), losing no one's update.
+
+        Args:
+            uri: the file.
+            change: called again if another writer came first; None leaves the file as it is.
+
+        Returns:
+            The value that now stands.
+
+        Raises:
+            PreflowError: the file does not hold JSON, or others replaced it each time.
+        """
+        for attempt in range(UPDATE_ATTEMPTS):
+            content, version = self.read_versioned(uri)
+            value = None if content is None else _parse_json(uri, content)
+            changed = change(value)
+            if changed is None:
+                return value
+            if self.swap(uri, indented_json(changed), version) is not None:
+                return changed
+            time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
+        raise PreflowError(f"{uri}: others replaced it {UPDATE_ATTEMPTS} times in a row; run again when they are done")
 
     @contextmanager
     def writing(self, uri: str) -> Iterator["DigestWriter"]:
         """Stream a file: it appears under `uri` when the block ends without an error, and not at all otherwise."""
-        folder = Path(posixpath.dirname(uri)) if self.is_local else None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
         try:
-            with os.fdopen(handle, "wb") as raw:
-                yield DigestWriter(raw)
-                raw.flush()
-                os.fsync(raw.fileno())
-            if self.is_local:
-                os.chmod(name, 0o644)
-                os.replace(name, uri)
-            else:
-                self._fs.put_file(name, uri)
+            staged = self._files.stage(uri)
+            try:
+                out = DigestWriter(staged)
+                yield out
+                self._files.publish(staged, uri, out.sha256)
+            finally:
+                self._files.discard(staged)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -233,66 +264,44 @@ class Workspace:
                 f"{uri}: the disk is full ({error.strerror}). What was there is untouched and what was finished is "
                 "kept: make room, or choose another workspace, and run again."
             ) from error
-        finally:
-            Path(name).unlink(missing_ok=True)
 
     def lines(self, uri: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield a file's lines with their newline, from byte `start` up to byte `end`, without holding the file."""
-        position = start
-        with self._fs.open(uri, "rb") as file:
-            file.seek(start)
-            for line in file:
-                if end is not None and position >= end:
-                    return
-                position += len(line)
-                yield line
+        if start or end is not None:
+            yield from io.BytesIO(self._files.read(uri, start, end))
+            return
+        with self._files.open(uri) as file:
+            yield from file
 
-    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-        """Yield the bytes from start up to end of each range, opening the file once; in ascending order it is fast."""
-        with self._fs.open(uri, "rb") as file:
-            for start, end in ranges:
-                file.seek(start)
-                yield file.read(end - start)
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes from start up to end of each range; in ascending order it is fast."""
+        return self._files.read_ranges(uri, list(ranges))
 
     def list(self, uri: str) -> list[str]:
         """Return the uris of the files directly below `uri`, sorted; an absent folder has none."""
-        try:
-            entries = self._fs.ls(uri, detail=True)
-        except FileNotFoundError:
-            return []
-        prefix = "" if self.is_local else "gs://"
-        return sorted(prefix + entry["name"] for entry in entries if entry["type"] == "file")
+        return sorted(stat.uri for stat in self._files.files(uri))
 
     def folders(self, uri: str) -> Sequence[str]:
         """Return the names of the folders directly below `uri`, sorted; an absent folder has none."""
-        try:
-            entries = self._fs.ls(uri, detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(
-            posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory"
-        )
+        return sorted(self._files.folders(uri))
 
     def delete(self, uri: str) -> None:
         """Delete a file if it is there."""
-        if self.exists(uri):
-            self._fs.rm_file(uri)
+        self._files.remove(uri)
 
     def delete_folder(self, uri: str) -> None:
-        """Delete a folder and all below it, if it is there."""
-        if self._fs.exists(uri):
-            self._fs.rm(uri, recursive=True)
+        """Delete a folder and all below it, if it is there; first what says that it is whole."""
+        self._files.remove(posixpath.join(uri, COMMITTED))
+        self._files.remove_tree(uri)
 
     def sha256(self, uri: str) -> str:
-        """Return the sha256 (hex) of a file's content."""
-        if self.is_local:
-            with open(uri, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        total = hashlib.sha256()
-        with self._fs.open(uri, "rb") as file:
-            while chunk := file.read(CHUNK):
-                total.update(chunk)
-        return total.hexdigest()
+        """Return the sha256 (hex) of a file's content; what preflow wrote to a bucket need not be read for it."""
+        return self._files.sha256(uri)
+
+    def digests(self, uri: str, endings: tuple[str, ...]) -> dict[str, str]:
+        """Return name and sha256 of the files directly below `uri` whose names end with one of `endings`."""
+        stats = [stat for stat in self._files.files(uri) if stat.uri.endswith(endings)]
+        return {posixpath.basename(stat.uri): stat.sha256 or self.sha256(stat.uri) for stat in stats}
 
     def commit_folder(self, local: Path, uri: str, extra: dict[str, Any] | None = None) -> str:
         """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256) last.
@@ -302,11 +311,10 @@ class Workspace:
         """
         names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-            list(pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)), names))
-        files = {name: {"size": (local / name).stat().st_size, "sha256": file_sha256(local / name)} for name in names}
-        manifest = {"files": files, **(extra or {})}
-        self.write_json(posixpath.join(uri, COMMITTED), manifest)
-        return self.sha256(posixpath.join(uri, COMMITTED))
+            facts = list(pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)), names))
+        manifest = indented_json({"files": dict(zip(names, facts, strict=True)), **(extra or {})})
+        self.write_bytes(posixpath.join(uri, COMMITTED), manifest)
+        return hashlib.sha256(manifest).hexdigest()
 
     def fetch_folder(self, uri: str, local: Path) -> Path:
         """Return a local folder with the committed files of `uri`, verified; a local `uri` is returned as it is.
@@ -314,85 +322,131 @@ class Workspace:
         Raises:
             PreflowError: the folder is not committed, or a file is missing or differs from its digest.
         """
-        self.verify_folder(uri, deep=self.is_local)
         if self.is_local:
+            self.verify_folder(uri)
             return Path(uri)
-        committed = self.read_json(posixpath.join(uri, COMMITTED))
+        content, committed = self._read_committed(uri)
         local.mkdir(parents=True, exist_ok=True)
+        (local / COMMITTED).write_bytes(content)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
             list(pool.map(lambda name: self._get(posixpath.join(uri, name), local / name), committed["files"]))
-        (local / COMMITTED).write_bytes(self.read_bytes(posixpath.join(uri, COMMITTED)))
-        Workspace(local).verify_folder(str(local))
+        for name, facts in committed["files"].items():
+            if file_sha256(local / name) != facts["sha256"]:
+                raise PreflowError(_damaged(posixpath.join(uri, name)))
         return local
 
-    def verify_folder(self, uri: str, deep: bool = True) -> dict[str, Any]:
+    def fetch_files(self, uri: str, local: Path) -> Path:
+        """Copy the files directly below `uri` into a local folder, committed or not, and return that."""
+        local.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+            list(pool.map(lambda file: self._get(file, local / posixpath.basename(file)), self.list(uri)))
+        return local
+
+    def verify_folder(self, uri: str) -> dict[str, Any]:
         """Check a committed folder against its `COMMITTED.json` and return that.
 
-        Args:
-            uri: the folder.
-            deep: compare sha256 too, not only presence and size.
+        On a bucket the digests are those that the objects carry, so that nothing is read.
 
         Raises:
             PreflowError: naming the first file that is missing, cut or changed.
         """
-        marker = posixpath.join(uri, COMMITTED)
-        if not self.exists(marker):
-            raise PreflowError(f"{uri}: has no {COMMITTED}, so it was never finished; run the stage that makes it")
-        committed: dict[str, Any] = self.read_json(marker)
+        return self._verify(uri)[1]
+
+    def _verify(self, uri: str) -> tuple[bytes, dict[str, Any]]:
+        content, committed = self._read_committed(uri)
+        there = self._files.tree(uri)
         for name, expected in committed["files"].items():
-            file = posixpath.join(uri, name)
-            if not self.exists(file):
-                raise PreflowError(f"{file}: missing, though {COMMITTED} lists it; delete the folder and run again")
-            if self.size(file) != expected["size"] or (deep and self.sha256(file) != expected["sha256"]):
-                raise PreflowError(f"{file}: damaged, differs from {COMMITTED}; delete the folder and run again")
-        return committed
+            file, stat = posixpath.join(uri, name), there.get(name)
+            if stat is None:
+                raise PreflowError(_missing(file))
+            if stat.size != expected["size"] or (stat.sha256 or self.sha256(file)) != expected["sha256"]:
+                raise PreflowError(_damaged(file))
+        return content, committed
+
+    def _read_committed(self, uri: str) -> tuple[bytes, dict[str, Any]]:
+        marker = posixpath.join(uri, COMMITTED)
+        try:
+            content = self.read_bytes(marker)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = f"{uri}: has no {COMMITTED}, so it was never finished; run the stage that makes it"
+            raise PreflowError(message) from error
+        return content, _parse_json(marker, content)
 
     def is_intact(self, reference: Reference) -> bool:
-        """Tell whether the artifact that `reference` names is there as it was (on GCS: there, with its size)."""
+        """Tell whether the artifact that `reference` names is there as it was."""
         if isinstance(reference, AdapterRef) or reference.kind == "adapter":
             try:
-                self.verify_folder(reference.uri, deep=self.is_local)
+                return hashlib.sha256(self._verify(reference.uri)[0]).hexdigest() == reference.sha256
             except PreflowError:
                 return False
-            return self.sha256(posixpath.join(reference.uri, COMMITTED)) == reference.sha256
-        if not self.exists(reference.uri) or self.size(reference.uri) != reference.size:
+        return self._is_as(self._files.stat(reference.uri), reference.model_dump())
+
+    def _is_as(self, stat: Stat | None, facts: dict[str, Any]) -> bool:
+        """Compare a file with its size and sha256 as a reference or manifest has them."""
+        if stat is None or stat.size != facts["size"]:
             return False
-        return not self.is_local or self.sha256(reference.uri) == reference.sha256
+        return bool((stat.sha256 or self.sha256(stat.uri)) == facts["sha256"])
 
     def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
         """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""
-        if not self.exists(manifest):
-            return None
+        folder = posixpath.dirname(manifest)
         try:
             value = self.read_json(manifest)
             artifact = kind.model_validate(value["artifact"])
-            files = [
-                Reference(kind="file", uri=posixpath.join(posixpath.dirname(manifest), name), **facts)
-                for name, facts in value.get("files", {}).items()
-            ]
+            parts = {artifact.uri: artifact.model_dump()}
+            for name, facts in value.get("files", {}).items():
+                parts[posixpath.join(folder, name)] = {"size": facts["size"], "sha256": facts["sha256"]}
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except (PreflowError, ValidationError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s): its artifact is put together again", manifest, type(error).__name__)
             return None
-        parts: list[Reference] = [artifact, *files]
-        for file in parts:
-            if not self.is_intact(file):
-                logger.warning("%s is missing or differs from its digest: it is put together again", file.uri)
+        there = {stat.uri: stat for stat in self._files.files(folder)}
+        for uri, facts in parts.items():
+            if not self._is_as(there.get(uri) or self._files.stat(uri), facts):
+                logger.warning("%s is missing or differs from its digest: it is put together again", uri)
                 return None
         return artifact
 
-    def _put(self, local: Path, uri: str) -> None:
+    def _put(self, local: Path, uri: str) -> dict[str, Any]:
         with self.writing(uri) as out, local.open("rb") as file:
             while chunk := file.read(CHUNK):
                 out.write(chunk)
+        return {"size": out.size, "sha256": out.sha256}
 
     def _get(self, uri: str, local: Path) -> None:
         local.parent.mkdir(parents=True, exist_ok=True)
-        self._fs.get_file(uri, str(local))
+        try:
+            self._files.fetch(uri, local)
+        except FileNotFoundError as error:
+            raise PreflowError(_missing(uri)) from error
 
     @classmethod
     def holding(cls, uri: str) -> Self:
         """Return a workspace through which the single file or folder at `uri` can be read."""
         return cls(uri if "://" in uri else posixpath.dirname(str(Path(uri).expanduser().absolute())))
+
+
+def indented_json(value: object) -> bytes:
+    """Encode `value` as JSON for people: indented, sorted, with a newline at its end."""
+    return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _parse_json(uri: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PreflowError(
+            f"{uri}: damaged, not JSON ({error}); delete it and run again, it will be made anew"
+        ) from error
+
+
+def _missing(uri: str) -> str:
+    return f"{uri}: missing, though {COMMITTED} lists it; delete the folder and run again"
+
+
+def _damaged(uri: str) -> str:
+    return f"{uri}: damaged, differs from {COMMITTED}; delete the folder and run again"
 
 
 class DigestWriter:
@@ -438,15 +492,14 @@ def folder_digest(uri: str) -> str:
         PreflowError: the folder is missing or holds no weights.
     """
     store = Workspace.holding(uri)
-    files = {posixpath.basename(file): file for file in store.list(uri)}
-    wanted = {name: file for name, file in files.items() if name.endswith((".safetensors", "config.json"))}
-    if not any(name.endswith(".safetensors") for name in wanted):
-        found = ", ".join(sorted(files)) or "nothing"
+    files = store.digests(uri, (".safetensors", "config.json"))
+    if not any(name.endswith(".safetensors") for name in files):
+        found = ", ".join(sorted(posixpath.basename(file) for file in store.list(uri))) or "nothing"
         raise PreflowError(
             f"{uri}: holds no .safetensors weights (found: {found}). Give the folder that save_pretrained() wrote; "
             "pickled .bin weights are not read, save them again with safe_serialization=True."
         )
-    return digest({name: store.sha256(file) for name, file in wanted.items()})
+    return digest(files)
 
 
 def server_path(uri: str, workspace: str, adapter_root: str | None) -> str:

@@ -157,7 +157,7 @@ class CheckpointStore:
 
     def _problem(self, uri: str) -> str | None:
         try:
-            self._store.verify_folder(uri, deep=self._store.is_local)
+            self._store.verify_folder(uri)
         except (PreflowError, KeyError, TypeError, OSError) as error:
             return str(error)
         return None
@@ -171,5 +171,4 @@ class CheckpointStore:
         whole = [uri for uri in uris if self._store.exists(posixpath.join(uri, COMMITTED))]
         for uri in uris:
             if uri not in whole[-KEPT:]:
-                self._store.delete(posixpath.join(uri, COMMITTED))
                 self._store.delete_folder(uri)

@@ -25,6 +25,8 @@ from tasks.training.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths
 LOG = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+# What the safetensors library itself allows.
+LONGEST_HEADER = 100_000_000
 LOG_LINES_SHOWN = 30
 
 
@@ -173,12 +175,12 @@ def _weight_shapes(uri: str) -> dict[str, list[int]]:
     """Read the header of a safetensors file: 8 bytes of length, then JSON."""
     file = posixpath.join(_plain(uri), "adapter_model.safetensors")
     store = Workspace.holding(file)
-    if not store.exists(file):
-        raise PreflowError(f"sft_adapter {uri}: no adapter_model.safetensors there. Save it with safe serialization.")
     try:
-        header = b"".join(store.lines(file, 0, 8))[:8]
-        length = int.from_bytes(header, "little")
-        content = json.loads(store.read_bytes(file)[8 : 8 + length])
+        length = int.from_bytes(store.read_ranges(file, [(0, 8)])[0], "little")
+        content = json.loads(store.read_ranges(file, [(8, 8 + min(length, LONGEST_HEADER))])[0])
+    except FileNotFoundError as error:
+        message = f"sft_adapter {uri}: no adapter_model.safetensors there. Save it with safe serialization."
+        raise PreflowError(message) from error
     except ValueError as error:
         raise PreflowError(f"{file}: damaged, its header cannot be read ({error}); copy the adapter again") from error
     return {name: entry["shape"] for name, entry in content.items() if name != "__metadata__"}

@@ -1,6 +1,5 @@
 """One trainer at a time: a lease in the workspace with a heartbeat and a fencing token."""
 
-import fcntl
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 from tasks.storage import DigestWriter, Workspace
 
@@ -35,76 +34,20 @@ class Holder:
     released: bool = False
 
 
-class SwapFile(Protocol):
-    """A small file that is replaced only if it is still what was read."""
-
-    def read(self) -> tuple[Holder | None, object]:
-        """Return the content and its version."""
-
-    def swap(self, version: object, holder: Holder) -> bool:
-        """Replace the content if it still has `version`; tell whether it was replaced."""
-
-
-class LocalSwapFile:
-    """`SwapFile` on a local disk: read, compare and rename under an flock that dies with its process."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def read(self) -> tuple[Holder | None, object]:
-        """Return the content and its bytes; a torn file counts as absent."""
-        try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            return None, None
-        return _parse(content), content
-
-    def swap(self, version: object, holder: Holder) -> bool:
-        """Replace the content if its bytes are still `version`."""
-        with self._path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.read()[1] != version:
-                return False
-            beside = self._path.with_name(f".{self._path.name}-{os.getpid()}")
-            beside.write_text(json.dumps(asdict(holder)))
-            os.replace(beside, self._path)
-            return True
-
-
-class GcsSwapFile:
-    """`SwapFile` on Google Cloud Storage: the object's generation is the version."""
+class SwapFile:
+    """The lease's file, local or gs://: replaced only if it is still what was read."""
 
     def __init__(self, uri: str) -> None:
-        from google.cloud import storage  # type: ignore[attr-defined,import-untyped,unused-ignore]
-
-        bucket, _, name = uri.removeprefix("gs://").partition("/")
-        client = storage.Client.create_anonymous_client() if os.environ.get("STORAGE_EMULATOR_HOST") else None
-        self._bucket = (client or storage.Client()).bucket(bucket)
-        self._name = name
+        self._store, self._uri = Workspace.holding(uri), uri
 
     def read(self) -> tuple[Holder | None, object]:
-        """Return the content and its generation; 0 where there is none."""
-        from google.api_core.exceptions import NotFound
+        """Return the holder and the file's version; a torn file counts as free."""
+        content, version = self._store.read_versioned(self._uri)
+        return None if content is None else _parse(content), version
 
-        blob = self._bucket.blob(self._name)
-        try:
-            content = blob.download_as_bytes()
-        except NotFound:
-            return None, 0
-        return _parse(content), blob.generation
-
-    def swap(self, version: object, holder: Holder) -> bool:
-        """Replace the object if its generation is still `version`."""
-        from google.api_core.exceptions import PreconditionFailed
-
-        try:
-            self._bucket.blob(self._name).upload_from_string(
-                json.dumps(asdict(holder)), content_type="application/json", if_generation_match=version
-            )
-        except PreconditionFailed:
-            return False
-        return True
+    def swap(self, version: object, holder: Holder) -> object | None:
+        """Replace the file if it still has `version`; return the new version, or None if it had not."""
+        return self._store.swap(self._uri, json.dumps(asdict(holder)).encode(), version)
 
 
 def _parse(content: bytes) -> Holder | None:
@@ -153,6 +96,7 @@ class Lease:
         self._seconds = seconds
         self._on_lost = on_lost
         self._mine = Holder(token=0, owner=uuid.uuid4().hex, beat=0, process=this_process())
+        self._version: object = None
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -160,7 +104,7 @@ class Lease:
     @classmethod
     def at(cls, uri: str, seconds: float, on_lost: Callable[[], None]) -> Self:
         """Return the lease kept in the file at `uri`, local or gs://."""
-        return cls(GcsSwapFile(uri) if uri.startswith("gs://") else LocalSwapFile(Path(uri)), seconds, on_lost)
+        return cls(SwapFile(uri), seconds, on_lost)
 
     @property
     def token(self) -> int:
@@ -192,9 +136,10 @@ class Lease:
 
     def _take(self, holder: Holder | None, version: object) -> bool:
         mine = replace(self._mine, token=holder.token + 1 if holder else 1)
-        if not self._file.swap(version, mine):
+        taken = self._file.swap(version, mine)
+        if taken is None:
             return False
-        self._mine = mine
+        self._mine, self._version = mine, taken
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
         return True
@@ -212,12 +157,11 @@ class Lease:
                 LOG.warning("the lease's heartbeat failed once", exc_info=True)
 
     def _beat(self, mine: Holder) -> None:
-        holder, version = self._file.read()
-        self._compare(holder)
-        if not self._file.swap(version, mine):
+        version = self._file.swap(self._version, mine)
+        if version is None:  # nobody else has a reason to write it
             self._compare(self._file.read()[0])
             return
-        self._mine = mine
+        self._mine, self._version = mine, version
 
     def _compare(self, holder: Holder | None) -> None:
         if holder is None or holder.owner != self._mine.owner:
@@ -260,10 +204,14 @@ class FencedWorkspace(Workspace):
         Raises:
             LeaseLostError: another trainer has taken over.
         """
-        self._lease.check()
         with super().writing(uri) as out:
             yield out
             self._lease.check()
+
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """As `Workspace.swap`, for the holder of the lease only."""
+        self._lease.check()
+        return super().swap(uri, content, version)
 
     def delete(self, uri: str) -> None:
         """As `Workspace.delete`, for the holder of the lease only."""

@@ -218,10 +218,7 @@ def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
     store = Workspace.holding(uri)
     folder = Path(uri).expanduser().absolute()
     if not store.is_local:
-        local.mkdir(parents=True)
-        for file in store.list(uri):
-            (local / posixpath.basename(file)).write_bytes(store.read_bytes(file))
-        folder = local
+        folder = store.fetch_files(uri, local)
     found = folder_digest(str(folder))
     if found != expected:
         raise PreflowError(

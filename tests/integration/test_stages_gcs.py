@@ -1,64 +1,32 @@
-"""The stages on a bucket: needs gcp-storage-emulator, or STORAGE_EMULATOR_HOST naming a running one."""
+"""The stages on a bucket give what they give in a folder, and ask for nothing twice."""
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
-import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from flows.generate import generate_completions
 from flows.judge import judge_preferences
-from tasks.demo.services import free_port
 from tasks.errors import PreflowError
 from tasks.storage import AdapterRef, PreferencesRef, Workspace, folder_digest
 from tests.fakes import FakeOpenAI
+from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.integration.test_stages import generation, judging, write_prompts
 
-BUCKET = "preflow-tests"
+# Two stages that have nothing to do.
+MOST_REQUESTS_OF_A_REPLAY = 16
 
 
 @pytest.fixture(scope="module")
-def emulator() -> Iterator[str]:
-    if running := os.environ.get("STORAGE_EMULATOR_HOST"):
-        yield running
-        return
-    if importlib.util.find_spec("gcp_storage_emulator") is None:
-        pytest.skip("gcp-storage-emulator is not installed")
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--in-memory"]
-    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("STORAGE_EMULATOR_HOST", url)
-            wait_for(url)
-            yield url
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-def wait_for(url: str) -> None:
-    for _ in range(200):
-        try:
-            httpx.get(f"{url}/storage/v1/b", timeout=2)
-        except httpx.TransportError:
-            time.sleep(0.1)
-        else:
-            return
-    raise TimeoutError(f"the storage emulator at {url} does not answer")
+def bucket() -> Iterator[FakeGcs]:
+    with FakeGcs() as fake:
+        yield fake
 
 
 @pytest.fixture
-def workspace(emulator: str) -> str:
-    httpx.post(f"{emulator}/storage/v1/b", json={"name": BUCKET}, timeout=10)
+def workspace(bucket: FakeGcs) -> str:
     return f"gs://{BUCKET}/{uuid.uuid4().hex}"
 
 
@@ -108,7 +76,9 @@ def check_folders(store: Workspace, scratch: Path) -> None:
 
 @pytest.mark.usefixtures("prefect_server")
 @pytest.mark.timeout(300)
-async def test_the_stages_on_a_bucket_give_what_they_give_in_a_folder(workspace: str, tmp_path: Path) -> None:
+async def test_the_stages_on_a_bucket_give_what_they_give_in_a_folder(
+    workspace: str, bucket: FakeGcs, tmp_path: Path
+) -> None:
     prompts = str(write_prompts(tmp_path, 60))
 
     async def run(where: str, fake: FakeOpenAI) -> PreferencesRef:
@@ -126,11 +96,17 @@ async def test_the_stages_on_a_bucket_give_what_they_give_in_a_folder(workspace:
         assert len(asked) == 30
         assert not answered & set(asked)
         count = len(fake.requests())
+        before = len(bucket.requests())
         assert await run(workspace, fake) == on_bucket
+        again = bucket.requests()[before:]
+        assert {row["operation"] for row in again} == {"download", "list"}
+        # A manifest and a listing say of each artifact that it is whole; the rest is what the report shows.
+        repeated = Counter((row["operation"], row["name"]) for row in again).most_common(1)
+        assert repeated[0][1] <= 1, f"asked for more than once: {repeated}"
+        assert len(again) <= MOST_REQUESTS_OF_A_REPLAY
         for name in ("completions", "verdicts", "preferences", "cache"):
             Workspace(workspace).delete_folder(f"{workspace}/{name}")
         assert await run(workspace, fake) == on_bucket
         assert len(fake.requests()) == count, "what lies on the bucket was asked for again"
         in_folder = await run(str(tmp_path / "ws"), fake)
     assert in_folder.sha256 == on_bucket.sha256
-    shutil.rmtree(tmp_path / "ws")

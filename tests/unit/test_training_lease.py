@@ -1,83 +1,42 @@
 """One trainer at a time: taking, keeping, losing and giving back the lease."""
 
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
 from tasks.training.lease import (
     FencedWorkspace,
-    GcsSwapFile,
     Holder,
     Lease,
     LeaseLostError,
-    LocalSwapFile,
     SwapFile,
     is_dead,
     this_process,
 )
+from tests.fakes.gcs import BUCKET, FakeGcs
 
 
-class FakeGcs(BaseHTTPRequestHandler):
-    """The two calls of the GCS JSON API that the lease makes, with generations and preconditions."""
-
-    objects: dict[str, tuple[int, bytes]] = {}  # noqa: RUF012
-    lock = threading.Lock()
-
-    def do_GET(self) -> None:
-        name = unquote(urlparse(self.path).path.rpartition("/o/")[2])
-        generation, content = self.objects.get(name, (0, b""))
-        self._answer(200 if generation else 404, content, {"x-goog-generation": str(generation)})
-
-    def do_POST(self) -> None:
-        query = parse_qs(urlparse(self.path).query)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        _, metadata, content, _ = body.split(b"--" + body.split(b"\r\n", 1)[0][2:])
-        name = json.loads(metadata.partition(b"\r\n\r\n")[2])["name"]
-        with self.lock:
-            generation = self.objects.get(name, (0, b""))[0]
-            if query["ifGenerationMatch"] != [str(generation)]:
-                self._answer(412, b'{"error": {"message": "conditionNotMet"}}', {})
-                return
-            self.objects[name] = (generation + 1, content.partition(b"\r\n\r\n")[2].strip())
-        self._answer(200, json.dumps({"name": name, "generation": str(generation + 1)}).encode(), {})
-
-    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    FakeGcs.objects.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeGcs)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
+@pytest.fixture(scope="module")
+def gcs() -> Iterator[FakeGcs]:
+    with FakeGcs() as fake:
+        yield fake
 
 
 @pytest.fixture(params=["local", "gcs"])
 def make_file(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], SwapFile]:
     if request.param == "local":
-        return lambda: LocalSwapFile(tmp_path / "training" / "lease.json")
+        return lambda: SwapFile(str(tmp_path / "training" / "lease.json"))
     request.getfixturevalue("gcs")
-    return lambda: GcsSwapFile("gs://bucket/training/lease.json")
+    uri = f"gs://{BUCKET}/{uuid.uuid4().hex}/training/lease.json"
+    return lambda: SwapFile(uri)
 
 
 def ignore(*_: Any) -> None:
@@ -134,12 +93,12 @@ def test_tokens_grow_and_a_released_lease_is_free_at_once(make_file: Callable[[]
 def test_a_holder_that_lives_is_waited_for_and_a_silent_one_replaced(make_file: Callable[[], SwapFile]) -> None:
     file, told = make_file(), []
     foreign(file)
-    lease = Lease(make_file(), 1.0, ignore)
+    lease = Lease(make_file(), 4.0, ignore)
     beats = threading.Event()
 
     def live() -> None:
         for beat in range(1, 6):
-            time.sleep(0.3)
+            time.sleep(0.5)
             foreign(file, beat=beat)
         beats.set()
 
@@ -154,7 +113,7 @@ def test_a_holder_that_lives_is_waited_for_and_a_silent_one_replaced(make_file: 
 
 
 def test_a_dead_process_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
-    file = LocalSwapFile(tmp_path / "lease.json")
+    file = SwapFile(str(tmp_path / "lease.json"))
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     here = this_process().split("/")
     started = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -179,7 +138,7 @@ def test_a_reused_pid_is_another_process() -> None:
 
 
 def test_a_zombie_cannot_write(tmp_path: Path) -> None:
-    file, lost = LocalSwapFile(tmp_path / "lease.json"), threading.Event()
+    file, lost = SwapFile(str(tmp_path / "lease.json")), threading.Event()
     zombie = Lease(file, 0.6, lost.set)
     zombie.acquire(ignore)
     store = FencedWorkspace(str(tmp_path), zombie)
@@ -201,7 +160,7 @@ def test_a_zombie_cannot_write(tmp_path: Path) -> None:
 
 
 def test_a_lease_lost_while_a_file_is_written_keeps_the_file_from_appearing(tmp_path: Path) -> None:
-    file = LocalSwapFile(tmp_path / "lease.json")
+    file = SwapFile(str(tmp_path / "lease.json"))
     lease = Lease(file, 60, ignore)
     lease.acquire(ignore)
     store = FencedWorkspace(str(tmp_path), lease)
@@ -219,7 +178,7 @@ def test_a_lease_lost_while_a_file_is_written_keeps_the_file_from_appearing(tmp_
 
 def test_a_torn_lease_file_counts_as_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "lease.json").write_text('{"token": 1, "ow')
-    lease = Lease(LocalSwapFile(tmp_path / "lease.json"), 60, ignore)
+    lease = Lease(SwapFile(str(tmp_path / "lease.json")), 60, ignore)
     lease.acquire(ignore)
     assert "damaged" in caplog.text
     lease.release()
