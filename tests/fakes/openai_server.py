@@ -294,10 +294,10 @@ class Server:
                 f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in "
                 "place, set 'load_inplace' to True.",
             )
-        settings = Path(path) / "adapter_config.json"
-        if not settings.exists():
+        settings = self.plan.read_mounted(f"{path}/adapter_config.json")
+        if settings is None:
             return error(404, f"Loading lora {name} failed: No adapter found for {path}")
-        rank = json.loads(settings.read_text())["r"]
+        rank = json.loads(settings)["r"]
         if rank > self.plan.max_lora_rank:
             return error(500, f"LoRA rank {rank} is greater than max_lora_rank {self.plan.max_lora_rank}.")
         self.adapters[name] = path

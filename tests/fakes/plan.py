@@ -2,8 +2,12 @@
 
 import hashlib
 import random
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 FAULTS = (
@@ -76,6 +80,9 @@ class Plan:
     thinking_tokens: int = 0
     runtime_lora: bool = True
     max_lora_rank: int = 64
+    # Where the adapters that are loaded really lie: a folder of the server's to another folder, or to the objects of a
+    # bucket (http://host/storage/v1/b/BUCKET/o/PREFIX).
+    mounts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -89,6 +96,20 @@ class Plan:
         if "samplers" in values:
             values["samplers"] = tuple(values["samplers"])
         return cls(**values)
+
+    def read_mounted(self, path: str) -> bytes | None:
+        """Return the content of a file that the server sees at `path`, or None if there is none."""
+        for folder, place in self.mounts.items():
+            if path.startswith(f"{folder}/"):
+                path = place + path.removeprefix(folder)
+        if not path.startswith("http://"):
+            return Path(path).read_bytes() if Path(path).exists() else None
+        bucket, _, name = path.partition("/o/")
+        try:
+            with urllib.request.urlopen(f"{bucket}/o/{urllib.parse.quote(name, safe='')}?alt=media") as reply:
+                return bytes(reply.read())
+        except urllib.error.HTTPError:
+            return None
 
     def fault(self, body_sha: str, attempt: int) -> str | None:
         """Return what goes wrong at the `attempt`-th (from 0) attempt at a body, or None."""
