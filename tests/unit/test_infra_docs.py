@@ -61,14 +61,14 @@ def test_the_last_one_starts_a_valid_run_of_the_whole_pipeline(tmp_path: Path) -
     assert call[:4] == ["-n", "preflow", "exec", "deploy/flow-worker"]
     assert call[call.index("--") + 1 :][:4] == ["prefect", "deployment", "run", "dpo-pipeline/local"]
     given = json.loads(call[-1].removeprefix("config="))
-    deployment = given.pop("training_deployment")
     config = PipelineConfig.model_validate(given).filled()
     assert config.workspace == "gs://my-bucket/runs"
     assert config.evaluation.generation is not None
     assert config.evaluation.generation.api_key == config.promotion.api_key == "env:VLLM_API_KEY"
     assert config.evaluation.adapter_root == config.promotion.adapter_root == "/workspace/runs"
     deployed = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
-    assert deployment in {f"train-dpo/{item['name']}" for item in deployed if "train.py" in item["entrypoint"]}
+    trainers = [item for item in deployed if "train.py" in item["entrypoint"]]
+    assert config.training_deployment in {f"train-dpo/{item['name']}" for item in trainers}
 
 
 def test_what_modal_is_asked_to_train_is_valid(tmp_path: Path) -> None:
