@@ -337,7 +337,7 @@ def test_killed_and_started_again_it_asks_nothing_twice_and_ends_the_same(bench:
         return sum(row["model"] == "judge-hash" for row in bench.asked(first)) >= 5
 
     def second_training_begun() -> bool:
-        return len(list(bench.workspace.glob("training/*/checkpoints/*"))) > 3
+        return len({path.parent for path in bench.workspace.glob("training/*/checkpoints/step-*")}) == 2
 
     for reached in (judging_begun, second_training_begun):
         kill_when(bench, log, reached)
