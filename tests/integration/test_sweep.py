@@ -191,7 +191,7 @@ async def test_a_second_start_asks_nobody_and_trains_nothing(bench: Bench, resul
 
 
 async def test_a_sweep_of_known_points_costs_nothing(bench: Bench, result: SweepResult) -> None:
-    config, sweep = bench.config(), SweepConfig(grid={"training.beta": [0.05, 0.1]})
+    config, sweep = bench.config(), SweepConfig(grid={"training.beta": BETAS[:2]})
     plan = plan_sweep(prepare_points(config, sweep).points, sweep)
     assert all(work.finished for work in plan.work)
     assert sum(work.to_ask for work in plan.work) == plan.usd() == 0
@@ -225,7 +225,7 @@ async def test_a_point_that_fails_leaves_the_others(bench: Bench, result: SweepR
         shown = artifacts(bench, "sweep")[0]["data"]
         assert "Points that failed" in shown
         assert "Points 1-2 failed" in shown
-        with pytest.raises(PreflowError, match=r"all 1 points failed.*point 1 \("):
+        with pytest.raises(PreflowError, match=r"(?s)all 1 points failed.*point 1 \("):
             await dpo_sweep(bench.config(), SweepConfig(changes=changes[:1]))
 
 
@@ -306,7 +306,7 @@ asyncio.run(dpo_sweep(PipelineConfig.model_validate(config), SweepConfig.model_v
 def start(bench: Bench, log: Path) -> subprocess.Popen[bytes]:
     """Start the sweep of two betas as a process of its own, which finds its way to the server by the environment."""
     config = bench.config().model_dump_json()
-    sweep = json.dumps({"grid": {"training.beta": [0.05, 0.1]}})
+    sweep = json.dumps({"grid": {"training.beta": BETAS[:2]}})
     with log.open("ab") as out:
         return subprocess.Popen(
             [sys.executable, "-c", SWEEP, config, sweep],
@@ -326,11 +326,9 @@ def kill_when(bench: Bench, log: Path, reached: Callable[[], bool]) -> None:
 
 def test_killed_and_started_again_it_asks_nothing_twice_and_ends_the_same(bench: Bench, result: SweepResult) -> None:
     """Runs last: it starts over in the place where the others had their workspace, so that all paths are the same."""
-    (undisturbed,) = (
-        path
-        for path in bench.workspace.glob("sweeps/*/result.json")
-        if len(json.loads(path.read_text())["points"]) == 2
-    )
+    changes = [{"training.beta": beta} for beta in BETAS[:2]]
+    results = {path: json.loads(path.read_text()) for path in bench.workspace.glob("sweeps/*/result.json")}
+    (undisturbed,) = (path for path, kept in results.items() if [p["change"] for p in kept["points"]] == changes)
     name, expected = undisturbed.relative_to(bench.workspace), undisturbed.read_bytes()
     shutil.move(bench.workspace, bench.folder / "before")
     first, log = len(bench.fake.requests()), bench.folder / "sweep.log"
@@ -339,7 +337,7 @@ def test_killed_and_started_again_it_asks_nothing_twice_and_ends_the_same(bench:
         return sum(row["model"] == "judge-hash" for row in bench.asked(first)) >= 5
 
     def second_training_begun() -> bool:
-        return len(list(bench.workspace.glob("training/*/checkpoints/*"))) > 3
+        return len({path.parent for path in bench.workspace.glob("training/*/checkpoints/step-*")}) == 2
 
     for reached in (judging_begun, second_training_begun):
         kill_when(bench, log, reached)
