@@ -48,8 +48,8 @@ POLL_SECONDS = 5.0
 OUTAGE_SECONDS = 5.0
 SILENT_SECONDS, SILENT_LEASES = 600.0, 10
 # A process worker reports a killed process twice, the second time after its hooks have run, some 10 to 25 s later; a
-# run that was executed again by then would be marked as crashed while it runs.
-FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 30.0, 300.0
+# run that was executed again by then would be marked as crashed while it runs. And it starts runs 10 s early.
+FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 45.0, 300.0
 
 
 async def train_on_pool(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:

@@ -1,6 +1,7 @@
 """The images' own instructions followed in an empty environment: what they install resolves, and it is enough.
 
 `flow` is installed for real; what `train` adds to it is resolved. System packages and CUDA are what this does not show.
+It needs the package registry, and is the one test that does.
 """
 
 import json

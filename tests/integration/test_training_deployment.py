@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -43,6 +42,9 @@ WAIT_SECONDS = 180.0
 # Slow enough to be met in the middle, with a checkpoint to go on from.
 LONG = {"max_steps": 150, "save_steps": 10, "eval_steps": 150, "logging_steps": 5}
 
+# A worker that looks every second, and starts nothing before its time.
+EAGER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_WORKER_PREFETCH_SECONDS": "0"}
+
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -62,7 +64,7 @@ def deployed(prefect_server: str) -> None:
 
 
 class Worker:
-    """A process worker that looks for work every second, started somewhere else than in the checkout."""
+    """A process worker, started somewhere else than in the checkout."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -72,7 +74,7 @@ class Worker:
         with (self._folder / "worker.log").open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
-                cwd=self._folder, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}, stdout=log, stderr=log,
+                cwd=self._folder, env={**os.environ, **EAGER}, stdout=log, stderr=log,
             )  # fmt: skip
 
     def kill(self) -> None:
@@ -150,12 +152,14 @@ def finished(world: TinyWorld, config: PipelineConfig) -> AdapterRef:
     return adapter
 
 
-def artifacts(run_id: UUID, kind: str) -> list[dict[str, Any]]:
-    """Return a run's artifacts of a type, the oldest first."""
-    wanted = {"artifacts": {"type": {"any_": [kind]}}, "flow_runs": {"id": {"any_": [str(run_id)]}}}
+def artifacts(kind: str, run_id: UUID | None = None) -> list[dict[str, Any]]:
+    """Return the artifacts of a type, of one run or of all."""
+    wanted: dict[str, Any] = {"artifacts": {"type": {"any_": [kind]}}}
+    if run_id is not None:
+        wanted["flow_runs"] = {"id": {"any_": [str(run_id)]}}
     answer = httpx.post(f"{os.environ['PREFECT_API_URL']}/artifacts/filter", json=wanted, timeout=30)
     found: list[dict[str, Any]] = answer.raise_for_status().json()
-    return sorted(found, key=lambda artifact: str(artifact["created"]))
+    return found
 
 
 def lease_token(workspace: Path) -> int:
@@ -188,6 +192,8 @@ async def test_two_who_ask_at_once_get_the_same_training(world: TinyWorld, worke
     assert first.sha256 == here.sha256
     (run,) = await children(world, config)
     assert (run.run_count, lease_token(tmp_path)) == (1, 1)
+    bars = [bar["data"] for bar in artifacts("progress") if bar["description"].startswith(DEPLOYMENT)]
+    assert bars == [100, 100], "each of the two shows the training's progress as its own"
     assert await pool_parent(world.preferences, config) == first, "a finished training starts nothing"
     assert len(await children(world, config)) == 1
 
@@ -213,7 +219,7 @@ async def ended(run_id: UUID) -> FlowRun:
     return run
 
 
-async def test_parent_and_training_are_killed_and_come_back_as_the_same_runs(
+async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
     world: TinyWorld, deployed_parent: str, calm: AdapterRef, tmp_path: Path
 ) -> None:
     config = settings(world, tmp_path, **LONG)
@@ -225,42 +231,39 @@ async def test_parent_and_training_are_killed_and_come_back_as_the_same_runs(
         return await newest_step(tmp_path) > before
 
     await wait_for(went_on, "checkpoint without the parent")
-    (training,) = await children(world, config)
-    kill_group(training)
-    for killed in (parent, training.id):
-        run = await ended(killed)
-        assert run.state is not None
-        assert run.state.is_crashed(), run.state
+    run = await ended(parent)
+    assert run.state is not None
+    assert run.state.is_crashed(), run.state
     async with get_client() as client:
         await client.set_flow_run_state(parent, AwaitingRetry())
 
     await wait_for(partial(is_completed, parent), "end of the parent that was executed again")
     (training,) = await children(world, config)
-    # On a loaded machine the worker's second report of a crash comes late enough to cost one more execution.
-    assert training.run_count >= 2
-    assert await count_crashes(training) >= 1
-    assert lease_token(tmp_path) >= 2
+    assert (training.run_count, await count_crashes(training), lease_token(tmp_path)) == (1, 0, 1)
     assert (await read(parent)).run_count >= 2
     assert finished(world, config).sha256 == calm.sha256
-    assert [bar["data"] for bar in artifacts(parent, "progress")][-1] == 100
-    assert any(str(training.id) in link["data"] for link in artifacts(parent, "markdown"))
+    assert any(str(training.id) in link["data"] for link in artifacts("markdown", parent))
 
 
 async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_again(
-    world: TinyWorld, worker: Worker, calm: AdapterRef, tmp_path: Path
+    world: TinyWorld, worker: Worker, tmp_path: Path
 ) -> None:
     config = settings(world, tmp_path, max_restarts=0, **LONG)
     asked = asyncio.create_task(pool_parent(world.preferences, config))
-    reached = await wait_for(partial(newest_step, tmp_path), "checkpoint")
+    await wait_for(partial(newest_step, tmp_path), "checkpoint")
     kill_group((await children(world, config))[0])
     with pytest.raises(PreflowError, match=r"crashed 1 times, over max_restarts \(0\).*exited with status code: -9"):
         await asked
-    adapter = await pool_parent(world.preferences, config)
-    assert adapter.sha256 == calm.sha256
-    assert len(await children(world, config)) == 2
-    (log,) = tmp_path.glob("training/*/train.log")
-    (resumed,) = re.findall(r"resuming from the checkpoint of step (\d+)", log.read_text())
-    assert int(resumed) >= reached
+    again = asyncio.create_task(pool_parent(world.preferences, config))
+
+    async def second() -> FlowRun | None:
+        return next(iter((await children(world, config))[1:]), None)
+
+    training = await wait_for(second, "second run")
+    async with get_client() as client:
+        await client.set_flow_run_state(training.id, Cancelling())
+    with pytest.raises(PreflowError, match=r"was cancelled .*run again"):
+        await again
 
 
 async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
@@ -309,6 +312,11 @@ async def test_the_drill_preempts_runs_of_the_process_pool(
     assert lost[0].resumed_from >= lost[0].at_step, "on SIGTERM the trainer saves"
     assert lost[1].resumed_from % LONG["save_steps"] == 0 or lost[1].resumed_from == lost[0].resumed_from
     assert all(preemption.seconds_lost > 0 for preemption in lost)
+    (storm,) = tmp_path.glob("storm-*")
+    (training,) = await replace(order, workspace=str(storm)).runs()
+    # On a loaded machine the worker's second report of a killed process may come late enough to cost an execution.
+    assert training.run_count >= 3
+    assert await count_crashes(training) >= 2
 
 
 async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silence(

@@ -47,7 +47,7 @@ async def test_what_is_known_is_not_asked_again(tmp_path: Path) -> None:
     units = [key for row in read_slice(Workspace(str(tmp_path)), part) for key in plan.units_of(row)]
     async with judge.rows().journal(part) as journal:
         for key in units[:4]:
-            journal.append(key, Outcome(row={"order": [0, 1, 2], "best": 0, "worst": 1}))
+            await journal.append(key, Outcome(row={"order": [0, 1, 2], "best": 0, "worst": 1}))
     (estimate,) = estimate_judging(config, completions)
     assert (estimate.requests, estimate.known) == (6, 4)
 
