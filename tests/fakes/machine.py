@@ -23,6 +23,7 @@ from tests.fakes.process import ROOT
 
 VLLM = """#!/bin/sh
 for argument; do case $argument in --port=*) port=${argument#--port=};; esac; done
+export PYTHONPATH=%(root)s  # vLLM's own is for its plugin
 exec %(python)s -m tests.fakes.openai_server --port "$port" --plan %(folder)s/plan.json --log %(folder)s/requests.jsonl
 """
 
@@ -49,7 +50,7 @@ class Machine:
         (self.folder / "plan.json").write_text(json.dumps(plan))
         python = self.folder / ".venv-serve" / "bin" / "python"
         python.parent.mkdir(parents=True)
-        python.write_text(VLLM % {"python": sys.executable, "folder": self.folder})
+        python.write_text(VLLM % {"python": sys.executable, "root": ROOT, "folder": self.folder})
         python.chmod(0o755)
 
     @property
