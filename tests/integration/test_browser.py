@@ -41,10 +41,19 @@ class World:
     judge: FakeOpenAI
 
     def get(self, path: str) -> Any:
-        return self.api.get(path).raise_for_status().json()
+        return self._ask("GET", path)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self.api.post(path, json=body).raise_for_status().json()
+        return self._ask("POST", path, body)
+
+    def _ask(self, method: str, path: str, body: object = None) -> Any:
+        """Return the API's answer; a busy SQLite makes it say 503, which Prefect's own client waits out as well."""
+
+        def answer() -> httpx.Response | None:
+            found = self.api.request(method, path, json=body)
+            return None if found.status_code == 503 else found
+
+        return until(answer, 60).raise_for_status().json()
 
     def deployment(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.get(f"/deployments/name/{name}/local")
