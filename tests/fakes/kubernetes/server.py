@@ -584,7 +584,7 @@ def _complain(task: "asyncio.Task[None]") -> None:
 
 
 async def serve(config: Config, port: int) -> None:
-    """Serve until SIGTERM."""
+    """Serve until SIGTERM, or the end of standard input."""
     runner = web.AppRunner(Api(config).application(), access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port)
@@ -593,7 +593,9 @@ async def serve(config: Config, port: int) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    asyncio.get_running_loop().add_reader(0, stop.set)  # standard input ends with the tests, however they end
     await stop.wait()
+    asyncio.get_running_loop().remove_reader(0)
     await runner.cleanup()
 
 
