@@ -214,17 +214,6 @@ def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Tra
     assert metrics_of(run) == metrics_of(calm)
 
 
-def test_a_cancelled_training_stops_and_stays_so(platform: Platform) -> None:
-    run = platform.train("cancelled", backoff_limit=2)
-    reach(run, 3)
-    platform.cancel(run)
-    assert platform.end_of(run)["state_type"] == "CANCELLED"
-    platform.end_of_job(run)
-    assert run.state()["state_type"] == "CANCELLED"
-    assert run.token() == 1, "no pod of the Job's retries trained again"
-    assert not list(run.folder.glob("training/*/adapter"))
-
-
 def test_a_pod_that_never_starts_ends_the_run_with_its_log(platform: Platform, mishaps: dict[str, Training]) -> None:
     run = mishaps["broken"]
     assert platform.end_of(run)["state_type"] == "CRASHED"

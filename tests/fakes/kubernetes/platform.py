@@ -115,7 +115,8 @@ class Worker:
         return found | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
 
     def start(self) -> None:
-        """Start the worker; it needs a while until it takes runs."""
+        """Start the worker and wait until it takes runs."""
+        before = self.log().count("started!")
         manifests = yaml.safe_load_all((ROOT / "infra" / "k8s" / "base" / "workers.yaml").read_text())
         (deployment,) = [item for item in manifests if item["metadata"]["name"] == WORKER]
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
@@ -127,6 +128,7 @@ class Worker:
                 start_new_session=True, pass_fds=[reader],
             )  # fmt: skip
         os.close(reader)
+        wait_until(lambda: self.log().count("started!") > before, what="the worker's start")
 
     def kill(self) -> None:
         """SIGKILL the worker, if it was started."""
@@ -138,7 +140,8 @@ class Worker:
 
     def log(self) -> str:
         """Return what it printed."""
-        return (self._folder / "worker.log").read_text(errors="replace")
+        file = self._folder / "worker.log"
+        return file.read_text(errors="replace") if file.exists() else ""
 
 
 def register(server: Server, cluster: Cluster) -> None:
