@@ -1,0 +1,259 @@
+"""Trainings in Kubernetes Jobs lose their pod, their node, the worker, the server, and end as if nothing had been.
+
+A real server, the real worker, the real job template and the real trainer; the cluster is the double in
+tests/fakes/kubernetes, or a real one that PREFLOW_TEST_KUBECONFIG names (see tests/fakes/kubernetes/cluster.py).
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.fakes.kubernetes.cluster import ROOT, Cluster, DoubleCluster, FakeKubernetes, RealCluster, Unavailable
+from tests.fakes.kubernetes.platform import (
+    WORKER,
+    Kubernetes,
+    Server,
+    Training,
+    Worker,
+    make_auth_secret,
+    register,
+    wait_until,
+)  # fmt: skip
+from tests.fakes.tiny_training import TinyWorld
+
+STEPS = 80
+SLOW_ENOUGH = {
+    "max_steps": STEPS, "logging_steps": 1, "save_steps": 10, "eval_steps": 40, "gradient_accumulation_steps": 4,
+    "lease_seconds": 4,
+}  # fmt: skip
+OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if "PREFLOW_TEST_KUBECONFIG" in os.environ:
+        yield RealCluster()
+        return
+    with FakeKubernetes(tmp_path_factory.mktemp("kubernetes"), DoubleCluster.settings()) as fake:
+        yield DoubleCluster(fake)
+    assert "Traceback" not in fake.errors()
+
+
+@dataclass
+class Platform:
+    """All that runs, and the inputs of a training."""
+
+    cluster: Cluster
+    kubernetes: Kubernetes
+    server: Server
+    worker: Worker
+    world: TinyWorld
+    folder: Path
+
+    def train(self, name: str, **variables: Any) -> Training:
+        """Ask for a training in a workspace of its own."""
+        training = self.world.config(**SLOW_ENOUGH)
+        return Training.start(self.server, self.cluster, self.world, self.folder / name, training, **variables)
+
+    def cancel(self, run: Training) -> None:
+        """Cancel a run as the UI does."""
+        state = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        self.server.ask("POST", f"/flow_runs/{run.id}/set_state", state)
+
+    def end_of(self, run: Training) -> dict[str, Any]:
+        """Wait for the end of a run and return it."""
+        found: dict[str, Any] = wait_until(
+            lambda: state if (state := run.state())["state_type"] in OVER else None, what=f"the end of run {run.id}"
+        )
+        return found
+
+    def end_of_job(self, run: Training) -> dict[str, Any]:
+        """Wait for the end of a run's one Job, which comes a little after the run's, and return it."""
+
+        def ended() -> dict[str, Any] | None:
+            (job,) = self.kubernetes.jobs(run.id)
+            kinds = {item["type"] for item in job["status"].get("conditions", []) if item["status"] == "True"}
+            return job if kinds & {"Complete", "Failed"} else None
+
+        found: dict[str, Any] = wait_until(ended, what=f"the end of the Job of run {run.id}")
+        return found
+
+
+@pytest.fixture(scope="module")
+def platform(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    folder = tmp_path_factory.mktemp("platform")
+    cluster.workspace.mkdir(exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(dir=cluster.workspace, prefix="preemption-"))
+    workspace.chmod(0o755)
+    server, kubernetes = Server(folder / "prefect", cluster.server_host), Kubernetes(cluster)
+    worker = Worker(folder / "worker", server, cluster)
+    server.start()
+    try:
+        make_auth_secret(kubernetes)
+        register(server, cluster)
+        worker.start()
+        yield Platform(cluster, kubernetes, server, worker, TinyWorld.build(workspace / "world"), workspace)
+    finally:
+        worker.kill()
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def calm(platform: Platform) -> Training:
+    """A run that nobody disturbs, started before the others."""
+    return platform.train("calm")
+
+
+@pytest.fixture(scope="module")
+def mishaps(platform: Platform) -> dict[str, Training]:
+    """Runs that end before any flow starts; Prefect takes half a minute to be sure of that, so they begin early."""
+    commands = {"broken": "no-such-command", "deleted": "sleep 600", "unwanted": "sleep 600"}
+    runs = {name: platform.train(name, command=text, backoff_limit=1) for name, text in commands.items()}
+    for run in runs.values():
+        wait_until(lambda run=run: platform.kubernetes.pods(run.id) and run.state()["infrastructure_pid"], what="a Job")
+    platform.kubernetes.delete_job(platform.kubernetes.jobs(runs["deleted"].id)[0]["metadata"]["name"])
+    platform.cancel(runs["unwanted"])
+    return runs
+
+
+def metrics_of(run: Training) -> bytes:
+    (file,) = run.folder.glob("training/*/metrics.jsonl")
+    return file.read_bytes()
+
+
+def metrics_time(run: Training) -> int:
+    return max((file.stat().st_mtime_ns for file in run.folder.glob("training/*/metrics.jsonl")), default=0)
+
+
+def reach(run: Training, step: int) -> None:
+    wait_until(lambda: run.step() >= step, what=f"step {step}")
+    assert run.step() < STEPS, "too late: it is over"
+
+
+def strike(platform: Platform, run: Training, fault: Callable[[str], None]) -> float:
+    """Order a fault for a run's pod and return the seconds until the next trainer has done a step."""
+    token = run.token()
+    fault(platform.kubernetes.running_pod(run.id))
+    struck = time.monotonic()
+    wait_until(lambda: run.token() == token + 1, what="another trainer")
+    written = metrics_time(run)
+    wait_until(lambda: metrics_time(run) > written, what="a step of the next trainer")
+    return time.monotonic() - struck
+
+
+def test_a_run_that_loses_pods_and_nodes_ends_as_one_that_does_not(
+    platform: Platform,
+    calm: Training,
+    mishaps: dict[str, Training],
+    record_property: Callable[[str, object], None],
+) -> None:
+    storm = platform.train("storm")
+    faults = {
+        "preemption, 15 s grace": platform.cluster.preempt,
+        "SIGKILL": platform.cluster.kill,
+        "node lost": platform.cluster.lose_node,
+    }
+    struck = []
+    for number, (name, fault) in enumerate(faults.items(), 1):
+        reach(storm, 15 * number)
+        try:
+            seconds = strike(platform, storm, fault)
+        except Unavailable as reason:
+            print(f"{name}: not tried ({reason})")
+            continue
+        record_property(name, round(seconds, 1))
+        print(f"{name}: {seconds:.1f} s to the next step")
+        struck.append(name)
+    run = platform.end_of(storm)
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    assert run["run_count"] == 1 + len(struck), "every pod went on with the same run"
+    assert storm.token() == 1 + len(struck), "one trainer a pod, one after the other"
+    job = platform.end_of_job(storm)
+    assert job["status"]["succeeded"] == 1
+    assert job["status"].get("failed", 0) == struck.count("SIGKILL"), "a disruption uses up no retry"
+    assert platform.end_of(calm)["state_type"] == "COMPLETED"
+    assert storm.adapter() == calm.adapter()
+    assert metrics_of(storm) == metrics_of(calm), "the very same steps, each once"
+
+
+def test_the_calm_run_needed_one_pod(platform: Platform, calm: Training) -> None:
+    run = platform.end_of(calm)
+    assert (run["state_type"], run["run_count"], calm.token()) == ("COMPLETED", 1, 1)
+    steps = [row["step"] for row in calm.rows() if "loss" in row]
+    assert steps == list(range(STEPS + 1))
+    assert platform.end_of_job(calm)["status"]["succeeded"] == 1
+    (pod,) = platform.kubernetes.pods(calm.id)
+    assert pod["status"]["phase"] == "Succeeded"
+
+
+def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Training) -> None:
+    run = platform.train("outages")
+    reach(run, 5)
+    platform.worker.kill()
+    before = run.step()
+    wait_until(lambda: run.step() > before, what="a step without a worker")
+    platform.worker.start()
+    reach(run, 20)
+    platform.server.kill()
+    before = run.step()
+    wait_until(lambda: run.step() > before, what="a step without a server")
+    platform.server.start()
+    ended = platform.end_of(run)
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
+    assert (ended["run_count"], run.token()) == (1, 1)
+    assert len(platform.kubernetes.pods(run.id)) == 1
+    platform.end_of(calm)
+    assert run.adapter() == calm.adapter()
+    assert metrics_of(run) == metrics_of(calm)
+
+
+def test_a_pod_that_never_starts_ends_the_run_with_its_log(platform: Platform, mishaps: dict[str, Training]) -> None:
+    run = mishaps["broken"]
+    assert platform.end_of(run)["state_type"] == "CRASHED"
+    body = {"logs": {"flow_run_id": {"any_": [run.id]}}}
+    wait_until(
+        lambda: any(
+            "no-such-command" in entry["message"] for entry in platform.server.ask("POST", "/logs/filter", body)
+        ),
+        what="the pod's log among the run's",
+    )
+
+
+def test_a_run_that_is_cancelled_before_it_starts_loses_its_job(
+    platform: Platform, mishaps: dict[str, Training]
+) -> None:
+    run = mishaps["unwanted"]
+    assert platform.end_of(run)["state_type"] == "CANCELLED"
+    wait_until(lambda: platform.kubernetes.jobs(run.id) == [], what="the end of the Job")
+
+
+def test_a_job_that_somebody_deletes_ends_the_run(platform: Platform, mishaps: dict[str, Training]) -> None:
+    assert platform.end_of(mishaps["deleted"])["state_type"] == "CRASHED"
+
+
+def test_the_role_grants_what_the_worker_asks_for_and_no_more(platform: Platform, mishaps: dict[str, Training]) -> None:
+    """Runs that start and mishaps of every kind, against infra/k8s/base/accounts.yaml, which the double enforces."""
+    for run in mishaps.values():
+        platform.end_of(run)
+    wait_until(lambda: platform.kubernetes.jobs(mishaps["unwanted"].id) == [], what="the end of the Job")
+    try:
+        asked = platform.cluster.requests(WORKER)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    manifests = yaml.safe_load_all((ROOT / "infra" / "k8s" / "base" / "accounts.yaml").read_text())
+    (role,) = [item for item in manifests if item["kind"] == "Role" and item["metadata"]["name"] == WORKER]
+    granted = {
+        (verb, group, resource)
+        for rule in role["rules"] for group in rule["apiGroups"] for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }  # fmt: skip
+    assert not [row for row in asked if row["code"] == 403]
+    assert {(row["verb"], row["group"], row["resource"]) for row in asked} == granted
+    assert {row["namespace"] for row in asked} == {platform.cluster.namespace}
