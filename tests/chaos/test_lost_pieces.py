@@ -17,7 +17,7 @@ PROMPTS = 240
 OUTAGE = float(os.environ.get("PREFLOW_OUTAGE", "20"))
 CONCURRENCY = 64  # of the demo's sampling
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ class Machine:
     def do(self, action: str) -> str:
         """Run `up` or `down` to its end and return what it printed."""
         process = self.start(action)
-        said, _ = process.communicate(timeout=400)
+        said, _ = process.communicate(timeout=900)
         assert process.returncode == 0, said + self.logs()
         return said
 
