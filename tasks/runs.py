@@ -5,11 +5,13 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from functools import cache
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.caching import stage_key
-from tasks.config import EndpointConfig, PipelineConfig
+from tasks.config import EndpointConfig, JudgingConfig, PipelineConfig
 from tasks.endpoint import Endpoint, resolve_secret
 from tasks.generation import sampling_identity
 from tasks.judging import read_rubric
@@ -23,10 +25,12 @@ from tasks.storage import (
     PromotionRef,
     Reference,
     Workspace,
+    digest,
+    folder_digest,
 )
-from tasks.training.launch import check_training_inputs
+from tasks.training.launch import base_digest, check_training_inputs
 
-VERSION = 1
+VERSION = 2
 logger = logging.getLogger(__name__)
 _turn: ContextVar[asyncio.Lock | None] = ContextVar("turn", default=None)
 
@@ -48,21 +52,40 @@ class PipelineResult(BaseModel):
         return [self.completions, self.preferences, self.adapter, self.evaluation]
 
 
+class Contents:
+    """What determines the outcome of runs, by content: every file and folder is read once for all of them."""
+
+    def __init__(self) -> None:
+        self._sampling, self._folder, self._base = cache(sampling_identity), cache(folder_digest), cache(base_digest)
+        self._file = cache(lambda uri: Workspace.holding(uri).sha256(uri))
+
+    def of(self, config: PipelineConfig) -> dict[str, Any]:
+        """Return, for a filled configuration, what a run's win rate depends on: JSON-ready, without addresses."""
+        evaluation = config.evaluation
+        return {
+            "prompts": [uri and self._file(uri) for uri in (config.prompts, config.eval_prompts)],
+            "generation": self._sampling(config.generation),
+            "judging": self._judge(config.judging),
+            "training": [
+                config.training.identity(),
+                self._folder(config.training.sft_adapter),
+                self._base(config.training),
+            ],
+            "evaluation": evaluation.model_dump(mode="json", exclude={"generation", "judging", "adapter_root"}),
+            "measured": [
+                evaluation.generation and self._sampling(evaluation.generation),
+                self._judge(evaluation.comparison_judge()),
+            ],
+        }
+
+    def _judge(self, judging: JudgingConfig) -> dict[str, Any]:
+        return {**judging.identity(), "rubric": digest(read_rubric(judging.rubric))}
+
+
 def run_key(config: PipelineConfig) -> str:
     """Return the key of a run: of its inputs' contents and of all settings that decide results."""
     config = config.filled()
-    prompts = [config.prompts, config.eval_prompts] if config.eval_prompts else [config.prompts]
-    return stage_key(
-        "run",
-        VERSION,
-        prompts=[Workspace.holding(uri).sha256(uri) for uri in prompts],
-        generation=sampling_identity(config.generation),
-        judging=config.judging.identity(),
-        rubric=read_rubric(config.judging.rubric),
-        training=config.training.identity(),
-        evaluation=config.evaluation.model_dump(mode="json", include={"num_samples", "max_prompts", "seed"}),
-        promotion=config.promotion.identity(),
-    )
+    return stage_key("run", VERSION, **Contents().of(config), promotion=config.promotion.identity())
 
 
 def find_result(config: PipelineConfig) -> PipelineResult | None:

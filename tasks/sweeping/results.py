@@ -3,22 +3,17 @@
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.caching import stage_key
-from tasks.config import JudgingConfig
 from tasks.errors import PreflowError
 from tasks.evaluation import win_rate
-from tasks.generation import sampling_identity
-from tasks.judging import read_rubric
 from tasks.report import beside
-from tasks.runs import PipelineResult
-from tasks.storage import EvaluationRef, PromotionRef, Workspace, digest, folder_digest
+from tasks.runs import Contents, PipelineResult
+from tasks.storage import EvaluationRef, PromotionRef, Workspace, digest
 from tasks.sweeping.points import Change, Point
-from tasks.training.launch import base_digest
 
 VERSION = 1
 logger = logging.getLogger(__name__)
@@ -161,31 +156,8 @@ def _ruler(point: Point, outcomes: dict[str, list[float]]) -> str:
 
 def point_keys(points: Sequence[Point]) -> list[str]:
     """Return what determines each point's outcome, by content: points with equal keys come out the same."""
-    sampling, folder, base = cache(sampling_identity), cache(folder_digest), cache(base_digest)
-
-    def file(uri: str | None) -> str | None:
-        return Workspace.holding(uri).sha256(uri) if uri else None
-
-    def judge(judging: JudgingConfig) -> dict[str, Any]:
-        return {**judging.identity(), "rubric": digest(read_rubric(judging.rubric))}
-
-    contents = cache(file)
-    keys = []
-    for config in (point.config for point in points):
-        evaluation = config.evaluation
-        content = {
-            "prompts": [contents(config.prompts), contents(config.eval_prompts)],
-            "generation": sampling(config.generation),
-            "judging": judge(config.judging),
-            "training": [config.training.identity(), folder(config.training.sft_adapter), base(config.training)],
-            "evaluation": evaluation.model_dump(mode="json", exclude={"generation", "judging", "adapter_root"}),
-            "measured": [
-                evaluation.generation and sampling(evaluation.generation),
-                judge(evaluation.comparison_judge()),
-            ],
-        }
-        keys.append(stage_key("point", VERSION, **content))
-    return keys
+    contents = Contents()
+    return [stage_key("point", VERSION, **contents.of(point.config)) for point in points]
 
 
 def sweep_key(points: Sequence[Point]) -> str:
