@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,26 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     Processes that a test starts inherit the address from the environment. The server has a database of its own and a
     free port, so test processes beside this one do not share it; it ends with this process, however that ends.
     """
+    with _pointed_at_a_server(tmp_path_factory.mktemp("prefect")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def empty_prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """As `prefect_server`, for one file that makes pools or counts runs: nothing of another file's is on it."""
+    with _pointed_at_a_server(tmp_path_factory.mktemp("prefect")) as url:
+        yield url
+
+
+@contextmanager
+def _pointed_at_a_server(folder: Path) -> Iterator[str]:
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
     from tasks.demo.services import prefect_server as start_server
     from tasks.logs import set_up_logs
 
     set_up_logs()
-    home: Path = tmp_path_factory.mktemp("prefect") / "home"
+    home = folder / "home"
     home.mkdir()
     with start_server(home) as server, pytest.MonkeyPatch.context() as environment:
         url = f"http://127.0.0.1:{server.port}/api"

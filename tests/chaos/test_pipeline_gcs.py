@@ -82,7 +82,8 @@ class World:
             "prompts": str(self.folder / "prompts-0-40.jsonl"),
             "workspace": workspace,
             "generation": {
-                "model": "sampler", "endpoint": urls["sampler"], "api_key": "planted-sampler-key", **common,
+                "model": "sampler", "endpoint": urls["sampler"], "api_key": "planted-sampler-key",
+                "max_tokens": 64, **common,
             },
             "judging": {
                 "model": "judge-hash", "endpoint": urls["judge"], "api_key": "env:PLANTED_JUDGE_KEY",

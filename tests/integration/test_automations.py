@@ -67,7 +67,7 @@ def wait(what: str, holds: Callable[[], object], seconds: float = 90) -> None:
 
 
 @pytest.fixture(scope="module")
-def client(prefect_server: str) -> Iterator[SyncPrefectClient]:
+def client(empty_prefect_server: str) -> Iterator[SyncPrefectClient]:
     with get_client(sync_client=True) as client:
         for name in ("local", "elsewhere"):
             client.create_work_pool(WorkPoolCreate(name=name, type="process"))

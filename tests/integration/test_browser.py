@@ -112,7 +112,7 @@ def write_prompts(path: Path, name: str, count: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("browser")
     build_adapter(folder / "sft", build_base(folder / "base"))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -127,8 +127,16 @@ def world(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     ):
         environment.setenv("BROWSER_JUDGE_KEY", KEY)
         with worker(folder), open_browser() as page:
-            ui = PrefectUi(page, prefect_server.removesuffix("/api"))
-            yield World(folder, httpx.Client(base_url=prefect_server, timeout=60), ui, sampler, judge)
+            ui = PrefectUi(page, empty_prefect_server.removesuffix("/api"))
+            found = World(folder, httpx.Client(base_url=empty_prefect_server, timeout=60), ui, sampler, judge)
+            turn_off(found, "preflow-restart-crashed")  # here a person presses Retry
+            yield found
+
+
+def turn_off(world: World, name: str) -> None:
+    """Turn an automation off, as the switch in the UI does."""
+    (automation,) = (found for found in world.post("/automations/filter", {}) if found["name"] == name)
+    world.api.patch(f"/automations/{automation['id']}", json={"enabled": False}).raise_for_status()
 
 
 def pipeline_config(world: World) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from prefect.flows import Flow
 from prefect.states import AwaitingRetry, Cancelling
 
 from tasks import remote
-from tasks.config import DrillConfig, PipelineConfig, TrainingConfig
+from tasks.config import DrillConfig, GenerationConfig, PipelineConfig, TrainingConfig
 from tasks.drill import read_digests, train_in_the_storm
 from tasks.errors import PreflowError
 from tasks.pools import check_deployment
@@ -54,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def deployed(prefect_server: str) -> None:
+def deployed(empty_prefect_server: str) -> None:
     """The work pool and the deployment of the training, as deployments/register.sh makes them."""
     prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
     deploy = ["deploy", "--prefect-file", "deployments/prefect.yaml", "--name", DEPLOYMENT]
@@ -111,6 +111,7 @@ async def deployed_parent(worker: Worker) -> AsyncIterator[str]:
 def settings(world: TinyWorld, workspace: Path, max_restarts: int = 5, **training: Any) -> PipelineConfig:
     return PipelineConfig(
         workspace=str(workspace),
+        generation=GenerationConfig(max_tokens=64),
         training=world.config(**training),
         training_deployment=DEPLOYMENT,
         max_restarts=max_restarts,
