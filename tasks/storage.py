@@ -226,6 +226,9 @@ class Workspace:
     def update_json(self, uri: str, change: Callable[[Any], Any]) -> Any:
         """Replace a JSON file's value by what `change` makes of it (None where there is none), losing no one's update.
 
+        On a bucket an update whose answer is lost, and which another writer's follows before it is tried again, is made
+        twice.
+
         Args:
             uri: the file.
             change: called again if another writer came first; None leaves the file as it is.

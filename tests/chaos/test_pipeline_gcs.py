@@ -97,7 +97,7 @@ class World:
             },
             "evaluation": {"num_samples": 2, "max_prompts": 12, "null_test": False, "adapter_root": MOUNT},
             "promotion": {
-                "name": "mine", "min_win_rate": 0.0, "endpoint": urls["vllm"], "api_key": "env:PLANTED_VLLM_KEY",
+                "name": "mine", "min_win_rate": 0.0, "endpoint": None, "api_key": "env:PLANTED_VLLM_KEY",
                 "adapter_root": MOUNT,
             },
         }  # fmt: skip
@@ -117,7 +117,7 @@ class Desk:
         keys, common = self.world.keys, {"mounts": {MOUNT: self.mounted}, "latency_ms": 10}
         self.endpoints = {
             name: FakeOpenAI({**common, "key": key}, self.folder / name)
-            for name, key in (("sampler", keys.sampler), ("judge", keys.judge), ("vllm", keys.vllm))
+            for name, key in (("sampler", keys.sampler), ("judge", keys.judge))
         }
 
     def __enter__(self) -> "Desk":

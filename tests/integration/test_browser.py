@@ -156,7 +156,7 @@ def pipeline_config(world: World) -> dict[str, Any]:
             "max_length": 256, "logging_steps": 1, "eval_steps": 2, "gradient_accumulation_steps": 2,
         },
         "evaluation": {"num_samples": 2, "null_test": False},
-        "promotion": {"name": "better", "endpoint": world.sampler.url, "min_win_rate": 0.0},
+        "promotion": {"name": "better", "endpoint": None, "min_win_rate": 0.0},
         "approve_before": ["judging", "promotion"],
     }  # fmt: skip
 

@@ -154,7 +154,9 @@ def test_of_many_movers_of_a_pointer_none_is_lost(place: str, request: Any, tmp_
     pointer = read_pointer(workspace, "mine")
     assert pointer is not None
     stands = [pointer["current"], *pointer["history"]]
-    assert sorted(entry["adapter_sha256"] for entry in stands) == sorted(promoted)
+    assert {entry["adapter_sha256"] for entry in stands} == set(promoted)
+    # On a bucket a move whose answer is lost, and which another one follows at once, is written down twice.
+    assert len(stands) == len(promoted) if place == "local" else len(stands) >= len(promoted)
 
 
 def test_processes_that_count_together_lose_no_count(store: Workspace) -> None:
