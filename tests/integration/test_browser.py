@@ -5,6 +5,7 @@ Pictures of every page are kept in tests/output (or where PREFLOW_TEST_PICTURES 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -248,6 +249,8 @@ def test_a_run_waits_for_a_yes_and_its_pages_can_be_read(world: World, waiting: 
     ui.open(f"/runs/flow-run/{waiting}?tab=Artifacts")
     ui.picture("run-of-the-pipeline")
     ui.page.get_by_text("report", exact=True).first.click()
+    # Its history; each version is named by the first digits of its id.
+    ui.page.get_by_role("link", name=re.compile("^[0-9a-f]{8}$")).first.click()
     expect(ui.page.get_by_role("heading", name="At a glance")).to_be_visible()
     read_artifacts(world)
 
