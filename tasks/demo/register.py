@@ -62,6 +62,8 @@ def demo_parameters(config: PipelineConfig) -> dict[str, dict[str, Any]]:
         "train-dpo": {**stage, "training": _changed(config.training)},
         "evaluate-adapter": {**stage, "prompts": config.eval_prompts, "evaluation": _changed(config.evaluation)},
         "promote-adapter": {**stage, "promotion": _changed(config.promotion)},
+        "rollback-adapter": {**stage, "promotion": _changed(config.promotion)},
+        "reconcile-served": {**stage, "promotion": _changed(config.promotion)},
     }
 
 
