@@ -289,7 +289,7 @@ def read_artifacts(world: World) -> None:
     pictures = {"report": 2, "preferences": 1, "training": 1, "training-live": 1}
     for key, artifact in pages.items():
         world.ui.open(f"/artifacts/artifact/{artifact}")
-        expect(world.ui.page.get_by_role("heading").nth(1)).to_be_visible()
+        expect(world.ui.page.get_by_role("tabpanel").get_by_role("heading").first).to_be_visible()
         widths = until(
             lambda key=key: len(found := world.ui.pictures_shown()) >= pictures.get(key, 0) and (found or [1])
         )
