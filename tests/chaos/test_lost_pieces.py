@@ -14,7 +14,7 @@ from tests.fakes.machine import Machine
 
 PROMPTS = 240
 # How long the Prefect server is away, in seconds; PREFLOW_OUTAGE changes it.
-OUTAGE = float(os.environ.get("PREFLOW_OUTAGE", "20"))
+OUTAGE = float(os.environ.get("PREFLOW_OUTAGE", "60"))
 CONCURRENCY = 64  # of the demo's sampling
 
 pytestmark = pytest.mark.timeout(1800)
