@@ -102,7 +102,8 @@ class TrainingOrder:
 
     def find_adapter(self) -> AdapterRef | None:
         """Return the adapter from the workspace, if it is finished; what a run returned is never read."""
-        return find_adapter(Workspace(self.workspace), self.key, self.preferences)
+        store = Workspace(self.workspace)
+        return find_adapter(store, TrainingPaths.of(store.root, self.key))
 
     def attempt_key(self, attempt: int) -> str:
         """Return the idempotency key under which everybody finds the same run."""

@@ -15,6 +15,7 @@ from tasks.storage import AdapterRef, CompletionsRef, PreferencesRef, PromptsRef
 from tasks.sweeping.plan import TRAINING, SweepPlan, Work
 from tasks.sweeping.points import Point
 from tasks.training.launch import find_adapter, training_key
+from tasks.training.spec import TrainingPaths
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -254,7 +255,7 @@ class _Planner:
             key = digest([judged, applied, training.identity(), training.sft_adapter])
         else:
             key = training_key(preferences, training)
-            adapter = find_adapter(self._store, key, preferences)
+            adapter = find_adapter(self._store, TrainingPaths.of(self._store.root, key))
         piece, is_new = self._open(f"{TRAINING} {key}", number, TRAINING, config.training_deployment or "this machine")
         if is_new:
             piece.finished = adapter is not None

@@ -233,7 +233,7 @@ def run_training(
     training = with_measured_smoothing(preferences, training)
     store = Workspace(workspace)
     paths = TrainingPaths.of(store.root, key)
-    finished = find_adapter(store, key, preferences)
+    finished = find_adapter(store, paths)
     if finished is not None:
         return finished
     spec = TrainingSpec(
@@ -248,15 +248,14 @@ def run_training(
         _raise_for(code, desk, log)
     finally:
         shutil.rmtree(desk, ignore_errors=True)
-    finished = find_adapter(store, key, preferences)
+    finished = find_adapter(store, paths)
     if finished is None:
         raise PreflowError(f"training ended without an adapter; see {log}")
     return finished
 
 
-def find_adapter(store: Workspace, key: str, preferences: PreferencesRef) -> AdapterRef | None:
-    """Return the finished adapter of training `key`, if it is there and whole."""
-    paths = TrainingPaths.of(store.root, key)
+def find_adapter(store: Workspace, paths: TrainingPaths) -> AdapterRef | None:
+    """Return a training's finished adapter, if it is there and whole."""
     marker = posixpath.join(paths.adapter, COMMITTED)
     if not store.exists(marker):
         return None

@@ -4,19 +4,28 @@ A real server, the real worker, the real job template and the real trainer; the 
 tests/fakes/kubernetes, or a real one that PREFLOW_TEST_KUBECONFIG names (see tests/fakes/kubernetes/cluster.py).
 """
 
+import asyncio
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from tasks import remote
+from tasks.config import DrillConfig
+from tasks.drill import read_digests, train_in_the_storm
+from tasks.preemption import choose_target
+from tasks.remote import TrainingOrder
 from tests.fakes.kubernetes.cluster import ROOT, Cluster, DoubleCluster, FakeKubernetes, RealCluster, Unavailable
 from tests.fakes.kubernetes.platform import (
+    AUTH,
+    DEPLOYMENT,
     WORKER,
     Kubernetes,
     Server,
@@ -57,9 +66,9 @@ class Platform:
     world: TinyWorld
     folder: Path
 
-    def train(self, name: str, **variables: Any) -> Training:
+    def train(self, name: str, steps: int = STEPS, **variables: Any) -> Training:
         """Ask for a training in a workspace of its own."""
-        training = self.world.config(**SLOW_ENOUGH)
+        training = self.world.config(**SLOW_ENOUGH | {"max_steps": steps})
         return Training.start(self.server, self.cluster, self.world, self.folder / name, training, **variables)
 
     def cancel(self, run: Training) -> None:
@@ -73,6 +82,11 @@ class Platform:
             lambda: state if (state := run.state())["state_type"] in OVER else None, what=f"the end of run {run.id}"
         )
         return found
+
+    def is_gone(self, run: Training, pod: str) -> bool:
+        """Tell whether nothing of a run's pod is executed any more."""
+        return all(item["metadata"]["name"] != pod or item["status"]["phase"] in ("Failed", "Succeeded")
+                   for item in self.kubernetes.pods(run.id))  # fmt: skip
 
     def end_of_job(self, run: Training) -> dict[str, Any]:
         """Wait for the end of a run's one Job, which comes a little after the run's, and return it."""
@@ -132,9 +146,14 @@ def metrics_time(run: Training) -> int:
     return max((file.stat().st_mtime_ns for file in run.folder.glob("training/*/metrics.jsonl")), default=0)
 
 
-def reach(run: Training, step: int) -> None:
+def reach(run: Training, step: int, steps: int = STEPS) -> None:
     wait_until(lambda: run.step() >= step, what=f"step {step}")
-    assert run.step() < STEPS, "too late: it is over"
+    assert run.step() < steps, "too late: it is over"
+
+
+def wait_for_a_step(run: Training) -> None:
+    before = run.step()
+    wait_until(lambda: run.step() > before, what=f"a step after {before}")
 
 
 def strike(platform: Platform, run: Training, fault: Callable[[str], None]) -> float:
@@ -197,14 +216,12 @@ def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Tra
     run = platform.train("outages")
     reach(run, 5)
     platform.worker.kill()
-    before = run.step()
-    wait_until(lambda: run.step() > before, what="a step without a worker")
-    platform.worker.start()
-    reach(run, 20)
+    wait_for_a_step(run)
     platform.server.kill()
-    before = run.step()
-    wait_until(lambda: run.step() > before, what="a step without a server")
+    wait_for_a_step(run)
+    # Both are back only now, for on a busy machine they take as long as the rest of the training.
     platform.server.start()
+    platform.worker.start()
     ended = platform.end_of(run)
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
     assert (ended["run_count"], run.token()) == (1, 1)
@@ -212,6 +229,46 @@ def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Tra
     platform.end_of(calm)
     assert run.adapter() == calm.adapter()
     assert metrics_of(run) == metrics_of(calm)
+
+
+async def test_the_drill_evicts_pods_and_the_result_is_the_same(
+    platform: Platform, calm: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = platform.cluster
+    if cluster.is_real:
+        pytest.skip("the drill watches the workspace, which here has another path than in a pod")
+    await asyncio.to_thread(platform.end_of, calm)
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.5)
+    order = TrainingOrder(
+        DEPLOYMENT, platform.world.preferences, str(calm.folder), platform.world.config(**SLOW_ENOUGH), max_restarts=0,
+        job_variables=cluster.job_variables(),
+    )  # fmt: skip
+    drill = DrillConfig(
+        deployment=DEPLOYMENT, preemptions=2, max_steps=STEPS, kubeconfig=str(cluster.kubeconfig()),
+        namespace=cluster.namespace,
+    )  # fmt: skip
+    api = f"http://127.0.0.1:{platform.server.port}/api"
+    with temporary_settings({PREFECT_API_URL: api, PREFECT_API_AUTH_STRING: AUTH}):
+        lost, digests = await train_in_the_storm(order, await choose_target(drill), drill)
+        (storm,) = platform.folder.glob("storm-*")
+        (run,) = await replace(order, workspace=str(storm)).runs()
+    assert digests == read_digests(order)
+    assert [preemption.kind.value for preemption in lost] == ["SIGTERM", "SIGKILL"]
+    assert lost[0].resumed_from >= lost[0].at_step, "within its grace the trainer saves"
+    assert all(preemption.seconds_lost > 0 for preemption in lost)
+    assert run.run_count == 3, "the Job brought every pod by itself, and nobody had to revive the run"
+    (job,) = await asyncio.to_thread(platform.kubernetes.jobs, str(run.id))
+    assert job["status"].get("failed", 0) == 0, "an eviction uses up no retry"
+
+
+def test_a_run_that_is_cancelled_while_it_trains_ends_its_trainer(platform: Platform) -> None:
+    run = platform.train("endless", steps=100_000)
+    reach(run, 3, steps=100_000)
+    pod = platform.kubernetes.running_pod(run.id)
+    platform.cancel(run)
+    assert platform.end_of(run)["state_type"] == "CANCELLED"
+    wait_until(lambda: platform.is_gone(run, pod), what="the end of the pod")
+    assert run.saved_step() >= run.step() - 1, "what was done is saved: the next run of these settings goes on there"
 
 
 def test_a_pod_that_never_starts_ends_the_run_with_its_log(platform: Platform, mishaps: dict[str, Training]) -> None:

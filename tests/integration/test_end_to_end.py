@@ -1,4 +1,8 @@
-"""The whole pipeline with real parts: a Prefect server, vLLM on CPU, the trainer, and the demo's judge over HTTP."""
+"""The whole of preflow with real parts, as deployments on a process pool: every one of them runs here.
+
+A Prefect server, a process worker, vLLM on CPU, the trainer, and the demo's judge over HTTP; only the hub is a fake.
+The tests stand in the order in which a user would come to them.
+"""
 
 import json
 import os
@@ -9,6 +13,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,9 @@ import httpx
 import pytest
 import pytest_asyncio
 import torch
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.objects import StateType
 
 from flows.pipeline import dpo_pipeline
 from flows.promote import promote_adapter
@@ -34,6 +42,9 @@ from tasks.demo.services import Service, free_port, judge_server
 from tasks.demo.serving import vllm_server
 from tasks.promotion import PromotionRefused, read_pointer
 from tasks.runs import PipelineResult
+from tasks.sweeping.results import SweepResult
+from tests.deployed import process_worker, register, run_to_the_end
+from tests.fakes.hub import FakeHub
 
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
@@ -41,19 +52,28 @@ VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
+TRAINING = "train-dpo/local"
+TOKEN = "hf_" + "t0ken" * 6
+
+
 @dataclass
 class Bench:
-    """A machine with everything on it: model, adapter, prompts, servers, and a workspace."""
+    """A machine with everything on it: model, adapter, prompts, servers, deployments, a worker, and a workspace."""
 
     folder: Path
     vllm: Service
     judge_url: str
+    hub: FakeHub
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "workspace"
 
     def config(self) -> PipelineConfig:
         return PipelineConfig(
             prompts=str(self.folder / "prompts.jsonl"),
             eval_prompts=str(self.folder / "held-out.jsonl"),
-            workspace=str(self.folder / "workspace"),
+            workspace=str(self.workspace),
             generation=GenerationConfig(
                 endpoint=self.vllm.base_url, model="sft", num_completions=3, max_tokens=48, frequency_penalty=0.0
             ),
@@ -72,10 +92,24 @@ class Bench:
                 logging_steps=1,
                 gradient_accumulation_steps=2,
             ),
+            training_deployment=TRAINING,
             evaluation=EvaluationConfig(num_samples=2, null_test=False),
             # Three steps of a hardly trained model need not win: what is tested here is the way, not the win.
             promotion=PromotionConfig(name="better", min_win_rate=0.0, endpoint=self.vllm.base_url),
         )
+
+    def promotion(self) -> dict[str, Any]:
+        return self.config().promotion.model_dump(mode="json")
+
+    def served(self) -> str:
+        """The digest of what the pointer says is served as `better`."""
+        pointer = read_pointer(str(self.workspace), "better")
+        assert pointer is not None
+        return str(pointer["current"]["adapter_sha256"])
+
+    def made(self, stage: str) -> set[Path]:
+        """The folders of a stage's finished artifacts."""
+        return {manifest.parent for manifest in self.workspace.glob(f"{stage}/*/manifest.json")}
 
     def judge_requests(self) -> int:
         log = self.folder / "judge-requests.jsonl"
@@ -83,25 +117,53 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, empty_prefect_server: str) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
     build_base_model(folder / "base", 7, Recipe(rows=400, steps=60, batch_size=8, learning_rate=3e-3))
     build_sft_adapter(folder / "base", folder / "sft", 7, Recipe(rows=100, steps=10, batch_size=8, learning_rate=2e-3))
     for name, rows in (("prompts", training_prompts(24, 7)), ("held-out", heldout_prompts(10, 7))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    register()
     key = secrets.token_hex(8)
     vllm = vllm_server(VLLM_PYTHON, folder / "base", folder / "vllm.log", {"sft": folder / "sft"})
-    with pytest.MonkeyPatch.context() as environment, judge_server(folder, key) as judge, vllm:
-        environment.setenv("DEMO_JUDGE_KEY", key)
-        yield Bench(folder, vllm, f"http://127.0.0.1:{judge.port}/v1")
+    with ExitStack() as stack:
+        hub = stack.enter_context(FakeHub(TOKEN))
+        environment = stack.enter_context(pytest.MonkeyPatch.context())
+        # Large files go by git-lfs then; what hf_xet speaks with its own servers is not faked.
+        secret = {"DEMO_JUDGE_KEY": key, "HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        for name, value in secret.items():
+            environment.setenv(name, value)
+        judge = stack.enter_context(judge_server(folder, key))
+        stack.enter_context(vllm)
+        stack.enter_context(process_worker(folder))
+        yield Bench(folder, vllm, f"http://127.0.0.1:{judge.port}/v1", hub)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def result(bench: Bench) -> PipelineResult:
-    return await dpo_pipeline(bench.config())
+async def stages(bench: Bench) -> set[Path]:
+    """What the first two stages make when each is run alone: completions and preference pairs."""
+    config = bench.config().filled()
+    await run_to_the_end(
+        "generate-completions/local", prompts=config.prompts, workspace=config.workspace,
+        generation=config.generation.model_dump(mode="json"),
+    )  # fmt: skip
+    (completions,) = bench.made("completions")
+    await run_to_the_end(
+        "judge-preferences/local", completions=str(completions), workspace=config.workspace,
+        judging=config.judging.model_dump(mode="json"),
+    )  # fmt: skip
+    return bench.made("completions") | bench.made("preferences")
 
 
-async def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def result(bench: Bench, stages: set[Path]) -> PipelineResult:
+    """What the pipeline made, which left its training to another deployment."""
+    await run_to_the_end("dpo-pipeline/local", config=bench.config().model_dump(mode="json"))
+    (kept,) = bench.workspace.glob("runs/*/result.json")
+    return PipelineResult.model_validate_json(kept.read_text())
+
+
+def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
     rows = [json.loads(line) for line in Path(result.completions.uri).read_text().splitlines()]
     prompts = [json.loads(line)["prompt"] for line in Path(bench.config().prompts).read_text().splitlines()]
     assert [row["prompt"] for row in rows] == prompts
@@ -114,9 +176,18 @@ async def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
         "adapter_model.safetensors",
     ]
     assert result.promotion is not None
-    pointer = read_pointer(bench.config().workspace, "better")
-    assert pointer is not None
-    assert pointer["current"]["adapter_sha256"] == result.adapter.sha256
+    assert bench.served() == result.adapter.sha256
+
+
+async def test_it_took_what_the_stages_had_made_and_left_the_training_to_its_deployment(
+    bench: Bench, stages: set[Path], result: PipelineResult
+) -> None:
+    assert {Path(result.completions.uri).parent, Path(result.preferences.uri).parent} == stages
+    async with get_client() as client:
+        deployment = await client.read_deployment_by_name(TRAINING)
+        chosen = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+        (run,) = await client.read_flow_runs(deployment_filter=chosen)
+    assert (run.state_type, run.run_count) == (StateType.COMPLETED, 1)
 
 
 def test_the_promoted_adapter_is_the_one_served(bench: Bench, result: PipelineResult) -> None:
@@ -141,6 +212,79 @@ async def test_what_did_not_win_is_not_promoted(bench: Bench, result: PipelineRe
         await promote_adapter(result.adapter, result.evaluation, bench.config().workspace, bar)
     assert read_pointer(bench.config().workspace, "refused") is None
     assert "refused" not in _served_models(bench)
+
+
+async def test_an_adapter_is_evaluated_by_the_deployment_for_that(bench: Bench, result: PipelineResult) -> None:
+    config, before = bench.config().filled(), bench.made("evaluations")
+    evaluation = config.evaluation.model_dump(mode="json") | {"num_samples": 1}
+    await run_to_the_end(
+        "evaluate-adapter/local", adapter=str(Path(result.adapter.uri).parent), prompts=config.eval_prompts,
+        workspace=config.workspace, evaluation=evaluation,
+    )  # fmt: skip
+    (made,) = bench.made("evaluations") - before
+    rate = json.loads((made / "win_rate.json").read_text())
+    assert rate["samples"] == 10, "one for each held-out prompt"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def second(bench: Bench, result: PipelineResult) -> PipelineResult:
+    """What a sweep makes at another beta."""
+    sweep = {"grid": {"training.beta": [bench.config().training.beta, 0.5]}}
+    await run_to_the_end("dpo-sweep/local", config=bench.config().model_dump(mode="json"), sweep=sweep)
+    (kept,) = bench.workspace.glob("sweeps/*/result.json")
+    known, new = SweepResult.model_validate_json(kept.read_text()).points
+    assert known.made is not None
+    assert known.made.adapter == result.adapter
+    assert new.made is not None, new.error
+    return new.made
+
+
+def test_the_sweep_trained_another_adapter_and_promoted_none(
+    bench: Bench, result: PipelineResult, second: PipelineResult
+) -> None:
+    assert second.adapter.sha256 != result.adapter.sha256
+    assert second.preferences == result.preferences
+    assert bench.served() == result.adapter.sha256
+
+
+async def test_one_is_promoted_rolled_back_and_served_again_after_a_restart(
+    bench: Bench, result: PipelineResult, second: PipelineResult
+) -> None:
+    ids = _prompt_ids(bench, result)
+    first, other = (_log_probs(bench.folder / "base", Path(made.adapter.uri), ids) for made in (result, second))
+    assert first != pytest.approx(other, abs=1e-3), "the two adapters are alike, so this test would see no mix-up"
+    common = {"workspace": str(bench.workspace), "promotion": bench.promotion()}
+    folders = {"adapter": str(Path(second.adapter.uri).parent), "evaluation": str(Path(second.evaluation.uri).parent)}
+    await run_to_the_end("promote-adapter/local", **folders, **common)
+    assert bench.served() == second.adapter.sha256
+    assert _served_log_probs(bench, "better", ids) == pytest.approx(other, abs=1e-3)
+    await run_to_the_end("rollback-adapter/local", **common)
+    assert bench.served() == result.adapter.sha256
+    assert _served_log_probs(bench, "better", ids) == pytest.approx(first, abs=1e-3)
+    _unload(bench, "better")
+    assert "better" not in _served_models(bench), "as after a restart of vLLM"
+    await run_to_the_end("reconcile-served/local", **common)
+    assert bench.served() == result.adapter.sha256
+    assert _served_log_probs(bench, "better", ids) == pytest.approx(first, abs=1e-3)
+
+
+async def test_what_is_served_is_published(bench: Bench, result: PipelineResult) -> None:
+    publishing = {"repo": "lab/better", "base_model": "lab/base"}
+    await run_to_the_end("publish-adapter/local", workspace=str(bench.workspace), name="better", publishing=publishing)
+    files = bench.hub.repos["lab/better"].files
+    assert files["adapter_model.safetensors"] == Path(result.adapter.uri, "adapter_model.safetensors").read_bytes()
+    assert f"{result.evaluation.win_rate:.3f}" in files["README.md"].decode()
+
+
+async def test_the_drill_preempts_what_it_trains(bench: Bench) -> None:
+    drill = {"preemptions": 2, "max_steps": 14, "save_steps": 3}
+    run = await run_to_the_end("preemption-drill/local", workspace=str(bench.workspace), drill=drill)
+    chosen = ArtifactFilter(key=ArtifactFilterKey(any_=["preemption-drill"]))
+    async with get_client() as client:
+        (page,) = await client.read_artifacts(artifact_filter=chosen)
+    assert page.flow_run_id == run.id
+    assert "byte for byte" in str(page.description)
+    assert str(page.data).count("| SIG") == 2
 
 
 def _prompt_ids(bench: Bench, result: PipelineResult) -> list[int]:
@@ -168,6 +312,11 @@ def _served_log_probs(bench: Bench, model: str, ids: list[int]) -> list[float]:
     reply = httpx.post(f"{bench.vllm.base_url}/completions", json=body, timeout=60).raise_for_status().json()
     told = reply["choices"][0]["prompt_logprobs"][1:]
     return [entry[str(token)]["logprob"] for entry, token in zip(told, ids[1:], strict=True)]
+
+
+def _unload(bench: Bench, name: str) -> None:
+    url = f"{bench.vllm.base_url}/unload_lora_adapter"
+    httpx.post(url, json={"lora_name": name}, timeout=60).raise_for_status()
 
 
 def _served_models(bench: Bench) -> set[str]:

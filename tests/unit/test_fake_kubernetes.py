@@ -193,6 +193,18 @@ async def test_a_preemption_is_not_a_failure(cluster: FakeKubernetes, batch: Bat
     assert (killed.exit_code, killed.reason) == (137, "OOMKilled")
 
 
+async def test_an_eviction_may_shorten_the_grace(batch: BatchV1Api, core: CoreV1Api) -> None:
+    """Without that this pod, which does not hear SIGTERM, would have ten minutes."""
+    deaf = FOREVER.replace("exit 143", "")
+    patient = {"terminationGracePeriodSeconds": 600}
+    name = await start(batch, deaf, patient, podFailurePolicy=IGNORE, podReplacementPolicy="Failed")
+    first = await running(core, name)
+    at_once = {"metadata": {"name": first}, "deleteOptions": {"gracePeriodSeconds": 0}}
+    await core.create_namespaced_pod_eviction(first, NAMESPACE, at_once)
+    await running(core, name, but=first)
+    await batch.delete_namespaced_job(name, NAMESPACE, propagation_policy="Background", grace_period_seconds=0)
+
+
 async def test_a_lost_node_is_noticed_late(cluster: FakeKubernetes, batch: BatchV1Api, core: CoreV1Api) -> None:
     name = await start(batch, FOREVER, backoffLimit=0, podFailurePolicy=IGNORE, podReplacementPolicy="Failed")
     first = await running(core, name)

@@ -379,8 +379,9 @@ def test_memory_does_not_grow_with_the_rows() -> None:
         tracemalloc.stop()
         return found
 
-    measure_judgements(judged_by_content(10))
-    assert peak(3000) < 1.2 * peak(300)
+    # The first call fills caches, and at any time another thread of this process may allocate something.
+    few, many = (min(peak(rows) for _ in range(3)) for rows in (150, 1500))
+    assert many < 1.3 * few
 
 
 def test_names_from_data_cannot_fill_the_memory() -> None:

@@ -45,13 +45,23 @@ def test_every_way_to_name_pairs_gives_the_same_reference(
         assert PAIRS.validate_python(value) == pairs, value
 
 
-def test_an_adapter_is_named_by_its_folder_or_its_trainings(tmp_path: Path) -> None:
+def test_an_adapter_is_named_by_its_folder_or_its_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the manifest that a training writes, before its adapter: it names none."""
     store = Workspace(tmp_path)
-    folder = store.uri("training", "key")
-    ref = AdapterRef(uri=f"{folder}/adapter", sha256="b" * 64, size=1, rows=0, manifest=f"{folder}/manifest.json")
-    store.write_json(f"{folder}/manifest.json", {"artifact": ref.model_dump()})
-    for text in (folder, f"{folder}/adapter"):
-        assert TypeAdapter(AdapterInput).validate_python(text) == ref
+    folder, local = store.uri("training", "key"), tmp_path / "made"
+    adapter = TypeAdapter(AdapterInput)
+    store.write_json(f"{folder}/manifest.json", {"stage": "training", "key": "key", "upstream": []})
+    with pytest.raises(ValidationError, match="this training has no finished adapter"):
+        adapter.validate_python(folder)
+    local.mkdir()
+    (local / "adapter_model.safetensors").write_bytes(b"weights")
+    sha256 = store.commit_folder(local, f"{folder}/adapter", {"train_pairs": 5})
+    ref = AdapterRef(uri=f"{folder}/adapter", sha256=sha256, size=7, rows=5, manifest=f"{folder}/manifest.json")
+    monkeypatch.chdir(tmp_path)
+    for text in (folder, f"{folder}/adapter", f"{folder}/manifest.json", "training/key"):
+        assert adapter.validate_python(text) == ref, text
+    with pytest.raises(ValidationError, match="is the manifest of training, and preferences is wanted here"):
+        PAIRS.validate_python(folder)
 
 
 @pytest.mark.parametrize(

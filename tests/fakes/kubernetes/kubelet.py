@@ -237,11 +237,11 @@ class Kubelet:
             raise ApiError(404, "NotFound", f"pod {pod['metadata']['name']} has no container yet")
         return found
 
-    def evict(self, pod: Object, reason: str = "EvictionByEvictionAPI") -> None:
+    def evict(self, pod: Object, grace: float | None = None, reason: str = "EvictionByEvictionAPI") -> None:
         """Delete a pod as the eviction API does: marked as a disruption first."""
         marked = self.change(pod, lambda p: set_condition(p, "DisruptionTarget", "True", reason, "evicted"))
         if marked is not None:
-            self.delete(marked)
+            self.delete(marked, grace)
 
     def preempt(self, pod: Object, grace: float = SPOT_GRACE_SECONDS) -> None:
         """End a pod as a kubelet does whose spot node is about to be taken away: SIGTERM, and SIGKILL 15 s later."""

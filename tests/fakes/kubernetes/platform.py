@@ -285,6 +285,11 @@ class Training:
         """Return the newest optimizer step that the metrics tell of."""
         return max((int(row["step"]) for row in self.rows()), default=0)
 
+    def saved_step(self) -> int:
+        """Return the step of the newest whole checkpoint."""
+        found = self.folder.glob("training/*/checkpoints/step-*/COMMITTED.json")
+        return max((int(marker.parent.name.removeprefix("step-")) for marker in found), default=0)
+
     def token(self) -> int:
         """Return the fencing token of the newest trainer: how many have held the lease."""
         file = self._file("lease.json")

@@ -291,7 +291,10 @@ class Api:
     async def _create(self, request: web.Request, asked: Asked) -> web.Response:
         given = await self._body(request)
         if asked.what == "pods/eviction":
-            self.kubelet.evict(self.store.get(PODS, asked.namespace, asked.name))
+            grace = (given.get("deleteOptions") or {}).get("gracePeriodSeconds")
+            self.kubelet.evict(
+                self.store.get(PODS, asked.namespace, asked.name), None if grace is None else float(grace)
+            )
             success = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
             return web.json_response(success, status=201)
         if asked.resource.namespaced:

@@ -1,0 +1,72 @@
+"""The deployments on a Prefect server of the tests, a process worker that runs them, and runs of them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import arun_deployment
+
+from tests.fakes.process import ROOT
+
+# A worker that looks every second, and starts nothing before its time.
+EAGER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_WORKER_PREFETCH_SECONDS": "0"}
+SECONDS = 600.0
+
+
+def register(*arguments: str, **environment: str) -> None:
+    """Run deployments/register.sh in the checkout, for the server that the environment names."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["deployments/register.sh", *arguments],
+        cwd=ROOT, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Worker:
+    """A process worker that was started in `folder`, not in the checkout; its log is worker.log there."""
+
+    def __init__(self, folder: Path, pool: str = "local") -> None:
+        self._folder, self._pool = folder, pool
+        self.start()
+
+    def start(self) -> None:
+        """Start it, for the first time or after `kill`."""
+        with (self._folder / "worker.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "prefect", "worker", "start", "--pool", self._pool],
+                cwd=self._folder, env={**os.environ, **EAGER}, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        """SIGKILL the worker; what it has started goes on."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """End the worker in order."""
+        self._process.terminate()
+        self._process.wait(60)
+
+
+@contextmanager
+def process_worker(folder: Path, pool: str = "local") -> Iterator[Worker]:
+    """Have a worker while the block runs."""
+    worker = Worker(folder, pool)
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+async def run_to_the_end(deployment: str, **parameters: Any) -> FlowRun:
+    """Run a deployment as the UI and the command line do, wait for its end, and see that it completed."""
+    run = await arun_deployment(deployment, parameters=parameters, timeout=SECONDS, poll_interval=0.5, as_subflow=False)
+    assert run.state is not None
+    assert run.state.is_completed(), f"{deployment}: {run.state.name}: {run.state.message}"
+    return run
