@@ -7,12 +7,9 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser import PrefectUi, open_browser
-from tests.fakes.process import ROOT, FakeOpenAI
+from tests.deployed import process_worker, register
+from tests.fakes.process import FakeOpenAI
 from tests.fakes.tiny_training import build_adapter, build_base
 
 KEY = "a-key-for-the-judge"
@@ -92,20 +90,6 @@ def until(look: Callable[[], Any], seconds: float = 240) -> Any:
     raise AssertionError(f"{look.__qualname__}: not within {seconds} s")
 
 
-@contextmanager
-def worker(folder: Path) -> Iterator[None]:
-    """Run a process worker."""
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"]
-    settings = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_LOGGING_TO_API_ENABLED": "true"}
-    with (folder / "worker.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=settings, stdout=log, stderr=log)
-        try:
-            yield
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
 def write_prompts(path: Path, name: str, count: int) -> str:
     rows = [{"prompt": [{"role": "user", "content": f"INT. {name} - SCENE {number}"}]} for number in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,18 +100,15 @@ def write_prompts(path: Path, name: str, count: int) -> str:
 def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("browser")
     build_adapter(folder / "sft", build_base(folder / "base"))
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(
-        ["deployments/register.sh"], cwd=ROOT, env={**os.environ, "PATH": path}, check=True, capture_output=True,
-        timeout=300,
-    )  # fmt: skip
+    register()
     with (
         pytest.MonkeyPatch.context() as environment,
         FakeOpenAI({"oracle_every": 3}, folder / "sampler") as sampler,
         FakeOpenAI({"key": KEY}, folder / "judge") as judge,
     ):
         environment.setenv("BROWSER_JUDGE_KEY", KEY)
-        with worker(folder), open_browser() as page:
+        environment.setenv("PREFECT_LOGGING_TO_API_ENABLED", "true")
+        with process_worker(folder), open_browser() as page:
             ui = PrefectUi(page, empty_prefect_server.removesuffix("/api"))
             found = World(folder, httpx.Client(base_url=empty_prefect_server, timeout=60), ui, sampler, judge)
             turn_off(found, "preflow-restart-crashed")  # here a person presses Retry

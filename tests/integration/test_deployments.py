@@ -1,13 +1,9 @@
-"""The deployments on a real server: they deploy, their forms explain themselves, they run, wrong values are refused."""
+"""The deployments on a real server: they deploy, their forms explain themselves, wrong values are refused."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +11,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.fakes.process import ROOT, FakeOpenAI
+from tests.deployed import register
+from tests.fakes.process import ROOT
 
 PREFECT_FILE = "deployments/prefect.yaml"
 TEMPLATE = "deployments/l4-spot.job-template.json"
@@ -25,16 +22,6 @@ NAMES = {
     "reconcile-served/local", "publish-adapter/local", "preemption-drill/local",
 }  # fmt: skip
 IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
-
-
-def register(*arguments: str, **environment: str) -> None:
-    """Run deployments/register.sh in the checkout with the Prefect of these tests."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["deployments/register.sh", *arguments],
-        cwd=ROOT, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 class Api:
@@ -86,23 +73,6 @@ def api(prefect_server: str) -> Api:
     """The server with both pools and all deployments, made by the commands that the documentation gives."""
     register(PREFLOW_TRAIN_IMAGE=IMAGE)
     return Api(prefect_server)
-
-
-@pytest.fixture(scope="module")
-def worker(api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process worker that was started somewhere else than in the checkout."""
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    with (elsewhere / "worker.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
-            cwd=elsewhere,
-            env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        yield
-        process.terminate()
-        process.wait(30)
 
 
 def test_every_deployment_is_there_and_nothing_starts_by_itself(api: Api) -> None:
@@ -236,40 +206,6 @@ def test_the_defaults_alone_are_a_valid_start(api: Api) -> None:
         assert answer.status_code == 201, answer.text
         run = answer.json()
         api.post(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
-
-
-def test_a_deployment_runs_to_the_end_on_a_process_worker(api: Api, worker: None, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"prompt": [{"role": "user", "content": f"Scene {i}"}]}) + "\n" for i in range(3))
-    )
-    with FakeOpenAI() as sampler:
-        parameters = {
-            "prompts": str(prompts),
-            "workspace": str(tmp_path / "workspace"),
-            "generation": {"endpoint": sampler.url, "num_completions": 2},
-        }
-        arguments = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
-        subprocess.run(
-            [sys.executable, "-m", "prefect", "deployment", "run", "generate-completions/local", *arguments],
-            check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
-        run = wait_for(api, "generate-completions/local")
-    assert run["state_type"] == "COMPLETED", run["state"]["message"]
-    (completions,) = (tmp_path / "workspace" / "completions").glob("*/completions.jsonl")
-    rows = [json.loads(line) for line in completions.read_text().splitlines()]
-    assert [len(row["completions"]) for row in rows] == [2, 2, 2]
-
-
-def wait_for(api: Api, name: str, seconds: float = 120) -> dict[str, Any]:
-    """Wait until the newest run of a deployment that was not cancelled is over, and return it."""
-    deadline = time.monotonic() + seconds
-    while True:
-        runs = [run for run in api.runs(name) if run["state_type"] != "CANCELLED"]
-        (run,) = runs
-        if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED") or time.monotonic() > deadline:
-            return run
-        time.sleep(0.5)
 
 
 def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -> None:

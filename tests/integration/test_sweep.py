@@ -31,6 +31,7 @@ from tasks.promotion import read_pointer
 from tasks.sweeping.estimate import plan_sweep
 from tasks.sweeping.prepare import prepare_points
 from tasks.sweeping.results import SweepResult
+from tests.deployed import process_worker
 from tests.fakes import FakeOpenAI
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import WORDS, build_adapter, build_base
@@ -257,14 +258,8 @@ def pool(bench: Bench) -> Iterator[str]:
     """A work pool with a process worker."""
     prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
     subprocess.run([*prefect, "work-pool", "create", "sweep", "--type", "process"], check=True, timeout=120)
-    with (bench.folder / "worker.log").open("w") as log:
-        worker = subprocess.Popen(
-            [*prefect, "worker", "start", "--pool", "sweep"],
-            cwd=bench.folder, env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}, stdout=log, stderr=log,
-        )  # fmt: skip
-    yield "sweep"
-    worker.terminate()
-    worker.wait(60)
+    with process_worker(bench.folder, "sweep"):
+        yield "sweep"
 
 
 async def test_on_a_pool_points_train_at_once_and_nothing_is_asked_twice(

@@ -33,6 +33,7 @@ from tasks.remote import TrainingOrder, count_crashes
 from tasks.runs import prepare_run
 from tasks.storage import AdapterRef
 from tasks.training.launch import run_training
+from tests.deployed import Worker, process_worker
 from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import TinyWorld
@@ -41,9 +42,6 @@ DEPLOYMENT = "train-dpo/local"
 WAIT_SECONDS = 180.0
 # Slow enough to be met in the middle, with a checkpoint to go on from.
 LONG = {"max_steps": 150, "save_steps": 10, "eval_steps": 150, "logging_steps": 5}
-
-# A worker that looks every second, and starts nothing before its time.
-EAGER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_WORKER_PREFETCH_SECONDS": "0"}
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -63,34 +61,10 @@ def deployed(empty_prefect_server: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-class Worker:
-    """A process worker, started somewhere else than in the checkout."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.start()
-
-    def start(self) -> None:
-        with (self._folder / "worker.log").open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
-                cwd=self._folder, env={**os.environ, **EAGER}, stdout=log, stderr=log,
-            )  # fmt: skip
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(60)
-
-
 @pytest.fixture(scope="module")
 def worker(deployed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    worker = Worker(tmp_path_factory.mktemp("worker"))
-    yield worker
-    worker.stop()
+    with process_worker(tmp_path_factory.mktemp("worker")) as worker:
+        yield worker
 
 
 @pytest.fixture(autouse=True)
