@@ -83,21 +83,19 @@ class Platform:
         )
         return found
 
-    def is_gone(self, run: Training, pod: str) -> bool:
-        """Tell whether nothing of a run's pod is executed any more."""
-        return all(item["metadata"]["name"] != pod or item["status"]["phase"] in ("Failed", "Succeeded")
-                   for item in self.kubernetes.pods(run.id))  # fmt: skip
+    def has_ended(self, run: Training) -> bool:
+        """Tell whether a run's Job is over, or gone, so that no pod comes any more."""
+        kinds = [
+            {item["type"] for item in job["status"].get("conditions", []) if item["status"] == "True"}
+            for job in self.kubernetes.jobs(run.id)
+        ]
+        return all(found & {"Complete", "Failed"} for found in kinds)
 
     def end_of_job(self, run: Training) -> dict[str, Any]:
         """Wait for the end of a run's one Job, which comes a little after the run's, and return it."""
-
-        def ended() -> dict[str, Any] | None:
-            (job,) = self.kubernetes.jobs(run.id)
-            kinds = {item["type"] for item in job["status"].get("conditions", []) if item["status"] == "True"}
-            return job if kinds & {"Complete", "Failed"} else None
-
-        found: dict[str, Any] = wait_until(ended, what=f"the end of the Job of run {run.id}")
-        return found
+        wait_until(lambda: self.has_ended(run), what=f"the end of the Job of run {run.id}")
+        (job,) = self.kubernetes.jobs(run.id)
+        return job
 
 
 @pytest.fixture(scope="module")
@@ -261,13 +259,19 @@ async def test_the_drill_evicts_pods_and_the_result_is_the_same(
     assert job["status"].get("failed", 0) == 0, "an eviction uses up no retry"
 
 
-def test_a_run_that_is_cancelled_while_it_trains_ends_its_trainer(platform: Platform) -> None:
+def test_a_run_that_is_cancelled_while_it_trains_ends_its_trainer(
+    platform: Platform, record_property: Callable[[str, object], None]
+) -> None:
     run = platform.train("endless", steps=100_000)
     reach(run, 3, steps=100_000)
-    pod = platform.kubernetes.running_pod(run.id)
     platform.cancel(run)
+    cancelled = time.monotonic()
     assert platform.end_of(run)["state_type"] == "CANCELLED"
-    wait_until(lambda: platform.is_gone(run, pod), what="the end of the pod")
+    wait_until(lambda: platform.has_ended(run), what="the end of the Job")
+    seconds = time.monotonic() - cancelled
+    record_property("cancelled", round(seconds, 1))
+    print(f"cancelled: {seconds:.1f} s until nothing of it was left")
+    assert len(platform.kubernetes.pods(run.id)) == run.token() == 1, "nobody went on with what was cancelled"
     assert run.saved_step() >= run.step() - 1, "what was done is saved: the next run of these settings goes on there"
 
 
