@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks.config import PromotionConfig
-from tasks.promotion import check_gate, install_adapter, move_pointer, reconcile, serve_adapter
+from tasks.promotion import check_gate, confirm_served, install_adapter, move_pointer, reconcile, serve_adapter
 from tasks.references import AdapterInput, EvaluationInput
 from tasks.storage import PromotionRef, Workspace
 
@@ -24,7 +24,9 @@ async def promote_adapter(
     check_gate(adapter, evaluation, promotion.min_win_rate)
     uri = install_adapter(adapter, workspace, promotion.name)
     await serve_adapter(uri, workspace, promotion)
-    return move_pointer(adapter, evaluation, uri, workspace, promotion)
+    promoted = move_pointer(adapter, evaluation, uri, workspace, promotion)
+    await confirm_served(workspace, promotion)
+    return promoted
 
 
 @flow(name="reconcile-served", flow_run_name="serve what {promotion.name} is")

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks.config import PromotionConfig
-from tasks.promotion import choose_rollback, roll_back_pointer, serve_adapter
+from tasks.promotion import choose_rollback, confirm_served, roll_back_pointer, serve_adapter
 from tasks.storage import PromotionRef, Workspace
 
 
@@ -19,4 +19,6 @@ async def rollback_adapter(workspace: str, promotion: PromotionConfig, to: str |
     Workspace(workspace).check_writable()
     entry = choose_rollback(workspace, promotion.name, to)
     await serve_adapter(entry["uri"], workspace, promotion)
-    return roll_back_pointer(entry, workspace, promotion.name)
+    restored = roll_back_pointer(entry, workspace, promotion.name)
+    await confirm_served(workspace, promotion)
+    return restored

@@ -15,6 +15,8 @@ from tasks.storage import AdapterRef, EvaluationRef, PromotionRef, Workspace, in
 
 Pointer = dict[str, Any]
 
+# Loads of one reconciliation: each after the first because the pointer moved, or the server changed, meanwhile.
+ATTEMPTS = 5
 MIN_PREFIX = 6
 logger = logging.getLogger(__name__)
 
@@ -183,14 +185,30 @@ async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
         raise PreflowError(f"nothing was ever promoted as {promotion.name!r} in {workspace}: there is nothing to serve")
     if promotion.endpoint is None:
         raise PreflowError("promotion.endpoint is empty: give the address of the vLLM that shall serve the adapter")
-    uri = pointer["current"]["uri"]
-    if await is_served(uri, workspace, promotion):
-        logger.info(
-            "%s is served as %s names it: nothing to do", promotion.name, pointer_uri(workspace, promotion.name)
-        )
-    else:
+    for _ in range(ATTEMPTS):
+        uri = pointer["current"]["uri"]
+        if await is_served(uri, workspace, promotion):
+            logger.info("%s is served as %s names it", promotion.name, pointer_uri(workspace, promotion.name))
+            return _refer(workspace, pointer)
         await exchange(uri, uri, workspace, promotion)
-    return _refer(workspace, pointer)
+        pointer = read_pointer(workspace, promotion.name) or pointer  # a promotion may have moved it meanwhile
+    raise PreflowError(
+        f"{promotion.name!r}: {promotion.endpoint} does not keep what {pointer_uri(workspace, promotion.name)} names, "
+        f"though it was loaded {ATTEMPTS} times: does something else load adapters under this name?"
+    )
+
+
+async def confirm_served(workspace: str, promotion: PromotionConfig) -> None:
+    """See, after the pointer was moved, that vLLM serves what it names: another flow may have put the old one back.
+
+    Whoever changes what is served looks at the pointer last, and whoever moves the pointer at what is served: so
+    promotions, rollbacks and reconciliations of one name that overlap end with server and pointer in agreement.
+
+    Raises:
+        PreflowError: as `reconcile`.
+    """
+    if promotion.endpoint is not None:
+        await reconcile(workspace, promotion)
 
 
 def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:

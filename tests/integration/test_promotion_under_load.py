@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+from flows import promote as promotion_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
-from tasks import serving
+from tasks import promotion, serving
 from tasks.config import PromotionConfig, TrainingConfig
 from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
 from tasks.demo.services import Service
@@ -112,7 +113,9 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         build_sft_adapter(base, folder / name, seed, Recipe(rows=100, steps=10, batch_size=8, learning_rate=rate))
     adapters = {name: finished_training(folder, base, sft, folder / name, name) for name in "ab"}
     with vllm_server(VLLM_PYTHON, base, folder / "vllm.log", {"sft": sft}) as vllm:
-        yield Stage(folder, vllm, adapters)
+        found = Stage(folder, vllm, adapters)
+        asyncio.run(find_telling_prompts(found))
+        yield found
 
 
 @asynccontextmanager
@@ -123,14 +126,15 @@ async def connected() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def find_telling_prompts(stage: Stage, client: httpx.AsyncClient) -> None:
+async def find_telling_prompts(stage: Stage) -> None:
     """Keep prompts to which the two adapters give different answers, with those answers."""
     candidates = [random_text(number, PROMPT_TOKENS) for number in range(2 * CLIENTS)]
     stage.prompts = candidates
     answers: dict[str, list[str]] = {}
-    for name in "ab":
-        await stage.promote(name)
-        answers[name] = await asyncio.gather(*(stage.answer(client, NAME, n) for n in range(len(candidates))))
+    async with connected() as client:
+        for name in "ab":
+            await stage.promote(name)
+            answers[name] = await asyncio.gather(*(stage.answer(client, NAME, n) for n in range(len(candidates))))
     telling = [n for n in range(len(candidates)) if answers["a"][n] != answers["b"][n]]
     assert len(telling) >= CLIENTS // 2, "the two adapters are alike, so this test would see no mix-up"
     stage.prompts = [candidates[n] for n in telling]
@@ -183,7 +187,6 @@ async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
 ) -> None:
     traffic, seconds = Traffic(), []
     async with connected() as http:
-        await find_telling_prompts(stage, http)
         traffic.current = stage.current()
         clients = [asyncio.create_task(traffic.client(stage, http, number)) for number in range(CLIENTS)]
         for number in range(SWITCHES):
@@ -251,6 +254,48 @@ def _with_probe_of_another(stage: Stage) -> str:
     store.commit_folder(Path(stage.adapters["b"].uri), f"{folder}/adapter")
     store.write_bytes(f"{folder}/probe.json", Path(stage.adapters["a"].uri).parent.joinpath("probe.json").read_bytes())
     return f"{folder}/adapter"
+
+
+async def test_a_reconciliation_in_the_middle_of_a_promotion_does_not_undo_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It puts back what the pointer names, which is still the old adapter; then the pointer moves."""
+    await stage.promote("a")
+    serve = promotion_flow.serve_adapter
+
+    async def undone(*arguments: Any) -> None:
+        await serve(*arguments)
+        await reconcile_served.fn(stage.workspace, stage.promotion)
+        async with connected() as http:
+            assert await stage.answer(http, NAME, 0) == stage.wanted["a", 0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(promotion_flow, "serve_adapter", undone)
+        await stage.promote("b")
+    assert stage.current() == "b"
+    async with connected() as http:
+        assert await stage.answer(http, NAME, 0) == stage.wanted["b", 0]
+
+
+async def test_a_promotion_in_the_middle_of_a_reconciliation_is_seen_by_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read the pointer, then the other flow promotes and ends, and then it loads what the pointer named."""
+    await stage.promote("a")
+    load, overtaking = promotion.exchange, ["b"]
+
+    async def overtaken(*arguments: Any) -> None:
+        if overtaking:
+            await stage.promote(overtaking.pop())
+        await load(*arguments)
+
+    async with connected() as http:
+        await http.post(f"{stage.vllm.base_url}/unload_lora_adapter", json={"lora_name": NAME})
+        with monkeypatch.context() as patch:
+            patch.setattr(promotion, "exchange", overtaken)
+            await reconcile_served.fn(stage.workspace, stage.promotion)
+        assert stage.current() == "b"
+        assert await stage.answer(http, NAME, 0) == stage.wanted["b", 0]
 
 
 async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_mended(
