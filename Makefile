@@ -42,7 +42,7 @@ lint: .venv/ready
 
 test: .venv/ready .venv-serve/ready lint
 	@infra/local/setup.sh browser
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	@[ ! -x $(BIN)/python ] || $(BIN)/python -m tasks.demo.up down

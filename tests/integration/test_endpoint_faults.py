@@ -295,24 +295,27 @@ async def test_the_window_shrinks_to_what_the_server_takes_and_grows_back() -> N
 
 
 async def test_caps_per_minute_hold_in_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a minute of one second: no 429 from a server that counts exactly, and no second burst at the edge."""
-    monkeypatch.setattr(endpoint_module, "PeriodCap", functools.partial(PeriodCap, period=1.0))
-    with FakeOpenAI({"limit_requests": 11, "limit_seconds": 0.95, "latency_ms": 5}) as fake:
+    """With a minute of two seconds: no 429 from a server that counts exactly, and no second burst at the edge.
+
+    The server's window is shorter by what a request may take on its way on a busy machine.
+    """
+    monkeypatch.setattr(endpoint_module, "PeriodCap", functools.partial(PeriodCap, period=2.0))
+    with FakeOpenAI({"limit_requests": 11, "limit_seconds": 1.5, "latency_ms": 5}) as fake:
         async with Endpoint(config_for(fake, requests_per_minute=10), None) as endpoint:
-            await ask_all(endpoint, 35)
+            await ask_all(endpoint, 25)
         rows = fake.requests()
-    assert [row["status"] for row in rows] == [200] * 35
-    assert 2.9 <= rows[-1]["time"] - rows[0]["time"] < 5
+    assert [row["status"] for row in rows] == [200] * 25
+    assert 3.5 <= rows[-1]["time"] - rows[0]["time"] < 12
     with FakeOpenAI({"latency_ms": 5}) as fake:
         async with Endpoint(config_for(fake, tokens_per_minute=3000), None) as endpoint:
             await ask_all(endpoint, 60)
         rows = fake.requests()
     for first in rows:
-        inside = [row for row in rows if first["time"] <= row["time"] < first["time"] + 0.95]
+        inside = [row for row in rows if first["time"] <= row["time"] < first["time"] + 1.5]
         assert sum(row["usage"]["total_tokens"] for row in inside) <= 3000
     total = sum(row["usage"]["total_tokens"] for row in rows)
-    # The estimates (3 x 256 tokens each) would have taken 15 s: they were corrected.
-    assert rows[-1]["time"] - rows[0]["time"] < max(6.0, 2 * total / 3000)
+    # The estimates (3 x 256 tokens each) would have taken 30 s: they were corrected.
+    assert rows[-1]["time"] - rows[0]["time"] < max(12.0, 4 * total / 3000)
 
 
 # ---- money

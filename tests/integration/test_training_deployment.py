@@ -235,6 +235,12 @@ async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_
         return next(iter((await children(world, config))[1:]), None)
 
     training = await wait_for(second, "second run")
+
+    async def trains() -> bool:
+        return lease_token(tmp_path) == 2
+
+    # Prefect takes five minutes to cancel a run whose process is about to start.
+    await wait_for(trains, "trainer of the second run")
     async with get_client() as client:
         await client.set_flow_run_state(training.id, Cancelling())
     with pytest.raises(PreflowError, match=r"was cancelled .*run again"):

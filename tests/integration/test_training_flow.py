@@ -25,7 +25,7 @@ def artifacts(api: str) -> list[dict[str, Any]]:
 async def test_the_ui_shows_a_training_while_it_runs(tmp_path: Path, prefect_server: str) -> None:
     world = TinyWorld.build(tmp_path / "world")
     before = {artifact["id"] for artifact in artifacts(prefect_server)}
-    training = world.config(max_steps=40, logging_steps=2)
+    training = world.config(max_steps=150, logging_steps=2)
     adapter = await train_dpo(world.preferences, str(tmp_path / "workspace"), training)
 
     made = [artifact for artifact in artifacts(prefect_server) if artifact["id"] not in before]
