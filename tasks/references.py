@@ -35,10 +35,11 @@ def find_reference(kind: type[Reference], value: object) -> object:
     found = Workspace.holding(manifest).read_json(manifest)
     if kind is AdapterRef and found.get("stage") == "training":
         return _trained_in(manifest)
-    named = found.get("artifact", {}).get("kind", found.get("stage"))
-    if named != wanted:
+    artifact = found.get("artifact", {})
+    if artifact.get("kind") != wanted:
+        named = artifact.get("kind", found.get("stage"))
         raise ValueError(f"{manifest} is the manifest of {named}, and {wanted} is wanted here")
-    return found["artifact"]
+    return artifact
 
 
 def _trained_in(manifest: str) -> AdapterRef:

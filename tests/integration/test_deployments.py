@@ -246,3 +246,8 @@ def test_the_file_names_every_flow() -> None:
         item["entrypoint"].split(":")[0] for item in yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]
     }
     assert deployed == {f"flows/{name}.py" for name in flows}
+
+
+def test_every_deployment_of_the_process_pool_has_a_run_among_the_tests() -> None:
+    text = (ROOT / "tests" / "integration" / "test_end_to_end.py").read_text()
+    assert not [name for name in NAMES if name.endswith("/local") and f'"{name}"' not in text]

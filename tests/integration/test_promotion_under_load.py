@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
 
 from flows import promote as promotion_flow
+from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
 from tasks import promotion, serving
@@ -256,12 +258,14 @@ def _with_probe_of_another(stage: Stage) -> str:
     return f"{folder}/adapter"
 
 
-async def test_a_reconciliation_in_the_middle_of_a_promotion_does_not_undo_it(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flow", [promotion_flow, rollback_flow])
+async def test_a_reconciliation_in_the_middle_does_not_undo_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, flow: ModuleType
 ) -> None:
     """It puts back what the pointer names, which is still the old adapter; then the pointer moves."""
+    await stage.promote("b")
     await stage.promote("a")
-    serve = promotion_flow.serve_adapter
+    serve = promotion.serve_adapter
 
     async def undone(*arguments: Any) -> None:
         await serve(*arguments)
@@ -270,8 +274,11 @@ async def test_a_reconciliation_in_the_middle_of_a_promotion_does_not_undo_it(
             assert await stage.answer(http, NAME, 0) == stage.wanted["a", 0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(promotion_flow, "serve_adapter", undone)
-        await stage.promote("b")
+        patch.setattr(flow, "serve_adapter", undone)
+        if flow is rollback_flow:
+            await rollback_adapter.fn(stage.workspace, stage.promotion, stage.adapters["b"].sha256[:12])
+        else:
+            await stage.promote("b")
     assert stage.current() == "b"
     async with connected() as http:
         assert await stage.answer(http, NAME, 0) == stage.wanted["b", 0]

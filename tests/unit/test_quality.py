@@ -380,8 +380,8 @@ def test_memory_does_not_grow_with_the_rows() -> None:
         return found
 
     # The first call fills caches, and at any time another thread of this process may allocate something.
-    few, many = (min(peak(rows) for _ in range(3)) for rows in (150, 1500))
-    assert many < 1.3 * few
+    few, many = (min(peak(rows) for _ in range(2)) for rows in (300, 3000))
+    assert many < 1.2 * few
 
 
 def test_names_from_data_cannot_fill_the_memory() -> None:

@@ -133,6 +133,9 @@ class Cluster(Protocol):
     def lose_node(self, pod: str) -> None:
         """Let a pod's node vanish; raises Unavailable."""
 
+    def processes(self, pod: str) -> list[int]:
+        """Return the pids of a pod's processes, as this machine counts them; raises Unavailable."""
+
     def requests(self, user: str) -> list[dict[str, Any]]:
         """Return what a user asked of the API; raises Unavailable."""
 
@@ -190,8 +193,13 @@ class DoubleCluster:
         """Take a pod's node away."""
         self._order("lose-node", pod)
 
-    def _order(self, fault: str, pod: str, **given: float) -> None:
-        self._fake.order(fault, namespace=self.namespace, pod=pod, **given)
+    def processes(self, pod: str) -> list[int]:
+        """Return the pids of a pod's processes."""
+        found: list[int] = self._order("processes", pod)
+        return found
+
+    def _order(self, fault: str, pod: str, **given: float) -> Any:
+        return self._fake.order(fault, namespace=self.namespace, pod=pod, **given)
 
     def requests(self, user: str) -> list[dict[str, Any]]:
         """Return what a user asked of the API."""
@@ -254,6 +262,10 @@ class RealCluster:
     def lose_node(self, pod: str) -> None:
         """Refuse."""
         raise Unavailable("a node cannot be lost through the API")
+
+    def processes(self, pod: str) -> list[int]:
+        """Refuse."""
+        raise Unavailable("a real pod's processes are on another machine")
 
     def requests(self, user: str) -> list[dict[str, Any]]:
         """Refuse."""
