@@ -1,13 +1,15 @@
-"""The deployments on a Prefect server of the tests, a process worker that runs them, and runs of them."""
+"""The deployments on a Prefect server of the tests, its REST API, a process worker that runs them, and runs of them."""
 
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import arun_deployment
 
@@ -16,6 +18,23 @@ from tests.fakes.process import ROOT
 # A worker that looks every second, and starts nothing before its time.
 EAGER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_WORKER_PREFETCH_SECONDS": "0"}
 SECONDS = 600.0
+
+
+class Patience(httpx.HTTPTransport):
+    """Asks again for a minute where the server says 503: a busy SQLite makes it, and Prefect's client waits, too."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Return the last answer."""
+        deadline = time.monotonic() + 60
+        while (answer := super().handle_request(request)).status_code == 503 and time.monotonic() < deadline:
+            answer.close()
+            time.sleep(0.5)
+        return answer
+
+
+def rest_client(url: str, **options: Any) -> httpx.Client:
+    """Return a client of the Prefect REST API at `url`."""
+    return httpx.Client(base_url=url, timeout=60, transport=Patience(), **options)
 
 
 def register(*arguments: str, **environment: str) -> None:

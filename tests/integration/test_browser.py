@@ -19,7 +19,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser import PrefectUi, open_browser
-from tests.deployed import process_worker, register
+from tests.deployed import process_worker, register, rest_client
 from tests.fakes.process import FakeOpenAI
 from tests.fakes.tiny_training import build_adapter, build_base
 
@@ -46,13 +46,7 @@ class World:
         return self._ask("POST", path, body)
 
     def _ask(self, method: str, path: str, body: object = None) -> Any:
-        """Return the API's answer; a busy SQLite makes it say 503, which Prefect's own client waits out as well."""
-
-        def answer() -> httpx.Response | None:
-            found = self.api.request(method, path, json=body)
-            return None if found.status_code == 503 else found
-
-        return until(answer, 60).raise_for_status().json()
+        return self.api.request(method, path, json=body).raise_for_status().json()
 
     def deployment(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.get(f"/deployments/name/{name}/local")
@@ -112,7 +106,7 @@ def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
         environment.setenv("PREFECT_LOGGING_TO_API_ENABLED", "true")
         with process_worker(folder), open_browser() as page:
             ui = PrefectUi(page, empty_prefect_server.removesuffix("/api"))
-            found = World(folder, httpx.Client(base_url=empty_prefect_server, timeout=60), ui, sampler, judge)
+            found = World(folder, rest_client(empty_prefect_server), ui, sampler, judge)
             turn_off(found, "preflow-restart-crashed")  # here a person presses Retry
             yield found
 

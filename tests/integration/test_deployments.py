@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.deployed import register
+from tests.deployed import register, rest_client
 from tests.fakes.process import ROOT
 
 PREFECT_FILE = "deployments/prefect.yaml"
@@ -28,7 +28,7 @@ class Api:
     """The server's REST API."""
 
     def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, timeout=30)
+        self._client = rest_client(url)
 
     def get(self, path: str) -> Any:
         return self._ask("GET", path).json()
@@ -69,10 +69,10 @@ class Api:
 
 
 @pytest.fixture(scope="module")
-def api(prefect_server: str) -> Api:
+def api(empty_prefect_server: str) -> Api:
     """The server with both pools and all deployments, made by the commands that the documentation gives."""
     register(PREFLOW_TRAIN_IMAGE=IMAGE)
-    return Api(prefect_server)
+    return Api(empty_prefect_server)
 
 
 def test_every_deployment_is_there_and_nothing_starts_by_itself(api: Api) -> None:

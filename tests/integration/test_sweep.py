@@ -87,7 +87,7 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, empty_prefect_server: str) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("sweep")
     build_base(folder / "base")
     build_adapter(folder / "sft", folder / "base")
@@ -98,7 +98,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iter
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with FakeOpenAI(PLAN, folder / "fake") as fake:
-        yield Bench(folder, fake, prefect_server)
+        yield Bench(folder, fake, empty_prefect_server)
 
 
 async def swept(bench: Bench, **sweep: Any) -> SweepResult:

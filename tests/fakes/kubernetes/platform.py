@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from tasks.config import TrainingConfig
 from tasks.demo import watchdog
 from tasks.demo.services import Service, free_port, prefect_server
+from tests.deployed import rest_client
 from tests.fakes.kubernetes.cluster import ROOT, Cluster
 from tests.fakes.tiny_training import TinyWorld
 
@@ -66,11 +66,7 @@ class Server:
             "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "30",
         }  # fmt: skip
         self.port = self._service.port
-        self._client = httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}/api",
-            timeout=60,
-            auth=tuple(AUTH.split(":")),  # type: ignore[arg-type]
-        )
+        self._client = rest_client(f"http://127.0.0.1:{self.port}/api", auth=tuple(AUTH.split(":")))
 
     def start(self) -> None:
         """Start it and wait until it answers."""
