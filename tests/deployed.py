@@ -37,6 +37,12 @@ def rest_client(url: str, **options: Any) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=60, transport=Patience(), **options)
 
 
+def ask(url: str, method: str, path: str, body: object = None) -> Any:
+    """Ask the Prefect REST API at `url` once, and return its answer."""
+    with rest_client(url) as client:
+        return client.request(method, path, json=body).raise_for_status().json()
+
+
 def register(*arguments: str, **environment: str) -> None:
     """Run deployments/register.sh in the checkout, for the server that the environment names."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

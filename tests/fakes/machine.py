@@ -19,6 +19,7 @@ import httpx
 from tasks.demo.materials import locate_materials
 from tasks.demo.running import Run
 from tasks.demo.services import free_port
+from tests.deployed import ask
 from tests.fakes.process import ROOT
 
 VLLM = """#!/bin/sh
@@ -85,8 +86,7 @@ class Machine:
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
         """Ask the Prefect API."""
-        api = self.run.state()["api"]
-        return httpx.request(method, f"{api}{path}", json=body, timeout=30).raise_for_status().json()
+        return ask(self.run.state()["api"], method, path, body)
 
     def piece(self, name: str) -> dict[str, Any]:
         """Return what the supervisor last wrote of a piece."""

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
+from tests.deployed import ask
 from tests.fakes.process import ROOT
 
 pytestmark = pytest.mark.timeout(900)
@@ -41,7 +41,7 @@ def test_a_preempted_training_comes_out_the_same_and_the_table_says_what_it_cost
     assert "byte for byte: adapter_config.json, adapter_model.safetensors, metrics.jsonl" in done.stdout
     log = next(workspace.glob("drill/storm-*/training/*/train.log")).read_text()
     assert re.findall(r"resuming from the checkpoint of step (\d+)", log) == [row[3] for row in rows if row[3] != "0"]
-    answer = httpx.post(f"{os.environ['PREFECT_API_URL']}/artifacts/filter", json={}, timeout=30).json()
+    answer = ask(os.environ["PREFECT_API_URL"], "POST", "/artifacts/filter", {})
     (page,) = [artifact for artifact in answer if artifact["key"] == "preemption-drill"]
     assert page["data"].count("| SIG") == 2
 

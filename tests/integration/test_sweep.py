@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import pytest_asyncio
 from prefect.client.orchestration import get_client
@@ -31,7 +30,7 @@ from tasks.promotion import read_pointer
 from tasks.sweeping.estimate import plan_sweep
 from tasks.sweeping.prepare import prepare_points
 from tasks.sweeping.results import SweepResult
-from tests.deployed import process_worker
+from tests.deployed import ask, process_worker
 from tests.fakes import FakeOpenAI
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import WORDS, build_adapter, build_base
@@ -141,7 +140,7 @@ def test_the_reference_is_computed_once_for_each_set_of_pairs(bench: Bench, resu
 
 def artifacts(bench: Bench, key: str) -> list[Row]:
     body = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC"}
-    found: list[Row] = httpx.post(f"{bench.api}/artifacts/filter", json=body, timeout=30).raise_for_status().json()
+    found: list[Row] = ask(bench.api, "POST", "/artifacts/filter", body)
     return found
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 import pytest
 import pytest_asyncio
 from prefect.client.orchestration import get_client
@@ -33,7 +32,7 @@ from tasks.remote import TrainingOrder, count_crashes
 from tasks.runs import prepare_run
 from tasks.storage import AdapterRef
 from tasks.training.launch import run_training
-from tests.deployed import Worker, process_worker
+from tests.deployed import Worker, ask, process_worker
 from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import TinyWorld
@@ -132,8 +131,7 @@ def artifacts(kind: str, run_id: UUID | None = None) -> list[dict[str, Any]]:
     wanted: dict[str, Any] = {"artifacts": {"type": {"any_": [kind]}}}
     if run_id is not None:
         wanted["flow_runs"] = {"id": {"any_": [str(run_id)]}}
-    answer = httpx.post(f"{os.environ['PREFECT_API_URL']}/artifacts/filter", json=wanted, timeout=30)
-    found: list[dict[str, Any]] = answer.raise_for_status().json()
+    found: list[dict[str, Any]] = ask(os.environ["PREFECT_API_URL"], "POST", "/artifacts/filter", wanted)
     return found
 
 

@@ -6,19 +6,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from flows.train import train_dpo
 from tasks.serving import Probe
 from tasks.train import LIVE_KEY
+from tests.deployed import ask
 from tests.fakes.tiny_training import TinyWorld
 
 PICTURE = re.compile(r"!\[[^]]*\]\(data:image/png;base64,([A-Za-z0-9+/=]+)\)")
 
 
 def artifacts(api: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = httpx.post(f"{api}/artifacts/filter", json={}, timeout=30).raise_for_status().json()
+    found: list[dict[str, Any]] = ask(api, "POST", "/artifacts/filter", {})
     return found
 
 
