@@ -33,7 +33,9 @@ from tests.integration.test_stages import write_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-FAULTY = {"faults": dict.fromkeys(FAULTS, 0.02), "slow_seconds": 0.3, "retry_after": 1}
+# A run uploads about 150 times and downloads 300 times: often enough that no kind of fault stays away by chance.
+SHARES = {**dict.fromkeys(FAULTS, 0.02), "cut_upload": 0.1, "cut_download": 0.05}
+FAULTY = {"faults": SHARES, "slow_seconds": 0.3, "retry_after": 1}
 # Files whose content depends on nothing but inputs and settings, wherever the workspace lies.
 SAME = ("completions.jsonl", "failures.jsonl", "verdicts.jsonl", "judged.jsonl", "train.jsonl", "val.jsonl",
         "quality.json", "samples.jsonl", "comparisons.jsonl", "win_rate.json", "prompts.jsonl", "metrics.jsonl",

@@ -177,7 +177,7 @@ def test_a_run_is_started_from_the_form_and_unchanged_fields_keep_their_defaults
     ui.field(titles["endpoint"]).fill(world.sampler.url)
     ui.field(titles["num_completions"]).fill("4")
     ui.picture("form-filled")
-    ui.page.get_by_role("button", name="Submit").click()
+    ui.press(ui.page.get_by_role("button", name="Submit"))
     (run,) = until(lambda: world.runs("generate-completions"))
     ui.open(f"/runs/flow-run/{run['id']}")
     ui.wait_for_state("Completed")
@@ -245,17 +245,7 @@ def approve(world: World, run: str, picture: str, shown: str, yes: bool, note: s
         dialog.get_by_role("switch").click()
     dialog.locator("textarea").fill(note)
     ui.picture(picture, whole=False)
-
-    def resumed() -> bool:
-        """Press Resume: on a busy machine Prefect's dialog loses a click now and then, and a person presses again."""
-        dialog.get_by_role("button", name="Resume").click()
-        try:
-            expect(dialog).not_to_be_visible(timeout=10_000)
-        except AssertionError:
-            return False
-        return True
-
-    until(resumed)
+    ui.press(dialog.get_by_role("button", name="Resume"))
 
 
 def read_artifacts(world: World) -> None:
@@ -306,9 +296,8 @@ def test_a_crashed_run_goes_on_from_the_retry_button(world: World) -> None:
         ui.wait_for_state("Crashed")
         ui.picture("run-crashed")
         ui.choose("Retry")
-        ui.page.get_by_role("alertdialog").or_(ui.page.get_by_role("dialog")).get_by_role(
-            "button", name="Retry"
-        ).click()
+        dialog = ui.page.get_by_role("alertdialog").or_(ui.page.get_by_role("dialog"))
+        ui.press(dialog.get_by_role("button", name="Retry"))
         # The worker may report the first process's end once more: the page takes that for the last word.
         until(lambda: world.get(f"/flow_runs/{run}")["state_type"] == "COMPLETED")
         ui.open(f"/runs/flow-run/{run}")

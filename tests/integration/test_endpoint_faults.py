@@ -370,15 +370,14 @@ async def test_an_endpoint_without_a_key_is_not_sent_another_ones(monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
 async def test_a_key_comes_from_a_prefect_secret_block() -> None:
     from prefect.blocks.system import Secret
-    from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
-        await Secret(value="1234567890").save("judge-key")  # digits must stay text
-        assert await resolve_secret("judge-key", "judging.api_key") == "1234567890"
-        with pytest.raises(PreflowError, match=r"judging\.api_key.*'no-such-block'.*does not exist"):
-            await resolve_secret("no-such-block", "judging.api_key")
+    await Secret(value="1234567890").save("judge-key")  # digits must stay text
+    assert await resolve_secret("judge-key", "judging.api_key") == "1234567890"
+    with pytest.raises(PreflowError, match=r"judging\.api_key.*'no-such-block'.*does not exist"):
+        await resolve_secret("no-such-block", "judging.api_key")
 
 
 # ---- what is served
