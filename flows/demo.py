@@ -12,7 +12,7 @@ from flows.pipeline import dpo_pipeline
 from flows.sweep import dpo_sweep
 from tasks.config import SweepConfig
 from tasks.demo.local import Places, announce, model_servers, prefect_api, show_result
-from tasks.demo.materials import locate_materials, make_base_model, make_prompts, make_sft_adapter
+from tasks.demo.materials import make_materials
 from tasks.errors import PreflowError
 from tasks.runs import PipelineResult
 from tasks.sweeping.prepare import prepare_points
@@ -25,10 +25,7 @@ BETAS = SweepConfig(grid={"training.beta": [0.03, 0.1, 0.3]})
 async def demo(folder: str = ".demo") -> PipelineResult:
     """Make a tiny SFT adapter, and take it to a better one through every stage of the pipeline."""
     places = Places.below(folder)
-    materials = locate_materials(places.root)
-    make_prompts(materials)
-    make_base_model(materials)
-    make_sft_adapter(materials)
+    materials = make_materials(places.root)
     with model_servers(places, materials) as config:
         result = await dpo_pipeline(config)
     await show_result(result, config, UUID(flow_run.get_id()))
@@ -39,10 +36,7 @@ async def demo(folder: str = ".demo") -> PipelineResult:
 async def demo_sweep(folder: str = ".demo") -> None:
     """Try three betas on the demo's model: one generation, one judging, three trainings, ranked by win rate."""
     places = Places.below(folder)
-    materials = locate_materials(places.root)
-    make_prompts(materials)
-    make_base_model(materials)
-    make_sft_adapter(materials)
+    materials = make_materials(places.root)
     with model_servers(places, materials, lambda config: find_sweep(prepare_points(config, BETAS).points)) as config:
         await dpo_sweep(config, BETAS)
 

@@ -78,11 +78,22 @@ def make_sft_adapter(materials: Materials) -> None:
         build_sft_adapter(materials.base, materials.sft, SEED)
 
 
+MAKERS = (make_prompts, make_base_model, make_sft_adapter)
+
+
+def make_materials(root: Path) -> Materials:
+    """Make what is missing, in a flow, and return where everything is."""
+    materials = locate_materials(root)
+    for make in MAKERS:
+        make(materials)
+    return materials
+
+
 def ensure_materials(materials: Materials) -> None:
     """Make what is missing, outside of any flow, and say beforehand how long that takes."""
     if not materials.sft.exists():
         print("making the demo's prompts, a tiny base model and its SFT adapter: 2 to 3 minutes, once", flush=True)
-    for make in (make_prompts, make_base_model, make_sft_adapter):
+    for make in MAKERS:
         make.fn(materials)
 
 
