@@ -12,7 +12,7 @@ help:
 	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
 	@echo "make down    end what make up started"
 	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
-	@echo "make test    lint, types and every test (about 26 minutes)"
+	@echo "make test    lint, types and every test (about 21 minutes)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   delete the demo's workspace; the virtual environments stay"
 	@echo "The first target that needs an environment makes it (.venv, .venv-serve)."
