@@ -301,7 +301,11 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         batches = self.next_batches(0)
         first = self.measure(batches, self.train_dataset, dpo_only=True)
         invariants.check_first_loss(first, self._training)
-        if self._training.sft_weight > 0:
+        weight = self._training.sft_weight
+        added = f"; the losses from here on have {weight:g} times the SFT loss added" if weight > 0 else ""
+        said = f"{self._training.loss_type.value} loss before the first update {first['loss']:.4f}, as it must be"
+        self._hooks.progress(Progress("training", said + added))
+        if weight > 0:
             first = {**self.measure(batches, self.train_dataset), "dpo_loss": first["loss"]}
         self._first_row = {**first, "epoch": 0.0, "step": 0}
 

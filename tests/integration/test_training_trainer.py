@@ -25,6 +25,7 @@ from tasks.training.health import Run, assess
 from tasks.training.invariants import InvariantError
 from tasks.training.model import AdapterWeights, adapter_state, load_base, load_policy, load_tokenizer, save_adapter
 from tasks.training.reference import ReferenceCache, ReferenceLogps, Split, reference_key
+from tasks.training.spec import Progress
 from tasks.training.stopping import StopFlag
 from tasks.training.trainer import ExactTrainer, Hooks, TrainerParts
 from tests.fakes.tiny_training import TinyWorld, build_adapter
@@ -41,12 +42,13 @@ class Bench:
     def __init__(self, world: TinyWorld, scratch: Path, training: TrainingConfig, policy: Any = None) -> None:
         self.rows: list[dict[str, Any]] = []
         self.saved: list[Checkpoint] = []
+        self.signs: list[Progress] = []
         tokenizer = load_tokenizer(training, world.adapter)
         self.train = self._split(world, "train", tokenizer, training)
         self.val = self._split(world, "val", tokenizer, training)
         policy = policy or load_policy(load_base(training, 0), world.adapter, tokenizer)
         parts = TrainerParts(policy, tokenizer, self.train, self.val, AdapterWeights(world.adapter), scratch)
-        self.trainer = ExactTrainer(parts, training, Hooks(self._save, self._keep, lambda _: None, StopFlag()))
+        self.trainer = ExactTrainer(parts, training, Hooks(self._save, self._keep, self.signs.append, StopFlag()))
 
     def _save(self, checkpoint: Checkpoint) -> float:
         self.saved.append(copy.deepcopy(checkpoint))  # its tensors are those in training
@@ -92,6 +94,8 @@ def test_every_loss_starts_at_its_value_and_falls(
     start, trained = bench.rows[0], [row for row in bench.rows if "loss" in row]
     assert start["step"] == 0
     assert start.get("dpo_loss", start["loss"]) == pytest.approx(first, abs=1e-6)
+    assert f"{loss_type.value} loss before the first update {first:.4f}, as it must be" in bench.signs[0].message
+    assert ("SFT loss added" in bench.signs[0].message) == ("sft_weight" in options)
     assert (start["rewards/margins"], start["rewards/accuracies"]) == (0.0, 0.0)
     assert trained[-1]["rewards/margins"] > 0
     assert min(row["loss"] for row in trained[1:]) < start["loss"]
