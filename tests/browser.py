@@ -72,20 +72,21 @@ class PrefectUi:
         """Return the entry of the form's field with a title (the UI adds "(Optional)"); `number` tells equals apart."""
         return self.page.get_by_label(re.compile(rf"^{re.escape(title)}( \(Optional\))?$")).nth(number)
 
-    def press(self, button: Locator) -> None:
-        """Press a button that goes away with what it does: a form's, a dialog's.
+    def press(self, button: Locator, form: Locator) -> None:
+        """Press a button whose `form`, or dialog, goes away once that is done.
 
         On a busy machine a click is lost now and then, or the busy server refuses it, and a person presses again.
+        The button tells nothing: while the server is asked it has another name.
         """
         for _ in range(5):
             button.click()
             try:
-                expect(button).not_to_be_visible(timeout=20_000)
+                expect(form).not_to_be_visible(timeout=20_000)
             except AssertionError:
                 self.picture("pressed-again", whole=False)
             else:
                 return
-        raise AssertionError(f"{button} is still there, and so is what it belongs to; see pressed-again.png")
+        raise AssertionError(f"{form} is still there after five times {button}; see pressed-again.png")
 
     def choose(self, entry: str) -> None:
         """Choose an entry of the menu of the run that is shown."""

@@ -175,9 +175,10 @@ def test_a_run_is_started_from_the_form_and_unchanged_fields_keep_their_defaults
     ui.field(titles["prompts"]).fill(prompts)
     ui.field(titles["workspace"]).fill(str(world.folder / "form-workspace"))
     ui.field(titles["endpoint"]).fill(world.sampler.url)
-    ui.field(titles["num_completions"]).fill("4")
+    last = ui.field(titles["num_completions"])
+    last.fill("4")
     ui.picture("form-filled")
-    ui.press(ui.page.get_by_role("button", name="Submit"))
+    ui.press(ui.page.get_by_role("button", name="Submit"), last)
     (run,) = until(lambda: world.runs("generate-completions"))
     ui.open(f"/runs/flow-run/{run['id']}")
     ui.wait_for_state("Completed")
@@ -245,7 +246,7 @@ def approve(world: World, run: str, picture: str, shown: str, yes: bool, note: s
         dialog.get_by_role("switch").click()
     dialog.locator("textarea").fill(note)
     ui.picture(picture, whole=False)
-    ui.press(dialog.get_by_role("button", name="Resume"))
+    ui.press(dialog.get_by_role("button", name="Resume"), dialog)
 
 
 def read_artifacts(world: World) -> None:
@@ -297,7 +298,7 @@ def test_a_crashed_run_goes_on_from_the_retry_button(world: World) -> None:
         ui.picture("run-crashed")
         ui.choose("Retry")
         dialog = ui.page.get_by_role("alertdialog").or_(ui.page.get_by_role("dialog"))
-        ui.press(dialog.get_by_role("button", name="Retry"))
+        ui.press(dialog.get_by_role("button", name="Retry"), dialog)
         # The worker may report the first process's end once more: the page takes that for the last word.
         until(lambda: world.get(f"/flow_runs/{run}")["state_type"] == "COMPLETED")
         ui.open(f"/runs/flow-run/{run}")
