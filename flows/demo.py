@@ -14,9 +14,9 @@ from tasks.config import SweepConfig
 from tasks.demo.local import Places, announce, model_servers, prefect_api, show_result
 from tasks.demo.materials import make_materials
 from tasks.errors import PreflowError
-from tasks.runs import PipelineResult
-from tasks.sweeping.prepare import prepare_points
-from tasks.sweeping.results import find_sweep
+from tasks.run.preflight import PipelineResult
+from tasks.sweep.prepare import prepare_points
+from tasks.sweep.ranking import find_sweep
 
 BETAS = SweepConfig(grid={"training.beta": [0.03, 0.1, 0.3]})
 

@@ -4,7 +4,7 @@ from prefect import flow
 
 from flows.generate import generate_completions
 from tasks.config import EvaluationConfig, JudgingConfig
-from tasks.evaluation import (
+from tasks.evaluate.win_rate import (
     BASELINE,
     CANDIDATE,
     NULL,
@@ -13,10 +13,10 @@ from tasks.evaluation import (
     select_held_out,
     summarise_evaluation,
 )
-from tasks.judging import collect_verdicts, plan_judging
-from tasks.references import AdapterInput
-from tasks.report import report_evaluation
-from tasks.storage import CompletionsRef, EvaluationRef, VerdictsRef, Workspace
+from tasks.judge.asking import collect_verdicts, plan_judging
+from tasks.report.run import report_evaluation
+from tasks.run.inputs import AdapterInput
+from tasks.store.workspace import CompletionsRef, EvaluationRef, VerdictsRef, Workspace
 
 
 @flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256:.12}")

@@ -3,9 +3,9 @@
 from prefect import flow
 
 from tasks.config import GenerationConfig
-from tasks.generation import collect_completions, plan_generation
-from tasks.prompts import import_prompts
-from tasks.storage import CompletionsRef, Workspace
+from tasks.generate.sampling import collect_completions, plan_generation
+from tasks.store.prompts import import_prompts
+from tasks.store.workspace import CompletionsRef, Workspace
 
 
 @flow(name="generate-completions", flow_run_name="sample {generation.model}")

@@ -3,11 +3,11 @@
 from prefect import flow
 
 from tasks.config import JudgingConfig
-from tasks.judging import collect_verdicts, plan_judging
-from tasks.preferences import check_yield, make_preferences
-from tasks.references import CompletionsInput
-from tasks.report import report_preferences
-from tasks.storage import PreferencesRef, Workspace
+from tasks.judge.asking import collect_verdicts, plan_judging
+from tasks.judge.pairs import check_yield, make_preferences
+from tasks.report.run import report_preferences
+from tasks.run.inputs import CompletionsInput
+from tasks.store.workspace import PreferencesRef, Workspace
 
 
 @flow(name="judge-preferences", flow_run_name="judge with {judging.model}")

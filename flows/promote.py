@@ -3,9 +3,9 @@
 from prefect import flow
 
 from tasks.config import PromotionConfig
-from tasks.promotion import check_gate, confirm_served, install_adapter, move_pointer, reconcile, serve_adapter
-from tasks.references import AdapterInput, EvaluationInput
-from tasks.storage import PromotionRef, Workspace
+from tasks.promote.pointer import check_gate, confirm_served, install_adapter, move_pointer, reconcile, serve_adapter
+from tasks.run.inputs import AdapterInput, EvaluationInput
+from tasks.store.workspace import PromotionRef, Workspace
 
 
 @flow(name="promote-adapter", flow_run_name="promote to {promotion.name}")

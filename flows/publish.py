@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks.config import PublishingConfig
-from tasks.publishing import Publication, find_published, publish
+from tasks.promote.publish import Publication, find_published, publish
 
 
 @flow(name="publish-adapter", flow_run_name="publish {name} as {publishing.repo}")

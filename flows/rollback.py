@@ -3,8 +3,8 @@
 from prefect import flow
 
 from tasks.config import PromotionConfig
-from tasks.promotion import choose_rollback, confirm_served, roll_back_pointer, serve_adapter
-from tasks.storage import PromotionRef, Workspace
+from tasks.promote.pointer import choose_rollback, confirm_served, roll_back_pointer, serve_adapter
+from tasks.store.workspace import PromotionRef, Workspace
 
 
 @flow(name="rollback-adapter", flow_run_name="roll {promotion.name} back")

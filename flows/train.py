@@ -3,10 +3,10 @@
 from prefect import flow
 
 from tasks.config import TrainingConfig
-from tasks.references import PreferencesInput
-from tasks.report import report_training
-from tasks.storage import AdapterRef, Workspace
-from tasks.train import train_adapter
+from tasks.report.run import report_training
+from tasks.run.inputs import PreferencesInput
+from tasks.store.workspace import AdapterRef, Workspace
+from tasks.train.task import train_adapter
 
 
 @flow(name="train-dpo", flow_run_name="train with beta {training.beta}")

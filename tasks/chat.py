@@ -12,9 +12,9 @@ from openai import APIError, APIStatusError, OpenAI, omit
 from openai.types.chat import ChatCompletionMessageParam
 
 from tasks.config import EndpointConfig
-from tasks.endpoint import Endpoint, RequestRefused, resolve_secret
 from tasks.errors import PreflowError
-from tasks.wire import Transient
+from tasks.llm.client import Endpoint, RequestRefused, resolve_secret
+from tasks.llm.responses import Transient
 
 HELP = "Enter sends; /new starts afresh, /model NAME asks another one; Ctrl-C stops an answer, Ctrl-D ends."
 NO_SERVER = "Start the demo's models with `make up`, or give the address of yours: --endpoint http://HOST:8000/v1"

@@ -56,7 +56,7 @@ def _pointed_at_a_server(folder: Path) -> Iterator[str]:
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
     from tasks.demo.services import prefect_server as start_server
-    from tasks.logs import set_up_logs
+    from tasks.run.logs import set_up_logs
 
     set_up_logs()
     home = folder / "home"

@@ -24,9 +24,9 @@ from tasks.demo.running import Run
 from tasks.demo.services import Service, judge_server, prefect_server
 from tasks.demo.serving import vllm_server
 from tasks.demo.summary import before_and_after, stage_seconds, summarise
-from tasks.promotion import read_pointer
-from tasks.report import report_uri
-from tasks.runs import PipelineResult, find_result
+from tasks.promote.pointer import read_pointer
+from tasks.report.run import report_uri
+from tasks.run.preflight import PipelineResult, find_result
 
 LOG = logging.getLogger(__name__)
 SERVED_NAME = "dpo"

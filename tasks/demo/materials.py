@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect import task
 
-from tasks.storage import digest, file_sha256
+from tasks.store.workspace import digest, file_sha256
 
 SEED = 7
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 240, 200

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.storage import Workspace
+from tasks.store.workspace import Workspace
 
 # An environment variable with the demo's folder: with it `down` finds what the supervisor started, and nothing else.
 MARK = "PREFLOW_UP"

@@ -9,9 +9,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlo
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 
-from tasks.report import beside, gather_manifests
-from tasks.runs import PipelineResult
-from tasks.storage import Workspace
+from tasks.report.run import beside, gather_manifests
+from tasks.run.preflight import PipelineResult
+from tasks.store.workspace import Workspace
 
 
 def summarise(result: PipelineResult, workspace: str) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from tasks.demo.register import end_lost_runs, register_all
 from tasks.demo.running import Run, end_all, wait_until
 from tasks.demo.services import Service, judge_server, prefect_server, prefect_worker, require_free
 from tasks.errors import PreflowError
-from tasks.logs import set_up_logs
+from tasks.run.logs import set_up_logs
 
 LOG = logging.getLogger("tasks.demo.up")
 MOST_RESTARTS = 3

@@ -85,7 +85,7 @@ async def run_stages(prompts: str, workspace: str, vllm: str, judge: str, sft: s
 
 def check(prompts: Path, found: dict[str, Any]) -> Counter[str]:
     """Check that every prompt is judged or listed as failed, once, and every pair in one file, once."""
-    from tasks.records import prompt_id
+    from tasks.store.records import prompt_id
 
     def ids(path: Path) -> list[str]:
         return [json.loads(line)["id"] for line in path.open()]

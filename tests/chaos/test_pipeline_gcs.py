@@ -23,7 +23,7 @@ import httpx
 import pytest
 from prefect.blocks.system import Secret
 
-from tasks.storage import COMMITTED
+from tasks.store.workspace import COMMITTED
 from tests.chaos.pipeline_process import run_pipeline
 from tests.fakes import FakeOpenAI
 from tests.fakes.gcs import BUCKET, FakeGcs

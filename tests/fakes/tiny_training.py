@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import TrainingConfig
-from tasks.storage import PreferencesRef, file_sha256
+from tasks.store.workspace import PreferencesRef, file_sha256
 
 WORDS = [f"w{number}" for number in range(90)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "system", "user", "assistant"]

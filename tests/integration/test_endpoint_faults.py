@@ -15,21 +15,13 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI
 
-from tasks import endpoint as endpoint_module
-from tasks import outage as outage_module
-from tasks import served
 from tasks.config import EndpointConfig
-from tasks.endpoint import (
-    Answer,
-    BudgetExceeded,
-    Endpoint,
-    EndpointDown,
-    KeyRefused,
-    RequestRefused,
-    resolve_secret,
-)
 from tasks.errors import PreflowError
-from tasks.limits import PeriodCap
+from tasks.llm import client as endpoint_module
+from tasks.llm import outage as outage_module
+from tasks.llm import vllm_admin as served
+from tasks.llm.client import Answer, BudgetExceeded, Endpoint, EndpointDown, KeyRefused, RequestRefused, resolve_secret
+from tasks.llm.limits import PeriodCap
 from tests.fakes import FakeOpenAI
 from tests.fakes.models import JUDGES, read_completions, sample, spoil, verdict
 from tests.fakes.plan import FAULTS, Plan

@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tasks import gcs
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
-from tasks.files import Stat
-from tasks.promotion import install_adapter, move_pointer, read_pointer
-from tasks.storage import COMMITTED, AdapterRef, EvaluationRef, Workspace, folder_digest
+from tasks.promote.pointer import install_adapter, move_pointer, read_pointer
+from tasks.store import gcs
+from tasks.store.local import Stat
+from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, Workspace, folder_digest
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.fakes.gcs_plan import FAULTS
 from tests.fakes.process import ROOT
@@ -161,7 +161,7 @@ def test_of_many_movers_of_a_pointer_none_is_lost(place: str, request: Any, tmp_
 
 def test_processes_that_count_together_lose_no_count(store: Workspace) -> None:
     script = (
-        "import sys; from tasks.storage import Workspace\n"
+        "import sys; from tasks.store.workspace import Workspace\n"
         "store = Workspace(sys.argv[1])\n"
         "for _ in range(5): store.update_json(store.uri('count'), lambda n: (n or 0) + 1)\n"
     )

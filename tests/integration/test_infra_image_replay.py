@@ -55,7 +55,9 @@ def test_what_it_runs_is_there(flow: ReplayedImage) -> None:
         assert (flow.work / file).exists(), file
     assert (
         "seinfeld"
-        in flow.run("python", "-c", "from tasks.judging import read_rubric; print(read_rubric('seinfeld'))").lower()
+        in flow.run(
+            "python", "-c", "from tasks.judge.asking import read_rubric; print(read_rubric('seinfeld'))"
+        ).lower()
     )
 
 

@@ -18,8 +18,8 @@ import pytest
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, Workspace
-from tasks.training.launch import run_training, training_key
+from tasks.store.workspace import AdapterRef, Workspace
+from tasks.train.launch import run_training, training_key
 from tests.fakes.dockerfile import values
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import TinyWorld

@@ -21,15 +21,16 @@ from flows import promote as promotion_flow
 from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
-from tasks import promotion, serving
 from tasks.config import PromotionConfig, TrainingConfig
 from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
 from tasks.demo.services import Service
 from tasks.demo.serving import vllm_server
 from tasks.errors import PreflowError
-from tasks.promotion import read_pointer
-from tasks.serving import ProbeFailed
-from tasks.storage import AdapterRef, EvaluationRef, Workspace
+from tasks.promote import pointer as promotion
+from tasks.promote import vllm as serving
+from tasks.promote.pointer import read_pointer
+from tasks.promote.vllm import ProbeFailed
+from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
 NAME = "live"
@@ -94,7 +95,7 @@ def finished_training(folder: Path, base: Path, sft: Path, adapter: Path, name: 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from tasks.training.probe import record_probe
+    from tasks.trainer.model import record_probe
 
     training = folder / "workspace" / "training" / name
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)

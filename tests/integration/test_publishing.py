@@ -11,8 +11,8 @@ import yaml
 from flows.publish import publish_adapter
 from tasks.config import PromotionConfig, PublishingConfig
 from tasks.errors import PreflowError
-from tasks.promotion import install_adapter, move_pointer
-from tasks.storage import AdapterRef, EvaluationRef, Workspace
+from tasks.promote.pointer import install_adapter, move_pointer
+from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
 from tests.fakes.hub import FakeHub
 
 TOKEN = "hf_" + "t0ken" * 6

@@ -14,11 +14,11 @@ import pytest
 from flows.evaluate import evaluate_adapter
 from flows.generate import generate_completions
 from flows.judge import judge_preferences
-from tasks import outage
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
 from tasks.errors import PreflowError
-from tasks.judging import build_messages, read_rubric
-from tasks.storage import AdapterRef, CompletionsRef, PreferencesRef, Workspace
+from tasks.judge.asking import build_messages, read_rubric
+from tasks.llm import outage
+from tasks.store.workspace import AdapterRef, CompletionsRef, PreferencesRef, Workspace
 from tests.fakes import FakeOpenAI
 from tests.fakes.models import sample, text_sha
 from tests.fakes.openai_server import prompt_id

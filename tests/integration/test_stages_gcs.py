@@ -10,7 +10,7 @@ import pytest
 from flows.generate import generate_completions
 from flows.judge import judge_preferences
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, PreferencesRef, Workspace, folder_digest
+from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace, folder_digest
 from tests.fakes import FakeOpenAI
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.integration.test_stages import generation, judging, write_prompts

@@ -23,13 +23,13 @@ from prefect.client.schemas.objects import State
 from prefect.flows import Flow
 
 from flows.sweep import dpo_sweep
-from tasks import remote
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
-from tasks.promotion import read_pointer
-from tasks.sweeping.estimate import plan_sweep
-from tasks.sweeping.prepare import prepare_points
-from tasks.sweeping.results import SweepResult
+from tasks.promote.pointer import read_pointer
+from tasks.sweep.estimate import plan_sweep
+from tasks.sweep.prepare import prepare_points
+from tasks.sweep.ranking import SweepResult
+from tasks.train import work_pool as remote
 from tests.deployed import ask, process_worker
 from tests.fakes import FakeOpenAI
 from tests.fakes.process import ROOT

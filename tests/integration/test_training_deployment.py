@@ -22,16 +22,15 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.states import AwaitingRetry, Cancelling
 
-from tasks import remote
 from tasks.config import DrillConfig, GenerationConfig, PipelineConfig, TrainingConfig
-from tasks.drill import read_digests, train_in_the_storm
+from tasks.drill.preemption import choose_target
+from tasks.drill.training import read_digests, train_in_the_storm
 from tasks.errors import PreflowError
-from tasks.pools import check_deployment
-from tasks.preemption import choose_target
-from tasks.remote import TrainingOrder, count_crashes
-from tasks.runs import prepare_run
-from tasks.storage import AdapterRef
-from tasks.training.launch import run_training
+from tasks.run.preflight import prepare_run
+from tasks.store.workspace import AdapterRef
+from tasks.train import work_pool as remote
+from tasks.train.launch import run_training
+from tasks.train.work_pool import TrainingOrder, check_deployment, count_crashes
 from tests.deployed import Worker, ask, process_worker
 from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
 from tests.fakes.process import ROOT

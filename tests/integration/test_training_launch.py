@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from tasks.config import LossType
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, Workspace
-from tasks.training.launch import run_training, training_key
-from tasks.training.spec import Progress
+from tasks.store.workspace import AdapterRef, Workspace
+from tasks.train.launch import run_training, training_key
+from tasks.train.spec import Progress
 from tests.fakes.tiny_training import TinyWorld
 from tests.fakes.training_process import TrainingProcesses
 
@@ -209,7 +209,7 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
 
 
 def test_starting_needs_no_torch() -> None:
-    code = "import sys, tasks.training.launch; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, tasks.train.launch; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

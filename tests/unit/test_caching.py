@@ -13,9 +13,9 @@ from prefect import task
 from prefect.results import ResultRecord, ResultRecordMetadata
 from prefect.serializers import JSONSerializer, PickleSerializer, Serializer
 
-from tasks.caching import SERIALIZER, WorkspaceResults, cached, stage_key
+from tasks.batch.caching import SERIALIZER, WorkspaceResults, cached
 from tasks.errors import PreflowError
-from tasks.storage import Reference, Workspace
+from tasks.store.workspace import Reference, Workspace, stage_key
 
 
 class Bomb:

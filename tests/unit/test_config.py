@@ -18,7 +18,7 @@ from tasks.config import (
     StageConfig,
     TrainingConfig,
 )
-from tasks.evaluation import win_rate
+from tasks.evaluate.win_rate import win_rate
 
 MODELS: list[type[StageConfig]] = [
     EndpointConfig,

@@ -8,11 +8,11 @@ import pytest
 
 from tasks.config import DrillConfig, TrainingConfig
 from tasks.demo.tiny import pair_rows
-from tasks.drill import DrillResult, Preemption, TrainingWatch, plan_preemptions, read_pairs
+from tasks.drill.preemption import Kind
+from tasks.drill.training import DrillResult, Preemption, TrainingWatch, plan_preemptions, read_pairs
 from tasks.errors import PreflowError
-from tasks.preemption import Kind
-from tasks.remote import TrainingOrder
-from tasks.storage import AdapterRef, PreferencesRef
+from tasks.store.workspace import AdapterRef, PreferencesRef
+from tasks.train.work_pool import TrainingOrder
 
 ADAPTER = AdapterRef(uri="/a", sha256="0", size=0, rows=0)
 

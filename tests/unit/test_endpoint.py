@@ -11,10 +11,10 @@ import httpx2
 import pytest
 
 from tasks.config import EndpointConfig
-from tasks.endpoint import BudgetExceeded, Endpoint, KeyRefused, RequestRefused, Usage, resolve_secret
 from tasks.errors import PreflowError
-from tasks.limits import Budget, Gate, PeriodCap, Window
-from tasks.wire import Transient, classify, read_answer, shorten
+from tasks.llm.client import BudgetExceeded, Endpoint, KeyRefused, RequestRefused, Usage, resolve_secret
+from tasks.llm.limits import Budget, Gate, PeriodCap, Window
+from tasks.llm.responses import Transient, classify, read_answer, shorten
 
 # ---- the window
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from tasks.batch.rows import Outcome, read_slice
 from tasks.config import PipelineConfig
-from tasks.estimate import count_comparisons, estimate_judging
-from tasks.judging import plan_judging
-from tasks.shards import Outcome, read_slice
-from tasks.storage import CompletionsRef, Workspace
+from tasks.judge.asking import plan_judging
+from tasks.run.approval import count_comparisons, estimate_judging
+from tasks.store.workspace import CompletionsRef, Workspace
 
 PRICES = {"prompt_price": 1.0, "completion_price": 10.0, "max_tokens": 100, "shard_size": 100}
 

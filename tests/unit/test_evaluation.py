@@ -9,9 +9,9 @@ import pytest
 
 from tasks.config import EvaluationConfig, GenerationConfig
 from tasks.errors import PreflowError
-from tasks.evaluation import BASELINE, CANDIDATE, NULL, draw_settings, outcome_of, pair_samples, win_rate
-from tasks.quality.counters import wilson_interval
-from tasks.storage import AdapterRef, CompletionsRef, Workspace
+from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, outcome_of, pair_samples, win_rate
+from tasks.judge.quality.counters import wilson_interval
+from tasks.store.workspace import AdapterRef, CompletionsRef, Workspace
 
 Row = dict[str, Any]
 

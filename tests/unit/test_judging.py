@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from tasks.config import JudgeConfig, JudgingConfig
-from tasks.endpoint import Answer, Choice, RequestRefused, Usage
 from tasks.errors import PreflowError
-from tasks.judging import (
+from tasks.judge.asking import (
     Judge,
     JudgingPlan,
     Question,
@@ -26,7 +25,8 @@ from tasks.judging import (
     read_verdict,
     verdict_format,
 )
-from tasks.storage import Reference
+from tasks.llm.client import Answer, Choice, RequestRefused, Usage
+from tasks.store.workspace import Reference
 from tests.fakes.models import read_completions
 
 SCENE = [{"role": "system", "content": "You write scenes."}, {"role": "user", "content": "[ANN] So.\n[BOB] So what?"}]

@@ -3,9 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from tasks.batch.costs import Ledger, Spent, StageCost, format_seconds, format_usd, render_table
 from tasks.config import EndpointConfig
-from tasks.ledger import Ledger, Spent, StageCost, format_seconds, format_usd, render_table
-from tasks.wire import Usage
+from tasks.llm.responses import Usage
 
 PRICES = EndpointConfig(prompt_price=0.3, completion_price=2.5)
 JUDGED = Usage(requests=2042, prompt_tokens=3_000_000, completion_tokens=400_000, thinking_tokens=350_000)

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from tasks.errors import PreflowError
-from tasks.logs import set_up_logs
+from tasks.run.logs import set_up_logs
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 
 from tasks.config import PipelineConfig
-from tasks.report import changed_settings
-from tasks.reporting import (
-    ReportSection,
+from tasks.report.overview import (
     approval_section,
     glance_section,
     inputs_section,
@@ -15,6 +13,8 @@ from tasks.reporting import (
     verdict,
     win_rate_figures,
 )
+from tasks.report.page import ReportSection
+from tasks.report.run import changed_settings
 
 RATE: dict[str, Any] = {
     "win_rate": 0.61,

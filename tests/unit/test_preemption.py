@@ -14,10 +14,10 @@ import yaml
 from kubernetes_asyncio import config as kubernetes_config
 from prefect.client.schemas.objects import FlowRun
 
-from tasks import preemption
+from tasks.drill import preemption
+from tasks.drill.preemption import Kind, PodTarget
 from tasks.errors import PreflowError
-from tasks.preemption import Kind, PodTarget
-from tasks.remote import TrainingOrder
+from tasks.train.work_pool import TrainingOrder
 
 RUN = UUID(int=7)
 POLLS_UNTIL_GONE = 2

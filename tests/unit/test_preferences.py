@@ -9,8 +9,8 @@ import pytest
 
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
-from tasks.preferences import Decision, check_yield, decide, is_validation, make_preferences, preference_pair
-from tasks.storage import PreferencesRef, VerdictsRef, Workspace, digest
+from tasks.judge.pairs import Decision, check_yield, decide, is_validation, make_preferences, preference_pair
+from tasks.store.workspace import PreferencesRef, VerdictsRef, Workspace, digest
 
 Row = dict[str, Any]
 ORDERS = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]

@@ -8,7 +8,7 @@ import pytest
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
-from tasks.promotion import (
+from tasks.promote.pointer import (
     PromotionRefused,
     check_gate,
     choose_rollback,
@@ -18,8 +18,8 @@ from tasks.promotion import (
     read_pointer,
     roll_back_pointer,
 )
-from tasks.serving import Probe, ProbeFailed, ProbeText, read_probe
-from tasks.storage import AdapterRef, EvaluationRef, Workspace, server_path
+from tasks.promote.vllm import Probe, ProbeFailed, ProbeText, read_probe
+from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace, server_path
 
 PROMOTION = PromotionConfig(name="mine", endpoint=None)
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
-from tasks.prompts import import_prompts
-from tasks.storage import PromptsRef
+from tasks.store.prompts import import_prompts
+from tasks.store.workspace import PromptsRef
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
-from tasks.records import Completions, PreferencePair, Prompt, prompt_id, read_rows
+from tasks.store.records import Completions, PreferencePair, Prompt, prompt_id, read_rows
 
 USER = {"role": "user", "content": "Go on."}
 GOOD: dict[str, Any] = {"prompt": [{"role": "system", "content": "You write scenes."}, USER]}

@@ -10,8 +10,8 @@ from prefect.exceptions import ParameterTypeError
 from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.references import AdapterInput, PreferencesInput
-from tasks.storage import AdapterRef, PreferencesRef, Workspace
+from tasks.run.inputs import AdapterInput, PreferencesInput
+from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace
 
 PAIRS = TypeAdapter(PreferencesInput)
 

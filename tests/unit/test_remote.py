@@ -8,8 +8,8 @@ from threading import Thread
 import httpx
 import pytest
 
-from tasks import remote
 from tasks.demo.services import free_port
+from tasks.train import work_pool as remote
 
 
 class Api(BaseHTTPRequestHandler):
@@ -39,7 +39,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_an_outage_is_waited_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "tasks.remote")
+    caplog.set_level(logging.INFO, "tasks.train.work_pool")
     port = free_port()
     asked = asyncio.create_task(remote.patiently(ask, f"http://127.0.0.1:{port}/200"))
     while not caplog.records:  # noqa: ASYNC110  the record is written in a call that nobody else sees
@@ -50,7 +50,7 @@ async def test_an_outage_is_waited_out_and_said_once(caplog: pytest.LogCaptureFi
     server.shutdown()
     assert Api.asked == 2, "a 503 is an outage, too"
     # Prefect's settings of the logs can show a record to two handlers.
-    records = {id(record): record for record in caplog.records if record.name == "tasks.remote"}
+    records = {id(record): record for record in caplog.records if record.name == "tasks.train.work_pool"}
     said = [record.message for record in records.values()]
     assert len(said) == 2
     assert said[0].startswith("the Prefect server does not answer")

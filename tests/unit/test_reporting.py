@@ -8,25 +8,20 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from tasks.ledger import Ledger, Spent, StageCost
-from tasks.quality import QualityReport, measure_judgements, plot_quality
-from tasks.reporting import (
-    Example,
-    Picture,
-    ReportSection,
-    Table,
+from tasks.batch.costs import Ledger, Spent, StageCost
+from tasks.judge.quality import QualityReport, measure_judgements, plot_quality
+from tasks.report.page import Example, Picture, ReportSection, Table
+from tasks.report.plots import plot_metrics
+from tasks.report.render import render_html, render_markdown, render_text_table
+from tasks.report.sections import (
     cost_section,
     evaluation_section,
     lineage_section,
     pairs_section,
     quality_section,
-    render_html,
-    render_markdown,
-    render_text_table,
     sample_rows,
     training_section,
 )
-from tasks.training.plots import plot_metrics
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

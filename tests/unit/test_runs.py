@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig, PipelineConfig, TrainingConfig
-from tasks.runs import run_key
+from tasks.run.preflight import run_key
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.fakes.process import ROOT
 from tests.unit.test_infra_job_template import RUN, render
 
 # Torch is not needed to find a field, and the demo's models are not configuration.
-SKIPPED = ("tasks.training.", "tasks.demo.", "flows.demo")
+SKIPPED = ("tasks.trainer.", "tasks.demo.", "flows.demo")
 NAMES_A_SECRET = re.compile(r"api_?key|secret|password|credential|(auth|access|hub|hf|bearer)_token")
 LITERALS = [
     "sk-proj-abcdefghijklmnop", "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "AIzaSyA-1234567890abcdefghijklmnopqrstu",

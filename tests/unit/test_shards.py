@@ -10,26 +10,10 @@ from typing import Any
 
 import pytest
 
+from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, read_slice, shard_rows, slice_rows, writable
+from tasks.batch.shards import Count, ShardWorker, Tally, TooManyFailures, merge_shards, open_shards, settle
 from tasks.errors import PreflowError
-from tasks.shards import (
-    Count,
-    Outcome,
-    Row,
-    RowStore,
-    ShardRef,
-    ShardWorker,
-    Slice,
-    Tally,
-    TooManyFailures,
-    merge_shards,
-    open_shards,
-    read_slice,
-    settle,
-    shard_rows,
-    slice_rows,
-    writable,
-)
-from tasks.storage import PromptsRef, Workspace, digest
+from tasks.store.workspace import PromptsRef, Workspace, digest
 
 
 def make_source(folder: Path, count: int, first: int = 0) -> PromptsRef:
@@ -353,7 +337,7 @@ async def test_what_no_request_can_survive_stops_the_stage_at_once(tmp_path: Pat
 
 
 async def test_a_full_disk_stops_the_stage_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import shards as module
+    from tasks.batch import shards as module
 
     written = 0
     original = module.Journal._append_line

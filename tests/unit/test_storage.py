@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
-from tasks.storage import (
+from tasks.store.workspace import (
     AdapterRef,
     CompletionsRef,
     Reference,
@@ -84,7 +84,7 @@ def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> Non
 
 def test_a_process_killed_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from tasks.storage import Workspace\n"
+        "import os, signal, sys; from tasks.store.workspace import Workspace\n"
         "store = Workspace(sys.argv[1])\n"
         "with store.writing(store.uri('file')) as out:\n"
         "    out.write(b'x' * 3_000_000)\n"

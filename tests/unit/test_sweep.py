@@ -18,13 +18,13 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.errors import PreflowError
-from tasks.evaluation import win_rate
-from tasks.runs import my_turn, taking_turns
-from tasks.sweeping.plan import SweepPlan, Work, check_budget
-from tasks.sweeping.points import expand_points, parameter_names
-from tasks.sweeping.prepare import prepare_points, trainings_at_once
-from tasks.sweeping.results import PointResult, SweepResult, WinRate, sidak
-from tasks.sweeping.sections import plan_section, ranking_section
+from tasks.evaluate.win_rate import win_rate
+from tasks.run.preflight import my_turn, taking_turns
+from tasks.sweep.estimate import SweepPlan, Work, check_budget
+from tasks.sweep.page import plan_section, ranking_section
+from tasks.sweep.points import expand_points, parameter_names
+from tasks.sweep.prepare import prepare_points, trainings_at_once
+from tasks.sweep.ranking import PointResult, SweepResult, WinRate, sidak
 
 
 def points(base: PipelineConfig | None = None, **sweep: Any) -> list[tuple[str, PipelineConfig]]:

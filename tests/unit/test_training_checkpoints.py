@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.storage import COMMITTED, Workspace
-from tasks.training.checkpoints import Checkpoint, CheckpointStore
+from tasks.store.workspace import COMMITTED, Workspace
+from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 
 FILES = ["policy.safetensors", "optimizer.safetensors", "state.json", "trainer_state.json", COMMITTED]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tasks.config import ComputeType, LossType, QuantType, ReportTo, Schedule, TrainingConfig
-from tasks.training import model
-from tasks.training.trainer import dpo_config
+from tasks.trainer import model
+from tasks.trainer.trainer import dpo_config
 
 # field: (a value that is not the default, attribute of DPOConfig, what it must be there)
 REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
@@ -70,8 +70,8 @@ def test_without_pairs_to_evaluate_on_nothing_is_evaluated(tmp_path: Path) -> No
 @pytest.mark.parametrize("cuda", [True, False])
 def test_bf16_is_for_cuda_only(cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("tasks.training.trainer.has_cuda", lambda: cuda)
-    monkeypatch.setattr("tasks.training.trainer.DPOConfig", lambda **options: seen.update(options))
+    monkeypatch.setattr("tasks.trainer.trainer.has_cuda", lambda: cuda)
+    monkeypatch.setattr("tasks.trainer.trainer.DPOConfig", lambda **options: seen.update(options))
     dpo_config(TrainingConfig(bf16=True), tmp_path, evaluate=False)
     assert (seen["bf16"], seen["use_cpu"]) == (cuda, not cuda)
 

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from tasks.errors import PreflowError
-from tasks.records import PreferencePair
-from tasks.storage import Workspace
-from tasks.training.data import (
+from tasks.store.records import PreferencePair
+from tasks.store.workspace import Workspace
+from tasks.trainer.data import (
     LengthReport,
     MicroBatchSampler,
     TokenPair,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tasks.config import TrainingConfig
-from tasks.training.health import Run, assess
-from tasks.training.plots import plot_metrics
+from tasks.report.plots import plot_metrics
+from tasks.train.health import Run, assess
 
 
 def evaluation(step: int, accuracy: float, chosen: float, rejected: float, loss: float) -> dict[str, Any]:

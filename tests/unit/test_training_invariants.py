@@ -5,8 +5,8 @@ import math
 import pytest
 
 from tasks.config import LossType, TrainingConfig
-from tasks.training import invariants
-from tasks.training.invariants import InvariantError
+from tasks.train import invariants
+from tasks.train.invariants import InvariantError
 
 ZERO = {"rewards/margins": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0}
 

@@ -9,7 +9,7 @@ import pytest
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
-from tasks.training.launch import check_training_inputs, training_key, with_measured_smoothing
+from tasks.train.launch import check_training_inputs, training_key, with_measured_smoothing
 from tests.fakes.tiny_training import TinyWorld, build_adapter, build_base, pairs, write_preferences
 
 
@@ -73,7 +73,7 @@ def test_a_missing_file_is_named(world: TinyWorld, file: str, message: str) -> N
 
 
 def test_a_tracker_that_is_not_installed_is_named(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.training.launch.find_spec", lambda name: None)
+    monkeypatch.setattr("tasks.train.launch.find_spec", lambda name: None)
     with pytest.raises(PreflowError, match="report_to wandb: not installed here"):
         check_training_inputs(world.config(report_to="wandb"))
     check_training_inputs(world.config())

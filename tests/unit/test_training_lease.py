@@ -12,15 +12,7 @@ from typing import Any
 
 import pytest
 
-from tasks.training.lease import (
-    FencedWorkspace,
-    Holder,
-    Lease,
-    LeaseLostError,
-    SwapFile,
-    is_dead,
-    this_process,
-)
+from tasks.trainer.lease import FencedWorkspace, Holder, Lease, LeaseLostError, SwapFile, is_dead, this_process
 from tests.fakes.gcs import BUCKET, FakeGcs
 
 

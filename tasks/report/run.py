@@ -1,0 +1,235 @@
+"""What a run shows: Prefect artifacts of each stage, and one self-contained HTML page of the whole."""
+
+import json
+import logging
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prefect.artifacts import acreate_markdown_artifact
+
+from tasks.batch.costs import Ledger, Spent, StageCost, format_usd
+from tasks.config import PipelineConfig
+from tasks.judge.quality import QualityReport
+from tasks.report.overview import (
+    Figure,
+    glance_section,
+    inputs_section,
+    quality_figures,
+    training_figures,
+    win_rate_figures,
+)
+from tasks.report.page import ReportSection
+from tasks.report.plots import plot_metrics
+from tasks.report.render import render_html, render_markdown
+from tasks.report.sections import (
+    SampleLengths,
+    cost_section,
+    evaluation_section,
+    lineage_section,
+    pairs_section,
+    quality_section,
+    sample_rows,
+    training_section,
+)
+from tasks.run.preflight import PipelineResult, run_key
+from tasks.store.workspace import AdapterRef, EvaluationRef, PreferencesRef, Reference, Workspace
+
+logger = logging.getLogger(__name__)
+
+
+async def report_preferences(preferences: PreferencesRef, workspace: str) -> None:
+    """Show in the UI what was measured about the judge, and pairs to read."""
+    for section in preference_sections(preferences, workspace):
+        await publish(section)
+
+
+async def report_training(adapter: AdapterRef, workspace: str) -> None:
+    """Show in the UI the curves of a training, its readings and the advice."""
+    await publish(training_page(adapter, workspace))
+
+
+async def report_evaluation(evaluation: EvaluationRef, workspace: str, bar: float = 0.5) -> None:
+    """Show in the UI whether the adapter won, and comparisons to read."""
+    await publish(evaluation_page(evaluation, workspace, bar))
+
+
+async def report_run(config: PipelineConfig, result: PipelineResult) -> str:
+    """Write the page of a whole run into the workspace, show it in the UI, and return its uri."""
+    store, uri = Workspace(config.workspace), report_uri(config)
+    sections = run_sections(config, result)
+    store.write_bytes(uri, render_html(f"preflow run for {config.promotion.name}", sections).encode())
+    for section in sections:
+        if section.title in ("Cost", "Lineage"):  # the others are pages of their stages already
+            await publish(section)
+    whole = "\n".join(render_markdown(replace(section, blocks=())) for section in sections)
+    page = f"The same page, to keep or to print: `{uri}`\n\n{whole}"
+    # Last, because the UI shows the newest page of a run first.
+    await acreate_markdown_artifact(key="report", markdown=page, description=sections[0].summary)
+    logger.info("%s The whole report: %s", sections[0].summary, uri)
+    return uri
+
+
+def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
+    """Return every page on a run: first the verdict, then what shows it, then how it came about."""
+    store = Workspace(config.workspace)
+    manifests, bar = gather_manifests(store, result), config.promotion.min_win_rate
+    ledger = add_up(store, manifests)
+    shown = [
+        evaluation_page(result.evaluation, config.workspace, bar),
+        *preference_sections(result.preferences, config.workspace),
+        training_page(result.adapter, config.workspace),
+    ]
+    figures = run_figures(store, result, ledger, bar)
+    glance = glance_section(store.read_json(result.evaluation.uri), bar, what_is_served(result), figures, shown)
+    inputs = inputs_section(manifests, changed_settings(config))
+    return [glance, inputs, *shown, cost_section(ledger), lineage_section(manifests, store.root)]
+
+
+def run_figures(store: Workspace, result: PipelineResult, ledger: Ledger, bar: float) -> list[Figure]:
+    """Return the figures of the first page, each with its healthy range."""
+    training = store.read_json(result.adapter.manifest) if result.adapter.manifest else {}
+    pairs = f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"
+    return [
+        *win_rate_figures(store.read_json(result.evaluation.uri), bar),
+        ("Prompts sampled", result.completions.rows, "", None),
+        ("Preference pairs", pairs, "", None),
+        *quality_figures(read_quality(store, result.preferences)),
+        *training_figures(store.read_json(beside(result.adapter, "health.json")), _first_loss(training)),
+        ("Cost of everything, US$", format_usd(ledger.total().used.usd), "", None),
+    ]
+
+
+def _first_loss(training: Mapping[str, Any]) -> float | None:
+    found: float | None = training.get("summary", {}).get("first_loss")
+    return found
+
+
+def what_is_served(result: PipelineResult) -> str:
+    """Say what became of the new adapter."""
+    if result.promotion is not None:
+        return f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
+    return f"It is not served: {result.declined or 'it did not win by enough'}."
+
+
+def changed_settings(config: PipelineConfig) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, by their dotted names."""
+    return dict(_differences("", config.model_dump(mode="json"), PipelineConfig().model_dump(mode="json")))
+
+
+def _differences(prefix: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in given.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            yield from _differences(f"{prefix}{name}.", value, default)
+        # The evaluation's endpoints are those of the stages before, written out.
+        elif value != default and not (prefix == "evaluation." and isinstance(value, dict)):
+            yield f"{prefix}{name}", value
+
+
+def report_uri(config: PipelineConfig) -> str:
+    """Return where the page of a run lies."""
+    return Workspace(config.workspace).uri("runs", run_key(config), "report.html")
+
+
+async def publish(section: ReportSection) -> None:
+    """Show a section in the UI, as a markdown artifact named after its title."""
+    key = section.title.lower().replace(" ", "-")
+    await acreate_markdown_artifact(key=key, markdown=render_markdown(section), description=section.summary)
+
+
+def preference_sections(preferences: PreferencesRef, workspace: str) -> list[ReportSection]:
+    """Return the sections on the judge's quality and on the pairs."""
+    store = Workspace(workspace)
+    quality = read_quality(store, preferences)
+    picture = store.read_bytes(beside(preferences, "quality.png"))
+    return [quality_section(quality, picture), pairs_section(sample_rows(_rows(store, preferences.uri)))]
+
+
+def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport:
+    """Return what was measured about the judge and its pairs."""
+    return QualityReport.model_validate(store.read_json(beside(preferences, "quality.json")))
+
+
+def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
+    """Return the section on a training."""
+    store = Workspace(workspace)
+    metrics = list(_rows(store, beside(adapter, "metrics.jsonl")))
+    counts = store.read_json(adapter.manifest)["counts"] if adapter.manifest else None
+    return training_section(store.read_json(beside(adapter, "health.json")), metrics, plot_metrics(metrics), counts)
+
+
+def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
+    """Return the section on the win rate."""
+    store, lengths = Workspace(workspace), SampleLengths()
+    comparisons = sample_rows(lengths.watch(_rows(store, beside(evaluation, "comparisons.jsonl"))))
+    return evaluation_section(store.read_json(evaluation.uri), comparisons, bar, lengths)
+
+
+def beside(reference: Reference, name: str) -> str:
+    """Return the uri of a file in the folder of an artifact."""
+    return posixpath.join(posixpath.dirname(reference.uri), name)
+
+
+def _rows(store: Workspace, uri: str) -> Iterator[dict[str, Any]]:
+    return (json.loads(line) for line in store.lines(uri))
+
+
+def gather_manifests(store: Workspace, *results: PipelineResult) -> list[dict[str, Any]]:
+    """Return the manifests of everything that runs were made of, each once, and after those of what it was made of.
+
+    A manifest that names no artifact (a training's is written before its adapter is committed) gets the reference.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+
+    def visit(reference: dict[str, Any]) -> None:
+        uri = reference.get("manifest")
+        if uri is None or uri in seen or not store.exists(uri):
+            return
+        seen.add(uri)
+        manifest = {"artifact": reference, **store.read_json(uri), "uri": uri}
+        for upstream in manifest.get("upstream", []):
+            visit(upstream)
+        found[uri] = _with_origin(store, manifest) if manifest["stage"] == "prompts" else manifest
+
+    for reference in (reference for result in results for reference in result.references()):
+        visit(reference.model_dump())
+    return list(found.values())
+
+
+def _with_origin(store: Workspace, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of prompts with the file that they came from in the end, and all that was left out."""
+    source: str = manifest["source"]
+    before = posixpath.join(posixpath.dirname(source), "manifest.json")
+    if not source.startswith(store.uri("prompts")) or not store.exists(before):
+        return manifest
+    origin = _with_origin(store, store.read_json(before))
+    counts, earlier = manifest["counts"], origin["counts"]
+    left_out = {name: counts[name] + earlier[name] for name in ("duplicates", "in_training")}
+    return {**manifest, "source": origin["source"], "counts": {"read": earlier["read"], **left_out}}
+
+
+def add_up(store: Workspace, manifests: Sequence[dict[str, Any]]) -> Ledger:
+    """Return what the artifacts of a run cost to make, whichever run made them, at the prices of then."""
+    ledger = Ledger()
+    for manifest in manifests:
+        if (cost := _cost_of(store, manifest)) is not None:
+            ledger = ledger.plus(cost)
+    return ledger
+
+
+def _cost_of(store: Workspace, manifest: dict[str, Any]) -> StageCost | None:
+    """Return one artifact's cost: tokens of all its rows, and the time that making it took."""
+    folder, stage = posixpath.dirname(manifest["uri"]), manifest["stage"]
+    if stage == "training":
+        timing = posixpath.join(folder, "timing.json")
+        found = store.read_json(timing) if store.exists(timing) else {"seconds": 0.0}
+        gpus = manifest["config"]["num_processes"] if found.get("peak_accelerator_bytes") else 0
+        return StageCost(stage=stage, used=Spent(gpu_seconds=gpus * found["seconds"]), seconds=found["seconds"])
+    if not (usage := manifest.get("usage")):
+        return None
+    cost = posixpath.join(folder, "cost.json")
+    seconds = store.read_json(cost)["seconds"] if store.exists(cost) else 0.0
+    return StageCost(stage=stage, used=Spent(**usage, usd=manifest["usd"]), seconds=seconds)

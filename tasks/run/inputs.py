@@ -1,0 +1,71 @@
+"""What a flow takes for an artifact of another stage: its reference, or text that names it, as a person pastes it."""
+
+import functools
+import json
+import posixpath
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from tasks.store.workspace import AdapterRef, CompletionsRef, EvaluationRef, PreferencesRef, Reference, Workspace
+from tasks.train.launch import find_adapter
+from tasks.train.spec import TrainingPaths
+
+
+def find_reference(kind: type[Reference], value: object) -> object:
+    """Return what a parameter that names an artifact means: text may be its folder, its manifest.json, or its JSON.
+
+    Raises:
+        ValueError: there is no such artifact there; pydantic's message then names the parameter.
+    """
+    if not isinstance(value, str):
+        return value
+    text, wanted = value.strip(), kind.model_fields["kind"].default
+    if text.startswith("{"):
+        return json.loads(text)
+    manifest = _manifest_of(text, wanted)
+    found = Workspace.holding(manifest).read_json(manifest)
+    if kind is AdapterRef and found.get("stage") == "training":
+        return _trained_in(manifest)
+    artifact = found.get("artifact", {})
+    if artifact.get("kind") != wanted:
+        named = artifact.get("kind", found.get("stage"))
+        raise ValueError(f"{manifest} is the manifest of {named}, and {wanted} is wanted here")
+    return artifact
+
+
+def _trained_in(manifest: str) -> AdapterRef:
+    """Return the adapter of a training: its manifest is written before the adapter is committed, so without it."""
+    store = Workspace.holding(manifest)
+    uri = manifest if "://" in manifest else str(Path(manifest).expanduser().absolute())
+    adapter = find_adapter(store, TrainingPaths(posixpath.dirname(uri)))
+    if adapter is None:
+        raise ValueError(f"{manifest}: this training has no finished adapter; run it again, it goes on where it was")
+    return adapter
+
+
+def _manifest_of(text: str, wanted: str) -> str:
+    """Return the manifest in the folder `text`, or beside the file or folder `text`."""
+    uri = text.rstrip("/")
+    candidates = [f"{uri}/manifest.json", f"{posixpath.dirname(uri)}/manifest.json"]
+    if uri.endswith("manifest.json"):
+        candidates = [uri]
+    store = Workspace.holding(uri)
+    found = next((candidate for candidate in candidates if store.exists(candidate)), None)
+    if found is None:
+        raise ValueError(
+            f"there is no {candidates[0]}: give the folder of finished {wanted} (in the workspace) or its manifest.json"
+        )
+    return found
+
+
+def _named(kind: type[Reference]) -> BeforeValidator:
+    return BeforeValidator(functools.partial(find_reference, kind), json_schema_input_type=str | kind)
+
+
+# The types of flow parameters: inside the flow each is a reference.
+CompletionsInput = Annotated[CompletionsRef, _named(CompletionsRef)]
+PreferencesInput = Annotated[PreferencesRef, _named(PreferencesRef)]
+AdapterInput = Annotated[AdapterRef, _named(AdapterRef)]
+EvaluationInput = Annotated[EvaluationRef, _named(EvaluationRef)]

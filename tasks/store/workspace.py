@@ -1,0 +1,527 @@
+"""The workspace: a local folder or gs://bucket/prefix, where a file is either absent or whole."""
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import posixpath
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+from urllib.parse import unquote, urlparse
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tasks.config.base import field_title
+from tasks.errors import DiskFullError, PreflowError
+from tasks.store.local import Files, LocalFiles, Stat
+
+CHUNK = 1 << 20
+PARALLEL_TRANSFERS = 16
+UPDATE_ATTEMPTS = 30
+PROBED_SECONDS = 300.0
+COMMITTED = "COMMITTED.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+logger = logging.getLogger(__name__)
+_writable_until: dict[str, float] = {}
+
+
+class Reference(BaseModel):
+    """What stages hand each other: where an artifact is and what it must contain, never the data itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", field_title_generator=field_title)
+
+    kind: str = Field(description="What the artifact is.")
+    uri: str = Field(description="Where it is: a path or gs:// address, of a file or (an adapter) a folder.")
+    sha256: str = Field(description="Digest of its content; an adapter's is that of its COMMITTED.json.")
+    size: int = Field(description="Size of the file, in bytes.")
+    rows: int = Field(description="Rows that the file holds.")
+    manifest: str | None = Field(None, description="Where its manifest.json is, which says what it was made from.")
+
+
+RefT = TypeVar("RefT", bound=Reference)
+
+
+class PromptsRef(Reference):
+    """Validated, de-duplicated prompts: `prompts.jsonl`."""
+
+    kind: Literal["prompts"] = Field("prompts", description="What the artifact is.")
+
+
+class CompletionsRef(Reference):
+    """One row of N completions per prompt: `completions.jsonl`."""
+
+    kind: Literal["completions"] = Field("completions", description="What the artifact is.")
+
+
+class VerdictsRef(Reference):
+    """The completions with every vote on them: `verdicts.jsonl`."""
+
+    kind: Literal["verdicts"] = Field("verdicts", description="What the artifact is.")
+
+
+class PreferencesRef(Reference):
+    """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie beside it."""
+
+    kind: Literal["preferences"] = Field("preferences", description="What the artifact is.")
+    val_rows: int = Field(0, description="Pairs in val.jsonl beside it, held out of the training.")
+
+
+class AdapterRef(Reference):
+    """A finished adapter: `uri` is its folder, `sha256` the digest of its `COMMITTED.json`."""
+
+    kind: Literal["adapter"] = Field("adapter", description="What the artifact is.")
+
+
+class EvaluationRef(Reference):
+    """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies beside it."""
+
+    kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
+    adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
+    win_rate: float = Field(description="Share of the samples it won against the SFT adapter's, ties as halves.")
+    lower: float = Field(description="Lower bound of the win rate's interval; the gate looks at this one.")
+    upper: float = Field(description="Upper bound of the win rate's interval.")
+
+    def beats(self, bar: float) -> bool:
+        """Tell whether the interval's lower bound is over `bar`."""
+        return self.lower > bar
+
+
+class PromotionRef(Reference):
+    """The pointer `CURRENT.json` as it stood after the promotion."""
+
+    kind: Literal["promotion"] = Field("promotion", description="What the artifact is.")
+    name: str = Field(description="Name under which clients know the adapter.")
+    adapter_sha256: str = Field(description="Digest of the adapter that is served.")
+
+
+def canonical_json(value: object) -> bytes:
+    """Encode `value` so that equal values give equal bytes (sorted keys, no spaces, UTF-8)."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest(value: object) -> str:
+    """Return the sha256 (hex) of `value`'s canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that decide results, for a manifest."""
+    found = {}
+    for name in ("preflow", "prefect", "torch", "transformers", "peft", "trl", "bitsandbytes", "openai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class Workspace:
+    """A folder of artifacts, local or on Google Cloud Storage, with atomic writes.
+
+    Locally a file is written beside its place and renamed (`files.py`); on GCS it is one object upload (`gcs.py`).
+    Relative names are joined to the root with `uri()`; every method takes the full uri.
+
+    Raises:
+        PreflowError: the root cannot be used (`check_writable`), or a file is missing or unreadable.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        text = str(root)
+        if text.startswith("file://"):
+            text = unquote(urlparse(text).path)
+        self.is_local = "://" not in text
+        if not self.is_local and not text.startswith("gs://"):
+            raise PreflowError(f"workspace {text!r}: only a local folder or gs://bucket/prefix can be a workspace")
+        self.root = str(Path(text).expanduser().absolute()) if self.is_local else text.rstrip("/")
+
+    @cached_property
+    def _files(self) -> Files:
+        """Where the files are; Google's client is imported only when a gs:// address is used."""
+        if self.is_local:
+            return LocalFiles()
+        from tasks.store.gcs import GcsFiles
+
+        return GcsFiles()
+
+    def uri(self, *parts: str) -> str:
+        """Join `parts` to the root."""
+        return posixpath.join(self.root, *parts)
+
+    def check_writable(self) -> None:
+        """Write, read back and delete a probe file; a bucket that was found writable is asked again after minutes only.
+
+        Raises:
+            PreflowError: with the workspace, the system's reason and the remedy.
+        """
+        if time.monotonic() < _writable_until.get(self.root, 0.0):
+            return
+        probe = self.uri("cache", f".probe-{os.getpid()}")
+        try:
+            self.write_bytes(probe, b"preflow")
+            if self.read_bytes(probe) != b"preflow":
+                raise OSError("what was written was not read back")
+            self.delete(probe)
+            if not self.is_local:
+                _writable_until[self.root] = time.monotonic() + PROBED_SECONDS
+        except Exception as error:
+            raise PreflowError(
+                f"workspace {self.root}: cannot be written ({error}). Choose another folder with `workspace`, or give "
+                "this user the right to write there; nothing was spent."
+            ) from error
+
+    def exists(self, uri: str) -> bool:
+        """Tell whether there is a file at `uri`."""
+        return self._files.stat(uri) is not None
+
+    def size(self, uri: str) -> int:
+        """Return a file's size in bytes."""
+        stat = self._files.stat(uri)
+        if stat is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+        return stat.size
+
+    def read_bytes(self, uri: str) -> bytes:
+        """Return a file's content.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        return self._files.read(uri)
+
+    def read_json(self, uri: str) -> Any:
+        """Return a JSON file's value.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            PreflowError: the file does not hold JSON.
+        """
+        return _parse_json(uri, self.read_bytes(uri))
+
+    def write_bytes(self, uri: str, content: bytes) -> None:
+        """Write a whole file, or leave what was there untouched."""
+        with self.writing(uri) as out:
+            out.write(content)
+
+    def write_json(self, uri: str, value: object) -> None:
+        """Write `value` as indented JSON with a newline at its end."""
+        self.write_bytes(uri, indented_json(value))
+
+    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
+        """Return a file's content (None where there is none) and its version, for `swap`."""
+        return self._files.read_versioned(uri)
+
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        return self._files.swap(uri, content, version)
+
+    def update_json(self, uri: str, change: Callable[[Any], Any]) -> Any:
+        """Replace a JSON file's value by what `change` makes of it (None where there is none), losing no one's update.
+
+        On a bucket an update whose answer is lost, and which another writer's follows before it is tried again, is made
+        twice.
+
+        Args:
+            uri: the file.
+            change: called again if another writer came first; None leaves the file as it is.
+
+        Returns:
+            The value that now stands.
+
+        Raises:
+            PreflowError: the file does not hold JSON, or others replaced it each time.
+        """
+        for attempt in range(UPDATE_ATTEMPTS):
+            content, version = self.read_versioned(uri)
+            value = None if content is None else _parse_json(uri, content)
+            changed = change(value)
+            if changed is None:
+                return value
+            if self.swap(uri, indented_json(changed), version) is not None:
+                return changed
+            time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
+        raise PreflowError(f"{uri}: others replaced it {UPDATE_ATTEMPTS} times in a row; run again when they are done")
+
+    @contextmanager
+    def writing(self, uri: str) -> Iterator["DigestWriter"]:
+        """Stream a file: it appears under `uri` when the block ends without an error, and not at all otherwise."""
+        try:
+            staged = self._files.stage(uri)
+            try:
+                out = DigestWriter(staged)
+                yield out
+                self._files.publish(staged, uri, out.sha256)
+            finally:
+                self._files.discard(staged)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise DiskFullError(
+                f"{uri}: the disk is full ({error.strerror}). What was there is untouched and what was finished is "
+                "kept: make room, or choose another workspace, and run again."
+            ) from error
+
+    def lines(self, uri: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield a file's lines with their newline, from byte `start` up to byte `end`, without holding the file."""
+        if start or end is not None:
+            yield from io.BytesIO(self._files.read(uri, start, end))
+            return
+        with self._files.open(uri) as file:
+            yield from file
+
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes from start up to end of each range; in ascending order it is fast."""
+        return self._files.read_ranges(uri, list(ranges))
+
+    def list(self, uri: str) -> list[str]:
+        """Return the uris of the files directly below `uri`, sorted; an absent folder has none."""
+        return sorted(stat.uri for stat in self._files.files(uri))
+
+    def folders(self, uri: str) -> Sequence[str]:
+        """Return the names of the folders directly below `uri`, sorted; an absent folder has none."""
+        return sorted(self._files.folders(uri))
+
+    def delete(self, uri: str) -> None:
+        """Delete a file if it is there."""
+        self._files.remove(uri)
+
+    def delete_folder(self, uri: str) -> None:
+        """Delete a folder and all below it, if it is there; first what says that it is whole."""
+        self._files.remove(posixpath.join(uri, COMMITTED))
+        self._files.remove_tree(uri)
+
+    def sha256(self, uri: str) -> str:
+        """Return the sha256 (hex) of a file's content; what preflow wrote to a bucket need not be read for it."""
+        return self._files.sha256(uri)
+
+    def digests(self, uri: str, endings: tuple[str, ...]) -> dict[str, str]:
+        """Return name and sha256 of the files directly below `uri` whose names end with one of `endings`."""
+        stats = [stat for stat in self._files.files(uri) if stat.uri.endswith(endings)]
+        return {posixpath.basename(stat.uri): stat.sha256 or self.sha256(stat.uri) for stat in stats}
+
+    def commit_folder(self, local: Path, uri: str, extra: dict[str, Any] | None = None) -> str:
+        """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256) last.
+
+        Returns:
+            The sha256 of `COMMITTED.json`, which identifies the folder's content.
+        """
+        names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
+        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+            facts = list(pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)), names))
+        manifest = indented_json({"files": dict(zip(names, facts, strict=True)), **(extra or {})})
+        self.write_bytes(posixpath.join(uri, COMMITTED), manifest)
+        return hashlib.sha256(manifest).hexdigest()
+
+    def fetch_folder(self, uri: str, local: Path) -> Path:
+        """Return a local folder with the committed files of `uri`, verified; a local `uri` is returned as it is.
+
+        Raises:
+            PreflowError: the folder is not committed, or a file is missing or differs from its digest.
+        """
+        if self.is_local:
+            self.verify_folder(uri)
+            return Path(uri)
+        content, committed = self._read_committed(uri)
+        local.mkdir(parents=True, exist_ok=True)
+        (local / COMMITTED).write_bytes(content)
+        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+            list(pool.map(lambda name: self._get(posixpath.join(uri, name), local / name), committed["files"]))
+        for name, facts in committed["files"].items():
+            if file_sha256(local / name) != facts["sha256"]:
+                raise PreflowError(_damaged(posixpath.join(uri, name)))
+        return local
+
+    def fetch_files(self, uri: str, local: Path) -> Path:
+        """Copy the files directly below `uri` into a local folder, committed or not, and return that."""
+        local.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+            list(pool.map(lambda file: self._get(file, local / posixpath.basename(file)), self.list(uri)))
+        return local
+
+    def verify_folder(self, uri: str) -> dict[str, Any]:
+        """Check a committed folder against its `COMMITTED.json` and return that.
+
+        On a bucket the digests are those that the objects carry, so that nothing is read.
+
+        Raises:
+            PreflowError: naming the first file that is missing, cut or changed.
+        """
+        return self._verify(uri)[1]
+
+    def _verify(self, uri: str) -> tuple[bytes, dict[str, Any]]:
+        content, committed = self._read_committed(uri)
+        there = self._files.tree(uri)
+        for name, expected in committed["files"].items():
+            file, stat = posixpath.join(uri, name), there.get(name)
+            if stat is None:
+                raise PreflowError(_missing(file))
+            if stat.size != expected["size"] or (stat.sha256 or self.sha256(file)) != expected["sha256"]:
+                raise PreflowError(_damaged(file))
+        return content, committed
+
+    def _read_committed(self, uri: str) -> tuple[bytes, dict[str, Any]]:
+        marker = posixpath.join(uri, COMMITTED)
+        try:
+            content = self.read_bytes(marker)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = f"{uri}: has no {COMMITTED}, so it was never finished; run the stage that makes it"
+            raise PreflowError(message) from error
+        return content, _parse_json(marker, content)
+
+    def is_intact(self, reference: Reference) -> bool:
+        """Tell whether the artifact that `reference` names is there as it was."""
+        if isinstance(reference, AdapterRef) or reference.kind == "adapter":
+            try:
+                return hashlib.sha256(self._verify(reference.uri)[0]).hexdigest() == reference.sha256
+            except PreflowError:
+                return False
+        return self._is_as(self._files.stat(reference.uri), reference.model_dump())
+
+    def _is_as(self, stat: Stat | None, facts: dict[str, Any]) -> bool:
+        """Compare a file with its size and sha256 as a reference or manifest has them."""
+        if stat is None or stat.size != facts["size"]:
+            return False
+        return bool((stat.sha256 or self.sha256(stat.uri)) == facts["sha256"])
+
+    def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
+        """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""
+        folder = posixpath.dirname(manifest)
+        try:
+            value = self.read_json(manifest)
+            artifact = kind.model_validate(value["artifact"])
+            parts = {artifact.uri: artifact.model_dump()}
+            for name, facts in value.get("files", {}).items():
+                parts[posixpath.join(folder, name)] = {"size": facts["size"], "sha256": facts["sha256"]}
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (PreflowError, ValidationError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s): its artifact is put together again", manifest, type(error).__name__)
+            return None
+        there = {stat.uri: stat for stat in self._files.files(folder)}
+        for uri, facts in parts.items():
+            if not self._is_as(there.get(uri) or self._files.stat(uri), facts):
+                logger.warning("%s is missing or differs from its digest: it is put together again", uri)
+                return None
+        return artifact
+
+    def _put(self, local: Path, uri: str) -> dict[str, Any]:
+        with self.writing(uri) as out, local.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                out.write(chunk)
+        return {"size": out.size, "sha256": out.sha256}
+
+    def _get(self, uri: str, local: Path) -> None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._files.fetch(uri, local)
+        except FileNotFoundError as error:
+            raise PreflowError(_missing(uri)) from error
+
+    @classmethod
+    def holding(cls, uri: str) -> Self:
+        """Return a workspace through which the single file or folder at `uri` can be read."""
+        return cls(uri if "://" in uri else posixpath.dirname(str(Path(uri).expanduser().absolute())))
+
+
+def indented_json(value: object) -> bytes:
+    """Encode `value` as JSON for people: indented, sorted, with a newline at its end."""
+    return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _parse_json(uri: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PreflowError(
+            f"{uri}: damaged, not JSON ({error}); delete it and run again, it will be made anew"
+        ) from error
+
+
+def _missing(uri: str) -> str:
+    return f"{uri}: missing, though {COMMITTED} lists it; delete the folder and run again"
+
+
+def _damaged(uri: str) -> str:
+    return f"{uri}: damaged, differs from {COMMITTED}; delete the folder and run again"
+
+
+class DigestWriter:
+    """A binary file that counts lines and bytes and keeps the sha256 of what is written."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+        self.rows = 0
+
+    def write(self, content: bytes) -> None:
+        """Append `content`."""
+        self._raw.write(content)
+        self._sha256.update(content)
+        self.size += len(content)
+        self.rows += content.count(b"\n")
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Append one JSON row."""
+        self.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    @property
+    def sha256(self) -> str:
+        """The digest of everything written so far."""
+        return self._sha256.hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """Return sha256, size (bytes) and rows, as a reference wants them."""
+        return {"sha256": self.sha256, "size": self.size, "rows": self.rows}
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(uri: str) -> str:
+    """Return one digest for an adapter or model folder: of the names and contents of its weights and configuration.
+
+    Raises:
+        PreflowError: the folder is missing or holds no weights.
+    """
+    store = Workspace.holding(uri)
+    files = store.digests(uri, (".safetensors", "config.json"))
+    if not any(name.endswith(".safetensors") for name in files):
+        found = ", ".join(sorted(posixpath.basename(file) for file in store.list(uri))) or "nothing"
+        raise PreflowError(
+            f"{uri}: holds no .safetensors weights (found: {found}). Give the folder that save_pretrained() wrote; "
+            "pickled .bin weights are not read, save them again with safe_serialization=True."
+        )
+    return digest(files)
+
+
+def server_path(uri: str, workspace: str, adapter_root: str | None) -> str:
+    """Return the path under which the vLLM server sees `uri`.
+
+    Raises:
+        PreflowError: the workspace is on GCS and `adapter_root` does not say where the server mounts it.
+    """
+    store = Workspace(workspace)
+    if adapter_root is not None:
+        return posixpath.join(adapter_root, posixpath.relpath(uri, store.root))
+    if not store.is_local:
+        raise PreflowError(
+            f"vLLM cannot read {uri}: mount the bucket there (Cloud Storage FUSE) and give the folder as adapter_root"
+        )
+    return uri
+
+
+def stage_key(stage: str, version: int, **content: Any) -> str:
+    """Return the key of what `stage` makes from `content` (digests and settings): 32 hex digits."""
+    return digest({"stage": stage, "version": version, **content})[:32]
