@@ -56,10 +56,11 @@ class Usage(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One completion: its text, and why it ended ("stop", "length", "content_filter", ...)."""
+    """One completion: its text, why it ended ("stop", "length", "content_filter", ...), and its tokens if told."""
 
     text: str
     finish_reason: str
+    token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Answer:
     choices: list[Choice]
     usage: Usage
     model: str
+    prompt_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,11 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
     try:
         data = json.loads(body)
         choices = [
-            Choice(text=item["message"].get("content") or "", finish_reason=item.get("finish_reason") or "unknown")
+            Choice(
+                text=item["message"].get("content") or "",
+                finish_reason=item.get("finish_reason") or "unknown",
+                token_ids=item.get("token_ids"),
+            )
             for item in sorted(data["choices"], key=lambda item: item.get("index") or 0)
         ]
         usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
@@ -144,7 +150,7 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
         raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True) from error
     if not choices:
         raise Transient("the answer holds no choices", status=200, maybe_billed=True)
-    return Answer(choices=choices, usage=usage, model=str(data.get("model") or ""))
+    return Answer(choices, usage, str(data.get("model") or ""), data.get("prompt_token_ids"))
 
 
 def _read_usage(data: Mapping[str, Any] | None, prompt_bytes: int, completion_length: int) -> Usage:

@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tasks.config import EndpointConfig, JudgingConfig, PipelineConfig
-from tasks.generate.sampling import sampling_identity
+from tasks.config import EndpointConfig, GenerationConfig, JudgingConfig, PipelineConfig
+from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity
 from tasks.judge.asking import read_rubric
+from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
 from tasks.llm.client import Endpoint, resolve_secret
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
@@ -27,7 +28,7 @@ from tasks.store.workspace import (
     folder_digest,
     stage_key,
 )
-from tasks.train.launch import base_digest, check_training_inputs
+from tasks.train.launch import base_digest, check_training_inputs, token_identity
 from tasks.train.work_pool import check_deployment
 
 VERSION = 2
@@ -57,6 +58,7 @@ class Contents:
 
     def __init__(self) -> None:
         self._sampling, self._folder, self._base = cache(sampling_identity), cache(folder_digest), cache(base_digest)
+        self._tokens = cache(token_identity)
         self._file = cache(lambda uri: Workspace.holding(uri).sha256(uri))
 
     def of(self, config: PipelineConfig) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class Contents:
                 config.training.identity(),
                 self._folder(config.training.sft_adapter),
                 self._base(config.training),
+                self._tokens(config.training),
             ],
             "evaluation": evaluation.model_dump(mode="json", exclude={"generation", "judging", "adapter_root"}),
             "measured": [
@@ -133,8 +136,20 @@ def check_inputs(config: PipelineConfig) -> None:
     """
     read_rubric(config.judging.rubric)
     check_training_inputs(config.training)
+    template = find_template(config)
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
         import_prompts(prompts, config.workspace)
+        if template is not None:
+            check_prompts(prompts, template)
+
+
+def find_template(config: PipelineConfig) -> ChatTemplate | None:
+    """Return the chat template of a run; None, and a word about it, where it is on a hub that is not reached."""
+    training = config.training
+    template = choose_template(training, training.sft_adapter, training.base_model, training.base_revision)
+    if template is None:
+        logger.warning("no chat template of %s can be read here: prompts are not checked", training.base_model)
+    return template
 
 
 async def check_services(config: PipelineConfig) -> None:
@@ -156,8 +171,12 @@ async def check_services(config: PipelineConfig) -> None:
         if who in asked:
             continue
         asked.add(who)
-        async with Endpoint(settings, await resolve_secret(settings.api_key, f"{name}.api_key")) as endpoint:
+        key = await resolve_secret(settings.api_key, f"{name}.api_key")
+        async with Endpoint(settings, key) as endpoint:
             info = await endpoint.check_model()
+        if isinstance(settings, GenerationConfig) and (template := find_template(config)) is not None:
+            longest = longest_prompts(Workspace(config.workspace), import_prompts(config.prompts, config.workspace))
+            await check_same_template(settings, template, [row["prompt"] for row in longest], key)
         logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
 
 

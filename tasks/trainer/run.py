@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Workspace, canonical_json, folder_digest, package_versions
+from tasks.llm.chat_template import template_of
+from tasks.store.workspace import Workspace, canonical_json, digest, folder_digest, package_versions
 from tasks.train.health import Run, assess
 from tasks.train.spec import Progress, TrainingPaths, TrainingSpec
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
-from tasks.trainer.data import PairData, load_pairs, make_micro_batches
+from tasks.trainer.data import PairData, PairTokenizer, load_pairs, make_micro_batches
 from tasks.trainer.model import (
     AdapterWeights,
     has_cuda,
@@ -70,11 +71,13 @@ class TrainingRun:
             self._sweep()
         adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
         tokenizer = load_tokenizer(self._training, adapter)
-        train, val = self._load_splits(tokenizer)
+        self._template = template_of(self._training, str(adapter))
+        train, val = self._load_splits(PairTokenizer(tokenizer, self._template))
         self._progress(Progress("loading", f"loading {self._training.base_model}"))
         trainer = self._build(adapter, tokenizer, train, val)
         checkpoint = self._checkpoints.newest()
         if checkpoint is not None:
+            self._check_tokens(checkpoint)
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
         self._progress(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
@@ -91,7 +94,22 @@ class TrainingRun:
     def _checkpoints(self) -> CheckpointStore:
         return CheckpointStore(self._store, self._paths.checkpoints, self._scratch)
 
-    def _load_splits(self, tokenizer: Any) -> tuple[Split, Split | None]:
+    def _check_tokens(self, checkpoint: Checkpoint) -> None:
+        """See that a checkpoint was trained on these very tokens; else half of the training would be on others."""
+        if checkpoint.state.get("tokens") != self._tokens:
+            raise PreflowError(
+                f"{self._paths.checkpoints}: the checkpoint of step {checkpoint.step} was trained on other tokens than "
+                f"the pairs give now (chat template of {self._template.source}). Put back the tokenizer and the "
+                "packages that it was started with, or delete this folder to start from step 0."
+            )
+
+    @cached_property
+    def _tokens(self) -> str:
+        """The digest of all tokens that are trained and evaluated on."""
+        splits = [self._train_data] + ([self._val_data] if self._val_data else [])
+        return digest([[pair.sha256 for pair in split.pairs] for split in splits])
+
+    def _load_splits(self, tokenizer: PairTokenizer) -> tuple[Split, Split | None]:
         preferences, training = self._spec.preferences, self._training
         self._train_data = load_pairs(preferences.uri, self._store, tokenizer, training.max_length)
         val_uri = posixpath.join(posixpath.dirname(preferences.uri), "val.jsonl")
@@ -147,6 +165,7 @@ class TrainingRun:
         trainer.use_cached_reference(found["train"], found.get("val"))
 
     def _save(self, checkpoint: Checkpoint) -> float:
+        checkpoint.state["tokens"] = self._tokens
         seconds = self._checkpoints.save(checkpoint)
         self._checkpoint_seconds.append(seconds)
         return seconds
@@ -162,6 +181,7 @@ class TrainingRun:
         self._tell(Progress("saving", "checking and committing the adapter"))
         folder = self._scratch / "adapter"
         save_adapter(trainer.model, adapter, folder)
+        (folder / "chat_template.jinja").write_text(self._template.text)
         trainer.check_saved(folder, check)
         if self._is_main:
             probe = record_probe(trainer.model, adapter, probe_texts(check.pairs), self._training)
@@ -202,10 +222,11 @@ class TrainingRun:
             "seed": spec.training.seed,
             "counts": {
                 "steps": trainer.state.global_step,
-                "train": asdict(self._train_data.report) | {"used": len(self._train_data.pairs)},
-                "val": asdict(self._val_data.report) | {"used": len(self._val_data.pairs)} if self._val_data else None,
+                "train": asdict(self._train_data.report),
+                "val": asdict(self._val_data.report) if self._val_data else None,
             },
-            "summary": summarise(rows),
+            "chat_template": {"source": self._template.source, **self._template.identity()},
+            "summary": {**summarise(rows), "exact_share": self._train_data.report.exact_share},
         }
 
 

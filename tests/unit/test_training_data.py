@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from tasks.errors import PreflowError
-from tasks.store.records import PreferencePair
+from tasks.store.records import PairRow
 from tasks.store.workspace import Workspace
 from tasks.trainer.data import (
     LengthReport,
@@ -38,7 +38,7 @@ def test_tokens_are_those_of_trl(tokenizer: Any) -> None:
     trainer._tokenizer = tokenizer
     config = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=128)
     theirs = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, config, "train")
-    ours = as_dataset([tokenize(PreferencePair(**row), tokenizer, 1) for row in rows])
+    ours = as_dataset([tokenize(PairRow(**row), tokenizer, 1) for row in rows])
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert list(ours[name]) == list(theirs[name])
 
