@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import httpx
 from prefect import task
 from pydantic import BaseModel, ConfigDict
+from tokenizers import Tokenizer
 
 from tasks.batch.costs import Spending, log_cost, price, write_cost
 from tasks.batch.progress import SHARD_POLICY, run_shards
@@ -270,29 +271,40 @@ def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
 
 
 async def check_same_template(
-    generation: GenerationConfig, template: ChatTemplate, prompts: Sequence[list[dict[str, str]]], key: str | None
+    generation: GenerationConfig,
+    template: ChatTemplate,
+    prompts: Sequence[list[dict[str, str]]],
+    key: str | None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
-    """See that a vLLM server turns prompts into the tokens of `template`; other servers do not tell.
+    """See that a vLLM server turns prompts into the tokens that are trained on; other servers do not tell.
+
+    Args:
+        generation: names the server and the model.
+        template: the chat template of the training.
+        prompts: some, as messages.
+        key: of the server.
+        tokenizer: that of the training; None: the server's own is taken for it.
 
     Raises:
         PreflowError: it does not: what it samples and serves would be other words than are trained on.
     """
     for messages in prompts:
         text = template.render(messages, prompt=True)
-        theirs, ours = await asyncio.gather(
-            tokenize_prompt(generation, messages, key), tokenize_prompt(generation, text, key)
-        )
+        theirs = await tokenize_prompt(generation, messages, key)
+        ours = tokenizer.encode(text, add_special_tokens=False).ids if tokenizer else None
+        ours = ours or await tokenize_prompt(generation, text, key)
         if theirs is None or ours is None or theirs == ours:
             continue
         if template.has_clock:
-            logger.warning("the chat template of %s writes the server's date: it changes from day to day, in serving "
-                           "too. Take a template that is handed date_string.", template.source)  # fmt: skip
+            logger.warning("the chat template of %s writes the server's date, another one from day to day, in serving "
+                           "too: take a template that is handed date_string", template.source)  # fmt: skip
             return
         same = next((i for i, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]), len(ours))
         raise PreflowError(
-            f"{generation.endpoint} does not speak with the chat template of {template.source}: a prompt has other "
-            f"tokens there from token {same} of {len(theirs)} on. Start vLLM with --chat-template and that file "
-            "(serve.sh does so), or name the server's own with generation.chat_template."
+            f"{generation.endpoint} does not speak with the chat template of {template.source} and its tokenizer: a "
+            f"prompt has other tokens there from token {same} of {len(theirs)} on. Start vLLM with --chat-template and "
+            "that file (serve.sh does so), or name the server's own with generation.chat_template."
         )
 
 

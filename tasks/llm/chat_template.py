@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
 
 from tasks.config import ChatSettings, TrainingConfig
 from tasks.errors import PreflowError
@@ -179,6 +180,15 @@ def _special_tokens(folders: Sequence[str], read: Any) -> dict[str, str]:
     entries = {**json.loads(read(owner, "special_tokens_map.json") or "{}"), **json.loads(read(owner, CONFIG))}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
     return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def fast_tokenizer(training: TrainingConfig) -> Tokenizer | None:
+    """Return the tokenizer that is trained with; None where its tokenizer.json cannot be read here."""
+    for folder in (training.sft_adapter, training.base_model):
+        if read_model_file(folder, CONFIG, training.base_revision):
+            text = read_model_file(folder, "tokenizer.json", training.base_revision)
+            return Tokenizer.from_str(text) if text else None
+    return None
 
 
 def tokenizer_digests(adapter: str, base: str) -> dict[str, str]:

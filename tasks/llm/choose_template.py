@@ -41,19 +41,18 @@ def _read(folder: str, name: str) -> str | None:
         return file.read()
 
 
-def main(folders: list[str]) -> None:
-    """Print the file that `vllm serve --chat-template` takes; one is written where the template is an entry."""
+def template_file(folders: Iterable[str]) -> str | None:
+    """Return the file for `vllm serve --chat-template`, or None; one is written where the template is an entry."""
     chosen = choose(filter(None, folders), _read)
     if chosen is None:
-        return
+        return None
     folder, name, text = chosen
     if name == JINJA:
-        print(os.path.join(folder, name))
-        return
+        return os.path.join(folder, name)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".jinja", delete=False) as file:
         file.write(text)
-    print(file.name)
+    return file.name
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(template_file(sys.argv[1:]) or "")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tasks.config import EndpointConfig, GenerationConfig, JudgingConfig, PipelineConfig
 from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity
 from tasks.judge.asking import read_rubric
-from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
+from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template, fast_tokenizer
 from tasks.llm.client import Endpoint, resolve_secret
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
@@ -176,7 +176,8 @@ async def check_services(config: PipelineConfig) -> None:
             info = await endpoint.check_model()
         if isinstance(settings, GenerationConfig) and (template := find_template(config)) is not None:
             longest = longest_prompts(Workspace(config.workspace), import_prompts(config.prompts, config.workspace))
-            await check_same_template(settings, template, [row["prompt"] for row in longest], key)
+            prompts = [row["prompt"] for row in longest]
+            await check_same_template(settings, template, prompts, key, fast_tokenizer(config.training))
         logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
 
 

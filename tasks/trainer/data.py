@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
+from tasks.config import ChatSettings
 from tasks.errors import PreflowError
 from tasks.llm.chat_template import ChatTemplate, TemplateRefused, same_words
 from tasks.store.records import Message, PairRow, number_rows
@@ -135,15 +136,16 @@ class PairTokenizer:
     its own, as in sampling: white space, thinking and the prompt's last token stay what they were.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> None:
         self._tokenizer = tokenizer
+        template = template or ChatTemplate(tokenizer.chat_template, tokenizer.name_or_path, {}, ChatSettings())
         self.template = replace(template, special_tokens=tokenizer.special_tokens_map)
         self._lead, self._end = self.template.around_answer
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ends = (added | set(tokenizer.all_special_ids)) & set(self._encode(self._end))
         stops = template.settings.stop
         # Where sampling ended at other texts than the template's, the answer's own end is not known.
-        self._knows_end = not stops or any(self._end.strip().startswith(stop.strip()) for stop in stops)
+        self._knows_end = not stops or any(self._end.lstrip(" ").startswith(stop) for stop in stops)
         if not self._ends:
             LOG.warning("the chat template of %s ends an answer with %r, no special token: whether the model learns to "
                         "stop there is not certain", template.source, self._end)  # fmt: skip
@@ -190,11 +192,10 @@ class PairTokenizer:
         return ids[:end]
 
     def _compare(self, prompt: list[dict[str, str]], text: str, answer: Message, report: LengthReport) -> None:
-        whole = self.template.render([*prompt, answer.model_dump()])
-        lead = "" if answer.content.startswith(self._lead) else self._lead
-        ours = text + lead + answer.content + self._end
-        report.altered += whole != ours
-        report.rewritten += not same_words(whole, ours)
+        whole, content = self.template.render([*prompt, answer.model_dump()]), answer.content
+        lead = "" if content.startswith(self._lead) else self._lead
+        report.altered += whole != text + lead + content + self._end
+        report.rewritten += not same_words(whole, text + content.rpartition("</think>")[2] + self._end)
 
     def _reads(self, ids: list[int], text: str) -> bool:
         """Tell whether sampled tokens are this text, of which a server may have taken thinking and stop texts."""
@@ -202,23 +203,30 @@ class PairTokenizer:
         return text in read
 
 
-def load_pairs(uri: str, store: Workspace, tokenizer: PairTokenizer, max_length: int) -> PairData:
+def load_pairs(
+    uri: str,
+    store: Workspace,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: ChatTemplate | None = None,
+) -> PairData:
     """Read and tokenize a file of preference pairs; what cannot be trained on is refused, counted and named.
 
     Args:
         uri: JSONL of `PairRow`; other columns go no further.
         store: the workspace through which `uri` is read.
-        tokenizer: with the chat template.
+        tokenizer: of the model that is trained.
         max_length: in tokens; prompt + side is cut there.
+        template: the chat template; None: the tokenizer's own.
 
     Raises:
         PreflowError: a line is wrong, not one pair can be trained on, or the tokens are not the model's own.
     """
-    report, kept = LengthReport(), []
+    report, kept, reader = LengthReport(), [], PairTokenizer(tokenizer, template)
     for place, row in number_rows(PairRow, uri, store):
         line = int(place.rpartition(":")[2])
         try:
-            pair = tokenizer.tokenize(row, line, report)
+            pair = reader.tokenize(row, line, report)
         except TemplateRefused as error:
             raise PreflowError(f"{place}: {error}. Change the messages, or give another chat_template.") from error
         report.add(pair, max_length)
@@ -231,7 +239,7 @@ def load_pairs(uri: str, store: Workspace, tokenizer: PairTokenizer, max_length:
     if not report.pairs:
         raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one pair.")
     _report(uri, report, max_length)
-    report.check(uri, tokenizer.template)
+    report.check(uri, reader.template)
     if not kept:
         line, reason = next(iter(report.refused.items()))
         raise PreflowError(

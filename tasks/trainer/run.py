@@ -18,7 +18,7 @@ from tasks.store.workspace import Workspace, canonical_json, digest, folder_dige
 from tasks.train.health import Run, assess
 from tasks.train.spec import Progress, TrainingPaths, TrainingSpec
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
-from tasks.trainer.data import PairData, PairTokenizer, load_pairs, make_micro_batches
+from tasks.trainer.data import PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
     AdapterWeights,
     has_cuda,
@@ -72,7 +72,7 @@ class TrainingRun:
         adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
         tokenizer = load_tokenizer(self._training, adapter)
         self._template = template_of(self._training, str(adapter))
-        train, val = self._load_splits(PairTokenizer(tokenizer, self._template))
+        train, val = self._load_splits(tokenizer)
         self._progress(Progress("loading", f"loading {self._training.base_model}"))
         trainer = self._build(adapter, tokenizer, train, val)
         checkpoint = self._checkpoints.newest()
@@ -109,12 +109,13 @@ class TrainingRun:
         splits = [self._train_data] + ([self._val_data] if self._val_data else [])
         return digest([[pair.sha256 for pair in split.pairs] for split in splits])
 
-    def _load_splits(self, tokenizer: PairTokenizer) -> tuple[Split, Split | None]:
+    def _load_splits(self, tokenizer: Any) -> tuple[Split, Split | None]:
         preferences, training = self._spec.preferences, self._training
-        self._train_data = load_pairs(preferences.uri, self._store, tokenizer, training.max_length)
+        options = tokenizer, training.max_length, self._template
+        self._train_data = load_pairs(preferences.uri, self._store, *options)
         val_uri = posixpath.join(posixpath.dirname(preferences.uri), "val.jsonl")
         has_val = self._store.exists(val_uri) and self._store.size(val_uri) > 0
-        self._val_data = load_pairs(val_uri, self._store, tokenizer, training.max_length) if has_val else None
+        self._val_data = load_pairs(val_uri, self._store, *options) if has_val else None
         lengths = [pair.length(training.max_length) for pair in self._train_data.pairs]
         batches = make_micro_batches(
             lengths, training.per_device_train_batch_size, training.group_by_length, training.seed
