@@ -14,10 +14,11 @@ from tasks.store.workspace import (
     AdapterRef,
     CompletionsRef,
     EvaluationRef,
+    FileFacts,
+    Manifest,
     PromptsRef,
     VerdictsRef,
     Workspace,
-    package_versions,
     server_path,
     stage_key,
 )
@@ -41,11 +42,10 @@ def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluatio
     """
     trained_on = None
     if adapter.manifest is not None:
-        upstream = Workspace(workspace).read_json(adapter.manifest)["upstream"]
-        trained_on = next((ref["uri"] for ref in upstream if ref["kind"] == "preferences"), None)
+        trained_on = Workspace(workspace).read_manifest(adapter).origin("preferences")
     if trained_on is None:
         logger.warning("%s has no manifest that names its pairs: no prompt can be left out as trained on", adapter.uri)
-    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on)
+    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on.uri if trained_on else None)
 
 
 def draw_settings(
@@ -77,11 +77,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
         PreflowError: no prompt has samples on both sides.
     """
     store = Workspace(workspace)
-    folder = store.uri("samples", stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256))
-    others = {row["id"]: row["completions"] for row in _rows(store, candidate.uri)}
+    key = stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256)
+    folder = store.uri("samples", key)
+    others = {row["id"]: row["completions"] for row in store.read_rows(candidate.uri)}
     missing = 0
     with store.writing(f"{folder}/samples.jsonl") as out:
-        for row in _rows(store, baseline.uri):
+        for row in store.read_rows(baseline.uri):
             samples = others.get(row["id"])
             missing += samples is None
             for number, (a, b) in enumerate(zip(row["completions"], samples or [], strict=False)):
@@ -98,10 +99,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
     if missing:
         logger.warning("evaluation: %d prompts have no samples of the new adapter and are left out", missing)
     artifact = CompletionsRef(uri=f"{folder}/samples.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    upstream = [baseline.model_dump(), candidate.model_dump()]
-    store.write_json(
-        f"{folder}/manifest.json", {"artifact": artifact.model_dump(), "stage": "samples", "upstream": upstream}
-    )
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="samples", version=VERSION, key=key, upstream=(baseline, candidate),
+            files={"samples.jsonl": out.file},
+        )
+    )  # fmt: skip
     return artifact
 
 
@@ -177,11 +180,13 @@ def summarise_evaluation(
 ) -> EvaluationRef:
     """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
     store = Workspace(workspace)
-    folder = store.uri("evaluations", evaluation_key(adapter, verdicts, null, evaluation.confidence))
-    found = win_rate(_write_comparisons(store, folder, verdicts), evaluation.confidence)
+    key = evaluation_key(adapter, verdicts, null, evaluation.confidence)
+    folder = store.uri("evaluations", key)
+    outcomes, comparisons = _write_comparisons(store, folder, verdicts)
+    found = win_rate(outcomes, evaluation.confidence)
     summary: dict[str, Any] = {**found, "confidence": evaluation.confidence, "adapter_sha256": adapter.sha256}
     if null is not None:
-        summary["null"] = _null_rate(_rows(store, null.uri), evaluation.confidence)
+        summary["null"] = _null_rate(store.read_rows(null.uri), evaluation.confidence)
     with store.writing(f"{folder}/win_rate.json") as written:
         written.write((json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
     artifact = EvaluationRef(
@@ -191,31 +196,32 @@ def summarise_evaluation(
         **{name: found[name] for name in ("win_rate", "lower", "upper")},
         **{**written.facts(), "rows": verdicts.rows},
     )
-    store.write_json(
-        f"{folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "stage": "evaluation",
-            "version": VERSION,
-            "config": evaluation.model_dump(mode="json"),
-            "upstream": [ref.model_dump() for ref in (adapter, verdicts, null) if ref],
-            "packages": package_versions(),
-            "summary": summary,
-        },
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="evaluation",
+            version=VERSION,
+            key=key,
+            config=evaluation,
+            upstream=tuple(ref for ref in (adapter, verdicts, null) if ref),
+            files={"win_rate.json": written.file, "comparisons.jsonl": comparisons},
+        )
     )
     _log_win_rate(summary)
     return artifact
 
 
-def _write_comparisons(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, list[float]]:
+def _write_comparisons(
+    store: Workspace, folder: str, verdicts: VerdictsRef
+) -> tuple[dict[str, list[float]], FileFacts]:
     """Write every comparison with its outcome, and return the outcomes by prompt."""
     outcomes: dict[str, list[float]] = {}
     with store.writing(f"{folder}/comparisons.jsonl") as out:
-        for row in _rows(store, verdicts.uri):
+        for row in store.read_rows(verdicts.uri):
             result = outcome_of(row)
             outcomes.setdefault(row["prompt_id"], []).append(result)
             out.write_row({**row, "outcome": result})
-    return outcomes
+    return outcomes, out.file
 
 
 def _log_win_rate(summary: dict[str, Any]) -> None:
@@ -231,7 +237,3 @@ def _null_rate(rows: Iterable[Row], confidence: float) -> dict[str, float]:
     for row in rows:
         outcomes.setdefault(row["prompt_id"], []).append(outcome_of(row))
     return win_rate(outcomes, confidence)
-
-
-def _rows(store: Workspace, uri: str) -> Iterable[Row]:
-    return (json.loads(line) for line in store.lines(uri))
