@@ -280,18 +280,18 @@ def merge_shards(
     """
     counted: set[int] = set()
     for part, shard in zip(source, shards, strict=True):
-        known, wanted = dict(rows.read_shard(shard)), set()
+        known = dict(rows.read_shard(shard))
+        wanted: set[str] = set()
         for row in read_slice(rows.store, part):
             units = units_of(row)
             if missing := units.keys() - known.keys():
                 raise PreflowError(f"{shard.uri}: lacks {len(missing)} of its rows; delete this file and run again")
             outcomes = [fit(unit, known[key]) for key, unit in units.items()]
-            fresh = [hash(key) not in counted for key in units]
+            for place, key in enumerate(units):
+                if hash(key) in counted:
+                    outcomes[place] = outcomes[place].model_copy(update={"usage": {}})
             counted.update(map(hash, units))
             wanted |= units.keys()
-            yield (
-                row,
-                [o if new else o.model_copy(update={"usage": {}}) for o, new in zip(outcomes, fresh, strict=True)],
-            )
+            yield row, outcomes
         if others := known.keys() - wanted:
             raise PreflowError(f"{shard.uri}: holds {len(others)} rows of others; delete this file and run again")

@@ -8,8 +8,8 @@
     RequestRefused   this request will never be answered; others may
     Transient        another attempt may be answered
 
-Errors are classified by their structured fields (status, error.code, error.type, quotaId, RetryInfo) first, and by their
-words where there are none: providers word them alike for causes that have nothing in common.
+Errors are classified by their structured fields (status, error.code, error.type, quotaId, RetryInfo) first, and by
+their words where there are none: providers word them alike for causes that have nothing in common.
 """
 
 import json
@@ -433,7 +433,7 @@ def _reset(error: ServerError, google: bool) -> str:
 
 
 def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) -> float | None:
-    """Return the seconds the server asks to wait: a header in ms, seconds or as a date, Google's RetryInfo, or words."""
+    """Return the seconds the server asks to wait: a header (ms, seconds or a date), Google's RetryInfo, or words."""
     if (in_ms := _number(headers.get("retry-after-ms"))) is not None:
         return in_ms / 1000
     header = headers.get("retry-after", "")
