@@ -423,7 +423,7 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
     store, folder = Workspace(plan.workspace), plan.folder
     counts = {judge.judge.model: MergeCounts() for judge in plan.judges}
     merged = [
-        merge_shards(plan.slices, refs, judge.rows(), plan.units_of)
+        merge_shards(plan.slices, refs, judge.rows(), plan.units_of, as_asked)
         for judge, refs in zip(plan.judges, shards, strict=True)
     ]
     with store.writing(f"{folder}/verdicts.jsonl") as out, store.writing(f"{folder}/failures.jsonl") as failures:
@@ -438,6 +438,16 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
     artifact = VerdictsRef(uri=f"{folder}/verdicts.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
     _write_manifest(plan, artifact, counts, {"verdicts.jsonl": out.file, "failures.jsonl": failures.file})
     return artifact
+
+
+def as_asked(question: Question, outcome: Outcome) -> Outcome:
+    """Return the outcome of an equal question as this question's: the same texts may have other indexes in its row."""
+    if outcome.row is None:
+        failure = {**(outcome.error or {}), "id": question.row["id"], "order": question.order}
+        return outcome.model_copy(update={"error": failure})
+    asked = outcome.row["order"]
+    places = {name: question.order[asked.index(outcome.row[name])] for name in ("best", "worst")}
+    return outcome.model_copy(update={"row": {**outcome.row, "order": question.order, **places}})
 
 
 def _as_vote(outcome: Outcome) -> Vote:

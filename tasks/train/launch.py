@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from tasks.config import ReportTo, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
+from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, TrainingSpec
 
 LOG = logging.getLogger(__name__)
@@ -80,9 +82,20 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
 
 def base_digest(training: TrainingConfig) -> str:
     """Return what identifies the base: the content of a folder, or the hub's name and revision."""
-    if Path(training.base_model).expanduser().is_dir():
-        return folder_digest(str(Path(training.base_model).expanduser()))
-    return digest({"hub": training.base_model, "revision": training.base_revision or "main"})
+    base = Path(training.base_model).expanduser()
+    if not base.is_dir():
+        return digest({"hub": training.base_model, "revision": training.base_revision or "main"})
+    files = sorted((file.name, file.stat()) for file in base.iterdir() if file.is_file())
+    return _base_folder_digest(
+        base.resolve(), tuple((name, at.st_size, at.st_mtime_ns, at.st_ino) for name, at in files)
+    )
+
+
+@lru_cache(maxsize=64)
+def _base_folder_digest(base: Path, files: tuple[tuple[str, int, int, int], ...]) -> str:
+    """Read the base's gigabytes once a process, and again only if a file's size, time or inode is another one."""
+    with Phases(lambda progress: LOG.info("%s", progress.text())).phase(f"reading {base} for its digest"):
+        return folder_digest(str(base))
 
 
 def _val_digest(preferences: PreferencesRef) -> str | None:

@@ -26,6 +26,7 @@ from tasks.store.workspace import (
     folder_digest,
 )
 from tasks.train.health import Run, assess
+from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.data import PairData, load_pairs, make_micro_batches
@@ -44,6 +45,9 @@ from tasks.trainer.stopping import StopFlag
 from tasks.trainer.trainer import ExactTrainer, Hooks, TrainerParts
 
 LOG = logging.getLogger(__name__)
+
+# Writing metrics.jsonl takes at most a twentieth of the time, however many rows there are.
+ROWS_PAUSE = 20
 
 
 class TrainingRun:
@@ -68,7 +72,9 @@ class TrainingRun:
         self._stop = stop
         self._paths = TrainingPaths.of(store.root, spec.key)
         self._started = time.monotonic()
+        self._phases = Phases(self._tell)
         self._checkpoint_seconds: list[float] = []
+        self._rows_due = 0.0
 
     def execute(self) -> None:
         """Train, check, and commit the adapter.
@@ -79,12 +85,17 @@ class TrainingRun:
         """
         if self._is_main:
             self._sweep()
-        adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
-        tokenizer = load_tokenizer(self._training, adapter)
-        train, val = self._load_splits(tokenizer)
-        self._progress(Progress("loading", f"loading {self._training.base_model}"))
+        phase = self._phases.phase
+        with phase("reading the SFT adapter"):
+            adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
+        with phase("reading the tokenizer"):
+            tokenizer = load_tokenizer(self._training, adapter)
+        with phase("tokenizing the pairs"):
+            train, val = self._load_splits(tokenizer)
+        self._tell(Progress("loading", f"loading {self._training.base_model}"))
         trainer = self._build(adapter, tokenizer, train, val)
-        checkpoint = self._checkpoints.newest()
+        with phase("reading the newest checkpoint"):
+            checkpoint = self._checkpoints.newest()
         if checkpoint is not None:
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
         self._progress(Progress("training", "resuming" if checkpoint else "starting"))
@@ -125,12 +136,16 @@ class TrainingRun:
         if self._training.bf16 and not has_cuda():
             LOG.info("bf16 is ignored: no CUDA here, training is fp32")
         torch.manual_seed(self._training.seed)
-        base = load_base(self._training, int(_local_rank()))
-        policy = load_policy(base, adapter, tokenizer)
+        with self._phases.phase("loading the base model"):
+            base = load_base(self._training, int(_local_rank()))
+        with self._phases.phase("putting the SFT adapter onto it"):
+            policy = load_policy(base, adapter, tokenizer)
         parts = TrainerParts(policy, tokenizer, train, val, AdapterWeights(adapter), self._scratch)
-        trainer = ExactTrainer(parts, self._training, Hooks(self._save, self._write_rows, self._tell, self._stop))
+        with self._phases.phase("making the trainer"):
+            trainer = ExactTrainer(parts, self._training, Hooks(self._save, self._write_rows, self._tell, self._stop))
         if self._training.cache_reference:
-            self._use_cached_reference(trainer, train, val)
+            with self._phases.phase("computing the reference log-probs"):
+                self._use_cached_reference(trainer, train, val)
         return trainer
 
     def _tell(self, progress: Progress) -> None:
@@ -162,10 +177,13 @@ class TrainingRun:
         self._checkpoint_seconds.append(seconds)
         return seconds
 
-    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
-        if self._is_main:
+    def _write_rows(self, rows: list[dict[str, Any]], is_last: bool = False) -> None:
+        """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
+        started = time.monotonic()
+        if self._is_main and (is_last or started >= self._rows_due):
             content = b"".join(canonical_json(row) + b"\n" for row in rows)
             self._store.write_bytes(self._paths.file("metrics.jsonl"), content)
+            self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
 
     def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
         if trainer.state.global_step < trainer.state.max_steps:
@@ -181,6 +199,7 @@ class TrainingRun:
 
     def _commit(self, trainer: ExactTrainer, folder: Path) -> None:
         rows: list[dict[str, Any]] = trainer.state.log_history
+        self._write_rows(rows, is_last=True)
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
         health = assess(Run(rows, self._training, *used))
         self._store.write_json(self._paths.file("health.json"), health.to_json())
@@ -193,6 +212,7 @@ class TrainingRun:
         peak = torch.cuda.max_memory_allocated() if has_cuda() else None
         return {
             "seconds": time.monotonic() - self._started,
+            "phases": self._phases.seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
             "peak_accelerator_bytes": peak,
         }
