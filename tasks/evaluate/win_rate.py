@@ -1,6 +1,5 @@
 """The win rate of a new adapter over the SFT adapter on held-out prompts, with its interval."""
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -9,15 +8,18 @@ from typing import Any
 
 from tasks.config import EvaluationConfig, GenerationConfig
 from tasks.errors import PreflowError
+from tasks.store.measures import Evaluation, WinRate
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
     AdapterRef,
     CompletionsRef,
     EvaluationRef,
+    FileFacts,
+    Manifest,
     PromptsRef,
     VerdictsRef,
     Workspace,
-    package_versions,
+    indented_json,
     server_path,
     stage_key,
 )
@@ -41,11 +43,10 @@ def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluatio
     """
     trained_on = None
     if adapter.manifest is not None:
-        upstream = Workspace(workspace).read_json(adapter.manifest)["upstream"]
-        trained_on = next((ref["uri"] for ref in upstream if ref["kind"] == "preferences"), None)
+        trained_on = Workspace(workspace).read_manifest(adapter).origin("preferences")
     if trained_on is None:
         logger.warning("%s has no manifest that names its pairs: no prompt can be left out as trained on", adapter.uri)
-    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on)
+    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on.uri if trained_on else None)
 
 
 def draw_settings(
@@ -77,11 +78,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
         PreflowError: no prompt has samples on both sides.
     """
     store = Workspace(workspace)
-    folder = store.uri("samples", stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256))
-    others = {row["id"]: row["completions"] for row in _rows(store, candidate.uri)}
+    key = stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256)
+    folder = store.uri("samples", key)
+    others = {row["id"]: row["completions"] for row in store.read_rows(candidate.uri)}
     missing = 0
     with store.writing(f"{folder}/samples.jsonl") as out:
-        for row in _rows(store, baseline.uri):
+        for row in store.read_rows(baseline.uri):
             samples = others.get(row["id"])
             missing += samples is None
             for number, (a, b) in enumerate(zip(row["completions"], samples or [], strict=False)):
@@ -98,10 +100,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
     if missing:
         logger.warning("evaluation: %d prompts have no samples of the new adapter and are left out", missing)
     artifact = CompletionsRef(uri=f"{folder}/samples.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    upstream = [baseline.model_dump(), candidate.model_dump()]
-    store.write_json(
-        f"{folder}/manifest.json", {"artifact": artifact.model_dump(), "stage": "samples", "upstream": upstream}
-    )
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="samples", version=VERSION, key=key, upstream=(baseline, candidate),
+            files={"samples.jsonl": out.file},
+        )
+    )  # fmt: skip
     return artifact
 
 
@@ -125,7 +129,7 @@ def _outcome_for(votes: Sequence[Row]) -> float:
     return float(best.pop() == 1) if len(best) == 1 and None not in best else 0.5
 
 
-def win_rate(outcomes: dict[str, list[float]], confidence: float) -> dict[str, float]:
+def win_rate(outcomes: dict[str, list[float]], confidence: float) -> WinRate:
     """Return the mean outcome with a Wilson interval that knows samples of one prompt are alike.
 
     The prompts are the clusters: n_eff = p(1-p) / (s^2 / m), with s^2 the variance of the m prompts' means, kept
@@ -149,15 +153,17 @@ def win_rate(outcomes: dict[str, list[float]], confidence: float) -> dict[str, f
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (rate + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z / (1 + z * z / effective) * math.sqrt(rate * (1 - rate) / effective + z * z / (4 * effective**2))
-    return {
-        "win_rate": rate,
-        "lower": max(0.0, centre - half),
-        "upper": min(1.0, centre + half),
-        "samples": samples,
-        "prompts": len(means),
-        "effective_samples": effective,
-        "ties": sum(value == 0.5 for values in outcomes.values() for value in values) / samples,
-    }
+    return WinRate(
+        win_rate=rate,
+        lower=max(0.0, centre - half),
+        upper=min(1.0, centre + half),
+        confidence=confidence,
+        samples=samples,
+        prompts=len(means),
+        clusters=len(means),
+        effective_samples=effective,
+        ties=sum(value == 0.5 for values in outcomes.values() for value in values) / samples,
+    )
 
 
 def evaluation_key(adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, confidence: float) -> str:
@@ -177,61 +183,58 @@ def summarise_evaluation(
 ) -> EvaluationRef:
     """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
     store = Workspace(workspace)
-    folder = store.uri("evaluations", evaluation_key(adapter, verdicts, null, evaluation.confidence))
-    found = win_rate(_write_comparisons(store, folder, verdicts), evaluation.confidence)
-    summary: dict[str, Any] = {**found, "confidence": evaluation.confidence, "adapter_sha256": adapter.sha256}
-    if null is not None:
-        summary["null"] = _null_rate(_rows(store, null.uri), evaluation.confidence)
+    key = evaluation_key(adapter, verdicts, null, evaluation.confidence)
+    folder = store.uri("evaluations", key)
+    outcomes, comparisons = _write_comparisons(store, folder, verdicts)
+    found = win_rate(outcomes, evaluation.confidence)
+    even = None if null is None else _null_rate(store.read_rows(null.uri), evaluation.confidence)
+    summary = Evaluation(**found.model_dump(), adapter_sha256=adapter.sha256, null=even)
     with store.writing(f"{folder}/win_rate.json") as written:
-        written.write((json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
+        written.write(indented_json(summary.model_dump(mode="json", exclude_none=True)))
     artifact = EvaluationRef(
         uri=f"{folder}/win_rate.json",
         manifest=f"{folder}/manifest.json",
         adapter_sha256=adapter.sha256,
-        **{name: found[name] for name in ("win_rate", "lower", "upper")},
+        **found.model_dump(include={"win_rate", "lower", "upper"}),
         **{**written.facts(), "rows": verdicts.rows},
     )
-    store.write_json(
-        f"{folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "stage": "evaluation",
-            "version": VERSION,
-            "config": evaluation.model_dump(mode="json"),
-            "upstream": [ref.model_dump() for ref in (adapter, verdicts, null) if ref],
-            "packages": package_versions(),
-            "summary": summary,
-        },
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="evaluation",
+            version=VERSION,
+            key=key,
+            config=evaluation,
+            upstream=tuple(ref for ref in (adapter, verdicts, null) if ref),
+            files={"win_rate.json": written.file, "comparisons.jsonl": comparisons},
+        )
     )
     _log_win_rate(summary)
     return artifact
 
 
-def _write_comparisons(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, list[float]]:
+def _write_comparisons(
+    store: Workspace, folder: str, verdicts: VerdictsRef
+) -> tuple[dict[str, list[float]], FileFacts]:
     """Write every comparison with its outcome, and return the outcomes by prompt."""
     outcomes: dict[str, list[float]] = {}
     with store.writing(f"{folder}/comparisons.jsonl") as out:
-        for row in _rows(store, verdicts.uri):
+        for row in store.read_rows(verdicts.uri):
             result = outcome_of(row)
             outcomes.setdefault(row["prompt_id"], []).append(result)
             out.write_row({**row, "outcome": result})
-    return outcomes
+    return outcomes, out.file
 
 
-def _log_win_rate(summary: dict[str, Any]) -> None:
-    null = f"; SFT against itself {summary['null']['win_rate']:.3f}" if "null" in summary else ""
-    interval = f"{summary['win_rate']:.3f} [{summary['lower']:.3f}, {summary['upper']:.3f}]"
-    logger.info("win rate %s over %d samples of %d prompts%s", interval, summary["samples"], summary["prompts"], null)
-    if summary["samples"] < ENOUGH_SAMPLES:
-        logger.warning("only %d samples: a win rate of 0.55 takes about 800 to be seen", summary["samples"])
+def _log_win_rate(found: Evaluation) -> None:
+    null = f"; SFT against itself {found.null.text()}" if found.null else ""
+    logger.info("win rate %s over %d samples of %d prompts%s", found.text(), found.samples, found.prompts, null)
+    if found.samples < ENOUGH_SAMPLES:
+        logger.warning("only %d samples: a win rate of 0.55 takes about 800 to be seen", found.samples)
 
 
-def _null_rate(rows: Iterable[Row], confidence: float) -> dict[str, float]:
+def _null_rate(rows: Iterable[Row], confidence: float) -> WinRate:
     outcomes: dict[str, list[float]] = {}
     for row in rows:
         outcomes.setdefault(row["prompt_id"], []).append(outcome_of(row))
     return win_rate(outcomes, confidence)
-
-
-def _rows(store: Workspace, uri: str) -> Iterable[Row]:
-    return (json.loads(line) for line in store.lines(uri))

@@ -1,9 +1,7 @@
 """From votes to preference pairs: the pair policy, the confidence bar, and a split that new prompts never shift."""
 
 import hashlib
-import json
 import logging
-import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +12,7 @@ from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.quality import QualityReport, measure_judgements, plot_quality
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
-from tasks.store.workspace import PreferencesRef, VerdictsRef, Workspace, package_versions, stage_key
+from tasks.store.workspace import DigestWriter, FileFacts, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
 
 VERSION = 3
 APPLIED = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "seed"}
@@ -45,34 +43,27 @@ def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
         return known
     store, key = Workspace(workspace), preferences_key(verdicts, judging)
     folder = store.uri("preferences", key)
-    files, found = _write_pairs(store, folder, verdicts, judging)
-    files["quality.json"] = _measure(store, folder, verdicts)
-    counts = {**found, "train": files["train.jsonl"]["rows"], "val": files["val.jsonl"]["rows"]}
+    written, found = _write_pairs(store, folder, verdicts, judging)
+    train = written["train.jsonl"]
+    counts = {**found, "train": train.rows, "val": written["val.jsonl"].rows}
+    files = {name: out.file for name, out in written.items()} | _measure(store, folder, verdicts)
     logger.info("preferences: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     artifact = PreferencesRef(
-        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=counts["val"], **files["train.jsonl"]
+        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=counts["val"], **train.facts()
     )
-    store.write_json(
-        f"{folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "key": key,
-            "stage": "preferences",
-            "version": VERSION,
-            "config": judging.model_dump(mode="json"),
-            "upstream": [verdicts.model_dump()],
-            "files": files,
-            "packages": package_versions(),
-            "counts": counts,
-        },
-    )
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="preferences", version=VERSION, key=key, config=judging, upstream=(verdicts,),
+            files=files, counts=counts,
+        )
+    )  # fmt: skip
     return artifact
 
 
 def _write_pairs(
     store: Workspace, folder: str, verdicts: VerdictsRef, judging: JudgingConfig
-) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
-    """Decide on every row, and return the facts of the files and how many rows came to what."""
+) -> tuple[dict[str, DigestWriter], Counter[str]]:
+    """Decide on every row, and return the files and how many rows came to what."""
     counts: Counter[str] = Counter(cut_pairs=0)
     with (
         store.writing(f"{folder}/judged.jsonl") as judged,
@@ -90,8 +81,7 @@ def _write_pairs(
             if decision.status == "pair":
                 held_out = is_validation(row.id, row.group, judging.seed, judging.val_ratio)
                 (val if held_out else train).write_row(preference_pair(row, decision).model_dump(exclude_none=True))
-    files = {"judged.jsonl": judged.facts(), "train.jsonl": train.facts(), "val.jsonl": val.facts()}
-    return files, counts
+    return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, counts
 
 
 def is_cut(row: VerdictsRow, decision: "Decision") -> bool:
@@ -101,15 +91,16 @@ def is_cut(row: VerdictsRow, decision: "Decision") -> bool:
     return any(side is not None and side < len(reasons) and reasons[side] == "length" for side in sides)
 
 
-def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, Any]:
-    """Write `quality.json` and its picture, and return the facts of the former."""
-    usage = store.read_json(verdicts.manifest)["usage"] if verdicts.manifest else None
-    judged = (json.loads(line) for line in store.lines(f"{folder}/judged.jsonl"))
-    quality = measure_judgements(judged, usage=usage)
-    store.write_bytes(f"{folder}/quality.png", plot_quality(quality))
+def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, FileFacts]:
+    """Write `quality.json` and its picture."""
+    cost = store.read_manifest(verdicts).cost if verdicts.manifest else None
+    usage = cost.model_dump(exclude={"usd", "gpu_seconds"}) if cost else None
+    quality = measure_judgements(store.read_rows(f"{folder}/judged.jsonl"), usage=usage)
+    with store.writing(f"{folder}/quality.png") as picture:
+        picture.write(plot_quality(quality))
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
-    return measured.facts()
+    return {"quality.json": measured.file, "quality.png": picture.file}
 
 
 def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
@@ -120,13 +111,11 @@ def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
     """
     if preferences.rows:
         return preferences
-    folder = posixpath.dirname(preferences.uri)
-    quality = QualityReport.model_validate(Workspace(workspace).read_json(f"{folder}/quality.json"))
+    quality = QualityReport.model_validate(Workspace(workspace).read_json(preferences.sibling("quality.json")))
     statuses = ", ".join(f"{count} {name}" for name, count in quality.statuses.items())
     advice = " ".join(metric.advice for metric in quality.problems() if metric.advice)
-    raise PreflowError(
-        f"no pair to train on: of {quality.rows} prompts {statuses}; why is in {folder}/judged.jsonl. {advice}"
-    )
+    why = preferences.sibling("judged.jsonl")
+    raise PreflowError(f"no pair to train on: of {quality.rows} prompts {statuses}; why is in {why}. {advice}")
 
 
 class Decision(BaseModel):

@@ -205,20 +205,20 @@ def _plain(folder: str) -> str:
 
 
 def read_model_file(source: str, name: str, revision: str | None = None) -> str | None:
-    """Return the text of a file of a model: in a folder, at a gs:// address, or on the hub; None where it is absent."""
+    """Return the text of a model's file, None where it is absent: of a folder, a gs:// address, or a hub's local cache.
+
+    Preflight and trainer have fetched a hub's small files before; nothing is asked here.
+    """
     if "://" in source or Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")):
         store, uri = Workspace.holding(source), f"{_plain(source).rstrip('/')}/{name}"
         return store.read_bytes(uri).decode() if store.exists(uri) else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        return Path(hf_hub_download(source, name, revision=revision)).read_text()
-    except EntryNotFoundError:  # also what a hub that cannot be reached, and a cache without the file, come to
+        found = try_to_load_from_cache(source, name, revision=revision)
+    except ValueError:  # no name that a hub could have
         return None
-    except (OSError, ValueError) as error:
-        logger.info("%s of %s cannot be read here: %s", name, source, str(error).splitlines()[0])
-        return None
+    return Path(found).read_text() if isinstance(found, str) else None
 
 
 def check_prompts(uri: str, template: ChatTemplate) -> None:

@@ -195,7 +195,8 @@ class PairTokenizer:
         whole, content = self.template.render([*prompt, answer.model_dump()]), answer.content
         lead = "" if content.startswith(self._lead) else self._lead
         report.altered += whole != text + lead + content + self._end
-        report.rewritten += not same_words(whole, text + content.rpartition("</think>")[2] + self._end)
+        visible = content.rpartition("</think>")[2]
+        report.rewritten += not any(same_words(whole, text + shown + self._end) for shown in (content, visible))
 
     def _reads(self, ids: list[int], text: str) -> bool:
         """Tell whether sampled tokens are this text, of which a server may have taken thinking and stop texts."""
