@@ -11,7 +11,8 @@ class ChatSettings(StageConfig):
     chat_template: str | None = Field(
         None,
         description="File with the chat template (a path or gs:// address), where neither the adapter nor the base "
-        "model brings the right one. The server must speak with the same one (vLLM: --chat-template).",
+        "model brings the right one. The server must speak with it too (vLLM: --chat-template), or take it from a "
+        "request (--trust-request-chat-template).",
         json_schema_extra=OPERATIONAL,  # its content is part of every key
     )
     chat_template_kwargs: dict[str, JsonValue] = Field(

@@ -112,7 +112,15 @@ class Extras(TypedDict, total=False):
     """Settings of a request that vLLM takes and other servers may refuse."""
 
     return_token_ids: bool
+    chat_template: str
     chat_template_kwargs: Mapping[str, Any]
+
+
+def template_settings(generation: GenerationConfig) -> Extras:
+    """Return what a request says about the chat template; the template itself only where the settings name one."""
+    named = choose_template(generation, None) if generation.chat_template else None
+    settings: Extras = {"chat_template": named.text} if named else {}
+    return {**settings, "chat_template_kwargs": generation.template_kwargs()}
 
 
 class Sampler:
@@ -122,7 +130,7 @@ class Sampler:
         self._endpoint, self._config = endpoint, generation
         self._keep = re.compile(generation.keep_lines) if generation.keep_lines else None
         # What vLLM takes and other servers may refuse.
-        self._extras: Extras = {"return_token_ids": True, "chat_template_kwargs": generation.template_kwargs()}
+        self._extras: Extras = {"return_token_ids": True, **template_settings(generation)}
 
     async def sample(self, prompt: Row) -> Outcome:
         """Return the completions of `prompt`, or why the endpoint will never give them."""
@@ -164,7 +172,9 @@ class Sampler:
                 **extras,
             )
         except RequestRefused as refused:
-            unknown = [name for name in extras if name in refused.text]
+            # vLLM refuses a "chat template" in words, others name the field.
+            told = re.sub(r"\W+", "_", refused.text.lower())
+            unknown = [name for name in extras if re.search(rf"{name}(?!_kwargs)", told)]
             if not unknown or (config.chat_template_kwargs and "chat_template_kwargs" in unknown):
                 raise
             logger.info("%s knows no %s: sampling goes on without", config.endpoint, ", ".join(unknown))
@@ -325,12 +335,13 @@ async def tokenize_prompt(
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     body: dict[str, Any] = {"model": generation.model, "prompt": prompt, "add_special_tokens": False}
     if not isinstance(prompt, str):
-        kwargs = generation.template_kwargs()
         body = {"model": generation.model, "messages": prompt, "add_generation_prompt": True}
-        body["chat_template_kwargs"] = kwargs
+        body |= template_settings(generation)
     try:
         async with httpx.AsyncClient(timeout=30, headers=headers) as client:
             reply = await client.post(f"{base}/tokenize", json=body)
+            if body.pop("chat_template", None) and reply.is_client_error:
+                reply = await client.post(f"{base}/tokenize", json=body)
         return [int(token) for token in reply.json()["tokens"]] if reply.is_success else None
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         logger.info("%s/tokenize is of no use (%s): prompts are not checked there", base, error)

@@ -61,6 +61,7 @@ class Sampling(TypedDict):
     frequency_penalty: NotRequired[float | None]
     seed: NotRequired[int | None]
     stop: NotRequired[Sequence[str] | None]
+    chat_template: NotRequired[str | None]
     chat_template_kwargs: NotRequired[Mapping[str, Any] | None]
     return_token_ids: NotRequired[bool | None]
     response_format: NotRequired[Mapping[str, Any] | None]
