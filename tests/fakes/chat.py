@@ -1,6 +1,7 @@
 """Small tokenizers that speak with the chat templates of real model families."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,29 +26,32 @@ class Family:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
     def build_tokenizer(self, folder: Path) -> Any:
-        """Write a byte-level BPE tokenizer of some words with this template into `folder`."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-        from transformers import PreTrainedTokenizerFast
+        """Write a tokenizer with this template into `folder`."""
+        special = [*filter(None, (self.bos, self.eos)), *self.others]
+        return build_tokenizer(folder, special, self.words, self.bos, self.eos, self.file.read_text())
 
-        special = ["<|pad|>", *filter(None, (self.bos, self.eos)), *self.others]
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        rng = random.Random(0)
-        corpus = [" ".join(rng.choices(WORDS, k=12)) for _ in range(300)] + [
-            "system user assistant USER: ASSISTANT: "
-        ] * 40
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        bpe.train_from_iterator(
-            corpus, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-        )
-        bpe.add_tokens([AddedToken(word, special=False, normalized=False) for word in self.words])
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe, bos_token=self.bos, eos_token=self.eos, pad_token="<|pad|>"
-        )
-        tokenizer.chat_template = self.file.read_text()
-        tokenizer.save_pretrained(folder)
-        return tokenizer
+
+def build_tokenizer(
+    folder: Path, special: Sequence[str], words: Sequence[str], bos: str | None, eos: str, template: str
+) -> Any:
+    """Write a byte-level BPE tokenizer of some words; `words` are tokens of their own, and not special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    rng = random.Random(0)
+    corpus = [" ".join(rng.choices(WORDS, k=12)) for _ in range(300)] + ["system user assistant USER: ASSISTANT: "] * 40
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|pad|>", *special], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    bpe.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos, pad_token="<|pad|>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 IM = ("<|im_start|>",)
@@ -70,3 +74,10 @@ FAMILIES = [
     ),
     Family("smollm2", OURS / "smollm2.jinja", "<|im_start|>", "<|im_end|>"),
 ]  # fmt: skip
+
+
+def union_tokenizer(folder: Path) -> Any:
+    """Write a tokenizer with the special tokens of all families; its own chat template is the first one's."""
+    first = FAMILIES[0]
+    special = [token for family in FAMILIES for token in (family.bos, family.eos, *family.others) if token]
+    return build_tokenizer(folder, list(dict.fromkeys(special)), THINK, first.bos, first.eos, first.file.read_text())
