@@ -564,6 +564,7 @@ def folder_digest(uri: str) -> str:
     Raises:
         PreflowError: the folder is missing or holds no weights.
     """
+    uri = resolve_location(uri)
     store = Workspace.holding(uri)
     files = store.digests(uri, (".safetensors", "config.json"))
     if not any(name.endswith(".safetensors") for name in files):
