@@ -14,7 +14,7 @@ from tasks.config import SweepConfig
 from tasks.demo.local import Places, announce, model_servers, prefect_api, show_result
 from tasks.demo.materials import make_materials
 from tasks.errors import PreflowError
-from tasks.run.preflight import PipelineResult
+from tasks.store.workspace import PipelineResult
 from tasks.sweep.prepare import prepare_points
 from tasks.sweep.ranking import find_sweep
 

@@ -11,8 +11,8 @@ from tasks.config import PipelineConfig
 from tasks.promote.pointer import find_promotion
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
-from tasks.run.preflight import PipelineResult, my_turn, prepare_run, record_result
-from tasks.store.workspace import AdapterRef, PreferencesRef
+from tasks.run.preflight import my_turn, prepare_run, record_result
+from tasks.store.workspace import AdapterRef, PipelineResult, PreferencesRef
 from tasks.train.work_pool import train_on_pool
 
 
@@ -25,8 +25,8 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """
     config = await prepare_run(config)
     result = await promote_if_better(await improve(config), config)
-    record_result(config, result)
-    await report_run(config, result)
+    folder = record_result(config, result)
+    await report_run(config, result, folder)
     return result
 
 

@@ -25,8 +25,8 @@ from tasks.demo.services import Service, judge_server, prefect_server
 from tasks.demo.serving import vllm_server
 from tasks.demo.summary import before_and_after, stage_seconds, summarise
 from tasks.promote.pointer import read_pointer
-from tasks.report.run import report_uri
-from tasks.run.preflight import PipelineResult, find_result
+from tasks.run.preflight import find_result, run_folder
+from tasks.store.workspace import PipelineResult
 
 LOG = logging.getLogger(__name__)
 SERVED_NAME = "dpo"
@@ -164,7 +164,8 @@ async def show_result(result: PipelineResult, config: PipelineConfig, flow_run_i
     """Print what the run did and whether the adapter is better, and one scene before and after."""
     rows = summarise(result, config.workspace)
     rows += [(f"time, {name}", f"{seconds:.0f} s") for name, seconds in await stage_seconds(flow_run_id)]
-    rows += [("report", report_uri(config)), ("Prefect UI", f"{_ui_address()}/runs/flow-run/{flow_run_id}")]
+    rows.append(("report", f"{run_folder(config)}/report.html"))
+    rows.append(("Prefect UI", f"{_ui_address()}/runs/flow-run/{flow_run_id}"))
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     for title, text in before_and_after(result, config.workspace).items():

@@ -9,8 +9,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 
 from tasks.report.run import gather_manifests
-from tasks.run.preflight import PipelineResult
-from tasks.store.workspace import Cost, Workspace
+from tasks.store.workspace import Cost, PipelineResult, Workspace
 
 
 def summarise(result: PipelineResult, workspace: str) -> list[tuple[str, str]]:

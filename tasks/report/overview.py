@@ -5,9 +5,9 @@ from typing import Any, TypeAlias
 
 from tasks.batch.costs import format_usd
 from tasks.config import JudgingConfig
-from tasks.judge.quality import QualityReport
 from tasks.report.page import Cell, ReportSection, Table
 from tasks.report.sections import ENOUGH_DECIDED, ENOUGH_FOR_60, metric_row, null_is_near, rate_text
+from tasks.store.measures import QualityReport
 from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]

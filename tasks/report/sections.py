@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.batch.costs import Ledger, format_usd
-from tasks.judge.quality import Metric, QualityReport
 from tasks.report.page import Cell, Example, Picture, ReportSection, Table
+from tasks.store.measures import Metric, QualityReport
 from tasks.store.workspace import Manifest
 
 EXAMPLES = 20
