@@ -273,9 +273,7 @@ def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
         PreflowError: it changed since the training's key was made.
     """
     store = Workspace.holding(uri)
-    folder = Path(uri).expanduser().absolute()
-    if not store.is_local:
-        folder = store.fetch_files(uri, local)
+    folder = Path(uri) if store.is_local else store.fetch_files(uri, local)
     found = folder_digest(str(folder))
     if found != expected:
         raise PreflowError(
