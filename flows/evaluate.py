@@ -16,12 +16,16 @@ from tasks.evaluate.win_rate import (
 from tasks.judge.asking import collect_verdicts, plan_judging
 from tasks.report.run import report_evaluation
 from tasks.run.inputs import AdapterInput
+from tasks.run.names import RunName
 from tasks.store.workspace import CompletionsRef, EvaluationRef, VerdictsRef, Workspace
 
 
-@flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256:.12}")
+@flow(name="evaluate-adapter", flow_run_name=RunName("evaluate {adapter.sha256:.12}"))
 async def evaluate_adapter(
-    adapter: AdapterInput, prompts: str, workspace: str, evaluation: EvaluationConfig
+    adapter: AdapterInput,
+    prompts: str = "prompts.jsonl",
+    workspace: str = "workspace",
+    evaluation: EvaluationConfig = EvaluationConfig(),
 ) -> EvaluationRef:
     """Have the judge compare samples of the new adapter with the SFT adapter's, on prompts it was not trained on.
 
