@@ -9,6 +9,7 @@ from typing import Any
 
 from tasks.config import EvaluationConfig, GenerationConfig
 from tasks.errors import PreflowError
+from tasks.store.measures import Evaluation, WinRate
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
     AdapterRef,
@@ -17,6 +18,7 @@ from tasks.store.workspace import (
     PromptsRef,
     VerdictsRef,
     Workspace,
+    indented_json,
     package_versions,
     server_path,
     stage_key,
@@ -125,7 +127,7 @@ def _outcome_for(votes: Sequence[Row]) -> float:
     return float(best.pop() == 1) if len(best) == 1 and None not in best else 0.5
 
 
-def win_rate(outcomes: dict[str, list[float]], confidence: float) -> dict[str, float]:
+def win_rate(outcomes: dict[str, list[float]], confidence: float) -> WinRate:
     """Return the mean outcome with a Wilson interval that knows samples of one prompt are alike.
 
     The prompts are the clusters: n_eff = p(1-p) / (s^2 / m), with s^2 the variance of the m prompts' means, kept
@@ -149,15 +151,17 @@ def win_rate(outcomes: dict[str, list[float]], confidence: float) -> dict[str, f
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (rate + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z / (1 + z * z / effective) * math.sqrt(rate * (1 - rate) / effective + z * z / (4 * effective**2))
-    return {
-        "win_rate": rate,
-        "lower": max(0.0, centre - half),
-        "upper": min(1.0, centre + half),
-        "samples": samples,
-        "prompts": len(means),
-        "effective_samples": effective,
-        "ties": sum(value == 0.5 for values in outcomes.values() for value in values) / samples,
-    }
+    return WinRate(
+        win_rate=rate,
+        lower=max(0.0, centre - half),
+        upper=min(1.0, centre + half),
+        confidence=confidence,
+        samples=samples,
+        prompts=len(means),
+        clusters=len(means),
+        effective_samples=effective,
+        ties=sum(value == 0.5 for values in outcomes.values() for value in values) / samples,
+    )
 
 
 def evaluation_key(adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, confidence: float) -> str:
@@ -179,16 +183,15 @@ def summarise_evaluation(
     store = Workspace(workspace)
     folder = store.uri("evaluations", evaluation_key(adapter, verdicts, null, evaluation.confidence))
     found = win_rate(_write_comparisons(store, folder, verdicts), evaluation.confidence)
-    summary: dict[str, Any] = {**found, "confidence": evaluation.confidence, "adapter_sha256": adapter.sha256}
-    if null is not None:
-        summary["null"] = _null_rate(_rows(store, null.uri), evaluation.confidence)
+    even = None if null is None else _null_rate(_rows(store, null.uri), evaluation.confidence)
+    summary = Evaluation(**found.model_dump(), adapter_sha256=adapter.sha256, null=even)
     with store.writing(f"{folder}/win_rate.json") as written:
-        written.write((json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
+        written.write(indented_json(summary.model_dump(mode="json", exclude_none=True)))
     artifact = EvaluationRef(
         uri=f"{folder}/win_rate.json",
         manifest=f"{folder}/manifest.json",
         adapter_sha256=adapter.sha256,
-        **{name: found[name] for name in ("win_rate", "lower", "upper")},
+        **found.model_dump(include={"win_rate", "lower", "upper"}),
         **{**written.facts(), "rows": verdicts.rows},
     )
     store.write_json(
@@ -200,7 +203,7 @@ def summarise_evaluation(
             "config": evaluation.model_dump(mode="json"),
             "upstream": [ref.model_dump() for ref in (adapter, verdicts, null) if ref],
             "packages": package_versions(),
-            "summary": summary,
+            "summary": summary.model_dump(mode="json", exclude_none=True),
         },
     )
     _log_win_rate(summary)
@@ -218,15 +221,14 @@ def _write_comparisons(store: Workspace, folder: str, verdicts: VerdictsRef) -> 
     return outcomes
 
 
-def _log_win_rate(summary: dict[str, Any]) -> None:
-    null = f"; SFT against itself {summary['null']['win_rate']:.3f}" if "null" in summary else ""
-    interval = f"{summary['win_rate']:.3f} [{summary['lower']:.3f}, {summary['upper']:.3f}]"
-    logger.info("win rate %s over %d samples of %d prompts%s", interval, summary["samples"], summary["prompts"], null)
-    if summary["samples"] < ENOUGH_SAMPLES:
-        logger.warning("only %d samples: a win rate of 0.55 takes about 800 to be seen", summary["samples"])
+def _log_win_rate(found: Evaluation) -> None:
+    null = f"; SFT against itself {found.null.text()}" if found.null else ""
+    logger.info("win rate %s over %d samples of %d prompts%s", found.text(), found.samples, found.prompts, null)
+    if found.samples < ENOUGH_SAMPLES:
+        logger.warning("only %d samples: a win rate of 0.55 takes about 800 to be seen", found.samples)
 
 
-def _null_rate(rows: Iterable[Row], confidence: float) -> dict[str, float]:
+def _null_rate(rows: Iterable[Row], confidence: float) -> WinRate:
     outcomes: dict[str, list[float]] = {}
     for row in rows:
         outcomes.setdefault(row["prompt_id"], []).append(outcome_of(row))

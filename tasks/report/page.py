@@ -1,9 +1,10 @@
 """What a report page is made of. All text in it is data: the renderers escape every character of it."""
 
+import base64
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-# None is shown as a dash, True and False as "ok" and "look here".
+# None is shown as a dash, True and False as "ok" and "out of range".
 Cell: TypeAlias = str | int | float | bool | None
 
 
@@ -28,10 +29,22 @@ class Picture:
     png: bytes
     caption: str
 
+    def data_uri(self) -> str:
+        """Return the picture as an address that holds it whole."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+class Side(NamedTuple):
+    """One of the two texts of an example."""
+
+    label: str
+    text: str
+    won: bool
+
 
 @dataclass(frozen=True)
 class Example:
-    """Two texts on one prompt, side by side."""
+    """Two texts on one prompt, side by side; `winner` is 0 for the left one, 1 for the right one, or None."""
 
     title: str
     prompt: str
@@ -39,6 +52,13 @@ class Example:
     left: str
     right_label: str
     right: str
+    winner: int | None = None
+    is_open: bool = False
+
+    def sides(self) -> tuple[Side, Side]:
+        """Return both texts, each with whether it won."""
+        left = Side(self.left_label, self.left, self.winner == 0)
+        return left, Side(self.right_label, self.right, self.winner == 1)
 
 
 @dataclass(frozen=True)

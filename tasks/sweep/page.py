@@ -16,10 +16,11 @@ from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.render import render_html, render_text_table
 from tasks.report.run import add_up, gather_manifests, publish, run_sections
 from tasks.report.sections import cost_section, lineage_section
+from tasks.store.measures import WinRate
 from tasks.store.workspace import Workspace
 from tasks.sweep.estimate import SweepPlan, Work
 from tasks.sweep.points import Point
-from tasks.sweep.ranking import PointResult, SweepResult, WinRate, sweep_folder
+from tasks.sweep.ranking import PointResult, SweepResult, sweep_folder
 
 HOW_ESTIMATED = (
     "Tokens: 4 characters each in prompts; a completion as long as those measured in this workspace, or else at its "

@@ -11,21 +11,12 @@ from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import win_rate
 from tasks.report.run import beside
 from tasks.run.preflight import Contents, PipelineResult
+from tasks.store.measures import WinRate
 from tasks.store.workspace import EvaluationRef, PromotionRef, Workspace, digest, stage_key
 from tasks.sweep.points import Change, Point
 
 VERSION = 1
 logger = logging.getLogger(__name__)
-
-
-class WinRate(BaseModel):
-    """A win rate with its interval at the evaluation's own confidence."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    win_rate: float
-    lower: float
-    upper: float
 
 
 class PointResult(BaseModel):
@@ -128,7 +119,7 @@ def _measure(store: Workspace, point: Point, result: PointResult, widened: float
     return result.model_copy(
         update={
             "rate": WinRate.model_validate(summary),
-            "widened": WinRate.model_validate(win_rate(outcomes, widened)),
+            "widened": win_rate(outcomes, widened),
             "null": null,
             "ruler": _ruler(point, outcomes),
         }

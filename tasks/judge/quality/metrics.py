@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.judge.quality.counters import NGRAMS, OTHER, Diversity, Lengths, Positions, Tally, short, wilson_interval
-from tasks.judge.quality.report import Metric
+from tasks.store.measures import Metric
 
 
 def percent(share: float) -> str:

@@ -4,20 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-
-class Metric(BaseModel):
-    """One measurement with the range it should lie in; `ok` is None where there is nothing to hold it against."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    title: str
-    value: float | None
-    unit: str | None = None
-    healthy: str
-    ok: bool | None = None
-    advice: str | None = None
-    detail: dict[str, Any] = {}
+from tasks.store.measures import Metric
 
 
 class QualityReport(BaseModel):

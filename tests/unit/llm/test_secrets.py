@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 import flows
 import tasks
 from tests.fakes.process import ROOT
-from tests.unit.test_infra_job_template import RUN, render
+from tests.unit.infra.test_job_template import RUN, render
 
 # Torch is not needed to find a field, and the demo's models are not configuration.
 SKIPPED = ("tasks.trainer.", "tasks.demo.", "flows.demo")

@@ -65,22 +65,22 @@ def test_one_sample_a_prompt_gives_wilson_s_interval() -> None:
         outcomes = {str(i): [float(i < wins)] for i in range(total)}
         found = win_rate(outcomes, 0.95)
         low, high = wilson_interval(wins, total)
-        assert found["win_rate"] == pytest.approx(wins / total)
-        assert (found["lower"], found["upper"]) == pytest.approx((low, high), abs=0.004)
+        assert found.win_rate == pytest.approx(wins / total)
+        assert (found.lower, found.upper) == pytest.approx((low, high), abs=0.004)
 
 
 def test_equal_samples_of_a_prompt_count_as_one() -> None:
     alone = win_rate({str(i): [float(i % 3 > 0)] for i in range(300)}, 0.95)
     copied = win_rate({str(i): [float(i % 3 > 0)] * 8 for i in range(300)}, 0.95)
-    assert copied["samples"] == 2400
-    assert copied["effective_samples"] == pytest.approx(300, rel=0.02)
-    assert (copied["lower"], copied["upper"]) == pytest.approx((alone["lower"], alone["upper"]), abs=0.003)
+    assert copied.samples == 2400
+    assert copied.effective_samples == pytest.approx(300, rel=0.02)
+    assert (copied.lower, copied.upper) == pytest.approx((alone.lower, alone.upper), abs=0.003)
 
 
 def test_independent_samples_of_a_prompt_count_each() -> None:
     rng = random.Random(0)
     found = win_rate({str(i): [float(rng.random() < 0.6) for _ in range(8)] for i in range(500)}, 0.95)
-    assert found["effective_samples"] > 3200
+    assert found.effective_samples > 3200
 
 
 @pytest.mark.parametrize(("true_rate", "alike", "ties"), [(0.5, 0.0, 0.0), (0.55, 0.5, 0.0), (0.6, 0.3, 0.4)])
@@ -91,8 +91,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(true_rate: float, alik
     for _ in range(runs):
         outcomes = {str(i): draw_prompt(rng, true_rate, alike, ties) for i in range(120)}
         found = win_rate(outcomes, 0.95)
-        covered += found["lower"] <= true_rate <= found["upper"]
-        below += found["lower"] > true_rate
+        covered += found.lower <= true_rate <= found.upper
+        below += found.lower > true_rate
     # 95 % of 400 is 380, standard deviation 4.4; ties make the interval wider than it need be, never narrower.
     assert covered >= 366
     assert ties or covered <= 396
@@ -113,12 +113,12 @@ def draw_prompt(rng: random.Random, rate: float, alike: float, ties: float) -> l
 
 def test_bounds_stay_within_0_and_1_and_nothing_is_an_error() -> None:
     every = win_rate({"a": [1.0, 1.0], "b": [1.0]}, 0.95)
-    assert (every["win_rate"], every["upper"]) == (1.0, 1.0)
-    assert every["lower"] < 0.6
-    assert win_rate({"a": [0.5]}, 0.95)["ties"] == 1.0
+    assert (every.win_rate, every.upper) == (1.0, 1.0)
+    assert every.lower < 0.6
+    assert win_rate({"a": [0.5]}, 0.95).ties == 1.0
     with pytest.raises(PreflowError, match="no comparison"):
         win_rate({}, 0.95)
-    assert fmean([win_rate({"a": [0.0]}, 0.95)["lower"]]) == 0.0
+    assert fmean([win_rate({"a": [0.0]}, 0.95).lower]) == 0.0
 
 
 # ---- draws and pairing
