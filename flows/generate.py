@@ -4,12 +4,12 @@ from prefect import flow
 
 from tasks.config import GenerationConfig
 from tasks.generate.sampling import collect_completions, plan_generation
-from tasks.run.names import RunName
+from tasks.run.names import named
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import CompletionsRef, Workspace
 
 
-@flow(name="generate-completions", flow_run_name=RunName("sample {generation.model}"))
+@flow(name="generate-completions", flow_run_name=named("sample {generation.model}"))
 async def generate_completions(
     prompts: str = "prompts.jsonl", workspace: str = "workspace", generation: GenerationConfig = GenerationConfig()
 ) -> CompletionsRef:

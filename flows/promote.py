@@ -5,11 +5,11 @@ from prefect import flow
 from tasks.config import PromotionConfig
 from tasks.promote.pointer import check_gate, confirm_served, install_adapter, move_pointer, reconcile, serve_adapter
 from tasks.run.inputs import AdapterInput, EvaluationInput
-from tasks.run.names import RunName
+from tasks.run.names import named
 from tasks.store.workspace import PromotionRef, Workspace
 
 
-@flow(name="promote-adapter", flow_run_name=RunName("promote to {promotion.name}"))
+@flow(name="promote-adapter", flow_run_name=named("promote to {promotion.name}"))
 async def promote_adapter(
     adapter: AdapterInput,
     evaluation: EvaluationInput,
@@ -33,7 +33,7 @@ async def promote_adapter(
     return promoted
 
 
-@flow(name="reconcile-served", flow_run_name=RunName("serve what {promotion.name} is"))
+@flow(name="reconcile-served", flow_run_name=named("serve what {promotion.name} is"))
 async def reconcile_served(
     workspace: str = "workspace", promotion: PromotionConfig = PromotionConfig()
 ) -> PromotionRef:

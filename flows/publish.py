@@ -4,10 +4,10 @@ from prefect import flow
 
 from tasks.config import PublishingConfig
 from tasks.promote.publish import Publication, find_published, publish
-from tasks.run.names import RunName
+from tasks.run.names import named
 
 
-@flow(name="publish-adapter", flow_run_name=RunName("publish {name} as {publishing.repo}"))
+@flow(name="publish-adapter", flow_run_name=named("publish {name} as {publishing.repo}"))
 async def publish_adapter(
     workspace: str = "workspace", name: str = "dpo", publishing: PublishingConfig = PublishingConfig()
 ) -> Publication:

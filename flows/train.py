@@ -5,12 +5,12 @@ from prefect import flow
 from tasks.config import TrainingConfig
 from tasks.report.run import report_training
 from tasks.run.inputs import PreferencesInput
-from tasks.run.names import RunName
+from tasks.run.names import named
 from tasks.store.workspace import AdapterRef, Workspace
 from tasks.train.task import train_adapter
 
 
-@flow(name="train-dpo", flow_run_name=RunName("train with beta {training.beta}"))
+@flow(name="train-dpo", flow_run_name=named("train with beta {training.beta}"))
 async def train_dpo(
     preferences: PreferencesInput, workspace: str = "workspace", training: TrainingConfig = TrainingConfig()
 ) -> AdapterRef:

@@ -25,27 +25,26 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-CODES = """Exit codes: 0 done; 1 it ran, and the adapter is not better (or not approved);
-2 something that you can fix, the message says how; 3 a defect of preflow, the log has the
-traceback; 130 stopped by Ctrl-C: run it again, and it continues where it was."""
+CODES = """Exit codes: 0 done; 1 the adapter is not better, or was not approved; 2 you can fix
+it, the message says how; 3 a defect of preflow; 130 stopped by Ctrl-C."""
 
 MINE, MODELS, SERVICE, FILES = (Group.create_ordered(name) for name in (
     "Your model", "What is served", "This machine", "The configuration"))  # fmt: skip
 COMMANDS = {
-    "init": (MINE, "Write a commented config.yaml, with four lines to change, and a rubric to edit."),
-    "check": (MINE, "List all that is wrong with a configuration, what it will cost, and what it can show."),
-    "run": (MINE, "Make a better adapter: sample, judge, train, prove, promote."),
-    "sweep": (MINE, "Try several settings against each other; known work is not done again."),
-    "report": (MINE, "Say how the last run ended and where its report is; --open shows it."),
-    "promote": (MODELS, "Serve the adapter of a finished run under its name, if it won."),
+    "init": (MINE, "Write a commented config.yaml with four lines to change."),
+    "check": (MINE, "List all that is wrong, what a run costs, what it can show."),
+    "run": (MINE, "Make a better adapter: sample, judge, train, prove, serve."),
+    "sweep": (MINE, "Try several settings against each other."),
+    "report": (MINE, "Say how a run ended; --open shows its report."),
+    "promote": (MODELS, "Serve the adapter of a finished run, if it won."),
     "rollback": (MODELS, "Serve the adapter before the present one again."),
     "chat": (MODELS, "Talk to a served model or adapter."),
-    "demo": (SERVICE, "Take a tiny adapter to a better one through every stage: no GPU, no key, no cloud."),
-    "up": (SERVICE, "Start Prefect with its UI, and what runs need, in the background."),
-    "down": (SERVICE, "End what up started."),
+    "demo": (SERVICE, "All of it with a tiny model: no GPU, no key, no cloud."),
+    "up": (SERVICE, "Start Prefect and its UI in the background."),
+    "down": (SERVICE, "End what `up` started."),
     "drill": (SERVICE, "Preempt a training on purpose and compare its bytes."),
     "schema": (FILES, "Print the JSON schema of config.yaml, for editors."),
-    "params": (FILES, "Print a configuration as the parameters of a Prefect deployment."),
+    "params": (FILES, "Print a config.yaml as a deployment's parameters."),
 }
 
 
@@ -53,10 +52,12 @@ def make_app() -> App:
     """Return the command with its sub-commands, none of them imported yet."""
     app = App(
         name="preflow", help="Turns an SFT LoRA adapter into a better one: sample, judge, DPO, proof, serve.",
-        help_epilogue=CODES, help_format="plaintext", version=lambda: version("preflow"),
+        help_format="plaintext", version=lambda: version("preflow"),
     )  # fmt: skip
     for name, (group, text) in COMMANDS.items():
-        app.command(f"preflow.commands.{name}:{name}", name=name, group=group, help=text, sort_key=list(COMMANDS).index(name))
+        app.command(
+            f"preflow.commands.{name}:{name}", name=name, group=group, help=text, sort_key=list(COMMANDS).index(name)
+        )
     return app
 
 

@@ -61,7 +61,7 @@ def load_settings(file: Path, changes: Sequence[str] = ()) -> Settings:
     lines = YAML(typ="rt").load(text) or CommentedMap()
     values = YAML(typ="safe").load(text) or {}
     if not isinstance(values, dict):
-        raise PreflowError(f"{file}: must be settings such as `prompts: prompts.jsonl`; `preflow init` writes an example")
+        raise PreflowError(f"{file}: must hold settings such as `prompts: a.jsonl`; `preflow init` writes an example")
     for name, path in DEFAULTS.items():
         if _get(values, name) is None:
             _put(values, name, path, file)
@@ -118,8 +118,10 @@ def _explain(where: Sequence[int | str], item: dict[str, Any]) -> str:
     name, last = ".".join(map(str, where)), str(where[-1]) if where else ""
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, list(names()), n=1, cutoff=0.6)
-        near = near or [other for other in names() if other.split(".")[-1] == last][:1]
+        section = name.rpartition(".")[0]
+        siblings = [other for other in names() if other.rpartition(".")[0] == section]
+        near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
+        near = near or [other for other in names() if other.rpartition(".")[2] == last][:1]
         return f"there is no setting {name}" + (f"; did you mean {near[0]}?" if near else "; `preflow schema` has all")
     if item["type"] == "string_pattern_mismatch":
         message = PLAINER.get(last, message)

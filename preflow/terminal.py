@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: one live line a stage on a terminal, plain lines elsewhere, everything in a file."""
+"""What a run shows: one live line a stage on a terminal, plain lines elsewhere, everything in a file."""
 
 import logging
 import re
@@ -19,8 +19,8 @@ from tasks.batch.costs import format_seconds
 
 # The flows that get a line of their own; what they call belongs to them.
 STAGES = {
-    "generate-completions": "sample", "judge-preferences": "judge", "train-dpo": "train", "evaluate-adapter": "evaluate",
-    "promote-adapter": "promote",
+    "generate-completions": "sample", "judge-preferences": "judge", "train-dpo": "train",
+    "evaluate-adapter": "evaluate", "promote-adapter": "promote",
 }  # fmt: skip
 POINTS = {"sweep-point": "point"}
 BEGUN = re.compile(r"Beginning (?:sub)?flow run '(.*)' for flow '(.*)'$")
@@ -124,7 +124,7 @@ class Display(logging.Handler):
         table = Table.grid(padding=(0, 1))
         for stage in list(self._open.values()) or [self._waiting]:
             table.add_row(Text(f"  … {stage.title:<9}", "bold cyan"), f"{stage.elapsed():>12}", _last(stage.said))
-        table.columns[-1].no_wrap = True if table.columns else False
+        table.columns[-1].no_wrap = True
         return Group(table)
 
 

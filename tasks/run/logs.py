@@ -1,7 +1,9 @@
 """Log lines for people: what the user can fix as one message without a traceback, and no line for every shard."""
 
 import logging
+import os
 import re
+from uuid import UUID
 
 from tasks.errors import PreflowError
 
@@ -50,7 +52,9 @@ def _user_error(record: logging.LogRecord) -> str | None:
         return str(error)
     # By name: `tasks` sets this up before anything has need of Prefect, which takes a second to import.
     refused = [value for value in record.args or () if type(value).__name__ == "ParameterTypeError"]
-    return str(refused[0]).replace(REFUSED, "the parameters cannot be used:") if refused else None
+    if not refused:
+        return None
+    return str(refused[0]).replace(REFUSED, "the parameters cannot be used:").replace("Value error, ", "")
 
 
 class _NoLineForEachTask(logging.Filter):
@@ -58,6 +62,19 @@ class _NoLineForEachTask(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(("Finished in state Completed", "Finished in state Cached"))
+
+
+class _Refusals(logging.Filter):
+    """Puts the refusal of a run's parameters into the run's log: Prefect says it before the run has one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message, run_id = _user_error(record), os.environ.get("PREFECT__FLOW_RUN_ID")
+        if message is None or run_id is None:
+            return True
+        from prefect.logging.loggers import flow_run_logger
+
+        flow_run_logger(flow_run_id=UUID(run_id)).error("%s", message)
+        return False
 
 
 class _NoParameters(logging.Filter):
@@ -79,6 +96,7 @@ def set_up_logs() -> None:
     # It asks, on every import without a GPU, for a 4-bit CPU kernel that only comes from the internet.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     _add_once(logging.getLogger("prefect.flows"), _NoParameters())
+    _add_once(logging.getLogger("prefect.engine"), _Refusals())
     _add_once(logging.getLogger("prefect.task_runs"), _NoLineForEachTask())
     plain = _PlainUserErrors()
     for name in ("prefect.flow_runs", "prefect.task_runs"):

@@ -116,7 +116,7 @@ def test_the_pipeline_tells_its_progress_its_spending_and_its_verdict(world: Wor
 
 STAGES = {
     "generate-completions/local": (["prompts"], "generation", r"24 prompts|generation.*done|100 %"),
-    "judge-preferences/local": (["completions"], "judging", r"pairs"),
+    "judge-preferences/local": (["completions"], "judging", r"(?s)48 requests.*US\$.*preferences: pair \d+"),
     "train-dpo/local": (["preferences"], "training", r"step \d+/4"),
 }
 
