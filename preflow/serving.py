@@ -36,6 +36,8 @@ from flows.train import train_dpo
 from tasks.config import PipelineConfig, StageConfig
 from tasks.demo.up import Up
 
+# A crashed run of these is not started again by itself, see deployments/automations.yaml.
+LEFT_ALONE = ("train", "rollback")
 ROOT = Path(__file__).parents[1]
 # One GPU and one served name: the second run waits for the first one.
 ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
@@ -81,7 +83,8 @@ def deployments(name: str, config: PipelineConfig, sweep: dict[str, Any]) -> lis
     given = parameters_of(config, sweep)
     made: Any = [
         flow.to_deployment(
-            f"{name}-{verb}" if verb else name, parameters=given[flow.name], tags=["preflow", name, "restarted"],
+            f"{name}-{verb}" if verb else name, parameters=given[flow.name],
+            tags=["preflow", name, *([] if verb in LEFT_ALONE else ["restarted"])],
             concurrency_limit=ALONE if alone else None, entrypoint_type=EntrypointType.MODULE_PATH,
         )
         for flow, (verb, alone) in FLOWS.items()

@@ -172,5 +172,7 @@ def show_result(result: PipelineResult, config: PipelineConfig) -> None:
 
 if __name__ == "__main__":
     here = Places(Path(sys.argv[1]))
+    for engine in Up(here.root).leftovers(naming="EngineCore"):  # of a vLLM that was killed: it would keep its memory
+        engine.kill()
     vllm = vllm_for(here, locate_materials(here.root), int(sys.argv[2]))
     os.execve(vllm.command[0], list(vllm.command), {**os.environ, **vllm.environment})

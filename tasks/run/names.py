@@ -20,7 +20,7 @@ def named(template: str) -> Callable[[], str]:
         if context is None or context.flow_run is None:
             raise RuntimeError("a run is named while it starts, by Prefect")
         given = context.flow_run.name
-        return template.format(now=datetime.now(), **context.parameters) if _is_made_up(given) else given
+        return template.format(now=datetime.now(), **(context.parameters or {})) if _is_made_up(given) else given
 
     return name
 
