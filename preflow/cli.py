@@ -52,11 +52,12 @@ def make_app() -> App:
     """Return the command with its sub-commands, none of them imported yet."""
     app = App(
         name="preflow", help="Turns an SFT LoRA adapter into a better one: sample, judge, DPO, proof, serve.",
-        help_format="plaintext", version=lambda: version("preflow"),
+        help_epilogue=CODES, help_format="plaintext", version=lambda: version("preflow"),
     )  # fmt: skip
     for name, (group, text) in COMMANDS.items():
+        order = list(COMMANDS).index(name)
         app.command(
-            f"preflow.commands.{name}:{name}", name=name, group=group, help=text, sort_key=list(COMMANDS).index(name)
+            f"preflow.commands.{name}:{name}", name=name, group=group, help=text, help_epilogue="", sort_key=order
         )
     return app
 

@@ -66,7 +66,7 @@ def load_settings(file: Path, changes: Sequence[str] = ()) -> Settings:
         if _get(values, name) is None:
             _put(values, name, path, file)
     _resolve(values, file.absolute().parent)
-    changed = dict(_parse(change) for change in changes)
+    changed = dict(parse_change(change) for change in changes)
     _resolve_changes(changed)
     for name, value in changed.items():
         _put(values, name, value, file)
@@ -137,7 +137,8 @@ def names(model: type[BaseModel] = RunFile, prefix: str = "") -> Iterator[str]:
                 yield from names(kind, f"{prefix}{name}.")
 
 
-def _parse(change: str) -> tuple[str, Any]:
+def parse_change(change: str) -> tuple[str, Any]:
+    """Return name and value of a change such as training.beta=0.05."""
     name, equals, text = change.partition("=")
     if not equals or not name:
         raise PreflowError(f"--set {change}: write it as training.beta=0.05")
