@@ -5,7 +5,7 @@ export PYTHON
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down chat test lint clean
+.PHONY: help setup demo up down chat site test lint clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
@@ -34,6 +34,11 @@ down: .venv/ready
 
 chat: .venv/ready
 	@$(BIN)/python -m preflow chat $(CHAT)
+
+setup: .venv/ready .venv-serve/ready
+
+site: .venv/ready
+	@$(BIN)/mkdocs build --strict
 
 lint: .venv/ready
 	@$(BIN)/ruff check .
