@@ -20,7 +20,7 @@ NAME = named("{config.promotion.name}: beta {config.training.beta:g}, {now:%d %b
 
 
 @flow(name="dpo-pipeline", flow_run_name=NAME, on_failure=[cancel_if_refused])
-async def dpo_pipeline(config: PipelineConfig = PipelineConfig()) -> PipelineResult:
+async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """Sample completions, have them judged, train with DPO, prove that it is better, and serve it.
 
     Args:

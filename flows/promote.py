@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from tasks.config import PromotionConfig
+from tasks.config import Location, PromotionConfig
 from tasks.promote.pointer import check_gate, confirm_served, install_adapter, move_pointer, reconcile, serve_adapter
 from tasks.run.inputs import AdapterInput, EvaluationInput
 from tasks.run.names import named
@@ -11,10 +11,7 @@ from tasks.store.workspace import PromotionRef, Workspace
 
 @flow(name="promote-adapter", flow_run_name=named("promote to {promotion.name}"))
 async def promote_adapter(
-    adapter: AdapterInput,
-    evaluation: EvaluationInput,
-    workspace: str = "workspace",
-    promotion: PromotionConfig = PromotionConfig(),
+    adapter: AdapterInput, evaluation: EvaluationInput, workspace: Location, promotion: PromotionConfig
 ) -> PromotionRef:
     """Serve an adapter under its name if it won; refuse it otherwise.
 
@@ -34,9 +31,7 @@ async def promote_adapter(
 
 
 @flow(name="reconcile-served", flow_run_name=named("serve what {promotion.name} is"))
-async def reconcile_served(
-    workspace: str = "workspace", promotion: PromotionConfig = PromotionConfig()
-) -> PromotionRef:
+async def reconcile_served(workspace: Location, promotion: PromotionConfig) -> PromotionRef:
     """Have vLLM serve what was promoted, if it does not: after a restart, or a promotion that was cut off.
 
     Args:

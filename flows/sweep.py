@@ -16,9 +16,7 @@ from tasks.sweep.ranking import SweepResult, attempt, find_sweep, rank, record_s
 
 
 @flow(name="dpo-sweep", flow_run_name=named("{config.promotion.name}: sweep, {now:%d %b %H:%M}"))
-async def dpo_sweep(
-    config: PipelineConfig = PipelineConfig(), sweep: SweepConfig = SweepConfig()
-) -> SweepResult | State[SweepResult]:
+async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult | State[SweepResult]:
     """Run the pipeline at every point of a sweep, without promoting, and show which setting wins and how surely.
 
     Args:

@@ -4,6 +4,7 @@ It registers them with the defaults that FOLDER/run/serving.json names, and runs
 its own. Started again after a crash, it first ends the runs that its predecessor has left without anybody to watch.
 """
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefect import Flow, serve
+from prefect import Flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
@@ -22,6 +24,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.deployments.runner import RunnerDeployment
+from prefect.runner import Runner
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
@@ -116,18 +119,29 @@ def wait_for_server(seconds: float = 600) -> None:
             time.sleep(0.5)
 
 
+async def serve(up: Up, made: list[RunnerDeployment]) -> None:
+    """Register the deployments and run what is started, until SIGTERM."""
+    runner = Runner(name="preflow")
+    async with get_client() as client:
+        for deployment in made:
+            id = await runner.aadd_deployment(deployment)
+            schema = (await client.read_deployment(id)).parameter_openapi_schema or {}
+            # Quick run opens the whole form where anything is required, given or not.
+            schema["required"] = [name for name in schema.get("required", []) if name not in deployment.parameters]
+            await client.update_deployment(id, DeploymentUpdate(parameter_openapi_schema=schema))
+    up.served.write_text(str(len(made)))
+    await runner.start()
+
+
 def main(folder: str) -> None:
-    """Register and serve until SIGTERM."""
+    """Serve what FOLDER/run/serving.json says."""
     up = Up(Path(folder))
     wait_for_server()
     told = json.loads((up.run / "serving.json").read_text())
     made = deployments(told["name"], PipelineConfig.model_validate(told["config"]), told["sweep"])
     subprocess.run([sys.executable, str(ROOT / "deployments" / "automations.py")], check=True)
     end_lost_runs(up, made)
-    for deployment in made:
-        deployment.apply()
-    up.served.write_text(str(len(made)))
-    serve(*made, print_starting_message=False, pause_on_shutdown=False)
+    asyncio.run(serve(up, made))
 
 
 if __name__ == "__main__":

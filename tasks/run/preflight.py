@@ -138,7 +138,7 @@ def check_inputs(config: PipelineConfig) -> None:
 
 def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
     yield partial(read_rubric, config.judging.rubric)
-    yield partial(check_training_inputs, config.training)
+    yield partial(check_training_inputs, config.training, trains_here=config.training_deployment is None)
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
         yield partial(import_prompts, prompts, config.workspace)
 
