@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import posixpath
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from functools import partial
 
 from pydantic import ValidationError
 
-from tasks.config import PipelineConfig
+from tasks.config import EndpointConfig, PipelineConfig
+from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint, resolve_secret
 from tasks.run.stages import STAGES, fingerprint
 from tasks.store.workspace import PipelineResult, Workspace, stage_key
@@ -28,6 +30,11 @@ def run_key(config: PipelineConfig) -> str:
 def run_folder(config: PipelineConfig) -> str:
     """Return where a run's result, its page and the answers to it lie."""
     return Workspace(config.workspace).uri("runs", run_key(config))
+
+
+def report_uri(config: PipelineConfig) -> str:
+    """Return where the page of a run lies."""
+    return posixpath.join(run_folder(config), "report.html")
 
 
 def find_result(config: PipelineConfig) -> PipelineResult | None:
@@ -74,8 +81,13 @@ def check_inputs(config: PipelineConfig) -> None:
     Raises:
         PreflowError: naming the first file that is wrong, where, and what to do.
     """
+    for check in _input_checks(config):
+        check()
+
+
+def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
     for stage in STAGES:
-        stage.check(config)
+        yield from stage.checks(config)
 
 
 async def check_services(config: PipelineConfig) -> None:
@@ -84,18 +96,44 @@ async def check_services(config: PipelineConfig) -> None:
     Raises:
         PreflowError: one does not, or it cannot.
     """
+    for check in _service_checks(config):
+        await check()
+
+
+def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[object]]]:
     asked: set[tuple[str, str, str | None]] = set()
     for stage in STAGES:
-        await stage.check_service(config)
+        yield from stage.service_checks(config)
         for settings in stage.endpoints(config):
             who = (settings.endpoint, settings.model, settings.api_key)
-            if who in asked:
-                continue
-            asked.add(who)
-            key = await resolve_secret(settings.api_key, f"{stage.name}.api_key of {settings.model}")
-            async with Endpoint(settings, key) as endpoint:
-                info = await endpoint.check_model()
-            logger.info("%s: %s answers as %s", stage.name, settings.endpoint, info.id)
+            if who not in asked:
+                asked.add(who)
+                yield partial(_check_endpoint, stage.name, settings)
+
+
+async def _check_endpoint(name: str, settings: EndpointConfig) -> None:
+    async with Endpoint(settings, await resolve_secret(settings.api_key, f"{name}.api_key")) as endpoint:
+        info = await endpoint.check_model()
+    logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
+
+
+async def find_problems(config: PipelineConfig) -> list[str]:
+    """Return everything that stands against a run, not only the first of it; nothing is spent."""
+    config, found = config.filled(), list[str]()
+    checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
+    for check in checks:
+        try:
+            check()
+        except PreflowError as problem:
+            found.append(str(problem))
+    secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
+    questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config)]
+    for ask in questions:
+        try:
+            await ask()
+        except PreflowError as problem:
+            found.append(str(problem))
+    return list(dict.fromkeys(found))
 
 
 @asynccontextmanager

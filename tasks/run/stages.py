@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tasks.config import EndpointConfig, JudgingConfig, PipelineConfig
@@ -13,10 +14,6 @@ from tasks.train.launch import base_digest, check_training_inputs
 from tasks.train.work_pool import check_deployment
 
 
-async def _nobody(config: PipelineConfig) -> None:
-    """Ask nobody."""
-
-
 @dataclass(frozen=True)
 class Stage:
     """What a whole run asks of a stage, given the run's configuration, written out in full.
@@ -24,16 +21,16 @@ class Stage:
     Attributes:
         name: the stage's, and that of its settings.
         identity: what determines its output: settings, and digests of what it reads; JSON-ready, without addresses.
-        check: looks at the files that it reads, before anything is spent.
+        checks: look at the files that it reads, before anything is spent; each raises PreflowError.
         endpoints: the endpoints that it asks.
-        check_service: asks anybody else that it depends on.
+        service_checks: ask whatever else it depends on.
     """
 
     name: str
     identity: Callable[[PipelineConfig], Any]
-    check: Callable[[PipelineConfig], object] = lambda config: None
+    checks: Callable[[PipelineConfig], Iterable[Callable[[], object]]] = lambda config: ()
     endpoints: Callable[[PipelineConfig], Iterable[EndpointConfig]] = lambda config: ()
-    check_service: Callable[[PipelineConfig], Awaitable[None]] = _nobody
+    service_checks: Callable[[PipelineConfig], Iterable[Callable[[], Awaitable[object]]]] = lambda config: ()
 
 
 def _prompts(config: PipelineConfig) -> list[str]:
@@ -49,9 +46,10 @@ def _training(config: PipelineConfig) -> list[Any]:
     return [training.identity(), folder_digest(training.sft_adapter), base_digest(training)]
 
 
-async def _check_training_service(config: PipelineConfig) -> None:
-    if config.training_deployment is not None:
-        await check_deployment(config.training_deployment, config.workspace, config.training)
+def _training_service(config: PipelineConfig) -> list[Callable[[], Awaitable[object]]]:
+    if config.training_deployment is None:
+        return []
+    return [partial(check_deployment, config.training_deployment, config.workspace, config.training)]
 
 
 def _evaluation(config: PipelineConfig) -> list[Any]:
@@ -70,7 +68,7 @@ STAGES = (
     Stage(
         "prompts",
         identity=lambda config: [Workspace.holding(uri).sha256(uri) for uri in _prompts(config)],
-        check=lambda config: [import_prompts(uri, config.workspace) for uri in _prompts(config)],
+        checks=lambda config: [partial(import_prompts, uri, config.workspace) for uri in _prompts(config)],
     ),
     Stage(
         "generation",
@@ -80,14 +78,16 @@ STAGES = (
     Stage(
         "judging",
         identity=lambda config: _judge(config.judging),
-        check=lambda config: read_rubric(config.judging.rubric),
+        checks=lambda config: [partial(read_rubric, config.judging.rubric)],
         endpoints=lambda config: config.judging.judges(),
     ),
     Stage(
         "training",
         identity=_training,
-        check=lambda config: check_training_inputs(config.training, config.training_deployment is None),
-        check_service=_check_training_service,
+        checks=lambda config: [
+            partial(check_training_inputs, config.training, trains_here=config.training_deployment is None)
+        ],
+        service_checks=_training_service,
     ),
     Stage("evaluation", identity=_evaluation, endpoints=_evaluation_endpoints),
 )
