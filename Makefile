@@ -7,7 +7,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down chat lint check test test-all lock clean
+.PHONY: help setup demo up down chat site lint check test test-all lock clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
@@ -28,16 +28,21 @@ help:
 	@infra/local/setup.sh serve .venv-serve
 
 demo: .venv/ready .venv-serve/ready
-	@$(BIN)/python -m flows.demo
+	@$(BIN)/python -m preflow demo
 
 up: .venv/ready .venv-serve/ready
-	@$(BIN)/python -m tasks.demo.up up
+	@$(BIN)/python -m preflow up
 
 down: .venv/ready
-	@$(BIN)/python -m tasks.demo.up down
+	@$(BIN)/python -m preflow down
 
 chat: .venv/ready
-	@$(BIN)/python -m tasks.chat $(CHAT)
+	@$(BIN)/python -m preflow chat $(CHAT)
+
+setup: .venv/ready .venv-serve/ready
+
+site: .venv/ready
+	@$(BIN)/mkdocs build --strict
 
 lint: .venv/ready
 	@$(BIN)/pre-commit run --all-files
@@ -60,5 +65,5 @@ lock: .venv/ready
 	@PATH="$$PWD/$(BIN):$$PATH" infra/local/setup.sh lock
 
 clean:
-	@[ ! -x $(BIN)/python ] || $(BIN)/python -m tasks.demo.up down
+	@[ ! -x $(BIN)/python ] || $(BIN)/python -m preflow down
 	@rm -rf .demo
