@@ -384,6 +384,7 @@ def peak_memory(rows: int) -> int:
     return found
 
 
+@pytest.mark.slow  # 12,000 rows in a process of its own
 def test_memory_does_not_grow_with_the_rows() -> None:
     """Measured in a process of its own: here a thread that another test has left may allocate something meanwhile."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
