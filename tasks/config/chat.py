@@ -2,13 +2,13 @@
 
 from pydantic import Field, JsonValue
 
-from tasks.config.base import OPERATIONAL, StageConfig
+from tasks.config.base import OPERATIONAL, MaybeLocation, StageConfig
 
 
 class ChatSettings(StageConfig):
     """The chat template with what is handed to it, and the texts that end an answer."""
 
-    chat_template: str | None = Field(
+    chat_template: MaybeLocation = Field(
         None,
         description="File with the chat template (a path or gs:// address), where neither the adapter nor the base "
         "model brings the right one. The server must speak with it too (vLLM: --chat-template), or take it from a "
