@@ -85,14 +85,25 @@ OPERATIONAL: dict[str, Any] = {"operational": True}
 def _check_secret_name(value: str) -> str:
     if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
         return value
-    random_run = re.search(r"(?=[a-z]*\d)(?=\d*[a-z])[a-z0-9]{16}", value) or re.fullmatch(r"[0-9a-f-]{32,}", value)
-    looks_like_a_key = re.match(r"(sk|hf|gsk|xai|pk|key)[-_]", value) or len(value) > 48 or random_run
-    if looks_like_a_key or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
+    if _looks_like_a_key(value):
         raise ValueError(
-            "must name a secret, not be one: write env:NAME for an environment variable, or the name of a Prefect "
-            "Secret block (lower-case letters, digits and dashes)"
+            "must name a secret: this looks like a key; give its name: env:NAME for an environment variable, or the "
+            "name of a Prefect Secret block (dashes in a long name keep it from being taken for a key)"
+        )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
+        raise ValueError(
+            "must name a secret: write env:NAME for an environment variable, or the name of a Prefect Secret "
+            "block (lower-case letters, digits and dashes)"
         )
     return value
+
+
+def _looks_like_a_key(value: str) -> bool:
+    """Tell a key from a name: its prefix, its length, or letters and digits that change places again and again."""
+    runs = re.findall(r"[A-Za-z0-9]{20,}", value)
+    mixed = any(len(re.findall(r"[A-Za-z](?=\d)|\d(?=[A-Za-z])", run)) >= 5 for run in runs)
+    known = re.match(r"((sk|hf|gsk|xai|pk|key)[-_]|AIza|Bearer )", value)
+    return bool(known or mixed or len(value) > 48 or re.fullmatch(r"[0-9a-f-]{32,}", value))
 
 
 SecretName = Annotated[str, AfterValidator(_check_secret_name)]

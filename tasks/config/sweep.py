@@ -36,7 +36,7 @@ class SweepConfig(StageConfig):
         "configuration as it is.",
     )
     stronger_judge: str | None = Field(
-        None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as gemini-2.5-pro."
+        None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as a larger one."
     )
     more_prompts: str | None = Field(
         None,

@@ -31,6 +31,9 @@ from tasks.errors import PreflowError
 # 409 is sent by some gateways for a lock conflict, 529 by some for an overload.
 RETRIED = frozenset({408, 409, 425, 429})
 THROTTLES = frozenset({429, 503, 529})
+# Of ten points that a request may fail with: a whole answer of no use is asked for three times, one that the provider
+# broke off five times, everything else ten times.
+ODD_WEIGHT, BROKEN_WEIGHT = 4, 2
 # Such refusals depend on the row alone: at the next start they would be the same.
 PERMANENT = frozenset({"context_length", "content_filter", "too_large"})
 
@@ -71,7 +74,6 @@ _CONTENT_FILTER = _words(
     r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
     r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
 )  # fmt: skip
-_RESPONSE_FORMAT = _words(r"response_format", r"json_schema", r"structured output", r"guided", r"grammar")
 _CUT = _words(r"max_tokens or model output limit was reached")
 _FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
 _WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
@@ -134,12 +136,13 @@ class RequestRefused(Exception):
     """The endpoint refuses this one request for good; others may pass.
 
     `reason` is one of context_length, content_filter, too_large, not_found, cut, keeps_failing, bad_request; `text` is
-    what the server said, shortened, and `param` the setting that it names, if it names one in a field of its own.
+    what the server said, shortened, `param` the setting that it names in a field of its own, and `usage` what was
+    billed all the same.
     """
 
-    def __init__(self, status: int, reason: str, text: str, param: str = "") -> None:
-        super().__init__(status, reason, text, param)
-        self.status, self.reason, self.text, self.param = status, reason, text, param
+    def __init__(self, status: int, reason: str, text: str, param: str = "", usage: Usage | None = None) -> None:
+        super().__init__(status, reason, text, param, usage)
+        self.status, self.reason, self.text, self.param, self.usage = status, reason, text, param, usage or Usage()
 
     def __str__(self) -> str:
         return f"refused ({self.status}, {self.reason}): {self.text}"
@@ -168,7 +171,8 @@ class EndpointDown(StageStopped):
 class Transient(Exception):
     """An attempt failed in a way that another one may not: the endpoint is down, busy or broke off.
 
-    `odd` marks a whole answer that is of no use: it is paid for, so that few more of the kind are asked for.
+    `weight` says how much of it is the request's own doing; a whole answer of no use is paid for and weighs a lot, so
+    that few more of the kind are asked for.
     """
 
     def __init__(
@@ -177,10 +181,10 @@ class Transient(Exception):
         status: int = 0,
         retry_after: float | None = None,
         maybe_billed: bool = False,
-        odd: bool = False,
+        weight: int = 1,
     ) -> None:
         super().__init__(text)
-        self.status, self.retry_after, self.maybe_billed, self.odd = status, retry_after, maybe_billed, odd
+        self.status, self.retry_after, self.maybe_billed, self.weight = status, retry_after, maybe_billed, weight
 
     @property
     def throttled(self) -> bool:
@@ -227,7 +231,9 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
         raise classify_error(ServerError.of(200, {}, data))
     if not isinstance(items, list) or not items or not all(map(_is_choice, items)):
         text = shorten(body.decode(errors="replace"), 80)
-        raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
+        raise Transient(
+            f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, weight=ODD_WEIGHT
+        )
     items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
     choices = [_read_choice(item) for item in items]
     usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
@@ -242,7 +248,7 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
     finish, error = str(item.get("finish_reason") or "unknown"), item.get("error")
     if finish == "error" or error:
         cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
-        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True, odd=True)
+        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True, weight=BROKEN_WEIGHT)
     message = item["message"]
     text, thinking = _read_content(message.get("content"))
     refusal = message.get("refusal")
@@ -410,10 +416,6 @@ def _reason(error: ServerError) -> str:
         return "content_filter"
     if _CONTEXT_LENGTH.search(text):
         return "context_length"
-    if "max_completion_tokens" in text:
-        return "max_tokens_name"
-    if _RESPONSE_FORMAT.search(text):
-        return "response_format"
     return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
 

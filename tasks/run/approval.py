@@ -29,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tasks.batch.rows import read_slice
 from tasks.config import ApprovalPoint, JudgeConfig, PipelineConfig
 from tasks.errors import PreflowError
-from tasks.judge.asking import JudgePlan, Question, build_messages, plan_judging
+from tasks.judge.asking import JudgePlan, Question, plan_judging
+from tasks.judge.prompt import build_messages
 from tasks.llm.responses import Usage
 from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection

@@ -2,17 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tasks.config import EndpointConfig, JudgingConfig, PipelineConfig
-from tasks.generate.sampling import sampling_identity
-from tasks.judge.asking import read_rubric
+from tasks.config import EndpointConfig, GenerationConfig, JudgingConfig, PipelineConfig
+from tasks.generate.sampling import sampling_identity, try_sampler
+from tasks.judge.asking import try_judge
+from tasks.judge.prompt import read_rubric
 from tasks.llm.client import Endpoint, resolve_secret
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
@@ -138,27 +139,39 @@ def check_inputs(config: PipelineConfig) -> None:
 
 
 async def check_services(config: PipelineConfig) -> None:
-    """See that every endpoint answers, knows its model and takes its key, and that the training deployment can train.
+    """Ask every model one real question, and see that the training deployment can train.
 
     Raises:
         PreflowError: one does not, or it cannot.
     """
     if config.training_deployment is not None:
         await check_deployment(config.training_deployment, config.workspace, config.training)
-    endpoints: list[tuple[str, EndpointConfig]] = [("generation", config.generation)]
-    endpoints += [("judging", judge) for judge in config.judging.judges()]
-    if config.evaluation.generation:
-        endpoints.append(("evaluation.generation", config.evaluation.generation))
-    endpoints += [("evaluation.judging", judge) for judge in config.evaluation.comparison_judge().judges()]
+    evaluation = config.evaluation
     asked: set[tuple[str, str, str | None]] = set()
-    for name, settings in endpoints:
+    for name, settings, trial in [
+        *_samplers("generation", config.generation),
+        *_judges("judging", config.judging),
+        *(_samplers("evaluation.generation", evaluation.generation) if evaluation.generation else ()),
+        *_judges("evaluation.judging", evaluation.comparison_judge()),
+    ]:
         who = (settings.endpoint, settings.model, settings.api_key)
-        if who in asked:
-            continue
-        asked.add(who)
-        async with Endpoint(settings, await resolve_secret(settings.api_key, f"{name}.api_key")) as endpoint:
-            info = await endpoint.check_model()
-        logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
+        if who not in asked:
+            asked.add(who)
+            async with await Endpoint.connect(settings, name) as endpoint:
+                await endpoint.check_model()
+                await trial(endpoint)
+
+
+Trial = tuple[str, EndpointConfig, Callable[[Endpoint], Awaitable[None]]]
+
+
+def _samplers(name: str, generation: GenerationConfig) -> Iterator[Trial]:
+    yield name, generation, partial(try_sampler, generation=generation)
+
+
+def _judges(name: str, judging: JudgingConfig) -> Iterator[Trial]:
+    for judge in judging.judges():
+        yield name, judge, partial(try_judge, judge=judge, rubric=read_rubric(judging.rubric))
 
 
 @asynccontextmanager

@@ -11,8 +11,9 @@ from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig, Judgin
 from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import GenerationPlan, plan_generation
-from tasks.judge.asking import INSTRUCTIONS, JudgePlan, JudgingPlan, build_messages, plan_judging, read_rubric
+from tasks.judge.asking import JudgePlan, JudgingPlan, plan_judging
 from tasks.judge.pairs import find_preferences
+from tasks.judge.prompt import INSTRUCTIONS, build_messages, read_rubric
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import AdapterRef, CompletionsRef, PreferencesRef, PromptsRef, Workspace, digest
 from tasks.sweep.points import Point
@@ -287,13 +288,13 @@ class _Planner:
 
     def _count_questions(self, piece: _Piece, plan: JudgingPlan, judge: JudgePlan) -> None:
         """Count exactly what there is to ask about completions that exist, and what of it has been answered."""
-        keys: list[str] = []
+        keys: set[str] = set()
         characters = 0
         for line in self._store.lines(plan.source.uri):
             for key, question in plan.units_of(json.loads(line)).items():
                 messages = build_messages(plan.rubric, question.row, question.order)
                 characters += sum(len(message["content"]) for message in messages)
-                keys.append(key)
+                keys.add(key)
         piece.requests, piece.known = len(keys), len(judge.rows().known(keys))
         piece.prompt_tokens, piece.shown = characters / CHARACTERS_PER_TOKEN / max(1, len(keys)), 0
 

@@ -16,7 +16,7 @@ from flows.generate import generate_completions
 from flows.judge import judge_preferences
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
 from tasks.errors import PreflowError
-from tasks.judge.asking import build_messages, read_rubric
+from tasks.judge.prompt import build_messages, read_rubric
 from tasks.llm import outage
 from tasks.store.workspace import AdapterRef, CompletionsRef, PreferencesRef, Workspace
 from tests.fakes import FakeOpenAI
