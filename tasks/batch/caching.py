@@ -19,7 +19,7 @@ from prefect.serializers import JSONSerializer
 from pydantic import ConfigDict
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Reference, Workspace, digest
+from tasks.store.workspace import Origin, Reference, Workspace, digest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,10 +119,8 @@ def find_finished(store: Workspace, folder: str, kind: type[RefT]) -> RefT | Non
     found = store.find_finished(manifest, kind)
     if found is None or store.exists(f"{folder}/{USED}"):
         return found
-    counts = store.read_json(manifest).get("counts", {})
-    passing = sum(
-        count.get("passing", 0) for count in (counts, *filter(lambda c: isinstance(c, dict), counts.values()))
-    )
+    counts = store.read_manifest(manifest).counts  # one of each kind, or one for each judge
+    passing = sum(count for name, count in counts.items() if name.startswith("passing"))
     if passing:
         logger.info("%s: %d requests failed for a reason that may pass, and are asked again", folder, passing)
     return None if passing else found
@@ -133,15 +131,14 @@ def mark_used(reference: Reference, workspace: str) -> None:
 
     Asking for failed rows again would change them, and a training that is under way would have to start from scratch.
     """
-    store, waiting = Workspace(workspace), [reference]
+    store, waiting = Workspace(workspace), [Origin.model_validate(reference.model_dump())]
     while waiting:
         source = waiting.pop()
         if source.manifest is None or not store.exists(source.manifest):
             continue
         if source.kind in ("completions", "verdicts"):
             store.write_json(f"{posixpath.dirname(source.manifest)}/{USED}", {"by": reference.uri})
-        upstream = store.read_json(source.manifest).get("upstream", [])
-        waiting += [_AnyReference.model_validate(found) for found in upstream]
+        waiting += store.read_manifest(source).upstream
 
 
 def cached(task: Task[P, R], key: str, results: WorkspaceResults, refresh: bool = False) -> Task[P, R]:

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, SecretName
+from tasks.config.base import OPERATIONAL, RubricLocation, SecretName
 from tasks.config.endpoint import EndpointConfig
 
 
@@ -57,7 +57,7 @@ class JudgingConfig(JudgeConfig):
     panel: tuple[JudgeConfig, ...] = Field(
         (), max_length=15, description="Further judges that vote as well, each a model of its own; empty: one judge."
     )
-    rubric: str | None = Field(
+    rubric: RubricLocation | None = Field(
         None,
         description="What a good answer is (required): a name in tasks/judge/rubrics, such as neutral, or a .md file.",
     )

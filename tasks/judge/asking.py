@@ -9,7 +9,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from tasks.batch.caching import find_finished
-from tasks.batch.costs import Spending, Spent, log_cost, price, say_prices, write_cost
+from tasks.batch.costs import Spending, log_cost, price, say_prices, write_cost
 from tasks.batch.progress import SHARD_POLICY, run_shards, try_question
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, settle
@@ -18,10 +18,11 @@ from tasks.judge.prompt import INSTRUCTIONS, MARKS, build_messages, distinct_com
 from tasks.judge.verdict import UnreadableVerdict, Verdict, read_verdict, verdict_format
 from tasks.llm.client import Choice, Endpoint, RequestRefused, Usage
 from tasks.llm.responses import PERMANENT
-from tasks.store.workspace import Reference, VerdictsRef, Workspace, digest, package_versions, stage_key
+from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, VerdictsRef, Workspace, digest, stage_key
 
 VERSION = 3
 MOST_TOKENS = 65_536
+COUNTED = ("rows", "units", "failed", "passing")
 logger = logging.getLogger(__name__)
 
 Vote: TypeAlias = dict[str, Any]
@@ -273,7 +274,7 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
                     failures.write_row({"judge": model, **(outcome.error or {})})
             out.write_row({**of_judges[0][0], "votes": votes})
     artifact = VerdictsRef(uri=f"{folder}/verdicts.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    _write_manifest(plan, artifact, counts)
+    _write_manifest(plan, artifact, counts, {"verdicts.jsonl": out.file, "failures.jsonl": failures.file})
     return artifact
 
 
@@ -293,24 +294,27 @@ def _as_vote(outcome: Outcome) -> Vote:
     return {"order": outcome.error["order"], "error": outcome.error["reason"], "raw": outcome.error["detail"]}
 
 
-def _write_manifest(plan: JudgingPlan, artifact: VerdictsRef, counts: Mapping[str, MergeCounts]) -> None:
+def _write_manifest(
+    plan: JudgingPlan, artifact: VerdictsRef, counts: Mapping[str, MergeCounts], files: dict[str, FileFacts]
+) -> None:
     judges = {judge.model: judge for judge in plan.judging.judges()}
-    spent = sum((price(count.usage, judges[model]) for model, count in counts.items()), Spent())
+    spent = sum((price(count.usage, judges[model]) for model, count in counts.items()), Cost())
     store = Workspace(plan.workspace)
-    log_cost(write_cost(store, plan.folder, "judging", spent))
-    store.write_json(
-        f"{plan.folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "key": plan.key,
-            "stage": "judging",
-            "version": VERSION,
-            "config": plan.judging.model_dump(mode="json"),
-            "rubric": plan.rubric,
-            "upstream": [plan.source.model_dump()],
-            "packages": package_versions(),
-            "counts": {model: count.model_dump(exclude={"usage"}) for model, count in counts.items()},
-            "usage": spent.model_dump(include=set(Usage.model_fields)),
-            "usd": spent.usd,
-        },
+    cost = write_cost(store, plan.folder, "judging", spent)
+    log_cost(cost)
+    with store.writing(f"{plan.folder}/rubric.md") as rubric:
+        rubric.write(plan.rubric.encode())
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="judging",
+            version=VERSION,
+            key=plan.key,
+            config=plan.judging,
+            upstream=(plan.source,),
+            files={**files, "rubric.md": rubric.file},
+            counts={f"{name} {model}": getattr(count, name) for model, count in counts.items() for name in COUNTED},
+            cost=spent,
+            seconds=cost.seconds,
+        )
     )

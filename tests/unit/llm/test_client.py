@@ -115,11 +115,11 @@ def arrivals_fit(times: list[float], limit: int, period: float) -> bool:
 
 @pytest.fixture
 def short_minute(monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(limits, "MINUTE", 0.2)
-    return 0.2
+    monkeypatch.setattr(limits, "MINUTE", 1.0)
+    return 1.0
 
 
-@pytest.mark.parametrize("limit", [5, 100])
+@pytest.mark.parametrize("limit", [5, 60])
 async def test_no_minute_holds_more_requests_than_the_cap(limit: int, short_minute: float) -> None:
     gate = Gate(per_minute(limit), None, on_pause=lambda: None)
     times: list[float] = []
@@ -130,7 +130,7 @@ async def test_no_minute_holds_more_requests_than_the_cap(limit: int, short_minu
 
     await asyncio.gather(*(request() for _ in range(3 * limit)))
     assert len(times) == 3 * limit
-    assert arrivals_fit(times, limit, 0.95 * short_minute)
+    assert arrivals_fit(times, limit, 0.9 * short_minute)
     assert times[-1] - times[0] < 4.5 * short_minute
 
 
@@ -142,7 +142,7 @@ async def test_tokens_are_estimated_before_and_corrected_after(short_minute: flo
     start = time.monotonic()
     for _ in range(9):  # 900 of them have been set aside too much
         gate.settle(await gate.admit(1000), 100)
-    assert time.monotonic() - start < 0.25 * short_minute
+    assert time.monotonic() - start < 0.5 * short_minute
     start = time.monotonic()
     for _ in range(20):
         gate.settle(await gate.admit(1000), 100)
