@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote, urlparse
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 # Whole titles, where a field's name alone would not do.
 TITLES = {
@@ -84,31 +84,48 @@ def field_title(name: str, _: Any) -> str:
 OPERATIONAL: dict[str, Any] = {"operational": True}
 
 
+# What refuses a literal key where the name of one belongs. The pattern stands in the form's schema too, so that a
+# server refuses a key before it stores it: what pydantic refuses is in the database by then. Refused are the prefixes
+# of known keys, and what looks random: letters and digits in turns, long hexadecimal runs, a very long word.
+_PREFIX = (
+    r"(?:sk|pk|rk|xai|csk|pplx|nvapi|glpat)-|(?:sk|pk|rk)_(?:live|test)|(?:sk|hf|gsk|r8|fw|ghp|github_pat)_[A-Za-z0-9]{8}"
+    r"|gsk-|(?:key|tok|token|api)[-_][a-z]*\d{6}|AIza|AKIA|eyJ"
+)
+_WORD = r"(?:[A-Za-z0-9_-]*[-_])?"  # the words before the one that is looked at
+_TURNS = r"[A-Za-z]*\d+[A-Za-z]+\d+[A-Za-z]"
+_RANDOM = (
+    rf"{_WORD}(?:(?=[A-Za-z0-9]{{20}}){_TURNS}|(?=[A-Za-z0-9]{{16}}){_TURNS}+\d|[A-Za-z0-9]{{29}})"
+    r"|[0-9a-fA-F-]{32}|.{65}"
+)
+SECRET_NAME = rf"^(?!(?:env:)?(?:{_PREFIX}|{_RANDOM}))(?:env:[A-Za-z_][A-Za-z0-9_]*|[a-z0-9][a-z0-9-]*)$"
+
+
 def _check_secret_name(value: str) -> str:
-    if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
-        return value
-    if _looks_like_a_key(value):
+    if not re.fullmatch(SECRET_NAME, value):
         raise ValueError(
-            "must name a secret: this looks like a key; give its name: env:NAME for an environment variable, or the "
-            "name of a Prefect Secret block (dashes in a long name keep it from being taken for a key)"
-        )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
-        raise ValueError(
-            "must name a secret: write env:NAME for an environment variable, or the name of a Prefect Secret "
-            "block (lower-case letters, digits and dashes)"
+            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, or the "
+            "name of a Prefect Secret block (lower-case words with dashes between them)"
         )
     return value
 
 
-def _looks_like_a_key(value: str) -> bool:
-    """Tell a key from a name: its prefix, its length, or letters and digits that change places again and again."""
-    runs = re.findall(r"[A-Za-z0-9]{20,}", value)
-    mixed = any(len(re.findall(r"[A-Za-z](?=\d)|\d(?=[A-Za-z])", run)) >= 5 for run in runs)
-    known = re.match(r"((sk|hf|gsk|xai|pk|key)[-_]|AIza|Bearer )", value)
-    return bool(known or mixed or len(value) > 48 or re.fullmatch(r"[0-9a-f-]{32,}", value))
+SecretName = Annotated[
+    str, AfterValidator(_check_secret_name), WithJsonSchema({"type": "string", "pattern": SECRET_NAME})
+]
+
+# An address without a user, a password or a key in it: it is stored and logged. Azure's has a query, api-version=DATE:
+# a date is no key, nor is what is named a version, a deployment, a model or a region.
+_DATE = r"[A-Za-z_-]+=[0-9]{4}-[0-9]{2}-[0-9]{2}(?:-preview)?"
+_SETTING = rf"(?:{_DATE}|[A-Za-z_-]*(?:version|deployment|model|region)=[A-Za-z0-9._-]{{1,24}})"
+ADDRESS = rf"^https?://[^\s@?#]+(?:\?{_SETTING}(?:&{_SETTING})*)?$"
 
 
-SecretName = Annotated[str, AfterValidator(_check_secret_name)]
+def secrets_by_name(depth: int = 3) -> dict[str, Any]:
+    """Return a JSON schema for free-form settings, in which whatever is called a key or token must name a secret."""
+    secret = {"anyOf": [{"type": "string", "pattern": SECRET_NAME}, {"type": "null"}]}
+    listed = {"anyOf": [*secret["anyOf"], {"type": "array", "items": secret}]}
+    inner = secrets_by_name(depth - 1) if depth else {}
+    return {"patternProperties": {r"(^|\.)(api_key|token)$": listed}, "additionalProperties": inner, "items": inner}
 
 
 def resolve_location(value: str) -> str:

@@ -222,7 +222,7 @@ class Endpoint:
             try:
                 answer = await self._retries.call(partial(self._attempt, request, body))
             except RequestRefused as refused:
-                if self._dialect.learn(refused, body):
+                if self._dialect.learned_since(request.body, body) or self._dialect.learn(refused, body):
                     continue
                 if doubtful or not self._dialect.doubts_format(body) or refused.reason in CERTAIN:
                     raise

@@ -65,6 +65,11 @@ class Dialect:
         """Tell whether a failure may be due to the response_format: no request that has it was answered yet."""
         return "response_format" in sent and not self._format_taken
 
+    def learned_since(self, body: dict[str, Any], sent: dict[str, Any]) -> bool:
+        """Tell whether `body` would be sent otherwise by now: the refusal of another request has told more."""
+        now = self.shape(body)
+        return any(now.get(name) != value for name, value in sent.items())
+
     def learn(self, refused: RequestRefused, sent: dict[str, Any]) -> bool:
         """Change what a refusal of `sent` asks to change; False if it names nothing that can be changed."""
         text = refused.text

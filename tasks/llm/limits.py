@@ -13,6 +13,8 @@ from tasks.errors import PreflowError
 
 HEARTBEAT_SECONDS = 60.0
 MINUTE = 60.0
+# What is set aside for an answer, by the mean of those before.
+MARGIN = 1.25
 
 
 class BudgetExceeded(PreflowError):
@@ -85,19 +87,20 @@ class Window:
 def per_minute(limit: int | None) -> AsyncLimiter | None:
     """Return a limiter that lets at most `limit` units through in any minute, or None.
 
-    A leaky bucket lets its burst through besides what leaks: the burst is a second's worth, and is taken off the rate.
+    A leaky bucket lets its burst through besides what leaks: the burst is a second's worth. It is taken off the rate
+    twice, for `Gate` may owe requests as much again.
     """
     if limit is None:
         return None
     burst = max(1.0, limit / 60)
-    return AsyncLimiter(burst, MINUTE * burst / (limit - burst if burst > 1 else limit))
+    return AsyncLimiter(burst, MINUTE * burst / (limit - 2 * burst if burst > 1 else limit))
 
 
 class Gate:
     """Lets requests out one after the other, as the server's pauses and the caps per minute allow.
 
-    A request's tokens are known when it is answered: until then it counts as much as the others on average, and what it
-    had more or less is settled with the next.
+    A request's tokens are known when it is answered: until then it counts somewhat more than the others on average, and
+    the difference is settled with the next.
     """
 
     def __init__(
@@ -117,7 +120,7 @@ class Gate:
         """Wait until a request may be sent that has at most about `tokens` tokens; return what it counts as."""
         async with self._turn:
             started = time.monotonic()
-            expected = min(float(tokens), self._known / self._answered if self._answered else tokens)
+            expected = min(float(tokens), MARGIN * self._known / self._answered if self._answered else tokens)
             if self._tokens is not None:
                 await self._take(self._tokens, expected)
             if self._requests is not None:
@@ -138,7 +141,8 @@ class Gate:
 
     def settle(self, expected: float, tokens: int) -> None:
         """Correct what `admit` returned by the tokens that were used."""
-        self._debt += tokens - expected
+        least = -self._tokens.max_rate if self._tokens else 0.0  # what was not used must not come as a burst
+        self._debt = max(least, self._debt + tokens - expected)
         if tokens:
             self._known, self._answered = self._known + tokens, self._answered + 1
 

@@ -31,9 +31,6 @@ from tasks.errors import PreflowError
 # 409 is sent by some gateways for a lock conflict, 529 by some for an overload.
 RETRIED = frozenset({408, 409, 425, 429})
 THROTTLES = frozenset({429, 503, 529})
-# Of ten points that a request may fail with: a whole answer of no use is asked for three times, one that the provider
-# broke off five times, everything else ten times.
-ODD_WEIGHT, BROKEN_WEIGHT = 4, 2
 # Such refusals depend on the row alone: at the next start they would be the same.
 PERMANENT = frozenset({"context_length", "content_filter", "too_large"})
 
@@ -171,8 +168,7 @@ class EndpointDown(StageStopped):
 class Transient(Exception):
     """An attempt failed in a way that another one may not: the endpoint is down, busy or broke off.
 
-    `weight` says how much of it is the request's own doing; a whole answer of no use is paid for and weighs a lot, so
-    that few more of the kind are asked for.
+    `odd` marks a whole answer of no use: it is paid for, and only a few more of the kind are asked for.
     """
 
     def __init__(
@@ -181,10 +177,10 @@ class Transient(Exception):
         status: int = 0,
         retry_after: float | None = None,
         maybe_billed: bool = False,
-        weight: int = 1,
+        odd: bool = False,
     ) -> None:
         super().__init__(text)
-        self.status, self.retry_after, self.maybe_billed, self.weight = status, retry_after, maybe_billed, weight
+        self.status, self.retry_after, self.maybe_billed, self.odd = status, retry_after, maybe_billed, odd
 
     @property
     def throttled(self) -> bool:
@@ -231,9 +227,7 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
         raise classify_error(ServerError.of(200, {}, data))
     if not isinstance(items, list) or not items or not all(map(_is_choice, items)):
         text = shorten(body.decode(errors="replace"), 80)
-        raise Transient(
-            f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, weight=ODD_WEIGHT
-        )
+        raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
     items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
     choices = [_read_choice(item) for item in items]
     usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
@@ -248,7 +242,7 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
     finish, error = str(item.get("finish_reason") or "unknown"), item.get("error")
     if finish == "error" or error:
         cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
-        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True, weight=BROKEN_WEIGHT)
+        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
     message = item["message"]
     text, thinking = _read_content(message.get("content"))
     refusal = message.get("refusal")

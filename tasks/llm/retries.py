@@ -20,16 +20,21 @@ LONGEST_BACKOFF_SECONDS = 30.0
 PING_SECONDS = 10.0
 # A request that fails this often while the endpoint answers others is taken to be the cause itself.
 MAX_FAILURES = 10
+MAX_ODD_ANSWERS = 3
 # What a failure weighs when only a ping was answered, after it: the endpoint may just have come back.
 PING_WEIGHT = 5
 
 
 @dataclass(slots=True)
 class Attempts:
-    """What one request has been through: `weight` sums up the failures that it may be the cause of itself."""
+    """What one request has been through: `weight` sums up the failures that it may be the cause of itself.
+
+    Whole answers of no use (`odd`) are paid for, and counted by themselves.
+    """
 
     failures: int = 0
     weight: int = 0
+    odd: int = 0
     sent_at: float = 0.0
     answers_when_sent: int = 0
 
@@ -88,16 +93,17 @@ class RetryPolicy:
         self._since = self._since or now
         if not failure.throttled:
             attempts.failures += 1
-            if self._answers > attempts.answers_when_sent or failure.weight > 1:
-                attempts.weight += failure.weight
+            attempts.odd += failure.odd
+            if self._answers > attempts.answers_when_sent:
+                attempts.weight += 1
             elif attempts.failures >= MAX_FAILURES and await self._is_up():
                 attempts.weight += PING_WEIGHT
         if self._left() <= 0 or (failure.retry_after or 0) > self._left():
             if failure.throttled or not await self._is_up():
                 raise self._down(failure)
             attempts.weight += PING_WEIGHT
-        if attempts.weight >= MAX_FAILURES:
-            text = f"failed {attempts.failures} times, although others were answered: {failure}"
+        if attempts.weight >= MAX_FAILURES or attempts.odd >= MAX_ODD_ANSWERS:
+            text = f"failed {attempts.failures} times, and is the cause itself: {failure}"
             raise RequestRefused(failure.status, "keeps_failing", text)
         self.say(str(failure))
 

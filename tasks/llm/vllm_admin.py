@@ -82,10 +82,9 @@ async def _try_unlisted(config: EndpointConfig, ping: Callable[[], Awaitable[obj
 
 def not_served(config: EndpointConfig, refused: RequestRefused, why: str = "") -> PreflowError:
     """Return the error for a model that the endpoint does not answer for, listed or not."""
-    where = f"{config.endpoint} {why}; it" if why else config.endpoint
     return PreflowError(
-        f"{where} does not serve the model {config.model!r}: {refused}. Set model to one it has, and check the address "
-        "(it usually ends in /v1)"
+        f"{config.endpoint} does not serve the model {config.model!r}: {refused}. Set model to one it has, and check "
+        f"the address (it usually ends in /v1){'; it ' + why if why else ''}"
     )
 
 

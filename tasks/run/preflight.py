@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tasks.config import EndpointConfig, GenerationConfig, JudgingConfig, PipelineConfig
+from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig
+from tasks.errors import PreflowError
 from tasks.generate.sampling import sampling_identity, try_sampler
 from tasks.judge.asking import try_judge
 from tasks.judge.prompt import read_rubric
@@ -132,10 +133,15 @@ def check_inputs(config: PipelineConfig) -> None:
     Raises:
         PreflowError: naming the first file that is wrong, where, and what to do.
     """
-    read_rubric(config.judging.rubric)
-    check_training_inputs(config.training, trains_here=config.training_deployment is None)
+    for check in _input_checks(config):
+        check()
+
+
+def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
+    yield partial(read_rubric, config.judging.rubric)
+    yield partial(check_training_inputs, config.training, trains_here=config.training_deployment is None)
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
-        import_prompts(prompts, config.workspace)
+        yield partial(import_prompts, prompts, config.workspace)
 
 
 async def check_services(config: PipelineConfig) -> None:
@@ -144,8 +150,13 @@ async def check_services(config: PipelineConfig) -> None:
     Raises:
         PreflowError: one does not, or it cannot.
     """
+    for check in _service_checks(config):
+        await check()
+
+
+def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[object]]]:
     if config.training_deployment is not None:
-        await check_deployment(config.training_deployment, config.workspace, config.training)
+        yield partial(check_deployment, config.training_deployment, config.workspace, config.training)
     evaluation = config.evaluation
     asked: set[tuple[str, str, str | None]] = set()
     for name, settings, trial in [
@@ -157,9 +168,13 @@ async def check_services(config: PipelineConfig) -> None:
         who = (settings.endpoint, settings.model, settings.api_key)
         if who not in asked:
             asked.add(who)
-            async with await Endpoint.connect(settings, name) as endpoint:
-                await endpoint.check_model()
-                await trial(endpoint)
+            yield partial(_check_endpoint, name, settings, trial)
+
+
+async def _check_endpoint(name: str, settings: EndpointConfig, trial: Callable[[Endpoint], Awaitable[None]]) -> None:
+    async with await Endpoint.connect(settings, name) as endpoint:
+        await endpoint.check_model()
+        await trial(endpoint)
 
 
 Trial = tuple[str, EndpointConfig, Callable[[Endpoint], Awaitable[None]]]
@@ -171,7 +186,30 @@ def _samplers(name: str, generation: GenerationConfig) -> Iterator[Trial]:
 
 def _judges(name: str, judging: JudgingConfig) -> Iterator[Trial]:
     for judge in judging.judges():
-        yield name, judge, partial(try_judge, judge=judge, rubric=read_rubric(judging.rubric))
+        yield name, judge, partial(_try_judge, rubric=judging.rubric, judge=judge)
+
+
+async def _try_judge(endpoint: Endpoint, rubric: str | None, judge: JudgeConfig) -> None:
+    await try_judge(endpoint, judge, read_rubric(rubric))
+
+
+async def find_problems(config: PipelineConfig) -> list[str]:
+    """Return everything that stands against a run, not only the first of it; one question to each model is spent."""
+    config, found = config.filled(), list[str]()
+    checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
+    for check in checks:
+        try:
+            check()
+        except PreflowError as problem:
+            found.append(str(problem))
+    secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
+    questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config)]
+    for ask in questions:
+        try:
+            await ask()
+        except PreflowError as problem:
+            found.append(str(problem))
+    return list(dict.fromkeys(found))
 
 
 @asynccontextmanager

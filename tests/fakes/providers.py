@@ -209,10 +209,6 @@ def _deepseek(body: Body) -> Reply:
     return 200, b"\n\n\n" + json.dumps(found).encode()  # blanks keep the connection open
 
 
-def _thought_only(body: Body) -> Reply:
-    return 200, {**answer(body, n=1), "choices": []}
-
-
 def _openrouter(body: Body) -> Reply:
     if "response_format" in body:
         return 200, {"error": {"message": "Provider returned error", "code": 400}}
@@ -270,7 +266,7 @@ PROVIDERS = [
     Provider("Mistral", "content in parts with thinking, extra fields refused", _mistral,
              [_status(429, {"message": "Requests rate limit exceeded"}), _status(503, b"<html>upstream</html>")]),
     Provider("DeepSeek, Qwen", "one choice, thinking with a closing tag alone, blanks, negative usage", _deepseek,
-             [_status(503, {"error": {"message": "Service is too busy"}}), _status(200, b"\n\n"), _thought_only]),
+             [_status(503, {"error": {"message": "Service is too busy"}}), _status(200, b"\n\n")]),
     Provider("OpenRouter", "errors inside a 200, broken choices, schema refused without a name", _openrouter,
              [_inside(429, "Rate limit exceeded: free-models-per-min"), _inside(502, "Provider error"), _broken_off],
              models=("m:free",)),

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import prefect  # noqa: F401 - else the first log line imports it, for seconds and in the middle of a timeout
 import pytest
 from openai import AsyncOpenAI
 

@@ -135,18 +135,14 @@ async def test_no_minute_holds_more_requests_than_the_cap(limit: int, short_minu
 
 
 async def test_tokens_are_estimated_before_and_corrected_after(short_minute: float) -> None:
-    """What is set aside for a request is the mean of the others, and what it used more or less is made up for."""
+    """What is set aside for a request follows the others' mean, and what it used more or less is made up for."""
     gate, start = Gate(None, per_minute(1000), on_pause=lambda: None), time.monotonic()
     gate.settle(await gate.admit(1000), 100)  # nothing is known before: the most it may be
     assert time.monotonic() - start > 0.9 * short_minute
     start = time.monotonic()
-    for _ in range(9):  # 900 of them have been set aside too much
+    for _ in range(20):  # without correction they would take 20 minutes
         gate.settle(await gate.admit(1000), 100)
-    assert time.monotonic() - start < 0.5 * short_minute
-    start = time.monotonic()
-    for _ in range(20):
-        gate.settle(await gate.admit(1000), 100)
-    assert 1.7 * short_minute < time.monotonic() - start < 3 * short_minute
+    assert 1.8 * short_minute < time.monotonic() - start < 4 * short_minute
 
 
 async def test_a_request_larger_than_the_cap_waits_its_time_and_not_for_ever(short_minute: float) -> None:
