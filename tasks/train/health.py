@@ -48,19 +48,6 @@ class Health:
         """Return everything, JSON-ready."""
         return {"ok": self.ok, **asdict(self)}
 
-    def to_markdown(self) -> str:
-        """Return the health page."""
-        verdict = "healthy" if self.ok else "needs attention"
-        lines = [f"# Training health: {verdict}", "", f"Readings from {self.source}.", ""]
-        lines += ["| metric | value | healthy | | meaning |", "|---|---|---|---|---|"]
-        for reading in self.readings:
-            mark = "ok" if reading.ok else "**out of range**"
-            lines.append(f"| {reading.name} | {reading.value:.4g} | {reading.healthy} | {mark} | {reading.meaning} |")
-        for title, items in (("Warnings", self.warnings), ("What to try, in this order", self.advice)):
-            if items:
-                lines += ["", f"## {title}", "", *(f"{number}. {item}" for number, item in enumerate(items, 1))]
-        return "\n".join(lines) + "\n"
-
 
 @dataclass(frozen=True)
 class Run:
@@ -185,13 +172,14 @@ def _advice(run: Run, last: Row, health: Health) -> list[str]:
     training, found = run.training, []
     moved = run.last("weights/moved")
     learns = last["rewards/accuracies"] > max(LEARNING, 0.5 + run.chance) and last["rewards/margins"] > 0
-    if moved is not None and moved <= MOVED:
+    stands_still = moved is not None and moved <= MOVED
+    if stands_still:
         found.append(
-            f"Only {moved:.0%} of the adapter's weights moved: raise learning_rate (now {training.learning_rate:g}) "
-            "tenfold."
+            f"Only {moved or 0:.0%} of the adapter's weights moved: raise learning_rate (now "
+            f"{training.learning_rate:g}) tenfold."
         )
     if not learns:
-        found += _not_learning(run, last)
+        found += _not_learning(run, last, stands_still)
     if last["rewards/chosen"] < UNLEARNING:
         found.append(
             f"rewards/chosen is {last['rewards/chosen']:.3f}: raise beta (now {training.beta:g}) to "
@@ -200,7 +188,7 @@ def _advice(run: Run, last: Row, health: Health) -> list[str]:
     return found
 
 
-def _not_learning(run: Run, last: Row) -> list[str]:
+def _not_learning(run: Run, last: Row, stands_still: bool) -> list[str]:
     training = run.training
     seen = f"accuracy {last['rewards/accuracies']:.2f}, margin {last['rewards/margins']:.3f}: not learning"
     beta = f"lower beta to {training.beta / 2:g}" if training.beta > 0.01 else f"beta is {training.beta:g} already"
@@ -210,7 +198,8 @@ def _not_learning(run: Run, last: Row) -> list[str]:
         "Sample more completions per prompt (5 rather than 3): the extremes lie further apart.",
         "Raise the sampling temperature to 1.0-1.2 for more varied completions; above that they become incoherent.",
         f"Judge more prompts: this run had {run.train_pairs} pairs and {run.steps} steps.",
-        f"Train 2-3 epochs (now {training.num_train_epochs:g}) at a learning rate of {training.learning_rate / 5:g}.",
+        f"Train 2-3 epochs (now {training.num_train_epochs:g})"
+        + ("." if stands_still else f" at a learning rate of {training.learning_rate / 5:g}."),
     ]
     if run.steps and training.warmup_steps > max(1, run.steps // 10):
         found.append(

@@ -1,6 +1,7 @@
 """One training from its spec to the committed adapter: the steps in order."""
 
 import logging
+import math
 import os
 import posixpath
 import time
@@ -12,15 +13,19 @@ from typing import Any
 
 import torch
 
-from tasks.errors import PreflowError
+from tasks.config import TrainingConfig
+from tasks.errors import DiskFullError, PreflowError
 from tasks.store.workspace import Workspace, canonical_json, folder_digest, package_versions
 from tasks.train.health import Run, assess
+from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
 from tasks.train.spec import Progress, TrainingPaths, TrainingSpec
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
-from tasks.trainer.data import PairData, load_pairs, make_micro_batches
+from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
     AdapterWeights,
+    adapter_state,
+    as_loaded,
     has_cuda,
     load_base,
     load_policy,
@@ -107,12 +112,17 @@ class TrainingRun:
         self._train_data = load_pairs(preferences.uri, self._store, tokenizer, training.max_length)
         val_uri = posixpath.join(posixpath.dirname(preferences.uri), "val.jsonl")
         has_val = self._store.exists(val_uri) and self._store.size(val_uri) > 0
-        self._val_data = load_pairs(val_uri, self._store, tokenizer, training.max_length) if has_val else None
+        try:
+            self._val_data = load_pairs(val_uri, self._store, tokenizer, training.max_length) if has_val else None
+        except NoUsablePairsError as error:
+            LOG.warning("training goes on without an evaluation: %s", error)
+            self._val_data = None
         lengths = [pair.length(training.max_length) for pair in self._train_data.pairs]
         batches = make_micro_batches(
             lengths, training.per_device_train_batch_size, training.group_by_length, training.seed
         )
         train = Split("train", self._train_data.pairs, batches)
+        self._training = with_fitting_warmup(training, len(batches))
         return train, self._val_split(self._val_data)
 
     def _val_split(self, data: PairData | None) -> Split | None:
@@ -127,9 +137,10 @@ class TrainingRun:
         torch.manual_seed(self._training.seed)
         with self._phases.phase("loading the base model"):
             base = load_base(self._training, int(_local_rank()))
+        self._training = as_loaded(self._training, base.config)
         with self._phases.phase("putting the SFT adapter onto it"):
             policy = load_policy(base, adapter, tokenizer)
-        parts = TrainerParts(policy, tokenizer, train, val, AdapterWeights(adapter), self._scratch)
+        parts = TrainerParts(policy, tokenizer, train, val, AdapterWeights(adapter, policy), self._scratch)
         with self._phases.phase("making the trainer"):
             trainer = ExactTrainer(parts, self._training, Hooks(self._save, self._write_rows, self._tell, self._stop))
         if self._training.cache_reference:
@@ -177,14 +188,20 @@ class TrainingRun:
     def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
         if trainer.state.global_step < trainer.state.max_steps:
             raise RuntimeError(f"training ended at step {trainer.state.global_step} of {trainer.state.max_steps}")
+        check_weights_moved(trainer.sft.movement(trainer.model)["weights/moved"], trainer.state.global_step)
         self._tell(Progress("saving", "checking and committing the adapter"))
         folder = self._scratch / "adapter"
-        save_adapter(trainer.model, adapter, folder)
-        trainer.check_saved(folder, check)
-        if self._is_main:
-            probe = record_probe(trainer.model, adapter, probe_texts(check.pairs), self._training)
-            self._store.write_json(self._paths.file("probe.json"), probe)
-            self._commit(trainer, folder)
+        try:
+            save_adapter(trainer.model, adapter, folder)
+            trainer.check_saved(folder, check)
+            if self._is_main:
+                self._store.write_json(
+                    self._paths.file("probe.json"), record_probe(trainer.model, adapter, probe_texts(check.pairs))
+                )
+                self._commit(trainer, folder)
+        except OSError:
+            trainer.save_boundary()  # the training is done, and is not done again when there is room
+            raise
 
     def _commit(self, trainer: ExactTrainer, folder: Path) -> None:
         rows: list[dict[str, Any]] = trainer.state.log_history
@@ -196,7 +213,12 @@ class TrainingRun:
         self._store.write_json(self._paths.file("manifest.json"), self._manifest(trainer, rows))
         self._store.delete_folder(self._paths.adapter)
         facts = {"step": trainer.state.global_step, "train_pairs": used[0]}
-        self._store.commit_folder(folder, self._paths.adapter, facts)
+        try:
+            self._store.commit_folder(folder, self._paths.adapter, facts)
+        except DiskFullError:
+            LOG.warning("no room for the finished adapter: all checkpoints but the newest are removed for it")
+            self._checkpoints.prune(kept=1)
+            self._store.commit_folder(folder, self._paths.adapter, facts)
 
     def _timing(self) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if has_cuda() else None
@@ -210,7 +232,8 @@ class TrainingRun:
     def _manifest(self, trainer: ExactTrainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
         spec = self._spec
         return {
-            "config": spec.training.model_dump(mode="json"),
+            "config": self._training.model_dump(mode="json"),
+            "lora_rank": highest_rank(trainer.model),
             "key": spec.key,
             "stage": "training",
             "upstream": [
@@ -227,6 +250,24 @@ class TrainingRun:
             },
             "summary": summarise(rows),
         }
+
+
+def with_fitting_warmup(training: TrainingConfig, micro_batches: int) -> TrainingConfig:
+    """Return the configuration with a tenth of the steps as warm-up, where the warm-up would be all of the run."""
+    per_epoch = math.ceil(micro_batches / (training.gradient_accumulation_steps * training.num_processes))
+    steps = training.max_steps or math.ceil(per_epoch * training.num_train_epochs)
+    if training.warmup_steps < steps or training.warmup_steps == 0:
+        return training
+    LOG.warning(
+        "warmup_steps %d is not less than the %d optimizer steps of this run, which would never reach learning_rate: "
+        "the warm-up is shortened to %d", training.warmup_steps, steps, steps // 10,
+    )  # fmt: skip
+    return training.model_copy(update={"warmup_steps": steps // 10})
+
+
+def highest_rank(model: Any) -> int:
+    """Return the highest rank in the trained adapter, which a server must allow."""
+    return max(tensor.shape[0] for name, tensor in adapter_state(model).items() if ".lora_A." in name)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
