@@ -1,9 +1,11 @@
 """What all configuration has in common: frozen models, secret names, titles of the form's fields."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote, urlparse
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 # Whole titles, where a field's name alone would not do.
 TITLES = {
@@ -86,26 +88,88 @@ def field_title(name: str, _: Any) -> str:
 OPERATIONAL: dict[str, Any] = {"operational": True}
 
 
+# What refuses a literal key where the name of one belongs. The pattern stands in the form's schema too, so that a
+# server refuses a key before it stores it: what pydantic refuses is in the database by then. Refused are the prefixes
+# of known keys, and what looks random: letters and digits in turns, long hexadecimal runs, a very long word.
+_PREFIX = (
+    r"(?:sk|pk|rk|xai|csk|pplx|nvapi|glpat)-|(?:sk|pk|rk)_(?:live|test)|(?:sk|hf|gsk|r8|fw|ghp|github_pat)_[A-Za-z0-9]{8}"
+    r"|gsk-|(?:key|tok|token|api)[-_][a-z]*\d{6}|AIza|AKIA|eyJ"
+)
+_WORD = r"(?:[A-Za-z0-9_-]*[-_])?"  # the words before the one that is looked at
+_TURNS = r"[A-Za-z]*\d+[A-Za-z]+\d+[A-Za-z]"
+_RANDOM = (
+    rf"{_WORD}(?:(?=[A-Za-z0-9]{{20}}){_TURNS}|(?=[A-Za-z0-9]{{16}}){_TURNS}+\d|[A-Za-z0-9]{{29}})"
+    r"|[0-9a-fA-F-]{32}|.{65}"
+)
+SECRET_NAME = rf"^(?!(?:env:)?(?:{_PREFIX}|{_RANDOM}))(?:env:[A-Za-z_][A-Za-z0-9_]*|[a-z0-9][a-z0-9-]*)$"
+
+
 def _check_secret_name(value: str) -> str:
-    if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
-        return value
-    random_run = re.search(r"(?=[a-z]*\d)(?=\d*[a-z])[a-z0-9]{16}", value) or re.fullmatch(r"[0-9a-f-]{32,}", value)
-    looks_like_a_key = re.match(r"(sk|hf|gsk|xai|pk|key)[-_]", value) or len(value) > 48 or random_run
-    if looks_like_a_key or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
+    if not re.fullmatch(SECRET_NAME, value):
         raise ValueError(
-            "must name a secret, not be one: write env:NAME for an environment variable, or the name of a Prefect "
-            "Secret block (lower-case letters, digits and dashes)"
+            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, or the "
+            "name of a Prefect Secret block (lower-case words with dashes between them)"
         )
     return value
 
 
-SecretName = Annotated[str, AfterValidator(_check_secret_name)]
+SecretName = Annotated[
+    str, AfterValidator(_check_secret_name), WithJsonSchema({"type": "string", "pattern": SECRET_NAME})
+]
+
+# An address without a user, a password or a key in it: it is stored and logged.
+ADDRESS = r"^https?://[^\s@?#]+$"
+
+
+def secrets_by_name(depth: int = 3) -> dict[str, Any]:
+    """Return a JSON schema for free-form settings, in which whatever is called a key or token must name a secret."""
+    secret = {"anyOf": [{"type": "string", "pattern": SECRET_NAME}, {"type": "null"}]}
+    listed = {"anyOf": [*secret["anyOf"], {"type": "array", "items": secret}]}
+    inner = secrets_by_name(depth - 1) if depth else {}
+    return {"patternProperties": {r"(^|\.)(api_key|token)$": listed}, "additionalProperties": inner, "items": inner}
+
+
+def resolve_location(value: str) -> str:
+    """Return a path or address as it is used everywhere: a path is absolute, and `~` and file:// are resolved."""
+    if value.startswith("file://"):
+        value = unquote(urlparse(value).path)
+    if "://" in value:
+        return value.rstrip("/")
+    return str(Path(value).expanduser().absolute())
+
+
+def _resolve_model(value: str) -> str:
+    """Resolve the path of a model's folder; a hub's name stays as it is."""
+    is_folder = value.startswith((".", "/", "~", "file://")) or Path(value).is_dir()
+    return resolve_location(value) if is_folder else value
+
+
+def _resolve_rubric(value: str) -> str:
+    """Resolve the path of a rubric; the name of one of ours stays as it is."""
+    return value if re.fullmatch(r"[\w-]+", value) else resolve_location(value)
+
+
+def _none_if_empty(value: object) -> object:
+    return None if value == "" else value
+
+
+# A path or a gs:// address, a base model's folder or hub name, and a rubric's name or path.
+Location = Annotated[str, Field(min_length=1), AfterValidator(resolve_location)]
+MaybeLocation = Annotated[Location | None, BeforeValidator(_none_if_empty)]
+ModelLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_model)]
+RubricLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_rubric)]
 
 
 class StageConfig(BaseModel):
     """Base of all configuration: frozen, no unknown fields, and errors that never print a value (it might be a key)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, field_title_generator=field_title)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        validate_default=True,
+        field_title_generator=field_title,
+    )
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the stage's output, JSON-ready, for its content key."""

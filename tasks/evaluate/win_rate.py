@@ -1,6 +1,5 @@
 """The win rate of a new adapter over the SFT adapter on held-out prompts, with its interval."""
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -15,11 +14,12 @@ from tasks.store.workspace import (
     AdapterRef,
     CompletionsRef,
     EvaluationRef,
+    FileFacts,
+    Manifest,
     PromptsRef,
     VerdictsRef,
     Workspace,
     indented_json,
-    package_versions,
     server_path,
     stage_key,
 )
@@ -43,11 +43,10 @@ def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluatio
     """
     trained_on = None
     if adapter.manifest is not None:
-        upstream = Workspace(workspace).read_json(adapter.manifest)["upstream"]
-        trained_on = next((ref["uri"] for ref in upstream if ref["kind"] == "preferences"), None)
+        trained_on = Workspace(workspace).read_manifest(adapter).origin("preferences")
     if trained_on is None:
         logger.warning("%s has no manifest that names its pairs: no prompt can be left out as trained on", adapter.uri)
-    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on)
+    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on.uri if trained_on else None)
 
 
 def draw_settings(
@@ -79,11 +78,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
         PreflowError: no prompt has samples on both sides.
     """
     store = Workspace(workspace)
-    folder = store.uri("samples", stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256))
-    others = {row["id"]: row["completions"] for row in _rows(store, candidate.uri)}
+    key = stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256)
+    folder = store.uri("samples", key)
+    others = {row["id"]: row["completions"] for row in store.read_rows(candidate.uri)}
     missing = 0
     with store.writing(f"{folder}/samples.jsonl") as out:
-        for row in _rows(store, baseline.uri):
+        for row in store.read_rows(baseline.uri):
             samples = others.get(row["id"])
             missing += samples is None
             for number, (a, b) in enumerate(zip(row["completions"], samples or [], strict=False)):
@@ -100,10 +100,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
     if missing:
         logger.warning("evaluation: %d prompts have no samples of the new adapter and are left out", missing)
     artifact = CompletionsRef(uri=f"{folder}/samples.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    upstream = [baseline.model_dump(), candidate.model_dump()]
-    store.write_json(
-        f"{folder}/manifest.json", {"artifact": artifact.model_dump(), "stage": "samples", "upstream": upstream}
-    )
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="samples", version=VERSION, key=key, upstream=(baseline, candidate),
+            files={"samples.jsonl": out.file},
+        )
+    )  # fmt: skip
     return artifact
 
 
@@ -181,9 +183,11 @@ def summarise_evaluation(
 ) -> EvaluationRef:
     """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
     store = Workspace(workspace)
-    folder = store.uri("evaluations", evaluation_key(adapter, verdicts, null, evaluation.confidence))
-    found = win_rate(_write_comparisons(store, folder, verdicts), evaluation.confidence)
-    even = None if null is None else _null_rate(_rows(store, null.uri), evaluation.confidence)
+    key = evaluation_key(adapter, verdicts, null, evaluation.confidence)
+    folder = store.uri("evaluations", key)
+    outcomes, comparisons = _write_comparisons(store, folder, verdicts)
+    found = win_rate(outcomes, evaluation.confidence)
+    even = None if null is None else _null_rate(store.read_rows(null.uri), evaluation.confidence)
     summary = Evaluation(**found.model_dump(), adapter_sha256=adapter.sha256, null=even)
     with store.writing(f"{folder}/win_rate.json") as written:
         written.write(indented_json(summary.model_dump(mode="json", exclude_none=True)))
@@ -194,31 +198,32 @@ def summarise_evaluation(
         **found.model_dump(include={"win_rate", "lower", "upper"}),
         **{**written.facts(), "rows": verdicts.rows},
     )
-    store.write_json(
-        f"{folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "stage": "evaluation",
-            "version": VERSION,
-            "config": evaluation.model_dump(mode="json"),
-            "upstream": [ref.model_dump() for ref in (adapter, verdicts, null) if ref],
-            "packages": package_versions(),
-            "summary": summary.model_dump(mode="json", exclude_none=True),
-        },
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="evaluation",
+            version=VERSION,
+            key=key,
+            config=evaluation,
+            upstream=tuple(ref for ref in (adapter, verdicts, null) if ref),
+            files={"win_rate.json": written.file, "comparisons.jsonl": comparisons},
+        )
     )
     _log_win_rate(summary)
     return artifact
 
 
-def _write_comparisons(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, list[float]]:
+def _write_comparisons(
+    store: Workspace, folder: str, verdicts: VerdictsRef
+) -> tuple[dict[str, list[float]], FileFacts]:
     """Write every comparison with its outcome, and return the outcomes by prompt."""
     outcomes: dict[str, list[float]] = {}
     with store.writing(f"{folder}/comparisons.jsonl") as out:
-        for row in _rows(store, verdicts.uri):
+        for row in store.read_rows(verdicts.uri):
             result = outcome_of(row)
             outcomes.setdefault(row["prompt_id"], []).append(result)
             out.write_row({**row, "outcome": result})
-    return outcomes
+    return outcomes, out.file
 
 
 def _log_win_rate(found: Evaluation) -> None:
@@ -233,7 +238,3 @@ def _null_rate(rows: Iterable[Row], confidence: float) -> WinRate:
     for row in rows:
         outcomes.setdefault(row["prompt_id"], []).append(outcome_of(row))
     return win_rate(outcomes, confidence)
-
-
-def _rows(store: Workspace, uri: str) -> Iterable[Row]:
-    return (json.loads(line) for line in store.lines(uri))

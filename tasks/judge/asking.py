@@ -17,20 +17,21 @@ from json_repair import repair_json
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
-from tasks.batch.costs import Spending, Spent, log_cost, price, write_cost
+from tasks.batch.costs import Spending, log_cost, price, write_cost
 from tasks.batch.progress import SHARD_POLICY, run_shards
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, settle
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Answer, Endpoint, RequestRefused, Usage, resolve_secret
-from tasks.store.workspace import Reference, VerdictsRef, Workspace, digest, package_versions, stage_key
+from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, VerdictsRef, Workspace, digest, stage_key
 
 VERSION = 2
 RUBRICS = Path(__file__).parent / "rubrics"
 MOST_TOKENS = 65_536
 # Objects in an answer that are tried as the verdict, from its end.
 MOST_OBJECTS = 50
+COUNTED = ("rows", "units", "failed")
 logger = logging.getLogger(__name__)
 
 Vote: TypeAlias = dict[str, Any]
@@ -43,6 +44,10 @@ Decide which continuation is best and which is worst. They stand in no particula
 and nothing else: {{"best": <number>, "worst": <number>, "confidence": <1-5>}}. The numbers are those of the
 continuations (1 to {n}); best and worst differ; confidence says how sure you are (1 a coin toss, 5 beyond doubt).
 """
+# For estimates: English prose, and a verdict that is a JSON object of three numbers. A thinking model may use all of
+# `max_tokens` for it.
+CHARACTERS_PER_TOKEN = 4
+VERDICT_TOKENS = 30
 
 
 class JudgingPlan(BaseModel):
@@ -86,6 +91,21 @@ class JudgingPlan(BaseModel):
         return {digest(build_messages(self.rubric, row, order)): Question(row, order) for order in orders}
 
 
+class Remaining(BaseModel):
+    """What is still to be asked: requests in all, those of them known, and the prompt tokens of the others."""
+
+    model_config = ConfigDict(frozen=True)
+
+    requests: int
+    known: int
+    prompt_tokens: int
+
+    @property
+    def to_ask(self) -> int:
+        """Requests that are still to be sent."""
+        return self.requests - self.known
+
+
 class JudgePlan(BaseModel):
     """What one judge of a judging will do. A vote is known by the judge's settings and the exact messages."""
 
@@ -119,6 +139,20 @@ class JudgePlan(BaseModel):
         """Open the votes given under these settings."""
         return RowStore(self.workspace, "votes", self.settings_key, variant=self._asked)
 
+    def remaining(self) -> Remaining:
+        """Count what this judge is still to be asked, an equal question once; tokens are characters / 4."""
+        keys: set[str] = set()
+        characters: dict[str, int] = {}
+        rows = self.rows()
+        for row in Workspace(self.workspace).read_rows(self.judging.source.uri):
+            units = self.judging.units_of(dict(row))
+            for key in units.keys() - keys - rows.known(units):
+                messages = build_messages(self.judging.rubric, units[key].row, units[key].order)
+                characters[key] = sum(len(message["content"]) for message in messages)
+            keys |= units.keys()
+        tokens = round(sum(characters.values()) / CHARACTERS_PER_TOKEN)
+        return Remaining(requests=len(keys), known=len(keys) - len(characters), prompt_tokens=tokens)
+
     def shard_key(self, part: Slice) -> str:
         """Return the content key of one shard."""
         return stage_key("judge-shard", VERSION, settings=self.settings_key, asked=self._asked, rows=part.sha256)
@@ -135,7 +169,7 @@ def read_rubric(name: str) -> str:
     Raises:
         PreflowError: there is no such rubric; those that exist are named.
     """
-    path = RUBRICS / f"{name}.md" if re.fullmatch(r"[\w-]+", name) else Path(name).expanduser()
+    path = RUBRICS / f"{name}.md" if re.fullmatch(r"[\w-]+", name) else Path(name)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RUBRICS.glob("*.md")))
         raise PreflowError(f"judging.rubric: {name!r} is neither a rubric of ours ({known}) nor a file")
@@ -435,7 +469,7 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
                     failures.write_row({"judge": model, **(outcome.error or {})})
             out.write_row({**of_judges[0][0], "votes": votes})
     artifact = VerdictsRef(uri=f"{folder}/verdicts.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    _write_manifest(plan, artifact, counts)
+    _write_manifest(plan, artifact, counts, {"verdicts.jsonl": out.file, "failures.jsonl": failures.file})
     return artifact
 
 
@@ -455,24 +489,27 @@ def _as_vote(outcome: Outcome) -> Vote:
     return {"order": outcome.error["order"], "error": outcome.error["reason"], "raw": outcome.error["detail"]}
 
 
-def _write_manifest(plan: JudgingPlan, artifact: VerdictsRef, counts: Mapping[str, MergeCounts]) -> None:
+def _write_manifest(
+    plan: JudgingPlan, artifact: VerdictsRef, counts: Mapping[str, MergeCounts], files: dict[str, FileFacts]
+) -> None:
     judges = {judge.model: judge for judge in plan.judging.judges()}
-    spent = sum((price(count.usage, judges[model]) for model, count in counts.items()), Spent())
+    spent = sum((price(count.usage, judges[model]) for model, count in counts.items()), Cost())
     store = Workspace(plan.workspace)
-    log_cost(write_cost(store, plan.folder, "judging", spent))
-    store.write_json(
-        f"{plan.folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "key": plan.key,
-            "stage": "judging",
-            "version": VERSION,
-            "config": plan.judging.model_dump(mode="json"),
-            "rubric": plan.rubric,
-            "upstream": [plan.source.model_dump()],
-            "packages": package_versions(),
-            "counts": {model: count.model_dump(exclude={"usage"}) for model, count in counts.items()},
-            "usage": spent.model_dump(include=set(Usage.model_fields)),
-            "usd": spent.usd,
-        },
+    cost = write_cost(store, plan.folder, "judging", spent)
+    log_cost(cost)
+    with store.writing(f"{plan.folder}/rubric.md") as rubric:
+        rubric.write(plan.rubric.encode())
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="judging",
+            version=VERSION,
+            key=plan.key,
+            config=plan.judging,
+            upstream=(plan.source,),
+            files={**files, "rubric.md": rubric.file},
+            counts={f"{name} {model}": getattr(count, name) for model, count in counts.items() for name in COUNTED},
+            cost=spent,
+            seconds=cost.seconds,
+        )
     )

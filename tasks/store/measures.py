@@ -6,7 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Metric(BaseModel):
-    """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with."""
+    """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with.
+
+    `meaning` says in words what the value shows, and stands for it where it is not a single number.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -17,12 +20,13 @@ class Metric(BaseModel):
     healthy: str
     ok: bool | None = None
     advice: str | None = None
+    meaning: str = ""
     detail: dict[str, Any] = {}
 
     def text(self) -> str | None:
         """Return the value with its unit, as a report shows it: shares in percent."""
         if self.value is None:
-            return None
+            return self.meaning or None
         if (self.unit or "").startswith("share"):
             return f"{100 * self.value:.1f} %"
         return f"{self.value:,.3g} {self.unit or ''}".strip()
@@ -110,3 +114,19 @@ class Evaluation(WinRate):
     def proven(self) -> float:
         """The lower bound that the gate looks at: the lower one of the raw and the length-controlled win rate's."""
         return self.lower if self.length_controlled is None else min(self.lower, self.length_controlled.lower)
+
+
+class Health(BaseModel):
+    """`health.json`: the readings of a training, the warnings that follow from them together, and what to try."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    source: str
+    readings: tuple[Metric, ...] = ()
+    warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every reading is in its range and nothing is warned of."""
+        return not self.warnings and all(reading.ok for reading in self.readings)

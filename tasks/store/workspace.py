@@ -8,21 +8,68 @@ import logging
 import os
 import posixpath
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
-from urllib.parse import unquote, urlparse
+from typing import IO, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from tasks.config.base import field_title
+from tasks.config.base import resolve_location
 from tasks.errors import DiskFullError, PreflowError
-from tasks.store.local import Files, LocalFiles, Stat
+from tasks.store.refs import (
+    MANIFEST,
+    AdapterRef,
+    Artifact,
+    CompletionsRef,
+    Cost,
+    EvaluationRef,
+    FileFacts,
+    Manifest,
+    Origin,
+    PreferencesRef,
+    PromotionRef,
+    PromptsRef,
+    Reference,
+    RefT,
+    VerdictsRef,
+    canonical_json,
+    digest,
+    package_versions,
+)
+
+__all__ = [
+    "COMMITTED",
+    "MANIFEST",
+    "AdapterRef",
+    "Artifact",
+    "CompletionsRef",
+    "Cost",
+    "DigestWriter",
+    "EvaluationRef",
+    "FileFacts",
+    "Manifest",
+    "Origin",
+    "PreferencesRef",
+    "PromotionRef",
+    "PromptsRef",
+    "RefT",
+    "Reference",
+    "VerdictsRef",
+    "Workspace",
+    "canonical_json",
+    "digest",
+    "file_sha256",
+    "folder_digest",
+    "indented_json",
+    "package_versions",
+    "server_path",
+    "stage_key",
+]
 
 CHUNK = 1 << 20
 PARALLEL_TRANSFERS = 16
@@ -34,127 +81,116 @@ logger = logging.getLogger(__name__)
 _writable_until: dict[str, float] = {}
 
 
-class Reference(BaseModel):
-    """What stages hand each other: where an artifact is and what it must contain, never the data itself."""
+@dataclass(frozen=True)
+class Stat:
+    """One file: its size in bytes, and its sha256 where that is known without reading it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", field_title_generator=field_title)
-
-    kind: str = Field(description="What the artifact is.")
-    uri: str = Field(description="Where it is: a path or gs:// address, of a file or (an adapter) a folder.")
-    sha256: str = Field(description="Digest of its content; an adapter's is that of its COMMITTED.json.")
-    size: int = Field(description="Size of the file, in bytes.")
-    rows: int = Field(description="Rows that the file holds.")
-    manifest: str | None = Field(None, description="Where its manifest.json is, which says what it was made from.")
+    uri: str
+    size: int
+    sha256: str | None = None
 
 
-RefT = TypeVar("RefT", bound=Reference)
-
-
-class PromptsRef(Reference):
-    """Validated, de-duplicated prompts: `prompts.jsonl`."""
-
-    kind: Literal["prompts"] = Field("prompts", description="What the artifact is.")
-
-
-class CompletionsRef(Reference):
-    """One row of N completions per prompt: `completions.jsonl`."""
-
-    kind: Literal["completions"] = Field("completions", description="What the artifact is.")
-
-
-class VerdictsRef(Reference):
-    """The completions with every vote on them: `verdicts.jsonl`."""
-
-    kind: Literal["verdicts"] = Field("verdicts", description="What the artifact is.")
-
-
-class PreferencesRef(Reference):
-    """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie beside it."""
-
-    kind: Literal["preferences"] = Field("preferences", description="What the artifact is.")
-    val_rows: int = Field(0, description="Pairs in val.jsonl beside it, held out of the training.")
-
-
-class AdapterRef(Reference):
-    """A finished adapter: `uri` is its folder, `sha256` the digest of its `COMMITTED.json`."""
-
-    kind: Literal["adapter"] = Field("adapter", description="What the artifact is.")
-
-
-class EvaluationRef(Reference):
-    """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies beside it."""
-
-    kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
-    adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
-    win_rate: float = Field(description="Share of the samples it won against the SFT adapter's, ties as halves.")
-    lower: float = Field(description="Lower bound of the win rate's interval; the gate looks at this one.")
-    upper: float = Field(description="Upper bound of the win rate's interval.")
-
-    def beats(self, bar: float) -> bool:
-        """Tell whether the interval's lower bound is over `bar`."""
-        return self.lower > bar
-
-
-class PromotionRef(Reference):
-    """The pointer `CURRENT.json` as it stood after the promotion."""
-
-    kind: Literal["promotion"] = Field("promotion", description="What the artifact is.")
-    name: str = Field(description="Name under which clients know the adapter.")
-    adapter_sha256: str = Field(description="Digest of the adapter that is served.")
-
-
-def canonical_json(value: object) -> bytes:
-    """Encode `value` so that equal values give equal bytes (sorted keys, no spaces, UTF-8)."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-
-
-def digest(value: object) -> str:
-    """Return the sha256 (hex) of `value`'s canonical JSON."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that decide results, for a manifest."""
-    found = {}
-    for name in ("preflow", "prefect", "torch", "transformers", "peft", "trl", "bitsandbytes", "openai"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+def _anybody() -> None:
+    """Let everybody write."""
 
 
 class Workspace:
-    """A folder of artifacts, local or on Google Cloud Storage, with atomic writes.
+    """A folder of artifacts. `Workspace(address)` gives the kind that the address asks for, as `pathlib.Path` does.
 
-    Locally a file is written beside its place and renamed (`files.py`); on GCS it is one object upload (`gcs.py`).
-    Relative names are joined to the root with `uri()`; every method takes the full uri.
+    A kind of storage implements the primitives, the methods from `stat` to `swap`; all others are made of those. Every
+    method takes a full uri; relative names are joined to the root with `uri()`.
+
+    Args:
+        address: a folder, or gs://bucket/prefix.
+        guard: called before a file appears, changes or goes; it raises when this process may no longer write.
 
     Raises:
-        PreflowError: the root cannot be used (`check_writable`), or a file is missing or unreadable.
+        PreflowError: the address is of no kind that there is.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        text = str(root)
-        if text.startswith("file://"):
-            text = unquote(urlparse(text).path)
-        self.is_local = "://" not in text
-        if not self.is_local and not text.startswith("gs://"):
-            raise PreflowError(f"workspace {text!r}: only a local folder or gs://bucket/prefix can be a workspace")
-        self.root = str(Path(text).expanduser().absolute()) if self.is_local else text.rstrip("/")
+    is_local = True
 
-    @cached_property
-    def _files(self) -> Files:
-        """Where the files are; Google's client is imported only when a gs:// address is used."""
-        if self.is_local:
-            return LocalFiles()
-        from tasks.store.gcs import GcsFiles
+    def __new__(cls, address: str | Path, guard: Callable[[], None] = _anybody) -> "Workspace":
+        """Return a workspace of the kind that the address asks for."""
+        return super().__new__(_kind_of(str(address)) if cls is Workspace else cls)
 
-        return GcsFiles()
+    def __init__(self, address: str | Path, guard: Callable[[], None] = _anybody) -> None:
+        self.root = resolve_location(str(address))
+        self._guard = guard
+
+    @classmethod
+    def holding(cls, uri: str) -> "Workspace":
+        """Return a workspace through which the single file or folder at `uri` can be read."""
+        return Workspace(posixpath.dirname(resolve_location(uri)))
 
     def uri(self, *parts: str) -> str:
         """Join `parts` to the root."""
         return posixpath.join(self.root, *parts)
+
+    # ---- what a kind of storage implements. FileNotFoundError: what is read is not there; OSError: anything else
+
+    def stat(self, uri: str) -> Stat | None:
+        """Return the facts of a file, or None."""
+        raise NotImplementedError
+
+    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes from `start` up to `end`, or the whole file; less where the file ends before."""
+        raise NotImplementedError
+
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes from start up to end of each range; in ascending order it is fast."""
+        raise NotImplementedError
+
+    def open(self, uri: str) -> IO[bytes]:
+        """Open a whole file for reading from its start to its end."""
+        raise NotImplementedError
+
+    def files(self, uri: str) -> list[Stat]:
+        """Return the files directly below a folder; an absent one has none."""
+        raise NotImplementedError
+
+    def folders(self, uri: str) -> Sequence[str]:
+        """Return the names of the folders directly below a folder, sorted; an absent one has none."""
+        raise NotImplementedError
+
+    def tree(self, uri: str) -> dict[str, Stat]:
+        """Return all files below a folder by their name relative to it."""
+        raise NotImplementedError
+
+    def _stage(self, uri: str) -> IO[bytes]:
+        """Return a file to write what is to lie at `uri`, to be published or discarded."""
+        raise NotImplementedError
+
+    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
+        """Have what was staged appear, in one step, in the place of what was there."""
+        raise NotImplementedError
+
+    def _discard(self, staged: IO[bytes]) -> None:
+        """Drop what was staged; after `_publish`, do nothing."""
+        raise NotImplementedError
+
+    def _remove(self, uri: str) -> None:
+        """Delete a file if it is there."""
+        raise NotImplementedError
+
+    def _remove_tree(self, uri: str) -> None:
+        """Delete a folder and all below it if it is there."""
+        raise NotImplementedError
+
+    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
+        """Return a file's content (None where there is none) and its version, for `swap`."""
+        raise NotImplementedError
+
+    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        raise NotImplementedError
+
+    # ---- what is made of it
+
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        self._guard()
+        return self._swap(uri, content, version)
 
     def check_writable(self) -> None:
         """Write, read back and delete a probe file; a bucket that was found writable is asked again after minutes only.
@@ -180,22 +216,14 @@ class Workspace:
 
     def exists(self, uri: str) -> bool:
         """Tell whether there is a file at `uri`."""
-        return self._files.stat(uri) is not None
+        return self.stat(uri) is not None
 
     def size(self, uri: str) -> int:
         """Return a file's size in bytes."""
-        stat = self._files.stat(uri)
+        stat = self.stat(uri)
         if stat is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", uri)
         return stat.size
-
-    def read_bytes(self, uri: str) -> bytes:
-        """Return a file's content.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-        return self._files.read(uri)
 
     def read_json(self, uri: str) -> Any:
         """Return a JSON file's value.
@@ -214,14 +242,6 @@ class Workspace:
     def write_json(self, uri: str, value: object) -> None:
         """Write `value` as indented JSON with a newline at its end."""
         self.write_bytes(uri, indented_json(value))
-
-    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
-        """Return a file's content (None where there is none) and its version, for `swap`."""
-        return self._files.read_versioned(uri)
-
-    def swap(self, uri: str, content: bytes, version: object) -> object | None:
-        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
-        return self._files.swap(uri, content, version)
 
     def update_json(self, uri: str, change: Callable[[Any], Any]) -> Any:
         """Replace a JSON file's value by what `change` makes of it (None where there is none), losing no one's update.
@@ -254,13 +274,14 @@ class Workspace:
     def writing(self, uri: str) -> Iterator["DigestWriter"]:
         """Stream a file: it appears under `uri` when the block ends without an error, and not at all otherwise."""
         try:
-            staged = self._files.stage(uri)
+            staged = self._stage(uri)
             try:
                 out = DigestWriter(staged)
                 yield out
-                self._files.publish(staged, uri, out.sha256)
+                self._guard()
+                self._publish(staged, uri, out.sha256)
             finally:
-                self._files.discard(staged)
+                self._discard(staged)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -272,39 +293,41 @@ class Workspace:
     def lines(self, uri: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield a file's lines with their newline, from byte `start` up to byte `end`, without holding the file."""
         if start or end is not None:
-            yield from io.BytesIO(self._files.read(uri, start, end))
+            yield from io.BytesIO(self.read_bytes(uri, start, end))
             return
-        with self._files.open(uri) as file:
+        with self.open(uri) as file:
             yield from file
-
-    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """Return the bytes from start up to end of each range; in ascending order it is fast."""
-        return self._files.read_ranges(uri, list(ranges))
 
     def list(self, uri: str) -> list[str]:
         """Return the uris of the files directly below `uri`, sorted; an absent folder has none."""
-        return sorted(stat.uri for stat in self._files.files(uri))
-
-    def folders(self, uri: str) -> Sequence[str]:
-        """Return the names of the folders directly below `uri`, sorted; an absent folder has none."""
-        return sorted(self._files.folders(uri))
+        return sorted(stat.uri for stat in self.files(uri))
 
     def delete(self, uri: str) -> None:
         """Delete a file if it is there."""
-        self._files.remove(uri)
+        self._guard()
+        self._remove(uri)
 
     def delete_folder(self, uri: str) -> None:
         """Delete a folder and all below it, if it is there; first what says that it is whole."""
-        self._files.remove(posixpath.join(uri, COMMITTED))
-        self._files.remove_tree(uri)
+        self._guard()
+        self._remove(posixpath.join(uri, COMMITTED))
+        self._remove_tree(uri)
 
     def sha256(self, uri: str) -> str:
         """Return the sha256 (hex) of a file's content; what preflow wrote to a bucket need not be read for it."""
-        return self._files.sha256(uri)
+        stat = self.stat(uri)
+        if stat is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+        return stat.sha256 or self._digest(uri)
+
+    def _digest(self, uri: str) -> str:
+        """Return the sha256 of a file's content by reading it."""
+        with self.open(uri) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def digests(self, uri: str, endings: tuple[str, ...]) -> dict[str, str]:
         """Return name and sha256 of the files directly below `uri` whose names end with one of `endings`."""
-        stats = [stat for stat in self._files.files(uri) if stat.uri.endswith(endings)]
+        stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
         return {posixpath.basename(stat.uri): stat.sha256 or self.sha256(stat.uri) for stat in stats}
 
     def commit_folder(self, local: Path, uri: str, extra: dict[str, Any] | None = None) -> str:
@@ -356,9 +379,15 @@ class Workspace:
         """
         return self._verify(uri)[1]
 
+    def committed_files(self, uri: str) -> dict[str, FileFacts]:
+        """Return size and sha256 of the files of a committed folder, with `COMMITTED.json` itself."""
+        content, committed = self._read_committed(uri)
+        marker = FileFacts(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        return {COMMITTED: marker, **{name: FileFacts(**facts) for name, facts in committed["files"].items()}}
+
     def _verify(self, uri: str) -> tuple[bytes, dict[str, Any]]:
         content, committed = self._read_committed(uri)
-        there = self._files.tree(uri)
+        there = self.tree(uri)
         for name, expected in committed["files"].items():
             file, stat = posixpath.join(uri, name), there.get(name)
             if stat is None:
@@ -376,41 +405,66 @@ class Workspace:
             raise PreflowError(message) from error
         return content, _parse_json(marker, content)
 
-    def is_intact(self, reference: Reference) -> bool:
-        """Tell whether the artifact that `reference` names is there as it was."""
-        if isinstance(reference, AdapterRef) or reference.kind == "adapter":
-            try:
-                return hashlib.sha256(self._verify(reference.uri)[0]).hexdigest() == reference.sha256
-            except PreflowError:
-                return False
-        return self._is_as(self._files.stat(reference.uri), reference.model_dump())
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write an artifact's manifest, which makes it a finished one: the last thing that a stage does."""
+        if manifest.artifact.manifest is None:
+            raise ValueError(f"{manifest.artifact.uri}: a finished artifact names its manifest")
+        self.write_json(manifest.artifact.manifest, manifest.model_dump(mode="json"))
 
-    def _is_as(self, stat: Stat | None, facts: dict[str, Any]) -> bool:
-        """Compare a file with its size and sha256 as a reference or manifest has them."""
-        if stat is None or stat.size != facts["size"]:
-            return False
-        return bool((stat.sha256 or self.sha256(stat.uri)) == facts["sha256"])
+    def read_manifest(self, of: Origin | str) -> Manifest:
+        """Return the manifest of an artifact, given that or the manifest's uri.
+
+        Raises:
+            PreflowError: it is missing or damaged.
+        """
+        uri = of if isinstance(of, str) else of.manifest
+        try:
+            if uri is not None:
+                return Manifest.model_validate(self.read_json(uri))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise PreflowError(f"{uri}: missing; run the stage that makes it") from error
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
+            raise PreflowError(
+                f"{uri}: damaged, or of another version of preflow ({where}: {error.errors()[0]['msg']}); run the "
+                "stage that makes it again"
+            ) from error
+        raise PreflowError(f"{of}: names no manifest, so nothing tells what it was made from")
+
+    def read_rows(self, uri: str) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a JSONL file that preflow wrote, one at a time."""
+        return (json.loads(line) for line in self.lines(uri))
+
+    def is_intact(self, reference: Reference) -> bool:
+        """Tell whether the artifact that `reference` names is there as it was, with all files of its manifest."""
+        if reference.manifest is None:
+            stat = self.stat(reference.uri)
+            return stat is not None and self._is_as(stat, FileFacts(size=reference.size, sha256=reference.sha256))
+        manifest = self._find_manifest(reference.manifest)
+        return manifest is not None and manifest.artifact.sha256 == reference.sha256
+
+    def _is_as(self, stat: Stat, facts: FileFacts) -> bool:
+        return stat.size == facts.size and (stat.sha256 or self.sha256(stat.uri)) == facts.sha256
 
     def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
         """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""
-        folder = posixpath.dirname(manifest)
+        found = self._find_manifest(manifest)
+        return found.artifact if found is not None and isinstance(found.artifact, kind) else None
+
+    def _find_manifest(self, uri: str) -> Manifest | None:
+        """Return a manifest all of whose files are as it says."""
         try:
-            value = self.read_json(manifest)
-            artifact = kind.model_validate(value["artifact"])
-            parts = {artifact.uri: artifact.model_dump()}
-            for name, facts in value.get("files", {}).items():
-                parts[posixpath.join(folder, name)] = {"size": facts["size"], "sha256": facts["sha256"]}
-        except (FileNotFoundError, NotADirectoryError):
+            manifest = self.read_manifest(uri)
+        except PreflowError as error:
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                logger.warning("%s; its artifact is put together again", error)
             return None
-        except (PreflowError, ValidationError, KeyError, TypeError) as error:
-            logger.warning("%s is damaged (%s): its artifact is put together again", manifest, type(error).__name__)
-            return None
-        there = {stat.uri: stat for stat in self._files.files(folder)}
-        for uri, facts in parts.items():
-            if not self._is_as(there.get(uri) or self._files.stat(uri), facts):
-                logger.warning("%s is missing or differs from its digest: it is put together again", uri)
+        there = self.tree(posixpath.dirname(uri))
+        for name, facts in manifest.files.items():
+            if name not in there or not self._is_as(there[name], facts):
+                logger.warning("%s: %s is missing or differs from its digest: it is put together again", uri, name)
                 return None
-        return artifact
+        return manifest
 
     def _put(self, local: Path, uri: str) -> dict[str, Any]:
         with self.writing(uri) as out, local.open("rb") as file:
@@ -421,19 +475,29 @@ class Workspace:
     def _get(self, uri: str, local: Path) -> None:
         local.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._files.fetch(uri, local)
+            with self.open(uri) as file, local.open("wb") as out:
+                shutil.copyfileobj(file, out, CHUNK)
         except FileNotFoundError as error:
             raise PreflowError(_missing(uri)) from error
-
-    @classmethod
-    def holding(cls, uri: str) -> Self:
-        """Return a workspace through which the single file or folder at `uri` can be read."""
-        return cls(uri if "://" in uri else posixpath.dirname(str(Path(uri).expanduser().absolute())))
 
 
 def indented_json(value: object) -> bytes:
     """Encode `value` as JSON for people: indented, sorted, with a newline at its end."""
     return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _kind_of(address: str) -> type[Workspace]:
+    """Return the kind of workspace of an address; Google's client is imported only when a gs:// address is used."""
+    location = resolve_location(address)
+    if "://" not in location:
+        from tasks.store.local import LocalWorkspace
+
+        return LocalWorkspace
+    if location.startswith("gs://"):
+        from tasks.store.gcs import GcsWorkspace
+
+        return GcsWorkspace
+    raise PreflowError(f"workspace {address!r}: only a local folder or gs://bucket/prefix can be a workspace")
 
 
 def _parse_json(uri: str, content: bytes) -> Any:
@@ -482,6 +546,11 @@ class DigestWriter:
         """Return sha256, size (bytes) and rows, as a reference wants them."""
         return {"sha256": self.sha256, "size": self.size, "rows": self.rows}
 
+    @property
+    def file(self) -> FileFacts:
+        """Size and sha256 of everything written so far, as a manifest wants them."""
+        return FileFacts(size=self.size, sha256=self.sha256)
+
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 (hex) of a local file."""
@@ -495,6 +564,7 @@ def folder_digest(uri: str) -> str:
     Raises:
         PreflowError: the folder is missing or holds no weights.
     """
+    uri = resolve_location(uri)
     store = Workspace.holding(uri)
     files = store.digests(uri, (".safetensors", "config.json"))
     if not any(name.endswith(".safetensors") for name in files):

@@ -1,15 +1,12 @@
 """What came of a sweep's points: their win rates, who is best and how sure that is, and the result that is kept."""
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import win_rate
-from tasks.report.run import beside
 from tasks.run.preflight import Contents, PipelineResult
 from tasks.store.measures import WinRate
 from tasks.store.workspace import EvaluationRef, PromotionRef, Workspace, digest, stage_key
@@ -128,8 +125,7 @@ def _measure(store: Workspace, point: Point, result: PointResult, widened: float
 
 def _read_outcomes(store: Workspace, evaluation: EvaluationRef) -> dict[str, list[float]]:
     outcomes: dict[str, list[float]] = {}
-    for line in store.lines(beside(evaluation, "comparisons.jsonl")):
-        row: dict[str, Any] = json.loads(line)
+    for row in store.read_rows(evaluation.sibling("comparisons.jsonl")):
         outcomes.setdefault(row["prompt_id"], []).append(row["outcome"])
     return outcomes
 

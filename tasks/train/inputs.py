@@ -33,11 +33,6 @@ EXPONENTS = {
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
-def plain(uri: str) -> str:
-    """Return an adapter's uri as the store takes it."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
-
-
 @dataclass(frozen=True)
 class Tensor:
     """One entry of a safetensors header: type, shape, and where its bytes lie in the file."""
@@ -86,7 +81,7 @@ class AdapterFiles:
             PreflowError: a file is missing, or the configuration is no JSON.
         """
         store = Workspace.holding(uri)
-        names = {posixpath.basename(file) for file in store.list(plain(uri))}
+        names = {posixpath.basename(file) for file in store.list(uri)}
         if "adapter_config.json" not in names:
             raise PreflowError(
                 f"sft_adapter {uri}: no adapter_config.json there (found: {', '.join(sorted(names)) or 'nothing'}). "
@@ -95,12 +90,12 @@ class AdapterFiles:
         folder_digest(uri)
         if ADAPTER_WEIGHTS not in names:
             raise PreflowError(f"sft_adapter {uri}: no {ADAPTER_WEIGHTS} there. Save it with safe serialization.")
-        return cls(uri, read_json(posixpath.join(plain(uri), "adapter_config.json"), "save the adapter again"))
+        return cls(uri, read_json(posixpath.join(uri, "adapter_config.json"), "save the adapter again"))
 
     @cached_property
     def header(self) -> dict[str, Tensor]:
         """The weights' types and shapes, by name."""
-        return read_header(posixpath.join(plain(self.uri), ADAPTER_WEIGHTS))
+        return read_header(posixpath.join(self.uri, ADAPTER_WEIGHTS))
 
     def rank(self, module: str) -> int:
         """Return the rank that the configuration gives a module, as PEFT looks it up."""
@@ -160,7 +155,7 @@ class AdapterFiles:
                 yield f"its rank {tensor.shape[0]} is over {HIGHEST_RANK}, vLLM's highest; train a smaller one"
 
     def _check_finite(self) -> None:
-        file = posixpath.join(plain(self.uri), ADAPTER_WEIGHTS)
+        file = posixpath.join(self.uri, ADAPTER_WEIGHTS)
         if not Workspace.holding(file).is_local:
             return  # the trainer, which fetches it, sees it
         content = numpy.memmap(file, mode="r")
@@ -329,7 +324,7 @@ class BaseFiles:
         Raises:
             PreflowError: naming what is missing, or the first token that differs.
         """
-        folders = [plain(adapter), str(self.folder)]
+        folders = [adapter, str(self.folder)]
         names = {posixpath.basename(file) for folder in folders for file in Workspace.holding(folder).list(folder)}
         if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
             raise PreflowError(

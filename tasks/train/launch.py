@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tasks.config import ReportTo, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import COMMITTED, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
+from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
 from tasks.train.inputs import AdapterFiles, BaseFiles
 from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, TrainingSpec
@@ -66,9 +66,8 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
     """
     if not training.measured_label_smoothing:
         return training
-    folder = posixpath.dirname(preferences.uri)
-    store = Workspace.holding(folder)
-    uri, manifest = f"{folder}/quality.json", f"{folder}/manifest.json"
+    uri, manifest = preferences.sibling("quality.json"), preferences.sibling(MANIFEST)
+    store = Workspace.holding(uri)
     metrics = store.read_json(uri).get("metrics", []) if store.exists(uri) else []
     rate = next((metric["value"] for metric in metrics if metric["name"] == "flip_rate"), None)
     if rate is None or not 0 <= rate < 0.49:
@@ -97,7 +96,7 @@ def error_of_pairs(error: float, votes: int, needed: int) -> float:
 
 def base_digest(training: TrainingConfig) -> str:
     """Return what identifies the base: the content of a folder, or the hub's name and revision."""
-    base = Path(training.base_model).expanduser()
+    base = Path(training.base_model)
     if not base.is_dir():
         return digest({"hub": training.base_model, "revision": training.base_revision or "main"})
     files = sorted((file.name, file.stat()) for file in base.iterdir() if file.is_file())
@@ -114,7 +113,7 @@ def _base_folder_digest(base: Path, files: tuple[tuple[str, int, int, int], ...]
 
 
 def _val_digest(preferences: PreferencesRef) -> str | None:
-    uri = posixpath.join(posixpath.dirname(preferences.uri), "val.jsonl")
+    uri = preferences.sibling("val.jsonl")
     store = Workspace.holding(uri)
     return store.sha256(uri) if store.exists(uri) else None
 
@@ -124,7 +123,7 @@ def check_training_inputs(training: TrainingConfig, trains_here: bool = True) ->
 
     Args:
         training: the configuration.
-        trains_here: no deployment on another machine does it, which has other packages and may reach the hub.
+        trains_here: whether this machine trains: then its packages count, and it must reach the hub.
 
     Raises:
         PreflowError: with what is wrong, where, and what to do.
@@ -145,7 +144,7 @@ def check_training_inputs(training: TrainingConfig, trains_here: bool = True) ->
 
 
 def _find_base(training: TrainingConfig, trains_here: bool) -> BaseFiles | None:
-    name, folder = training.base_model, Path(training.base_model).expanduser()
+    name, folder = training.base_model, Path(training.base_model)
     if folder.is_dir():
         if training.base_revision:
             raise PreflowError(
@@ -153,7 +152,7 @@ def _find_base(training: TrainingConfig, trains_here: bool) -> BaseFiles | None:
                 "Leave base_revision empty, or give a hub name."
             )
         return BaseFiles.of_folder(folder)
-    if name.startswith((".", "/", "~")):
+    if folder.is_absolute():
         raise PreflowError(f"base_model {name}: no such folder. Give a folder or a hub name.")
     try:
         return BaseFiles.of_hub(name, training.base_revision or "main")
@@ -191,7 +190,7 @@ def run_training(
     training = with_measured_smoothing(preferences, training)
     store = Workspace(workspace)
     paths = TrainingPaths.of(store.root, key)
-    finished = find_adapter(store, paths)
+    finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
     if finished is not None:
         return finished
     spec = TrainingSpec(
@@ -206,30 +205,10 @@ def run_training(
         _raise_for(code, files, log)
     finally:
         shutil.rmtree(files, ignore_errors=True)
-    finished = find_adapter(store, paths)
+    finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
     if finished is None:
         raise PreflowError(f"training ended without an adapter; see {log}")
     return finished
-
-
-def find_adapter(store: Workspace, paths: TrainingPaths) -> AdapterRef | None:
-    """Return a training's finished adapter, if it is there and whole."""
-    marker = posixpath.join(paths.adapter, COMMITTED)
-    if not store.exists(marker):
-        return None
-    try:
-        committed = store.verify_folder(paths.adapter)
-    except PreflowError as error:
-        LOG.warning("the finished adapter is damaged and trained again: %s", error)
-        return None
-    weights = [facts["size"] for name, facts in committed["files"].items() if name.endswith(".safetensors")]
-    return AdapterRef(
-        uri=paths.adapter,
-        sha256=store.sha256(marker),
-        size=sum(weights),
-        rows=committed["train_pairs"],
-        manifest=paths.file("manifest.json"),
-    )
 
 
 def _command(files: Path, training: TrainingConfig) -> list[str]:

@@ -38,8 +38,8 @@ from prefect.utilities.urls import url_for
 
 from tasks.config import PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace, digest
-from tasks.train.launch import find_adapter, training_key
+from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest
+from tasks.train.launch import training_key
 from tasks.train.spec import TrainingPaths
 
 logger = logging.getLogger(__name__)
@@ -90,12 +90,9 @@ class TrainingOrder:
 
     @classmethod
     def of(cls, preferences: PreferencesRef, config: PipelineConfig) -> "TrainingOrder":
-        """Return what a pipeline asks for, with paths that mean the same wherever on this machine they are read."""
-        adapter, workspace = config.training.sft_adapter, Workspace(config.workspace).root
-        if "://" not in adapter:
-            adapter = str(Path(adapter).expanduser().absolute())
-        training = config.training.model_copy(update={"sft_adapter": adapter})
-        return cls(str(config.training_deployment), preferences, workspace, training, config.max_restarts)
+        """Return what a pipeline asks for."""
+        deployment = str(config.training_deployment)
+        return cls(deployment, preferences, config.workspace, config.training, config.max_restarts)
 
     @cached_property
     def key(self) -> str:
@@ -105,7 +102,7 @@ class TrainingOrder:
     def find_adapter(self) -> AdapterRef | None:
         """Return the adapter from the workspace, if it is finished; what a run returned is never read."""
         store = Workspace(self.workspace)
-        return find_adapter(store, TrainingPaths.of(store.root, self.key))
+        return store.find_finished(store.uri("training", self.key, MANIFEST), AdapterRef)
 
     def attempt_key(self, attempt: int) -> str:
         """Return the idempotency key under which everybody finds the same run."""

@@ -15,11 +15,22 @@ import torch
 
 from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
-from tasks.store.workspace import Workspace, canonical_json, folder_digest, package_versions
+from tasks.store.workspace import (
+    COMMITTED,
+    MANIFEST,
+    AdapterRef,
+    Cost,
+    FileFacts,
+    Manifest,
+    Origin,
+    Workspace,
+    canonical_json,
+    folder_digest,
+)
 from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
-from tasks.train.spec import Progress, TrainingPaths, TrainingSpec
+from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
@@ -110,7 +121,7 @@ class TrainingRun:
     def _load_splits(self, tokenizer: Any) -> tuple[Split, Split | None]:
         preferences, training = self._spec.preferences, self._training
         self._train_data = load_pairs(preferences.uri, self._store, tokenizer, training.max_length)
-        val_uri = posixpath.join(posixpath.dirname(preferences.uri), "val.jsonl")
+        val_uri = preferences.sibling("val.jsonl")
         has_val = self._store.exists(val_uri) and self._store.size(val_uri) > 0
         try:
             self._val_data = load_pairs(val_uri, self._store, tokenizer, training.max_length) if has_val else None
@@ -208,17 +219,17 @@ class TrainingRun:
         self._write_rows(rows, is_last=True)
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
         health = assess(Run(rows, self._training, *used))
-        self._store.write_json(self._paths.file("health.json"), health.to_json())
+        self._store.write_json(self._paths.file("health.json"), health.model_dump())
         self._store.write_json(self._paths.file("timing.json"), self._timing())
-        self._store.write_json(self._paths.file("manifest.json"), self._manifest(trainer, rows))
         self._store.delete_folder(self._paths.adapter)
-        facts = {"step": trainer.state.global_step, "train_pairs": used[0]}
+        facts = {"step": trainer.state.global_step}
         try:
             self._store.commit_folder(folder, self._paths.adapter, facts)
         except DiskFullError:
             LOG.warning("no room for the finished adapter: all checkpoints but the newest are removed for it")
             self._checkpoints.prune(kept=1)
             self._store.commit_folder(folder, self._paths.adapter, facts)
+        self._store.write_manifest(self._manifest(trainer, rows))
 
     def _timing(self) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if has_cuda() else None
@@ -229,27 +240,42 @@ class TrainingRun:
             "peak_accelerator_bytes": peak,
         }
 
-    def _manifest(self, trainer: ExactTrainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        spec = self._spec
-        return {
-            "config": self._training.model_dump(mode="json"),
-            "lora_rank": highest_rank(trainer.model),
-            "key": spec.key,
-            "stage": "training",
-            "upstream": [
-                spec.preferences.model_dump(),
-                {"kind": "sft_adapter", "uri": spec.training.sft_adapter, "sha256": spec.sft_sha256},
-                {"kind": "base_model", "uri": spec.training.base_model, "sha256": spec.base_sha256},
-            ],
-            "packages": package_versions(),
-            "seed": spec.training.seed,
-            "counts": {
+    def _manifest(self, trainer: ExactTrainer, rows: list[dict[str, Any]]) -> Manifest:
+        spec, store, adapter = self._spec, self._store, self._paths.adapter
+        seconds = time.monotonic() - self._started
+        files = {f"adapter/{name}": facts for name, facts in store.committed_files(adapter).items()}
+        for name in ("metrics.jsonl", "health.json", "probe.json"):
+            uri = self._paths.file(name)
+            files[name] = FileFacts(size=store.size(uri), sha256=store.sha256(uri))
+        artifact = AdapterRef(
+            uri=adapter,
+            manifest=self._paths.file(MANIFEST),
+            sha256=files[f"adapter/{COMMITTED}"].sha256,
+            size=sum(facts.size for name, facts in files.items() if name.endswith(".safetensors")),
+            rows=len(self._train_data.pairs),
+        )
+        return Manifest(
+            artifact=artifact,
+            stage="training",
+            version=STAGE_VERSION,
+            key=spec.key,
+            config=self._training,
+            upstream=(
+                spec.preferences,
+                Origin(kind="sft_adapter", uri=spec.training.sft_adapter, sha256=spec.sft_sha256),
+                Origin(kind="base_model", uri=spec.training.base_model, sha256=spec.base_sha256),
+            ),
+            files=files,
+            counts={
                 "steps": trainer.state.global_step,
-                "train": asdict(self._train_data.report) | {"used": len(self._train_data.pairs)},
-                "val": asdict(self._val_data.report) | {"used": len(self._val_data.pairs)} if self._val_data else None,
+                "lora_rank": highest_rank(trainer.model),
+                **count_pairs("train", self._train_data),
+                **count_pairs("val", self._val_data),
             },
-            "summary": summarise(rows),
-        }
+            figures=summarise(rows),
+            cost=Cost(gpu_seconds=spec.training.num_processes * seconds if has_cuda() else 0.0),
+            seconds=seconds,
+        )
 
 
 def with_fitting_warmup(training: TrainingConfig, micro_batches: int) -> TrainingConfig:
@@ -270,15 +296,20 @@ def highest_rank(model: Any) -> int:
     return max(tensor.shape[0] for name, tensor in adapter_state(model).items() if ".lora_A." in name)
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return first loss, last training row and last evaluation of a run's metrics."""
+def count_pairs(side: str, data: PairData | None) -> dict[str, int]:
+    """Return what became of the pairs of one side, each count under the side's name."""
+    if data is None:
+        return {}
+    counts = asdict(data.report) | {"used": len(data.pairs), "refused": len(data.report.refused)}
+    return {f"{side}_{name}": round(count) for name, count in counts.items()}
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the first loss, and the figures of the last evaluation, of a run's metrics."""
     trained = [row for row in rows if "loss" in row]
     evaluated = [row for row in rows if "eval_loss" in row]
-    return {
-        "first_loss": trained[0].get("dpo_loss", trained[0]["loss"]) if trained else None,
-        "train": trained[-1] if trained else None,
-        "eval": evaluated[-1] if evaluated else None,
-    }
+    first = {"first_loss": trained[0].get("dpo_loss", trained[0]["loss"])} if trained else {}
+    return {**first, **(evaluated[-1] if evaluated else {})}
 
 
 def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
@@ -288,9 +319,7 @@ def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
         PreflowError: it changed since the training's key was made.
     """
     store = Workspace.holding(uri)
-    folder = Path(uri).expanduser().absolute()
-    if not store.is_local:
-        folder = store.fetch_files(uri, local)
+    folder = Path(uri) if store.is_local else store.fetch_files(uri, local)
     found = folder_digest(str(folder))
     if found != expected:
         raise PreflowError(

@@ -39,13 +39,13 @@ def reading(rows: list[dict[str, Any]], name: str, **options: Any) -> Any:
 def test_a_good_run_is_healthy_and_gets_no_advice() -> None:
     health = assess(run(GOOD))
     assert health.ok
-    assert (health.warnings, health.advice) == ([], [])
+    assert (health.warnings, health.advice) == ((), ())
     assert {reading.name for reading in health.readings} == {
         "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
         "eval_loss", "weights/moved",
     }  # fmt: skip
     assert reading(GOOD, "rewards/accuracies").meaning == "strong"
-    json.dumps(health.to_json())
+    json.dumps(health.model_dump())
 
 
 def test_the_first_systems_run_is_told_what_to_try_in_the_known_order() -> None:
@@ -107,8 +107,19 @@ def test_advice_on_the_learning_rate_goes_one_way() -> None:
     assert "at a learning rate of" not in advice
 
 
+def test_no_advice_is_given_that_is_followed_already() -> None:
+    falling = [trained(10), evaluation(58, 0.9, -0.2, -1.0, 0.6)]
+    health = assess(run(falling, sft_weight=1.0, beta=10.0, num_train_epochs=3))
+    text = " ".join((*health.warnings, *health.advice))
+    assert "sft_weight" not in text
+    assert "raise beta" not in text
+    assert "lower learning_rate (now 5e-06)" in text
+    hopeless = assess(run(FIRST, num_train_epochs=3))
+    assert "epochs" not in " ".join(hopeless.advice)
+
+
 def test_nothing_yet_is_no_reading() -> None:
-    assert assess(run([])).readings == []
+    assert assess(run([])).readings == ()
 
 
 @pytest.mark.parametrize("rows", [[], GOOD, GOOD * 20])
