@@ -71,7 +71,9 @@ class Contents:
                 self._folder(config.training.sft_adapter),
                 self._base(config.training),
             ],
-            "evaluation": evaluation.model_dump(mode="json", exclude={"generation", "judging", "adapter_root"}),
+            "evaluation": evaluation.model_dump(
+                mode="json", exclude={"generation", "judging", "judges", "adapter_root"}
+            ),
             "measured": [
                 evaluation.generation and self._sampling(evaluation.generation),
                 self._judge(evaluation.comparison_judge()),

