@@ -4,42 +4,16 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
 from tasks.llm.responses import Usage
-from tasks.store.workspace import Workspace
+from tasks.store.workspace import Cost, Workspace
 
 COLUMNS = ("requests", "prompt tokens", "completion tokens", "thinking tokens", "GPU", "time", "US$")
-
-
-class Spent(BaseModel):
-    """Something used, or saved: requests, tokens (completion includes thinking), GPU seconds and US$."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    requests: int = Field(0, ge=0)
-    prompt_tokens: int = Field(0, ge=0)
-    completion_tokens: int = Field(0, ge=0)
-    thinking_tokens: int = Field(0, ge=0)
-    gpu_seconds: float = Field(0.0, ge=0)
-    usd: float = Field(0.0, ge=0)
-
-    @classmethod
-    def of_usage(cls, usage: Usage, endpoint: EndpointConfig) -> Self:
-        """Price an endpoint's usage at its `prompt_price` and `completion_price` (US$ per million tokens)."""
-        return cls(**usage.model_dump(), usd=usage.cost(endpoint))
-
-    @classmethod
-    def of_gpu(cls, gpu_seconds: float, usd_per_hour: float) -> Self:
-        """Price GPU time: seconds summed over the GPUs, at US$ per GPU and hour."""
-        return cls(gpu_seconds=gpu_seconds, usd=gpu_seconds * usd_per_hour / 3600)
-
-    def __add__(self, other: Self) -> Self:
-        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
 
 
 class StageCost(BaseModel):
@@ -48,8 +22,8 @@ class StageCost(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str = Field(min_length=1)
-    used: Spent = Spent()
-    cached: Spent = Spent()
+    used: Cost = Cost()
+    cached: Cost = Cost()
     seconds: float = Field(0.0, ge=0)
 
     def plus(self, other: "StageCost") -> "StageCost":
@@ -86,16 +60,9 @@ class Ledger(BaseModel):
         """Return table rows: a heading, the stages, the total, and what the cache saved if it saved anything."""
         total = self.total()
         rows = [["stage", *COLUMNS], *(_cells(cost.stage, cost.used, cost.seconds) for cost in (*self.stages, total))]
-        if total.cached != Spent():
+        if total.cached != Cost():
             rows.append(_cells("saved by the cache", total.cached, None))
         return rows
-
-
-def render_table(ledger: Ledger) -> str:
-    """Return the ledger as a markdown table, figures to the right."""
-    heading, *rows = ledger.rows()
-    lines = [heading, ["---", *("---:" for _ in COLUMNS)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
 
 
 def format_seconds(seconds: float) -> str:
@@ -113,7 +80,7 @@ def format_usd(usd: float) -> str:
     return f"{usd:,.2f}" if usd >= 0.1 or usd == 0 else f"{usd:.2g}" if usd >= 1e-4 else "< 0.0001"
 
 
-def _cells(name: str, spent: Spent, seconds: float | None) -> list[str]:
+def _cells(name: str, spent: Cost, seconds: float | None) -> list[str]:
     counts = (spent.requests, spent.prompt_tokens, spent.completion_tokens, spent.thinking_tokens)
     return [
         name,
@@ -176,7 +143,7 @@ def read_attempts(store: Workspace, folder: str) -> list[Attempt]:
     return [Attempt.model_validate(store.read_json(uri)) for uri in store.list(folder)]
 
 
-def write_cost(store: Workspace, folder: str, stage: str, rows: Spent) -> StageCost:
+def write_cost(store: Workspace, folder: str, stage: str, rows: Cost) -> StageCost:
     """Write `cost.json`: what the attempts at an artifact used, and what its rows had cost before them.
 
     Args:
@@ -186,14 +153,14 @@ def write_cost(store: Workspace, folder: str, stage: str, rows: Spent) -> StageC
         rows: what all rows of the artifact cost, whoever made them.
     """
     attempts = read_attempts(store, f"{folder}/attempts")
-    used = sum((Spent(**attempt.usage.model_dump(), usd=attempt.usd) for attempt in attempts), Spent())
+    used = sum((Cost(**attempt.usage.model_dump(), usd=attempt.usd) for attempt in attempts), Cost())
     saved = {name: max(0, value - getattr(used, name)) for name, value in rows.model_dump().items()}
     by_model: dict[str, float] = defaultdict(float)
     for attempt in attempts:
         by_model[attempt.model] += attempt.seconds
     # Judges of a panel work side by side.
     seconds = max(by_model.values(), default=0.0)
-    cost = StageCost(stage=stage, used=used, cached=Spent(**saved), seconds=seconds)
+    cost = StageCost(stage=stage, used=used, cached=Cost(**saved), seconds=seconds)
     store.write_json(f"{folder}/cost.json", cost.model_dump())
     return cost
 
@@ -208,6 +175,7 @@ def log_cost(cost: StageCost) -> None:
     )  # fmt: skip
 
 
-def price(usage: dict[str, int], config: EndpointConfig) -> Spent:
+def price(usage: dict[str, int], config: EndpointConfig) -> Cost:
     """Return what `usage` costs at the prices of `config`."""
-    return Spent.of_usage(Usage(**usage), config)
+    found = Usage(**usage)
+    return Cost(**found.model_dump(), usd=found.cost(config))

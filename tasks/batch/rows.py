@@ -237,10 +237,17 @@ class RowStore:
 
     def commit(self, part: Slice, keys: Sequence[str], outcomes: dict[str, Outcome]) -> ShardRef:
         """Write the finished shard, units in input order, and drop its journals."""
-        uri = self.shard_uri(part)
+        uri, position = self.shard_uri(part), 0
+        places: dict[bytes, Place] = {}
         with self.store.writing(uri) as out:
             for key in keys:
-                out.write(_encode(key, outcomes[key]))
+                line = _encode(key, outcomes[key])
+                places[bytes.fromhex(key)] = (uri, position, position + len(line))
+                position += len(line)
+                out.write(line)
+        with self._indexing:
+            if self._index is not None:  # later shards with an equal unit find it here
+                self._index.update(places)
         for file in self._journals.pop(self._name(part), set()):
             self.store.delete(file)
         failed = sum(outcomes[key].error is not None for key in keys)

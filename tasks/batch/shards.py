@@ -117,6 +117,7 @@ class ShardWorker:
     _gate: asyncio.Semaphore = field(init=False)
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _prepared: bool = field(default=False, init=False)
+    _making: dict[str, asyncio.Future[Outcome]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         # Twice the window, so that a request that waits for its next attempt keeps no other from being sent.
@@ -135,8 +136,7 @@ class ShardWorker:
         async with self.rows.journal(part) as journal:
 
             async def make(key: str, unit: Any) -> None:
-                outcome = await self._make(unit)
-                await self._keep(journal, key, outcome)
+                outcome = await self._make_once(key, unit, journal)
                 outcomes[key] = outcome
                 self.tally.add(part, outcome)
                 self.watch()
@@ -144,7 +144,25 @@ class ShardWorker:
             await settle(make(key, unit) for key, unit in units.items() if key not in outcomes)
             shard = await asyncio.to_thread(self.rows.commit, part, list(units), outcomes)
             journal.forget_pending()
+            for key in units:
+                self._making.pop(key, None)
         return shard
+
+    async def _make_once(self, key: str, unit: Any, journal: Journal) -> Outcome:
+        """Make and keep a unit, or wait for an open shard that has an equal one and makes it already."""
+        if twin := self._making.get(key):
+            return await asyncio.shield(twin)
+        made = self._making[key] = asyncio.get_running_loop().create_future()
+        try:
+            outcome = await self._make(unit)
+            await self._keep(journal, key, outcome)
+        except BaseException as error:
+            del self._making[key]
+            made.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
+            made.exception()  # nobody may have waited for it
+            raise
+        made.set_result(outcome)
+        return outcome
 
     async def _make(self, unit: Any) -> Outcome:
         async with self._gate:
@@ -244,18 +262,36 @@ def merge_shards(
     shards: Sequence[ShardRef],
     rows: RowStore,
     units_of: Callable[[Row], Mapping[str, Any]],
+    fit: Callable[[Any, Outcome], Outcome] = lambda _, outcome: outcome,
 ) -> Iterator[tuple[Row, list[Outcome]]]:
     """Yield each input row with the outcomes of its units, joined by their keys, in input order.
+
+    Equal units are one: each row that has it gets its outcome, and only the first one its usage.
+
+    Args:
+        source: the input's slices.
+        shards: their shards.
+        rows: where the units lie.
+        units_of: the units of an input row, by their keys.
+        fit: returns an outcome as it is for a unit that is equal to the one that was made.
 
     Raises:
         PreflowError: a shard does not hold exactly its slice's units.
     """
+    counted: set[int] = set()
     for part, shard in zip(source, shards, strict=True):
         known = dict(rows.read_shard(shard))
+        wanted: set[str] = set()
         for row in read_slice(rows.store, part):
-            keys = units_of(row)
-            if missing := keys.keys() - known.keys():
+            units = units_of(row)
+            if missing := units.keys() - known.keys():
                 raise PreflowError(f"{shard.uri}: lacks {len(missing)} of its rows; delete this file and run again")
-            yield row, [known.pop(key) for key in keys]
-        if known:
-            raise PreflowError(f"{shard.uri}: holds {len(known)} rows of others; delete this file and run again")
+            outcomes = [fit(unit, known[key]) for key, unit in units.items()]
+            for place, key in enumerate(units):
+                if hash(key) in counted:
+                    outcomes[place] = outcomes[place].model_copy(update={"usage": {}})
+            counted.update(map(hash, units))
+            wanted |= units.keys()
+            yield row, outcomes
+        if others := known.keys() - wanted:
+            raise PreflowError(f"{shard.uri}: holds {len(others)} rows of others; delete this file and run again")

@@ -1,7 +1,6 @@
 """Proof on held-out prompts: what is compared, the win rate, and what says whether that can be believed."""
 
 import logging
-import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +14,12 @@ from tasks.store.workspace import (
     AdapterRef,
     CompletionsRef,
     EvaluationRef,
+    FileFacts,
+    Manifest,
     PromptsRef,
     VerdictsRef,
     Workspace,
     indented_json,
-    package_versions,
-    read_jsonl,
     server_path,
     stage_key,
 )
@@ -44,11 +43,10 @@ def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluatio
     """
     trained_on = None
     if adapter.manifest is not None:
-        upstream = Workspace(workspace).read_json(adapter.manifest)["upstream"]
-        trained_on = next((ref["uri"] for ref in upstream if ref["kind"] == "preferences"), None)
+        trained_on = Workspace(workspace).read_manifest(adapter).origin("preferences")
     if trained_on is None:
         logger.warning("%s has no manifest that names its pairs: no prompt can be left out as trained on", adapter.uri)
-    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on)
+    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on.uri if trained_on else None)
 
 
 def draw_settings(
@@ -85,14 +83,14 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
         PreflowError: no prompt has samples on both sides.
     """
     store = Workspace(workspace)
-    failures = posixpath.join(posixpath.dirname(candidate.uri), "failures.jsonl")
-    failed = {row["id"] for row in read_jsonl(store, failures)} if store.exists(failures) else set()
+    failures = candidate.sibling("failures.jsonl")
+    failed = {row["id"] for row in store.read_rows(failures)} if store.exists(failures) else set()
     key = stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256, failed=sorted(failed))
     folder = store.uri("samples", key)
     if known := store.find_finished(f"{folder}/manifest.json", CompletionsRef):
         return known
     with store.writing(f"{folder}/samples.jsonl") as out:
-        for row in join_samples(read_jsonl(store, baseline.uri), read_jsonl(store, candidate.uri), failed):
+        for row in join_samples(store.read_rows(baseline.uri), store.read_rows(candidate.uri), failed):
             out.write_row(row)
     if not out.rows:
         raise PreflowError(f"{baseline.uri} and {candidate.uri} share no prompt: nothing can be compared")
@@ -101,10 +99,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
             "evaluation: the new adapter failed on %d prompts (%s): they count as lost", len(failed), failures
         )
     artifact = CompletionsRef(uri=f"{folder}/samples.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    upstream = [baseline.model_dump(), candidate.model_dump()]
-    store.write_json(
-        f"{folder}/manifest.json", {"artifact": artifact.model_dump(), "stage": "samples", "upstream": upstream}
-    )
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="samples", version=VERSION, key=key, upstream=(baseline, candidate),
+            files={"samples.jsonl": out.file},
+        )
+    )  # fmt: skip
     return artifact
 
 
@@ -128,9 +128,10 @@ def summarise_evaluation(
 ) -> EvaluationRef:
     """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
     store = Workspace(workspace)
-    folder = store.uri("evaluations", evaluation_key(adapter, verdicts, null, evaluation))
-    first, second = _write_comparisons(store, folder, verdicts, evaluation)
-    even = [read_comparison(row) for row in read_jsonl(store, null.uri)] if null else None
+    key = evaluation_key(adapter, verdicts, null, evaluation)
+    folder = store.uri("evaluations", key)
+    first, second, comparisons = _write_comparisons(store, folder, verdicts, evaluation)
+    even = [read_comparison(row) for row in store.read_rows(null.uri)] if null else None
     found = judge_adapter(adapter.sha256, first, second, even, evaluation)
     with store.writing(f"{folder}/win_rate.json") as written:
         written.write(indented_json(found.model_dump(mode="json", exclude_none=True)))
@@ -143,17 +144,16 @@ def summarise_evaluation(
         **found.model_dump(include={"win_rate", "lower", "upper"}),
         **{**written.facts(), "rows": verdicts.rows},
     )
-    store.write_json(
-        f"{folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "stage": "evaluation",
-            "version": VERSION,
-            "config": evaluation.model_dump(mode="json"),
-            "upstream": [ref.model_dump() for ref in (adapter, verdicts, null) if ref],
-            "packages": package_versions(),
-            "summary": found.model_dump(mode="json", exclude_none=True),
-        },
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="evaluation",
+            version=VERSION,
+            key=key,
+            config=evaluation,
+            upstream=tuple(ref for ref in (adapter, verdicts, null) if ref),
+            files={"win_rate.json": written.file, "comparisons.jsonl": comparisons},
+        )
     )
     _log(found)
     return artifact
@@ -161,18 +161,18 @@ def summarise_evaluation(
 
 def _write_comparisons(
     store: Workspace, folder: str, verdicts: VerdictsRef, evaluation: EvaluationConfig
-) -> tuple[list[Comparison], list[Comparison]]:
+) -> tuple[list[Comparison], list[Comparison], FileFacts]:
     """Write every comparison with its outcome; return them by the labelling judges and by those asked besides."""
     labelling = {judge.model for judge in (evaluation.judging or JudgingConfig()).judges()}
     others = {judge.model for judge in evaluation.judges}
     first: list[Comparison] = []
     second: list[Comparison] = []
     with store.writing(f"{folder}/comparisons.jsonl") as out:
-        for row in read_jsonl(store, verdicts.uri):
+        for row in store.read_rows(verdicts.uri):
             first.append(read_comparison(row, labelling))
             second.append(read_comparison(row, others))
             out.write_row({**row, "outcome": first[-1].outcome})
-    return first, second if others else []
+    return first, second if others else [], out.file
 
 
 def judge_adapter(

@@ -21,7 +21,16 @@ from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint, RequestRefused, resolve_secret
-from tasks.store.workspace import CompletionsRef, PromptsRef, Workspace, folder_digest, package_versions, stage_key
+from tasks.store.workspace import (
+    CompletionsRef,
+    FileFacts,
+    Manifest,
+    Origin,
+    PromptsRef,
+    Workspace,
+    folder_digest,
+    stage_key,
+)
 
 VERSION = 2
 # So many of the longest prompts are held against the model's context.
@@ -274,31 +283,35 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
     if not out.rows:
         raise PreflowError(f"no prompt has completions: all failed for good; why is in {folder}/failures.jsonl")
     artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
+    files = {"completions.jsonl": out.file, "failures.jsonl": failures.file}
     total = out.rows * plan.generation.num_completions
     logger.info(
         "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
         out.rows, plan.generation.num_completions, counts.failed, total, counts.cut, counts.empty,
     )  # fmt: skip
-    _write_manifest(plan, artifact, counts)
+    _write_manifest(plan, artifact, counts, files)
     return artifact
 
 
-def _write_manifest(plan: GenerationPlan, artifact: CompletionsRef, counts: SampleCounts) -> None:
+def _write_manifest(
+    plan: GenerationPlan, artifact: CompletionsRef, counts: SampleCounts, files: dict[str, FileFacts]
+) -> None:
     store, spent = Workspace(plan.workspace), price(counts.usage, plan.generation)
-    log_cost(write_cost(store, plan.folder, "generation", spent))
-    store.write_json(
-        f"{plan.folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "key": plan.key,
-            "stage": "generation",
-            "version": VERSION,
-            "config": plan.generation.model_dump(mode="json"),
-            "settings": sampling_identity(plan.generation),
-            "upstream": [plan.prompts.model_dump()],
-            "packages": package_versions(),
-            "counts": counts.model_dump(include={"failed", "cut", "empty"}) | {"prompts": artifact.rows},
-            "usage": counts.usage,
-            "usd": spent.usd,
-        },
+    cost = write_cost(store, plan.folder, "generation", spent)
+    log_cost(cost)
+    adapter = plan.generation.adapter
+    model = [Origin(kind="sft_adapter", uri=adapter, sha256=folder_digest(adapter))] if adapter else []
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="generation",
+            version=VERSION,
+            key=plan.key,
+            config=plan.generation,
+            upstream=(plan.prompts, *model),
+            files=files,
+            counts=counts.model_dump(include={"failed", "cut", "empty"}) | {"prompts": artifact.rows},
+            cost=spent,
+            seconds=cost.seconds,
+        )
     )

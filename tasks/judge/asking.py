@@ -17,20 +17,21 @@ from json_repair import repair_json
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
-from tasks.batch.costs import Spending, Spent, log_cost, price, write_cost
+from tasks.batch.costs import Spending, log_cost, price, write_cost
 from tasks.batch.progress import SHARD_POLICY, run_shards
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, settle
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Answer, Endpoint, RequestRefused, Usage, resolve_secret
-from tasks.store.workspace import Reference, VerdictsRef, Workspace, digest, package_versions, stage_key
+from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, VerdictsRef, Workspace, digest, stage_key
 
 VERSION = 2
 RUBRICS = Path(__file__).parent / "rubrics"
 MOST_TOKENS = 65_536
 # Objects in an answer that are tried as the verdict, from its end.
 MOST_OBJECTS = 50
+COUNTED = ("rows", "units", "failed")
 logger = logging.getLogger(__name__)
 
 Vote: TypeAlias = dict[str, Any]
@@ -422,7 +423,7 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
     store, folder = Workspace(plan.workspace), plan.folder
     counts = {judge.judge.model: MergeCounts() for judge in plan.judges}
     merged = [
-        merge_shards(plan.slices, refs, judge.rows(), plan.units_of)
+        merge_shards(plan.slices, refs, judge.rows(), plan.units_of, as_asked)
         for judge, refs in zip(plan.judges, shards, strict=True)
     ]
     with store.writing(f"{folder}/verdicts.jsonl") as out, store.writing(f"{folder}/failures.jsonl") as failures:
@@ -435,8 +436,18 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
                     failures.write_row({"judge": model, **(outcome.error or {})})
             out.write_row({**of_judges[0][0], "votes": votes})
     artifact = VerdictsRef(uri=f"{folder}/verdicts.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    _write_manifest(plan, artifact, counts)
+    _write_manifest(plan, artifact, counts, {"verdicts.jsonl": out.file, "failures.jsonl": failures.file})
     return artifact
+
+
+def as_asked(question: Question, outcome: Outcome) -> Outcome:
+    """Return the outcome of an equal question as this question's: the same texts may have other indexes in its row."""
+    if outcome.row is None:
+        failure = {**(outcome.error or {}), "id": question.row["id"], "order": question.order}
+        return outcome.model_copy(update={"error": failure})
+    asked = outcome.row["order"]
+    places = {name: question.order[asked.index(outcome.row[name])] for name in ("best", "worst")}
+    return outcome.model_copy(update={"row": {**outcome.row, "order": question.order, **places}})
 
 
 def _as_vote(outcome: Outcome) -> Vote:
@@ -445,24 +456,27 @@ def _as_vote(outcome: Outcome) -> Vote:
     return {"order": outcome.error["order"], "error": outcome.error["reason"], "raw": outcome.error["detail"]}
 
 
-def _write_manifest(plan: JudgingPlan, artifact: VerdictsRef, counts: Mapping[str, MergeCounts]) -> None:
+def _write_manifest(
+    plan: JudgingPlan, artifact: VerdictsRef, counts: Mapping[str, MergeCounts], files: dict[str, FileFacts]
+) -> None:
     judges = {judge.model: judge for judge in plan.judging.judges()}
-    spent = sum((price(count.usage, judges[model]) for model, count in counts.items()), Spent())
+    spent = sum((price(count.usage, judges[model]) for model, count in counts.items()), Cost())
     store = Workspace(plan.workspace)
-    log_cost(write_cost(store, plan.folder, "judging", spent))
-    store.write_json(
-        f"{plan.folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "key": plan.key,
-            "stage": "judging",
-            "version": VERSION,
-            "config": plan.judging.model_dump(mode="json"),
-            "rubric": plan.rubric,
-            "upstream": [plan.source.model_dump()],
-            "packages": package_versions(),
-            "counts": {model: count.model_dump(exclude={"usage"}) for model, count in counts.items()},
-            "usage": spent.model_dump(include=set(Usage.model_fields)),
-            "usd": spent.usd,
-        },
+    cost = write_cost(store, plan.folder, "judging", spent)
+    log_cost(cost)
+    with store.writing(f"{plan.folder}/rubric.md") as rubric:
+        rubric.write(plan.rubric.encode())
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="judging",
+            version=VERSION,
+            key=plan.key,
+            config=plan.judging,
+            upstream=(plan.source,),
+            files={**files, "rubric.md": rubric.file},
+            counts={f"{name} {model}": getattr(count, name) for model, count in counts.items() for name in COUNTED},
+            cost=spent,
+            seconds=cost.seconds,
+        )
     )

@@ -1,11 +1,9 @@
 """From votes to preference pairs: the pair policy, the confidence bar, and a split that new prompts never shift."""
 
 import hashlib
-import json
 import logging
-import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel
@@ -13,7 +11,7 @@ from pydantic import BaseModel
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.quality import QualityReport, measure_judgements, plot_quality
-from tasks.store.workspace import PreferencesRef, VerdictsRef, Workspace, package_versions, stage_key
+from tasks.store.workspace import DigestWriter, FileFacts, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
 
 VERSION = 2
 Row: TypeAlias = dict[str, Any]
@@ -43,64 +41,53 @@ def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
         return known
     store, key = Workspace(workspace), preferences_key(verdicts, judging)
     folder = store.uri("preferences", key)
-    files, statuses = _write_pairs(store, folder, verdicts, judging)
-    files["quality.json"] = _measure(store, folder, verdicts)
-    counts = {**statuses, "train": files["train.jsonl"]["rows"], "val": files["val.jsonl"]["rows"]}
+    written, statuses = _write_pairs(store, folder, verdicts, judging)
+    train = written["train.jsonl"]
+    counts = {**statuses, "train": train.rows, "val": written["val.jsonl"].rows}
+    files = {name: out.file for name, out in written.items()} | _measure(store, folder, verdicts)
     logger.info("preferences: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     artifact = PreferencesRef(
-        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=counts["val"], **files["train.jsonl"]
+        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=counts["val"], **train.facts()
     )
-    store.write_json(
-        f"{folder}/manifest.json",
-        {
-            "artifact": artifact.model_dump(),
-            "key": key,
-            "stage": "preferences",
-            "version": VERSION,
-            "config": judging.model_dump(mode="json"),
-            "upstream": [verdicts.model_dump()],
-            "files": files,
-            "packages": package_versions(),
-            "counts": counts,
-        },
-    )
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="preferences", version=VERSION, key=key, config=judging, upstream=(verdicts,),
+            files=files, counts=counts,
+        )
+    )  # fmt: skip
     return artifact
 
 
 def _write_pairs(
     store: Workspace, folder: str, verdicts: VerdictsRef, judging: JudgingConfig
-) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
-    """Decide on every row, and return the facts of the files and how many rows came to what."""
+) -> tuple[dict[str, DigestWriter], Counter[str]]:
+    """Decide on every row, and return the files and how many rows came to what."""
     statuses: Counter[str] = Counter()
     with (
         store.writing(f"{folder}/judged.jsonl") as judged,
         store.writing(f"{folder}/train.jsonl") as train,
         store.writing(f"{folder}/val.jsonl") as val,
     ):
-        for row in _rows(store, verdicts.uri):
+        for row in store.read_rows(verdicts.uri):
             decision = decide(row["votes"], judging.pair_policy, judging.min_confidence)
             statuses[decision.status] += 1
             judged.write_row({**row, **decision.model_dump()})
             if decision.status == "pair":
                 held_out = is_validation(row["id"], row.get("group"), judging.seed, judging.val_ratio)
                 (val if held_out else train).write_row(preference_pair(row, decision))
-    files = {"judged.jsonl": judged.facts(), "train.jsonl": train.facts(), "val.jsonl": val.facts()}
-    return files, statuses
+    return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, statuses
 
 
-def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, Any]:
-    """Write `quality.json` and its picture, and return the facts of the former."""
-    usage = store.read_json(verdicts.manifest)["usage"] if verdicts.manifest else None
-    quality = measure_judgements(_rows(store, f"{folder}/judged.jsonl"), usage=usage)
-    store.write_bytes(f"{folder}/quality.png", plot_quality(quality))
+def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, FileFacts]:
+    """Write `quality.json` and its picture."""
+    cost = store.read_manifest(verdicts).cost if verdicts.manifest else None
+    usage = cost.model_dump(exclude={"usd", "gpu_seconds"}) if cost else None
+    quality = measure_judgements(store.read_rows(f"{folder}/judged.jsonl"), usage=usage)
+    with store.writing(f"{folder}/quality.png") as picture:
+        picture.write(plot_quality(quality))
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
-    return measured.facts()
-
-
-def _rows(store: Workspace, uri: str) -> Iterator[Row]:
-    for line in store.lines(uri):
-        yield json.loads(line)
+    return {"quality.json": measured.file, "quality.png": picture.file}
 
 
 def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
@@ -111,13 +98,11 @@ def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
     """
     if preferences.rows:
         return preferences
-    folder = posixpath.dirname(preferences.uri)
-    quality = QualityReport.model_validate(Workspace(workspace).read_json(f"{folder}/quality.json"))
+    quality = QualityReport.model_validate(Workspace(workspace).read_json(preferences.sibling("quality.json")))
     statuses = ", ".join(f"{count} {name}" for name, count in quality.statuses.items())
     advice = " ".join(metric.advice for metric in quality.problems() if metric.advice)
-    raise PreflowError(
-        f"no pair to train on: of {quality.rows} prompts {statuses}; why is in {folder}/judged.jsonl. {advice}"
-    )
+    why = preferences.sibling("judged.jsonl")
+    raise PreflowError(f"no pair to train on: of {quality.rows} prompts {statuses}; why is in {why}. {advice}")
 
 
 class Decision(BaseModel):

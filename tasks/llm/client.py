@@ -17,10 +17,13 @@ from tasks.llm.outage import Attempts, Outage
 from tasks.llm.responses import (
     Answer,
     Choice,
+    CreditUsedUp,
     EndpointDown,
     KeyRefused,
     ModelInfo,
+    QuotaUsedUp,
     RequestRefused,
+    StageStopped,
     Transient,
     Usage,
     classify,
@@ -32,10 +35,12 @@ __all__ = [
     "Answer",
     "BudgetExceeded",
     "Choice",
+    "CreditUsedUp",
     "Endpoint",
     "EndpointDown",
     "KeyRefused",
     "ModelInfo",
+    "QuotaUsedUp",
     "RequestRefused",
     "Stats",
     "Usage",
@@ -174,7 +179,7 @@ class Endpoint:
                 answer = await self._send(request)
                 cost = answer.usage.cost(self.config)
                 self._gate.correct(entry, answer.usage.prompt_tokens + answer.usage.completion_tokens)
-            except (Transient, RequestRefused, KeyRefused) as failure:
+            except (Transient, RequestRefused, StageStopped) as failure:
                 if not getattr(failure, "maybe_billed", False):
                     cost = 0.0
                     self._gate.correct(entry, 0)
@@ -192,7 +197,10 @@ class Endpoint:
         try:
             response = await self._call("/chat/completions", request.body, self.config.request_timeout_seconds)
             answer = read_answer(response.content, request.prompt_bytes)
-        except (RequestRefused, KeyRefused):
+        except StageStopped as stopped:
+            # The original's text may hold the key: it is not chained.
+            raise self._explain(stopped) from None
+        except RequestRefused:
             self._outage.answered()
             raise
         finally:
@@ -213,9 +221,7 @@ class Endpoint:
                     return await self._client.get(path, cast_to=httpx2.Response)
                 return await self._client.post(path, cast_to=httpx2.Response, body=body)
         except APIStatusError as error:
-            failure = classify(error.response, hide=self._key)
-            # The original's text may hold the key: it is not chained.
-            raise (self._key_refused(failure) if isinstance(failure, KeyRefused) else failure) from None
+            raise classify(error.response, hide=self._key) from None
         except APIConnectionError as error:
             cause = error.__cause__ or error
             sent = not isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
@@ -223,16 +229,26 @@ class Endpoint:
         except TimeoutError:
             raise Transient(f"no answer within {seconds:g} s", maybe_billed=True) from None
 
-    def _key_refused(self, refused: KeyRefused) -> KeyRefused:
-        name = self.config.api_key
+    def _explain(self, stopped: StageStopped) -> StageStopped:
+        """Return why the stage stops with where, which key and what to do."""
+        name, where = self.config.api_key, f"{self.config.endpoint} (model {self.config.model})"
+        which = f"the key {name}" if name else "a request without a key"
+        kept = "Everything answered so far is kept"
+        if isinstance(stopped, CreditUsedUp):
+            return CreditUsedUp(f"{where}: {which} has no credit left: {stopped}. {kept}: top it up, then run again")
+        if isinstance(stopped, QuotaUsedUp):
+            return QuotaUsedUp(
+                f"{where}: the day's quota of {which} is used up: {stopped}. {kept}: run again after that"
+            )
+        if not isinstance(stopped, KeyRefused):
+            return stopped
         if name is None:
             remedy = "it wants a key: set api_key to env:NAME (and export NAME=...) or to a Prefect Secret block's name"
         elif name.startswith("env:"):
             remedy = f"check the key and its account, and export {name.removeprefix('env:')}=... where the flow runs"
         else:
             remedy = f"check the key and its account, and change the Prefect Secret block {name!r}"
-        which = f"the key {name}" if name else "a request without a key"
-        return KeyRefused(f"{self.config.endpoint} refused {which} for {self.config.model}: {refused}; {remedy}")
+        return KeyRefused(f"{self.config.endpoint} refused {which} for {self.config.model}: {stopped}; {remedy}")
 
     async def _wait_out(self, failure: Transient, request: _Request) -> None:
         if failure.throttled:

@@ -1,14 +1,28 @@
-"""What an OpenAI-compatible endpoint sends back: answers, token usage, and errors told apart by what helps."""
+"""What an OpenAI-compatible endpoint sends back: answers, token usage, and errors told apart by what helps.
+
+    StageStopped     no request of the stage can be answered now
+        KeyRefused       another key
+        CreditUsedUp     money
+        QuotaUsedUp      tomorrow
+        EndpointDown     later
+    RequestRefused   this request will never be answered; others may
+    Transient        another attempt may be answered
+
+Errors are classified by their structured fields (status, error.code, error.type, quotaId, RetryInfo) first, and by
+their words where there are none: providers word them alike for causes that have nothing in common.
+"""
 
 import json
+import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, Self
+from typing import Any, Protocol, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-import httpx2
 from pydantic import BaseModel, ConfigDict
 
 from tasks.config import EndpointConfig
@@ -17,17 +31,51 @@ from tasks.errors import PreflowError
 # 409 is sent by some gateways for a lock conflict, 529 by some for an overload.
 RETRIED = frozenset({408, 409, 425, 429})
 THROTTLES = frozenset({429, 503, 529})
+# Such refusals depend on the row alone: at the next start they would be the same.
+PERMANENT = frozenset({"context_length", "content_filter", "too_large"})
 
-_CONTEXT_LENGTH = re.compile(
-    r"context[_ ]length|context window|max_model_len|maximum model length|exceeds? the maximum number of tokens"
-    r"|(input|prompt) is too long|too many (input )?tokens",
-    re.IGNORECASE,
+_RATE_CODES = frozenset(
+    {"rate_limit_exceeded", "rate_limit_error", "rate_limited", "resource_exhausted", "too_many_requests", "throttling"}
 )
-_CONTENT_FILTER = re.compile(r"content[_ ](filter|policy|management)|moderation|safety system|flagged", re.IGNORECASE)
-_RESPONSE_FORMAT = re.compile(r"response_format|json_schema|structured output|guided|grammar", re.IGNORECASE)
-_BAD_KEY = re.compile(r"API[ _]key (not valid|not found|expired)|API_KEY_INVALID|invalid api key", re.IGNORECASE)
-_NO_MONEY = re.compile(r"insufficient_quota|insufficient (balance|credit|funds)|billing", re.IGNORECASE)
-_RETRY_DELAY = re.compile(r'"retryDelay":\s*"([\d.]+)s"')
+_CREDIT_CODES = frozenset(
+    {"insufficient_quota", "insufficient_balance", "insufficient_credits", "billing_error", "billing_not_active",
+     "billing_hard_limit_reached", "arrearage", "payment_required"}
+)  # fmt: skip
+_KEY_CODES = frozenset({"invalid_api_key", "api_key_invalid", "authentication_error", "unauthenticated"})
+_FILTER_CODES = frozenset(
+    {"content_filter", "responsibleaipolicyviolation", "content_policy_violation", "data_inspection_failed",
+     "datainspectionfailed", "prohibited_content"}
+)  # fmt: skip
+# The names of fields that say what kind of error it is, wherever they stand.
+_CODE_FIELDS = frozenset({"code", "type", "status", "reason", "quotaid", "error_type"})
+
+
+def _words(*alternatives: str) -> re.Pattern[str]:
+    return re.compile("|".join(alternatives), re.IGNORECASE)
+
+
+_RATE = _words(r"rate.?limit", r"too many requests", r"throttl")
+_CREDIT = _words(
+    r"credit balance", r"insufficient[_ ](balance|credits?|funds|quota)", r"(out of|not enough|no|more) credits",
+    r"payment required", r"spending limit", r"overdue payment", r"arrear", r"余额不足",
+)  # fmt: skip
+_PERIOD = _words(r"per(second|minute|hour|day)")
+_PER_DAY = _words(r"per[-_ ]?day", r"daily (limit|quota)", r"\b(rpd|tpd)\b")
+_BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key")
+_CONTEXT_LENGTH = _words(
+    r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"max_new_tokens",
+    r"exceeds? the (maximum number of|configured limit of \d+) tokens", r"(input|prompt) is too long",
+    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length",
+)  # fmt: skip
+_CONTENT_FILTER = _words(
+    r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
+    r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
+)  # fmt: skip
+_RESPONSE_FORMAT = _words(r"response_format", r"json_schema", r"structured output", r"guided", r"grammar")
+_CUT = _words(r"max_tokens or model output limit was reached")
+_FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
+_WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 
 class Usage(BaseModel):
@@ -56,10 +104,11 @@ class Usage(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One completion: its text, and why it ended ("stop", "length", "content_filter", ...)."""
+    """One completion: its text, why it ended ("stop", "length", "content_filter", ...), and why the text is empty."""
 
     text: str
     finish_reason: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,42 +133,54 @@ class ModelInfo:
 class RequestRefused(Exception):
     """The endpoint refuses this one request for good; others may pass.
 
-    `reason` is one of context_length, content_filter, too_large, not_found, response_format, max_tokens_name,
-    keeps_failing, bad_request; `text` is what the server said, shortened.
+    `reason` is one of context_length, content_filter, too_large, not_found, cut, keeps_failing, bad_request; `text` is
+    what the server said, shortened, and `param` the setting that it names, if it names one in a field of its own.
     """
 
-    def __init__(self, status: int, reason: str, text: str) -> None:
-        super().__init__(status, reason, text)
-        self.status = status
-        self.reason = reason
-        self.text = text
+    def __init__(self, status: int, reason: str, text: str, param: str = "") -> None:
+        super().__init__(status, reason, text, param)
+        self.status, self.reason, self.text, self.param = status, reason, text, param
 
     def __str__(self) -> str:
         return f"refused ({self.status}, {self.reason}): {self.text}"
 
 
-class KeyRefused(PreflowError):
-    """The endpoint does not accept the key, or its account has no money left."""
+class StageStopped(PreflowError):
+    """No request of the stage can be answered now; what was answered is kept."""
 
 
-class EndpointDown(PreflowError):
+class KeyRefused(StageStopped):
+    """The endpoint does not accept the key."""
+
+
+class CreditUsedUp(KeyRefused):
+    """The key's account has no money left."""
+
+
+class QuotaUsedUp(StageStopped):
+    """What the account may ask for in a day is used up."""
+
+
+class EndpointDown(StageStopped):
     """The endpoint did not answer for longer than `max_outage_seconds`."""
 
 
 class Transient(Exception):
     """An attempt failed in a way that another one may not: the endpoint is down, busy or broke off.
 
-    `status` is 0 without a response; `retry_after` is in seconds; `maybe_billed` says that the work may have been done
-    although its result did not arrive.
+    `odd` marks a whole answer that is of no use: it is paid for, so that few more of the kind are asked for.
     """
 
     def __init__(
-        self, text: str, *, status: int = 0, retry_after: float | None = None, maybe_billed: bool = False
+        self,
+        text: str,
+        status: int = 0,
+        retry_after: float | None = None,
+        maybe_billed: bool = False,
+        odd: bool = False,
     ) -> None:
         super().__init__(text)
-        self.status = status
-        self.retry_after = retry_after
-        self.maybe_billed = maybe_billed
+        self.status, self.retry_after, self.maybe_billed, self.odd = status, retry_after, maybe_billed, odd
 
     @property
     def throttled(self) -> bool:
@@ -127,40 +188,114 @@ class Transient(Exception):
         return self.status in THROTTLES
 
 
+Failure = Transient | RequestRefused | StageStopped
+
+
+class Response(Protocol):
+    """What is read of an HTTP response."""
+
+    @property
+    def status_code(self) -> int:
+        """The HTTP status."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers, in any case."""
+
+    @property
+    def text(self) -> str:
+        """The body."""
+
+
+# ---- answers
+
+
 def read_answer(body: bytes, prompt_bytes: int) -> Answer:
     """Return the answer in a chat completion's JSON; usage the server does not report is estimated at 4 bytes a token.
 
-    Raises `Transient` for a body that is not a chat completion.
+    Raises what `classify` returns for an error inside, and `Transient` for a body that is not a chat completion.
     """
     try:
         data = json.loads(body)
-        choices = [
-            Choice(text=item["message"].get("content") or "", finish_reason=item.get("finish_reason") or "unknown")
-            for item in sorted(data["choices"], key=lambda item: item.get("index") or 0)
-        ]
-        usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         text = shorten(body.decode(errors="replace"), 80)
-        raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True) from error
-    if not choices:
-        raise Transient("the answer holds no choices", status=200, maybe_billed=True)
+        raise Transient(f"the answer is not JSON: {text}", status=200, maybe_billed=True) from error
+    if isinstance(data, list) and data:
+        data = data[0]
+    items = data.get("choices") if isinstance(data, dict) else None
+    if isinstance(data, dict) and data.get("error") and not items:
+        raise classify_error(ServerError.of(200, {}, data))
+    if not isinstance(items, list) or not items or not all(map(_is_choice, items)):
+        text = shorten(body.decode(errors="replace"), 80)
+        raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
+    items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
+    choices = [_read_choice(item) for item in items]
+    usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
     return Answer(choices=choices, usage=usage, model=str(data.get("model") or ""))
 
 
-def _read_usage(data: Mapping[str, Any] | None, prompt_bytes: int, completion_length: int) -> Usage:
-    if not data:
-        return Usage(requests=1, prompt_tokens=prompt_bytes // 4 + 1, completion_tokens=completion_length // 4 + 1)
-    prompt = int(data.get("prompt_tokens") or 0)
-    completion = int(data.get("completion_tokens") or 0)
-    thinking = int((data.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0)
+def _is_choice(item: Any) -> bool:
+    return isinstance(item, dict) and (isinstance(item.get("message"), dict) or bool(item.get("error")))
+
+
+def _read_choice(item: Mapping[str, Any]) -> Choice:
+    finish, error = str(item.get("finish_reason") or "unknown"), item.get("error")
+    if finish == "error" or error:
+        cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
+        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True, odd=True)
+    message = item["message"]
+    text, thinking = _read_content(message.get("content"))
+    refusal = message.get("refusal")
+    thinking = thinking or any(message.get(name) for name in ("reasoning_content", "reasoning"))
+    if _FILTERED.search(finish):
+        return Choice(text, "content_filter", "" if text else f"withheld by the provider's filter ({finish})")
+    if text.strip():
+        return Choice(text, finish)
+    if isinstance(refusal, str) and refusal:
+        return Choice("", "content_filter", f"the model refused: {shorten(refusal, 200)}")
+    if thinking:
+        note = "the model only thought and wrote no answer: raise max_tokens, or have it think less (reasoning_effort)"
+        return Choice("", finish, note)
+    return Choice(text, finish, f"the model wrote nothing (finish_reason {finish})")
+
+
+def _read_content(content: Any) -> tuple[str, bool]:
+    """Return the text in a message's content, and whether thinking stands beside it: text, or a list of parts."""
+    if isinstance(content, str):
+        return content, False
+    parts = [part for part in content if isinstance(part, dict | str)] if isinstance(content, list) else []
+    texts = [part if isinstance(part, str) else part.get("text") for part in parts if not _is_thinking(part)]
+    return "".join(text for text in texts if isinstance(text, str)), any(map(_is_thinking, parts))
+
+
+def _is_thinking(part: Mapping[str, Any] | str) -> bool:
+    return isinstance(part, Mapping) and str(part.get("type")) not in ("text", "output_text", "None")
+
+
+def _read_usage(data: Any, prompt_bytes: int, completion_length: int) -> Usage:
+    """Return the usage; a count that is missing or no count is estimated where that is possible."""
+    data = data if isinstance(data, dict) else {}
+    prompt, completion, total = (_count(data.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
+    details = data.get("completion_tokens_details")
+    thinking = _count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
     # OpenAI counts thinking among the completion tokens; Gemini leaves it out of them and shows it in the total only.
-    hidden = max(0, int(data.get("total_tokens") or 0) - prompt - completion)
+    hidden = max(0, (total or 0) - prompt - completion) if prompt is not None and completion is not None else 0
+    completion = completion_length // 4 + 1 if completion is None else completion + hidden
     return Usage(
         requests=1,
-        prompt_tokens=prompt,
-        completion_tokens=completion + hidden,
-        thinking_tokens=max(thinking, hidden),
+        prompt_tokens=prompt_bytes // 4 + 1 if prompt is None else prompt,
+        completion_tokens=completion,
+        thinking_tokens=min(completion, max(thinking or 0, hidden)),
     )
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return int(value) if 0 <= value < 1e9 else None
+
+
+# ---- errors
 
 
 def shorten(text: str, limit: int = 300) -> str:
@@ -169,69 +304,165 @@ def shorten(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def server_text(response: httpx2.Response, hide: str | None) -> str:
-    """Return the message in an error response, in whichever of the usual places it is, shortened, without the key."""
-    text = response.text.replace(hide, "***") if hide else response.text
-    try:
-        data = json.loads(text)
-    except ValueError:
-        return shorten(text) or response.reason_phrase
-    if isinstance(data, list) and data:  # Gemini wraps its errors in a list
-        data = data[0]
+@dataclass(frozen=True)
+class ServerError:
+    """An error as the server told it: the status that counts, its words, its codes in lower case, the wait it asks."""
+
+    status: int
+    text: str
+    codes: frozenset[str] = frozenset()
+    param: str = ""
+    wait: float | None = None
+    resets_at: float | None = None
+
+    @classmethod
+    def of(cls, status: int, headers: Mapping[str, str], data: Any, hide: str | None = None) -> "ServerError":
+        """Read a parsed body, or a text that is none; `hide` is the key, which some servers repeat."""
+        if isinstance(data, list) and data:  # Gemini wraps its errors in a list
+            data = data[0]
+        error = data.get("error") or data if isinstance(data, dict) else data
+        inner = _number(error.get("code")) if isinstance(error, dict) else None
+        if status < 400:  # gateways put the upstream's status into the body
+            status = int(inner) if inner is not None and 400 <= inner < 600 else 502
+        fields = list(_walk(data))
+        text = _message(error) or _message(data)
+        text = shorten(text.replace(hide, "***") if hide else text)
+        named = (value for name, value in fields if name == "param" and isinstance(value, str))
+        return cls(
+            status=status,
+            text=text,
+            codes=frozenset(str(value).lower() for name, value in fields if name.lower() in _CODE_FIELDS),
+            param=next(named, ""),
+            wait=_wait(headers, fields, text),
+            resets_at=_epoch(headers, fields),
+        )
+
+
+def _walk(data: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield the named plain values of an error, wherever they stand."""
     if isinstance(data, dict):
-        error = data.get("error") or data.get("detail") or data.get("message") or data
-        data = error.get("message") or error if isinstance(error, dict) else error
-    return shorten(data if isinstance(data, str) else json.dumps(data))
+        for name, value in data.items():
+            if isinstance(value, dict | list):
+                yield from _walk(value, depth + 1) if depth < 8 else ()
+            else:
+                yield str(name), value
+    elif isinstance(data, list):
+        for value in data[:50]:
+            yield from _walk(value, depth + 1) if depth < 8 else ()
 
 
-def classify(response: httpx2.Response, hide: str | None) -> Transient | RequestRefused | KeyRefused:
-    """Return what an error response means: try again, this request is refused, or the key is.
+def _message(data: Any) -> str:
+    """Return an error's words: never the input, which servers repeat beside them and which may hold any words."""
+    if isinstance(data, str):
+        return data
+    if isinstance(data, list):
+        return "; ".join(filter(None, map(_message, data[:5])))
+    if not isinstance(data, dict):
+        return ""
+    where = ".".join(map(str, data["loc"])) if isinstance(data.get("loc"), list) else ""
+    names = ("message", "msg", "detail", "error")
+    words = next((found for name in names if (found := _message(data.get(name)))), "")
+    raw = _message((data.get("metadata") or {}).get("raw")) if isinstance(data.get("metadata"), dict) else ""
+    return " ".join(filter(None, (where, words, raw)))
 
-    A `KeyRefused` carries only the server's words; the endpoint adds which key and what to do. `hide` is the key, which
-    some servers repeat in their message.
+
+def classify(response: Response, hide: str | None) -> Failure:
+    """Return what an error response means; a `StageStopped` carries only the server's words and when it ends.
+
+    `hide` is the key, which some servers repeat in their message.
     """
-    status, text = response.status_code, server_text(response, hide)
-    if status in (401, 402) or (status == 400 and _BAD_KEY.search(text)):
-        return KeyRefused(text)
-    if status == 403 and not _CONTENT_FILTER.search(text):
-        return KeyRefused(text)
-    if status == 429 and _NO_MONEY.search(response.text):
-        return KeyRefused(text)
-    if status in RETRIED or status >= 500:
-        waits = _retry_after(response)
-        return Transient(f"{status}: {text}", status=status, retry_after=waits, maybe_billed=status in (408, 504))
-    return RequestRefused(status, _reason(status, response.text), text)
+    try:
+        data: Any = json.loads(response.text)
+    except ValueError:
+        data = response.text
+    error = ServerError.of(response.status_code, response.headers, data, hide)
+    return classify_error(error)
 
 
-def _reason(status: int, text: str) -> str:
+def classify_error(error: ServerError) -> Failure:
+    """Return what an error means: the stage stops, this request is refused, or it is tried again."""
+    codes, status, text = error.codes, error.status, error.text or f"status {error.status}"
+    per_day = any("perday" in code for code in codes)
+    structured = error.wait is not None or codes & _RATE_CODES or any(map(_PERIOD.search, codes))
+    if codes & _CREDIT_CODES or status == 402 or (status < 500 and _CREDIT.search(text) and not structured):
+        return CreditUsedUp(text)
+    rated = status == 429 or codes & _RATE_CODES or (status == 403 and _RATE.search(text))
+    if rated and (per_day or (_PER_DAY.search(text) and error.wait is None)):
+        return QuotaUsedUp(f"{text}; it resets {_reset(error, google=per_day)}")
+    if status == 401 or codes & _KEY_CODES or (status == 400 and _BAD_KEY.search(text)):
+        return KeyRefused(text)
+    reason = _reason(error)
+    if rated:
+        return Transient(f"{status}: {text}", status=429, retry_after=error.wait)
+    if status == 403 and reason != "content_filter":
+        return KeyRefused(text)
+    if status in RETRIED or (status >= 500 and reason not in ("context_length", "content_filter")):
+        billed = status in (408, 504)
+        return Transient(f"{status}: {text}", status=status, retry_after=error.wait, maybe_billed=billed)
+    return RequestRefused(status, reason, text, error.param)
+
+
+def _reason(error: ServerError) -> str:
+    text = f"{error.text} {' '.join(error.codes)}"
+    if _CUT.search(text):
+        return "cut"
+    if error.codes & _FILTER_CODES or _CONTENT_FILTER.search(text):
+        return "content_filter"
     if _CONTEXT_LENGTH.search(text):
         return "context_length"
     if "max_completion_tokens" in text:
         return "max_tokens_name"
-    if _CONTENT_FILTER.search(text):
-        return "content_filter"
-    if status == 413:
-        return "too_large"
-    if status == 404:
-        return "not_found"
-    return "response_format" if _RESPONSE_FORMAT.search(text) else "bad_request"
+    if _RESPONSE_FORMAT.search(text):
+        return "response_format"
+    return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
 
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Return the seconds the server asks to wait: header in ms, seconds or as a date, or Google's RetryInfo."""
-    in_body = _RETRY_DELAY.search(response.text)
-    header = response.headers.get("retry-after", "")
-    if in_ms := _seconds(response.headers.get("retry-after-ms", "")):
+def _reset(error: ServerError, google: bool) -> str:
+    """Say when a day's quota is there again."""
+    moment = error.resets_at
+    if moment is None and google:
+        try:
+            now = datetime.now(ZoneInfo("America/Los_Angeles"))
+        except ZoneInfoNotFoundError:
+            return "at midnight Pacific time"
+        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+        return f"at midnight Pacific time, {midnight.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    if moment is None:
+        return "after a day (the endpoint does not say when)"
+    return f"at {datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) -> float | None:
+    """Return the seconds the server asks to wait: a header (ms, seconds or a date), Google's RetryInfo, or words."""
+    if (in_ms := _number(headers.get("retry-after-ms"))) is not None:
         return in_ms / 1000
-    if (in_seconds := _seconds(header)) is not None:
+    header = headers.get("retry-after", "")
+    if (in_seconds := _number(header)) is not None:
         return in_seconds
     if header:
         try:
             return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
         except ValueError:
             return None
-    return _seconds(in_body.group(1)) if in_body else None
+    delays = [str(value) for name, value in fields if name == "retryDelay"]
+    told = _WAIT.search(text)
+    return _duration(delays[0] if delays else told[1] if told else "")
 
 
-def _seconds(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"\d+(\.\d*)?", text.strip()) else None
+def _duration(text: str) -> float | None:
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
+    return sum(float(number) * _UNITS[unit] for number, unit in parts) if parts else None
+
+
+def _epoch(headers: Mapping[str, str], fields: list[tuple[str, Any]]) -> float | None:
+    """Return the moment that an X-RateLimit-Reset names, in seconds since 1970 (OpenRouter: in ms, in the body too)."""
+    inside = next((value for name, value in fields if name.lower() == "x-ratelimit-reset"), None)
+    moment = _number(headers.get("x-ratelimit-reset") or inside)
+    if moment is None or moment < 1e9:
+        return None
+    return moment / 1000 if moment > 1e11 else moment
+
+
+def _number(value: Any) -> float | None:
+    text = "" if isinstance(value, bool) else str(value).strip()
+    return float(text) if re.fullmatch(r"\d{1,15}(\.\d*)?", text) else None

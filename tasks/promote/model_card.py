@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.config import PublishingConfig
+from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import Workspace
-
-Manifest = dict[str, Any]
+from tasks.store.workspace import MANIFEST, Manifest, Origin, Workspace
 
 HYPER_PARAMETERS = (
     "beta", "loss_type", "sft_weight", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
@@ -25,7 +23,7 @@ class Provenance:
     """The manifests of an adapter's evaluation, training and pairs, and the win rate."""
 
     adapter_sha256: str
-    win_rate: Manifest
+    win_rate: dict[str, Any]
     evaluation: Manifest
     training: Manifest
     preferences: Manifest
@@ -39,34 +37,26 @@ class Provenance:
         """
         store = Workspace(workspace)
         win_rate = entry["evaluation"]["uri"]
-        evaluation = _read(store, posixpath.join(posixpath.dirname(win_rate), "manifest.json"))
-        training = _read(store, _upstream(evaluation, "adapter")["manifest"])
-        preferences = _read(store, _upstream(training, "preferences")["manifest"])
-        return cls(entry["adapter_sha256"], _read(store, win_rate), evaluation, training, preferences)
+        try:
+            evaluation = store.read_manifest(posixpath.join(posixpath.dirname(win_rate), MANIFEST))
+            training = store.read_manifest(_upstream(evaluation, "adapter"))
+            preferences = store.read_manifest(_upstream(training, "preferences"))
+        except PreflowError as error:
+            raise PreflowError(
+                f"the model card cannot say how the adapter was made: {error}. Publish from the workspace that it was "
+                "made in."
+            ) from error
+        return cls(entry["adapter_sha256"], store.read_json(win_rate), evaluation, training, preferences)
 
-    def upstream(self, kind: str) -> dict[str, Any]:
-        """Return the reference of this kind that the training was made from."""
+    def upstream(self, kind: str) -> Origin:
+        """Return what of this kind the training was made from."""
         return _upstream(self.training, kind)
 
 
-def _read(store: Workspace, uri: str | None) -> Manifest:
-    if uri is None or not store.exists(uri):
-        raise PreflowError(
-            f"{uri}: missing, so the model card cannot say how the adapter was made. Publish from the workspace that "
-            "it was made in."
-        )
-    found: Manifest = store.read_json(uri)
-    return found
-
-
-def _upstream(manifest: Manifest, kind: str) -> dict[str, Any]:
-    for reference in manifest["upstream"]:
-        if reference["kind"] == kind:
-            found: dict[str, Any] = reference
-            return found
-    raise PreflowError(
-        f"the manifest of the {manifest.get('stage')} stage names no {kind}: it is damaged, make it anew"
-    )
+def _upstream(manifest: Manifest, kind: str) -> Origin:
+    if origin := manifest.origin(kind):
+        return origin
+    raise PreflowError(f"{manifest.artifact.manifest}: names no {kind}; run the {manifest.stage} stage again")
 
 
 def base_name(provenance: Provenance, publishing: PublishingConfig) -> str:
@@ -75,7 +65,7 @@ def base_name(provenance: Provenance, publishing: PublishingConfig) -> str:
     Raises:
         PreflowError: it was trained on a folder, and `publishing.base_model` does not say which model that is.
     """
-    named = publishing.base_model or str(provenance.training["config"]["base_model"])
+    named = publishing.base_model or str(provenance.training.config["base_model"])
     if not HUB_NAME.match(named):
         raise PreflowError(
             f"the base model is a folder ({posixpath.basename(named)}), and a card must name one on the hub: set "
@@ -105,7 +95,7 @@ def write_card(provenance: Provenance, publishing: PublishingConfig) -> str:
         _judge(provenance),
         _training(provenance),
         _digests(provenance),
-        _usage(base, publishing.repo, name, provenance.training["config"]["max_length"]),
+        _usage(base, publishing.repo, name, provenance.training.settings(TrainingConfig).max_length),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -127,12 +117,12 @@ def _rate(found: dict[str, Any]) -> str:
 
 
 def _data(provenance: Provenance) -> str:
-    counts, pairs = provenance.training["counts"], provenance.preferences["counts"]
-    rows = [("preference pairs, training", f"{counts['train']['used']:,}")]
-    if counts["val"]:
-        rows.append(("preference pairs, validation", f"{counts['val']['used']:,}"))
+    counts, pairs = provenance.training.counts, provenance.preferences.counts
+    rows = [("preference pairs, training", f"{counts['train_used']:,}")]
+    if "val_used" in counts:
+        rows.append(("preference pairs, validation", f"{counts['val_used']:,}"))
     rows += [(f"prompts judged: {name}", f"{pairs[name]:,}") for name in sorted(pairs) if name not in ("train", "val")]
-    rows.append(("mean length of prompt and side, tokens", f"{counts['train']['mean']:.0f}"))
+    rows.append(("mean length of prompt and side, tokens", f"{counts['train_mean']}"))
     return (
         "## Trained on\n\nCompletions of the SFT adapter, as chosen and rejected by the judge. The data itself is not "
         "published here.\n\n" + _table(("what", "count"), rows)
@@ -140,25 +130,25 @@ def _data(provenance: Provenance) -> str:
 
 
 def _judge(provenance: Provenance) -> str:
-    config = provenance.preferences["config"]
+    judging = provenance.preferences.settings(JudgingConfig)
     rows = [
-        ("judge", ", ".join([config["model"], *(judge["model"] for judge in config["panel"])])),
-        ("rubric", posixpath.basename(str(config["rubric"]))),
-        ("orders in which each prompt was judged", str(config["orders"])),
-        ("a pair needs", str(config["pair_policy"])),
+        ("judge", ", ".join(judge.model for judge in judging.judges())),
+        ("rubric", posixpath.basename(judging.rubric)),
+        ("orders in which each prompt was judged", str(judging.orders)),
+        ("a pair needs", judging.pair_policy.value),
     ]
     return "## Judge\n\n" + _table(("what", "value"), rows)
 
 
 def _training(provenance: Provenance) -> str:
-    config, summary = provenance.training["config"], provenance.training["summary"]
+    config, figures = provenance.training.config, provenance.training.figures
     rows = [(name, str(config[name])) for name in HYPER_PARAMETERS if name in config]
-    rows.append(("optimizer steps", str(provenance.training["counts"]["steps"])))
-    rows.append(("first loss", f"{summary['first_loss']:.4f}"))
-    if summary["eval"]:
-        rows.append(("accuracy on validation pairs", f"{summary['eval']['eval_rewards/accuracies']:.3f}"))
-        rows.append(("margin on validation pairs", f"{summary['eval']['eval_rewards/margins']:.3f}"))
-    packages = sorted(provenance.training["packages"].items())
+    rows.append(("optimizer steps", str(provenance.training.counts["steps"])))
+    rows.append(("first loss", f"{figures['first_loss']:.4f}"))
+    if "eval_loss" in figures:
+        rows.append(("accuracy on validation pairs", f"{figures['eval_rewards/accuracies']:.3f}"))
+        rows.append(("margin on validation pairs", f"{figures['eval_rewards/margins']:.3f}"))
+    packages = sorted(provenance.training.packages.items())
     versions = ", ".join(f"{name} {version}" for name, version in packages)
     return f"## Training\n\n{_table(('setting', 'value'), rows)}\n\nVersions: {versions}."
 
@@ -167,9 +157,9 @@ def _digests(provenance: Provenance) -> str:
     preferences = provenance.upstream("preferences")
     rows = [
         ("this adapter", provenance.adapter_sha256),
-        ("reference policy (the SFT adapter)", provenance.upstream("sft_adapter")["sha256"]),
-        ("base model", provenance.upstream("base_model")["sha256"]),
-        ("training pairs", preferences["sha256"]),
+        ("reference policy (the SFT adapter)", provenance.upstream("sft_adapter").sha256),
+        ("base model", provenance.upstream("base_model").sha256),
+        ("training pairs", preferences.sha256),
     ]
     return "## Digests\n\n" + _table(("artifact", "sha256"), [(name, f"`{value}`") for name, value in rows])
 

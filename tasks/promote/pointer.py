@@ -69,7 +69,7 @@ def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
     """
     store = Workspace(workspace)
     target = store.uri("adapters", name, adapter.sha256[:16])
-    probe = posixpath.join(posixpath.dirname(adapter.uri.rstrip("/")), PROBE)
+    probe = adapter.sibling(PROBE)
     origin = Workspace.holding(adapter.uri)
     if origin.exists(probe):
         store.write_bytes(posixpath.join(target, PROBE), origin.read_bytes(probe))

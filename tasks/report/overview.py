@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from tasks.batch.costs import format_usd
+from tasks.config import JudgingConfig
 from tasks.judge.quality import QualityReport
 from tasks.report.page import Cell, ReportSection, Table
 from tasks.report.sections import ENOUGH_DECIDED, ENOUGH_FOR_60, metric_row, null_is_near, rate_text
+from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]
 # Name, value, healthy range, and whether the value lies in it (None: there is nothing to hold it against).
@@ -102,14 +104,14 @@ def training_figures(health: Row, first_loss: float | None) -> list[Figure]:
     return rows
 
 
-def inputs_section(manifests: Sequence[Row], changed: Mapping[str, Any]) -> ReportSection:
+def inputs_section(manifests: Sequence[Manifest], changed: Mapping[str, Any]) -> ReportSection:
     """Show the prompts, models and judges that a run was made from, and the settings that are not the defaults.
 
     Args:
         manifests: the artifacts' manifests.
         changed: dotted name of a setting to its value.
     """
-    used = [manifest for manifest in manifests if manifest.get("stage") == "prompts"]
+    used = [manifest for manifest in manifests if manifest.stage == "prompts"]
     prompts = tuple(_prompts_row(number, manifest) for number, manifest in enumerate(used))
     settings = tuple((name, _value(value)) for name, value in changed.items())
     tables = (
@@ -121,38 +123,33 @@ def inputs_section(manifests: Sequence[Row], changed: Mapping[str, Any]) -> Repo
     return ReportSection("What went in", summary, tables=tuple(table for table in tables if table.rows))
 
 
-def _prompts_row(number: int, manifest: Row) -> tuple[Cell, ...]:
-    counts, artifact = manifest.get("counts", {}), manifest["artifact"]
+def _prompts_row(number: int, manifest: Manifest) -> tuple[Cell, ...]:
+    counts, file = manifest.counts, manifest.upstream[0]
     return (
         "comparison" if number else "pairs",
-        str(manifest.get("source", "–")).rsplit("/", 1)[-1],
+        file.uri.rsplit("/", 1)[-1],
         counts.get("read"),
         counts.get("duplicates"),
         counts.get("in_training"),
-        artifact["rows"],
-        artifact["sha256"][:12],
+        manifest.artifact.rows,
+        manifest.artifact.sha256[:12],
     )
 
 
-def _models(manifests: Sequence[Row]) -> Iterable[tuple[Cell, ...]]:
+def _models(manifests: Sequence[Manifest]) -> Iterable[tuple[Cell, ...]]:
     """Yield what was sampled from, trained on, and asked, each once."""
     rows: dict[tuple[Cell, ...], None] = {}
     for manifest in manifests:
-        config, stage = manifest.get("config") or {}, manifest.get("stage")
-        if stage == "training":
-            named = {ref["kind"]: ref for ref in manifest.get("upstream", [])}
+        if manifest.stage == "training":
             for kind, title in (("base_model", "base model"), ("sft_adapter", "SFT adapter")):
-                ref = named.get(kind, {})
-                rows[title, str(config.get(kind, ref.get("uri", "–"))), _short(ref.get("sha256"))] = None
-        elif stage == "judging":
-            for judge in (config, *config.get("panel", ())):
-                rows["judge", str(judge.get("model")), None] = None
-            rows["rubric", str(config.get("rubric")), None] = None
+                if origin := manifest.origin(kind):
+                    rows[title, origin.uri, origin.sha256[:12]] = None
+        elif manifest.stage == "judging":
+            judging = manifest.settings(JudgingConfig)
+            for judge in judging.judges():
+                rows["judge", judge.model, None] = None
+            rows["rubric", judging.rubric, None] = None
     yield from rows
-
-
-def _short(sha256: Any) -> str | None:
-    return str(sha256)[:12] if sha256 else None
 
 
 def _value(value: Any) -> str:

@@ -24,10 +24,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and what is to be seen on it."""
+    """A PNG and what it shows; a wide one is scrolled on a phone, where it would be too small to read."""
 
     png: bytes
     caption: str
+    is_wide: bool = True
 
     def data_uri(self) -> str:
         """Return the picture as an address that holds it whole."""

@@ -1,6 +1,5 @@
 """What a run shows: Prefect artifacts of each stage, and one self-contained HTML page of the whole."""
 
-import json
 import logging
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
 
-from tasks.batch.costs import Ledger, Spent, StageCost, format_usd
+from tasks.batch.costs import Ledger, StageCost, format_usd
 from tasks.config import PipelineConfig
 from tasks.judge.quality import QualityReport
 from tasks.report.overview import (
@@ -34,7 +33,16 @@ from tasks.report.sections import (
     training_section,
 )
 from tasks.run.preflight import PipelineResult, run_key
-from tasks.store.workspace import AdapterRef, EvaluationRef, PreferencesRef, Reference, Workspace
+from tasks.store.workspace import (
+    MANIFEST,
+    AdapterRef,
+    Cost,
+    EvaluationRef,
+    Manifest,
+    Origin,
+    PreferencesRef,
+    Workspace,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +83,7 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     """Return every page on a run: first the verdict, then what shows it, then how it came about."""
     store = Workspace(config.workspace)
     manifests, bar = gather_manifests(store, result), config.promotion.min_win_rate
-    ledger = add_up(store, manifests)
+    ledger = add_up(manifests)
     shown = [
         evaluation_page(result.evaluation, config.workspace, bar),
         *preference_sections(result.preferences, config.workspace),
@@ -89,21 +97,16 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
 
 def run_figures(store: Workspace, result: PipelineResult, ledger: Ledger, bar: float) -> list[Figure]:
     """Return the figures of the first page, each with its healthy range."""
-    training = store.read_json(result.adapter.manifest) if result.adapter.manifest else {}
+    training = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
     pairs = f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"
     return [
         *win_rate_figures(store.read_json(result.evaluation.uri), bar),
         ("Prompts sampled", result.completions.rows, "", None),
         ("Preference pairs", pairs, "", None),
         *quality_figures(read_quality(store, result.preferences)),
-        *training_figures(store.read_json(beside(result.adapter, "health.json")), _first_loss(training)),
+        *training_figures(store.read_json(result.adapter.sibling("health.json")), training.get("first_loss")),
         ("Cost of everything, US$", format_usd(ledger.total().used.usd), "", None),
     ]
-
-
-def _first_loss(training: Mapping[str, Any]) -> float | None:
-    found: float | None = training.get("summary", {}).get("first_loss")
-    return found
 
 
 def what_is_served(result: PipelineResult) -> str:
@@ -143,93 +146,66 @@ def preference_sections(preferences: PreferencesRef, workspace: str) -> list[Rep
     """Return the sections on the judge's quality and on the pairs."""
     store = Workspace(workspace)
     quality = read_quality(store, preferences)
-    picture = store.read_bytes(beside(preferences, "quality.png"))
-    return [quality_section(quality, picture), pairs_section(sample_rows(_rows(store, preferences.uri)))]
+    picture = store.read_bytes(preferences.sibling("quality.png"))
+    return [quality_section(quality, picture), pairs_section(sample_rows(store.read_rows(preferences.uri)))]
 
 
 def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport:
     """Return what was measured about the judge and its pairs."""
-    return QualityReport.model_validate(store.read_json(beside(preferences, "quality.json")))
+    return QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
 
 
 def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
     """Return the section on a training."""
     store = Workspace(workspace)
-    metrics = list(_rows(store, beside(adapter, "metrics.jsonl")))
-    counts = store.read_json(adapter.manifest)["counts"] if adapter.manifest else None
-    return training_section(store.read_json(beside(adapter, "health.json")), metrics, plot_metrics(metrics), counts)
+    metrics = list(store.read_rows(adapter.sibling("metrics.jsonl")))
+    counts = store.read_manifest(adapter).counts if adapter.manifest else {}
+    return training_section(store.read_json(adapter.sibling("health.json")), metrics, plot_metrics(metrics), counts)
 
 
 def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
     """Return the section on the win rate."""
     store, lengths = Workspace(workspace), SampleLengths()
-    comparisons = sample_rows(lengths.watch(_rows(store, beside(evaluation, "comparisons.jsonl"))))
+    comparisons = sample_rows(lengths.watch(store.read_rows(evaluation.sibling("comparisons.jsonl"))))
     return evaluation_section(store.read_json(evaluation.uri), comparisons, bar, lengths)
 
 
-def beside(reference: Reference, name: str) -> str:
-    """Return the uri of a file in the folder of an artifact."""
-    return posixpath.join(posixpath.dirname(reference.uri), name)
-
-
-def _rows(store: Workspace, uri: str) -> Iterator[dict[str, Any]]:
-    return (json.loads(line) for line in store.lines(uri))
-
-
-def gather_manifests(store: Workspace, *results: PipelineResult) -> list[dict[str, Any]]:
-    """Return the manifests of everything that runs were made of, each once, and after those of what it was made of.
-
-    A manifest that names no artifact (a training's is written before its adapter is committed) gets the reference.
-    """
-    found: dict[str, dict[str, Any]] = {}
+def gather_manifests(store: Workspace, *results: PipelineResult) -> list[Manifest]:
+    """Return the manifests of everything that runs were made of, each once, and after those of what it was made of."""
+    found: dict[str, Manifest] = {}
     seen: set[str] = set()
 
-    def visit(reference: dict[str, Any]) -> None:
-        uri = reference.get("manifest")
+    def visit(origin: Origin) -> None:
+        uri = origin.manifest
         if uri is None or uri in seen or not store.exists(uri):
             return
         seen.add(uri)
-        manifest = {"artifact": reference, **store.read_json(uri), "uri": uri}
-        for upstream in manifest.get("upstream", []):
+        manifest = store.read_manifest(uri)
+        for upstream in manifest.upstream:
             visit(upstream)
-        found[uri] = _with_origin(store, manifest) if manifest["stage"] == "prompts" else manifest
+        found[uri] = _with_origin(store, manifest) if manifest.stage == "prompts" else manifest
 
     for reference in (reference for result in results for reference in result.references()):
-        visit(reference.model_dump())
+        visit(reference)
     return list(found.values())
 
 
-def _with_origin(store: Workspace, manifest: dict[str, Any]) -> dict[str, Any]:
+def _with_origin(store: Workspace, manifest: Manifest) -> Manifest:
     """Return the manifest of prompts with the file that they came from in the end, and all that was left out."""
-    source: str = manifest["source"]
-    before = posixpath.join(posixpath.dirname(source), "manifest.json")
-    if not source.startswith(store.uri("prompts")) or not store.exists(before):
+    source, *others = manifest.upstream
+    before = posixpath.join(posixpath.dirname(source.uri), MANIFEST)
+    if not source.uri.startswith(store.uri("prompts")) or not store.exists(before):
         return manifest
-    origin = _with_origin(store, store.read_json(before))
-    counts, earlier = manifest["counts"], origin["counts"]
-    left_out = {name: counts[name] + earlier[name] for name in ("duplicates", "in_training")}
-    return {**manifest, "source": origin["source"], "counts": {"read": earlier["read"], **left_out}}
+    origin = _with_origin(store, store.read_manifest(before))
+    left_out = {name: manifest.counts[name] + origin.counts[name] for name in ("duplicates", "in_training")}
+    counts = {"read": origin.counts["read"], **left_out}
+    return manifest.model_copy(update={"upstream": (origin.upstream[0], *others), "counts": counts})
 
 
-def add_up(store: Workspace, manifests: Sequence[dict[str, Any]]) -> Ledger:
+def add_up(manifests: Sequence[Manifest]) -> Ledger:
     """Return what the artifacts of a run cost to make, whichever run made them, at the prices of then."""
     ledger = Ledger()
-    for manifest in manifests:
-        if (cost := _cost_of(store, manifest)) is not None:
-            ledger = ledger.plus(cost)
+    for made in manifests:
+        if made.cost != Cost() or made.seconds:
+            ledger = ledger.plus(StageCost(stage=made.stage, used=made.cost, seconds=made.seconds))
     return ledger
-
-
-def _cost_of(store: Workspace, manifest: dict[str, Any]) -> StageCost | None:
-    """Return one artifact's cost: tokens of all its rows, and the time that making it took."""
-    folder, stage = posixpath.dirname(manifest["uri"]), manifest["stage"]
-    if stage == "training":
-        timing = posixpath.join(folder, "timing.json")
-        found = store.read_json(timing) if store.exists(timing) else {"seconds": 0.0}
-        gpus = manifest["config"]["num_processes"] if found.get("peak_accelerator_bytes") else 0
-        return StageCost(stage=stage, used=Spent(gpu_seconds=gpus * found["seconds"]), seconds=found["seconds"])
-    if not (usage := manifest.get("usage")):
-        return None
-    cost = posixpath.join(folder, "cost.json")
-    seconds = store.read_json(cost)["seconds"] if store.exists(cost) else 0.0
-    return StageCost(stage=stage, used=Spent(**usage, usd=manifest["usd"]), seconds=seconds)

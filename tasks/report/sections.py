@@ -10,6 +10,7 @@ from typing import Any
 from tasks.batch.costs import Ledger, format_usd
 from tasks.judge.quality import Metric, QualityReport
 from tasks.report.page import Cell, Example, Picture, ReportSection, Table
+from tasks.store.workspace import Manifest
 
 EXAMPLES = 20
 # One-sided 5 %, power 80 %: decided comparisons that it takes to see a win rate of 55 % and of 60 %.
@@ -125,7 +126,7 @@ def pairs_section(pairs: Sequence[Row]) -> ReportSection:
 
 
 def training_section(
-    health: Row, metrics: Sequence[Row], png: bytes | None = None, counts: Row | None = None
+    health: Row, metrics: Sequence[Row], png: bytes | None = None, counts: Mapping[str, int] | None = None
 ) -> ReportSection:
     """Show the readings and curves of a training.
 
@@ -151,13 +152,13 @@ def training_section(
     )
 
 
-def _pairs_used(counts: Row) -> Table:
+def _pairs_used(counts: Mapping[str, int]) -> Table:
     columns = ("pairs", "given", "used", "refused", "sides cut at max_length", "longest, tokens")
-    sides = (("to train", counts.get("train")), ("held out", counts.get("val")))
-    rows = tuple(
-        (name, side["pairs"], side["used"], len(side["refused"]), side["cut_sides"], side["longest"])
-        for name, side in sides
-        if side
+    shown = ("pairs", "used", "refused", "cut_sides", "longest")
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (name, *(counts[f"{side}_{figure}"] for figure in shown))
+        for name, side in (("to train", "train"), ("held out", "val"))
+        if f"{side}_pairs" in counts
     )
     return Table("Pairs", columns, rows)
 
@@ -311,11 +312,11 @@ def cost_section(ledger: Ledger) -> ReportSection:
     )
 
 
-def lineage_section(manifests: Sequence[Row], root: str = "") -> ReportSection:
+def lineage_section(manifests: Sequence[Manifest], root: str = "") -> ReportSection:
     """Show what was made from what: digests, rows, package versions, and each stage's settings.
 
     Args:
-        manifests: the artifacts' manifests: artifact (kind, uri, sha256, rows), stage, config, upstream, packages, ...
+        manifests: of the artifacts, each after those of what it was made from.
         root: of the workspace: addresses below it are shown without it.
     """
     rows = tuple(_lineage_row(manifest, root) for manifest in manifests)
@@ -328,12 +329,9 @@ def lineage_section(manifests: Sequence[Row], root: str = "") -> ReportSection:
     if mixed:
         advice.append(f"Stages ran with different versions of {', '.join(mixed)}: see the table of packages.")
     blocks = tuple(
-        (
-            f"Settings of {_stage(manifest)}, {str(_artifact(manifest).get('sha256', '?'))[:12]}",
-            _json(manifest["config"]),
-        )
+        (f"Settings of {manifest.stage}, {manifest.artifact.sha256[:12]}", _json(manifest.config))
         for manifest in manifests
-        if manifest.get("config")
+        if manifest.config
     )
     return ReportSection(
         title="Lineage",
@@ -344,27 +342,11 @@ def lineage_section(manifests: Sequence[Row], root: str = "") -> ReportSection:
     )
 
 
-def _artifact(manifest: Row) -> Row:
-    artifact: Row = manifest.get("artifact") or {}
-    return artifact
-
-
-def _stage(manifest: Row) -> str:
-    return str(manifest.get("stage") or _artifact(manifest).get("kind", "?"))
-
-
-def _lineage_row(manifest: Row, root: str) -> tuple[Cell, ...]:
-    artifact = _artifact(manifest)
-    upstream = ", ".join(f"{ref.get('kind', '?')} {str(ref.get('sha256', ''))[:12]}" for ref in _upstream(manifest))
-    rows = artifact.get("rows")
-    return (
-        _text(manifest.get("stage") or artifact.get("kind")),
-        _text(artifact.get("kind")),
-        rows if isinstance(rows, int) else None,
-        str(artifact.get("sha256", ""))[:12] or None,
-        upstream or None,
-        _text(artifact.get("uri") and _place(str(artifact["uri"]), root)),
-    )
+def _lineage_row(manifest: Manifest, root: str) -> tuple[Cell, ...]:
+    artifact = manifest.artifact
+    upstream = ", ".join(f"{origin.kind} {origin.sha256[:12]}" for origin in manifest.upstream)
+    place = _place(artifact.uri, root)
+    return manifest.stage, artifact.kind, artifact.rows, artifact.sha256[:12], upstream or None, place
 
 
 def _place(uri: str, root: str) -> str:
@@ -373,17 +355,11 @@ def _place(uri: str, root: str) -> str:
     return re.sub(r"([0-9a-f]{12})[0-9a-f]{20,}", r"\1…", below)
 
 
-def _upstream(manifest: Row) -> list[Row]:
-    upstream = manifest.get("upstream") or []
-    return [ref for ref in upstream if isinstance(ref, Mapping)] if isinstance(upstream, Sequence) else []
-
-
-def _package_rows(manifests: Sequence[Row]) -> tuple[tuple[Cell, ...], ...]:
-    stages: dict[tuple[str, str], list[str]] = {}
+def _package_rows(manifests: Sequence[Manifest]) -> tuple[tuple[Cell, ...], ...]:
+    stages: dict[tuple[str, str], dict[str, None]] = {}
     for manifest in manifests:
-        for package, version in (manifest.get("packages") or {}).items():
-            names = stages.setdefault((str(package), str(version)), [])
-            names += [name for name in (_stage(manifest),) if name not in names]
+        for package in manifest.packages.items():
+            stages.setdefault(package, {})[manifest.stage] = None
     return tuple((package, version, ", ".join(names)) for (package, version), names in sorted(stages.items()))
 
 
@@ -404,7 +380,3 @@ def _prompt_text(prompt: Sequence[Row]) -> str:
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True)
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)

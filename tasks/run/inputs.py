@@ -3,14 +3,11 @@
 import functools
 import json
 import posixpath
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator
 
 from tasks.store.workspace import AdapterRef, CompletionsRef, EvaluationRef, PreferencesRef, Reference, Workspace
-from tasks.train.launch import find_adapter
-from tasks.train.spec import TrainingPaths
 
 
 def find_reference(kind: type[Reference], value: object) -> object:
@@ -25,24 +22,10 @@ def find_reference(kind: type[Reference], value: object) -> object:
     if text.startswith("{"):
         return json.loads(text)
     manifest = _manifest_of(text, wanted)
-    found = Workspace.holding(manifest).read_json(manifest)
-    if kind is AdapterRef and found.get("stage") == "training":
-        return _trained_in(manifest)
-    artifact = found.get("artifact", {})
-    if artifact.get("kind") != wanted:
-        named = artifact.get("kind", found.get("stage"))
-        raise ValueError(f"{manifest} is the manifest of {named}, and {wanted} is wanted here")
+    artifact = Workspace.holding(manifest).read_manifest(manifest).artifact
+    if artifact.kind != wanted:
+        raise ValueError(f"{manifest} is the manifest of {artifact.kind}, and {wanted} is wanted here")
     return artifact
-
-
-def _trained_in(manifest: str) -> AdapterRef:
-    """Return the adapter of a training: its manifest is written before the adapter is committed, so without it."""
-    store = Workspace.holding(manifest)
-    uri = manifest if "://" in manifest else str(Path(manifest).expanduser().absolute())
-    adapter = find_adapter(store, TrainingPaths(posixpath.dirname(uri)))
-    if adapter is None:
-        raise ValueError(f"{manifest}: this training has no finished adapter; run it again, it goes on where it was")
-    return adapter
 
 
 def _manifest_of(text: str, wanted: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.errors import PreflowError
 from tasks.store.records import Prompt, read_rows
-from tasks.store.workspace import DigestWriter, PromptsRef, Workspace, stage_key
+from tasks.store.workspace import DigestWriter, Manifest, Origin, PromptsRef, Workspace, stage_key
 
 VERSION = 2
 logger = logging.getLogger(__name__)
@@ -44,10 +44,14 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
             )
     artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
     logger.info("%s: %d prompts; of the rows %s", source, out.rows, counts)
-    store.write_json(
-        manifest_uri,
-        {"artifact": artifact.model_dump(), "stage": "prompts", "upstream": [], "source": source, "counts": counts},
-    )
+    upstream = [Origin(kind="file", uri=source, sha256=origin.sha256(source))]
+    upstream += [Origin(kind="preferences", uri=exclude, sha256=trained)] if exclude and trained else []
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="prompts", version=VERSION, key=key, upstream=upstream,
+            files={"prompts.jsonl": out.file}, counts=counts,
+        )
+    )  # fmt: skip
     return artifact
 
 

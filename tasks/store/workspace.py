@@ -13,16 +13,63 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self
 from urllib.parse import unquote, urlparse
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from tasks.config.base import field_title
 from tasks.errors import DiskFullError, PreflowError
 from tasks.store.local import Files, LocalFiles, Stat
+from tasks.store.refs import (
+    MANIFEST,
+    AdapterRef,
+    Artifact,
+    CompletionsRef,
+    Cost,
+    EvaluationRef,
+    FileFacts,
+    Manifest,
+    Origin,
+    PreferencesRef,
+    PromotionRef,
+    PromptsRef,
+    Reference,
+    RefT,
+    VerdictsRef,
+    canonical_json,
+    digest,
+    package_versions,
+)
+
+__all__ = [
+    "COMMITTED",
+    "MANIFEST",
+    "AdapterRef",
+    "Artifact",
+    "CompletionsRef",
+    "Cost",
+    "DigestWriter",
+    "EvaluationRef",
+    "FileFacts",
+    "Manifest",
+    "Origin",
+    "PreferencesRef",
+    "PromotionRef",
+    "PromptsRef",
+    "RefT",
+    "Reference",
+    "VerdictsRef",
+    "Workspace",
+    "canonical_json",
+    "digest",
+    "file_sha256",
+    "folder_digest",
+    "indented_json",
+    "package_versions",
+    "server_path",
+    "stage_key",
+]
 
 CHUNK = 1 << 20
 PARALLEL_TRANSFERS = 16
@@ -32,101 +79,6 @@ COMMITTED = "COMMITTED.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger(__name__)
 _writable_until: dict[str, float] = {}
-
-
-class Reference(BaseModel):
-    """What stages hand each other: where an artifact is and what it must contain, never the data itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", field_title_generator=field_title)
-
-    kind: str = Field(description="What the artifact is.")
-    uri: str = Field(description="Where it is: a path or gs:// address, of a file or (an adapter) a folder.")
-    sha256: str = Field(description="Digest of its content; an adapter's is that of its COMMITTED.json.")
-    size: int = Field(description="Size of the file, in bytes.")
-    rows: int = Field(description="Rows that the file holds.")
-    manifest: str | None = Field(None, description="Where its manifest.json is, which says what it was made from.")
-
-
-RefT = TypeVar("RefT", bound=Reference)
-
-
-class PromptsRef(Reference):
-    """Validated, de-duplicated prompts: `prompts.jsonl`."""
-
-    kind: Literal["prompts"] = Field("prompts", description="What the artifact is.")
-
-
-class CompletionsRef(Reference):
-    """One row of N completions per prompt: `completions.jsonl`."""
-
-    kind: Literal["completions"] = Field("completions", description="What the artifact is.")
-
-
-class VerdictsRef(Reference):
-    """The completions with every vote on them: `verdicts.jsonl`."""
-
-    kind: Literal["verdicts"] = Field("verdicts", description="What the artifact is.")
-
-
-class PreferencesRef(Reference):
-    """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie beside it."""
-
-    kind: Literal["preferences"] = Field("preferences", description="What the artifact is.")
-    val_rows: int = Field(0, description="Pairs in val.jsonl beside it, held out of the training.")
-
-
-class AdapterRef(Reference):
-    """A finished adapter: `uri` is its folder, `sha256` the digest of its `COMMITTED.json`."""
-
-    kind: Literal["adapter"] = Field("adapter", description="What the artifact is.")
-
-
-class EvaluationRef(Reference):
-    """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies beside it."""
-
-    kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
-    adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
-    win_rate: float = Field(description="Share of the samples it won against the SFT adapter's, ties as halves.")
-    lower: float = Field(description="Lower bound of the win rate's interval.")
-    upper: float = Field(description="Upper bound of the win rate's interval.")
-
-    proven: float | None = Field(
-        None, description="Lower bound that the gate looks at: the lower one of raw and length-controlled win rate."
-    )
-    null_holds: bool = Field(True, description="Whether the SFT adapter against itself came out even.")
-
-    def beats(self, bar: float) -> bool:
-        """Tell whether the adapter passes the gate: its lower bounds are over `bar`, and the null test holds."""
-        return self.null_holds and min(self.lower, self.lower if self.proven is None else self.proven) > bar
-
-
-class PromotionRef(Reference):
-    """The pointer `CURRENT.json` as it stood after the promotion."""
-
-    kind: Literal["promotion"] = Field("promotion", description="What the artifact is.")
-    name: str = Field(description="Name under which clients know the adapter.")
-    adapter_sha256: str = Field(description="Digest of the adapter that is served.")
-
-
-def canonical_json(value: object) -> bytes:
-    """Encode `value` so that equal values give equal bytes (sorted keys, no spaces, UTF-8)."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-
-
-def digest(value: object) -> str:
-    """Return the sha256 (hex) of `value`'s canonical JSON."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that decide results, for a manifest."""
-    found = {}
-    for name in ("preflow", "prefect", "torch", "transformers", "peft", "trl", "bitsandbytes", "openai"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 class Workspace:
@@ -361,6 +313,12 @@ class Workspace:
         """
         return self._verify(uri)[1]
 
+    def committed_files(self, uri: str) -> dict[str, FileFacts]:
+        """Return size and sha256 of the files of a committed folder, with `COMMITTED.json` itself."""
+        content, committed = self._read_committed(uri)
+        marker = FileFacts(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        return {COMMITTED: marker, **{name: FileFacts(**facts) for name, facts in committed["files"].items()}}
+
     def _verify(self, uri: str) -> tuple[bytes, dict[str, Any]]:
         content, committed = self._read_committed(uri)
         there = self._files.tree(uri)
@@ -381,41 +339,66 @@ class Workspace:
             raise PreflowError(message) from error
         return content, _parse_json(marker, content)
 
-    def is_intact(self, reference: Reference) -> bool:
-        """Tell whether the artifact that `reference` names is there as it was."""
-        if isinstance(reference, AdapterRef) or reference.kind == "adapter":
-            try:
-                return hashlib.sha256(self._verify(reference.uri)[0]).hexdigest() == reference.sha256
-            except PreflowError:
-                return False
-        return self._is_as(self._files.stat(reference.uri), reference.model_dump())
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write an artifact's manifest, which makes it a finished one: the last thing that a stage does."""
+        if manifest.artifact.manifest is None:
+            raise ValueError(f"{manifest.artifact.uri}: a finished artifact names its manifest")
+        self.write_json(manifest.artifact.manifest, manifest.model_dump(mode="json"))
 
-    def _is_as(self, stat: Stat | None, facts: dict[str, Any]) -> bool:
-        """Compare a file with its size and sha256 as a reference or manifest has them."""
-        if stat is None or stat.size != facts["size"]:
-            return False
-        return bool((stat.sha256 or self.sha256(stat.uri)) == facts["sha256"])
+    def read_manifest(self, of: Origin | str) -> Manifest:
+        """Return the manifest of an artifact, given that or the manifest's uri.
+
+        Raises:
+            PreflowError: it is missing or damaged.
+        """
+        uri = of if isinstance(of, str) else of.manifest
+        try:
+            if uri is not None:
+                return Manifest.model_validate(self.read_json(uri))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise PreflowError(f"{uri}: missing; run the stage that makes it") from error
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
+            raise PreflowError(
+                f"{uri}: damaged, or of another version of preflow ({where}: {error.errors()[0]['msg']}); run the "
+                "stage that makes it again"
+            ) from error
+        raise PreflowError(f"{of}: names no manifest, so nothing tells what it was made from")
+
+    def read_rows(self, uri: str) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a JSONL file that preflow wrote, one at a time."""
+        return (json.loads(line) for line in self.lines(uri))
+
+    def is_intact(self, reference: Reference) -> bool:
+        """Tell whether the artifact that `reference` names is there as it was, with all files of its manifest."""
+        if reference.manifest is None:
+            stat = self._files.stat(reference.uri)
+            return stat is not None and self._is_as(stat, FileFacts(size=reference.size, sha256=reference.sha256))
+        manifest = self._find_manifest(reference.manifest)
+        return manifest is not None and manifest.artifact.sha256 == reference.sha256
+
+    def _is_as(self, stat: Stat, facts: FileFacts) -> bool:
+        return stat.size == facts.size and (stat.sha256 or self.sha256(stat.uri)) == facts.sha256
 
     def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
         """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""
-        folder = posixpath.dirname(manifest)
+        found = self._find_manifest(manifest)
+        return found.artifact if found is not None and isinstance(found.artifact, kind) else None
+
+    def _find_manifest(self, uri: str) -> Manifest | None:
+        """Return a manifest all of whose files are as it says."""
         try:
-            value = self.read_json(manifest)
-            artifact = kind.model_validate(value["artifact"])
-            parts = {artifact.uri: artifact.model_dump()}
-            for name, facts in value.get("files", {}).items():
-                parts[posixpath.join(folder, name)] = {"size": facts["size"], "sha256": facts["sha256"]}
-        except (FileNotFoundError, NotADirectoryError):
+            manifest = self.read_manifest(uri)
+        except PreflowError as error:
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                logger.warning("%s; its artifact is put together again", error)
             return None
-        except (PreflowError, ValidationError, KeyError, TypeError) as error:
-            logger.warning("%s is damaged (%s): its artifact is put together again", manifest, type(error).__name__)
-            return None
-        there = {stat.uri: stat for stat in self._files.files(folder)}
-        for uri, facts in parts.items():
-            if not self._is_as(there.get(uri) or self._files.stat(uri), facts):
-                logger.warning("%s is missing or differs from its digest: it is put together again", uri)
+        there = self._files.tree(posixpath.dirname(uri))
+        for name, facts in manifest.files.items():
+            if name not in there or not self._is_as(there[name], facts):
+                logger.warning("%s: %s is missing or differs from its digest: it is put together again", uri, name)
                 return None
-        return artifact
+        return manifest
 
     def _put(self, local: Path, uri: str) -> dict[str, Any]:
         with self.writing(uri) as out, local.open("rb") as file:
@@ -439,11 +422,6 @@ class Workspace:
 def indented_json(value: object) -> bytes:
     """Encode `value` as JSON for people: indented, sorted, with a newline at its end."""
     return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
-
-
-def read_jsonl(store: Workspace, uri: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSONL file that preflow wrote, streaming."""
-    return (json.loads(line) for line in store.lines(uri))
 
 
 def _parse_json(uri: str, content: bytes) -> Any:
@@ -491,6 +469,11 @@ class DigestWriter:
     def facts(self) -> dict[str, Any]:
         """Return sha256, size (bytes) and rows, as a reference wants them."""
         return {"sha256": self.sha256, "size": self.size, "rows": self.rows}
+
+    @property
+    def file(self) -> FileFacts:
+        """Size and sha256 of everything written so far, as a manifest wants them."""
+        return FileFacts(size=self.size, sha256=self.sha256)
 
 
 def file_sha256(path: Path) -> str:

@@ -14,10 +14,17 @@ from tasks.generate.sampling import GenerationPlan, plan_generation
 from tasks.judge.asking import INSTRUCTIONS, JudgePlan, JudgingPlan, build_messages, plan_judging, read_rubric
 from tasks.judge.pairs import find_preferences
 from tasks.store.prompts import import_prompts
-from tasks.store.workspace import AdapterRef, CompletionsRef, PreferencesRef, PromptsRef, Workspace, digest
+from tasks.store.workspace import (
+    MANIFEST,
+    AdapterRef,
+    CompletionsRef,
+    PreferencesRef,
+    PromptsRef,
+    Workspace,
+    digest,
+)
 from tasks.sweep.points import Point
-from tasks.train.launch import find_adapter, training_key
-from tasks.train.spec import TrainingPaths
+from tasks.train.launch import training_key
 
 CHARACTERS_PER_TOKEN = 4
 TRAINING = "train"
@@ -128,9 +135,9 @@ class _Figures:
         """Take the mean from a finished artifact's manifest, unless there is one already."""
         if manifest is None or writer in self._measured:
             return
-        usage = self._store.read_json(manifest).get("usage") or {}
-        if usage.get("requests"):
-            self._measured[writer] = usage["completion_tokens"] / usage["requests"] / completions
+        cost = self._store.read_manifest(manifest).cost
+        if cost.requests:
+            self._measured[writer] = cost.completion_tokens / cost.requests / completions
 
     def tokens(self, writer: str) -> float:
         """Return the tokens of one completion; 0 where nobody writes."""
@@ -315,7 +322,7 @@ class _Planner:
             key = digest([judged, applied, training.identity(), training.sft_adapter])
         else:
             key = training_key(preferences, training)
-            adapter = find_adapter(self._store, TrainingPaths.of(self._store.root, key))
+            adapter = self._store.find_finished(self._store.uri("training", key, MANIFEST), AdapterRef)
         piece, is_new = self._open(f"{TRAINING} {key}", number, TRAINING, config.training_deployment or "this machine")
         if is_new:
             piece.finished = adapter is not None

@@ -1,6 +1,5 @@
 """The pages of a sweep as sections: the plan before it, the ranking after it."""
 
-import io
 import json
 import logging
 import shlex
@@ -13,6 +12,7 @@ from tasks.batch.costs import format_seconds, format_usd
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.report.page import Cell, Picture, ReportSection, Table
+from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
 from tasks.report.run import add_up, gather_manifests, publish, run_sections
 from tasks.report.sections import cost_section, lineage_section
@@ -102,7 +102,7 @@ def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSecti
         summary=_summary(result),
         advice=tuple(_advice(result)),
         tables=tuple(_tables(result, null)),
-        pictures=(Picture(plot_points(ranked, null), caption),) if ranked else (),
+        pictures=(Picture(plot_rates(_rate_bars(ranked), _null_bar(null)), caption),) if ranked else (),
         blocks=tuple(_to_copy(best, configs[best.number])) if best else (),
     )
 
@@ -180,46 +180,20 @@ def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, s
     yield "Promote it", f"prefect deployment run dpo-pipeline/local --param {argument}"
 
 
-POINT_COLOUR, BEST_COLOUR, NULL_COLOUR = "#5b6677", "#2a6fb0", "#d9722e"
+def _rate_bars(ranked: Sequence[PointResult]) -> list[RateBar]:
+    """Return what to draw of the points: each with its interval, and the one widened for the number of points."""
+    return [
+        RateBar(
+            f"{point.number}. {point.name}", point.rate.win_rate, point.rate.lower, point.rate.upper,
+            (point.widened.lower, point.widened.upper),
+        )
+        for point in ranked
+        if point.rate is not None and point.widened is not None
+    ]  # fmt: skip
 
 
-def plot_points(ranked: Sequence[PointResult], null: WinRate | None) -> bytes:
-    """Return a PNG: the points from the best down, each with its interval, the best with the widened one behind.
-
-    Args:
-        ranked: the points that finished, the best first.
-        null: SFT against itself, drawn as a line with a band.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.6 + 0.45 * len(ranked)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.axvline(0.5, color="black", linestyle="--", linewidth=1, label="no better, no worse")
-    if null is not None:
-        axes.axvspan(null.lower, null.upper, color=NULL_COLOUR, alpha=0.12)
-        axes.axvline(null.win_rate, color=NULL_COLOUR, linewidth=1.5, label="SFT against itself")
-    for row, point in enumerate(ranked):
-        if point.rate is None or point.widened is None:
-            continue
-        colour = BEST_COLOUR if row == 0 else POINT_COLOUR
-        axes.hlines(row, point.widened.lower, point.widened.upper, color=colour, linewidth=1, alpha=0.6)
-        axes.hlines(row, point.rate.lower, point.rate.upper, color=colour, linewidth=4)
-        axes.plot(point.rate.win_rate, row, "o", color=colour, markeredgecolor="white", markersize=9)
-    axes.set_yticks(range(len(ranked)), [f"{point.number}. {_shorten(point.name)}" for point in ranked])
-    axes.set_ylim(len(ranked) - 0.5, -0.5)
-    axes.set_xlabel("win rate over the SFT adapter")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", alpha=0.25)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.6 + 0.45 * len(ranked))), ncols=2)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 48 else f"{name[:47]}…"
+def _null_bar(null: WinRate | None) -> RateBar | None:
+    return RateBar("SFT against itself", null.win_rate, null.lower, null.upper) if null else None
 
 
 logger = logging.getLogger(__name__)
@@ -243,7 +217,7 @@ async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
     store, folder = Workspace(workspace), sweep_folder(workspace, result.key)
     made = [(point, found.made) for point, found in zip(points, result.points, strict=True) if found.made]
     manifests = gather_manifests(store, *(run for _, run in made))
-    sections = [section, cost_section(add_up(store, manifests)), lineage_section(manifests, store.root)]
+    sections = [section, cost_section(add_up(manifests)), lineage_section(manifests, store.root)]
     store.write_bytes(f"{folder}/report.html", render_html("preflow: sweep", sections).encode())
     for point, run in made:
         uri = f"{folder}/point-{point.number}.html"

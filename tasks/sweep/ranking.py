@@ -7,10 +7,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import Comparison, length_controlled, read_comparison, win_rate
-from tasks.report.run import beside
 from tasks.run.preflight import Contents, PipelineResult
 from tasks.store.measures import Evaluation, WinRate
-from tasks.store.workspace import EvaluationRef, PromotionRef, Workspace, digest, read_jsonl, stage_key
+from tasks.store.workspace import EvaluationRef, PromotionRef, Workspace, digest, stage_key
 from tasks.sweep.points import Change, Point
 
 VERSION = 1
@@ -129,7 +128,7 @@ def _measure(store: Workspace, point: Point, result: PointResult, widened: float
 
 
 def _read_comparisons(store: Workspace, evaluation: EvaluationRef, judges: set[str]) -> list[Comparison]:
-    rows = read_jsonl(store, beside(evaluation, "comparisons.jsonl"))
+    rows = store.read_rows(evaluation.sibling("comparisons.jsonl"))
     return [read_comparison(row, judges) for row in rows]
 
 

@@ -13,13 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tasks.config import ReportTo, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import COMMITTED, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
+from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
+from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, TrainingSpec
 
 LOG = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
     """
     if not training.measured_label_smoothing:
         return training
-    uri = posixpath.join(posixpath.dirname(preferences.uri), "quality.json")
+    uri = preferences.sibling("quality.json")
     store = Workspace.holding(uri)
     metrics = store.read_json(uri).get("metrics", []) if store.exists(uri) else []
     rate = next((metric["value"] for metric in metrics if metric["name"] == "flip_rate"), None)
@@ -80,13 +82,24 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
 
 def base_digest(training: TrainingConfig) -> str:
     """Return what identifies the base: the content of a folder, or the hub's name and revision."""
-    if Path(training.base_model).expanduser().is_dir():
-        return folder_digest(str(Path(training.base_model).expanduser()))
-    return digest({"hub": training.base_model, "revision": training.base_revision or "main"})
+    base = Path(training.base_model).expanduser()
+    if not base.is_dir():
+        return digest({"hub": training.base_model, "revision": training.base_revision or "main"})
+    files = sorted((file.name, file.stat()) for file in base.iterdir() if file.is_file())
+    return _base_folder_digest(
+        base.resolve(), tuple((name, at.st_size, at.st_mtime_ns, at.st_ino) for name, at in files)
+    )
+
+
+@lru_cache(maxsize=64)
+def _base_folder_digest(base: Path, files: tuple[tuple[str, int, int, int], ...]) -> str:
+    """Read the base's gigabytes once a process, and again only if a file's size, time or inode is another one."""
+    with Phases(lambda progress: LOG.info("%s", progress.text())).phase(f"reading {base} for its digest"):
+        return folder_digest(str(base))
 
 
 def _val_digest(preferences: PreferencesRef) -> str | None:
-    uri = posixpath.join(posixpath.dirname(preferences.uri), "val.jsonl")
+    uri = preferences.sibling("val.jsonl")
     store = Workspace.holding(uri)
     return store.sha256(uri) if store.exists(uri) else None
 
@@ -233,7 +246,7 @@ def run_training(
     training = with_measured_smoothing(preferences, training)
     store = Workspace(workspace)
     paths = TrainingPaths.of(store.root, key)
-    finished = find_adapter(store, paths)
+    finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
     if finished is not None:
         return finished
     spec = TrainingSpec(
@@ -248,30 +261,10 @@ def run_training(
         _raise_for(code, desk, log)
     finally:
         shutil.rmtree(desk, ignore_errors=True)
-    finished = find_adapter(store, paths)
+    finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
     if finished is None:
         raise PreflowError(f"training ended without an adapter; see {log}")
     return finished
-
-
-def find_adapter(store: Workspace, paths: TrainingPaths) -> AdapterRef | None:
-    """Return a training's finished adapter, if it is there and whole."""
-    marker = posixpath.join(paths.adapter, COMMITTED)
-    if not store.exists(marker):
-        return None
-    try:
-        committed = store.verify_folder(paths.adapter)
-    except PreflowError as error:
-        LOG.warning("the finished adapter is damaged and trained again: %s", error)
-        return None
-    weights = [facts["size"] for name, facts in committed["files"].items() if name.endswith(".safetensors")]
-    return AdapterRef(
-        uri=paths.adapter,
-        sha256=store.sha256(marker),
-        size=sum(weights),
-        rows=committed["train_pairs"],
-        manifest=paths.file("manifest.json"),
-    )
 
 
 def _command(desk: Path, training: TrainingConfig) -> list[str]:

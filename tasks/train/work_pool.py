@@ -38,8 +38,8 @@ from prefect.utilities.urls import url_for
 
 from tasks.config import PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace, digest
-from tasks.train.launch import find_adapter, training_key
+from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest
+from tasks.train.launch import training_key
 from tasks.train.spec import TrainingPaths
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class TrainingOrder:
     def find_adapter(self) -> AdapterRef | None:
         """Return the adapter from the workspace, if it is finished; what a run returned is never read."""
         store = Workspace(self.workspace)
-        return find_adapter(store, TrainingPaths.of(store.root, self.key))
+        return store.find_finished(store.uri("training", self.key, MANIFEST), AdapterRef)
 
     def attempt_key(self, attempt: int) -> str:
         """Return the idempotency key under which everybody finds the same run."""

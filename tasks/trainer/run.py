@@ -13,9 +13,21 @@ from typing import Any
 import torch
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Workspace, canonical_json, folder_digest, package_versions
+from tasks.store.workspace import (
+    COMMITTED,
+    MANIFEST,
+    AdapterRef,
+    Cost,
+    FileFacts,
+    Manifest,
+    Origin,
+    Workspace,
+    canonical_json,
+    folder_digest,
+)
 from tasks.train.health import Run, assess
-from tasks.train.spec import Progress, TrainingPaths, TrainingSpec
+from tasks.train.phases import Phases
+from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.data import PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
@@ -33,6 +45,9 @@ from tasks.trainer.stopping import StopFlag
 from tasks.trainer.trainer import ExactTrainer, Hooks, TrainerParts
 
 LOG = logging.getLogger(__name__)
+
+# Writing metrics.jsonl takes at most a twentieth of the time, however many rows there are.
+ROWS_PAUSE = 20
 
 
 class TrainingRun:
@@ -57,7 +72,9 @@ class TrainingRun:
         self._stop = stop
         self._paths = TrainingPaths.of(store.root, spec.key)
         self._started = time.monotonic()
+        self._phases = Phases(self._tell)
         self._checkpoint_seconds: list[float] = []
+        self._rows_due = 0.0
 
     def execute(self) -> None:
         """Train, check, and commit the adapter.
@@ -68,12 +85,17 @@ class TrainingRun:
         """
         if self._is_main:
             self._sweep()
-        adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
-        tokenizer = load_tokenizer(self._training, adapter)
-        train, val = self._load_splits(tokenizer)
-        self._progress(Progress("loading", f"loading {self._training.base_model}"))
+        phase = self._phases.phase
+        with phase("reading the SFT adapter"):
+            adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
+        with phase("reading the tokenizer"):
+            tokenizer = load_tokenizer(self._training, adapter)
+        with phase("tokenizing the pairs"):
+            train, val = self._load_splits(tokenizer)
+        self._tell(Progress("loading", f"loading {self._training.base_model}"))
         trainer = self._build(adapter, tokenizer, train, val)
-        checkpoint = self._checkpoints.newest()
+        with phase("reading the newest checkpoint"):
+            checkpoint = self._checkpoints.newest()
         if checkpoint is not None:
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
         self._progress(Progress("training", "resuming" if checkpoint else "starting"))
@@ -94,7 +116,7 @@ class TrainingRun:
     def _load_splits(self, tokenizer: Any) -> tuple[Split, Split | None]:
         preferences, training = self._spec.preferences, self._training
         self._train_data = load_pairs(preferences.uri, self._store, tokenizer, training.max_length)
-        val_uri = posixpath.join(posixpath.dirname(preferences.uri), "val.jsonl")
+        val_uri = preferences.sibling("val.jsonl")
         has_val = self._store.exists(val_uri) and self._store.size(val_uri) > 0
         self._val_data = load_pairs(val_uri, self._store, tokenizer, training.max_length) if has_val else None
         lengths = [pair.length(training.max_length) for pair in self._train_data.pairs]
@@ -114,12 +136,16 @@ class TrainingRun:
         if self._training.bf16 and not has_cuda():
             LOG.info("bf16 is ignored: no CUDA here, training is fp32")
         torch.manual_seed(self._training.seed)
-        base = load_base(self._training, int(_local_rank()))
-        policy = load_policy(base, adapter, tokenizer)
+        with self._phases.phase("loading the base model"):
+            base = load_base(self._training, int(_local_rank()))
+        with self._phases.phase("putting the SFT adapter onto it"):
+            policy = load_policy(base, adapter, tokenizer)
         parts = TrainerParts(policy, tokenizer, train, val, AdapterWeights(adapter), self._scratch)
-        trainer = ExactTrainer(parts, self._training, Hooks(self._save, self._write_rows, self._tell, self._stop))
+        with self._phases.phase("making the trainer"):
+            trainer = ExactTrainer(parts, self._training, Hooks(self._save, self._write_rows, self._tell, self._stop))
         if self._training.cache_reference:
-            self._use_cached_reference(trainer, train, val)
+            with self._phases.phase("computing the reference log-probs"):
+                self._use_cached_reference(trainer, train, val)
         return trainer
 
     def _tell(self, progress: Progress) -> None:
@@ -151,10 +177,13 @@ class TrainingRun:
         self._checkpoint_seconds.append(seconds)
         return seconds
 
-    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
-        if self._is_main:
+    def _write_rows(self, rows: list[dict[str, Any]], is_last: bool = False) -> None:
+        """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
+        started = time.monotonic()
+        if self._is_main and (is_last or started >= self._rows_due):
             content = b"".join(canonical_json(row) + b"\n" for row in rows)
             self._store.write_bytes(self._paths.file("metrics.jsonl"), content)
+            self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
 
     def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
         if trainer.state.global_step < trainer.state.max_steps:
@@ -170,54 +199,71 @@ class TrainingRun:
 
     def _commit(self, trainer: ExactTrainer, folder: Path) -> None:
         rows: list[dict[str, Any]] = trainer.state.log_history
+        self._write_rows(rows, is_last=True)
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
         health = assess(Run(rows, self._training, *used))
         self._store.write_json(self._paths.file("health.json"), health.to_json())
         self._store.write_json(self._paths.file("timing.json"), self._timing())
-        self._store.write_json(self._paths.file("manifest.json"), self._manifest(trainer, rows))
         self._store.delete_folder(self._paths.adapter)
-        facts = {"step": trainer.state.global_step, "train_pairs": used[0]}
-        self._store.commit_folder(folder, self._paths.adapter, facts)
+        self._store.commit_folder(folder, self._paths.adapter, {"step": trainer.state.global_step})
+        self._store.write_manifest(self._manifest(trainer.state.global_step, rows))
 
     def _timing(self) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if has_cuda() else None
         return {
             "seconds": time.monotonic() - self._started,
+            "phases": self._phases.seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
             "peak_accelerator_bytes": peak,
         }
 
-    def _manifest(self, trainer: ExactTrainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        spec = self._spec
-        return {
-            "config": spec.training.model_dump(mode="json"),
-            "key": spec.key,
-            "stage": "training",
-            "upstream": [
-                spec.preferences.model_dump(),
-                {"kind": "sft_adapter", "uri": spec.training.sft_adapter, "sha256": spec.sft_sha256},
-                {"kind": "base_model", "uri": spec.training.base_model, "sha256": spec.base_sha256},
-            ],
-            "packages": package_versions(),
-            "seed": spec.training.seed,
-            "counts": {
-                "steps": trainer.state.global_step,
-                "train": asdict(self._train_data.report) | {"used": len(self._train_data.pairs)},
-                "val": asdict(self._val_data.report) | {"used": len(self._val_data.pairs)} if self._val_data else None,
-            },
-            "summary": summarise(rows),
-        }
+    def _manifest(self, steps: int, rows: list[dict[str, Any]]) -> Manifest:
+        spec, store, adapter = self._spec, self._store, self._paths.adapter
+        seconds = time.monotonic() - self._started
+        files = {f"adapter/{name}": facts for name, facts in store.committed_files(adapter).items()}
+        for name in ("metrics.jsonl", "health.json", "probe.json"):
+            uri = self._paths.file(name)
+            files[name] = FileFacts(size=store.size(uri), sha256=store.sha256(uri))
+        artifact = AdapterRef(
+            uri=adapter,
+            manifest=self._paths.file(MANIFEST),
+            sha256=files[f"adapter/{COMMITTED}"].sha256,
+            size=sum(facts.size for name, facts in files.items() if name.endswith(".safetensors")),
+            rows=len(self._train_data.pairs),
+        )
+        return Manifest(
+            artifact=artifact,
+            stage="training",
+            version=STAGE_VERSION,
+            key=spec.key,
+            config=spec.training,
+            upstream=(
+                spec.preferences,
+                Origin(kind="sft_adapter", uri=spec.training.sft_adapter, sha256=spec.sft_sha256),
+                Origin(kind="base_model", uri=spec.training.base_model, sha256=spec.base_sha256),
+            ),
+            files=files,
+            counts={"steps": steps, **count_pairs("train", self._train_data), **count_pairs("val", self._val_data)},
+            figures=summarise(rows),
+            cost=Cost(gpu_seconds=spec.training.num_processes * seconds if has_cuda() else 0.0),
+            seconds=seconds,
+        )
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return first loss, last training row and last evaluation of a run's metrics."""
+def count_pairs(side: str, data: PairData | None) -> dict[str, int]:
+    """Return what became of the pairs of one side, each count under the side's name."""
+    if data is None:
+        return {}
+    counts = asdict(data.report) | {"used": len(data.pairs), "refused": len(data.report.refused)}
+    return {f"{side}_{name}": round(count) for name, count in counts.items()}
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the first loss, and the figures of the last evaluation, of a run's metrics."""
     trained = [row for row in rows if "loss" in row]
     evaluated = [row for row in rows if "eval_loss" in row]
-    return {
-        "first_loss": trained[0].get("dpo_loss", trained[0]["loss"]) if trained else None,
-        "train": trained[-1] if trained else None,
-        "eval": evaluated[-1] if evaluated else None,
-    }
+    first = {"first_loss": trained[0].get("dpo_loss", trained[0]["loss"])} if trained else {}
+    return {**first, **(evaluated[-1] if evaluated else {})}
 
 
 def fetch_adapter(uri: str, local: Path, expected: str) -> Path:

@@ -2,12 +2,13 @@
 
 import base64
 import copy
+import dataclasses
 import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -453,7 +454,9 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         }
 
     def _trainer_state(self) -> dict[str, Any]:
-        fields = asdict(self.state)
+        # Shallow: this happens twice a step, and the rows, ever more of them, are not changed any more.
+        fields = {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
+        fields["log_history"] = list(self.state.log_history)
         fields["stateful_callbacks"] = {}
         fields["total_flos"] = 0  # an estimate that is not restored exactly; nothing here reads it
         return fields

@@ -111,7 +111,7 @@ def report(found: dict[str, Any], statuses: Counter[str]) -> None:
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
     rows = {"seconds": [f"{seconds:,.0f}" for seconds in found["seconds"].values()]}
     for name in ("requests", "prompt_tokens", "completion_tokens"):
-        rows[name.replace("_", " ")] = [f"{manifest['usage'][name]:,}" for manifest in manifests]
+        rows[name.replace("_", " ")] = [f"{manifest['cost'][name]:,}" for manifest in manifests]
     for name, cells in rows.items():
         print(f"| {name} | {' | '.join(cells)} |")
     preferences = found["preferences"]

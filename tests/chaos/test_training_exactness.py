@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tasks.config import TrainingConfig
+from tasks.store.workspace import Workspace
 from tests.fakes.tiny_training import TinyWorld
 from tests.fakes.training_process import Kill, TrainingProcesses
 
@@ -52,9 +53,11 @@ def undisturbed(
 def results(workspace: Path) -> dict[str, bytes]:
     """Return the bytes of everything that must not depend on what happened on the way."""
     folder = training_folder(workspace)
-    names = ["metrics.jsonl", "health.json", "manifest.json"]
-    files = [*(folder / "adapter").iterdir(), *(folder / name for name in names)]
-    return {str(file.relative_to(folder)): file.read_bytes().replace(str(workspace).encode(), b"") for file in files}
+    files = [*(folder / "adapter").iterdir(), *(folder / name for name in ("metrics.jsonl", "health.json"))]
+    found = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    manifest = Workspace(workspace).read_manifest(str(folder / "manifest.json")).model_copy(update={"seconds": 0.0})
+    found["manifest.json"] = manifest.model_dump_json().replace(str(workspace), "").encode()
+    return found
 
 
 def finish(

@@ -53,6 +53,22 @@ def build_base(folder: Path, seed: int = 0, shape: Shape | None = None) -> Path:
     return folder
 
 
+def large_tokenizer(folder: Path, size: int = 128_256) -> Path:
+    """Write a tokenizer of the size that real models have: word-level, made in a second."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [*SPECIAL, *(f"w{number}" for number in range(size - len(SPECIAL)))]
+    words = Tokenizer(models.WordLevel({token: number for number, token in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def build_adapter(folder: Path, base: Path, seed: int = 1, shape: Shape | None = None, **options: Any) -> Path:
     """Write a LoRA adapter whose weights are far from zero, so that it differs from the base."""
     import torch

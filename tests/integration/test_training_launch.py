@@ -82,10 +82,12 @@ def test_the_manifest_says_what_made_it(trained: Trained, world: TinyWorld) -> N
     upstream = {entry["kind"]: entry["sha256"] for entry in manifest["upstream"]}
     assert upstream["preferences"] == world.preferences.sha256
     assert upstream.keys() == {"preferences", "sft_adapter", "base_model"}
-    assert manifest["counts"]["train"]["used"] == 28
+    assert manifest["counts"]["train_used"] == 28
     assert manifest["packages"]["trl"].startswith("1.16")
-    assert manifest["summary"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert manifest["summary"]["eval"]["step"] == 12
+    assert manifest["figures"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert manifest["figures"]["step"] == 12
+    assert 0 < manifest["seconds"] < 600
+    assert "adapter/adapter_model.safetensors" in manifest["files"]
     timing = json.loads((trained.folder / "timing.json").read_text())
     assert len(timing["checkpoint_seconds"]) == 3
     assert json.loads((trained.folder / "health.json").read_text())["readings"]
@@ -226,4 +228,4 @@ def test_robust_loss_takes_the_measured_flip_rate(
     adapter = run_training(preferences, str(tmp_path), training, training_key(preferences, training))
     manifest = json.loads(Path(str(adapter.manifest)).read_text())
     assert manifest["config"]["label_smoothing"] == pytest.approx(0.2)
-    assert manifest["summary"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert manifest["figures"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)

@@ -1,56 +1,43 @@
 """The picture of a quality report: position lift and lengths."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from tasks.judge.quality.report import QualityReport
-
-BEST_COLOUR, WORST_COLOUR = "#2a6fb0", "#d9722e"
+from tasks.report.plots import BLUE, INK, ORANGE, legend_below, new_figure, to_png
 
 
 def plot_quality(report: QualityReport) -> bytes:
     """Return a PNG: best and worst by position against chance (95 % Wilson intervals), and lengths of both sides."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(12, 4.6), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.08))
-    FigureCanvasAgg(figure)
-    positions, lengths = figure.subplots(1, 2)
+    figure = new_figure(9, 8)
+    positions, lengths = figure.subplots(2, 1)
     _plot_positions(positions, report)
     _plot_lengths(lengths, report)
     for axes in (positions, lengths):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
+        axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+    return to_png(figure)
 
 
 def _plot_positions(axes: Any, report: QualityReport) -> None:
-    axes.set_title("Where the judge finds the best and the worst", loc="left", fontweight="bold")
+    axes.set_title("Where the judge finds the best and the worst")
     found = {m.name: m for m in report.metrics if m.name.startswith("position_") and m.detail}
     if not found:
         axes.text(0.5, 0.5, "no positions are known", ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    for side, colour, offset in (("best", BEST_COLOUR, -0.2), ("worst", WORST_COLOUR, 0.2)):
+    for side, colour, offset in (("best", BLUE, -0.2), ("worst", ORANGE, 0.2)):
         detail = found[f"position_{side}"].detail
         _bars(axes, detail["positions"], offset, colour, f"{side} ({_p_text(detail['p_value'])})")
     places = [row["position"] for row in detail["positions"]]
     for row in detail["positions"]:
         x, chance = row["position"], 100 * row["chance"]
-        axes.plot([x - 0.45, x + 0.45], [chance, chance], color="black", linestyle="--", linewidth=1.2)
-    axes.plot([], [], color="black", linestyle="--", linewidth=1.2, label="chance")
+        axes.plot([x - 0.45, x + 0.45], [chance, chance], color=INK, linestyle="--", linewidth=1.2)
+    axes.plot([], [], color=INK, linestyle="--", linewidth=1.2, label="chance")
     axes.set_xticks(places if len(places) <= 16 else places[:: -(-len(places) // 16)])
     axes.set_xlabel(f"position in the judge's prompt ({detail['verdicts']:,} verdicts)")
     axes.set_ylabel("share of verdicts (%)")
-    top = 1.22 * axes.get_ylim()[1]
-    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
-    axes.set_ylim(0, top)
-    axes.legend(frameon=False, ncols=3, loc="upper center")
+    legend_below(axes, 3)
 
 
 def _bars(axes: Any, table: Sequence[dict[str, Any]], offset: float, colour: str, label: str) -> None:
@@ -63,7 +50,7 @@ def _bars(axes: Any, table: Sequence[dict[str, Any]], offset: float, colour: str
         color=colour,
         yerr=[below, above],
         capsize=3,
-        ecolor="#333333",
+        ecolor=INK,
         error_kw={"linewidth": 1},
         label=label,
     )
@@ -74,14 +61,14 @@ def _p_text(p_value: float) -> str:
 
 
 def _plot_lengths(axes: Any, report: QualityReport) -> None:
-    axes.set_title("Length of chosen and rejected", loc="left", fontweight="bold")
+    axes.set_title("Length of chosen and rejected")
     histogram = report.detail.get("lengths", {}).get("tokens")
     if not histogram:
         axes.text(0.5, 0.5, "there are no pairs", ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
     edges = histogram["edges"]
-    for side, colour in (("chosen", BEST_COLOUR), ("rejected", WORST_COLOUR)):
+    for side, colour in (("chosen", BLUE), ("rejected", ORANGE)):
         counts = histogram[side]
         middle = _median(edges, counts)
         axes.stairs(counts, edges, color=colour, alpha=0.2, fill=True)
@@ -94,9 +81,9 @@ def _plot_lengths(axes: Any, report: QualityReport) -> None:
         axes.plot([], [], " ", label=label)
     axes.set_xlabel("length in tokens (last bin: that and longer)")
     axes.set_ylabel("pairs")
-    axes.set_ylim(0, 1.4 * max(*histogram["chosen"], *histogram["rejected"], 1))
+    axes.set_ylim(0, 1.05 * max(*histogram["chosen"], *histogram["rejected"], 1))
     axes.set_xlim(edges[0], edges[-1])
-    axes.legend(frameon=False, loc="upper left")
+    legend_below(axes, 3)
 
 
 def _median(edges: Sequence[float], counts: Sequence[int]) -> float:

@@ -413,3 +413,39 @@ def test_the_tally_counts_each_unit_once() -> None:
 def test_text_that_no_file_can_hold_is_mended() -> None:
     assert writable("a\ud800b é") == "a?b é"
     json.dumps(writable("\udfff"), ensure_ascii=False).encode()
+
+
+# ---- equal units
+
+
+def unit_of_three(row: Row) -> dict[str, Row]:
+    return {digest(f"kind {row['number'] % 3}"): {**row, "number": row["number"] % 3}}
+
+
+@pytest.mark.parametrize("size", [1, 4, 25])
+async def test_equal_units_are_made_once_and_every_row_gets_them(tmp_path: Path, size: int) -> None:
+    source, maker = make_source(tmp_path, 25), Maker()
+    slices = slice_rows(Workspace(tmp_path), source, size)
+    for _ in range(2):  # the second time nothing is left to make
+        worker = make_worker(tmp_path, maker, 25)
+        worker.units_of = unit_of_three
+        shards: list[ShardRef] = await settle((worker.run(part) for part in slices), 3)
+    assert maker.made == {0: 1, 1: 1, 2: 1}
+    rows = RowStore(str(tmp_path), "squares", "key")
+    found = list(merge_shards(slices, shards, rows, unit_of_three, lambda row, outcome: Outcome(
+        row={"number": row["number"], **(outcome.row or {})}, usage=outcome.usage)))  # fmt: skip
+    assert [row["number"] for row, _ in found] == list(range(25))
+    assert all(made[0].row and made[0].row["square"] == (row["number"] % 3) ** 2 for row, made in found)
+    assert sum(made[0].usage.get("requests", 0) for _, made in found) == 3
+
+
+async def test_a_unit_that_fails_fails_for_the_shard_that_waits_for_it_too(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 6), Maker(broken={0, 1, 2})
+    worker = make_worker(tmp_path, maker, 6)
+    worker.units_of = unit_of_three
+    slices = slice_rows(Workspace(tmp_path), source, 3)
+    results = await asyncio.gather(*(worker.run(part) for part in slices), return_exceptions=True)
+    assert all(isinstance(result, ConnectionError) for result in results)
+    maker.broken.clear()
+    await settle(worker.run(part) for part in slices)
+    assert journals(tmp_path) == []

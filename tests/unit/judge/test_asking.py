@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tasks.batch.rows import Outcome
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.errors import PreflowError
 from tasks.judge.asking import (
@@ -18,6 +19,7 @@ from tasks.judge.asking import (
     JudgingPlan,
     Question,
     UnreadableVerdict,
+    as_asked,
     build_messages,
     distinct_completions,
     orders_for,
@@ -428,3 +430,15 @@ def test_a_row_with_one_distinct_completion_raises_no_question() -> None:
 def test_a_verdict_inside_unfinished_thinking_is_none(tag: str, write: Callable[[str, str], str]) -> None:
     with pytest.raises(UnreadableVerdict, match="empty answer"):
         read_verdict(write(tag, json.dumps({"best": 1, "worst": 2})), 3)
+
+
+@pytest.mark.parametrize("texts", [("Yes.", "No."), ("No.", "Yes.")])
+def test_an_equal_question_s_vote_is_about_the_texts_and_not_about_their_indexes(texts: tuple[str, str]) -> None:
+    asked = Outcome(row={"order": [0, 1], "best": 0, "worst": 1, "confidence": 4})  # shown: Yes., No.
+    order = [texts.index("Yes."), texts.index("No.")]
+    found = as_asked(Question(make_row(*texts, identity="b" * 64), order), asked)
+    assert found.row is not None
+    assert (texts[found.row["best"]], texts[found.row["worst"]]) == ("Yes.", "No.")
+    assert found.row["order"] == order
+    failed = as_asked(Question(make_row(*texts, identity="b" * 64), order), Outcome(error={"id": "a", "reason": "x"}))
+    assert failed.error == {"id": "b" * 64, "reason": "x", "order": order}

@@ -10,7 +10,7 @@ import pytest
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.pairs import Decision, check_yield, decide, is_validation, make_preferences, preference_pair
-from tasks.store.workspace import PreferencesRef, VerdictsRef, Workspace, digest
+from tasks.store.workspace import Cost, Manifest, PreferencesRef, VerdictsRef, Workspace, digest
 
 Row = dict[str, Any]
 ORDERS = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
@@ -128,9 +128,10 @@ def write_verdicts(folder: Path, rows: list[Row]) -> VerdictsRef:
     with store.writing(uri) as out:
         for row in rows:
             out.write_row(row)
-    manifest = uri.replace("verdicts.jsonl", "manifest.json")
-    store.write_json(manifest, {"usage": {"requests": 2 * len(rows), "prompt_tokens": 7, "completion_tokens": 3}})
-    return VerdictsRef(uri=uri, manifest=manifest, **out.facts())
+    verdicts = VerdictsRef(uri=uri, manifest=uri.replace("verdicts.jsonl", "manifest.json"), **out.facts())
+    cost = Cost(requests=2 * len(rows), prompt_tokens=7, completion_tokens=3)
+    store.write_manifest(Manifest(artifact=verdicts, stage="judging", version=1, key="k", files={}, cost=cost))
+    return verdicts
 
 
 def make_rows(count: int, first: int = 0, groups: int = 0) -> list[Row]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import pickle
+import re
 import time
 from email.utils import formatdate
 from typing import Any
@@ -12,7 +13,16 @@ import pytest
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
-from tasks.llm.client import BudgetExceeded, Endpoint, KeyRefused, RequestRefused, Usage, resolve_secret
+from tasks.llm.client import (
+    BudgetExceeded,
+    CreditUsedUp,
+    Endpoint,
+    KeyRefused,
+    QuotaUsedUp,
+    RequestRefused,
+    Usage,
+    resolve_secret,
+)
 from tasks.llm.limits import Budget, Gate, PeriodCap, Window
 from tasks.llm.responses import Transient, classify, read_answer, shorten
 
@@ -232,12 +242,95 @@ def test_choices_are_put_in_the_order_of_their_indices() -> None:
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b'"text"', b"<html>", b'{"choices": []}', b'{"choices": null}',
-             b'{"choices": [1]}', b'{"choices": [{"message": null}]}', b'{"error": {"message": "busy"}}', b"\xff\xfe"],
+             b'{"choices": [1]}', b'{"choices": [{"message": null}]}', b"\xff\xfe"],
 )  # fmt: skip
 def test_what_is_no_chat_completion_is_asked_for_again(body: bytes) -> None:
     with pytest.raises(Transient) as caught:
         read_answer(body, prompt_bytes=1)
     assert caught.value.maybe_billed
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 11, "completion_tokens": -35, "total_tokens": -24}, (11, 3, 0)),
+        ({"prompt_tokens": "many", "completion_tokens": 5}, (11, 5, 0)),
+        ({"prompt_tokens": 7, "completion_tokens": float("inf")}, (7, 3, 0)),
+        ({"prompt_tokens": True, "completion_tokens": [5]}, (11, 3, 0)),
+        (
+            {"prompt_tokens": 7, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": -9}},
+            (7, 5, 0),
+        ),
+        ([7, 5], (11, 3, 0)),
+        ("12", (11, 3, 0)),
+    ],
+)
+def test_usage_that_is_none_is_estimated(usage: Any, expected: tuple[int, int, int]) -> None:
+    found = read_answer(completion(usage), prompt_bytes=40).usage
+    assert (found.prompt_tokens, found.completion_tokens, found.thinking_tokens) == expected
+
+
+THOUGHT = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([*THOUGHT, {"type": "text", "text": "one"}, {"type": "text", "text": " two"}], "one two"),
+        (["one", {"text": " two"}, {"type": "image_url", "image_url": {}}, 7, None], "one two"),
+        ([{"type": "text", "text": None}, {"type": "text", "text": "x"}], "x"),
+    ],
+)
+def test_content_in_parts_is_its_text_without_the_thinking(content: Any, text: str) -> None:
+    assert read_answer(completion(None, content=content), prompt_bytes=1).choices[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "reason", "note"),
+    [
+        (
+            {"content": None, "refusal": "I can't assist with that."},
+            "stop",
+            "content_filter",
+            "refused: I can't assist",
+        ),
+        ({"content": None, "reasoning_content": "hm"}, "stop", "stop", "only thought.*reasoning_effort"),
+        ({"content": "", "reasoning": "hm"}, "length", "length", "only thought"),
+        ({"content": THOUGHT}, "stop", "stop", "only thought"),
+        ({"content": None}, "SAFETY", "content_filter", r"filter \(SAFETY\)"),
+        ({}, "content_filter: RECITATION", "content_filter", r"filter \(content_filter: RECITATION\)"),
+        ({"content": {"odd": 1}}, "stop", "stop", "wrote nothing"),
+    ],
+)
+def test_an_empty_answer_says_why(message: dict[str, Any], finish: str, reason: str, note: str) -> None:
+    body = {"choices": [{"index": None, "message": message, "finish_reason": finish}]}
+    (choice,) = read_answer(json.dumps(body).encode(), prompt_bytes=1).choices
+    assert (choice.text, choice.finish_reason) == ("", reason)
+    assert re.search(note, choice.note)
+
+
+def test_a_choice_that_the_provider_broke_off_is_no_completion() -> None:
+    broken = {"index": 0, "message": {"content": "The answer begi"}, "finish_reason": "error",
+              "error": {"code": 502, "message": "Provider disconnected"}}  # fmt: skip
+    with pytest.raises(Transient, match="Provider disconnected") as caught:
+        read_answer(json.dumps({"choices": [broken]}).encode(), prompt_bytes=1)
+    assert caught.value.status == 502
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"code": 402, "message": "Insufficient credits."}, CreditUsedUp),
+        ({"code": 429, "message": "Rate limit exceeded: free-models-per-min"}, Transient),
+        ({"code": "400", "message": "Provider returned error"}, RequestRefused),
+        ({"code": 401, "message": "No auth"}, KeyRefused),
+        ({"message": "busy"}, Transient),
+        ("busy", Transient),
+    ],
+)
+def test_an_error_inside_a_200_counts_as_what_it_is(error: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        read_answer(json.dumps({"error": error, "choices": []}).encode(), prompt_bytes=1)
 
 
 def test_usage_adds_up_and_costs_per_million() -> None:
@@ -273,6 +366,16 @@ def openai_error(message: str, code: str | None = None) -> dict[str, Any]:
         (404, openai_error("The model `x` does not exist."), "not_found"),
         (413, b"<html>Request Entity Too Large</html>", "too_large"),
         (422, {"detail": [{"msg": "field required"}]}, "bad_request"),
+        (400, openai_error("Input tokens exceed the configured limit of 272000 tokens."), "context_length"),
+        (500, openai_error("the request exceeds the available context size, try increasing it"), "context_length"),
+        (422, {"error": "`inputs` tokens + `max_new_tokens` must be <= 4096", "error_type": "v"}, "context_length"),
+        (400, openai_error("Range of input length should be [1, 30720]"), "context_length"),
+        (400, openai_error("40000 tokens are too large for a model with 32768 context limit"), "context_length"),
+        (400, openai_error("Input data may contain inappropriate content."), "content_filter"),
+        (400, openai_error("Content Exists Risk"), "content_filter"),
+        (400, {"code": "DataInspectionFailed", "message": "no"}, "content_filter"),
+        (400, {"error": {"code": "content_filter", "innererror": {"code": "Jailbreak"}}}, "content_filter"),
+        (400, openai_error("Could not finish: max_tokens or model output limit was reached."), "cut"),
         (400, b"", "bad_request"),
         (451, {"message": "no"}, "bad_request"),
     ],
@@ -296,6 +399,80 @@ def test_refusals_say_why(status: int, body: Any, reason: str) -> None:
 )
 def test_what_only_another_key_or_money_can_help(status: int, body: Any) -> None:
     assert isinstance(classify(response(status, body), hide=None), KeyRefused)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"type": "error", "error": {"type": "invalid_request_error", "message":
+               "Your credit balance is too low to access the API. Please go to Plans & Billing."}}),
+        (403, {"error": {"type": "billing_error", "message": "The account is not in good standing."}}),
+        (400, {"code": "Arrearage", "message": "Access denied."}),
+        (429, openai_error("You exceeded your current quota, check your plan and billing.", "insufficient_quota")),
+        (402, b"Payment Required"),
+    ],
+)  # fmt: skip
+def test_credit_that_is_used_up_is_told_from_a_wrong_key(status: int, body: Any) -> None:
+    assert isinstance(classify(response(status, body), hide=None), CreditUsedUp)
+
+
+GOOGLE = "You exceeded your current quota, please check your plan and billing details."
+
+
+def google_error(quota: str | None, delay: str | None) -> list[Any]:
+    details: list[Any] = [{"violations": [{"quotaId": quota, "quotaValue": "10"}]}] if quota else []
+    details += [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}] if delay else []
+    error = {"code": 429, "message": GOOGLE, "status": "RESOURCE_EXHAUSTED", "details": details}
+    return [{"error": error}]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "seconds"),
+    [
+        (429, google_error("GenerateRequestsPerMinutePerProjectPerModel", "2s"), 2),
+        (429, google_error(None, "34.07s"), 34.07),
+        (429, google_error("GenerateContentInputTokensPerModelPerMinute", None), None),
+        (429, google_error(None, None), None),
+        (429, {"error": {"message": "Rate limit reached on requests per day (RPD). Please try again in 7m12s.",
+                         "code": "rate_limit_exceeded"}}, 432),
+        (429, {"error": {"message": "Please try again in 350ms. Visit the billing page.", "type": "tokens"}}, 0.35),
+        (403, {"error": {"code": 403, "message": "Provider returned error: rate limited by upstream"}}, None),
+    ],
+)  # fmt: skip
+def test_a_rate_limit_is_waited_for_whatever_page_it_names(status: int, body: Any, seconds: float | None) -> None:
+    failure = classify(response(status, body), hide=None)
+    assert isinstance(failure, Transient)
+    assert failure.throttled
+    assert failure.retry_after == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    ("body", "when"),
+    [
+        (google_error("GenerateRequestsPerDayPerProjectPerModel-FreeTier", "34s"), r"midnight Pacific time, 20\d\d-"),
+        ({"error": {"message": "Rate limit exceeded: free-models-per-day", "code": 429,
+                    "metadata": {"headers": {"X-RateLimit-Reset": "1795737600000"}}}}, "2026-11-27 00:00 UTC"),
+        (openai_error("Daily limit of 50 requests reached"), "does not say when"),
+    ],
+)  # fmt: skip
+def test_a_day_s_quota_that_is_used_up_stops_the_stage_and_says_when_it_is_back(body: Any, when: str) -> None:
+    failure = classify(response(429, body), hide=None)
+    assert isinstance(failure, QuotaUsedUp)
+    assert re.search(when, str(failure))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"detail": [{"loc": ["body", "messages"], "msg": "field required", "input": "insufficient funds, rate limit"}]},
+        {"error": {"message": "bad request", "input": "credit balance is too low"}},
+    ],
+)
+def test_the_input_that_a_server_repeats_decides_nothing(body: Any) -> None:
+    refused = classify(response(400, body), hide=None)
+    assert isinstance(refused, RequestRefused)
+    assert "funds" not in refused.text
+    assert "credit" not in refused.text
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])

@@ -15,6 +15,7 @@ from tasks.report.overview import (
 )
 from tasks.report.page import ReportSection
 from tasks.report.run import changed_settings
+from tasks.store.workspace import AdapterRef, Manifest, Origin, PromptsRef, VerdictsRef
 
 RATE: dict[str, Any] = {
     "win_rate": 0.61,
@@ -78,25 +79,21 @@ def test_training_figures_are_those_that_tell() -> None:
 
 
 def test_what_went_in_names_files_counts_and_digests() -> None:
-    manifests: list[dict[str, Any]] = [
-        {
-            "stage": "prompts",
-            "source": "/data/scenes.jsonl",
-            "counts": {"read": 12, "duplicates": 2, "in_training": 0},
-            "artifact": {"rows": 10, "sha256": "a" * 64},
-        },
-        {
-            "stage": "judging",
-            "artifact": {},
-            "config": {"model": "j1", "rubric": "seinfeld", "panel": [{"model": "j2"}]},
-        },
-        {"stage": "judging", "artifact": {}, "config": {"model": "j1", "rubric": "seinfeld"}},
-        {
-            "stage": "training",
-            "artifact": {},
-            "config": {"base_model": "llama", "sft_adapter": "sft"},
-            "upstream": [{"kind": "sft_adapter", "sha256": "b" * 64}],
-        },
+    facts = {"sha256": "a" * 64, "size": 1, "rows": 10}
+    verdicts, file = VerdictsRef(uri="v", **facts), Origin(kind="file", uri="/data/scenes.jsonl", sha256="c" * 64)
+    models = (
+        Origin(kind="base_model", uri="llama", sha256="c" * 64),
+        Origin(kind="sft_adapter", uri="sft", sha256="b" * 64),
+    )
+    common = {"version": 1, "key": "k", "files": {}}
+    counts = {"read": 12, "duplicates": 2, "in_training": 0}
+    judging = {"model": "j1", "rubric": "seinfeld"}
+    panel = {**judging, "panel": [{"model": "j2"}], "a field that is no more": 1}
+    manifests = [
+        Manifest(artifact=PromptsRef(uri="p", **facts), stage="prompts", upstream=(file,), counts=counts, **common),
+        Manifest(artifact=verdicts, stage="judging", config=panel, **common),
+        Manifest(artifact=verdicts, stage="judging", config=judging, **common),
+        Manifest(artifact=AdapterRef(uri="a", **facts), stage="training", upstream=models, **common),
     ]
     page = inputs_section(manifests, {"training.beta": 0.2})
     assert page.tables[0].rows == (("pairs", "scenes.jsonl", 12, 2, 0, 10, "a" * 12),)
@@ -104,7 +101,7 @@ def test_what_went_in_names_files_counts_and_digests() -> None:
         ("judge", "j1", None),
         ("judge", "j2", None),
         ("rubric", "seinfeld", None),
-        ("base model", "llama", None),
+        ("base model", "llama", "c" * 12),
         ("SFT adapter", "sft", "b" * 12),
     )
     assert page.tables[2].rows == (("training.beta", "0.2"),)

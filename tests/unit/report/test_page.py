@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from tasks.batch.costs import Ledger, Spent, StageCost
+from tasks.batch.costs import Ledger, StageCost
 from tasks.judge.quality import QualityReport, measure_judgements, plot_quality
 from tasks.report.page import Example, Picture, ReportSection, Table
 from tasks.report.plots import plot_metrics
@@ -22,6 +22,7 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
+from tasks.store.workspace import Artifact, CompletionsRef, Cost, Manifest, Origin, PromptsRef, VerdictsRef
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -308,7 +309,7 @@ def test_comparisons_are_before_and_after() -> None:
 
 
 def test_cost_section_sums_up_and_shows_what_the_cache_saved() -> None:
-    ledger = Ledger().plus(StageCost(stage="judge", used=Spent(requests=10, usd=0.5), cached=Spent(usd=1.25)))
+    ledger = Ledger().plus(StageCost(stage="judge", used=Cost(requests=10, usd=0.5), cached=Cost(usd=1.25)))
     section = cost_section(ledger)
     assert section.summary == (
         "Making everything in this run cost 0.50 US$, whichever run made it. Results kept from earlier runs saved "
@@ -317,21 +318,19 @@ def test_cost_section_sums_up_and_shows_what_the_cache_saved() -> None:
     assert [row[0] for row in section.tables[0].rows] == ["judge", "total", "saved by the cache"]
 
 
+def made(stage: str, artifact: Artifact, *upstream: Origin, **facts: Any) -> Manifest:
+    return Manifest(artifact=artifact, stage=stage, version=1, key="k", upstream=upstream, files={}, **facts)
+
+
 def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
-    artifacts = [
-        {"kind": kind, "uri": f"/w/{kind}.jsonl", "sha256": letter * 64, "rows": 10}
-        for kind, letter in (("prompts", "a"), ("completions", "b"), ("verdicts", "c"))
-    ]
-    manifests: list[dict[str, Any]] = [
-        {"artifact": artifacts[0], "source": "p.jsonl"},
-        {
-            "artifact": artifacts[1],
-            "stage": "generation",
-            "upstream": artifacts[:1],
-            "packages": {"openai": "3.54.0"},
-            "config": {"seed": 42},
-        },
-        {"artifact": artifacts[2], "stage": "judging", "upstream": artifacts[1:2], "packages": {"openai": "3.55.0"}},
+    facts = {"size": 1, "rows": 10}
+    prompts = PromptsRef(uri="/w/prompts.jsonl", sha256="a" * 64, **facts)
+    completions = CompletionsRef(uri="/w/completions.jsonl", sha256="b" * 64, **facts)
+    verdicts = VerdictsRef(uri="/w/verdicts.jsonl", sha256="c" * 64, **facts)
+    manifests = [
+        made("prompts", prompts, Origin(kind="file", uri="p.jsonl", sha256="d" * 64), packages={}),
+        made("generation", completions, prompts, packages={"openai": "3.54.0"}, config={"seed": 42}),
+        made("judging", verdicts, completions, packages={"openai": "3.55.0"}),
     ]
     section = lineage_section(manifests)
     assert section.tables[0].rows[1] == (

@@ -11,7 +11,7 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 
 from tasks.run.inputs import AdapterInput, PreferencesInput
-from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace
+from tasks.store.workspace import AdapterRef, Manifest, PreferencesRef, Workspace
 
 PAIRS = TypeAdapter(PreferencesInput)
 
@@ -24,7 +24,7 @@ def pairs(tmp_path: Path) -> PreferencesRef:
     ref = PreferencesRef(
         uri=f"{folder}/train.jsonl", sha256="a" * 64, size=1, rows=1, val_rows=2, manifest=f"{folder}/manifest.json"
     )
-    store.write_json(f"{folder}/manifest.json", {"artifact": ref.model_dump(), "stage": "preferences"})
+    store.write_manifest(Manifest(artifact=ref, stage="preferences", version=1, key="key", files={}))
     return ref
 
 
@@ -46,21 +46,21 @@ def test_every_way_to_name_pairs_gives_the_same_reference(
 
 
 def test_an_adapter_is_named_by_its_folder_or_its_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the manifest that a training writes, before its adapter: it names none."""
+    """Its manifest is written last: a training without one has no finished adapter."""
     store = Workspace(tmp_path)
     folder, local = store.uri("training", "key"), tmp_path / "made"
     adapter = TypeAdapter(AdapterInput)
-    store.write_json(f"{folder}/manifest.json", {"stage": "training", "key": "key", "upstream": []})
-    with pytest.raises(ValidationError, match="this training has no finished adapter"):
-        adapter.validate_python(folder)
     local.mkdir()
     (local / "adapter_model.safetensors").write_bytes(b"weights")
-    sha256 = store.commit_folder(local, f"{folder}/adapter", {"train_pairs": 5})
+    sha256 = store.commit_folder(local, f"{folder}/adapter")
+    with pytest.raises(ValidationError, match="give the folder of finished adapter"):
+        adapter.validate_python(folder)
     ref = AdapterRef(uri=f"{folder}/adapter", sha256=sha256, size=7, rows=5, manifest=f"{folder}/manifest.json")
+    store.write_manifest(Manifest(artifact=ref, stage="training", version=1, key="key", files={}))
     monkeypatch.chdir(tmp_path)
     for text in (folder, f"{folder}/adapter", f"{folder}/manifest.json", "training/key"):
         assert adapter.validate_python(text) == ref, text
-    with pytest.raises(ValidationError, match="is the manifest of training, and preferences is wanted here"):
+    with pytest.raises(ValidationError, match="is the manifest of adapter, and preferences is wanted here"):
         PAIRS.validate_python(folder)
 
 

@@ -16,6 +16,8 @@ from tasks.errors import PreflowError
 from tasks.store.workspace import (
     AdapterRef,
     CompletionsRef,
+    FileFacts,
+    Manifest,
     Reference,
     Workspace,
     canonical_json,
@@ -158,10 +160,12 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     assert not store.is_intact(artifact)
 
 
-def finished(store: Workspace, **manifest: Any) -> str:
-    artifact = write_artifact(store, "out/rows.jsonl", [{"a": 1}])
-    store.write_json(store.uri("out", "manifest.json"), {"artifact": artifact.model_dump(), **manifest})
-    return store.uri("out", "manifest.json")
+def finished(store: Workspace, **files: FileFacts) -> str:
+    written = write_artifact(store, "out/rows.jsonl", [{"a": 1}])
+    artifact = written.model_copy(update={"manifest": store.uri("out", "manifest.json")})
+    files["rows.jsonl"] = FileFacts(size=artifact.size, sha256=artifact.sha256)
+    store.write_manifest(Manifest(artifact=artifact, stage="generation", version=1, key="k", files=files))
+    return str(artifact.manifest)
 
 
 def test_a_finished_artifact_is_found_only_while_it_is_whole(tmp_path: Path) -> None:
@@ -187,7 +191,7 @@ def test_the_files_beside_an_artifact_must_be_whole_too(tmp_path: Path) -> None:
     store = Workspace(tmp_path)
     with store.writing(store.uri("out", "val.jsonl")) as val:
         val.write_row({"b": 1})
-    manifest = finished(store, files={"val.jsonl": val.facts()})
+    manifest = finished(store, **{"val.jsonl": val.file})
     assert store.find_finished(manifest, CompletionsRef) is not None
     store.write_bytes(store.uri("out", "val.jsonl"), b'{"b": 2}\n')
     assert store.find_finished(manifest, CompletionsRef) is None
@@ -203,7 +207,10 @@ def test_a_folder_counts_once_it_is_committed_and_only_while_it_is_whole(tmp_pat
         store.verify_folder(target)
     sha256 = store.commit_folder(source, target, {"step": 3})
     assert store.verify_folder(target)["step"] == 3
-    adapter = AdapterRef(uri=target, sha256=sha256, size=0, rows=0)
+    files = {f"a/{name}": facts for name, facts in store.committed_files(target).items()}
+    manifest = store.uri("adapters", "manifest.json")
+    adapter = AdapterRef(uri=target, sha256=sha256, size=0, rows=0, manifest=manifest)
+    store.write_manifest(Manifest(artifact=adapter, stage="training", version=1, key="k", files=files))
     assert store.is_intact(adapter)
     (Path(target) / "adapter_model.safetensors").write_bytes(b"weighty")
     with pytest.raises(PreflowError, match=r"adapter_model.safetensors: damaged"):
