@@ -3,7 +3,7 @@
 from prefect import flow
 
 from flows.generate import generate_completions
-from tasks.config import EvaluationConfig, JudgingConfig
+from tasks.config import EvaluationConfig, JudgingConfig, Location
 from tasks.evaluate.win_rate import (
     BASELINE,
     CANDIDATE,
@@ -21,7 +21,11 @@ from tasks.store.workspace import CompletionsRef, EvaluationRef, VerdictsRef, Wo
 
 @flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256:.12}")
 async def evaluate_adapter(
-    adapter: AdapterInput, prompts: str, workspace: str, evaluation: EvaluationConfig, min_win_rate: float = 0.5
+    adapter: AdapterInput,
+    prompts: Location,
+    workspace: Location,
+    evaluation: EvaluationConfig,
+    min_win_rate: float = 0.5,
 ) -> EvaluationRef:
     """Have the judge compare samples of the new adapter with the SFT adapter's, on prompts it was not trained on.
 
@@ -48,7 +52,7 @@ async def evaluate_adapter(
 
 @flow(name="compare-samples")
 async def compare_samples(
-    baseline: CompletionsRef, candidate: CompletionsRef, workspace: str, judging: JudgingConfig
+    baseline: CompletionsRef, candidate: CompletionsRef, workspace: Location, judging: JudgingConfig
 ) -> VerdictsRef:
     """Have the judge compare two draws sample by sample, in both orders."""
     plan = plan_judging(pair_samples(baseline, candidate, workspace), workspace, judging)

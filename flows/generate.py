@@ -2,14 +2,14 @@
 
 from prefect import flow
 
-from tasks.config import GenerationConfig
+from tasks.config import GenerationConfig, Location
 from tasks.generate.sampling import collect_completions, plan_generation
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import CompletionsRef, Workspace
 
 
 @flow(name="generate-completions", flow_run_name="sample {generation.model}")
-async def generate_completions(prompts: str, workspace: str, generation: GenerationConfig) -> CompletionsRef:
+async def generate_completions(prompts: Location, workspace: Location, generation: GenerationConfig) -> CompletionsRef:
     """Sample N completions for every prompt of a JSONL file.
 
     Args:

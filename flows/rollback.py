@@ -2,13 +2,13 @@
 
 from prefect import flow
 
-from tasks.config import PromotionConfig
+from tasks.config import Location, PromotionConfig
 from tasks.promote.pointer import choose_rollback, confirm_served, roll_back_pointer, serve_adapter
 from tasks.store.workspace import PromotionRef, Workspace
 
 
 @flow(name="rollback-adapter", flow_run_name="roll {promotion.name} back")
-async def rollback_adapter(workspace: str, promotion: PromotionConfig, to: str | None = None) -> PromotionRef:
+async def rollback_adapter(workspace: Location, promotion: PromotionConfig, to: str | None = None) -> PromotionRef:
     """Serve the adapter before the present one again, or the one whose digest begins with `to`.
 
     Args:

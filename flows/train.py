@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from tasks.config import TrainingConfig
+from tasks.config import Location, TrainingConfig
 from tasks.report.run import report_training
 from tasks.run.inputs import PreferencesInput
 from tasks.store.workspace import AdapterRef, Workspace
@@ -10,7 +10,7 @@ from tasks.train.task import train_adapter
 
 
 @flow(name="train-dpo", flow_run_name="train with beta {training.beta}")
-async def train_dpo(preferences: PreferencesInput, workspace: str, training: TrainingConfig) -> AdapterRef:
+async def train_dpo(preferences: PreferencesInput, workspace: Location, training: TrainingConfig) -> AdapterRef:
     """Train the SFT adapter further on preference pairs, going on where a preempted training was.
 
     Args:

@@ -1,6 +1,6 @@
 """Every parameter, a file a stage: frozen models with bounds, units and the text of the Prefect form; no torch."""
 
-from tasks.config.base import OPERATIONAL, SecretName, StageConfig, field_title
+from tasks.config.base import OPERATIONAL, Location, SecretName, StageConfig, field_title, resolve_location
 from tasks.config.drill import DrillConfig
 from tasks.config.endpoint import EndpointConfig
 from tasks.config.evaluation import EvaluationConfig
@@ -21,6 +21,7 @@ __all__ = [
     "GenerationConfig",
     "JudgeConfig",
     "JudgingConfig",
+    "Location",
     "LossType",
     "PairPolicy",
     "PipelineConfig",
@@ -35,4 +36,5 @@ __all__ = [
     "SweepConfig",
     "TrainingConfig",
     "field_title",
+    "resolve_location",
 ]

@@ -1,9 +1,11 @@
 """What all configuration has in common: frozen models, secret names, titles of the form's fields."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote, urlparse
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 # Whole titles, where a field's name alone would not do.
 TITLES = {
@@ -100,10 +102,47 @@ def _check_secret_name(value: str) -> str:
 SecretName = Annotated[str, AfterValidator(_check_secret_name)]
 
 
+def resolve_location(value: str) -> str:
+    """Return a path or address as it is used everywhere: a path is absolute, and `~` and file:// are resolved."""
+    if value.startswith("file://"):
+        value = unquote(urlparse(value).path)
+    if "://" in value:
+        return value.rstrip("/")
+    return str(Path(value).expanduser().absolute())
+
+
+def _resolve_model(value: str) -> str:
+    """Resolve the path of a model's folder; a hub's name stays as it is."""
+    is_folder = value.startswith((".", "/", "~", "file://")) or Path(value).is_dir()
+    return resolve_location(value) if is_folder else value
+
+
+def _resolve_rubric(value: str) -> str:
+    """Resolve the path of a rubric; the name of one of ours stays as it is."""
+    return value if re.fullmatch(r"[\w-]+", value) else resolve_location(value)
+
+
+def _none_if_empty(value: object) -> object:
+    return None if value == "" else value
+
+
+# A path or a gs:// address, a base model's folder or hub name, and a rubric's name or path.
+Location = Annotated[str, Field(min_length=1), AfterValidator(resolve_location)]
+MaybeLocation = Annotated[Location | None, BeforeValidator(_none_if_empty)]
+ModelLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_model)]
+RubricLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_rubric)]
+
+
 class StageConfig(BaseModel):
     """Base of all configuration: frozen, no unknown fields, and errors that never print a value (it might be a key)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, field_title_generator=field_title)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        validate_default=True,
+        field_title_generator=field_title,
+    )
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the stage's output, JSON-ready, for its content key."""

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import StageConfig
+from tasks.config.base import MaybeLocation, ModelLocation, StageConfig
 
 
 class DrillConfig(StageConfig):
@@ -21,9 +21,11 @@ class DrillConfig(StageConfig):
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of the steps at which it is preempted.")
     grace_seconds: float = Field(15, gt=0, le=600, description="Seconds from SIGTERM to SIGKILL; GKE spot gives 15.")
     price_per_hour: float = Field(0.35, ge=0, description="Price of the machine, in US$ an hour.")
-    base_model: str | None = Field(None, description="Base model to train on; empty: a tiny one, made for the drill.")
-    sft_adapter: str | None = Field(None, description="Its SFT adapter; empty: a tiny one, made for the drill.")
-    pairs: str | None = Field(None, description="Preference pairs, a train.jsonl; empty: a few, made for the drill.")
+    base_model: ModelLocation | None = Field(
+        None, description="Base model to train on; empty: a tiny one, made for the drill."
+    )
+    sft_adapter: MaybeLocation = Field(None, description="Its SFT adapter; empty: a tiny one, made for the drill.")
+    pairs: MaybeLocation = Field(None, description="Preference pairs, a train.jsonl; empty: a few, made for the drill.")
     kubeconfig: str | None = Field(
         None, description="Kubernetes: file that says how to reach the cluster; empty: the usual one, or the pod's own."
     )

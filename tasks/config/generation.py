@@ -5,14 +5,14 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL
+from tasks.config.base import OPERATIONAL, MaybeLocation
 from tasks.config.endpoint import EndpointConfig
 
 
 class GenerationConfig(EndpointConfig):
     """Sampling of completions from the SFT model."""
 
-    adapter: str | None = Field(
+    adapter: MaybeLocation = Field(
         None,
         description="Folder (or gs:// address) of the adapter that `model` names; its digest identifies the "
         "completions. Empty: the pipeline takes training.sft_adapter; alone, the model's name must do.",

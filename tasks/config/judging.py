@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, SecretName
+from tasks.config.base import OPERATIONAL, RubricLocation, SecretName
 from tasks.config.endpoint import EndpointConfig
 
 
@@ -46,7 +46,9 @@ class JudgingConfig(JudgeConfig):
     panel: tuple[JudgeConfig, ...] = Field(
         (), max_length=15, description="Further judges that vote as well, each a model of its own; empty: one judge."
     )
-    rubric: str = Field("seinfeld", description="Rubric: a name in tasks/judge/rubrics, or the path of a .md file.")
+    rubric: RubricLocation = Field(
+        "seinfeld", description="Rubric: a name in tasks/judge/rubrics, or the path of a .md file."
+    )
     orders: int = Field(2, ge=1, le=64, description="Rotations in which each prompt is judged; 2 shows position bias.")
     pair_policy: PairPolicy = Field(
         PairPolicy.UNANIMOUS,

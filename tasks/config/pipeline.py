@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, StageConfig
+from tasks.config.base import OPERATIONAL, Location, MaybeLocation, StageConfig
 from tasks.config.evaluation import EvaluationConfig
 from tasks.config.generation import GenerationConfig
 from tasks.config.judging import JudgingConfig
@@ -23,12 +23,12 @@ class ApprovalPoint(StrEnum):
 class PipelineConfig(StageConfig):
     """One whole run: prompts in, a better adapter out."""
 
-    prompts: str = Field("prompts.jsonl", min_length=1, description="Prompts (or SFT rows), JSONL: a path or gs://.")
-    eval_prompts: str | None = Field(
+    prompts: Location = Field("prompts.jsonl", description="Prompts (or SFT rows), JSONL: a path or gs://.")
+    eval_prompts: MaybeLocation = Field(
         None,
         description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from.",
     )
-    workspace: str = Field("workspace", min_length=1, description="Where everything is kept: a folder or gs://.")
+    workspace: Location = Field("workspace", description="Where everything is kept: a folder or gs://.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
     judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")

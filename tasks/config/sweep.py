@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from tasks.config.base import StageConfig
+from tasks.config.base import MaybeLocation, StageConfig
 
 
 class Preset(StrEnum):
@@ -38,9 +38,8 @@ class SweepConfig(StageConfig):
     stronger_judge: str | None = Field(
         None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as gemini-2.5-pro."
     )
-    more_prompts: str | None = Field(
+    more_prompts: MaybeLocation = Field(
         None,
-        min_length=1,
         description="For the preset more_data: a larger prompts file (JSONL); prompts that are in the first too cost "
         "nothing again.",
     )

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, StageConfig
+from tasks.config.base import OPERATIONAL, Location, ModelLocation, StageConfig
 
 
 class LossType(StrEnum):
@@ -53,13 +53,16 @@ class ReportTo(StrEnum):
 class TrainingConfig(StageConfig):
     """DPO of the SFT adapter with TRL; names and defaults are TRL's or the usual ones for a 3B model on an L4."""
 
-    base_model: str = Field("meta-llama/Llama-3.2-3B", min_length=1, description="Base model: a hub name or a folder.")
+    base_model: ModelLocation = Field(
+        "meta-llama/Llama-3.2-3B",
+        description="Base model: a hub name or a folder.",
+        json_schema_extra=OPERATIONAL,
+    )
     base_revision: str | None = Field(
         None, description="Commit or tag of a base model from the hub; empty: its newest. A folder has none."
     )
-    sft_adapter: str = Field(
+    sft_adapter: Location = Field(
         "adapters/sft",
-        min_length=1,
         description="The SFT LoRA adapter to improve: a folder or gs:// address.",
         json_schema_extra=OPERATIONAL,
     )

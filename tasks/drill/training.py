@@ -128,7 +128,6 @@ async def make_order(workspace: str, drill: DrillConfig) -> TrainingOrder:
 def read_pairs(uri: str) -> PreferencesRef:
     """Return the reference of a train.jsonl, with the val.jsonl beside it where there is one."""
     store = Workspace.holding(uri)
-    uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
     if not store.exists(uri):
         raise PreflowError(f"pairs {uri}: no such file; give the train.jsonl of a preferences folder")
     val = posixpath.join(posixpath.dirname(uri), "val.jsonl")

@@ -136,7 +136,7 @@ def read_rubric(name: str) -> str:
     Raises:
         PreflowError: there is no such rubric; those that exist are named.
     """
-    path = RUBRICS / f"{name}.md" if re.fullmatch(r"[\w-]+", name) else Path(name).expanduser()
+    path = RUBRICS / f"{name}.md" if re.fullmatch(r"[\w-]+", name) else Path(name)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RUBRICS.glob("*.md")))
         raise PreflowError(f"judging.rubric: {name!r} is neither a rubric of ours ({known}) nor a file")

@@ -1,18 +1,19 @@
 """The first page of a run's report, what went into the run, and what a person is asked to approve."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from tasks.batch.costs import format_usd
 from tasks.config import JudgingConfig
 from tasks.judge.quality import QualityReport
-from tasks.report.page import Cell, ReportSection, Table
-from tasks.report.sections import ENOUGH_DECIDED, ENOUGH_FOR_60, metric_row, null_is_near, rate_text
+from tasks.report.page import Cell, Picture, ReportSection, Table
+from tasks.report.plots import RateBar, plot_rates
+from tasks.report.sections import metric_row
+from tasks.store.measures import Evaluation, Health, Metric, WinRate
 from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]
-# Name, value, healthy range, and whether the value lies in it (None: there is nothing to hold it against).
-Figure: TypeAlias = tuple[str, Cell, str, bool | None]
 SHOWN_METRICS = (
     "pair_yield",
     "position_best",
@@ -22,86 +23,136 @@ SHOWN_METRICS = (
 )
 SHOWN_READINGS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "weights/moved")
 MOST_ADVICE = 3
+OPEN_EXAMPLES = 3
+# Below this share of the gain the labelling judge's own taste is the likelier explanation.
+LEAST_TRANSFER = 0.5
+RATES_CAPTION = "How often the new adapter wins; bars are the intervals, the band is SFT against itself."
 
 
-def verdict(win_rate: Row, bar: float) -> str:
-    """Say in one sentence whether the new adapter is better than the SFT adapter, and how sure that is.
+def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
+    """Say in a few words, and in one sentence, whether the new adapter is better than the SFT adapter, and how surely.
 
     Args:
-        win_rate: `win_rate.json`.
-        bar: what the interval's lower bound must be over to be promoted.
+        found: the evaluation.
+        bar: what the intervals' lower bounds must be over to be promoted.
     """
-    sure = f"{100 * win_rate['confidence']:.3g} % interval"
-    found = f"it wins {rate_text(win_rate)} of the comparisons ({sure} in brackets)"
-    null = win_rate.get("null")
-    if null and not null_is_near(null):
-        return f"Not to be trusted: {found}, but the SFT adapter against itself comes out at {rate_text(null)}."
-    if win_rate["upper"] < 0.5:
-        return f"Worse: {found}, fewer than half."
-    if win_rate["lower"] <= 0.5:
-        return f"Not shown to be better: {found}, and the interval holds 50 %."
-    if win_rate["lower"] <= bar:
-        return f"Better, but not by enough: {found}, and the bar is {100 * bar:.3g} %."
-    return f"Better: {found}, more than half."
+    rate = f"it wins {found.text()} of the comparisons ({100 * found.confidence:.3g} % interval in brackets)"
+    if found.null is not None and not found.null_holds:
+        return (
+            "Not to be trusted",
+            f"{rate[0].upper()}{rate[1:]}, but the SFT adapter against itself comes out at {found.null.text()}.",
+        )
+    if found.upper < 0.5:
+        return "Worse", f"The new adapter is worse: {rate}, fewer than half."
+    if found.lower <= 0.5:
+        return "Not shown to be better", f"The interval holds 50 %: {rate}."
+    if found.proven <= 0.5 and found.length_controlled is not None:
+        controlled = found.length_controlled.text()
+        return "Not shown to be better", f"It wins by length: {rate}, and with length taken out {controlled}."
+    if found.proven <= bar:
+        return "Better, but not by enough", f"{rate[0].upper()}{rate[1:]}; the bar is {100 * bar:.3g} %."
+    return "Better", f"The new adapter is better: {rate}, more than half."
 
 
 def glance_section(
-    win_rate: Row,
-    bar: float,
-    served: str,
-    figures: Iterable[Figure],
-    details: Sequence[ReportSection],
+    found: Evaluation, bar: float, served: str, figures: Sequence[Metric], details: Sequence[ReportSection]
 ) -> ReportSection:
-    """Show the verdict, what became of the adapter, the figures that carry it, and what to do next.
+    """Show the verdict, what became of the adapter, the win rates as one picture, and what to do next.
 
     Args:
-        win_rate: `win_rate.json`.
-        bar: what the interval's lower bound must be over.
+        found: the evaluation.
+        bar: what the intervals' lower bounds must be over.
         served: what became of the adapter, as a sentence.
         figures: what carries the verdict.
-        details: the pages that follow; their first advice is repeated here.
+        details: the pages that follow: the first one's comparisons are shown, and their advice if nothing is proven.
     """
+    headline, sentence = verdict(found, bar)
+    is_better = found.null_holds and found.proven > bar
     advice = [f"{page.title}: {text}" for page in details for text in page.advice[:MOST_ADVICE]]
-    if not advice:
-        advice = ["Read a few of the comparisons below yourself before you rely on the figures."]
-    table = Table("The run in figures", ("figure", "value", "healthy", "state"), tuple(figures))
-    return ReportSection("At a glance", f"{verdict(win_rate, bar)} {served}", tuple(advice), (table,))
+    notes: tuple[str, ...] = ()
+    if is_better and advice:
+        notes = (f"It won. What could still be better stands under {_places(details)}.",)
+    return ReportSection(
+        "At a glance",
+        f"{sentence} {served}",
+        () if is_better else tuple(advice),
+        (Table("The run in figures", ("figure", "state", "value", "healthy"), tuple(map(metric_row, figures))),),
+        (Picture(plot_rates(*rate_bars(found)), RATES_CAPTION, is_wide=False),),
+        notes,
+        tuple(replace(example, is_open=True) for page in details[:1] for example in page.examples[:OPEN_EXAMPLES]),
+        headline=headline,
+        is_good=is_better,
+    )
 
 
-def win_rate_figures(win_rate: Row, bar: float) -> list[Figure]:
-    """Return the win rate, how many comparisons it rests on, and the test that it can be believed."""
-    decided = round(win_rate["samples"] * (1 - win_rate["ties"]))
-    rows: list[Figure] = [
-        ("Win rate", rate_text(win_rate), f"lower bound over {100 * bar:.3g} %", win_rate["lower"] > bar),
-        (
-            "Decided comparisons", decided, f"{ENOUGH_DECIDED} to see 55 %, {ENOUGH_FOR_60} to see 60 %",
-            decided >= ENOUGH_DECIDED or win_rate["lower"] > 0.5,
-        ),
-    ]  # fmt: skip
-    if null := win_rate.get("null"):
-        rows.append(("SFT against itself", rate_text(null), "50 % within the interval", null_is_near(null)))
-    return rows
+def _places(details: Sequence[ReportSection]) -> str:
+    return " and ".join(page.title for page in details if page.advice)
 
 
-def quality_figures(quality: QualityReport) -> list[Figure]:
-    """Return the measurements of the judge and its pairs that belong on the first page."""
-    found = {metric.name: metric for metric in quality.metrics}
-    return [metric_row(found[name]) for name in SHOWN_METRICS if name in found]
+def rate_bars(found: Evaluation) -> tuple[list[RateBar], RateBar | None]:
+    """Return what to draw of an evaluation: every win rate there is, and SFT against itself."""
+    rates = {"new adapter": found, "length taken out": found.length_controlled}
+    if found.second is not None:
+        rates["second judge"] = found.second.rate
+    bars = [RateBar(name, rate.win_rate, rate.lower, rate.upper) for name, rate in rates.items() if rate is not None]
+    if (null := found.null) is None:
+        return bars, None
+    return bars, RateBar("SFT against itself", null.win_rate, null.lower, null.upper)
 
 
-def training_figures(health: Row, first_loss: float | None) -> list[Figure]:
-    """Return the readings of a training that belong on the first page.
+def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
+    """Yield the win rates, the test that they can be believed, and what this evaluation could have seen."""
+    yield _share("Win rate", found, f"lower bound over {100 * bar:.3g} %", found.lower > bar)
+    if (controlled := found.length_controlled) is not None:
+        yield _share("Win rate, length taken out", controlled, f"the same: {100 * bar:.3g} %", controlled.lower > bar)
+    if (second := found.second) is not None:
+        yield _share(f"By {', '.join(second.judges)}", second.rate, "lower bound over 50 %", second.rate.lower > 0.5)
+        if second.transfer is not None:
+            healthy = "about 1; a low one says that the first judge's taste was learned"
+            yield _figure("Gain that the second judge sees too", f"{100 * second.transfer:.0f} %", healthy,
+                          second.transfer > LEAST_TRANSFER)  # fmt: skip
+    if (null := found.null) is not None:
+        yield _share("SFT against itself", null, "50 % within the interval", found.null_holds)
+    if found.silent:
+        yield _figure("Lost because the new adapter wrote nothing", found.silent, "0", False)
+    if found.detectable is not None:
+        healthy = "what this gate finds in 4 runs of 5"
+        yield _figure("Smallest true win rate that passes", f"{100 * found.detectable:.1f} %", healthy, None)
+
+
+def _share(name: str, rate: WinRate, healthy: str, ok: bool) -> Metric:
+    return _figure(name, rate.text(), healthy, ok)
+
+
+def _figure(name: str, value: str | float, healthy: str = "", ok: bool | None = None) -> Metric:
+    if isinstance(value, str):
+        return Metric(name=name, title=name, value=None, meaning=value, healthy=healthy, ok=ok)
+    return Metric(name=name, title=name, value=value, healthy=healthy, ok=ok)
+
+
+def run_figures(
+    found: Evaluation, bar: float, quality: QualityReport, health: Health, training: Mapping[str, float]
+) -> list[Metric]:
+    """Return the figures of the first page: evaluation, judge, training.
 
     Args:
-        health: `health.json`.
-        first_loss: the DPO loss before the first update; that it is right was checked when the training started.
+        found: the evaluation.
+        bar: what its lower bounds must be over.
+        quality: what was measured about the judge and its pairs.
+        health: the readings of the training.
+        training: `figures` of the training's manifest; first_loss is the DPO loss before the first update.
     """
-    rows: list[Figure] = []
-    if first_loss is not None:
-        rows.append(("Loss before the first update", f"{first_loss:.4f}", "ln 2 = 0.6931 for the sigmoid loss", None))
-    known = {reading["name"]: reading for reading in health["readings"]}
-    rows += [(n, known[n]["value"], known[n]["healthy"], known[n]["ok"]) for n in SHOWN_READINGS if n in known]
-    return rows
+    judged = {metric.name: metric for metric in quality.metrics}
+    read = {metric.name: metric for metric in health.readings}
+    figures = [*win_rate_figures(found, bar), *(judged[name] for name in SHOWN_METRICS if name in judged)]
+    if (first := training.get("first_loss")) is not None:
+        healthy = "ln 2 = 0.6931 for the sigmoid loss"
+        figures.append(_figure("Loss before the first update", f"{first:.4f}", healthy))
+    if (share := training.get("sampled_tokens_share")) is not None:
+        figures.append(
+            _figure("Sides trained on exactly the sampled tokens", f"{100 * share:.1f} %", "100 %", share == 1)
+        )
+    return figures + [read[name] for name in SHOWN_READINGS if name in read]
 
 
 def inputs_section(manifests: Sequence[Manifest], changed: Mapping[str, Any]) -> ReportSection:
@@ -165,15 +216,9 @@ def approval_section(estimates: Sequence[Row], comparisons: int) -> ReportSectio
         comparisons: verdicts that the evaluation will want later, at most.
     """
     columns = (
-        "judge",
-        "requests",
-        "answered before",
-        "prompt tokens",
-        "completion tokens",
-        "at most",
-        "US$",
-        "at most ",
-    )
+        "judge", "requests", "answered before", "prompt tokens", "completion tokens", "tokens at most", "US$",
+        "US$ at most",
+    )  # fmt: skip
     rows = tuple(
         (
             str(row["model"]), row["requests"], row["known"], row["prompt_tokens"], row["completion_tokens"],

@@ -66,7 +66,8 @@ class Example:
 class ReportSection:
     """One part of the report: a summary, what to do, and what shows it.
 
-    `notes` say how the tables are to be read; `blocks` are (title, text) pairs that are shown as they are, folded.
+    `headline` is shown in large letters, green or red by `is_good`; `notes` say how the tables are to be read; `blocks`
+    are (title, text) pairs that are shown as they are, folded.
     """
 
     title: str
@@ -77,3 +78,5 @@ class ReportSection:
     notes: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
     blocks: tuple[tuple[str, str], ...] = ()
+    headline: str = ""
+    is_good: bool = True

@@ -43,7 +43,8 @@ def _cell_class(is_figure: bool, cell: Cell = None) -> Markup:
 
 def render_markdown(section: ReportSection) -> str:
     """Return one section as markdown for a Prefect artifact: pictures as data URIs, no raw HTML."""
-    parts = [f"## {_markdown(section.title)}", _markdown(section.summary)]
+    parts = [f"## {_markdown(section.title)}", f"**{_markdown(section.headline)}**" if section.headline else ""]
+    parts.append(_markdown(section.summary))
     if section.advice:
         parts.append("**What to do**\n\n" + "\n".join(f"- {_markdown(text)}" for text in section.advice))
     parts += [f"![{_markdown(picture.caption)}]({picture.data_uri()})" for picture in section.pictures]
@@ -127,10 +128,10 @@ def _markdown_example(example: Example) -> str:
     return "\n\n".join(
         (
             f"### {_markdown(example.title)}",
-            f"**{_markdown(example.left_label)}**",
-            _markdown_quote(example.left),
-            f"**{_markdown(example.right_label)}**",
-            _markdown_quote(example.right),
+            *(
+                f"**{_markdown(side.label)}**{' ✓ won' if side.won else ''}\n\n{_markdown_quote(side.text)}"
+                for side in example.sides()
+            ),
         )
     )
 

@@ -2,29 +2,27 @@
 
 import logging
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
 
-from tasks.batch.costs import Ledger, StageCost, format_usd
-from tasks.config import PipelineConfig
+from tasks.batch.costs import Ledger, StageCost, format_seconds
+from tasks.config import PipelineConfig, StageConfig
 from tasks.judge.quality import QualityReport
 from tasks.report.overview import (
-    Figure,
     glance_section,
     inputs_section,
-    quality_figures,
-    training_figures,
-    win_rate_figures,
+    run_figures,
 )
-from tasks.report.page import ReportSection
+from tasks.report.page import ReportSection, Table
 from tasks.report.plots import plot_metrics
 from tasks.report.render import render_html, render_markdown
 from tasks.report.sections import (
     SampleLengths,
     cost_section,
+    cost_text,
     evaluation_section,
     lineage_section,
     pairs_section,
@@ -33,6 +31,7 @@ from tasks.report.sections import (
     training_section,
 )
 from tasks.run.preflight import PipelineResult, run_key
+from tasks.store.measures import Evaluation, Health
 from tasks.store.workspace import (
     MANIFEST,
     AdapterRef,
@@ -89,24 +88,21 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
         *preference_sections(result.preferences, config.workspace),
         training_page(result.adapter, config.workspace),
     ]
-    figures = run_figures(store, result, ledger, bar)
-    glance = glance_section(store.read_json(result.evaluation.uri), bar, what_is_served(result), figures, shown)
+    found, quality = read_evaluation(store, result.evaluation), read_quality(store, result.preferences)
+    trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
+    figures = run_figures(found, bar, quality, read_health(store, result.adapter), trained)
+    glance = glance_section(found, bar, what_is_served(result), figures, shown)
+    is_priced = any(judge.prompt_price or judge.completion_price for judge in config.judging.judges())
+    facts = (
+        ("New adapter", result.adapter.sha256[:12]),
+        ("Prompts sampled", f"{result.completions.rows:,}"),
+        ("Preference pairs", f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"),
+        ("Time of all stages", format_seconds(ledger.total().seconds)),
+        ("Cost of everything, US$", cost_text(ledger, is_priced)),
+    )
+    glance = replace(glance, tables=(*glance.tables, Table("The run", ("what", "value"), facts)))
     inputs = inputs_section(manifests, changed_settings(config))
-    return [glance, inputs, *shown, cost_section(ledger), lineage_section(manifests, store.root)]
-
-
-def run_figures(store: Workspace, result: PipelineResult, ledger: Ledger, bar: float) -> list[Figure]:
-    """Return the figures of the first page, each with its healthy range."""
-    training = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
-    pairs = f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"
-    return [
-        *win_rate_figures(store.read_json(result.evaluation.uri), bar),
-        ("Prompts sampled", result.completions.rows, "", None),
-        ("Preference pairs", pairs, "", None),
-        *quality_figures(read_quality(store, result.preferences)),
-        *training_figures(store.read_json(result.adapter.sibling("health.json")), training.get("first_loss")),
-        ("Cost of everything, US$", format_usd(ledger.total().used.usd), "", None),
-    ]
+    return [glance, inputs, *shown, cost_section(ledger, is_priced), lineage_section(manifests, store.root)]
 
 
 def what_is_served(result: PipelineResult) -> str:
@@ -117,18 +113,21 @@ def what_is_served(result: PipelineResult) -> str:
 
 
 def changed_settings(config: PipelineConfig) -> dict[str, Any]:
-    """Return the settings that differ from their defaults, by their dotted names."""
-    return dict(_differences("", config.model_dump(mode="json"), PipelineConfig().model_dump(mode="json")))
+    """Return the settings that decide the outcome and differ from their defaults, by their dotted names.
+
+    Addresses, limits and prices are left out: a cached run was made with those of then, not with these.
+    """
+    return dict(_differences("", config, PipelineConfig()))
 
 
-def _differences(prefix: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in given.items():
-        default = defaults.get(name)
-        if isinstance(value, dict) and isinstance(default, dict):
+def _differences(prefix: str, given: StageConfig, defaults: StageConfig) -> Iterator[tuple[str, Any]]:
+    for name in given.identity():
+        value, default = getattr(given, name), getattr(defaults, name)
+        if isinstance(value, StageConfig) and isinstance(default, StageConfig):
             yield from _differences(f"{prefix}{name}.", value, default)
         # The evaluation's endpoints are those of the stages before, written out.
-        elif value != default and not (prefix == "evaluation." and isinstance(value, dict)):
-            yield f"{prefix}{name}", value
+        elif value != default and not isinstance(value, StageConfig):
+            yield f"{prefix}{name}", given.model_dump(mode="json")[name]
 
 
 def report_uri(config: PipelineConfig) -> str:
@@ -155,19 +154,29 @@ def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport
     return QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
 
 
+def read_evaluation(store: Workspace, evaluation: EvaluationRef) -> Evaluation:
+    """Return what the comparisons came to."""
+    return Evaluation.model_validate(store.read_json(evaluation.uri))
+
+
+def read_health(store: Workspace, adapter: AdapterRef) -> Health:
+    """Return the readings of a training."""
+    return Health.model_validate(store.read_json(adapter.sibling("health.json")))
+
+
 def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
     """Return the section on a training."""
     store = Workspace(workspace)
     metrics = list(store.read_rows(adapter.sibling("metrics.jsonl")))
     counts = store.read_manifest(adapter).counts if adapter.manifest else {}
-    return training_section(store.read_json(adapter.sibling("health.json")), metrics, plot_metrics(metrics), counts)
+    return training_section(read_health(store, adapter), metrics, plot_metrics(metrics), counts)
 
 
 def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
     """Return the section on the win rate."""
     store, lengths = Workspace(workspace), SampleLengths()
     comparisons = sample_rows(lengths.watch(store.read_rows(evaluation.sibling("comparisons.jsonl"))))
-    return evaluation_section(store.read_json(evaluation.uri), comparisons, bar, lengths)
+    return evaluation_section(read_evaluation(store, evaluation), comparisons, bar, lengths)
 
 
 def gather_manifests(store: Workspace, *results: PipelineResult) -> list[Manifest]:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.batch.costs import Ledger, format_usd
-from tasks.judge.quality import Metric, QualityReport
+from tasks.judge.quality import QualityReport
 from tasks.report.page import Cell, Example, Picture, ReportSection, Table
+from tasks.store.measures import Evaluation, Health, Metric, WinRate
 from tasks.store.workspace import Manifest
 
 EXAMPLES = 20
-# One-sided 5 %, power 80 %: decided comparisons that it takes to see a win rate of 55 % and of 60 %.
-ENOUGH_DECIDED, ENOUGH_FOR_60 = 615, 152
 TRAINING_FIGURES = (
     ("loss", "Training loss"),
     ("eval_loss", "Held-out loss"),
@@ -42,7 +41,7 @@ def sample_rows(rows: Iterable[Row], count: int = EXAMPLES, seed: int = 42) -> l
 
 def quality_section(report: QualityReport, png: bytes | None = None) -> ReportSection:
     """Show what was measured about the judge and its pairs, and what to change."""
-    columns = ("measurement", "value", "healthy", "state")
+    columns = ("measurement", "state", "value", "healthy")
     tables = [Table("Measurements", columns, tuple(map(metric_row, report.metrics)))]
     tables += [table for metric in report.metrics if (table := _detail_table(metric))]
     if report.reasons:
@@ -57,13 +56,9 @@ def quality_section(report: QualityReport, png: bytes | None = None) -> ReportSe
     )
 
 
-def metric_row(metric: Metric) -> tuple[str, Cell, str, bool | None]:
-    """Return a measurement's title, its value with its unit, the healthy range, and whether it lies in it."""
-    value: Cell = metric.value
-    if metric.value is not None:
-        is_share = (metric.unit or "").startswith("share")
-        value = f"{100 * metric.value:.1f} %" if is_share else f"{metric.value:,.3g} {metric.unit or ''}".strip()
-    return metric.title, value, metric.healthy, metric.ok
+def metric_row(metric: Metric) -> tuple[Cell, ...]:
+    """Return a measurement's title, whether it lies in its range, its value with its unit, and the range."""
+    return metric.title, metric.ok, metric.text(), metric.healthy
 
 
 def _detail_table(metric: Metric) -> Table | None:
@@ -126,27 +121,27 @@ def pairs_section(pairs: Sequence[Row]) -> ReportSection:
 
 
 def training_section(
-    health: Row, metrics: Sequence[Row], png: bytes | None = None, counts: Mapping[str, int] | None = None
+    health: Health, metrics: Sequence[Row], png: bytes | None = None, counts: Mapping[str, int] | None = None
 ) -> ReportSection:
     """Show the readings and curves of a training.
 
     Args:
-        health: `health.json`: ok, source, readings (name, value, healthy, ok, meaning), warnings, advice.
+        health: the readings.
         metrics: the rows of `metrics.jsonl`: {step, loss, eval_loss, rewards/..., ...}, each with some of them.
         png: the curves, from `tasks.report.plots.plot_metrics`.
         counts: `counts` of the training's manifest: what became of the pairs.
     """
-    readings = tuple((r["name"], r["value"], r["healthy"], r["ok"], r["meaning"]) for r in health["readings"])
+    readings = tuple((*metric_row(reading), reading.meaning) for reading in health.readings)
     tables = (
-        Table("Readings", ("metric", "value", "healthy", "state", "meaning"), readings),
+        Table("Readings", ("metric", "state", "value", "healthy", "meaning"), readings),
         _figures(metrics),
         _pairs_used(counts or {}),
     )
-    verdict = "Healthy" if health["ok"] else "Needs attention"
+    verdict = "Healthy" if health.ok else "Needs attention"
     return ReportSection(
         title="Training",
-        summary=f"{verdict}: readings from {health['source']}.",
-        advice=(*health["warnings"], *health["advice"]),
+        summary=f"{verdict}: readings from {health.source}.",
+        advice=(*health.warnings, *health.advice),
         tables=tuple(table for table in tables if table.rows),
         pictures=(_curves(png),) if png else (),
     )
@@ -216,77 +211,76 @@ class SampleLengths:
 
 
 def evaluation_section(
-    win_rate: Row, comparisons: Sequence[Row] = (), bar: float = 0.5, lengths: SampleLengths | None = None
+    found: Evaluation, comparisons: Sequence[Row] = (), bar: float = 0.5, lengths: SampleLengths | None = None
 ) -> ReportSection:
     """Show whether the new adapter won, and before/after comparisons to read.
 
     Args:
-        win_rate: `win_rate.json`: win_rate, lower, upper, confidence, samples, prompts, ties, and `null` of the same.
+        found: the evaluation.
         comparisons: rows of `comparisons.jsonl`: prompt, completions [SFT, new], outcome (1: the new one won).
-        bar: what the interval's lower bound must be over.
+        bar: what the intervals' lower bounds must be over.
         lengths: of all samples, if they were counted: a judge may like longer texts better.
     """
-    passed = win_rate["lower"] > bar
+    passed = found.proven > bar
     summary = (
-        f"The new adapter wins {rate_text(win_rate)} of the comparisons with the SFT adapter on "
-        f"{win_rate['prompts']:,} held-out prompts (ties count half). The interval "
-        f"{'lies' if passed else 'does not lie'} over the bar of "
-        f"{100 * bar:.3g} %."
+        f"The new adapter wins {found.text()} of the comparisons with the SFT adapter on {found.prompts:,} held-out "
+        f"prompts (ties count half). The lower bound that counts is {100 * found.proven:.1f} %, "
+        f"{'over' if passed else 'not over'} the bar of {100 * bar:.3g} %."
     )
-    rows: list[tuple[Cell, ...]] = [_rate_row("new adapter against SFT", win_rate, passed)]
-    null = win_rate.get("null")
-    if null:
-        rows.append(_rate_row("SFT against itself", null, null_is_near(null)))
-    columns = ("comparison", "win rate", "interval", "samples", "prompts", "ties", "state")
-    table = Table(f"Win rates with {100 * win_rate['confidence']:.3g} % intervals", columns, tuple(rows))
+    table = Table(
+        f"Win rates with {100 * found.confidence:.3g} % intervals",
+        ("comparison", "state", "win rate", "interval", "samples", "prompts", "ties"),
+        tuple(_rate_rows(found, bar)),
+    )
     return ReportSection(
         title="Evaluation",
         summary=summary,
-        advice=tuple(_evaluation_advice(win_rate, passed)),
+        advice=tuple(_evaluation_advice(found, passed)),
         tables=(table, lengths.table()) if lengths and lengths.samples else (table,),
         examples=tuple(_comparison(number, row) for number, row in enumerate(comparisons[:EXAMPLES], 1)),
     )
 
 
-def null_is_near(null: Row) -> bool:
-    """Tell whether the SFT adapter against itself comes out even, as it must."""
-    return bool(null["lower"] <= 0.5 <= null["upper"])
+def _rate_rows(found: Evaluation, bar: float) -> Iterator[tuple[Cell, ...]]:
+    yield _rate_row("new adapter against SFT", found, found.lower > bar)
+    if (controlled := found.length_controlled) is not None:
+        yield _rate_row("the same, length taken out", controlled, controlled.lower > bar)
+    if found.second is not None:
+        yield _rate_row(f"by {', '.join(found.second.judges)}", found.second.rate, None)
+    if found.null is not None:
+        yield _rate_row(f"SFT against itself ({100 * found.null.confidence:.3g} %)", found.null, found.null_holds)
 
 
-def rate_text(found: Row) -> str:
-    """Return a win rate with its interval, in percent."""
-    return f"{100 * found['win_rate']:.1f} % ({100 * found['lower']:.1f}-{100 * found['upper']:.1f} %)"
+def _rate_row(name: str, rate: WinRate, ok: bool | None) -> tuple[Cell, ...]:
+    interval = f"{100 * rate.lower:.1f}-{100 * rate.upper:.1f} %"
+    share, ties = f"{100 * rate.win_rate:.1f} %", f"{100 * rate.ties:.1f} %"
+    return name, ok, share, interval, rate.samples, rate.prompts, ties
 
 
-def _rate_row(name: str, found: Row, ok: bool) -> tuple[Cell, ...]:
-    interval = f"{100 * found['lower']:.1f}-{100 * found['upper']:.1f} %"
-    share, ties = f"{100 * found['win_rate']:.1f} %", f"{100 * found['ties']:.1f} %"
-    return name, share, interval, found["samples"], found["prompts"], ties, ok
-
-
-def _evaluation_advice(win_rate: Row, passed: bool) -> Iterable[str]:
-    null = win_rate.get("null")
-    if null and not null_is_near(null):
+def _evaluation_advice(found: Evaluation, passed: bool) -> Iterator[str]:
+    if found.null is not None and not found.null_holds:
         yield (
-            f"Two draws of the SFT adapter come out at {rate_text(null)}, where it must be near 50 %: do not trust "
+            f"Two draws of the SFT adapter come out at {found.null.text()}, where it must be near 50 %: do not trust "
             "this win rate. Look at the judge's positions, and take more evaluation.num_samples."
         )
-    decided = round(win_rate["samples"] * (1 - win_rate["ties"]))
-    if not passed and win_rate["upper"] > 0.5 and decided < ENOUGH_DECIDED:
+    if passed:
+        return
+    if found.upper > 0.5 and found.detectable is not None and found.win_rate < found.detectable:
         yield (
-            f"Only {decided:,} comparisons were decided (ties left out). To see a win rate of 55 % takes about "
-            f"{ENOUGH_DECIDED} of them, 60 % about {ENOUGH_FOR_60}: raise evaluation.num_samples or max_prompts."
+            f"This evaluation finds a true win rate of {100 * found.detectable:.1f} % or more in 4 runs of 5, and a "
+            "smaller one seldom: raise evaluation.num_samples or max_prompts, or give more held-out prompts."
         )
-    elif not passed:
+    else:
         yield (
-            "The adapter is not better, so it is not promoted. In this order: mend what is out of range under "
+            "The adapter is not better, so it is not promoted. In this order: fix what is out of range under "
             "Preferences, try a higher training.learning_rate with training.sft_weight 1, a lower training.beta, a "
             "stronger judging.model, more generation.num_completions, more prompts."
         )
 
 
 def _comparison(number: int, row: Row) -> Example:
-    outcome = {1.0: "the new adapter won", 0.0: "the SFT adapter won"}.get(row.get("outcome", 0.5), "undecided")
+    winner = {1.0: 1, 0.0: 0}.get(row.get("outcome", 0.5))
+    outcome = "undecided" if winner is None else ("the SFT adapter won", "the new adapter won")[winner]
     before, after = row["completions"]
     return Example(
         title=_example_title(number, row["prompt"], outcome),
@@ -295,14 +289,24 @@ def _comparison(number: int, row: Row) -> Example:
         left=before,
         right_label="after (DPO)",
         right=after,
+        winner=winner,
     )
 
 
-def cost_section(ledger: Ledger) -> ReportSection:
-    """Show tokens, GPU time and money by stage, and what the cache saved."""
+def cost_text(ledger: Ledger, is_priced: bool) -> str:
+    """Return what everything cost in US$, or that it is not known."""
+    usd = ledger.total().used.usd
+    return format_usd(usd) if is_priced or usd else "not known: prompt_price and completion_price are not set"
+
+
+def cost_section(ledger: Ledger, is_priced: bool = True) -> ReportSection:
+    """Show tokens, GPU time and money by stage, and what the cache saved; without prices no sum of money is claimed."""
     heading, *rows = ledger.rows()
     total = ledger.total()
-    summary = f"Making everything in this run cost {format_usd(total.used.usd)} US$, whichever run made it."
+    if is_priced or total.used.usd:
+        summary = f"Making everything in this run cost {format_usd(total.used.usd)} US$, whichever run made it."
+    else:
+        summary = "What this run cost is not known: set prompt_price and completion_price of the models to see it."
     if total.cached.usd:
         summary += f" Results kept from earlier runs saved another {format_usd(total.cached.usd)} US$."
     elif total.cached.requests:
@@ -320,7 +324,7 @@ def lineage_section(manifests: Sequence[Manifest], root: str = "") -> ReportSect
         root: of the workspace: addresses below it are shown without it.
     """
     rows = tuple(_lineage_row(manifest, root) for manifest in manifests)
-    tables = [Table("Artifacts", ("stage", "artifact", "rows", "sha256", "made from", "where"), rows)]
+    tables = [Table("Artifacts", ("stage", "rows", "sha256", "made from", "where"), rows)]
     advice = []
     packages = _package_rows(manifests)
     if packages:
@@ -344,15 +348,14 @@ def lineage_section(manifests: Sequence[Manifest], root: str = "") -> ReportSect
 
 def _lineage_row(manifest: Manifest, root: str) -> tuple[Cell, ...]:
     artifact = manifest.artifact
-    upstream = ", ".join(f"{origin.kind} {origin.sha256[:12]}" for origin in manifest.upstream)
-    place = _place(artifact.uri, root)
-    return manifest.stage, artifact.kind, artifact.rows, artifact.sha256[:12], upstream or None, place
+    upstream = ", ".join(f"{origin.kind} {origin.sha256[:8]}" for origin in manifest.upstream)
+    return manifest.stage, artifact.rows, artifact.sha256[:8], upstream or None, _place(artifact.uri, root)
 
 
 def _place(uri: str, root: str) -> str:
     """Shorten an address: without the workspace, and with the first digits of keys, which no table has room for."""
     below = uri.removeprefix(root).removeprefix("/") if root else uri
-    return re.sub(r"([0-9a-f]{12})[0-9a-f]{20,}", r"\1…", below)
+    return re.sub(r"([0-9a-f]{8})[0-9a-f]{24,}", r"\1…", below)
 
 
 def _package_rows(manifests: Sequence[Manifest]) -> tuple[tuple[Cell, ...], ...]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
+from tasks.config import resolve_location
 from tasks.store.workspace import AdapterRef, CompletionsRef, EvaluationRef, PreferencesRef, Reference, Workspace
 
 
@@ -30,7 +31,7 @@ def find_reference(kind: type[Reference], value: object) -> object:
 
 def _manifest_of(text: str, wanted: str) -> str:
     """Return the manifest in the folder `text`, or beside the file or folder `text`."""
-    uri = text.rstrip("/")
+    uri = resolve_location(text)
     candidates = [f"{uri}/manifest.json", f"{posixpath.dirname(uri)}/manifest.json"]
     if uri.endswith("manifest.json"):
         candidates = [uri]

@@ -134,7 +134,7 @@ def check_inputs(config: PipelineConfig) -> None:
         PreflowError: naming the first file that is wrong, where, and what to do.
     """
     read_rubric(config.judging.rubric)
-    check_training_inputs(config.training)
+    check_training_inputs(config.training, trains_here=config.training_deployment is None)
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
         import_prompts(prompts, config.workspace)
 

@@ -1,4 +1,4 @@
-"""Objects on Google Cloud Storage as files, through Google's own client.
+"""A workspace on Google Cloud Storage, through Google's own client.
 
 Every request is retried; every whole object is checked against its crc32c on the way up (by the server, which refuses
 a cut or altered one) and on the way down. An object carries its sha256 as metadata, so that nothing need be read again
@@ -15,10 +15,9 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 import requests
@@ -32,7 +31,7 @@ from google.cloud.storage.exceptions import (  # type: ignore[import-untyped,unu
     InvalidResponse,
 )
 
-from tasks.store.local import Stat
+from tasks.store.workspace import Stat, Workspace
 
 LOG = logging.getLogger(__name__)
 
@@ -93,8 +92,8 @@ def _download(blob: Any, out: IO[bytes], start: int | None = None, end: int | No
 
 
 @functools.lru_cache
-def _client(process: int, emulator: str | None) -> Any:
-    """Return the client of a process; connections do not survive a fork."""
+def _client(process: int, emulator: str | None, block: str) -> Any:
+    """Return the client of a process (no connection survives a fork), with a block's credentials if one is named."""
     # Otherwise a missing object makes the client ask for the bucket's own data, which takes a right of its own.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     client = storage.Client.create_anonymous_client() if emulator else storage.Client(project=None)
@@ -119,18 +118,20 @@ def _as_file_errors(uri: str) -> Iterator[None]:
         raise OSError(errno.EIO, f"the bucket did not do it ({type(cause).__name__}: {cause})", uri) from error
 
 
-class GcsFiles:
-    """`tasks.store.local.Files` on Google Cloud Storage: one object a file, replaced in one step, no rename."""
+class GcsWorkspace(Workspace):
+    """A prefix of a bucket: one object a file, replaced in one step, no rename."""
+
+    is_local = False
 
     def stat(self, uri: str) -> Stat | None:
-        """See `Files`."""
+        """Return the facts of an object, or None."""
         bucket, name = _parts(uri)
         with _as_file_errors(uri):
             blob = bucket.get_blob(name, **POLICY)
-        return None if blob is None else _stat(bucket.name, blob)
+        return None if blob is None else _stat(uri.removesuffix(name), blob)
 
-    def read(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
-        """See `Files`; a part of an object cannot be checked by its crc32c."""
+    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes from `start` up to `end`; a part of an object cannot be checked by its crc32c."""
         if start == 0 and end is None:
             out = io.BytesIO()
             self._copy(uri, out)
@@ -149,56 +150,43 @@ class GcsFiles:
                 return b""
             raise
 
-    def read_ranges(self, uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-        """See `Files`; ranges near to each other come in one request."""
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of each range; ranges near to each other come in one request."""
         found: list[bytes] = []
         for group in _near(ranges):
             start = group[0][0]
-            block = self.read(uri, start, max(end for _, end in group))
+            block = self.read_bytes(uri, start, max(end for _, end in group))
             found += [block[first - start : end - start] for first, end in group]
         return found
 
     def open(self, uri: str) -> IO[bytes]:
-        """See `Files`; the object is fetched whole, so that its crc32c is known to be right before a byte is used."""
+        """Fetch an object whole, so that its crc32c is known to be right before a byte is used."""
         file = tempfile.SpooledTemporaryFile(SPOOLED)  # noqa: SIM115  the caller closes it
         self._copy(uri, file)
         file.seek(0)
         return file
-
-    def fetch(self, uri: str, local: Path) -> None:
-        """See `Files`."""
-        with local.open("w+b") as out:
-            self._copy(uri, out)
 
     def _copy(self, uri: str, out: Any) -> int:
         bucket, name = _parts(uri)
         with _as_file_errors(uri):
             return _download(bucket.blob(name), out)
 
-    def sha256(self, uri: str) -> str:
-        """See `Files`: as the object says itself, or by reading it, once for each generation."""
-        bucket, name = _parts(uri)
-        with _as_file_errors(uri):
-            blob = bucket.get_blob(name, **POLICY)
-        if blob is None:
-            raise FileNotFoundError(errno.ENOENT, "no such object", uri)
-        if known := _stat(bucket.name, blob).sha256:
-            return known
-        found = hashlib.sha256()
+    def _digest(self, uri: str) -> str:
+        """Return the sha256 of an object that does not carry it, read once for each generation."""
         with tempfile.SpooledTemporaryFile(SPOOLED) as file:
             generation = self._copy(uri, file)
             file.seek(0)
+            found = hashlib.sha256()
             while chunk := file.read(1 << 20):
                 found.update(chunk)
         _digests[uri, generation] = found.hexdigest()
         return found.hexdigest()
 
-    def stage(self, uri: str) -> IO[bytes]:
-        """See `Files`."""
+    def _stage(self, uri: str) -> IO[bytes]:
         return tempfile.SpooledTemporaryFile(SPOOLED)
 
-    def publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
-        """See `Files`; an object that differs from its crc32c is refused by the server."""
+    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
+        """Upload; an object that differs from its crc32c is refused by the server."""
         bucket, name = _parts(uri)
         blob = bucket.blob(name)
         blob.metadata = {"sha256": sha256}
@@ -206,36 +194,35 @@ class GcsFiles:
         with _as_file_errors(uri):
             blob.upload_from_file(staged, rewind=True, size=size, checksum="crc32c", **POLICY)
 
-    def discard(self, staged: IO[bytes]) -> None:
-        """See `Files`."""
+    def _discard(self, staged: IO[bytes]) -> None:
         staged.close()
 
     def files(self, uri: str) -> list[Stat]:
-        """See `Files`."""
+        """Return the objects directly below a prefix."""
         return self._list(uri)[0]
 
-    def folders(self, uri: str) -> list[str]:
-        """See `Files`."""
-        return self._list(uri)[1]
+    def folders(self, uri: str) -> Sequence[str]:
+        """Return the names of the prefixes directly below a prefix."""
+        return sorted(self._list(uri)[1])
 
     def _list(self, uri: str) -> tuple[list[Stat], list[str]]:
         bucket, name = _parts(uri)
         prefix = f"{name}/" if name else ""
         with _as_file_errors(uri):
             found = bucket.client.list_blobs(bucket, prefix=prefix, delimiter="/", fields=LISTED, **POLICY)
-            stats = [_stat(bucket.name, blob) for blob in found if not blob.name.endswith("/")]
+            stats = [_stat(uri.removesuffix(name), blob) for blob in found if not blob.name.endswith("/")]
         return stats, [folder.removeprefix(prefix).rstrip("/") for folder in found.prefixes]
 
     def tree(self, uri: str) -> dict[str, Stat]:
-        """See `Files`."""
+        """Return all objects below a prefix."""
         bucket, name = _parts(uri)
         prefix = f"{name}/" if name else ""
         with _as_file_errors(uri):
             found = list(bucket.client.list_blobs(bucket, prefix=prefix, fields=LISTED, **POLICY))
-        return {blob.name.removeprefix(prefix): _stat(bucket.name, blob) for blob in found if blob.name[-1] != "/"}
+        root = uri.removesuffix(name)
+        return {blob.name.removeprefix(prefix): _stat(root, blob) for blob in found if blob.name[-1] != "/"}
 
-    def remove(self, uri: str) -> None:
-        """See `Files`."""
+    def _remove(self, uri: str) -> None:
         bucket, name = _parts(uri)
         try:
             with _as_file_errors(uri):
@@ -243,13 +230,12 @@ class GcsFiles:
         except FileNotFoundError:
             LOG.debug("%s was gone already", uri)
 
-    def remove_tree(self, uri: str) -> None:
-        """See `Files`."""
+    def _remove_tree(self, uri: str) -> None:
         with ThreadPoolExecutor(PARALLEL_DELETES) as pool:
-            list(pool.map(self.remove, [stat.uri for stat in self.tree(uri).values()]))
+            list(pool.map(self._remove, [stat.uri for stat in self.tree(uri).values()]))
 
     def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
-        """See `Files`; the version is the object's generation, 0 where there is none."""
+        """Return the content and the object's generation, 0 where there is none."""
         bucket, name = _parts(uri)
         blob, out = bucket.blob(name), io.BytesIO()
         try:
@@ -259,8 +245,7 @@ class GcsFiles:
             return None, 0
         return out.getvalue(), generation
 
-    def swap(self, uri: str, content: bytes, version: object) -> object | None:
-        """See `Files`."""
+    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
         bucket, name = _parts(uri)
         blob = bucket.blob(name)
         mark = uuid.uuid4().hex
@@ -280,19 +265,21 @@ class GcsFiles:
 
 
 def _parts(uri: str) -> tuple[Any, str]:
-    bucket, _, name = uri.removeprefix("gs://").partition("/")
+    """Return the bucket and the object's name of gs://bucket/name, or of gs://BLOCK@bucket/name."""
+    authority, _, name = uri.removeprefix("gs://").partition("/")
+    block, _, bucket = authority.rpartition("@")
     with _as_file_errors(uri):
-        client = _client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"))
+        client = _client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"), block)
     return client.bucket(bucket), name.rstrip("/")
 
 
-def _stat(bucket: str, blob: Any) -> Stat:
-    uri = f"gs://{bucket}/{blob.name}"
+def _stat(root: str, blob: Any) -> Stat:
+    uri = f"{root.rstrip('/')}/{blob.name}"
     told = (blob.metadata or {}).get("sha256") or _digests.get((uri, blob.generation))
     return Stat(uri, int(blob.size), told)
 
 
-def _near(ranges: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+def _near(ranges: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     """Group ranges that are worth reading in one request."""
     group: list[tuple[int, int]] = []
     for start, end in ranges:

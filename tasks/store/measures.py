@@ -6,7 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Metric(BaseModel):
-    """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with."""
+    """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with.
+
+    `meaning` says in words what the value shows, and stands for it where it is not a single number.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -17,12 +20,13 @@ class Metric(BaseModel):
     healthy: str
     ok: bool | None = None
     advice: str | None = None
+    meaning: str = ""
     detail: dict[str, Any] = {}
 
     def text(self) -> str | None:
         """Return the value with its unit, as a report shows it: shares in percent."""
         if self.value is None:
-            return None
+            return self.meaning or None
         if (self.unit or "").startswith("share"):
             return f"{100 * self.value:.1f} %"
         return f"{self.value:,.3g} {self.unit or ''}".strip()
@@ -92,12 +96,14 @@ class Evaluation(WinRate):
         null: two draws of the SFT adapter against each other, at 99 %: must hold 0.5.
         length_controlled: the win rate had the new adapter's samples been as often longer as shorter.
         second: the second opinion, if another judge was asked.
+        detectable: the smallest true win rate that passes a gate at 50 % in 80 % of runs, going by these samples.
     """
 
     adapter_sha256: str
     null: WinRate | None = None
     length_controlled: WinRate | None = None
     second: SecondOpinion | None = None
+    detectable: float | None = None
 
     @property
     def null_holds(self) -> bool:
@@ -129,3 +135,19 @@ class Evaluation(WinRate):
                 "judging.rubric that length does not count, or lower generation.max_tokens."
             )
         return None
+
+
+class Health(BaseModel):
+    """`health.json`: the readings of a training, the warnings that follow from them together, and what to try."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    source: str
+    readings: tuple[Metric, ...] = ()
+    warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every reading is in its range and nothing is warned of."""
+        return not self.warnings and all(reading.ok for reading in self.readings)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from tasks.config.base import resolve_location
 from tasks.errors import PreflowError
 from tasks.store.records import Prompt, read_rows
 from tasks.store.workspace import DigestWriter, Manifest, Origin, PromptsRef, Workspace, stage_key
@@ -25,6 +26,7 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     Raises:
         PreflowError: a row is wrong (file, line, field), or no row is left.
     """
+    source = resolve_location(source)
     origin, store = Workspace.holding(source), Workspace(workspace)
     if not origin.exists(source):
         raise PreflowError(f"{source}: no such prompts file. Give a JSONL file with a `prompt` in each row.")

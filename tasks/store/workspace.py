@@ -8,19 +8,19 @@ import logging
 import os
 import posixpath
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import unquote, urlparse
+from typing import IO, Any
 
 from pydantic import ValidationError
 
+from tasks.config.base import resolve_location
 from tasks.errors import DiskFullError, PreflowError
-from tasks.store.local import Files, LocalFiles, Stat
 from tasks.store.refs import (
     MANIFEST,
     AdapterRef,
@@ -81,37 +81,116 @@ logger = logging.getLogger(__name__)
 _writable_until: dict[str, float] = {}
 
 
-class Workspace:
-    """A folder of artifacts, local or on Google Cloud Storage, with atomic writes.
+@dataclass(frozen=True)
+class Stat:
+    """One file: its size in bytes, and its sha256 where that is known without reading it."""
 
-    Locally a file is written beside its place and renamed (`files.py`); on GCS it is one object upload (`gcs.py`).
-    Relative names are joined to the root with `uri()`; every method takes the full uri.
+    uri: str
+    size: int
+    sha256: str | None = None
+
+
+def _anybody() -> None:
+    """Let everybody write."""
+
+
+class Workspace:
+    """A folder of artifacts. `Workspace(address)` gives the kind that the address asks for, as `pathlib.Path` does.
+
+    A kind of storage implements the primitives, the methods from `stat` to `swap`; all others are made of those. Every
+    method takes a full uri; relative names are joined to the root with `uri()`.
+
+    Args:
+        address: a folder, or gs://bucket/prefix.
+        guard: called before a file appears, changes or goes; it raises when this process may no longer write.
 
     Raises:
-        PreflowError: the root cannot be used (`check_writable`), or a file is missing or unreadable.
+        PreflowError: the address is of no kind that there is.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        text = str(root)
-        if text.startswith("file://"):
-            text = unquote(urlparse(text).path)
-        self.is_local = "://" not in text
-        if not self.is_local and not text.startswith("gs://"):
-            raise PreflowError(f"workspace {text!r}: only a local folder or gs://bucket/prefix can be a workspace")
-        self.root = str(Path(text).expanduser().absolute()) if self.is_local else text.rstrip("/")
+    is_local = True
 
-    @cached_property
-    def _files(self) -> Files:
-        """Where the files are; Google's client is imported only when a gs:// address is used."""
-        if self.is_local:
-            return LocalFiles()
-        from tasks.store.gcs import GcsFiles
+    def __new__(cls, address: str | Path, guard: Callable[[], None] = _anybody) -> "Workspace":
+        """Return a workspace of the kind that the address asks for."""
+        return super().__new__(_kind_of(str(address)) if cls is Workspace else cls)
 
-        return GcsFiles()
+    def __init__(self, address: str | Path, guard: Callable[[], None] = _anybody) -> None:
+        self.root = resolve_location(str(address))
+        self._guard = guard
+
+    @classmethod
+    def holding(cls, uri: str) -> "Workspace":
+        """Return a workspace through which the single file or folder at `uri` can be read."""
+        return Workspace(posixpath.dirname(resolve_location(uri)))
 
     def uri(self, *parts: str) -> str:
         """Join `parts` to the root."""
         return posixpath.join(self.root, *parts)
+
+    # ---- what a kind of storage implements. FileNotFoundError: what is read is not there; OSError: anything else
+
+    def stat(self, uri: str) -> Stat | None:
+        """Return the facts of a file, or None."""
+        raise NotImplementedError
+
+    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes from `start` up to `end`, or the whole file; less where the file ends before."""
+        raise NotImplementedError
+
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes from start up to end of each range; in ascending order it is fast."""
+        raise NotImplementedError
+
+    def open(self, uri: str) -> IO[bytes]:
+        """Open a whole file for reading from its start to its end."""
+        raise NotImplementedError
+
+    def files(self, uri: str) -> list[Stat]:
+        """Return the files directly below a folder; an absent one has none."""
+        raise NotImplementedError
+
+    def folders(self, uri: str) -> Sequence[str]:
+        """Return the names of the folders directly below a folder, sorted; an absent one has none."""
+        raise NotImplementedError
+
+    def tree(self, uri: str) -> dict[str, Stat]:
+        """Return all files below a folder by their name relative to it."""
+        raise NotImplementedError
+
+    def _stage(self, uri: str) -> IO[bytes]:
+        """Return a file to write what is to lie at `uri`, to be published or discarded."""
+        raise NotImplementedError
+
+    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
+        """Have what was staged appear, in one step, in the place of what was there."""
+        raise NotImplementedError
+
+    def _discard(self, staged: IO[bytes]) -> None:
+        """Drop what was staged; after `_publish`, do nothing."""
+        raise NotImplementedError
+
+    def _remove(self, uri: str) -> None:
+        """Delete a file if it is there."""
+        raise NotImplementedError
+
+    def _remove_tree(self, uri: str) -> None:
+        """Delete a folder and all below it if it is there."""
+        raise NotImplementedError
+
+    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
+        """Return a file's content (None where there is none) and its version, for `swap`."""
+        raise NotImplementedError
+
+    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        raise NotImplementedError
+
+    # ---- what is made of it
+
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        self._guard()
+        return self._swap(uri, content, version)
 
     def check_writable(self) -> None:
         """Write, read back and delete a probe file; a bucket that was found writable is asked again after minutes only.
@@ -137,22 +216,14 @@ class Workspace:
 
     def exists(self, uri: str) -> bool:
         """Tell whether there is a file at `uri`."""
-        return self._files.stat(uri) is not None
+        return self.stat(uri) is not None
 
     def size(self, uri: str) -> int:
         """Return a file's size in bytes."""
-        stat = self._files.stat(uri)
+        stat = self.stat(uri)
         if stat is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", uri)
         return stat.size
-
-    def read_bytes(self, uri: str) -> bytes:
-        """Return a file's content.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-        return self._files.read(uri)
 
     def read_json(self, uri: str) -> Any:
         """Return a JSON file's value.
@@ -171,14 +242,6 @@ class Workspace:
     def write_json(self, uri: str, value: object) -> None:
         """Write `value` as indented JSON with a newline at its end."""
         self.write_bytes(uri, indented_json(value))
-
-    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
-        """Return a file's content (None where there is none) and its version, for `swap`."""
-        return self._files.read_versioned(uri)
-
-    def swap(self, uri: str, content: bytes, version: object) -> object | None:
-        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
-        return self._files.swap(uri, content, version)
 
     def update_json(self, uri: str, change: Callable[[Any], Any]) -> Any:
         """Replace a JSON file's value by what `change` makes of it (None where there is none), losing no one's update.
@@ -211,13 +274,14 @@ class Workspace:
     def writing(self, uri: str) -> Iterator["DigestWriter"]:
         """Stream a file: it appears under `uri` when the block ends without an error, and not at all otherwise."""
         try:
-            staged = self._files.stage(uri)
+            staged = self._stage(uri)
             try:
                 out = DigestWriter(staged)
                 yield out
-                self._files.publish(staged, uri, out.sha256)
+                self._guard()
+                self._publish(staged, uri, out.sha256)
             finally:
-                self._files.discard(staged)
+                self._discard(staged)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -229,39 +293,41 @@ class Workspace:
     def lines(self, uri: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield a file's lines with their newline, from byte `start` up to byte `end`, without holding the file."""
         if start or end is not None:
-            yield from io.BytesIO(self._files.read(uri, start, end))
+            yield from io.BytesIO(self.read_bytes(uri, start, end))
             return
-        with self._files.open(uri) as file:
+        with self.open(uri) as file:
             yield from file
-
-    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """Return the bytes from start up to end of each range; in ascending order it is fast."""
-        return self._files.read_ranges(uri, list(ranges))
 
     def list(self, uri: str) -> list[str]:
         """Return the uris of the files directly below `uri`, sorted; an absent folder has none."""
-        return sorted(stat.uri for stat in self._files.files(uri))
-
-    def folders(self, uri: str) -> Sequence[str]:
-        """Return the names of the folders directly below `uri`, sorted; an absent folder has none."""
-        return sorted(self._files.folders(uri))
+        return sorted(stat.uri for stat in self.files(uri))
 
     def delete(self, uri: str) -> None:
         """Delete a file if it is there."""
-        self._files.remove(uri)
+        self._guard()
+        self._remove(uri)
 
     def delete_folder(self, uri: str) -> None:
         """Delete a folder and all below it, if it is there; first what says that it is whole."""
-        self._files.remove(posixpath.join(uri, COMMITTED))
-        self._files.remove_tree(uri)
+        self._guard()
+        self._remove(posixpath.join(uri, COMMITTED))
+        self._remove_tree(uri)
 
     def sha256(self, uri: str) -> str:
         """Return the sha256 (hex) of a file's content; what preflow wrote to a bucket need not be read for it."""
-        return self._files.sha256(uri)
+        stat = self.stat(uri)
+        if stat is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+        return stat.sha256 or self._digest(uri)
+
+    def _digest(self, uri: str) -> str:
+        """Return the sha256 of a file's content by reading it."""
+        with self.open(uri) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def digests(self, uri: str, endings: tuple[str, ...]) -> dict[str, str]:
         """Return name and sha256 of the files directly below `uri` whose names end with one of `endings`."""
-        stats = [stat for stat in self._files.files(uri) if stat.uri.endswith(endings)]
+        stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
         return {posixpath.basename(stat.uri): stat.sha256 or self.sha256(stat.uri) for stat in stats}
 
     def commit_folder(self, local: Path, uri: str, extra: dict[str, Any] | None = None) -> str:
@@ -321,7 +387,7 @@ class Workspace:
 
     def _verify(self, uri: str) -> tuple[bytes, dict[str, Any]]:
         content, committed = self._read_committed(uri)
-        there = self._files.tree(uri)
+        there = self.tree(uri)
         for name, expected in committed["files"].items():
             file, stat = posixpath.join(uri, name), there.get(name)
             if stat is None:
@@ -372,7 +438,7 @@ class Workspace:
     def is_intact(self, reference: Reference) -> bool:
         """Tell whether the artifact that `reference` names is there as it was, with all files of its manifest."""
         if reference.manifest is None:
-            stat = self._files.stat(reference.uri)
+            stat = self.stat(reference.uri)
             return stat is not None and self._is_as(stat, FileFacts(size=reference.size, sha256=reference.sha256))
         manifest = self._find_manifest(reference.manifest)
         return manifest is not None and manifest.artifact.sha256 == reference.sha256
@@ -393,7 +459,7 @@ class Workspace:
             if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 logger.warning("%s; its artifact is put together again", error)
             return None
-        there = self._files.tree(posixpath.dirname(uri))
+        there = self.tree(posixpath.dirname(uri))
         for name, facts in manifest.files.items():
             if name not in there or not self._is_as(there[name], facts):
                 logger.warning("%s: %s is missing or differs from its digest: it is put together again", uri, name)
@@ -409,19 +475,29 @@ class Workspace:
     def _get(self, uri: str, local: Path) -> None:
         local.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._files.fetch(uri, local)
+            with self.open(uri) as file, local.open("wb") as out:
+                shutil.copyfileobj(file, out, CHUNK)
         except FileNotFoundError as error:
             raise PreflowError(_missing(uri)) from error
-
-    @classmethod
-    def holding(cls, uri: str) -> Self:
-        """Return a workspace through which the single file or folder at `uri` can be read."""
-        return cls(uri if "://" in uri else posixpath.dirname(str(Path(uri).expanduser().absolute())))
 
 
 def indented_json(value: object) -> bytes:
     """Encode `value` as JSON for people: indented, sorted, with a newline at its end."""
     return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _kind_of(address: str) -> type[Workspace]:
+    """Return the kind of workspace of an address; Google's client is imported only when a gs:// address is used."""
+    location = resolve_location(address)
+    if "://" not in location:
+        from tasks.store.local import LocalWorkspace
+
+        return LocalWorkspace
+    if location.startswith("gs://"):
+        from tasks.store.gcs import GcsWorkspace
+
+        return GcsWorkspace
+    raise PreflowError(f"workspace {address!r}: only a local folder or gs://bucket/prefix can be a workspace")
 
 
 def _parse_json(uri: str, content: bytes) -> Any:
@@ -488,6 +564,7 @@ def folder_digest(uri: str) -> str:
     Raises:
         PreflowError: the folder is missing or holds no weights.
     """
+    uri = resolve_location(uri)
     store = Workspace.holding(uri)
     files = store.digests(uri, (".safetensors", "config.json"))
     if not any(name.endswith(".safetensors") for name in files):

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tasks.config import TrainingConfig
+from tasks.store.measures import Health, Metric
 from tasks.train.invariants import loss_at_margin_zero
 
 LEARNING = 0.55
@@ -17,49 +18,6 @@ MOVED = 0.5
 OVERFITTING = 1.02
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One metric: its last value, what it should be, and whether it is."""
-
-    name: str
-    value: float
-    healthy: str
-    ok: bool
-    meaning: str
-
-
-@dataclass
-class Health:
-    """All readings, the warnings that follow from them together, and what to try, in this order."""
-
-    source: str
-    readings: list[Reading] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    advice: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every reading is in its range and nothing is warned of."""
-        return not self.warnings and all(reading.ok for reading in self.readings)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything, JSON-ready."""
-        return {"ok": self.ok, **asdict(self)}
-
-    def to_markdown(self) -> str:
-        """Return the health page."""
-        verdict = "healthy" if self.ok else "needs attention"
-        lines = [f"# Training health: {verdict}", "", f"Readings from {self.source}.", ""]
-        lines += ["| metric | value | healthy | | meaning |", "|---|---|---|---|---|"]
-        for reading in self.readings:
-            mark = "ok" if reading.ok else "**out of range**"
-            lines.append(f"| {reading.name} | {reading.value:.4g} | {reading.healthy} | {mark} | {reading.meaning} |")
-        for title, items in (("Warnings", self.warnings), ("What to try, in this order", self.advice)):
-            if items:
-                lines += ["", f"## {title}", "", *(f"{number}. {item}" for number, item in enumerate(items, 1))]
-        return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -110,41 +68,45 @@ def assess(run: Run) -> Health:
     """Hold every metric of a run against its healthy range."""
     judged = run.readings
     held_out = f"{run.eval_pairs} held-out pairs" if run.is_evaluated else "the training batches (no held-out pairs)"
-    health = Health(source=f"step {run.steps}, {held_out}")
-    if judged:
-        health.readings = _readings(run, judged[0], judged[-1])
-        health.warnings = _warnings(run, judged)
-        health.advice = _advice(run, judged[-1], health)
-    return health
+    source = f"step {run.steps}, {held_out}"
+    if not judged:
+        return Health(source=source)
+    readings = tuple(_readings(run, judged[0], judged[-1]))
+    warnings, advice = tuple(_warnings(run, judged)), tuple(_advice(run, judged[-1]))
+    return Health(source=source, readings=readings, warnings=warnings, advice=advice)
 
 
-def _readings(run: Run, first: Row, last: Row) -> list[Reading]:
+def _readings(run: Run, first: Row, last: Row) -> list[Metric]:
     accuracy, margin = last["rewards/accuracies"], last["rewards/margins"]
     chosen, rejected = last["rewards/chosen"], last["rewards/rejected"]
     beta = run.training.beta
     moved = run.last("weights/moved")
     readings = [
-        Reading("rewards/accuracies", accuracy, f"> {LEARNING}, strong > {STRONG}",
+        _reading("rewards/accuracies", accuracy, f"> {LEARNING}, strong > {STRONG}",
                 accuracy > max(LEARNING, 0.5 + run.chance), _accuracy_meaning(run, accuracy)),
-        Reading("rewards/margins", margin, "> 0 and rising", margin > 0 and margin >= first["rewards/margins"],
+        _reading("rewards/margins", margin, "> 0 and rising", margin > 0 and margin >= first["rewards/margins"],
                 "chosen is preferred" if margin > 0 else "rejected is preferred"),
-        Reading("rewards/chosen", chosen, f"rising or stable, never below {UNLEARNING}", chosen >= UNLEARNING,
+        _reading("rewards/chosen", chosen, f"rising or stable, never below {UNLEARNING}", chosen >= UNLEARNING,
                 "kept" if chosen >= UNLEARNING else "the policy unlearns the chosen side"),
-        Reading("rewards/rejected", rejected, "falls against chosen", rejected < chosen,
+        _reading("rewards/rejected", rejected, "falls against chosen", rejected < chosen,
                 "below chosen" if rejected < chosen else "not below chosen"),
-        Reading("logps/chosen", last["logps/chosen"], "rising or stable", chosen >= UNLEARNING,
+        _reading("logps/chosen", last["logps/chosen"], "rising or stable", chosen >= UNLEARNING,
                 f"{chosen / beta:+.2f} nats against the reference"),
-        Reading("logps/rejected", last["logps/rejected"], "falls, or rises less than chosen", rejected < chosen,
+        _reading("logps/rejected", last["logps/rejected"], "falls, or rises less than chosen", rejected < chosen,
                 f"{rejected / beta:+.2f} nats against the reference"),
     ]  # fmt: skip
     if run.is_evaluated:
         readings.append(_loss_reading(run, first["loss"], last["loss"]))
     if moved is not None:
         readings.append(
-            Reading("weights/moved", moved, f"> {MOVED}", moved > MOVED,
+            _reading("weights/moved", moved, f"> {MOVED}", moved > MOVED,
                     f"moved by {run.last('weights/distance') or 0:.2e} of their norm")
         )  # fmt: skip
     return readings
+
+
+def _reading(name: str, value: float, healthy: str, ok: bool, meaning: str) -> Metric:
+    return Metric(name=name, title=name, value=value, healthy=healthy, ok=ok, meaning=meaning)
 
 
 def _accuracy_meaning(run: Run, accuracy: float) -> str:
@@ -155,10 +117,10 @@ def _accuracy_meaning(run: Run, accuracy: float) -> str:
     return "strong" if accuracy > STRONG else "learning"
 
 
-def _loss_reading(run: Run, first: float, last: float) -> Reading:
+def _loss_reading(run: Run, first: float, last: float) -> Metric:
     start = loss_at_margin_zero(run.training)
     falls = last <= first or (run.training.sft_weight == 0 and last < start)
-    return Reading("eval_loss", last, "falling", falls, f"{first:.4f} at the first evaluation")
+    return _reading("eval_loss", last, "falling", falls, f"{first:.4f} at the first evaluation")
 
 
 def _warnings(run: Run, judged: Sequence[Row]) -> list[str]:
@@ -170,7 +132,8 @@ def _warnings(run: Run, judged: Sequence[Row]) -> list[str]:
         found.append(
             f"accuracy rose ({rose:+.3f}, to {last['rewards/accuracies']:.3f}) while rewards/chosen fell ({fell:+.4f}, "
             f"to {last['rewards/chosen']:.4f}): the policy makes both sides less likely, the rejected one faster. "
-            "Accuracy alone says nothing about the samples; wait for the win rate, or add sft_weight 1."
+            "Accuracy alone says nothing about the samples: wait for the win rate"
+            + ("." if run.training.sft_weight else ", or set sft_weight to 1.")
         )
     losses = [row["loss"] for row in judged] if run.is_evaluated else []
     if losses and losses[-1] > min(losses) * OVERFITTING:
@@ -181,7 +144,7 @@ def _warnings(run: Run, judged: Sequence[Row]) -> list[str]:
     return found
 
 
-def _advice(run: Run, last: Row, health: Health) -> list[str]:
+def _advice(run: Run, last: Row) -> list[str]:
     training, found = run.training, []
     moved = run.last("weights/moved")
     learns = last["rewards/accuracies"] > max(LEARNING, 0.5 + run.chance) and last["rewards/margins"] > 0
@@ -193,10 +156,13 @@ def _advice(run: Run, last: Row, health: Health) -> list[str]:
     if not learns:
         found += _not_learning(run, last)
     if last["rewards/chosen"] < UNLEARNING:
-        found.append(
-            f"rewards/chosen is {last['rewards/chosen']:.3f}: raise beta (now {training.beta:g}) to "
-            f"{min(10.0, training.beta * 3):g}, or set sft_weight to 1 (now {training.sft_weight:g})."
-        )
+        ways = []
+        if training.beta < 10:
+            ways.append(f"raise beta (now {training.beta:g}) to {min(10.0, training.beta * 3):g}")
+        if training.sft_weight < 1:
+            ways.append(f"set sft_weight to 1 (now {training.sft_weight:g})")
+        ways.append(f"lower learning_rate (now {training.learning_rate:g})")
+        found.append(f"rewards/chosen is {last['rewards/chosen']:.3f}: {', or '.join(ways[:2])}.")
     return found
 
 
@@ -210,8 +176,10 @@ def _not_learning(run: Run, last: Row) -> list[str]:
         "Sample more completions per prompt (5 rather than 3): the extremes lie further apart.",
         "Raise the sampling temperature to 1.0-1.2 for more varied completions; above that they become incoherent.",
         f"Judge more prompts: this run had {run.train_pairs} pairs and {run.steps} steps.",
-        f"Train 2-3 epochs (now {training.num_train_epochs:g}) at a learning rate of {training.learning_rate / 5:g}.",
     ]
+    if training.max_steps is None and training.num_train_epochs < 2:
+        epochs, rate = training.num_train_epochs, training.learning_rate
+        found.append(f"Train 2-3 epochs (now {epochs:g}) at a learning rate of {rate / 5:g} (now {rate:g}).")
     if run.steps and training.warmup_steps > max(1, run.steps // 10):
         found.append(
             f"Shorten the warm-up: {training.warmup_steps} of {run.steps} steps ran below the full learning rate; "

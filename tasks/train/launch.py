@@ -82,7 +82,7 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
 
 def base_digest(training: TrainingConfig) -> str:
     """Return what identifies the base: the content of a folder, or the hub's name and revision."""
-    base = Path(training.base_model).expanduser()
+    base = Path(training.base_model)
     if not base.is_dir():
         return digest({"hub": training.base_model, "revision": training.base_revision or "main"})
     files = sorted((file.name, file.stat()) for file in base.iterdir() if file.is_file())
@@ -104,16 +104,21 @@ def _val_digest(preferences: PreferencesRef) -> str | None:
     return store.sha256(uri) if store.exists(uri) else None
 
 
-def check_training_inputs(training: TrainingConfig) -> None:
+def check_training_inputs(training: TrainingConfig, trains_here: bool = True) -> None:
     """Check adapter, base and tokenizer by their files alone, before anything is spent.
+
+    Args:
+        training: the configuration.
+        trains_here: whether this machine trains, so that the experiment tracker must be installed here.
 
     Raises:
         PreflowError: with what is wrong, where, and what to do.
     """
-    _check_tracker(training.report_to)
+    if trains_here:
+        _check_tracker(training.report_to)
     adapter = _adapter_config(training.sft_adapter)
     _check_adapter_kind(training.sft_adapter, adapter)
-    base = Path(training.base_model).expanduser()
+    base = Path(training.base_model)
     named = adapter.get("base_model_name_or_path")
     if named and named != training.base_model and posixpath.basename(named) != posixpath.basename(str(base)):
         LOG.warning("SFT adapter %s names the base model %s; base_model is %s", training.sft_adapter, named, base)
@@ -126,7 +131,7 @@ def check_training_inputs(training: TrainingConfig) -> None:
         _check_base_folder(base)
         _check_shapes(training.sft_adapter, adapter, json.loads((base / "config.json").read_text()))
         _check_tokenizer(base, training.sft_adapter)
-    elif training.base_model.startswith((".", "/", "~")):
+    elif base.is_absolute():
         raise PreflowError(f"base_model {training.base_model}: no such folder. Give a folder or a hub name.")
 
 
@@ -137,21 +142,17 @@ def _check_tracker(tracker: ReportTo) -> None:
 
 def _adapter_config(uri: str) -> dict[str, Any]:
     store = Workspace.holding(uri)
-    names = {posixpath.basename(file) for file in store.list(_plain(uri))}
+    names = {posixpath.basename(file) for file in store.list(uri)}
     if "adapter_config.json" not in names:
         raise PreflowError(
             f"sft_adapter {uri}: no adapter_config.json there (found: {', '.join(sorted(names)) or 'nothing'}). Give "
             "the folder that PEFT's save_pretrained() wrote."
         )
     folder_digest(uri)
-    config = store.read_json(posixpath.join(_plain(uri), "adapter_config.json"))
+    config = store.read_json(posixpath.join(uri, "adapter_config.json"))
     if not isinstance(config, dict):
         raise PreflowError(f"{uri}/adapter_config.json: not a JSON object; save the adapter again")
     return config
-
-
-def _plain(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 def _check_adapter_kind(uri: str, config: dict[str, Any]) -> None:
@@ -191,7 +192,7 @@ def _check_shapes(uri: str, adapter: dict[str, Any], base: dict[str, Any]) -> No
 
 def _weight_shapes(uri: str) -> dict[str, list[int]]:
     """Read the header of a safetensors file: 8 bytes of length, then JSON."""
-    file = posixpath.join(_plain(uri), "adapter_model.safetensors")
+    file = posixpath.join(uri, "adapter_model.safetensors")
     store = Workspace.holding(file)
     try:
         length = int.from_bytes(store.read_ranges(file, [(0, 8)])[0], "little")
@@ -205,7 +206,7 @@ def _weight_shapes(uri: str) -> dict[str, list[int]]:
 
 
 def _check_tokenizer(base: Path, adapter: str) -> None:
-    folders = [_plain(adapter), str(base)]
+    folders = [adapter, str(base)]
     names = {posixpath.basename(file) for folder in folders for file in Workspace.holding(folder).list(folder)}
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         raise PreflowError(f"no tokenizer in {base} nor in {adapter}: save one there with tokenizer.save_pretrained()")

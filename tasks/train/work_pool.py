@@ -90,12 +90,9 @@ class TrainingOrder:
 
     @classmethod
     def of(cls, preferences: PreferencesRef, config: PipelineConfig) -> "TrainingOrder":
-        """Return what a pipeline asks for, with paths that mean the same wherever on this machine they are read."""
-        adapter, workspace = config.training.sft_adapter, Workspace(config.workspace).root
-        if "://" not in adapter:
-            adapter = str(Path(adapter).expanduser().absolute())
-        training = config.training.model_copy(update={"sft_adapter": adapter})
-        return cls(str(config.training_deployment), preferences, workspace, training, config.max_restarts)
+        """Return what a pipeline asks for."""
+        deployment = str(config.training_deployment)
+        return cls(deployment, preferences, config.workspace, config.training, config.max_restarts)
 
     @cached_property
     def key(self) -> str:

@@ -82,7 +82,7 @@ class CheckpointStore:
     """The checkpoints of one training, `step-000050/` and the like.
 
     Args:
-        store: the workspace; a `lease.FencedWorkspace` keeps a trainer that was replaced from writing.
+        store: the workspace; its guard keeps a trainer that was replaced from writing.
         folder: uri of the folder that holds them.
         scratch: local folder for what is being written or was fetched.
     """

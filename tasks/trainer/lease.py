@@ -6,13 +6,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from tasks.store.workspace import DigestWriter, Workspace
+from tasks.store.workspace import Workspace
 
 LOG = logging.getLogger(__name__)
 
@@ -188,37 +187,3 @@ class Lease:
                 self._beat(replace(self._mine, released=True))
             except LeaseLostError as error:
                 LOG.warning("%s", error)
-
-
-class FencedWorkspace(Workspace):
-    """A workspace that only the holder of a lease can write: checked before every file appears under its name."""
-
-    def __init__(self, root: str, lease: Lease) -> None:
-        super().__init__(root)
-        self._lease = lease
-
-    @contextmanager
-    def writing(self, uri: str) -> Iterator[DigestWriter]:
-        """As `Workspace.writing`, and nothing appears when the lease is lost.
-
-        Raises:
-            LeaseLostError: another trainer has taken over.
-        """
-        with super().writing(uri) as out:
-            yield out
-            self._lease.check()
-
-    def swap(self, uri: str, content: bytes, version: object) -> object | None:
-        """As `Workspace.swap`, for the holder of the lease only."""
-        self._lease.check()
-        return super().swap(uri, content, version)
-
-    def delete(self, uri: str) -> None:
-        """As `Workspace.delete`, for the holder of the lease only."""
-        self._lease.check()
-        super().delete(uri)
-
-    def delete_folder(self, uri: str) -> None:
-        """As `Workspace.delete_folder`, for the holder of the lease only."""
-        self._lease.check()
-        super().delete_folder(uri)

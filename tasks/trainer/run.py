@@ -202,7 +202,7 @@ class TrainingRun:
         self._write_rows(rows, is_last=True)
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
         health = assess(Run(rows, self._training, *used))
-        self._store.write_json(self._paths.file("health.json"), health.to_json())
+        self._store.write_json(self._paths.file("health.json"), health.model_dump())
         self._store.write_json(self._paths.file("timing.json"), self._timing())
         self._store.delete_folder(self._paths.adapter)
         self._store.commit_folder(folder, self._paths.adapter, {"step": trainer.state.global_step})
@@ -273,9 +273,7 @@ def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
         PreflowError: it changed since the training's key was made.
     """
     store = Workspace.holding(uri)
-    folder = Path(uri).expanduser().absolute()
-    if not store.is_local:
-        folder = store.fetch_files(uri, local)
+    folder = Path(uri) if store.is_local else store.fetch_files(uri, local)
     found = folder_digest(str(folder))
     if found != expected:
         raise PreflowError(

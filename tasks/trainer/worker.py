@@ -18,7 +18,7 @@ from tasks.errors import PreflowError
 from tasks.store.workspace import Workspace
 from tasks.train.invariants import InvariantError
 from tasks.train.spec import ExitCode, Progress, TrainingPaths, TrainingSpec
-from tasks.trainer.lease import FencedWorkspace, Lease, LeaseLostError
+from tasks.trainer.lease import Lease, LeaseLostError
 from tasks.trainer.stopping import StopFlag, StopTraining
 
 LOG = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def holding_lease(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> Iterator[Wo
     lease.acquire(lambda text: desk.progress(Progress("waiting", text)))
     LOG.info("lease taken, token %d", lease.token)
     try:
-        yield FencedWorkspace(spec.workspace, lease)
+        yield Workspace(spec.workspace, guard=lease.check)
     finally:
         lease.release()
 

@@ -18,8 +18,7 @@ from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote.pointer import install_adapter, move_pointer, read_pointer
 from tasks.store import gcs
-from tasks.store.local import Stat
-from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, Workspace, folder_digest
+from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, Stat, Workspace, folder_digest
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.fakes.gcs_plan import FAULTS
 from tests.fakes.process import ROOT
@@ -230,5 +229,5 @@ def test_what_is_listed_is_what_is_there(store: Workspace) -> None:
     assert store.list(store.uri("a")) == [store.uri("a/one"), store.uri("a/two")]
     assert store.folders(store.uri("a")) == ["b"]
     assert store.folders(store.root) == ["a", "ab"]
-    assert store._files.stat(store.uri("a")) is None
-    assert store._files.stat(store.uri("a/one")) == Stat(store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())
+    assert store.stat(store.uri("a")) is None
+    assert store.stat(store.uri("a/one")) == Stat(store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())

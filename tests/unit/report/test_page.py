@@ -22,6 +22,7 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
+from tasks.store.measures import Evaluation, Health, Metric
 from tasks.store.workspace import Artifact, CompletionsRef, Cost, Manifest, Origin, PromptsRef, VerdictsRef
 
 PNG = base64.b64decode(
@@ -116,8 +117,13 @@ WIN_RATE: dict[str, Any] = {
     "effective_samples": 1500.0,
     "ties": 0.3,
     "confidence": 0.95,
+    "adapter_sha256": "a" * 64,
 }
 NULL = {**WIN_RATE, "win_rate": 0.5, "lower": 0.48, "upper": 0.52}
+
+
+def evaluated(**changes: Any) -> Evaluation:
+    return Evaluation.model_validate({**WIN_RATE, **changes})
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -214,8 +220,8 @@ def test_quality_section_says_what_is_wrong_and_what_to_do() -> None:
     assert section.summary.startswith("30 pairs of 60 rows;")
     assert any(text.startswith("The judge prefers late positions") for text in section.advice)
     measured = {row[0]: row for row in section.tables[0].rows}
-    assert measured["Prompts that gave a pair"][1:] == ("50.0 %", "at least 30 %", True)
-    assert measured["Best changes with the order"][1] == "100.0 %"
+    assert measured["Prompts that gave a pair"][1:] == (True, "50.0 %", "at least 30 %")
+    assert measured["Best changes with the order"][2] == "100.0 %"
     captions = [table.caption for table in section.tables]
     assert captions[1].startswith("Best completion by position (chi-squared 240, p < 0.001)")
     assert {"Lines by speaker", "Judge's confidence (1-5)", "Tokens of the judge"} <= set(captions)
@@ -247,16 +253,18 @@ def test_pairs_are_shown_side_by_side() -> None:
 
 
 def test_training_section_shows_readings_and_their_advice() -> None:
-    readings = [
-        {"name": "rewards/accuracies", "value": 0.612, "healthy": "> 0.55", "ok": True, "meaning": "learning"},
-        {"name": "rewards/chosen", "value": -0.2, "healthy": ">= -0.1", "ok": False, "meaning": "unlearns"},
-    ]
-    health = {"ok": False, "source": "step 58", "readings": readings, "warnings": ["first"], "advice": ["then"]}
+    accuracy = {"value": 0.612, "healthy": "> 0.55", "ok": True, "meaning": "learning"}
+    chosen = {"value": -0.2, "healthy": ">= -0.1", "ok": False, "meaning": "unlearns"}
+    readings = (
+        Metric(name="rewards/accuracies", title="rewards/accuracies", **accuracy),
+        Metric(name="rewards/chosen", title="rewards/chosen", **chosen),
+    )
+    health = Health(source="step 58", readings=readings, warnings=("first",), advice=("then",))
     metrics = [{"step": 1, "loss": 0.7}, {"step": 2, "eval_loss": 0.6}, {"step": 3, "loss": 0.5}]
     section = training_section(health, metrics, PNG)
     assert section.summary == "Needs attention: readings from step 58."
     assert section.advice == ("first", "then")
-    assert section.tables[0].rows[1] == ("rewards/chosen", -0.2, ">= -0.1", False, "unlearns")
+    assert section.tables[0].rows[1] == ("rewards/chosen", False, "-0.2", ">= -0.1", "unlearns")
     assert section.tables[1].rows == (
         ("Training loss", 0.7, 0.5, 0.5, 0.7),
         ("Held-out loss", 0.6, 0.6, 0.6, 0.6),
@@ -264,31 +272,33 @@ def test_training_section_shows_readings_and_their_advice() -> None:
 
 
 def test_training_without_rows_still_gives_a_section_and_a_picture() -> None:
-    health: dict[str, Any] = {"ok": True, "source": "step 0", "readings": [], "warnings": [], "advice": []}
-    assert training_section(health, []).tables == ()
+    assert training_section(Health(source="step 0"), []).tables == ()
     assert plot_metrics([]).startswith(b"\x89PNG")
     rows = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}]
     assert plot_metrics(rows) != plot_metrics(rows[:1])
 
 
 def test_evaluation_that_passes_and_one_that_does_not() -> None:
-    passed = evaluation_section({**WIN_RATE, "null": NULL})
+    passed = evaluation_section(evaluated(null=NULL))
     assert "61.0 % (58.0-64.0 %)" in passed.summary
-    assert "lies over the bar of 50 %" in passed.summary
+    assert "58.0 %, over the bar of 50 %" in passed.summary
     assert passed.advice == ()
-    assert [row[-1] for row in passed.tables[0].rows] == [True, True]
+    assert [row[1] for row in passed.tables[0].rows] == [True, True]
 
-    small = evaluation_section({**WIN_RATE, "lower": 0.47, "samples": 120})
-    assert "does not lie over" in small.summary
+    by_length = evaluation_section(evaluated(length_controlled={**NULL, "lower": 0.46}))
+    assert "46.0 %, not over the bar" in by_length.summary
+    assert [row[1] for row in by_length.tables[0].rows] == [True, False]
+    small = evaluation_section(evaluated(lower=0.47, samples=120, detectable=0.7))
+    assert "47.0 %, not over the bar" in small.summary
     assert "evaluation.num_samples" in small.advice[0]
-    worse = evaluation_section({**WIN_RATE, "win_rate": 0.45, "lower": 0.42, "upper": 0.48})
+    worse = evaluation_section(evaluated(win_rate=0.45, lower=0.42, upper=0.48))
     assert "not promoted" in worse.advice[0]
-    strict = evaluation_section(WIN_RATE, bar=0.6)
-    assert strict.tables[0].rows[0][-1] is False
+    strict = evaluation_section(evaluated(), bar=0.6)
+    assert strict.tables[0].rows[0][1] is False
 
 
 def test_a_null_that_is_off_takes_the_trust_away() -> None:
-    section = evaluation_section({**WIN_RATE, "null": {**NULL, "win_rate": 0.6, "lower": 0.57, "upper": 0.63}})
+    section = evaluation_section(evaluated(null={**NULL, "win_rate": 0.6, "lower": 0.57, "upper": 0.63}))
     assert "do not trust this win rate" in section.advice[0]
 
 
@@ -297,12 +307,13 @@ def test_comparisons_are_before_and_after() -> None:
         {"prompt": [{"role": "user", "content": "scene"}], "completions": ["old", "new"], "outcome": outcome}
         for outcome in (1.0, 0.0, 0.5)
     ]
-    examples = evaluation_section(WIN_RATE, rows).examples
+    examples = evaluation_section(evaluated(), rows).examples
     assert [example.title.split(". ")[1] for example in examples] == [
         "the new adapter won: scene",
         "the SFT adapter won: scene",
         "undecided: scene",
     ]
+    assert [example.winner for example in examples] == [1, 0, None]
     assert {(e.left_label, e.left, e.right_label, e.right) for e in examples} == {
         ("before (SFT)", "old", "after (DPO)", "new")
     }
@@ -316,6 +327,12 @@ def test_cost_section_sums_up_and_shows_what_the_cache_saved() -> None:
         "another 1.25 US$."
     )
     assert [row[0] for row in section.tables[0].rows] == ["judge", "total", "saved by the cache"]
+
+
+def test_a_cost_without_prices_is_not_known_rather_than_nothing() -> None:
+    ledger = Ledger().plus(StageCost(stage="judge", used=Cost(requests=10)))
+    assert "not known" in cost_section(ledger, is_priced=False).summary
+    assert "cost 0.00 US$" in cost_section(ledger, is_priced=True).summary
 
 
 def made(stage: str, artifact: Artifact, *upstream: Origin, **facts: Any) -> Manifest:
@@ -335,10 +352,9 @@ def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
     section = lineage_section(manifests)
     assert section.tables[0].rows[1] == (
         "generation",
-        "completions",
         10,
-        "b" * 12,
-        f"prompts {'a' * 12}",
+        "b" * 8,
+        f"prompts {'a' * 8}",
         "/w/completions.jsonl",
     )
     assert section.tables[1].rows == (("openai", "3.54.0", "generation"), ("openai", "3.55.0", "judging"))

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tasks.trainer.lease import FencedWorkspace, Holder, Lease, LeaseLostError, SwapFile, is_dead, this_process
+from tasks.store.workspace import Workspace
+from tasks.trainer.lease import Holder, Lease, LeaseLostError, SwapFile, is_dead, this_process
 from tests.fakes.gcs import BUCKET, FakeGcs
 
 
@@ -133,7 +134,7 @@ def test_a_zombie_cannot_write(tmp_path: Path) -> None:
     file, lost = SwapFile(str(tmp_path / "lease.json")), threading.Event()
     zombie = Lease(file, 0.6, lost.set)
     zombie.acquire(ignore)
-    store = FencedWorkspace(str(tmp_path), zombie)
+    store = Workspace(str(tmp_path), guard=zombie.check)
     store.write_bytes(store.uri("mine"), b"before")
     foreign(file, token=2)
     with pytest.raises(LeaseLostError, match=r"token 1.*token 2"):
@@ -155,7 +156,7 @@ def test_a_lease_lost_while_a_file_is_written_keeps_the_file_from_appearing(tmp_
     file = SwapFile(str(tmp_path / "lease.json"))
     lease = Lease(file, 60, ignore)
     lease.acquire(ignore)
-    store = FencedWorkspace(str(tmp_path), lease)
+    store = Workspace(str(tmp_path), guard=lease.check)
 
     def write() -> None:
         with store.writing(store.uri("adapter")) as out:
