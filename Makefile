@@ -5,7 +5,7 @@ export PYTHON
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down chat test lint clean
+.PHONY: help setup demo up down chat site test lint clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
@@ -24,16 +24,21 @@ help:
 	@infra/local/setup.sh serve .venv-serve
 
 demo: .venv/ready .venv-serve/ready
-	@$(BIN)/python -m flows.demo
+	@$(BIN)/python -m preflow demo
 
 up: .venv/ready .venv-serve/ready
-	@$(BIN)/python -m tasks.demo.up up
+	@$(BIN)/python -m preflow up
 
 down: .venv/ready
-	@$(BIN)/python -m tasks.demo.up down
+	@$(BIN)/python -m preflow down
 
 chat: .venv/ready
-	@$(BIN)/python -m tasks.chat $(CHAT)
+	@$(BIN)/python -m preflow chat $(CHAT)
+
+setup: .venv/ready .venv-serve/ready
+
+site: .venv/ready
+	@$(BIN)/mkdocs build --strict
 
 lint: .venv/ready
 	@$(BIN)/ruff check .
@@ -45,5 +50,5 @@ test: .venv/ready .venv-serve/ready lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
-	@[ ! -x $(BIN)/python ] || $(BIN)/python -m tasks.demo.up down
+	@[ ! -x $(BIN)/python ] || $(BIN)/python -m preflow down
 	@rm -rf .demo

@@ -16,10 +16,11 @@ from tasks.evaluate.win_rate import (
 from tasks.judge.asking import collect_verdicts, plan_judging
 from tasks.report.run import report_evaluation
 from tasks.run.inputs import AdapterInput
+from tasks.run.names import named
 from tasks.store.workspace import CompletionsRef, EvaluationRef, VerdictsRef, Workspace
 
 
-@flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256:.12}")
+@flow(name="evaluate-adapter", flow_run_name=named("evaluate {adapter.sha256:.12}"))
 async def evaluate_adapter(
     adapter: AdapterInput,
     prompts: Location,

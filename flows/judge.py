@@ -7,10 +7,11 @@ from tasks.judge.asking import collect_verdicts, plan_judging
 from tasks.judge.pairs import check_yield, make_preferences
 from tasks.report.run import report_preferences
 from tasks.run.inputs import CompletionsInput
+from tasks.run.names import named
 from tasks.store.workspace import PreferencesRef, Workspace
 
 
-@flow(name="judge-preferences", flow_run_name="judge with {judging.model}")
+@flow(name="judge-preferences", flow_run_name=named("judge with {judging.model}"))
 async def judge_preferences(
     completions: CompletionsInput, workspace: Location, judging: JudgingConfig
 ) -> PreferencesRef:

@@ -11,12 +11,15 @@ from tasks.config import PipelineConfig
 from tasks.promote.pointer import find_promotion, find_rollback
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
+from tasks.run.names import named
 from tasks.run.preflight import PipelineResult, my_turn, prepare_run, record_result
 from tasks.store.workspace import AdapterRef, PreferencesRef
 from tasks.train.work_pool import train_on_pool
 
+NAME = named("{config.promotion.name}: beta {config.training.beta:g}, {now:%d %b %H:%M}")
 
-@flow(name="dpo-pipeline", flow_run_name="dpo for {config.promotion.name}", on_failure=[cancel_if_refused])
+
+@flow(name="dpo-pipeline", flow_run_name=NAME, on_failure=[cancel_if_refused])
 async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """Sample completions, have them judged, train with DPO, prove that it is better, and serve it.
 

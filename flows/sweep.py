@@ -6,6 +6,7 @@ from prefect.client.schemas.objects import State
 from flows.pipeline import improve, promote_if_better
 from tasks.batch.shards import settle
 from tasks.config import PipelineConfig, SweepConfig
+from tasks.run.names import named
 from tasks.run.preflight import PipelineResult, taking_turns
 from tasks.sweep.estimate import check_budget, plan_sweep
 from tasks.sweep.page import conclude, report_plan, report_sweep
@@ -14,7 +15,7 @@ from tasks.sweep.prepare import find_unready, prepare_points, trainings_at_once
 from tasks.sweep.ranking import SweepResult, attempt, find_sweep, rank, record_sweep, winner
 
 
-@flow(name="dpo-sweep", flow_run_name="sweep for {config.promotion.name}")
+@flow(name="dpo-sweep", flow_run_name=named("{config.promotion.name}: sweep, {now:%d %b %H:%M}"))
 async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult | State[SweepResult]:
     """Run the pipeline at every point of a sweep, without promoting, and show which setting wins and how surely.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote, urlparse
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 # Whole titles, where a field's name alone would not do.
 TITLES = {
@@ -86,20 +86,45 @@ def field_title(name: str, _: Any) -> str:
 OPERATIONAL: dict[str, Any] = {"operational": True}
 
 
+# What refuses a literal key where the name of one belongs. The pattern stands in the form's schema too, so that a
+# server refuses a key before it stores it: what pydantic refuses is in the database by then. Refused are the prefixes
+# of known keys, and what looks random: letters and digits in turns, long hexadecimal runs, a very long word.
+_PREFIX = (
+    r"(?:sk|pk|rk|xai|csk|pplx|nvapi|glpat)-|(?:sk|pk|rk)_(?:live|test)|(?:sk|hf|gsk|r8|fw|ghp|github_pat)_[A-Za-z0-9]{8}"
+    r"|gsk-|(?:key|tok|token|api)[-_][a-z]*\d{6}|AIza|AKIA|eyJ"
+)
+_WORD = r"(?:[A-Za-z0-9_-]*[-_])?"  # the words before the one that is looked at
+_TURNS = r"[A-Za-z]*\d+[A-Za-z]+\d+[A-Za-z]"
+_RANDOM = (
+    rf"{_WORD}(?:(?=[A-Za-z0-9]{{20}}){_TURNS}|(?=[A-Za-z0-9]{{16}}){_TURNS}+\d|[A-Za-z0-9]{{29}})"
+    r"|[0-9a-fA-F-]{32}|.{65}"
+)
+SECRET_NAME = rf"^(?!(?:env:)?(?:{_PREFIX}|{_RANDOM}))(?:env:[A-Za-z_][A-Za-z0-9_]*|[a-z0-9][a-z0-9-]*)$"
+
+
 def _check_secret_name(value: str) -> str:
-    if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", value):
-        return value
-    random_run = re.search(r"(?=[a-z]*\d)(?=\d*[a-z])[a-z0-9]{16}", value) or re.fullmatch(r"[0-9a-f-]{32,}", value)
-    looks_like_a_key = re.match(r"(sk|hf|gsk|xai|pk|key)[-_]", value) or len(value) > 48 or random_run
-    if looks_like_a_key or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
+    if not re.fullmatch(SECRET_NAME, value):
         raise ValueError(
-            "must name a secret, not be one: write env:NAME for an environment variable, or the name of a Prefect "
-            "Secret block (lower-case letters, digits and dashes)"
+            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, or the "
+            "name of a Prefect Secret block (lower-case words with dashes between them)"
         )
     return value
 
 
-SecretName = Annotated[str, AfterValidator(_check_secret_name)]
+SecretName = Annotated[
+    str, AfterValidator(_check_secret_name), WithJsonSchema({"type": "string", "pattern": SECRET_NAME})
+]
+
+# An address without a user, a password or a key in it: it is stored and logged.
+ADDRESS = r"^https?://[^\s@?#]+$"
+
+
+def secrets_by_name(depth: int = 3) -> dict[str, Any]:
+    """Return a JSON schema for free-form settings, in which whatever is called a key or token must name a secret."""
+    secret = {"anyOf": [{"type": "string", "pattern": SECRET_NAME}, {"type": "null"}]}
+    listed = {"anyOf": [*secret["anyOf"], {"type": "array", "items": secret}]}
+    inner = secrets_by_name(depth - 1) if depth else {}
+    return {"patternProperties": {r"(^|\.)(api_key|token)$": listed}, "additionalProperties": inner, "items": inner}
 
 
 def resolve_location(value: str) -> str:

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, SecretName, StageConfig
+from tasks.config.base import ADDRESS, OPERATIONAL, SecretName, StageConfig
 
 
 class EndpointConfig(StageConfig):
@@ -12,7 +12,7 @@ class EndpointConfig(StageConfig):
 
     endpoint: str = Field(
         "http://127.0.0.1:8000/v1",
-        pattern=r"^https?://",
+        pattern=ADDRESS,
         description="Base URL of the OpenAI-compatible endpoint; usually ends in /v1.",
         json_schema_extra=OPERATIONAL,
     )

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, RubricLocation, SecretName
+from tasks.config.base import ADDRESS, OPERATIONAL, RubricLocation, SecretName
 from tasks.config.endpoint import EndpointConfig
 
 
@@ -22,7 +22,7 @@ class JudgeConfig(EndpointConfig):
 
     endpoint: str = Field(
         "https://generativelanguage.googleapis.com/v1beta/openai/",
-        pattern=r"^https?://",
+        pattern=ADDRESS,
         description="Base URL of the judge's OpenAI-compatible endpoint.",
         json_schema_extra=OPERATIONAL,
     )

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from tasks.config.base import OPERATIONAL, SecretName, StageConfig
+from tasks.config.base import ADDRESS, OPERATIONAL, SecretName, StageConfig
 
 
 class PromotionConfig(StageConfig):
@@ -16,7 +16,7 @@ class PromotionConfig(StageConfig):
     )
     endpoint: str | None = Field(
         "http://127.0.0.1:8000/v1",
-        pattern=r"^https?://",
+        pattern=ADDRESS,
         description="vLLM that shall serve it at once; empty: only the workspace's pointer moves.",
         json_schema_extra=OPERATIONAL,
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from tasks.config.base import MaybeLocation, StageConfig
+from tasks.config.base import MaybeLocation, StageConfig, secrets_by_name
 
 
 class Preset(StrEnum):
@@ -29,11 +29,13 @@ class SweepConfig(StageConfig):
     grid: dict[str, list[Any]] = Field(
         {},
         description='Values by dotted name, e.g. {"training.beta": [0.05, 0.1]}; every combination is a point.',
+        json_schema_extra=secrets_by_name(),
     )
     changes: list[dict[str, Any]] = Field(
         [],
         description='One point each, e.g. {"training.num_train_epochs": 3, "training.learning_rate": 1e-6}; {} is the '
         "configuration as it is.",
+        json_schema_extra={"items": secrets_by_name()},
     )
     stronger_judge: str | None = Field(
         None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as gemini-2.5-pro."

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from prefect.artifacts import acreate_markdown_artifact
 from pydantic import ValidationError
 
 from tasks.config import PromotionConfig
@@ -190,6 +191,30 @@ def roll_back_pointer(entry: dict[str, Any], workspace: str, name: str) -> Promo
     pointer = Workspace(workspace).update_json(pointer_uri(workspace, name), move)
     logger.info("%s is adapter %s again (%s)", name, entry["adapter_sha256"][:12], entry["uri"])
     return _refer(workspace, pointer)
+
+
+async def report_rollback(workspace: str, promotion: PromotionConfig) -> None:
+    """Say, in the log and as a page in the UI, from which adapter to which the name went back."""
+    pointer = read_pointer(workspace, promotion.name)
+    if pointer is None or not pointer["history"]:
+        return  # somebody deleted it in this very moment
+    restored, withdrawn = pointer["current"], pointer["history"][0]
+    rates = [f"{entry['adapter_sha256'][:12]} (win rate {entry['evaluation']['win_rate']:.3f})"
+             for entry in (withdrawn, restored)]  # fmt: skip
+    where = (
+        f"{promotion.endpoint} serves it" if promotion.endpoint else "promotion.endpoint is empty: no server was told"
+    )
+    logger.info("%s: %s -> %s; %s", promotion.name, *rates, where)
+    page = f"""# {promotion.name} was rolled back
+
+| | adapter | promoted |
+|---|---|---|
+| served until now | {rates[0]} | {withdrawn["promoted_at"]} |
+| served again | {rates[1]} | {restored["promoted_at"]} |
+
+{where}.
+"""
+    await acreate_markdown_artifact(key="rollback", markdown=page, description=f"{rates[0]} -> {rates[1]}")
 
 
 async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:

