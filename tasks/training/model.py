@@ -70,9 +70,9 @@ def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase 
 def _check_same_vocabulary(
     own: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, adapter: Path, base_model: str
 ) -> None:
-    theirs = base.get_vocab()
-    different = [token for token, number in own.get_vocab().items() if theirs.get(token, number) != number]
-    missing = [token for token in theirs if token not in own.get_vocab()]
+    ours, theirs = own.get_vocab(), base.get_vocab()  # each call builds a dict of all tokens
+    different = [token for token, number in ours.items() if theirs.get(token, number) != number]
+    missing = [token for token in theirs if token not in ours]
     if different or missing:
         raise PreflowError(
             f"the tokenizer in {adapter} is not that of {base_model}: {len(different)} tokens have another number, "
