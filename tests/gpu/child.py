@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     product.import_all()
     imported = time.monotonic() - started
-    line = arguments[0] if arguments else open(0, "rb", buffering=0, closefd=False).readline().decode()
+    line = arguments[0] if arguments else sys.stdin.buffer.readline().decode()
     if not line:
         return 0
     job = json.loads(line)

@@ -60,9 +60,8 @@ def make_models(root: Path, size: Size) -> None:
     torch.manual_seed(0)
 
     def drawn(shape: Any, dtype: torch.dtype) -> torch.Tensor:
-        return torch.ones(shape, dtype=dtype) if len(shape) == 1 else draw(shape, dtype)
-
-    def draw(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=dtype)
         return torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02).cpu()
 
     for folder, tensors, dtype, file in (
@@ -71,12 +70,13 @@ def make_models(root: Path, size: Size) -> None:
     ):
         folder.mkdir(parents=True)
         save_file({name: drawn(shape, dtype) for name, shape in tensors.items()}, folder / file, {"format": "pt"})
-        _tokenizer(size).save_pretrained(folder)
+        make_tokenizer(size).save_pretrained(folder)
     config.save_pretrained(root / "base")
     lora.save_pretrained(root / "sft")
 
 
-def _tokenizer(size: Size) -> Any:
+def make_tokenizer(size: Size) -> Any:
+    """Return a word-level tokenizer with a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

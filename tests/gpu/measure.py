@@ -7,6 +7,7 @@ FOLDER/results.jsonl as soon as it is there, so that a run that was cut off stil
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -132,7 +133,8 @@ class Bench:
                 make_pairs(self.root / f"{name}-{steps}", self.size, each[: steps * PAIRS_A_STEP])
         self.digests["base"] = timed("digest of the base", lambda: product.digest(self.root / "base"))
         self.digests["sft"] = timed("digest of the adapter", lambda: product.digest(self.root / "sft"))
-        self.record({"prepared": timings, "base_gb": round((self.root / "base/model.safetensors").stat().st_size / 1e9, 2)})
+        base = (self.root / "base" / "model.safetensors").stat().st_size
+        self.record({"prepared": timings, "base_gb": round(base / 1e9, 2)})
 
     def run(self, case: Case) -> None:
         """Do one case and record it."""
@@ -143,7 +145,7 @@ class Bench:
         self._log.flush()
         started = time.time()
         process = self._launch(case, folder)
-        found: dict[str, Any] = {"case": case.name, **asdict(case)["settings"], "pairs": case.pairs, "plain": case.plain}
+        found: dict[str, Any] = {"case": case.name, "pairs": case.pairs, "plain": case.plain, **case.settings}
         found |= self._wait(case, process, folder)
         self.record(found | figures(case, timeline(folder), started) | self._outcome(case, folder))
         shutil.rmtree(folder / "output", ignore_errors=True)
@@ -214,9 +216,8 @@ class Bench:
     def _compare(self, one: str, other: str) -> dict[str, Any]:
         from safetensors.numpy import load_file
 
-        files = [
-            product.training_folder(self.workspace, key) / "adapter" / "adapter_model.safetensors" for key in (one, other)
-        ]
+        folders = [product.training_folder(self.workspace, key) / "adapter" for key in (one, other)]
+        files = [folder / "adapter_model.safetensors" for folder in folders]
         if not all(file.exists() for file in files):
             return {"missing": [str(file) for file in files if not file.exists()]}
         ours, theirs, start = load_file(files[0]), load_file(files[1]), load_file(self.root / "sft" / files[0].name)
@@ -262,7 +263,7 @@ def figures(case: Case, lines: list[dict[str, Any]], started: float) -> dict[str
     times = [steps[step] for step in sorted(steps) if step > 0]
     if times:
         found["start_to_first_step"] = round(times[0] - started, 1)
-    apart = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    apart = [later - earlier for earlier, later in itertools.pairwise(times)]
     if apart:
         found["step_seconds"] = [round(seconds, 3) for seconds in apart]
         found["pairs_per_second"] = round(PAIRS_A_STEP / statistics.median(apart), 2)
@@ -321,8 +322,11 @@ def main() -> None:
                     continue
                 if bench.until - time.monotonic() < LEAST_SECONDS:
                     bench.record({"case": case.name, "cut": "no time left"})
-                else:
+                    continue
+                try:
                     bench.run(case)
+                except (ArithmeticError, LookupError, OSError, ValueError, subprocess.SubprocessError) as error:
+                    bench.record({"case": case.name, "error": f"{type(error).__name__}: {error}"})
         finally:
             bench.close()
             (options.out / "table.md").write_text(table(bench.results))

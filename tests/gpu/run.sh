@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
-wheels= out=build/gpu
+wheels='' out=build/gpu
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -21,7 +21,7 @@ if [ -n "$wheels" ]; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl
 fi
 export PYTHONPATH=$site:$PWD PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_CACHE=$site/datasets
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 
 # Everything that can be missing shows here, in the first half minute.
 "$PYTHON" - "${arguments[@]}" <<'PYTHON' || { echo "tests/gpu/run.sh: this machine cannot train; see above" >&2; exit 2; }
