@@ -1,7 +1,7 @@
 """A process that trains once: `python -m tests.gpu.child [JOB]`; without JOB it imports everything and waits for one.
 
-JOB is JSON: `folder` with spec.json, and `plain` for TRL without preflow. What happens is written, with the time, to
-timeline.jsonl in that folder. Standard input stays open as long as the parent lives.
+JOB is JSON: `folder` with spec.json, `plain` for TRL without preflow, `exact` for deterministic kernels. What happens
+is written, with the time, to timeline.jsonl in that folder. Standard input stays open as long as the parent lives.
 """
 
 import time
@@ -9,6 +9,7 @@ import time
 BORN = time.time()
 
 import json  # noqa: E402
+import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> int:
         return 0
     job = json.loads(line)
     folder = Path(job["folder"])
+    if job.get("exact"):
+        use_exact_kernels()
     with (folder / "timeline.jsonl").open("a") as out:
 
         def say(what: dict[str, Any]) -> None:
@@ -37,6 +40,14 @@ def main(arguments: list[str]) -> int:
             return product.train_plainly(folder, say) if job.get("plain") else product.train(folder, say)
         finally:
             say({"memory": memory()})
+
+
+def use_exact_kernels() -> None:
+    """Choose kernels that give the same bits twice; a kernel that has no such form warns in the log."""
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def memory() -> dict[str, float]:
