@@ -1,7 +1,7 @@
 """A process that trains once: `python -m tests.gpu.child [JOB]`; without JOB it imports everything and waits for one.
 
-JOB is JSON: `folder` with spec.json, `plain` for TRL without preflow, `exact` for deterministic kernels. What happens
-is written, with the time, to timeline.jsonl in that folder. Standard input stays open as long as the parent lives.
+JOB is JSON: `folder` with spec.json, `plain` for TRL without preflow, and `kernels` (see `Case`). What happens is
+written, with the time, to timeline.jsonl in that folder. Standard input stays open as long as the parent lives.
 """
 
 import time
@@ -27,8 +27,7 @@ def main(arguments: list[str]) -> int:
         return 0
     job = json.loads(line)
     folder = Path(job["folder"])
-    if job.get("exact"):
-        use_exact_kernels()
+    choose_kernels(job["kernels"])
     with (folder / "timeline.jsonl").open("a") as out:
 
         def say(what: dict[str, Any]) -> None:
@@ -37,17 +36,20 @@ def main(arguments: list[str]) -> int:
 
         say({"did": "import_all", "seconds": imported, "born": BORN})
         try:
-            return product.train_plainly(folder, say) if job.get("plain") else product.train(folder, say)
+            return product.train_plainly(folder, say) if job["plain"] else product.train(folder, say)
         finally:
             say({"memory": memory()})
 
 
-def use_exact_kernels() -> None:
-    """Choose kernels that give the same bits twice; a kernel that has no such form warns in the log."""
+def choose_kernels(kernels: str) -> None:
+    """Choose kernels that give the same bits twice (`exact`), or attention without cuDNN (`no cudnn`)."""
     import torch
 
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if kernels == "no cudnn":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    elif kernels == "exact":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)  # with warn_only cuDNN's attention would stay as it is
 
 
 def memory() -> dict[str, float]:

@@ -39,7 +39,8 @@ class Case:
         steps: optimizer steps of 16 pairs; the first one is not timed.
         plain: TRL without preflow.
         cold: a process that has imported nothing yet.
-        exact: with torch's deterministic algorithms, so that equal work must give equal bytes.
+        kernels: `exact` for torch's deterministic ones, with which equal work must give equal bytes; `no cudnn` for
+            attention without cuDNN, which prepares itself for every new length.
         stop_after: SIGTERM half a second after this step; the exit is timed.
         resumes: the case whose training is taken up again.
         like: the case whose adapter must be the same.
@@ -51,7 +52,7 @@ class Case:
     steps: int = 4
     plain: bool = False
     cold: bool = False
-    exact: bool = False
+    kernels: str = ""
     stop_after: int | None = None
     resumes: str | None = None
     like: str | None = None
@@ -74,15 +75,17 @@ CASES = (
     Case("short, SIGTERM", stop_after=2),
     Case("short, resumed", cold=True, resumes="short, SIGTERM", like="short"),
     Case("short, again", like="short"),
-    Case("exact", exact=True),
-    Case("exact, SIGTERM", exact=True, stop_after=2),
-    Case("exact, resumed", exact=True, resumes="exact, SIGTERM", like="exact"),
+    Case("exact", kernels="exact"),
+    Case("exact, again", kernels="exact", like="exact"),
+    Case("exact, SIGTERM", kernels="exact", stop_after=2),
+    Case("exact, resumed", kernels="exact", resumes="exact, SIGTERM", like="exact"),
     Case("short, without checkpointing", settings=NO_GC),
     Case("short, without checkpointing, plain TRL", plain=True, settings=NO_GC),
     Case("long, batch 4", "long", steps=3, settings=BATCH_4),
     Case("long, without checkpointing", "long", steps=3, settings=NO_GC),
     Case("short, batch 4", settings=BATCH_4),
     Case("mixed, by length", "mixed"),
+    Case("mixed, without cuDNN attention", "mixed", kernels="no cudnn"),
     Case("mixed, plain TRL", "mixed", plain=True),
     Case("mixed, shuffled", "mixed", settings={"group_by_length": False}),
 )
@@ -169,7 +172,7 @@ class Bench:
         )  # fmt: skip
 
     def _launch(self, case: Case, folder: Path) -> subprocess.Popen[bytes]:
-        job = json.dumps({"folder": str(folder), "plain": case.plain, "exact": case.exact})
+        job = json.dumps({"folder": str(folder), "plain": case.plain, "kernels": case.kernels})
         if case.cold:
             return self._start(job)
         process, self._spare = self._spare or self._start(), None

@@ -1,6 +1,5 @@
 """Pairs as tokens: the same as TRL's, measured, refused where nothing can be learned, grouped without randomness."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.records import PreferencePair
 from tasks.storage import Workspace
@@ -23,7 +23,8 @@ from tasks.training.data import (
     tokenize,
 )
 from tasks.training.model import load_tokenizer
-from tests.fakes.tiny_training import TinyWorld, build_base, pairs, write_preferences
+from tests.fakes.tiny_training import build_base, pairs, write_preferences
+from tests.gpu.materials import Size, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -113,22 +114,15 @@ def test_epochs_shuffle_micro_batches_but_keep_their_pairs() -> None:
     assert MicroBatchSampler(batches, seed=8).order(1) != second
 
 
-def save_large_tokenizer(folder: Path, tokens: int) -> None:
-    """Give the model in `folder` a vocabulary as large as Llama-3's."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"more{number}" for number in range(tokens - len(tokenizer))])
-    tokenizer.save_pretrained(folder)
-
-
-@pytest.mark.timeout(120)
-def test_an_adapter_with_a_tokenizer_of_128000_tokens_is_checked_in_seconds(tmp_path: Path) -> None:
-    world = TinyWorld.build(tmp_path, train=1, val=1)
-    save_large_tokenizer(world.base, 128_256)
-    for file in world.base.glob("*token*"):
-        shutil.copy(file, world.adapter)
+@pytest.mark.timeout(300)
+def test_an_adapter_with_a_tokenizer_of_128256_tokens_is_checked_in_seconds(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "sft"
+    for folder, size in ((base, Size()), (adapter, Size())):
+        make_tokenizer(size).save_pretrained(folder)
+    training = TrainingConfig(base_model=str(base), sft_adapter=str(adapter))
     started = time.process_time()
-    assert len(load_tokenizer(world.config(), world.adapter)) == 128_256
+    assert len(load_tokenizer(training, adapter)) == 128_256
     assert time.process_time() - started < 30, "the vocabulary is built again for each of its tokens"
-    save_large_tokenizer(world.base, 128_257)
-    with pytest.raises(PreflowError, match="1 are missing"):
-        load_tokenizer(world.config(), world.adapter)
+    make_tokenizer(Size(vocabulary=128_250)).save_pretrained(adapter)
+    with pytest.raises(PreflowError, match="0 tokens have another number, 6 are missing"):
+        load_tokenizer(training, adapter)
