@@ -1,5 +1,1 @@
 """What happens, in order: one flow a stage, and the pipeline of them all."""
-
-from tasks.logs import set_up_logs
-
-set_up_logs()

@@ -7,15 +7,15 @@ import sys
 from prefect import flow
 from pydantic import ValidationError
 
-from tasks.config import DrillConfig
+from tasks.config import DrillConfig, Location
 from tasks.demo.local import Places, prefect_api
-from tasks.drill import DrillResult, make_order, report_drill, train_in_peace, train_in_the_storm
+from tasks.drill.preemption import choose_target
+from tasks.drill.training import DrillResult, make_order, report_drill, train_in_peace, train_in_the_storm
 from tasks.errors import PreflowError
-from tasks.preemption import choose_target
 
 
 @flow(name="preemption-drill", flow_run_name="{drill.preemptions} preemptions")
-async def preemption_drill(workspace: str, drill: DrillConfig) -> DrillResult:
+async def preemption_drill(workspace: Location, drill: DrillConfig) -> DrillResult:
     """Train once in peace and once under preemption, and compare.
 
     Args:

@@ -3,8 +3,8 @@
 from prefect import flow
 
 from flows.generate import generate_completions
-from tasks.config import EvaluationConfig, JudgingConfig
-from tasks.evaluation import (
+from tasks.config import EvaluationConfig, JudgingConfig, Location
+from tasks.evaluate.win_rate import (
     BASELINE,
     CANDIDATE,
     NULL,
@@ -13,15 +13,16 @@ from tasks.evaluation import (
     select_held_out,
     summarise_evaluation,
 )
-from tasks.judging import collect_verdicts, plan_judging
-from tasks.references import AdapterInput
-from tasks.report import report_evaluation
-from tasks.storage import CompletionsRef, EvaluationRef, VerdictsRef, Workspace
+from tasks.judge.asking import collect_verdicts, plan_judging
+from tasks.report.run import report_evaluation
+from tasks.run.inputs import AdapterInput
+from tasks.run.names import named
+from tasks.store.workspace import CompletionsRef, EvaluationRef, VerdictsRef, Workspace
 
 
-@flow(name="evaluate-adapter", flow_run_name="evaluate {adapter.sha256:.12}")
+@flow(name="evaluate-adapter", flow_run_name=named("evaluate {adapter.sha256:.12}"))
 async def evaluate_adapter(
-    adapter: AdapterInput, prompts: str, workspace: str, evaluation: EvaluationConfig
+    adapter: AdapterInput, prompts: Location, workspace: Location, evaluation: EvaluationConfig
 ) -> EvaluationRef:
     """Have the judge compare samples of the new adapter with the SFT adapter's, on prompts it was not trained on.
 
@@ -47,7 +48,7 @@ async def evaluate_adapter(
 
 @flow(name="compare-samples")
 async def compare_samples(
-    baseline: CompletionsRef, candidate: CompletionsRef, workspace: str, judging: JudgingConfig
+    baseline: CompletionsRef, candidate: CompletionsRef, workspace: Location, judging: JudgingConfig
 ) -> VerdictsRef:
     """Have the judge compare two draws sample by sample, in both orders."""
     plan = plan_judging(pair_samples(baseline, candidate, workspace), workspace, judging)

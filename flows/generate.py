@@ -2,14 +2,15 @@
 
 from prefect import flow
 
-from tasks.config import GenerationConfig
-from tasks.generation import collect_completions, plan_generation
-from tasks.prompts import import_prompts
-from tasks.storage import CompletionsRef, Workspace
+from tasks.config import GenerationConfig, Location
+from tasks.generate.sampling import collect_completions, plan_generation
+from tasks.run.names import named
+from tasks.store.prompts import import_prompts
+from tasks.store.workspace import CompletionsRef, Workspace
 
 
-@flow(name="generate-completions", flow_run_name="sample {generation.model}")
-async def generate_completions(prompts: str, workspace: str, generation: GenerationConfig) -> CompletionsRef:
+@flow(name="generate-completions", flow_run_name=named("sample {generation.model}"))
+async def generate_completions(prompts: Location, workspace: Location, generation: GenerationConfig) -> CompletionsRef:
     """Sample N completions for every prompt of a JSONL file.
 
     Args:

@@ -2,16 +2,19 @@
 
 from prefect import flow
 
-from tasks.config import JudgingConfig
-from tasks.judging import collect_verdicts, plan_judging
-from tasks.preferences import check_yield, make_preferences
-from tasks.references import CompletionsInput
-from tasks.report import report_preferences
-from tasks.storage import PreferencesRef, Workspace
+from tasks.config import JudgingConfig, Location
+from tasks.judge.asking import collect_verdicts, plan_judging
+from tasks.judge.pairs import check_yield, make_preferences
+from tasks.report.run import report_preferences
+from tasks.run.inputs import CompletionsInput
+from tasks.run.names import named
+from tasks.store.workspace import PreferencesRef, Workspace
 
 
-@flow(name="judge-preferences", flow_run_name="judge with {judging.model}")
-async def judge_preferences(completions: CompletionsInput, workspace: str, judging: JudgingConfig) -> PreferencesRef:
+@flow(name="judge-preferences", flow_run_name=named("judge with {judging.model}"))
+async def judge_preferences(
+    completions: CompletionsInput, workspace: Location, judging: JudgingConfig
+) -> PreferencesRef:
     """Have a judge choose the best and the worst completion of every prompt, and keep the pairs it is sure of.
 
     Args:

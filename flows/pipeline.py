@@ -7,16 +7,19 @@ from flows.generate import generate_completions
 from flows.judge import judge_preferences
 from flows.promote import promote_adapter
 from flows.train import train_dpo
-from tasks.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.config import PipelineConfig
-from tasks.promotion import find_promotion
-from tasks.remote import train_on_pool
-from tasks.report import report_run
-from tasks.runs import PipelineResult, my_turn, prepare_run, record_result
-from tasks.storage import AdapterRef, PreferencesRef
+from tasks.promote.pointer import find_promotion
+from tasks.report.run import report_run
+from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
+from tasks.run.names import named
+from tasks.run.preflight import PipelineResult, my_turn, prepare_run, record_result
+from tasks.store.workspace import AdapterRef, PreferencesRef
+from tasks.train.work_pool import train_on_pool
+
+NAME = named("{config.promotion.name}: beta {config.training.beta:g}, {now:%d %b %H:%M}")
 
 
-@flow(name="dpo-pipeline", flow_run_name="dpo for {config.promotion.name}", on_failure=[cancel_if_refused])
+@flow(name="dpo-pipeline", flow_run_name=NAME, on_failure=[cancel_if_refused])
 async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """Sample completions, have them judged, train with DPO, prove that it is better, and serve it.
 

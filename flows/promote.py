@@ -2,15 +2,16 @@
 
 from prefect import flow
 
-from tasks.config import PromotionConfig
-from tasks.promotion import check_gate, confirm_served, install_adapter, move_pointer, reconcile, serve_adapter
-from tasks.references import AdapterInput, EvaluationInput
-from tasks.storage import PromotionRef, Workspace
+from tasks.config import Location, PromotionConfig
+from tasks.promote.pointer import check_gate, confirm_served, install_adapter, move_pointer, reconcile, serve_adapter
+from tasks.run.inputs import AdapterInput, EvaluationInput
+from tasks.run.names import named
+from tasks.store.workspace import PromotionRef, Workspace
 
 
-@flow(name="promote-adapter", flow_run_name="promote to {promotion.name}")
+@flow(name="promote-adapter", flow_run_name=named("promote to {promotion.name}"))
 async def promote_adapter(
-    adapter: AdapterInput, evaluation: EvaluationInput, workspace: str, promotion: PromotionConfig
+    adapter: AdapterInput, evaluation: EvaluationInput, workspace: Location, promotion: PromotionConfig
 ) -> PromotionRef:
     """Serve an adapter under its name if it won; refuse it otherwise.
 
@@ -29,8 +30,8 @@ async def promote_adapter(
     return promoted
 
 
-@flow(name="reconcile-served", flow_run_name="serve what {promotion.name} is")
-async def reconcile_served(workspace: str, promotion: PromotionConfig) -> PromotionRef:
+@flow(name="reconcile-served", flow_run_name=named("serve what {promotion.name} is"))
+async def reconcile_served(workspace: Location, promotion: PromotionConfig) -> PromotionRef:
     """Have vLLM serve what was promoted, if it does not: after a restart, or a promotion that was cut off.
 
     Args:

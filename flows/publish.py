@@ -2,12 +2,13 @@
 
 from prefect import flow
 
-from tasks.config import PublishingConfig
-from tasks.publishing import Publication, find_published, publish
+from tasks.config import Location, PublishingConfig
+from tasks.promote.publish import Publication, find_published, publish
+from tasks.run.names import named
 
 
-@flow(name="publish-adapter", flow_run_name="publish {name} as {publishing.repo}")
-async def publish_adapter(workspace: str, name: str, publishing: PublishingConfig) -> Publication:
+@flow(name="publish-adapter", flow_run_name=named("publish {name} as {publishing.repo}"))
+async def publish_adapter(workspace: Location, name: str, publishing: PublishingConfig) -> Publication:
     """Publish the adapter that is served under `name`, with a model card written from the manifests.
 
     Args:

@@ -2,13 +2,14 @@
 
 from prefect import flow
 
-from tasks.config import PromotionConfig
-from tasks.promotion import choose_rollback, confirm_served, roll_back_pointer, serve_adapter
-from tasks.storage import PromotionRef, Workspace
+from tasks.config import Location, PromotionConfig
+from tasks.promote.pointer import choose_rollback, confirm_served, report_rollback, roll_back_pointer, serve_adapter
+from tasks.run.names import named
+from tasks.store.workspace import PromotionRef, Workspace
 
 
-@flow(name="rollback-adapter", flow_run_name="roll {promotion.name} back")
-async def rollback_adapter(workspace: str, promotion: PromotionConfig, to: str | None = None) -> PromotionRef:
+@flow(name="rollback-adapter", flow_run_name=named("roll {promotion.name} back"))
+async def rollback_adapter(workspace: Location, promotion: PromotionConfig, to: str | None = None) -> PromotionRef:
     """Serve the adapter before the present one again, or the one whose digest begins with `to`.
 
     Args:
@@ -21,4 +22,5 @@ async def rollback_adapter(workspace: str, promotion: PromotionConfig, to: str |
     await serve_adapter(entry["uri"], workspace, promotion)
     restored = roll_back_pointer(entry, workspace, promotion.name)
     await confirm_served(workspace, promotion)
+    await report_rollback(workspace, promotion)
     return restored

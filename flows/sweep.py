@@ -4,18 +4,18 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from flows.pipeline import improve, promote_if_better
+from tasks.batch.shards import settle
 from tasks.config import PipelineConfig, SweepConfig
-from tasks.runs import PipelineResult, taking_turns
-from tasks.shards import settle
-from tasks.sweeping.estimate import plan_sweep
-from tasks.sweeping.plan import check_budget
-from tasks.sweeping.points import Point
-from tasks.sweeping.prepare import find_unready, prepare_points, trainings_at_once
-from tasks.sweeping.report import conclude, report_plan, report_sweep
-from tasks.sweeping.results import SweepResult, attempt, find_sweep, rank, record_sweep, winner
+from tasks.run.names import named
+from tasks.run.preflight import PipelineResult, taking_turns
+from tasks.sweep.estimate import check_budget, plan_sweep
+from tasks.sweep.page import conclude, report_plan, report_sweep
+from tasks.sweep.points import Point
+from tasks.sweep.prepare import find_unready, prepare_points, trainings_at_once
+from tasks.sweep.ranking import SweepResult, attempt, find_sweep, rank, record_sweep, winner
 
 
-@flow(name="dpo-sweep", flow_run_name="sweep for {config.promotion.name}")
+@flow(name="dpo-sweep", flow_run_name=named("{config.promotion.name}: sweep, {now:%d %b %H:%M}"))
 async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult | State[SweepResult]:
     """Run the pipeline at every point of a sweep, without promoting, and show which setting wins and how surely.
 

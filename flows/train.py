@@ -2,15 +2,16 @@
 
 from prefect import flow
 
-from tasks.config import TrainingConfig
-from tasks.references import PreferencesInput
-from tasks.report import report_training
-from tasks.storage import AdapterRef, Workspace
-from tasks.train import train_adapter
+from tasks.config import Location, TrainingConfig
+from tasks.report.run import report_training
+from tasks.run.inputs import PreferencesInput
+from tasks.run.names import named
+from tasks.store.workspace import AdapterRef, Workspace
+from tasks.train.task import train_adapter
 
 
-@flow(name="train-dpo", flow_run_name="train with beta {training.beta}")
-async def train_dpo(preferences: PreferencesInput, workspace: str, training: TrainingConfig) -> AdapterRef:
+@flow(name="train-dpo", flow_run_name=named("train with beta {training.beta}"))
+async def train_dpo(preferences: PreferencesInput, workspace: Location, training: TrainingConfig) -> AdapterRef:
     """Train the SFT adapter further on preference pairs, going on where a preempted training was.
 
     Args:

@@ -14,9 +14,9 @@ PREFECT = {
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_CLI_COLORS": "false",
 }
-# The longest first; each takes three to six minutes beside others on two cores.
+# The longest first: minutes each.
 LONGEST = (
-    "test_training_deployment", "test_sweep", "test_promotion_under_load", "test_end_to_end", "test_browser",
+    "test_end_to_end", "test_browser", "test_promotion_under_load", "test_sweep", "test_training_deployment",
     "test_kubernetes_preemption", "test_lost_pieces", "test_infra_image_replay", "test_drill", "test_pipeline_gcs",
 )  # fmt: skip
 
@@ -56,7 +56,7 @@ def _pointed_at_a_server(folder: Path) -> Iterator[str]:
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
     from tasks.demo.services import prefect_server as start_server
-    from tasks.logs import set_up_logs
+    from tasks.run.logs import set_up_logs
 
     set_up_logs()
     home = folder / "home"

@@ -73,8 +73,8 @@ def train(preferences: str, training: str = "{}", workspace: str = WORKSPACE) ->
         PreflowError: an input is wrong, or an invariant of DPO does not hold.
     """
     from tasks.config import TrainingConfig
-    from tasks.storage import PreferencesRef
-    from tasks.training.launch import check_training_inputs, run_training, training_key
+    from tasks.store.workspace import PreferencesRef
+    from tasks.train.launch import check_training_inputs, run_training, training_key
 
     folder = Path(workspace, "preferences", preferences)
     artifact = json.loads((folder / "manifest.json").read_text())["artifact"]

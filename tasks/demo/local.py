@@ -3,11 +3,11 @@
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import UUID
 
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
@@ -19,16 +19,16 @@ from tasks.config import (
     PromotionConfig,
     TrainingConfig,
 )
-from tasks.demo.materials import Materials
-from tasks.demo.running import Run
+from tasks.demo.materials import Materials, locate_materials
 from tasks.demo.services import Service, judge_server, prefect_server
 from tasks.demo.serving import vllm_server
-from tasks.demo.summary import before_and_after, stage_seconds, summarise
-from tasks.promotion import read_pointer
-from tasks.report import report_uri
-from tasks.runs import PipelineResult, find_result
+from tasks.demo.summary import before_and_after, summarise
+from tasks.demo.up import Up
+from tasks.promote.pointer import read_pointer
+from tasks.report.run import report_uri
+from tasks.run.preflight import PipelineResult, find_result
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 SERVED_NAME = "dpo"
 JUDGE_KEY = "DEMO_JUDGE_KEY"
 VLLM_PYTHON = Path(".venv-serve/bin/python")
@@ -100,13 +100,13 @@ def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> 
 def prefect_api(places: Places) -> Iterator[str]:
     """Give this process a Prefect API; yields the UI's address.
 
-    It is that of PREFECT_API_URL, that of `make up` if that is running (two servers would share one database), or a
+    It is that of PREFECT_API_URL, that of `preflow up` if that is running (two servers would share one database), or a
     server of our own.
     """
     if url := PREFECT_API_URL.value():
         yield url.removesuffix("/api")
         return
-    if url := Run(places.root).api():
+    if url := Up(places.root).api():
         os.environ["PREFECT_API_URL"] = url
         with temporary_settings({PREFECT_API_URL: url}):
             yield url.removesuffix("/api")
@@ -136,7 +136,7 @@ def model_servers(
     os.environ.setdefault(JUDGE_KEY, secrets.token_hex(16))
     finished = demo_config(places, materials, NOWHERE, NOWHERE)
     if find(finished) is not None:
-        LOG.info("an equal run has finished: no model server is needed")
+        logger.info("an equal run has finished: no model server is needed")
         yield finished
         return
     with ExitStack() as running:
@@ -154,24 +154,25 @@ def vllm_for(places: Places, materials: Materials, port: int | None = None) -> S
     return vllm_server(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters, port=port)
 
 
-def announce(places: Places, ui: str) -> None:
-    """Say where the run can be looked at while it goes on."""
-    print(f"Prefect UI: {ui} (while the demo runs; `make up` brings it back)")
-    print(f"Workspace:  {places.workspace}\nLogs:       {places.logs}\n", flush=True)
+def vllm_launcher(places: Places, port: int) -> Service:
+    """Return vLLM as a service that looks up what was promoted whenever it is started."""
+    command = [sys.executable, "-m", "tasks.demo.local", str(places.root), str(port)]
+    return Service("vLLM", command, port, "/health", places.logs / "vllm.log")
 
 
-async def show_result(result: PipelineResult, config: PipelineConfig, flow_run_id: UUID) -> None:
-    """Print what the run did and whether the adapter is better, and one scene before and after."""
-    rows = summarise(result, config.workspace)
-    rows += [(f"time, {name}", f"{seconds:.0f} s") for name, seconds in await stage_seconds(flow_run_id)]
-    rows += [("report", report_uri(config)), ("Prefect UI", f"{_ui_address()}/runs/flow-run/{flow_run_id}")]
+def show_result(result: PipelineResult, config: PipelineConfig) -> None:
+    """Print what the run did and whether the adapter is better, and, after the first run, a scene before and after."""
+    known = config.generation.endpoint == NOWHERE
+    rows = [*summarise(result, config.workspace, short=known), ("report", report_uri(config))]
     width = max(len(name) for name, _ in rows)
-    print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    for title, text in before_and_after(result, config.workspace).items():
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    for title, text in {} if known else before_and_after(result, config.workspace).items():
         print(f"\n{title}:\n" + "\n".join(f"    {line}" for line in text.splitlines()), flush=True)
-    if result.promotion is None:
-        print("\nThe new adapter did not win by enough, so it was not promoted.", flush=True)
 
 
-def _ui_address() -> str:
-    return str(PREFECT_API_URL.value()).removesuffix("/api")
+if __name__ == "__main__":
+    here = Places(Path(sys.argv[1]))
+    for engine in Up(here.root).leftovers(naming="EngineCore"):  # of a vLLM that was killed: it would keep its memory
+        engine.kill()
+    vllm = vllm_for(here, locate_materials(here.root), int(sys.argv[2]))
+    os.execve(vllm.command[0], list(vllm.command), {**os.environ, **vllm.environment})

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect import task
 
-from tasks.storage import digest, file_sha256
+from tasks.store.workspace import digest, file_sha256
 
 SEED = 7
 TRAINING_PROMPTS, HELD_OUT_PROMPTS = 240, 200
@@ -44,7 +44,7 @@ class Materials:
 
 def locate_materials(root: Path) -> Materials:
     """Return where the materials of this version of the code belong."""
-    sources = [Path(__file__).parent / name for name in ("corpus.py", "material.py", "model.py")]
+    sources = [Path(__file__).parent / name for name in ("corpus.py", "world.toml", "model.py")]
     counts = [SEED, TRAINING_PROMPTS, HELD_OUT_PROMPTS]
     return Materials(root / "materials" / digest([*map(file_sha256, sources), *counts])[:12])
 

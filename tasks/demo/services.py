@@ -148,7 +148,7 @@ def require_free(port: int, variable: str, use: str) -> None:
         except OSError as error:
             raise PreflowError(
                 f"port {port} of 127.0.0.1, for {use}, is taken by another program: end that, or choose another port "
-                f"with {variable}, e.g. {variable}={port + 10} make up"
+                f"with {variable}, e.g. {variable}={port + 10} preflow up"
             ) from error
 
 
@@ -163,24 +163,7 @@ def prefect_server(home: Path, port: int | None = None) -> Service:
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
     }
     log = home.parent / "logs" / "prefect.log"
-    return Service("the Prefect server", command, port, "/api/health", log, environment)
-
-
-def prefect_worker(api: str, home: Path, pool: str = "local") -> Service:
-    """Return a worker that runs what is started on a work pool of the Prefect server at `api`."""
-    port = free_port()
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--with-healthcheck"]
-    environment = {
-        "PREFECT_API_URL": api,
-        "PREFECT_HOME": str(home),
-        "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
-        "PREFECT_WORKER_WEBSERVER_PORT": str(port),
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
-        # A server that is away is waited for: 2, 4, ... 256 s between the attempts, 8 minutes in all.
-        "PREFECT_CLIENT_MAX_RETRIES": "8",
-        "DO_NOT_TRACK": "1",
-    }
-    return Service("the worker", command, port, "/health", home.parent / "logs" / "worker.log", environment)
+    return Service("Prefect", command, port, "/api/health", log, environment)
 
 
 def judge_server(logs: Path, key: str, port: int | None = None) -> Service:
@@ -188,4 +171,4 @@ def judge_server(logs: Path, key: str, port: int | None = None) -> Service:
     port = port or free_port()
     requests = logs / "judge-requests.jsonl"
     command = [sys.executable, "-m", "tasks.demo.judge", "--port", str(port), "--log", str(requests)]
-    return Service("the judge", command, port, "/v1/models", logs / "judge.log", {"DEMO_JUDGE_KEY": key})
+    return Service("judge", command, port, "/v1/models", logs / "judge.log", {"DEMO_JUDGE_KEY": key})

@@ -1,35 +1,33 @@
-"""The table at the end of the demo, read from what the run left in its workspace and in Prefect."""
+"""The table at the end of the demo, read from what the run left in its workspace."""
 
-import json
 from typing import Any
-from uuid import UUID
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
-from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.sorting import FlowRunSort
-
-from tasks.report import beside, gather_manifests
-from tasks.runs import PipelineResult
-from tasks.storage import Workspace
+from tasks.report.run import gather_manifests
+from tasks.run.preflight import PipelineResult
+from tasks.store.workspace import Cost, Workspace
 
 
-def summarise(result: PipelineResult, workspace: str) -> list[tuple[str, str]]:
-    """Return (name, value) rows that tell what the run did and whether the adapter is better."""
+def summarise(result: PipelineResult, workspace: str, short: bool = False) -> list[tuple[str, str]]:
+    """Return (name, value) rows that tell what the run did and whether the adapter is better; `short`: the verdict."""
     store = Workspace(workspace)
-    pairs = store.read_json(beside(result.preferences, "manifest.json"))["counts"]
-    training = store.read_json(result.adapter.manifest or "")["summary"]
+    pairs = store.read_manifest(result.preferences).counts
+    training = store.read_manifest(result.adapter).figures
     rates = store.read_json(result.evaluation.uri)
-    return [
-        ("prompts", f"{result.completions.rows}"),
-        ("pairs", f"{pairs['train']} to train, {pairs['val']} held out"),
-        ("position lift", _position_lift(store.read_json(beside(result.preferences, "quality.json")))),
-        ("first loss", f"{training['first_loss']:.4f} (ln 2 = 0.6931)"),
-        ("eval accuracy", f"{training['eval']['eval_rewards/accuracies']:.3f}"),
-        ("eval margin", f"{training['eval']['eval_rewards/margins']:.3f}"),
+    verdict = [
         ("win rate", f"{_rate(rates)}, {rates['samples']} samples of {rates['prompts']} held-out prompts"),
         ("SFT against itself", _rate(rates["null"])),
         ("adapter served", _served(result)),
+    ]
+    if short:
+        return verdict
+    return [
+        ("prompts", f"{result.completions.rows}"),
+        ("pairs", f"{pairs['train']} to train, {pairs['val']} held out"),
+        ("position lift", _position_lift(store.read_json(result.preferences.sibling("quality.json")))),
+        ("first loss", f"{training['first_loss']:.4f} (ln 2 = 0.6931)"),
+        ("eval accuracy", f"{training['eval_rewards/accuracies']:.3f}"),
+        ("eval margin", f"{training['eval_rewards/margins']:.3f}"),
+        *verdict,
         ("tokens", _tokens(store, result)),
     ]
 
@@ -53,36 +51,14 @@ def _served(result: PipelineResult) -> str:
 
 
 def _tokens(store: Workspace, result: PipelineResult) -> str:
-    used = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
-    for manifest in gather_manifests(store, result):
-        for name in used:
-            used[name] += manifest.get("usage", {}).get(name, 0)
-    return f"{used['prompt_tokens']:,} in, {used['completion_tokens']:,} out, {used['requests']:,} requests"
-
-
-async def stage_seconds(flow_run_id: UUID) -> list[tuple[str, float]]:
-    """Return name and run time, in seconds, of the stages of the pipeline run below a flow run, in order of start."""
-    async with get_client() as client:
-        pipelines = await client.read_flow_runs(flow_run_filter=_children_of([flow_run_id]))
-        stages = await client.read_flow_runs(
-            flow_run_filter=_children_of([run.id for run in pipelines]), sort=FlowRunSort.START_TIME_ASC
-        )
-        return [((await client.read_flow(run.flow_id)).name, _seconds(run)) for run in stages]
-
-
-def _children_of(flow_run_ids: list[UUID]) -> FlowRunFilter:
-    return FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=flow_run_ids))
-
-
-def _seconds(run: FlowRun) -> float:
-    return run.total_run_time.total_seconds()
+    used = sum((manifest.cost for manifest in gather_manifests(store, result)), Cost())
+    return f"{used.prompt_tokens:,} in, {used.completion_tokens:,} out, {used.requests:,} requests"
 
 
 def before_and_after(result: PipelineResult, workspace: str) -> dict[str, str]:
     """Return one held-out scene that the new adapter won, if it won any: the scene, the SFT text and the new one."""
     row: dict[str, Any] = {}
-    for line in Workspace(workspace).lines(beside(result.evaluation, "comparisons.jsonl")):
-        row = json.loads(line)
+    for row in Workspace(workspace).read_rows(result.evaluation.sibling("comparisons.jsonl")):
         if row["outcome"] == 1:
             break
     before, after = row["completions"]

@@ -1,34 +1,57 @@
-"""`make up` and `make down`: everything a run needs on this machine, in the background until it is ended.
+"""`preflow up` and `preflow down`: what runs need on this machine, in the background, kept running by supervisord.
 
-`up` starts one supervisor, which owns the servers and starts a crashed one again; the supervisor holds a lock as long
-as it lives, so a stale file of a reboot or of a `kill -9` is never taken for a running one.
+Prefect's server, a process that serves the deployments, and for the demo vLLM and the judge. One folder holds all of
+it; processes are known by a mark in their environment, which those that they start inherit.
 """
 
-import argparse
-import logging
+import json
 import os
 import secrets
-import signal
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
+from xmlrpc.client import Fault, ServerProxy
 
-from tasks.demo.local import JUDGE_KEY, SERVED_NAME, Places, demo_config, vllm_for
-from tasks.demo.materials import Materials, ensure_materials, locate_materials
-from tasks.demo.register import end_lost_runs, register_all
-from tasks.demo.running import Run, end_all, wait_until
-from tasks.demo.services import Service, judge_server, prefect_server, prefect_worker, require_free
+import httpx
+import psutil
+from supervisor.xmlrpc import SupervisorTransport
+
+from tasks.demo.services import Service, require_free
 from tasks.errors import PreflowError
-from tasks.logs import set_up_logs
 
-LOG = logging.getLogger("tasks.demo.up")
-MOST_RESTARTS = 3
-POLL_SECONDS = 0.5
+MARK = "PREFLOW_UP"
 START_SECONDS = 900.0
-LOOK_SECONDS = 2.0
+END_SECONDS = 60.0
+# Prefect's server is there before what asks it, and goes last.
+CONFIG = """[unix_http_server]
+file={socket}
+chmod=0700
+[supervisord]
+logfile={logs}/supervisord.log
+pidfile={run}/supervisord.pid
+childlogdir={logs}
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+"""
+PROGRAM = """[program:{name}]
+command={command}
+environment={environment}
+priority={priority}
+autorestart=true
+startretries=3
+stopasgroup=true
+killasgroup=true
+stopwaitsecs=30
+redirect_stderr=true
+stdout_logfile={log}
+"""
 
 
 @dataclass(frozen=True)
@@ -53,197 +76,134 @@ class Ports:
         """Return the OpenAI-compatible base URL of `vllm` or `judge`."""
         return f"http://127.0.0.1:{getattr(self, name)}/v1"
 
-    def check_free(self) -> None:
-        """Refuse ports that other programs have."""
-        for name, use in (("ui", "the Prefect UI"), ("vllm", "vLLM"), ("judge", "the demo's judge")):
-            require_free(getattr(self, name), f"{name.upper()}_PORT", use)
 
+@dataclass(frozen=True)
+class Up:
+    """What runs in the background for one folder."""
 
-class Supervisor:
-    """Starts the pieces in order, keeps them running, and writes down how they are."""
+    root: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
-    def __init__(self, run: Run, ports: Ports, materials: Materials) -> None:
-        self._run, self._ports, self._materials = run, ports, materials
-        self._places = Places(run.root)
-        self._running: dict[str, Service] = {}
-        self._restarts: dict[str, int] = {}
-        self._phase, self._error = "starting", ""
+    @property
+    def run(self) -> Path:
+        """Where its own files are."""
+        return self.root / "run"
 
-    def main(self) -> int:
-        """Keep everything up until SIGTERM; return the exit code."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    @property
+    def logs(self) -> Path:
+        """Where every process's log is."""
+        return self.root / "logs"
+
+    @property
+    def served(self) -> Path:
+        """Written by the process that serves the deployments, once they are registered."""
+        return self.run / "served"
+
+    @property
+    def socket(self) -> Path:
+        """Through which supervisord is asked; in the temporary folder, as its path must be short."""
+        return Path(tempfile.gettempdir()) / f"preflow-{sha256(str(self.root).encode()).hexdigest()[:16]}.sock"
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Return what supervisord says of each process, nothing where it does not run."""
+        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
         try:
-            self._start_all()
-            self._phase = "up"
-            while True:
-                self._look_after()
-                time.sleep(LOOK_SECONDS)
-        except PreflowError as error:
-            LOG.error("%s", error)
-            self._phase, self._error = "failed", str(error)
-            return 1
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._end_all()
+            found: Any = ServerProxy("http://127.0.0.1", transport=transport).supervisor.getAllProcessInfo()
+        except (OSError, Fault):
+            return {}
+        return {entry["name"]: entry for entry in found}
 
-    def _end_all(self) -> None:
-        """End the worker first, and let its runs report that they were interrupted, while the server is there."""
-        for name in reversed(self._running):
-            self._running[name].stop()
-            if name == "worker":
-                wait_until(lambda: not self._run.flow_processes())
-        self._note()
+    def api(self) -> str | None:
+        """Return the address of its Prefect API, if it answers."""
+        if not self.state():
+            return None
+        api = str(json.loads((self.run / "up.json").read_text())["api"])
+        return api if _answers(f"{api}/health") else None
 
-    def _make(self, name: str) -> Service:
-        places, ports = self._places, self._ports
-        match name:
-            case "Prefect":
-                return prefect_server(places.prefect_home, ports.ui)
-            case "judge":
-                return judge_server(places.logs, os.environ[JUDGE_KEY], ports.judge)
-            case "vLLM":
-                return vllm_for(places, self._materials, ports.vllm)
-            case _:
-                return prefect_worker(ports.api, places.prefect_home)
+    def start(self, services: Sequence[Service], api: str) -> None:
+        """Have supervisord start the services, in this order, and keep them running."""
+        for folder in (self.run, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        (self.run / "up.json").write_text(json.dumps({"api": api}))
+        self.served.unlink(missing_ok=True)
+        programs = (_program(service, number) for number, service in enumerate(services))
+        text = CONFIG.format(socket=self.socket, logs=self.logs, run=self.run) + "".join(programs)
+        config = self.run / "supervisord.conf"
+        config.write_text(text)
+        environment = {**os.environ, **self.environment, MARK: str(self.root)}
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise PreflowError(f"supervisord did not start: {done.stderr.strip() or done.stdout.strip()}")
 
-    def _start_all(self) -> None:
-        for name in ("Prefect", "judge", "vLLM"):
-            self._start(name)
-        self._wait("Prefect")
-        config = demo_config(self._places, self._materials, self._ports.url("vllm"), self._ports.url("judge"))
-        register_all(self._ports.api, self._places.logs / "register.log", config)
-        end_lost_runs(self._ports.api)
-        self._start("worker")
-        for name in ("judge", "worker", "vLLM"):
-            self._wait(name)
+    def wait(self, services: Mapping[str, Callable[[], bool]]) -> None:
+        """Wait until each of these is ready, and say so as they become it.
 
-    def _start(self, name: str) -> None:
-        self._running[name] = self._make(name)
-        self._running[name].start()
-        self._note()
+        Raises:
+            PreflowError: one cannot be started, or it takes too long; with its log.
+        """
+        waiting, deadline = dict(services), time.monotonic() + START_SECONDS
+        while waiting:
+            for name in [name for name, is_ready in waiting.items() if is_ready()]:
+                del waiting[name]
+                print(f"  {name} ready", flush=True)
+            failed = [entry for entry in self.state().values() if entry["statename"] == "FATAL"]
+            if failed or time.monotonic() > deadline:
+                name, log = (failed[0]["name"], failed[0]["logfile"]) if failed else (next(iter(waiting)), self.logs)
+                raise PreflowError(f"{name} did not start: see {log}; `preflow down` ends the others")
+            time.sleep(0.5)
 
-    def _wait(self, name: str) -> None:
-        self._running[name].wait_ready(START_SECONDS)
-        self._note()
+    def stop(self) -> int:
+        """End supervisord, what it started and what is left of it; return how many processes there were."""
+        count, transport = len(self.leftovers()), SupervisorTransport(None, None, f"unix://{self.socket}")
+        try:
+            ServerProxy("http://127.0.0.1", transport=transport).supervisor.shutdown()
+            psutil.wait_procs([process for process in self.leftovers() if _is_supervisord(process)], END_SECONDS)
+        except (OSError, Fault):
+            pass  # it does not run; something of it may
+        for process in self.leftovers():
+            process.terminate()
+        for process in psutil.wait_procs(self.leftovers(), 10)[1]:
+            process.kill()
+        return count
 
-    def _look_after(self) -> None:
-        """Start a piece that has ended again, a few times."""
-        for name, service in list(self._running.items()):
-            if not service.is_running() and self._restarts.get(name, 0) < MOST_RESTARTS:
-                self._restarts[name] = self._restarts.get(name, 0) + 1
-                LOG.warning("%s ended; starting it again (%d of %d)", name, self._restarts[name], MOST_RESTARTS)
-                service.stop()
-                self._start(name)
-        self._note()
-
-    def _note(self) -> None:
-        state = {"phase": self._phase, "error": self._error, "pid": os.getpid(), "api": self._ports.api}
-        state["pieces"] = {name: self._describe(name, service) for name, service in self._running.items()}
-        if state != self._run.state():
-            self._run.write(state)
-
-    def _describe(self, name: str, service: Service) -> dict[str, Any]:
-        ready = service.is_running() and service.is_healthy()
-        restarts = self._restarts.get(name, 0)
-        return {"pid": service.pid, "port": service.port, "log": str(service.log), "ready": ready, "restarts": restarts}
+    def leftovers(self, naming: str = "") -> list[psutil.Process]:
+        """Return the processes that were started for this folder, and theirs; `naming`: those with it in a command."""
+        found = psutil.process_iter(["pid", "environ", "cmdline"])
+        mine = [p for p in found if (p.info["environ"] or {}).get(MARK) == str(self.root) and p.pid != os.getpid()]
+        return [p for p in mine if not naming or any(naming in part for part in p.info["cmdline"] or ())]
 
 
-def up(run: Run) -> int:
-    """Start everything that is not running, wait until it is ready, and say how to use it."""
-    ports = Ports.from_environment()
-    if run.supervisor() is None:
-        end_all(run)  # what a supervisor that was killed has left
-        ports.check_free()
-        materials = locate_materials(run.root)
-        ensure_materials(materials)
-        started = _start_supervisor(run)
-        return _follow(run, lambda: started.poll() is None)
-    print("it runs already:", flush=True)
-    return _follow(run, lambda: run.supervisor() is not None)
+def _is_supervisord(process: psutil.Process) -> bool:
+    return "supervisor.supervisord" in (process.info["cmdline"] or ())
 
 
-def _start_supervisor(run: Run) -> subprocess.Popen[bytes]:
-    run.write({"phase": "starting", "pieces": {}})
-    Places(run.root).logs.mkdir(parents=True, exist_ok=True)
-    with (Places(run.root).logs / "up.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tasks.demo.up", "--folder", str(run.root), "supervise"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **run.environment, JUDGE_KEY: secrets.token_hex(16)},
-        )
+def _program(service: Service, priority: int) -> str:
+    quoted = ",".join(f'{name}="{value}"'.replace("%", "%%") for name, value in service.environment.items())
+    return PROGRAM.format(
+        name=service.name.replace(" ", "-"), command=shlex.join(map(str, service.command)).replace("%", "%%"),
+        environment=quoted, priority=priority, log=service.log,
+    )  # fmt: skip
 
 
-def _follow(run: Run, is_alive: Callable[[], bool]) -> int:
-    """Say how the pieces come up until all are, and return the exit code."""
-    told: set[str] = set()
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        alive, state = is_alive(), run.state()
-        for name, piece in state.get("pieces", {}).items():
-            if piece["ready"] and name not in told:
-                told.add(name)
-                print(f"  {name:<8} ready on port {piece['port']}", flush=True)
-        if state.get("phase") == "failed":
-            raise PreflowError(state["error"])
-        if not alive:
-            raise PreflowError(f"the supervisor ended: see {Places(run.root).logs}/up.log, and run `make up` again")
-        if state.get("phase") == "up":
-            return _announce(run, state)
-        time.sleep(POLL_SECONDS)
-    raise PreflowError(
-        f"not everything was ready after {START_SECONDS:.0f} s: see {Places(run.root).logs}; `make down` ends it"
-    )
-
-
-def _announce(run: Run, state: Mapping[str, Any]) -> int:
-    for name, piece in state["pieces"].items():
-        if not piece["ready"]:
-            print(f"  {name:<8} NOT ready (started again {piece['restarts']} times): see {piece['log']}")
-    ui = state["api"].removesuffix("/api")
-    print(f"""
-Prefect UI:  {ui}/deployments: choose dpo-pipeline > demo, then Run > Quick run
-vLLM:        http://127.0.0.1:{state["pieces"]["vLLM"]["port"]}/v1 serves base, sft and, once promoted, {SERVED_NAME}
-Terminal:    export PREFECT_API_URL={state["api"]}
-             .venv/bin/prefect deployment run dpo-pipeline/demo --watch
-Workspace:   {Places(run.root).workspace}
-Logs:        {Places(run.root).logs}
-`make down` ends all of it.""")
-    return 0 if all(piece["ready"] for piece in state["pieces"].values()) else 1
-
-
-def down(run: Run) -> int:
-    """End the supervisor and whatever it started; what others started is left alone."""
-    names = ", ".join(run.state().get("pieces", {})) or "the supervisor"
-    print(f"ended {names}" if end_all(run) else "nothing runs")
-    return 0
-
-
-def supervise(run: Run) -> int:
-    """Be the supervisor."""
-    with run.lock():
-        return Supervisor(run, Ports.from_environment(), locate_materials(run.root)).main()
-
-
-def main() -> int:
-    """Start or end what a run on this machine needs; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.demo.up", description=main.__doc__)
-    parser.add_argument("action", choices=["up", "down", "supervise"])
-    parser.add_argument("--folder", default=".demo", help="where everything is kept (default: .demo)")
-    options = parser.parse_args()
-    set_up_logs()
-    run = Run(Places.below(options.folder).root)
+def _answers(url: str) -> bool:
     try:
-        return {"up": up, "down": down, "supervise": supervise}[options.action](run)
-    except PreflowError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nwhat was started goes on in the background: `make up` shows it, `make down` ends it", file=sys.stderr)
-        return 130
+        return httpx.get(url, timeout=2.0).is_success
+    except httpx.TransportError:
+        return False
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def check_free(ports: Ports, names: Sequence[str]) -> None:
+    """Refuse ports that other programs have.
+
+    Raises:
+        PreflowError: naming the variable that chooses another one.
+    """
+    uses = {"ui": "the Prefect UI", "vllm": "vLLM", "judge": "the demo's judge"}
+    for name in names:
+        require_free(getattr(ports, name), f"{name.upper()}_PORT", uses[name])
+
+
+def new_key() -> str:
+    """Return a key for a server that only this machine talks to."""
+    return secrets.token_hex(16)

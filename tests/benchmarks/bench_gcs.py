@@ -18,7 +18,7 @@ from google.auth.credentials import AnonymousCredentials
 from prefect_gcp.cloud_storage import GcsBucket
 from prefect_gcp.credentials import GcpCredentials
 
-from tasks.storage import PARALLEL_TRANSFERS, Workspace
+from tasks.store.workspace import PARALLEL_TRANSFERS, Workspace
 from tests.fakes.gcs import BUCKET, FakeGcs
 
 RECORDS, FILES = 200, 50

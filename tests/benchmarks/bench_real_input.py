@@ -85,7 +85,7 @@ async def run_stages(prompts: str, workspace: str, vllm: str, judge: str, sft: s
 
 def check(prompts: Path, found: dict[str, Any]) -> Counter[str]:
     """Check that every prompt is judged or listed as failed, once, and every pair in one file, once."""
-    from tasks.records import prompt_id
+    from tasks.store.records import prompt_id
 
     def ids(path: Path) -> list[str]:
         return [json.loads(line)["id"] for line in path.open()]
@@ -111,7 +111,7 @@ def report(found: dict[str, Any], statuses: Counter[str]) -> None:
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
     rows = {"seconds": [f"{seconds:,.0f}" for seconds in found["seconds"].values()]}
     for name in ("requests", "prompt_tokens", "completion_tokens"):
-        rows[name.replace("_", " ")] = [f"{manifest['usage'][name]:,}" for manifest in manifests]
+        rows[name.replace("_", " ")] = [f"{manifest['cost'][name]:,}" for manifest in manifests]
     for name, cells in rows.items():
         print(f"| {name} | {' | '.join(cells)} |")
     preferences = found["preferences"]

@@ -67,11 +67,11 @@ def config(root: Path, changes: dict[str, Any]) -> TrainingConfig:
 
 def run_preflow(root: Path, workspace: Path, training: TrainingConfig) -> None:
     """Train with preflow, in this process."""
-    from tasks.storage import PreferencesRef, Workspace, folder_digest
-    from tasks.training.launch import base_digest, training_key
-    from tasks.training.run import TrainingRun
-    from tasks.training.spec import TrainingSpec
-    from tasks.training.stopping import StopFlag
+    from tasks.store.workspace import PreferencesRef, Workspace, folder_digest
+    from tasks.train.launch import base_digest, training_key
+    from tasks.train.spec import TrainingSpec
+    from tasks.trainer.run import TrainingRun
+    from tasks.trainer.stopping import StopFlag
 
     preferences = PreferencesRef(uri=str(root / "preferences" / "train.jsonl"), sha256="0", size=0, rows=0)
     spec = TrainingSpec(
@@ -89,7 +89,7 @@ def run_plain(root: Path, workspace: Path, training: TrainingConfig) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOTrainer
 
-    from tasks.training.trainer import dpo_config
+    from tasks.trainer.trainer import dpo_config
 
     base = AutoModelForCausalLM.from_pretrained(training.base_model)
     files = {name: str(root / "preferences" / f"{name}.jsonl") for name in ("train", "val")}
@@ -110,7 +110,7 @@ def measure(mode: str, root: Path) -> dict[str, float]:
     import datasets
     import torch
 
-    import tasks.training.run  # noqa: F401  everything slow to import, before the clock starts
+    import tasks.trainer.run  # noqa: F401  everything slow to import, before the clock starts
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

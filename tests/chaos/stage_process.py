@@ -23,7 +23,7 @@ async def _run(order: dict[str, Any]) -> None:
     from flows.generate import generate_completions
     from flows.judge import judge_preferences
     from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
-    from tasks.storage import AdapterRef
+    from tasks.store.workspace import AdapterRef
 
     generation = GenerationConfig.model_validate(order["generation"])
     judging = JudgingConfig.model_validate(order["judging"])

@@ -19,11 +19,11 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from tasks import remote
 from tasks.config import DrillConfig
-from tasks.drill import read_digests, train_in_the_storm
-from tasks.preemption import choose_target
-from tasks.remote import TrainingOrder
+from tasks.drill.preemption import choose_target
+from tasks.drill.training import read_digests, train_in_the_storm
+from tasks.train import work_pool as remote
+from tasks.train.work_pool import TrainingOrder
 from tests.fakes.kubernetes.cluster import ROOT, Cluster, DoubleCluster, FakeKubernetes, RealCluster, Unavailable
 from tests.fakes.kubernetes.platform import (
     AUTH,
@@ -45,6 +45,8 @@ SLOW_ENOUGH = {
     "lease_seconds": 4,
 }  # fmt: skip
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+pytestmark = pytest.mark.long  # a cluster that loses pods and nodes
 
 
 @pytest.fixture(scope="module")

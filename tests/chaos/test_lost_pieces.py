@@ -1,13 +1,13 @@
-"""`make up`, and its pieces lost one after the other in the middle of a run that was started with no parameter."""
+"""`preflow up`, and its pieces lost one after the other in the middle of a run that was started with no parameter."""
 
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.fakes.machine import Machine
@@ -17,7 +17,7 @@ PROMPTS = 240
 OUTAGE = float(os.environ.get("PREFLOW_OUTAGE", "60"))
 CONCURRENCY = 64  # of the demo's sampling
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # every piece dies in turn
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,25 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def test_up_has_registered_everything_and_can_be_said_twice(machine: Machine) -> None:
-    pieces = machine.run.state()["pieces"]
-    assert {name: piece["ready"] for name, piece in pieces.items()} == dict.fromkeys(pieces, True)
+    before = machine.pids()
+    assert before.keys() == {"Prefect", "judge", "vLLM", "deployments"}
+    assert all(before.values())
     names = {item["name"] for item in machine.ask("POST", "/deployments/filter", {})}
-    assert names == {"local", "demo", "l4-spot"}
-    supervisor = machine.run.supervisor()
+    verbs = ("sweep", "generate", "judge", "train", "evaluate", "promote", "rollback", "reconcile")
+    assert names == {"demo", *(f"demo-{verb}" for verb in verbs)}
+    assert machine.ask("POST", "/work_pools/filter", {}) == [], "a pool that nothing here works on"
     said = machine.do("up")
     assert "it runs already" in said
     assert f"export PREFECT_API_URL=http://127.0.0.1:{machine.ports['UI_PORT']}/api" in said
-    assert machine.run.supervisor() == supervisor
+    assert machine.pids() == before
 
 
 def test_what_the_form_of_the_demo_opens_with_is_a_valid_start(machine: Machine) -> None:
     run = start(machine, "dpo-pipeline/demo", scheduled="2099-01-01T00:00:00Z")
     config = run["parameters"]["config"]
     assert config["generation"]["endpoint"] == f"http://127.0.0.1:{machine.ports['VLLM_PORT']}/v1"
+    schema = machine.ask("GET", "/deployments/name/dpo-pipeline/demo")["parameter_openapi_schema"]
+    assert not schema.get("required"), "Quick run opens the whole form"
     machine.ask("POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
@@ -61,18 +65,19 @@ def start(machine: Machine, deployment: str, scheduled: str | None = None) -> di
 
 
 def test_a_run_survives_the_loss_of_every_piece(machine: Machine) -> None:
-    run = start(machine, "generate-completions/demo")
+    run = start(machine, "generate-completions/demo-generate")
 
     def state() -> dict[str, Any]:
         found: dict[str, Any] = machine.ask("GET", f"/flow_runs/{run['id']}")
         return found
 
     machine.wait("the run samples", lambda: len(machine.requests()) >= CONCURRENCY)
-    machine.kill("worker")
+    machine.kill("deployments")
     machine.wait("the run is started again", lambda: state()["run_count"] == 2)
     machine.wait("it samples again", lambda: len(machine.requests()) >= 2 * CONCURRENCY)
+    lost = machine.pids()["vLLM"]
     machine.kill("vLLM")
-    machine.wait("vLLM is back", lambda: is_back(machine, "vLLM"))
+    machine.wait("vLLM is back", lambda: machine.pids()["vLLM"] not in (0, lost))
     lose_the_server(machine)
     machine.wait("the run ends", lambda: state()["state_type"] in ("COMPLETED", "FAILED", "CRASHED"))
     assert state()["state_type"] == "COMPLETED", state()["state"]["message"]
@@ -80,22 +85,16 @@ def test_a_run_survives_the_loss_of_every_piece(machine: Machine) -> None:
     check_rows(machine)
 
 
-def is_back(machine: Machine, name: str) -> bool:
-    piece = machine.piece(name)
-    return piece["restarts"] == 1 and piece["ready"]
-
-
 def lose_the_server(machine: Machine) -> None:
     """kill -9 the Prefect server, with nobody there to start it again for a while."""
-    supervisor = machine.run.supervisor()
-    assert supervisor is not None
-    os.kill(supervisor, signal.SIGSTOP)
-    machine.kill("Prefect")
+    (supervisord,) = machine.up.leftovers(naming="supervisor.supervisord")
+    server = machine.pids()["Prefect"]
+    supervisord.suspend()
+    for process in [*psutil.Process(server).children(recursive=True), psutil.Process(server)]:
+        process.kill()
     time.sleep(OUTAGE)
-    os.kill(supervisor, signal.SIGCONT)
-    machine.wait(
-        "Prefect is back", lambda: machine.piece("Prefect")["restarts"] == 1 and machine.piece("Prefect")["ready"]
-    )
+    supervisord.resume()
+    machine.wait("Prefect is back", lambda: bool(machine.ask("GET", "/health")))
 
 
 def check_rows(machine: Machine) -> None:
@@ -109,11 +108,12 @@ def check_rows(machine: Machine) -> None:
     assert repeated <= 2 * CONCURRENCY, "vLLM and the worker were lost, nothing else has to be repeated"
 
 
-def test_what_a_killed_supervisor_leaves_is_gone_and_down_finds_nothing_of_others(machine: Machine) -> None:
-    supervisor = machine.run.supervisor()
-    assert supervisor is not None
-    os.kill(supervisor, signal.SIGKILL)
-    machine.wait("all ends with it", lambda: not machine.run.leftovers(), 60)
-    assert machine.run.supervisor() is None
-    assert machine.run.api() is None
+def test_down_ends_what_a_killed_supervisord_has_left_and_nothing_of_others(machine: Machine) -> None:
+    (supervisord,) = machine.up.leftovers(naming="supervisor.supervisord")
+    supervisord.kill()
+    supervisord.wait()
+    assert machine.up.api() is None
+    assert machine.up.leftovers(), "its children have no parent any more"
+    assert "ended" in machine.do("down")
+    assert not machine.up.leftovers()
     assert "nothing runs" in machine.do("down")

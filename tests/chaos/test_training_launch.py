@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tasks.config import TrainingConfig
-from tasks.training.launch import Preempted, run_training, training_key
-from tasks.training.spec import Progress
+from tasks.train.launch import Preempted, run_training, training_key
+from tasks.train.spec import Progress
 from tests.fakes.tiny_training import TinyWorld
 from tests.fakes.training_process import REPOSITORY, Kill, TrainingProcesses
 
@@ -43,7 +43,7 @@ def trainers(workspace: Path) -> list[int]:
         if process.name.isdigit():
             try:
                 command = (process / "cmdline").read_bytes().split(b"\0")
-                spec = Path(command[-2].decode()) / "spec.json" if b"tasks.training.worker" in command else None
+                spec = Path(command[-2].decode()) / "spec.json" if b"tasks.trainer.worker" in command else None
                 mine = spec is not None and json.loads(spec.read_text())["workspace"] == str(workspace)
             except (OSError, ValueError, IndexError):
                 continue
@@ -96,8 +96,8 @@ def test_a_launcher_that_is_killed_leaves_no_trainer_behind(world: TinyWorld, tm
     arguments = [world.preferences.model_dump_json(), str(tmp_path), training.model_dump_json()]
     arguments.append(training_key(world.preferences, training))
     code = (
-        "import sys; from tasks.config import TrainingConfig; from tasks.storage import PreferencesRef\n"
-        "from tasks.training.launch import run_training\n"
+        "import sys; from tasks.config import TrainingConfig; from tasks.store.workspace import PreferencesRef\n"
+        "from tasks.train.launch import run_training\n"
         "a = sys.argv; run_training(PreferencesRef.model_validate_json(a[1]), a[2],"
         " TrainingConfig.model_validate_json(a[3]), a[4])"
     )

@@ -1,6 +1,6 @@
-"""`make up` on a folder of its own: the real supervisor, Prefect server, worker and judge; only vLLM is a fake.
+"""`preflow up` on a folder of its own: a real supervisord, Prefect server and judge; vLLM is a fake.
 
-Where the supervisor starts the interpreter of the serving environment it finds a script that starts the fake endpoint.
+Where vLLM is started by the interpreter of the serving environment it finds a script that starts the fake endpoint.
 """
 
 import json
@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 
 from tasks.demo.materials import locate_materials
-from tasks.demo.running import Run
 from tasks.demo.services import free_port
+from tasks.demo.up import Up
 from tests.deployed import ask
 from tests.fakes.process import ROOT
 
@@ -55,9 +55,9 @@ class Machine:
         python.chmod(0o755)
 
     @property
-    def run(self) -> Run:
+    def up(self) -> Up:
         """What is running here."""
-        return Run(self.folder / ".demo")
+        return Up(self.folder / ".demo")
 
     def environment(self) -> dict[str, str]:
         """The environment of a shell in which this is done, with no Prefect server in it."""
@@ -67,7 +67,7 @@ class Machine:
     def start(self, action: str, **environment: str) -> subprocess.Popen[str]:
         """Start `up` or `down` and return at once."""
         return subprocess.Popen(
-            [sys.executable, "-m", "tasks.demo.up", action],
+            [sys.executable, "-m", "preflow", action],
             cwd=self.folder, env={**self.environment(), **environment}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -86,19 +86,15 @@ class Machine:
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
         """Ask the Prefect API."""
-        return ask(self.run.state()["api"], method, path, body)
+        return ask(f"http://127.0.0.1:{self.ports['UI_PORT']}/api", method, path, body)
 
-    def piece(self, name: str) -> dict[str, Any]:
-        """Return what the supervisor last wrote of a piece."""
-        found: dict[str, Any] = self.run.state()["pieces"][name]
-        return found
+    def pids(self) -> dict[str, int]:
+        """Return the process id of each piece, as supervisord says it; 0 while it does not run."""
+        return {name: entry["pid"] for name, entry in self.up.state().items()}
 
     def kill(self, name: str) -> None:
-        """kill -9 the process of a piece: the child of its watchdog."""
-        watchdog = self.piece(name)["pid"]
-        for pid in self.run.leftovers():
-            if parent_of(pid) == watchdog:
-                os.kill(pid, signal.SIGKILL)
+        """kill -9 the process of a piece."""
+        os.kill(self.pids()[name], signal.SIGKILL)
 
     def requests(self) -> list[dict[str, Any]]:
         """Return the completions that the fake vLLM was asked for."""
@@ -117,11 +113,3 @@ class Machine:
                 pass
             time.sleep(0.3)
         raise AssertionError(f"{what}: not within {seconds:.0f} s{self.logs()}")
-
-
-def parent_of(pid: int) -> int:
-    """Return a process's parent, or -1 where it has gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1

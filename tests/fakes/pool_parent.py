@@ -2,10 +2,10 @@
 
 from prefect import flow
 
-from tasks import remote
 from tasks.config import PipelineConfig
-from tasks.remote import train_on_pool
-from tasks.storage import AdapterRef, PreferencesRef
+from tasks.store.workspace import AdapterRef, PreferencesRef
+from tasks.train import work_pool as remote
+from tasks.train.work_pool import train_on_pool
 
 # Over the time that a process worker takes to report a killed process for the second time.
 RESTART_SECONDS = 12.0

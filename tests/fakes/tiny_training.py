@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import TrainingConfig
-from tasks.storage import PreferencesRef, file_sha256
+from tasks.store.workspace import PreferencesRef, file_sha256
 
 WORDS = [f"w{number}" for number in range(90)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "system", "user", "assistant"]
@@ -49,6 +49,22 @@ def build_base(folder: Path, seed: int = 0, shape: Shape | None = None) -> Path:
         eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def large_tokenizer(folder: Path, size: int = 128_256) -> Path:
+    """Write a tokenizer of the size that real models have: word-level, made in a second."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = [*SPECIAL, *(f"w{number}" for number in range(size - len(SPECIAL)))]
+    words = Tokenizer(models.WordLevel({token: number for number, token in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,7 +1,7 @@
 """Real training processes, to be killed at chosen points: forked from one that has imported torch and trl already.
 
 `python -m tests.fakes.training_process` is the parent of them all; `TrainingProcesses` talks to it. Each child runs
-`tasks.training.worker.main` as the launcher starts it, with its own session, log and standard input.
+`tasks.trainer.worker.main` as the launcher starts it, with its own session, log and standard input.
 """
 
 import json
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import TrainingConfig
-from tasks.storage import PreferencesRef, folder_digest
-from tasks.training.launch import base_digest, training_key
-from tasks.training.spec import TrainingSpec
+from tasks.store.workspace import PreferencesRef, folder_digest
+from tasks.train.launch import base_digest, training_key
+from tasks.train.spec import TrainingSpec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -100,10 +100,10 @@ class TrainingProcesses:
 
 
 def _arm(kills: list[Kill]) -> None:
-    from tasks.storage import Workspace
-    from tasks.training import run
-    from tasks.training.checkpoints import Checkpoint
-    from tasks.training.trainer import ExactTrainer
+    from tasks.store.workspace import Workspace
+    from tasks.trainer import run
+    from tasks.trainer.checkpoints import Checkpoint
+    from tasks.trainer.trainer import ExactTrainer
 
     points: dict[str, tuple[Any, str]] = {
         "load": (run, "load_base"),
@@ -137,7 +137,7 @@ def _killing(original: Callable[..., Any], kill: Kill) -> Callable[..., Any]:
 
 
 def _child(desk: Path, kills: list[Kill], lifeline: int) -> None:
-    from tasks.training import worker
+    from tasks.trainer import worker
 
     os.setsid()
     os.dup2(lifeline, 0)
@@ -155,7 +155,7 @@ def _child(desk: Path, kills: list[Kill], lifeline: int) -> None:
 
 
 def _serve() -> None:
-    import tasks.training.run  # noqa: F401  the slow part, once for all children
+    import tasks.trainer.run  # noqa: F401  the slow part, once for all children
 
     lifelines: dict[int, int] = {}
     for line in sys.stdin:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import TrainingConfig
-from tasks.storage import PreferencesRef, file_sha256, folder_digest
-from tasks.training.spec import TrainingPaths, TrainingSpec
+from tasks.store.workspace import PreferencesRef, file_sha256, folder_digest
+from tasks.train.spec import TrainingPaths, TrainingSpec
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -45,14 +45,22 @@ def import_all() -> None:
     """Import what a training needs, which takes longer than anything else at its start."""
     import bitsandbytes  # noqa: F401
 
-    import tasks.training.run  # noqa: F401
+    import tasks.trainer.run  # noqa: F401
 
 
 def train(folder: Path, say: Say) -> int:
     """Run the training child's own `main` in this process; what it does and how long it took goes to `say`."""
-    from tasks.training import run, worker
-    from tasks.training.checkpoints import CheckpointStore
-    from tasks.training.trainer import ExactTrainer
+    from tasks.trainer import worker
+
+    watch(say)
+    return worker.main([str(folder)])
+
+
+def watch(say: Say) -> None:
+    """Have the training child tell `say` what it does and how long that took."""
+    from tasks.trainer import run, worker
+    from tasks.trainer.checkpoints import CheckpointStore
+    from tasks.trainer.trainer import ExactTrainer
 
     _time(run, ("fetch_adapter", "load_tokenizer", "load_pairs", "load_base", "load_policy", "record_probe"), say)
     _time(ExactTrainer, ("__init__", "reference_logps", "_measure_start", "_check_resumed", "check_saved"), say)
@@ -64,7 +72,6 @@ def train(folder: Path, say: Say) -> int:
         told(desk, progress)
 
     worker.Desk.progress = tell  # type: ignore[method-assign]
-    return worker.main([str(folder)])
 
 
 def _time(owner: Any, names: Iterable[str], say: Say) -> None:
@@ -90,8 +97,8 @@ def train_plainly(folder: Path, say: Say) -> int:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOTrainer
 
-    from tasks.training.model import load_base
-    from tasks.training.trainer import dpo_config
+    from tasks.trainer.model import load_base
+    from tasks.trainer.trainer import dpo_config
 
     class Told(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
         def on_train_begin(self, *_: Any, **__: Any) -> None:

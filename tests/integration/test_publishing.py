@@ -11,8 +11,8 @@ import yaml
 from flows.publish import publish_adapter
 from tasks.config import PromotionConfig, PublishingConfig
 from tasks.errors import PreflowError
-from tasks.promotion import install_adapter, move_pointer
-from tasks.storage import AdapterRef, EvaluationRef, Workspace
+from tasks.promote.pointer import install_adapter, move_pointer
+from tasks.store.workspace import AdapterRef, EvaluationRef, Manifest, Origin, PreferencesRef, Workspace
 from tests.fakes.hub import FakeHub
 
 TOKEN = "hf_" + "t0ken" * 6
@@ -41,20 +41,6 @@ def workspace(tmp_path: Path) -> str:
 
 def promote(root: Path, weights: bytes) -> None:
     store = Workspace(root)
-    preferences = {
-        "stage": "preferences", "config": {"model": "judge-1", "panel": [{"model": "judge-2"}], "orders": 2,
-        "rubric": "/home/someone/rubrics/house.md", "pair_policy": "unanimous"},
-        "counts": {"pair": 214, "dropped": 26, "train": 189, "val": 25}, "upstream": [],
-    }  # fmt: skip
-    training = {
-        "stage": "training", "config": {"base_model": "/home/someone/base", "beta": 0.1, "learning_rate": 5e-6,
-        "loss_type": "sigmoid", "max_length": 2048, "seed": 42}, "packages": {"trl": "1.16.0", "peft": "0.21.2"},
-        "counts": {"steps": 60, "train": {"used": 189, "mean": 127.6}, "val": {"used": 25, "mean": 129.7}},
-        "summary": {"first_loss": 0.693147, "train": {}, "eval": {"eval_rewards/accuracies": 0.92,
-                                                                  "eval_rewards/margins": 0.81}},
-        "upstream": [{"kind": "preferences", "sha256": "a" * 64, "manifest": store.uri("preferences/k/manifest.json")},
-                     {"kind": "sft_adapter", "sha256": "b" * 64}, {"kind": "base_model", "sha256": "c" * 64}],
-    }  # fmt: skip
     made = root.parent / "made"
     made.mkdir(exist_ok=True)
     (made / "adapter_model.safetensors").write_bytes(weights)
@@ -63,13 +49,29 @@ def promote(root: Path, weights: bytes) -> None:
     sha256 = store.commit_folder(made, uri)
     store.write_json(store.uri("training/k/probe.json"), {"texts": ["rows of the data"]})
     adapter = AdapterRef(uri=uri, sha256=sha256, size=7, rows=189, manifest=store.uri("training/k/manifest.json"))
-    evaluation = {"stage": "evaluation", "upstream": [adapter.model_dump()]}
-    for name, value in (("preferences", preferences), ("training", training), ("evaluations", evaluation)):
-        store.write_json(store.uri(name, "k", "manifest.json"), value)
+    common: Any = {"version": 1, "key": "k", "files": {}}
+    pairs = PreferencesRef(uri=store.uri("preferences/k/train.jsonl"), sha256="a" * 64, size=1, rows=189,
+                           manifest=store.uri("preferences/k/manifest.json"))  # fmt: skip
+    judging = {"model": "judge-1", "panel": [{"model": "judge-2"}], "orders": 2,
+               "rubric": "/home/someone/rubrics/house.md", "pair_policy": "unanimous"}  # fmt: skip
+    counts = {"pair": 214, "dropped": 26, "train": 189, "val": 25}
+    store.write_manifest(Manifest(artifact=pairs, stage="preferences", config=judging, counts=counts, **common))
+    models = [Origin(kind="sft_adapter", uri="sft", sha256="b" * 64)]
+    models += [Origin(kind="base_model", uri="base", sha256="c" * 64)]
+    training = {"base_model": "/home/someone/base", "beta": 0.1, "learning_rate": 5e-6, "loss_type": "sigmoid",
+                "max_length": 2048, "seed": 42}  # fmt: skip
+    counts = {"steps": 60, "train_used": 189, "train_mean": 128, "val_used": 25, "val_mean": 130}
+    figures = {"first_loss": 0.693147, "eval_loss": 0.4, "eval_rewards/accuracies": 0.92, "eval_rewards/margins": 0.81}
+    store.write_manifest(
+        Manifest(artifact=adapter, stage="training", config=training, upstream=(pairs, *models), counts=counts,
+                 figures=figures, packages={"trl": "1.16.0", "peft": "0.21.2"}, **common)
+    )  # fmt: skip
     rate = {**RATE, "confidence": 0.95, "null": {**RATE, "win_rate": 0.506, "lower": 0.471, "upper": 0.54}}
     store.write_json(store.uri("evaluations/k/win_rate.json"), rate)
     won = EvaluationRef(uri=store.uri("evaluations/k/win_rate.json"), sha256="0" * 64, size=1, rows=800,
-                        adapter_sha256=sha256, win_rate=0.7, lower=0.65, upper=0.75)  # fmt: skip
+                        adapter_sha256=sha256, win_rate=0.7, lower=0.65, upper=0.75,
+                        manifest=store.uri("evaluations/k/manifest.json"))  # fmt: skip
+    store.write_manifest(Manifest(artifact=won, stage="evaluation", upstream=(adapter,), **common))
     move_pointer(adapter, won, install_adapter(adapter, str(root), "mine"), str(root), PromotionConfig(name="mine"))
 
 

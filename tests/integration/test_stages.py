@@ -14,11 +14,11 @@ import pytest
 from flows.evaluate import evaluate_adapter
 from flows.generate import generate_completions
 from flows.judge import judge_preferences
-from tasks import outage
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
 from tasks.errors import PreflowError
-from tasks.judging import build_messages, read_rubric
-from tasks.storage import AdapterRef, CompletionsRef, PreferencesRef, Workspace
+from tasks.judge.asking import build_messages, read_rubric
+from tasks.llm import outage
+from tasks.store.workspace import AdapterRef, CompletionsRef, Manifest, Origin, PreferencesRef, Workspace
 from tests.fakes import FakeOpenAI
 from tests.fakes.models import sample, text_sha
 from tests.fakes.openai_server import prompt_id
@@ -270,9 +270,9 @@ async def test_the_manifest_and_the_cost_say_what_was_used_and_what_was_saved(tm
     assert cost["cached"]["completion_tokens"] == sum(usage["completion_tokens"] for usage in logged[:50])
     usd = sum(usage["prompt_tokens"] * 2 + usage["completion_tokens"] * 10 for usage in logged) / 1e6
     manifest = json.loads(beside(completions, "manifest.json").read_text())
-    assert manifest["usd"] == pytest.approx(usd)
+    assert manifest["cost"]["usd"] == pytest.approx(usd)
     assert cost["used"]["usd"] + cost["cached"]["usd"] == pytest.approx(usd)
-    assert manifest["usage"]["requests"] == 80
+    assert manifest["cost"]["requests"] == 80
 
 
 # ---- refused before anything is spent
@@ -538,11 +538,12 @@ def write_adapter(workspace: Path, trained_on: list[Row]) -> AdapterRef:
     (folder / "adapter_config.json").write_text('{"r": 8}')
     pairs = workspace / "train.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in trained_on))
-    manifest = folder.with_name("manifest.json")
-    upstream = {"kind": "preferences", "uri": str(pairs), "sha256": "0" * 64, "size": 1, "rows": len(trained_on)}
-    manifest.write_text(json.dumps({"artifact": {}, "upstream": [upstream]}))
-    sha256 = Workspace(workspace).commit_folder(folder, str(folder))
-    return AdapterRef(uri=str(folder), sha256=sha256, size=1, rows=1, manifest=str(manifest))
+    store = Workspace(workspace)
+    sha256, manifest = store.commit_folder(folder, str(folder)), str(folder.with_name("manifest.json"))
+    adapter = AdapterRef(uri=str(folder), sha256=sha256, size=1, rows=1, manifest=manifest)
+    upstream = (Origin(kind="preferences", uri=str(pairs), sha256="0" * 64),)
+    store.write_manifest(Manifest(artifact=adapter, stage="training", version=1, key="k", upstream=upstream, files={}))
+    return adapter
 
 
 @pytest.mark.parametrize(("judge", "ties"), [("judge-hash", 0.0), ("judge-last", 1.0)])

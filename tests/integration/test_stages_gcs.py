@@ -10,7 +10,7 @@ import pytest
 from flows.generate import generate_completions
 from flows.judge import judge_preferences
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, PreferencesRef, Workspace, folder_digest
+from tasks.store.workspace import PreferencesRef, Workspace, folder_digest
 from tests.fakes import FakeOpenAI
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.integration.test_stages import generation, judging, write_prompts
@@ -64,11 +64,11 @@ def check_folders(store: Workspace, scratch: Path) -> None:
     (local / "adapter_model.safetensors").write_bytes(b"weights")
     (local / "adapter_config.json").write_text("{}")
     uri = store.uri("adapters", "a")
-    sha256 = store.commit_folder(local, uri)
+    store.commit_folder(local, uri)
     assert folder_digest(uri) == folder_digest(str(local))
     fetched = store.fetch_folder(uri, scratch / "fetched")
     assert (fetched / "adapter_model.safetensors").read_bytes() == b"weights"
-    assert store.is_intact(AdapterRef(uri=uri, sha256=sha256, size=1, rows=1))
+    store.verify_folder(uri)
     store.delete(f"{uri}/adapter_config.json")
     with pytest.raises(PreflowError, match=r"adapter_config.json: missing"):
         store.verify_folder(uri)

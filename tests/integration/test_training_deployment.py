@@ -22,16 +22,15 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.states import AwaitingRetry, Cancelling
 
-from tasks import remote
 from tasks.config import DrillConfig, GenerationConfig, PipelineConfig, TrainingConfig
-from tasks.drill import read_digests, train_in_the_storm
+from tasks.drill.preemption import choose_target
+from tasks.drill.training import read_digests, train_in_the_storm
 from tasks.errors import PreflowError
-from tasks.pools import check_deployment
-from tasks.preemption import choose_target
-from tasks.remote import TrainingOrder, count_crashes
-from tasks.runs import prepare_run
-from tasks.storage import AdapterRef
-from tasks.training.launch import run_training
+from tasks.run.preflight import prepare_run
+from tasks.store.workspace import AdapterRef
+from tasks.train import work_pool as remote
+from tasks.train.launch import run_training
+from tasks.train.work_pool import TrainingOrder, check_deployment, count_crashes
 from tests.deployed import Worker, ask, process_worker
 from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
 from tests.fakes.process import ROOT
@@ -218,6 +217,7 @@ async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
     assert any(str(training.id) in link["data"] for link in artifacts("markdown", parent))
 
 
+@pytest.mark.long  # two trainings, one of them cancelled
 async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_again(
     world: TinyWorld, worker: Worker, tmp_path: Path
 ) -> None:
@@ -245,6 +245,7 @@ async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_
         await again
 
 
+@pytest.mark.long  # two trainings
 async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
     world: TinyWorld, worker: Worker, tmp_path: Path
 ) -> None:
@@ -266,6 +267,7 @@ async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
     assert again.state.is_completed()
 
 
+@pytest.mark.long  # a training of 100,000 steps that is waited for
 async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deployed_parent: str, tmp_path: Path) -> None:
     config = settings(world, tmp_path, max_steps=100_000, save_steps=10, eval_steps=100_000)
     parent = await start(deployed_parent, world, config)
@@ -279,6 +281,7 @@ async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deploye
         assert run.state.is_cancelled(), run.state
 
 
+@pytest.mark.long  # two preemptions
 async def test_the_drill_preempts_runs_of_the_process_pool(
     world: TinyWorld, worker: Worker, calm: AdapterRef, tmp_path: Path
 ) -> None:
@@ -298,6 +301,7 @@ async def test_the_drill_preempts_runs_of_the_process_pool(
     assert await count_crashes(training) >= 2
 
 
+@pytest.mark.long  # silence is waited for
 async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silence(
     world: TinyWorld, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

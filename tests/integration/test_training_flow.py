@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from flows.train import train_dpo
-from tasks.serving import Probe
-from tasks.train import LIVE_KEY
+from tasks.promote.vllm import Probe
+from tasks.train.task import LIVE_KEY
 from tests.deployed import ask
 from tests.fakes.tiny_training import TinyWorld
 

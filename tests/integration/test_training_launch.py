@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from tasks.config import LossType
 from tasks.errors import PreflowError
-from tasks.storage import AdapterRef, Workspace
-from tasks.training.launch import run_training, training_key
-from tasks.training.spec import Progress
+from tasks.store.workspace import AdapterRef, Workspace
+from tasks.train.launch import run_training, training_key
+from tasks.train.spec import Progress
 from tests.fakes.tiny_training import TinyWorld
 from tests.fakes.training_process import TrainingProcesses
 
@@ -82,10 +82,12 @@ def test_the_manifest_says_what_made_it(trained: Trained, world: TinyWorld) -> N
     upstream = {entry["kind"]: entry["sha256"] for entry in manifest["upstream"]}
     assert upstream["preferences"] == world.preferences.sha256
     assert upstream.keys() == {"preferences", "sft_adapter", "base_model"}
-    assert manifest["counts"]["train"]["used"] == 28
+    assert manifest["counts"]["train_used"] == 28
     assert manifest["packages"]["trl"].startswith("1.16")
-    assert manifest["summary"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert manifest["summary"]["eval"]["step"] == 12
+    assert manifest["figures"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert manifest["figures"]["step"] == 12
+    assert 0 < manifest["seconds"] < 600
+    assert "adapter/adapter_model.safetensors" in manifest["files"]
     timing = json.loads((trained.folder / "timing.json").read_text())
     assert len(timing["checkpoint_seconds"]) == 3
     assert json.loads((trained.folder / "health.json").read_text())["readings"]
@@ -125,7 +127,7 @@ def test_a_damaged_adapter_is_made_again(
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert trained.run() == trained.adapter
-    assert "damaged and trained again" in caplog.text
+    assert "adapter/adapter_model.safetensors is missing or differs from its digest" in caplog.text
     assert file.read_bytes() == content
 
 
@@ -209,7 +211,7 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
 
 
 def test_starting_needs_no_torch() -> None:
-    code = "import sys, tasks.training.launch; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, tasks.train.launch; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -226,4 +228,4 @@ def test_robust_loss_takes_the_measured_flip_rate(
     adapter = run_training(preferences, str(tmp_path), training, training_key(preferences, training))
     manifest = json.loads(Path(str(adapter.manifest)).read_text())
     assert manifest["config"]["label_smoothing"] == pytest.approx(0.2)
-    assert manifest["summary"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert manifest["figures"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)

@@ -17,17 +17,17 @@ from trl import DPOConfig, DPOTrainer
 
 from tasks.config import LossType, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.storage import Workspace
-from tasks.training import invariants
-from tasks.training.checkpoints import Checkpoint
-from tasks.training.data import load_pairs, make_micro_batches
-from tasks.training.health import Run, assess
-from tasks.training.invariants import InvariantError
-from tasks.training.model import AdapterWeights, adapter_state, load_base, load_policy, load_tokenizer, save_adapter
-from tasks.training.reference import ReferenceCache, ReferenceLogps, Split, reference_key
-from tasks.training.spec import Progress
-from tasks.training.stopping import StopFlag
-from tasks.training.trainer import ExactTrainer, Hooks, TrainerParts
+from tasks.store.workspace import Workspace
+from tasks.train import invariants
+from tasks.train.health import Run, assess
+from tasks.train.invariants import InvariantError
+from tasks.train.spec import Progress
+from tasks.trainer.checkpoints import Checkpoint
+from tasks.trainer.data import load_pairs, make_micro_batches
+from tasks.trainer.model import AdapterWeights, adapter_state, load_base, load_policy, load_tokenizer, save_adapter
+from tasks.trainer.reference import ReferenceCache, ReferenceLogps, Split, reference_key
+from tasks.trainer.stopping import StopFlag
+from tasks.trainer.trainer import ExactTrainer, Hooks, TrainerParts
 from tests.fakes.tiny_training import TinyWorld, build_adapter
 
 

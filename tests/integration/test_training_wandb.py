@@ -12,7 +12,7 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 from tasks.config import ReportTo
-from tasks.training.launch import check_training_inputs, run_training, training_key
+from tasks.train.launch import check_training_inputs, run_training, training_key
 from tests.fakes.tiny_training import TinyWorld
 
 BLOCK = 1 << 15

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+from prefect.utilities.schema_tools.validation import validate
 from pydantic import ValidationError
 
 from tasks.config import (
@@ -16,9 +17,10 @@ from tasks.config import (
     PipelineConfig,
     PromotionConfig,
     StageConfig,
+    SweepConfig,
     TrainingConfig,
 )
-from tasks.evaluation import win_rate
+from tasks.evaluate.win_rate import win_rate
 
 MODELS: list[type[StageConfig]] = [
     EndpointConfig,
@@ -46,9 +48,19 @@ KEYS = [
     "env: OPENAI_API_KEY",
     "Bearer abc",
     "eyJhbGciOiJIUzI1NiJ9.e30.abc",
+    "env:hf_abcdefghijklmnop",
+    "env:AIzaSyA1234567890abcdefghijklmnopqrstuv",
+    "env:0123456789abcdef0123456789abcdef",
+    "env:a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4",
+    "env:OPENAI_API_KEY\n",
+    "abcdefghijklmnopqrstuvwxyzabcdef",
     "",
 ]
-NAMES = ["env:OPENAI_API_KEY", "env:_x1", "judge-key", "k", "gemini-25-pro-key-of-team-7", "productionjudgekey"]
+NAMES = [
+    "env:OPENAI_API_KEY", "env:_x1", "env:hf_token", "env:GPT4O_2025_KEY", "env:GEMINI_2_5_PRO_KEY_OF_THE_JUDGES", "k",
+    "judge-key", "api-key", "hf-token", "token-of-judge", "gemini-25-pro-key-of-team-7", "productionjudgekey",
+    "gemini25flashprodkey", "llmjudgekey2025prod", "openai-api-key",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -96,6 +108,31 @@ def test_a_key_deep_in_a_pipeline_is_not_printed_either() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_secrets_are_taken(name: str) -> None:
     assert JudgingConfig(api_key=name).api_key == name
+    assert refusals({"judging": {"api_key": name}}) == []
+
+
+def refusals(config: dict[str, Any]) -> list[str]:
+    """Return what a Prefect server says against parameters, by the schema alone."""
+    return [error.message for error in validate(config, PipelineConfig.model_json_schema())]
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if not key.endswith("\n")])
+def test_the_schema_refuses_a_key_too_so_that_no_server_stores_it(key: str) -> None:
+    for place in ("judging", "generation", "promotion"):
+        assert refusals({place: {"api_key": key}}), place
+    assert refusals({"judging": {"panel": [{"model": "m", "api_key": key}]}})
+    assert refusals({"evaluation": {"judging": {"api_key": key}}})
+
+
+@pytest.mark.parametrize("key", KEYS[:4])
+def test_nor_does_the_schema_of_a_sweep_take_one(key: str) -> None:
+    schema = SweepConfig.model_json_schema()
+    for name in ("judging.api_key", "judging.panel"):
+        value = [{"model": "m", "api_key": key}] if name.endswith("panel") else key
+        assert validate({"grid": {name: [value]}}, schema)
+        assert validate({"changes": [{name: value}]}, schema)
+    assert not validate({"grid": {"judging.api_key": ["env:A", "judge-key", None], "training.beta": [0.1]}}, schema)
+    assert not validate({"changes": [{"judging.panel": [{"model": "m", "api_key": "env:A"}], "x": 1e-6}, {}]}, schema)
 
 
 WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
@@ -108,6 +145,8 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "equal completions": (GenerationConfig, {"temperature": 0}, r"temperature 0 .*num_completions \(3\)"),
     "pattern": (GenerationConfig, {"keep_lines": "["}, "keep_lines is not a regular expression"),
     "address": (GenerationConfig, {"endpoint": "localhost:8000"}, "endpoint"),
+    "address with a password": (JudgingConfig, {"endpoint": "https://user:password@host/v1"}, "endpoint"),
+    "address with a key": (PromotionConfig, {"endpoint": "https://host/v1?key=abc"}, "endpoint"),
     "orders": (JudgingConfig, {"orders": 0}, "orders"),
     "policy": (JudgingConfig, {"pair_policy": "coin"}, "pair_policy"),
     "confidence": (JudgingConfig, {"min_confidence": 6}, "min_confidence"),
@@ -163,10 +202,10 @@ def test_the_same_name_on_another_server_is_fine() -> None:
 def test_the_best_lower_bound_is_that_of_wilsons_interval() -> None:
     won = {str(i): [1.0] for i in range(50)}
     config = EvaluationConfig(max_prompts=50, num_samples=1)
-    assert config.best_lower_bound() == pytest.approx(win_rate(won, config.confidence)["lower"], abs=1e-9)
+    assert config.best_lower_bound() == pytest.approx(win_rate(won, config.confidence).lower, abs=1e-9)
     almost = {str(i): [1.0, 0.5 if i == 0 else 1.0] for i in range(50)}
     config = EvaluationConfig(max_prompts=50, num_samples=2)
-    assert win_rate(almost, config.confidence)["lower"] < config.best_lower_bound()
+    assert win_rate(almost, config.confidence).lower < config.best_lower_bound()
 
 
 def test_addresses_keys_and_limits_do_not_identify_a_generation() -> None:

@@ -1,0 +1,82 @@
+"""`preflow`: its sub-commands, its exit codes, and errors as one line.
+
+A sub-command is a function in a file of its own below preflow/commands and a line in COMMANDS; it is imported when it
+is called, so that `preflow --help` needs neither Prefect nor torch. It returns an exit code, or None for 0.
+"""
+
+import sys
+import traceback
+from enum import IntEnum
+from importlib.metadata import version
+from pathlib import Path
+
+from cyclopts import App, CycloptsError, Group
+
+from tasks.errors import PreflowError
+
+
+class Exit(IntEnum):
+    """What the exit code says."""
+
+    DONE = 0
+    NOT_BETTER = 1
+    WRONG = 2
+    DEFECT = 3
+    INTERRUPTED = 130
+
+
+CODES = """Exit codes: 0 done; 1 the adapter is not better, or was not approved; 2 you can fix
+it, the message says how; 3 a defect of preflow; 130 stopped by Ctrl-C."""
+
+MINE, MODELS, SERVICE, FILES = (Group.create_ordered(name) for name in (
+    "Your model", "What is served", "This machine", "The configuration"))  # fmt: skip
+COMMANDS = {
+    "init": (MINE, "Write a commented config.yaml with four lines to change."),
+    "check": (MINE, "List all that is wrong, what a run costs, what it can show."),
+    "run": (MINE, "Make a better adapter: sample, judge, train, prove, serve."),
+    "sweep": (MINE, "Try several settings against each other."),
+    "report": (MINE, "Say how a run ended; --open shows its report."),
+    "promote": (MODELS, "Serve the adapter of a finished run, if it won."),
+    "rollback": (MODELS, "Serve the adapter before the present one again."),
+    "chat": (MODELS, "Talk to a served model or adapter."),
+    "demo": (SERVICE, "All of it with a tiny model: no GPU, no key, no cloud."),
+    "up": (SERVICE, "Start Prefect and its UI in the background."),
+    "down": (SERVICE, "End what `up` started."),
+    "drill": (SERVICE, "Preempt a training on purpose and compare its bytes."),
+    "schema": (FILES, "Print the JSON schema of config.yaml, for editors."),
+    "params": (FILES, "Print a config.yaml as a deployment's parameters."),
+}
+
+
+def make_app() -> App:
+    """Return the command with its sub-commands, none of them imported yet."""
+    app = App(
+        name="preflow", help="Turns an SFT LoRA adapter into a better one: sample, judge, DPO, proof, serve.",
+        help_epilogue=CODES, help_format="plaintext", version=lambda: version("preflow"),
+    )  # fmt: skip
+    for name, (group, text) in COMMANDS.items():
+        order = list(COMMANDS).index(name)
+        app.command(
+            f"preflow.commands.{name}:{name}", name=name, group=group, help=text, help_epilogue="", sort_key=order
+        )
+    return app
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a sub-command and return the exit code; errors are one line on standard error."""
+    try:
+        code = make_app()(arguments, exit_on_error=False, result_action="return_value")
+        return int(code or Exit.DONE)
+    except CycloptsError:  # cyclopts has said what is wrong
+        return Exit.WRONG
+    except PreflowError as error:
+        print(error, file=sys.stderr)
+        return Exit.WRONG
+    except KeyboardInterrupt:
+        print("stopped; run it again, and it continues where it was", file=sys.stderr)
+        return Exit.INTERRUPTED
+    except Exception as error:  # noqa: BLE001  # the last place: a person gets one line, and the traceback in a file
+        log = Path("preflow-error.log").absolute()
+        log.write_text(traceback.format_exc())
+        print(f"a defect of preflow: {type(error).__name__}: {error}. The traceback is in {log}", file=sys.stderr)
+        return Exit.DEFECT

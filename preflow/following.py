@@ -1,0 +1,75 @@
+"""A run of a deployment, started from here and followed to its end."""
+
+import time
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import LogSort
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
+
+from preflow.cli import Exit
+from preflow.outcome import tell
+from preflow.settings import Settings
+from tasks.demo.up import Up
+from tasks.errors import PreflowError
+from tasks.run.preflight import find_result
+
+POLL_SECONDS = 2.0
+INFO = 20
+
+
+def follow(name: str, settings: Settings, *, sweep: bool) -> int:
+    """Start a deployment with these settings, print its log until it ends, and return the exit code."""
+    api = PREFECT_API_URL.value() or Up(settings.folder).api()
+    if api is None:
+        raise PreflowError("there is no Prefect server: `preflow up`, or export PREFECT_API_URL=http://HOST:4200/api")
+    with get_client(sync_client=True) as client:
+        run = start(client, name, settings.parameters(sweep=sweep))
+        where = f"{api.removesuffix('/api')}/v2/runs/flow-run/{run.id}"
+        print(f"{run.name}: {where}", flush=True)
+        try:
+            ended = watch(client, run)
+        except KeyboardInterrupt:
+            print(f"not followed any more; the run continues: {where}")
+            return Exit.INTERRUPTED
+    state = ended.state
+    if state is None or state.type is not StateType.COMPLETED:
+        raise PreflowError(f"{ended.name} ended as {state.name if state else 'nothing'}: {where}")
+    result = None if sweep else find_result(settings.config)
+    return tell(settings.config, result) if result is not None else Exit.DONE
+
+
+def start(client: SyncPrefectClient, name: str, parameters: dict[str, object]) -> FlowRun:
+    """Start the deployment.
+
+    Raises:
+        PreflowError: there is none of that name, or it does not take these parameters.
+    """
+    try:
+        deployment = client.read_deployment_by_name(name)
+        return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
+    except ObjectNotFound as error:
+        known = sorted(item.name for item in client.read_deployments())
+        raise PreflowError(
+            f"there is no deployment {name!r} on {client.api_url}; it has: {', '.join(known)}"
+        ) from error
+    except PrefectHTTPStatusError as error:
+        raise PreflowError(f"{name} does not take these parameters: {error.response.text[:1000]}") from error
+
+
+def watch(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
+    """Print what the run logs, and return it when it has ended."""
+    printed: set[UUID] = set()
+    while True:
+        now = client.read_flow_run(run.id)
+        chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+        for line in client.read_logs(chosen, sort=LogSort.TIMESTAMP_ASC, offset=len(printed)):
+            if line.id not in printed and line.level >= INFO:
+                print(f"{line.timestamp:%H:%M:%S} {line.message}", flush=True)
+            printed.add(line.id)
+        if now.state is not None and now.state.is_final():
+            return now
+        time.sleep(POLL_SECONDS)

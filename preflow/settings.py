@@ -1,0 +1,186 @@
+"""config.yaml: the model of the form, with paths relative to the file and every error named by its line."""
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError
+
+from tasks.config import PipelineConfig, StageConfig, SweepConfig
+from tasks.errors import PreflowError
+
+# Files and folders: taken relative to the file that names them. Hub names and addresses stay as they are.
+PATHS = (
+    "prompts", "eval_prompts", "workspace", "training.sft_adapter", "training.base_model", "generation.adapter",
+    "judging.rubric", "evaluation.generation.adapter", "evaluation.judging.rubric", "sweep.more_prompts",
+)  # fmt: skip
+# The defaults that are paths themselves.
+DEFAULTS = {"prompts": "prompts.jsonl", "workspace": "workspace", "training.sft_adapter": "adapters/sft"}
+PLAINER = {"endpoint": "must be an address such as http://host:8000/v1, without a user, password or key in it"}
+SCHEMA_LINE = "# yaml-language-server: $schema=preflow.schema.json"
+
+
+class RunFile(PipelineConfig):
+    """A config.yaml: one whole run, and what a sweep varies."""
+
+    sweep: SweepConfig = Field(default_factory=SweepConfig, description="What `preflow sweep` varies.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a config.yaml says."""
+
+    file: Path
+    config: PipelineConfig
+    sweep: SweepConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where the server that `preflow run` starts keeps its database, and where the logs are."""
+        return self.file.parent / ".preflow"
+
+    def parameters(self, *, sweep: bool = False) -> dict[str, Any]:
+        """Return them as the parameters of a deployment: only what is not a default."""
+        found = {"config": self.config.model_dump(mode="json", exclude_defaults=True)}
+        return {**found, "sweep": self.sweep.model_dump(mode="json", exclude_defaults=True)} if sweep else found
+
+
+def load_settings(file: Path, changes: Sequence[str] = ()) -> Settings:
+    """Read a config.yaml and apply changes such as training.beta=0.05.
+
+    Raises:
+        PreflowError: naming everything that is wrong, each with its line and what is meant, if that can be guessed.
+    """
+    text = _read(file)
+    lines = YAML(typ="rt").load(text) or CommentedMap()
+    values = YAML(typ="safe").load(text) or {}
+    if not isinstance(values, dict):
+        raise PreflowError(f"{file}: must hold settings such as `prompts: a.jsonl`; `preflow init` writes an example")
+    for name, path in DEFAULTS.items():
+        if _get(values, name) is None:
+            _put(values, name, path, file)
+    _resolve(values, file.absolute().parent)
+    changed = dict(parse_change(change) for change in changes)
+    _resolve_changes(changed)
+    for name, value in changed.items():
+        _put(values, name, value, file)
+    return _validate(file, values, lines, changed)
+
+
+def _read(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+        YAML(typ="safe").load(text)
+    except FileNotFoundError as error:
+        raise PreflowError(f"{file.absolute()}: no such file; `preflow init {file}` writes one") from error
+    except OSError as error:
+        raise PreflowError(f"{file.absolute()}: cannot be read: {error.strerror}") from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise PreflowError(f"{file}:{line}: not YAML: {error.problem}") from error
+    return text
+
+
+def _validate(file: Path, values: dict[str, Any], lines: CommentedMap, changed: dict[str, Any]) -> Settings:
+    problems: list[str] = []
+    sweep, made = values.pop("sweep", None) or {}, dict[str, Any]()
+    for model, given, prefix in ((PipelineConfig, values, ()), (SweepConfig, sweep, ("sweep",))):
+        try:
+            made[model.__name__] = model.model_validate(given)
+        except ValidationError as error:
+            for item in error.errors():
+                where = (*prefix, *item["loc"])
+                problems.append(f"{_place(file, lines, where, changed)}: {_explain(where, dict(item))}")
+    if problems:
+        raise PreflowError("\n".join(problems))
+    return Settings(file.absolute(), made["PipelineConfig"], made["SweepConfig"])
+
+
+def _place(file: Path, lines: CommentedMap, where: Sequence[int | str], changed: dict[str, Any]) -> str:
+    """Return `file:line` of a setting, or of the section that it belongs to; or the option that gave it."""
+    if ".".join(map(str, where)) in changed:
+        return "--set"
+    line, found = 1, lines
+    for part in where:
+        if not isinstance(found, CommentedMap) or part not in found:
+            break
+        line, found = found.lc.key(part)[0] + 1, found[part]
+    return f"{file}:{line}"
+
+
+def _explain(where: Sequence[int | str], item: dict[str, Any]) -> str:
+    name, last = ".".join(map(str, where)), str(where[-1]) if where else ""
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        section = name.rpartition(".")[0]
+        siblings = [other for other in names() if other.rpartition(".")[0] == section]
+        near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
+        near = near or [other for other in names() if other.rpartition(".")[2] == last][:1]
+        return f"there is no setting {name}" + (f"; did you mean {near[0]}?" if near else "; `preflow schema` has all")
+    if item["type"] == "string_pattern_mismatch":
+        message = PLAINER.get(last, message)
+    return f"{name}: {message}" if name else message
+
+
+def names(model: type[BaseModel] = RunFile, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, StageConfig) and kind is not model:
+                yield from names(kind, f"{prefix}{name}.")
+
+
+def parse_change(change: str) -> tuple[str, Any]:
+    """Return name and value of a change such as training.beta=0.05."""
+    name, equals, text = change.partition("=")
+    if not equals or not name:
+        raise PreflowError(f"--set {change}: write it as training.beta=0.05")
+    try:
+        return name.strip(), YAML(typ="safe").load(text)
+    except MarkedYAMLError:
+        return name.strip(), text
+
+
+def _resolve(values: dict[str, Any], folder: Path) -> None:
+    for name in PATHS:
+        if isinstance(value := _get(values, name), str):
+            _put(values, name, _absolute(name, value, folder), folder)
+
+
+def _resolve_changes(changed: dict[str, Any]) -> None:
+    """Make paths that were given on the command line absolute: there they are relative to the present folder."""
+    for name in PATHS:
+        if isinstance(value := changed.get(name), str):
+            changed[name] = _absolute(name, value, Path.cwd())
+
+
+def _absolute(name: str, value: str, folder: Path) -> str:
+    looks_like_a_path = value.startswith((".", "/", "~")) or (folder / value).exists()
+    is_name = name.endswith(("base_model", "rubric")) and not value.endswith(".md") and not looks_like_a_path
+    if "://" in value or not value or is_name:
+        return value
+    return os.path.normpath(folder / Path(value).expanduser())
+
+
+def _get(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _put(values: dict[str, Any], name: str, value: Any, file: Path) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if values.get(part) is None:
+            values[part] = {}
+        values = values[part]
+        if not isinstance(values, dict):
+            raise PreflowError(f"{file}: {part} must be a section with settings in it, such as {name}")
+    values[last] = value

@@ -1,0 +1,1 @@
+"""Many paid requests as cached Prefect tasks."""

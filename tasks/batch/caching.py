@@ -1,0 +1,120 @@
+"""The one place that makes cache keys and result settings.
+
+A task result is a small JSON reference, kept under `<workspace>/cache/<task>-<key>`. The key holds the stage, an
+explicit version and content digests. A record is believed only if it was written by our serializer and the artifact it
+names is intact; otherwise Prefect finds nothing under the key and runs the task again.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from prefect import Task
+from prefect.context import AsyncClientContext
+from prefect.filesystems import WritableFileSystem
+from prefect.serializers import JSONSerializer
+from pydantic import ConfigDict
+
+from tasks.errors import PreflowError
+from tasks.store.workspace import Reference, Workspace, digest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+logger = logging.getLogger(__name__)
+
+# Neither pickle nor Prefect's own "json" is safe to read from a bucket: both build objects that the file names.
+SERIALIZER = JSONSerializer(object_encoder=None, object_decoder=None)
+
+
+class _AnyReference(Reference):
+    """Any kind of reference, whatever fields its kind adds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class WorkspaceResults(WritableFileSystem):
+    """Prefect result storage in a preflow workspace: atomic, JSON only, and never a reference to a damaged artifact."""
+
+    _block_type_name = "Preflow workspace results"
+    _block_type_slug = "preflow-workspace-results"
+
+    root: str
+
+    async def awrite_path(self, path: str, content: bytes) -> None:
+        """Write one record, whole or not at all."""
+        await asyncio.to_thread(_write_record, self.root, path, content)
+
+    # Prefect's synchronous engine calls these with _sync=True; its asynchronous one takes the methods with the `a`.
+    def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:  # type: ignore[override]
+        """Write one record, whole or not at all."""
+        _write_record(self.root, path, content)
+
+    async def aread_path(self, path: str) -> bytes:
+        """Return one record.
+
+        Raises:
+            PreflowError: the record is not ours, or its artifact is missing or damaged: the task must run again.
+        """
+        return await asyncio.to_thread(_read_record, self.root, path)
+
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
+        """Return one record; see `aread_path`."""
+        return _read_record(self.root, path)
+
+
+def _write_record(root: str, path: str, content: bytes) -> None:
+    store = Workspace(root)
+    store.write_bytes(store.uri("cache", path), content)
+
+
+def _read_record(root: str, path: str) -> bytes:
+    store = Workspace(root)
+    content = store.read_bytes(store.uri("cache", path))
+    problem = _find_problem(store, content)
+    if problem:
+        logger.warning("cache record %s is not used: %s; the task runs again", path, problem)
+        raise PreflowError(f"cache record {path}: {problem}")
+    return content
+
+
+def _find_problem(store: Workspace, content: bytes) -> str | None:
+    try:
+        record = json.loads(content)
+        serializer = record["metadata"]["serializer"]
+        trusted = {name: serializer.get(name) for name in ("type", "object_encoder", "object_decoder", "jsonlib")}
+        if trusted != SERIALIZER.model_dump(include=set(trusted)):
+            return f"it wants to be read with the serializer {serializer.get('type')!r}, which could run code"
+        if serializer.get("dumps_kwargs") or serializer.get("loads_kwargs"):
+            return "its serializer has options that preflow never writes"
+        reference = _AnyReference.model_validate(json.loads(record["result"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "it is not a whole record of preflow"
+    return None if store.is_intact(reference) else f"{reference.uri} is missing or differs from its digest"
+
+
+async def open_results(workspace: str) -> WorkspaceResults:
+    """Return the saved result-storage block of a workspace; Prefect takes only saved ones."""
+    root = Workspace(workspace).root
+    block = WorkspaceResults(root=root)
+    async with AsyncClientContext.get_or_create():
+        await block.save(name=f"preflow-{digest(root)[:16]}", overwrite=True)
+    return block
+
+
+def cached(task: Task[P, R], key: str, results: WorkspaceResults) -> Task[P, R]:
+    """Return `task` with its result kept under `key` in the workspace.
+
+    The task must return a reference's `model_dump(mode="json")`: Prefect completes a task whose result it cannot
+    serialise, and caches nothing, without a word.
+    """
+    record = f"{task.name}-{key}"
+    key_fn: Callable[..., str] = lambda *_: record  # noqa: E731
+    return task.with_options(
+        cache_key_fn=key_fn,
+        result_storage=results,
+        result_serializer=SERIALIZER,
+        persist_result=True,
+        cache_result_in_memory=False,
+    )

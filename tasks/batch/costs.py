@@ -1,0 +1,181 @@
+"""What a run used and cost, stage by stage, and what the cache saved."""
+
+import logging
+import time
+import uuid
+from collections import defaultdict
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tasks.config import EndpointConfig
+from tasks.errors import PreflowError
+from tasks.llm.responses import Usage
+from tasks.store.workspace import Cost, Workspace
+
+COLUMNS = ("requests", "prompt tokens", "completion tokens", "thinking tokens", "GPU", "time", "US$")
+
+
+class StageCost(BaseModel):
+    """One stage: what it used now, what its cached results had cost, and its wall-clock seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str = Field(min_length=1)
+    used: Cost = Cost()
+    cached: Cost = Cost()
+    seconds: float = Field(0.0, ge=0)
+
+    def plus(self, other: "StageCost") -> "StageCost":
+        """Return both together under this stage's name; wall-clock seconds add up too."""
+        return StageCost(
+            stage=self.stage,
+            used=self.used + other.used,
+            cached=self.cached + other.cached,
+            seconds=self.seconds + other.seconds,
+        )
+
+
+class Ledger(BaseModel):
+    """The costs of a run's stages, in the order in which they came."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stages: tuple[StageCost, ...] = ()
+
+    def plus(self, cost: StageCost) -> "Ledger":
+        """Return the ledger with one more cost, added to its stage's line if there is one."""
+        if not any(known.stage == cost.stage for known in self.stages):
+            return Ledger(stages=(*self.stages, cost))
+        return Ledger(stages=tuple(s.plus(cost) if s.stage == cost.stage else s for s in self.stages))
+
+    def total(self) -> StageCost:
+        """Return all stages together, under the name "total"."""
+        total = StageCost(stage="total")
+        for cost in self.stages:
+            total = total.plus(cost)
+        return total
+
+    def rows(self) -> list[list[str]]:
+        """Return table rows: a heading, the stages, the total, and what the cache saved if it saved anything."""
+        total = self.total()
+        rows = [["stage", *COLUMNS], *(_cells(cost.stage, cost.used, cost.seconds) for cost in (*self.stages, total))]
+        if total.cached != Cost():
+            rows.append(_cells("saved by the cache", total.cached, None))
+        return rows
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as people say it: 8.4 s, 3 min 20 s, 2 h 05 min."""
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_usd(usd: float) -> str:
+    """Return US$ with two decimals, or with two significant digits where that would hide them."""
+    return f"{usd:,.2f}" if usd >= 0.1 or usd == 0 else f"{usd:.2g}" if usd >= 1e-4 else "< 0.0001"
+
+
+def _cells(name: str, spent: Cost, seconds: float | None) -> list[str]:
+    counts = (spent.requests, spent.prompt_tokens, spent.completion_tokens, spent.thinking_tokens)
+    return [
+        name,
+        *(f"{count:,}" if count else "-" for count in counts),
+        format_seconds(spent.gpu_seconds) if spent.gpu_seconds else "-",
+        "-" if seconds is None else format_seconds(seconds),
+        format_usd(spent.usd),
+    ]
+
+
+ConfigT = TypeVar("ConfigT", bound=EndpointConfig)
+logger = logging.getLogger(__name__)
+
+
+class Attempt(BaseModel):
+    """What one process used of one model for an artifact, failed requests and lost answers included."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    usage: Usage = Usage()
+    usd: float = 0.0
+    seconds: float = 0.0
+
+
+class Spending:
+    """The attempts at one artifact with one model: one small file each, in the artifact's folder."""
+
+    def __init__(self, workspace: str, folder: str, model: str) -> None:
+        self._store, self._folder, self._model = Workspace(workspace), f"{folder}/attempts", model
+        self._uri = f"{self._folder}/{uuid.uuid4().hex}.json"
+        self._start = time.monotonic()
+        self.earlier = sum(a.usd for a in read_attempts(self._store, self._folder) if a.model == model)
+
+    def note(self, usage: Usage, usd: float) -> None:
+        """Write down what this process has used so far."""
+        seconds = round(time.monotonic() - self._start, 3)
+        attempt = Attempt(model=self._model, usage=usage, usd=round(usd, 9), seconds=seconds)
+        self._store.write_json(self._uri, attempt.model_dump())
+
+    def left_of(self, config: ConfigT) -> ConfigT:
+        """Return `config` with what earlier attempts have left of its budget.
+
+        Raises:
+            PreflowError: they have left nothing.
+        """
+        if config.budget_usd is None or not self.earlier:
+            return config
+        left = config.budget_usd - self.earlier
+        if left <= 0:
+            raise PreflowError(
+                f"budget_usd is {config.budget_usd:.4g} US$ for {config.model}, and earlier attempts at this stage "
+                f"have cost {self.earlier:.4g}. Everything answered is kept: raise budget_usd and run again to go on."
+            )
+        return config.model_copy(update={"budget_usd": left})
+
+
+def read_attempts(store: Workspace, folder: str) -> list[Attempt]:
+    """Return the attempts that were noted in a folder."""
+    return [Attempt.model_validate(store.read_json(uri)) for uri in store.list(folder)]
+
+
+def write_cost(store: Workspace, folder: str, stage: str, rows: Cost) -> StageCost:
+    """Write `cost.json`: what the attempts at an artifact used, and what its rows had cost before them.
+
+    Args:
+        store: the workspace.
+        folder: the artifact's folder.
+        stage: the stage's name in the ledger.
+        rows: what all rows of the artifact cost, whoever made them.
+    """
+    attempts = read_attempts(store, f"{folder}/attempts")
+    used = sum((Cost(**attempt.usage.model_dump(), usd=attempt.usd) for attempt in attempts), Cost())
+    saved = {name: max(0, value - getattr(used, name)) for name, value in rows.model_dump().items()}
+    by_model: dict[str, float] = defaultdict(float)
+    for attempt in attempts:
+        by_model[attempt.model] += attempt.seconds
+    # Judges of a panel work side by side.
+    seconds = max(by_model.values(), default=0.0)
+    cost = StageCost(stage=stage, used=used, cached=Cost(**saved), seconds=seconds)
+    store.write_json(f"{folder}/cost.json", cost.model_dump())
+    return cost
+
+
+def log_cost(cost: StageCost) -> None:
+    """Say what a stage has used, and what the rows that were known before had cost."""
+    tokens = [spent.prompt_tokens + spent.completion_tokens for spent in (cost.used, cost.cached)]
+    logger.info(
+        "%s: %s requests, %s tokens, %s US$ in %s; rows known before saved %s tokens, %s US$",
+        cost.stage, f"{cost.used.requests:,}", f"{tokens[0]:,}", format_usd(cost.used.usd),
+        format_seconds(cost.seconds), f"{tokens[1]:,}", format_usd(cost.cached.usd),
+    )  # fmt: skip
+
+
+def price(usage: dict[str, int], config: EndpointConfig) -> Cost:
+    """Return what `usage` costs at the prices of `config`."""
+    found = Usage(**usage)
+    return Cost(**found.model_dump(), usd=found.cost(config))

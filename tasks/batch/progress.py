@@ -1,0 +1,220 @@
+"""What all stages of shards have in common: the task policy, running the shards, and showing progress and cost."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypedDict
+from uuid import UUID
+
+import httpx
+from prefect import Task
+from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import PrefectException
+from prefect.tasks import exponential_backoff
+from prefect.utilities.annotations import opaque
+
+from tasks.batch.caching import cached, open_results
+from tasks.batch.costs import Spending, format_seconds, format_usd
+from tasks.batch.rows import ShardRef, Slice
+from tasks.batch.shards import ShardWorker, Tally, TooManyFailures, open_shards, settle
+from tasks.errors import PreflowError
+from tasks.llm.client import Endpoint
+
+LOG_SECONDS = 10.0
+ARTIFACT_SECONDS = 5.0
+# The cost of a stage is projected from so many answers, and that may be wrong by such a share.
+PROJECTED_FROM = 20
+PROJECTION_ERROR = 0.25
+logger = logging.getLogger(__name__)
+
+
+async def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Tell whether a failed task may succeed next time: not after an error that the user must mend."""
+    error = await state.aresult(raise_on_failure=False)
+    return not isinstance(error, PreflowError)
+
+
+class TaskPolicy(TypedDict):
+    """Retry settings of a Prefect task."""
+
+    retries: int
+    retry_delay_seconds: Callable[[int], list[float]]
+    retry_jitter_factor: float
+    retry_condition_fn: Callable[[Task[..., Any], TaskRun, State[Any]], Coroutine[Any, Any, bool]]
+
+
+# Requests are retried by the endpoint client; this is for what lies around them, such as storage.
+SHARD_POLICY: TaskPolicy = {
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": is_worth_retrying,
+}
+
+
+class Plan(Protocol):
+    """A stage's plan, as far as running its shards needs it."""
+
+    @property
+    def workspace(self) -> str:
+        """Where the artifacts are kept."""
+
+    @property
+    def folder(self) -> str:
+        """Where the finished artifact lies."""
+
+    @property
+    def slices(self) -> list[Slice]:
+        """The shards' input."""
+
+    def shard_key(self, part: Slice) -> str:
+        """Return the content key of one shard."""
+
+
+async def run_shards(
+    shell: Task[..., Any], plan: Plan, worker: ShardWorker, endpoint: Endpoint, spending: Spending
+) -> list[ShardRef]:
+    """Run every shard as a cached task, with as many open as keep the window of requests full.
+
+    Raises:
+        PreflowError: a shard failed for a reason that the user can mend, or too much failed for good; what was
+            finished is kept.
+    """
+    results = await open_results(plan.workspace)
+    monitor = Monitor(f"{shell.name} ({endpoint.config.model})", worker.tally, endpoint, spending)
+    worker.watch = monitor.count
+
+    async def run_one(part: Slice) -> ShardRef:
+        label = f"{part.index + 1} of {len(plan.slices)}"
+        record = await cached(shell, plan.shard_key(part), results)(opaque(label), opaque(part), opaque(worker))
+        shard = ShardRef.model_validate(record)
+        worker.tally.take(part, shard)
+        return shard
+
+    async with monitor.showing():
+        try:
+            if worker.rows.lacks(plan.slices):
+                await worker.get_ready()
+            many = open_shards(endpoint.config.max_concurrency, plan.slices)
+            shards = await settle((run_one(part) for part in plan.slices), many)
+            if worker.tally.stopped:
+                raise worker.tally.stopped
+        except TooManyFailures as reason:
+            raise refuse_failures(plan, worker, endpoint.config.max_failure_ratio) from reason
+    return shards
+
+
+def refuse_failures(plan: Plan, worker: ShardWorker, allowed: float) -> PreflowError:
+    """Write the failures where the user finds them, have the next run try them again, and return the error."""
+    tally, where = worker.tally, f"{plan.folder}/failures.jsonl"
+    with worker.rows.store.writing(where) as out:
+        for failure in tally.failures:
+            out.write_row(failure)
+    worker.rows.forget_failures()
+    first = tally.failures[0] if tally.failures else {}
+    detail = str(first.get("detail"))[:300]
+    return PreflowError(
+        f"{tally.failed} of {tally.total} requests failed for good, over max_failure_ratio ({allowed:.1%}); the first: "
+        f"{first.get('reason')}: {detail}. All of them are in {where}. What succeeded is kept. Mend the "
+        "cause and run again, only the others are asked for; or raise max_failure_ratio to go on without them."
+    )
+
+
+class Monitor:
+    """Shows how far a stage is and what it costs, and stops one that is going to cost far more than its budget."""
+
+    def __init__(self, name: str, tally: Tally, endpoint: Endpoint, spending: Spending) -> None:
+        self._name, self._tally, self._endpoint, self._spending = name, tally, endpoint, spending
+        self._start = time.monotonic()
+        self._made = 0
+        self._per_unit: float | None = None
+
+    def count(self) -> None:
+        """Note that one more unit was made; after the first ones, say what all will cost.
+
+        Raises:
+            PreflowError: that is far over the budget.
+        """
+        self._made += 1
+        if self._made == PROJECTED_FROM:
+            self._project()
+
+    def _project(self) -> None:
+        stats, config = self._endpoint.stats, self._endpoint.config
+        self._per_unit = stats.spent_usd / self._made
+        to_go = self._tally.total - self._tally.done
+        tokens = stats.usage.prompt_tokens + stats.usage.completion_tokens
+        priced = config.prompt_price or config.completion_price
+        cost = f"{format_usd(self._projected())} US$" if priced else "no prices set"
+        logger.info(
+            "%s: going by the first %d, the other %d will take about %s tokens; in all %s", self._name, self._made,
+            to_go, f"{tokens / self._made * to_go:,.0f}", cost,
+        )  # fmt: skip
+        if config.budget_usd is not None and self._projected() * (1 - PROJECTION_ERROR) > config.budget_usd:
+            stop = PreflowError(
+                f"{self._name} is going to cost about {format_usd(self._projected())} US$, going by its first "
+                f"{self._made} requests ({format_usd(stats.spent_usd)} US$), and budget_usd leaves "
+                f"{format_usd(config.budget_usd)}. It was stopped here and what was answered is kept: raise budget_usd "
+                "and run again, or take fewer prompts or a cheaper model."
+            )
+            self._tally.stop(stop)
+            raise stop
+
+    def _projected(self) -> float:
+        """What this attempt will have cost at its end, in US$."""
+        to_go = self._tally.total - self._tally.done
+        return self._endpoint.stats.spent_usd + (self._per_unit or 0.0) * to_go
+
+    @asynccontextmanager
+    async def showing(self) -> AsyncIterator[None]:
+        """Log rate, ETA, failures and cost during the block, keep a progress artifact, and note what was spent."""
+        artifact = await acreate_progress_artifact(progress=0.0, description=self.describe())
+        reporter = asyncio.create_task(self._report(artifact))
+        try:
+            yield
+        finally:
+            reporter.cancel()
+            await asyncio.gather(reporter, return_exceptions=True)
+            await self._show(artifact)
+            self._note()
+            logger.info("%s", self.describe())
+
+    async def _report(self, artifact: UUID) -> None:
+        logged = time.monotonic()
+        while True:
+            await asyncio.sleep(ARTIFACT_SECONDS)
+            await self._show(artifact)
+            await asyncio.to_thread(self._note)
+            if time.monotonic() - logged >= LOG_SECONDS:
+                logged = time.monotonic()
+                logger.info("%s", self.describe())
+
+    async def _show(self, artifact: UUID) -> None:
+        progress = min(100.0, 100.0 * self._tally.done / max(1, self._tally.total))
+        try:
+            await aupdate_progress_artifact(artifact, progress=progress, description=self.describe())
+        except (httpx.HTTPError, PrefectException) as error:  # a display is not worth a paid stage
+            logger.warning("the progress artifact could not be updated: %s", error)
+
+    def _note(self) -> None:
+        stats = self._endpoint.stats
+        if stats.sent:
+            self._spending.note(stats.usage, stats.spent_usd)
+
+    def describe(self) -> str:
+        """Return one line: done of all, rate, failures, time to go and cost."""
+        tally, seconds = self._tally, max(1e-6, time.monotonic() - self._start)
+        parts = [f"{self._name}: {tally.done:,} of {tally.total:,}"]
+        if self._made:
+            rate = self._made / seconds
+            parts += [f"{rate:.1f}/s", f"about {format_seconds((tally.total - tally.done) / rate)} to go"]
+        if tally.done > self._made:
+            parts.append(f"{tally.done - self._made:,} known before")
+        parts.append(f"{tally.failed:,} failed")
+        if spent := self._endpoint.stats.spent_usd:
+            about = f" of about {format_usd(self._projected())}" if self._per_unit is not None else ""
+            parts.append(f"{format_usd(spent)}{about} US$")
+        return ", ".join(parts)

@@ -1,0 +1,348 @@
+"""Rows that are paid for one by one: kept as they arrive, found again by key, put together in input order.
+
+An input row is worth some units: its completions are one, its verdicts one for each order. The units of a stage lie
+in `<workspace>/rows/<stage>/<settings key>/`. While a shard runs, each finished unit is appended to a journal of its
+own; a finished shard is one file named by the digest of its input, and its journals go. Whoever needs a unit looks it
+up by its key in all of these files: a killed run, a changed shard size or added prompts repeat nothing.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import posixpath
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.errors import PreflowError
+from tasks.store.workspace import Reference, Workspace, digest
+
+logger = logging.getLogger(__name__)
+
+MIN_SHARDS, MAX_SHARDS, MAX_ROWS = 8, 1000, 1000
+
+
+# A task run takes some 10 ms and as long to record on the server: more rows than this in one are not missed.
+USUAL_ROWS = 64
+
+
+SEGMENT_SECONDS = 5.0
+
+
+Row = dict[str, Any]
+
+
+class Slice(BaseModel):
+    """A run of consecutive rows of a JSONL artifact: bytes `start` to `end`, with the digest of just these bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    uri: str
+    start: int
+    end: int
+    rows: int
+    sha256: str
+
+
+class ShardRef(Reference):
+    """One finished shard; `rows` counts its units, `failed` those that failed for good."""
+
+    kind: Literal["shard"] = "shard"
+    failed: int = 0
+
+
+class Outcome(BaseModel):
+    """What became of one unit: its output, or why there is none, and what it used."""
+
+    # First, because a stored failure is known by its first bytes.
+    error: dict[str, Any] | None = None
+    row: Row | None = None
+    usage: dict[str, int] = {}
+
+
+def writable(text: str) -> str:
+    """Return `text` with what UTF-8 cannot hold (lone surrogates, which JSON can carry) replaced."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def shard_rows(total: int, wanted: int | None) -> int:
+    """Return the rows of a shard: `wanted`, or such that there are 8 to about 1000 shards of up to 1000 rows."""
+    if wanted:
+        return wanted
+    fewest = -(-total // MAX_SHARDS)
+    return max(1, min(max(fewest, USUAL_ROWS), MAX_ROWS, -(-total // MIN_SHARDS)))
+
+
+def slice_rows(store: Workspace, source: Reference, wanted: int | None = None) -> list[Slice]:
+    """Cut a JSONL artifact into slices, reading it once."""
+    size = shard_rows(source.rows, wanted)
+    slices: list[Slice] = []
+    start = position = rows = 0
+    content = hashlib.sha256()
+    for line in store.lines(source.uri):
+        content.update(line)
+        position, rows = position + len(line), rows + 1
+        if rows == size or position == source.size:
+            slices.append(
+                Slice(
+                    index=len(slices),
+                    uri=source.uri,
+                    start=start,
+                    end=position,
+                    rows=rows,
+                    sha256=content.hexdigest(),
+                )
+            )
+            start, rows, content = position, 0, hashlib.sha256()
+    return slices
+
+
+def read_slice(store: Workspace, part: Slice) -> list[Row]:
+    """Return a slice's rows.
+
+    Raises:
+        PreflowError: the artifact has changed since it was sliced.
+    """
+    lines = list(store.lines(part.uri, part.start, part.end))
+    if hashlib.sha256(b"".join(lines)).hexdigest() != part.sha256:
+        raise PreflowError(f"{part.uri}: changed while it was being read (bytes {part.start}-{part.end}); run again")
+    return [json.loads(line) for line in lines]
+
+
+# One stored unit is {"key":"<64 hex>","sha256":"<64 hex>","outcome":{...}}: the head has a fixed width, so that an
+# index is built without parsing, and the digest tells a torn or altered unit from a whole one.
+_HEAD = len(b'{"key":"') + 64 + len(b'","sha256":"') + 64 + len(b'","outcome":')
+
+
+def _encode(key: str, outcome: Outcome) -> bytes:
+    body = json.dumps(outcome.model_dump(exclude_none=True), ensure_ascii=False).encode()
+    checksum = hashlib.sha256(key.encode() + body).hexdigest()
+    return b'{"key":"%s","sha256":"%s","outcome":%s}\n' % (key.encode(), checksum.encode(), body)
+
+
+def _decode(line: bytes) -> tuple[str, Outcome] | None:
+    key, body = line[8:72], line[_HEAD:-2]
+    if not line.endswith(b"}\n") or hashlib.sha256(key + body).hexdigest().encode() != line[84:148]:
+        return None
+    return key.decode(), Outcome.model_validate_json(body)
+
+
+def _is_failure(line: bytes) -> bool:
+    return line.startswith(b'{"error"', _HEAD)
+
+
+Place = tuple[str, int, int]
+
+
+class RowStore:
+    """The units of one stage under one set of settings.
+
+    Args:
+        workspace: where everything is kept.
+        stage: names a folder.
+        settings_key: names a folder; all stages under equal settings share its units.
+        variant: tells shards of the same input rows apart that hold other units of them.
+    """
+
+    def __init__(self, workspace: str, stage: str, settings_key: str, variant: str = "") -> None:
+        self.store = Workspace(workspace)
+        self._variant = variant
+        self.folder = self.store.uri("rows", stage, settings_key)
+        self._index: dict[bytes, Place] | None = None
+        self._indexing = threading.Lock()
+        self._journals: dict[str, set[str]] = {}
+
+    def shard_uri(self, part: Slice) -> str:
+        """Return where the finished shard of `part` lies."""
+        return posixpath.join(self.folder, f"{self._name(part)}.jsonl")
+
+    def _name(self, part: Slice) -> str:
+        return digest([part.sha256, self._variant])[:32]
+
+    def lacks(self, slices: Iterable[Slice]) -> bool:
+        """Tell whether a finished shard of `slices` is not there."""
+        return not {self.shard_uri(part) for part in slices} <= set(self.store.list(self.folder))
+
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """Return those of `keys` under which something is kept, without reading what; a damaged outcome counts too."""
+        index = self._indexed()
+        return {key for key in keys if bytes.fromhex(key) in index}
+
+    def _indexed(self) -> dict[bytes, Place]:
+        with self._indexing:
+            if self._index is None:
+                self._index = self._build_index()
+            return self._index
+
+    def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
+        """Return the outcomes already known under `keys`; damaged ones count as unknown."""
+        index = self._indexed()
+        places: dict[str, list[tuple[int, int, str]]] = {}
+        for key in keys:
+            if place := index.get(bytes.fromhex(key)):
+                places.setdefault(place[0], []).append((*place[1:], key))
+        found: dict[str, Outcome] = {}
+        for uri, wanted in places.items():
+            found.update(self._read_places(uri, sorted(wanted)))
+        return found
+
+    def _read_places(self, uri: str, wanted: list[tuple[int, int, str]]) -> Iterator[tuple[str, Outcome]]:
+        ranges = [(start, end) for start, end, _ in wanted]
+        try:
+            lines = self.store.read_ranges(uri, ranges)
+        except FileNotFoundError:
+            lines = [b""] * len(ranges)
+        for (start, _, key), line in zip(wanted, lines, strict=True):
+            decoded = _decode(line)
+            if decoded is not None and decoded[0] == key:
+                yield decoded
+            else:
+                logger.warning("%s: the row at byte %d is damaged or gone and will be made again", uri, start)
+
+    def _build_index(self) -> dict[bytes, Place]:
+        index: dict[bytes, Place] = {}
+        for uri in self.store.list(self.folder):
+            part, _, rest = posixpath.basename(uri).partition(".")
+            if "partial" in rest:
+                self._journals.setdefault(part, set()).add(uri)
+            position = 0
+            for line in self.store.lines(uri):
+                if line.startswith(b'{"key":"') and line.endswith(b"}\n") and len(line) > _HEAD:
+                    with contextlib.suppress(ValueError):  # a damaged key is nobody's: its unit is made again
+                        index.setdefault(bytes.fromhex(line[8:72].decode()), (uri, position, position + len(line)))
+                position += len(line)
+        return index
+
+    @asynccontextmanager
+    async def journal(self, part: Slice) -> AsyncIterator["Journal"]:
+        """Keep units as they finish; what was appended stays, however the block ends."""
+        stem = posixpath.join(self.folder, f"{self._name(part)}.{uuid.uuid4().hex[:12]}.partial")
+        journal = Journal(self.store, stem, self._journals.setdefault(self._name(part), set()))
+        try:
+            yield journal
+        except BaseException:
+            self._index = None  # built before these units were kept: a retry must see them
+            raise
+        finally:
+            await journal.close()
+
+    def commit(self, part: Slice, keys: Sequence[str], outcomes: dict[str, Outcome]) -> ShardRef:
+        """Write the finished shard, units in input order, and drop its journals."""
+        uri, position = self.shard_uri(part), 0
+        places: dict[bytes, Place] = {}
+        with self.store.writing(uri) as out:
+            for key in keys:
+                line = _encode(key, outcomes[key])
+                places[bytes.fromhex(key)] = (uri, position, position + len(line))
+                position += len(line)
+                out.write(line)
+        with self._indexing:
+            if self._index is not None:  # later shards with an equal unit find it here
+                self._index.update(places)
+        for file in self._journals.pop(self._name(part), set()):
+            self.store.delete(file)
+        failed = sum(outcomes[key].error is not None for key in keys)
+        return ShardRef(uri=uri, failed=failed, **out.facts())
+
+    def read_shard(self, shard: ShardRef) -> Iterator[tuple[str, Outcome]]:
+        """Yield a shard's units in order.
+
+        Raises:
+            PreflowError: a unit is damaged.
+        """
+        for number, line in enumerate(self.store.lines(shard.uri), 1):
+            decoded = _decode(line)
+            if decoded is None:
+                raise PreflowError(f"{shard.uri}:{number}: damaged; delete this file and run again")
+            yield decoded
+
+    def forget_failures(self) -> None:
+        """Drop what failed for good, so that the next run tries it again; what succeeded stays."""
+        for uri in self.store.list(self.folder):
+            lines = list(self.store.lines(uri))
+            kept = [line for line in lines if not _is_failure(line)]
+            if len(kept) == len(lines):
+                continue
+            part = posixpath.basename(uri).partition(".")[0]
+            if kept:
+                name = f"{part}.{uuid.uuid4().hex[:12]}.partial.jsonl"
+                self.store.write_bytes(posixpath.join(self.folder, name), b"".join(kept))
+            self.store.delete(uri)
+        self._index = None
+
+
+class Journal:
+    """Append-only units of a running shard: a local file, or on GCS an object every few seconds.
+
+    A killed process loses, locally, nothing that was appended; on GCS at most SEGMENT_SECONDS of units.
+    """
+
+    def __init__(self, store: Workspace, stem: str, files: set[str]) -> None:
+        self._store, self._stem, self._files = store, stem, files
+        self._file: Any = None
+        self._pending: list[bytes] = []
+        self._flushed = time.monotonic()
+        self._segments = 0
+
+    async def append(self, key: str, outcome: Outcome) -> None:
+        """Keep one unit.
+
+        Raises:
+            PreflowError: it cannot be written, which a full disk is the usual reason for.
+        """
+        line = _encode(key, outcome)
+        try:
+            if self._store.is_local:
+                self._append_line(line)
+                return
+            self._pending.append(line)
+            if time.monotonic() - self._flushed > SEGMENT_SECONDS:
+                await self._flush_segment()
+        except OSError as error:
+            raise PreflowError(
+                f"{self._stem}: an answer could not be written ({error}), so no more are asked for. All before it are "
+                "kept: make room there and run again."
+            ) from error
+
+    def _append_line(self, line: bytes) -> None:
+        if self._file is None:
+            path = Path(f"{self._stem}.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+            self._files.add(str(path))
+        written = self._file.write(line)
+        if written != len(line):
+            raise OSError(f"{written} of {len(line)} bytes written: the disk is full")
+
+    async def _flush_segment(self) -> None:
+        """Write what is pending, in a thread: a bucket that is slow must not hold up the requests in flight."""
+        pending, self._pending, self._flushed = self._pending, [], time.monotonic()
+        if not pending:
+            return
+        uri = f"{self._stem}-{self._segments:05d}.jsonl"
+        self._segments += 1
+        try:
+            await asyncio.to_thread(self._store.write_bytes, uri, b"".join(pending))
+        except BaseException:
+            self._pending = pending + self._pending
+            raise
+        self._files.add(uri)
+
+    def forget_pending(self) -> None:
+        """Drop what is not written yet: the shard that holds it is committed."""
+        self._pending = []
+
+    async def close(self) -> None:
+        """Write what is pending and close the file."""
+        await self._flush_segment()
+        if self._file is not None:
+            self._file.close()

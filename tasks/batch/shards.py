@@ -1,0 +1,297 @@
+"""A stage in shards: each a cached Prefect task whose units are asked concurrently and kept as they arrive."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from tasks.batch.rows import Journal, Outcome, Row, RowStore, ShardRef, Slice, read_slice
+from tasks.errors import PreflowError
+
+logger = logging.getLogger(__name__)
+
+
+class TooManyFailures(PreflowError):
+    """More failed for good than `max_failure_ratio` allows."""
+
+
+@dataclass
+class Count:
+    """How far one shard is, in units: all of them, those done, those of them made now, those that failed for good."""
+
+    rows: int
+    units: int
+    done: int = 0
+    made: int = 0
+    failed: int = 0
+
+
+@dataclass
+class Tally:
+    """How far a stage is; units of shards that have not begun are estimated at `per_row` a row."""
+
+    rows: int
+    per_row: int = 1
+    allowed: float = 1.0
+    shards: dict[int, Count] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    stopped: PreflowError | None = None
+
+    def begin(self, part: Slice, units: int, known: Iterable[Outcome]) -> None:
+        """Count a shard's units that are known already; a shard that is tried again is counted anew."""
+        self.shards[part.index] = Count(rows=part.rows, units=units)
+        for outcome in known:
+            self._count(part, outcome)
+
+    def add(self, part: Slice, outcome: Outcome) -> None:
+        """Count one unit made now."""
+        self.shards[part.index].made += 1
+        self._count(part, outcome)
+
+    def take(self, part: Slice, shard: ShardRef) -> None:
+        """Count a shard that was finished before, unless it was made just now."""
+        if part.index not in self.shards:
+            count = Count(rows=part.rows, units=shard.rows, done=shard.rows, failed=shard.failed)
+            self.shards[part.index] = count
+
+    def _count(self, part: Slice, outcome: Outcome) -> None:
+        count = self.shards[part.index]
+        count.done += 1
+        if outcome.error is not None:
+            count.failed += 1
+            self.failures.append(outcome.error)
+            if self.failed > self.allowed * self.total:
+                self.stop(TooManyFailures(f"{self.failed} of {self.total} failed for good"))
+
+    def stop(self, reason: PreflowError) -> None:
+        """Have no further unit begun; the first reason counts."""
+        self.stopped = self.stopped or reason
+
+    @property
+    def total(self) -> int:
+        """All units, as far as that is known."""
+        begun = self.shards.values()
+        return sum(c.units for c in begun) + (self.rows - sum(c.rows for c in begun)) * self.per_row
+
+    @property
+    def done(self) -> int:
+        """Units that are done, whenever they were made."""
+        return sum(count.done for count in self.shards.values())
+
+    @property
+    def made(self) -> int:
+        """Units made by this process."""
+        return sum(count.made for count in self.shards.values())
+
+    @property
+    def failed(self) -> int:
+        """Units that failed for good."""
+        return sum(count.failed for count in self.shards.values())
+
+
+@dataclass
+class ShardWorker:
+    """Makes a stage's shards.
+
+    Args:
+        rows: where the units lie.
+        units_of: the units of an input row, by their keys.
+        work: makes one unit.
+        tally: how far the stage is.
+        concurrency: units under way at once, over all shards.
+        prepare: awaited once, before the first unit is made, and only if one has to be.
+        watch: called after each unit that was made.
+    """
+
+    rows: RowStore
+    units_of: Callable[[Row], Mapping[str, Any]]
+    work: Callable[[Any], Awaitable[Outcome]]
+    tally: Tally
+    concurrency: int
+    prepare: Callable[[], Awaitable[None]]
+    watch: Callable[[], None] = lambda: None
+    _gate: asyncio.Semaphore = field(init=False)
+    _preparing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _prepared: bool = field(default=False, init=False)
+    _making: dict[str, asyncio.Future[Outcome]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        # Twice the window, so that a request that waits for its next attempt keeps no other from being sent.
+        self._gate = asyncio.Semaphore(2 * self.concurrency)
+
+    async def run(self, part: Slice) -> ShardRef:
+        """Make the units of one slice that are not known yet, and commit the shard.
+
+        Raises:
+            Exception: the first error of `work`; units that others finished meanwhile are kept.
+        """
+        source = await asyncio.to_thread(read_slice, self.rows.store, part)
+        units = {key: unit for row in source for key, unit in self.units_of(row).items()}
+        outcomes = await asyncio.to_thread(self.rows.find, list(units))
+        self.tally.begin(part, len(units), outcomes.values())
+        async with self.rows.journal(part) as journal:
+
+            async def make(key: str, unit: Any) -> None:
+                outcome = await self._make_once(key, unit, journal)
+                outcomes[key] = outcome
+                self.tally.add(part, outcome)
+                self.watch()
+
+            await settle(make(key, unit) for key, unit in units.items() if key not in outcomes)
+            shard = await asyncio.to_thread(self.rows.commit, part, list(units), outcomes)
+            journal.forget_pending()
+            for key in units:
+                self._making.pop(key, None)
+        return shard
+
+    async def _make_once(self, key: str, unit: Any, journal: Journal) -> Outcome:
+        """Make and keep a unit, or wait for an open shard that has an equal one and makes it already."""
+        if twin := self._making.get(key):
+            return await asyncio.shield(twin)
+        made = self._making[key] = asyncio.get_running_loop().create_future()
+        try:
+            outcome = await self._make(unit)
+            await self._keep(journal, key, outcome)
+        except BaseException as error:
+            del self._making[key]
+            made.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
+            made.exception()  # nobody may have waited for it
+            raise
+        made.set_result(outcome)
+        return outcome
+
+    async def _make(self, unit: Any) -> Outcome:
+        async with self._gate:
+            await self.get_ready()
+            try:
+                return await self.work(unit)
+            except PreflowError as error:  # such as a refused key: no other unit would fare better
+                self.tally.stop(error)
+                raise
+
+    async def get_ready(self) -> None:
+        """Await `prepare` if that has not been done.
+
+        Raises:
+            PreflowError: it failed, or the stage has been stopped.
+        """
+        self._check_stopped()
+        if self._prepared:
+            return
+        async with self._preparing:
+            self._check_stopped()
+            if self._prepared:
+                return
+            try:
+                await self.prepare()
+            except PreflowError as error:
+                self.tally.stop(error)
+                raise
+            self._prepared = True
+
+    def _check_stopped(self) -> None:
+        if self.tally.stopped is not None:
+            raise self.tally.stopped
+
+    async def _keep(self, journal: Journal, key: str, outcome: Outcome) -> None:
+        try:
+            await journal.append(key, outcome)
+        except PreflowError as error:
+            self.tally.stop(error)
+            raise
+
+
+async def settle(coroutines: Iterable[Coroutine[Any, Any, Any]], limit: int | None = None) -> list[Any]:
+    """Run coroutines, at most `limit` at once; after an error none is started, but those under way go on to their end.
+
+    Unlike a bare `asyncio.gather`, an error does not abandon requests in flight that are already paid for.
+
+    Raises:
+        BaseException: the first error in time.
+    """
+    gate = asyncio.Semaphore(limit) if limit else contextlib.nullcontext()
+    errors: list[BaseException] = []
+
+    async def gated(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        async with gate:
+            if errors:
+                coroutine.close()
+                return None
+            try:
+                return await coroutine
+            except BaseException as error:
+                errors.append(error)
+                raise
+
+    results = await asyncio.gather(*(gated(c) for c in coroutines), return_exceptions=True)
+    if errors:
+        raise errors[0]
+    return results
+
+
+def open_shards(concurrency: int, slices: Sequence[Slice]) -> int:
+    """Return how many shards must be open for `concurrency` requests to be in flight, whatever stragglers there are."""
+    size = max((part.rows for part in slices), default=1)
+    return -(-2 * concurrency // size) + 2
+
+
+class MergeCounts(BaseModel):
+    """What a merge found: input rows, and units that failed for good, with what all units had used."""
+
+    rows: int = 0
+    units: int = 0
+    failed: int = 0
+    usage: dict[str, int] = {}
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        """Count one input row's outcomes."""
+        self.rows += 1
+        for outcome in outcomes:
+            self.units += 1
+            self.failed += outcome.error is not None
+            for name, value in outcome.usage.items():
+                self.usage[name] = self.usage.get(name, 0) + value
+
+
+def merge_shards(
+    source: Sequence[Slice],
+    shards: Sequence[ShardRef],
+    rows: RowStore,
+    units_of: Callable[[Row], Mapping[str, Any]],
+    fit: Callable[[Any, Outcome], Outcome] = lambda _, outcome: outcome,
+) -> Iterator[tuple[Row, list[Outcome]]]:
+    """Yield each input row with the outcomes of its units, joined by their keys, in input order.
+
+    Equal units are one: each row that has it gets its outcome, and only the first one its usage.
+
+    Args:
+        source: the input's slices.
+        shards: their shards.
+        rows: where the units lie.
+        units_of: the units of an input row, by their keys.
+        fit: returns an outcome as it is for a unit that is equal to the one that was made.
+
+    Raises:
+        PreflowError: a shard does not hold exactly its slice's units.
+    """
+    counted: set[int] = set()
+    for part, shard in zip(source, shards, strict=True):
+        known = dict(rows.read_shard(shard))
+        wanted: set[str] = set()
+        for row in read_slice(rows.store, part):
+            units = units_of(row)
+            if missing := units.keys() - known.keys():
+                raise PreflowError(f"{shard.uri}: lacks {len(missing)} of its rows; delete this file and run again")
+            outcomes = [fit(unit, known[key]) for key, unit in units.items()]
+            for place, key in enumerate(units):
+                if hash(key) in counted:
+                    outcomes[place] = outcomes[place].model_copy(update={"usage": {}})
+            counted.update(map(hash, units))
+            wanted |= units.keys()
+            yield row, outcomes
+        if others := known.keys() - wanted:
+            raise PreflowError(f"{shard.uri}: holds {len(others)} rows of others; delete this file and run again")

@@ -1,0 +1,91 @@
+"""An OpenAI-compatible endpoint: address, limits, prices."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from tasks.config.base import ADDRESS, OPERATIONAL, SecretName, StageConfig
+
+
+class EndpointConfig(StageConfig):
+    """How to reach a model behind an OpenAI-compatible address."""
+
+    endpoint: str = Field(
+        "http://127.0.0.1:8000/v1",
+        pattern=ADDRESS,
+        description="Base URL of the OpenAI-compatible endpoint; usually ends in /v1.",
+        json_schema_extra=OPERATIONAL,
+    )
+    model: str = Field("sft", min_length=1, description="Name under which the endpoint serves the model.")
+    api_key: SecretName | None = Field(
+        None,
+        description="Where the key is: env:NAME or the name of a Prefect Secret block. Never the key itself.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_concurrency: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="Requests in flight at once, at most (a sliding window).",
+        json_schema_extra=OPERATIONAL,
+    )
+    request_timeout_seconds: float = Field(
+        300, gt=0, le=3600, description="Time limit of one attempt, in seconds.", json_schema_extra=OPERATIONAL
+    )
+    max_outage_seconds: float = Field(
+        600,
+        ge=0,
+        le=86_400,
+        description="How long an endpoint that is down or refuses with 429/5xx is waited for, in seconds.",
+        json_schema_extra=OPERATIONAL,
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Hard cap on requests per minute; empty: none.", json_schema_extra=OPERATIONAL
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Hard cap on tokens per minute; empty: none.", json_schema_extra=OPERATIONAL
+    )
+    prompt_price: float = Field(
+        0.0, ge=0, description="Price of a million prompt tokens, in US$.", json_schema_extra=OPERATIONAL
+    )
+    completion_price: float = Field(
+        0.0,
+        ge=0,
+        description="Price of a million completion tokens (thinking included), in US$.",
+        json_schema_extra=OPERATIONAL,
+    )
+    budget_usd: float | None = Field(
+        None,
+        gt=0,
+        description="Stop before this stage costs more than this, in US$; empty: no limit.",
+        json_schema_extra=OPERATIONAL,
+    )
+    shard_size: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Prompts in a shard (one Prefect task run); empty: chosen by the row count.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_failure_ratio: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of prompts that may fail for good before the stage fails.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        if self.budget_usd is not None and not (self.prompt_price or self.completion_price):
+            raise ValueError(
+                f"budget_usd is {self.budget_usd:g} for {self.model}, but prompt_price and completion_price are 0, so "
+                "nothing could be counted: set the prices, or leave budget_usd empty"
+            )
+        most = getattr(self, "max_tokens", 0)
+        if self.tokens_per_minute is not None and self.tokens_per_minute < most:
+            raise ValueError(
+                f"tokens_per_minute ({self.tokens_per_minute}) is less than max_tokens ({most}): a single answer may "
+                "be over the cap; lower max_tokens or raise tokens_per_minute"
+            )
+        return self

@@ -1,0 +1,50 @@
+"""Proof on held-out prompts."""
+
+from statistics import NormalDist
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from tasks.config.base import OPERATIONAL, StageConfig
+from tasks.config.generation import GenerationConfig
+from tasks.config.judging import JudgingConfig
+
+
+class EvaluationConfig(StageConfig):
+    """Proof on held-out prompts: the judge compares samples of the new adapter with the SFT adapter's."""
+
+    num_samples: int = Field(4, ge=1, le=64, description="Samples per held-out prompt and adapter.")
+    max_prompts: int = Field(500, ge=1, description="Held-out prompts used, at most.")
+    null_test: bool = Field(True, description="Also compare two draws of the SFT adapter: must come out near 0.5.")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the win rate's interval.")
+    seed: int = Field(1042, ge=0, lt=2**31, description="Seed of the samples and of the interval's bootstrap.")
+    generation: GenerationConfig | None = Field(
+        None, description="Sampling endpoint and settings; empty: those of the generation stage."
+    )
+    judging: JudgingConfig | None = Field(None, description="The judge; empty: that of the judging stage.")
+    adapter_root: str | None = Field(
+        None,
+        description="Folder under which the vLLM server sees the workspace, where that differs from here.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.generation is not None and self.generation.temperature == 0:
+            if self.num_samples > 1:
+                raise ValueError(
+                    f"generation.temperature 0 gives num_samples ({self.num_samples}) equal texts: raise temperature, "
+                    "or set num_samples to 1"
+                )
+            if self.null_test:
+                raise ValueError("null_test compares two draws, and generation.temperature 0 makes them equal")
+        return self
+
+    def best_lower_bound(self) -> float:
+        """Return what the win rate's lower bound can be at most, all n samples won: n / (n + z^2) (Wilson, 1927)."""
+        samples = self.num_samples * self.max_prompts
+        return samples / (samples + NormalDist().inv_cdf((1 + self.confidence) / 2) ** 2)
+
+    def comparison_judge(self) -> JudgingConfig:
+        """Return the judge as it compares two samples: always in both orders."""
+        return (self.judging or JudgingConfig()).model_copy(update={"orders": 2})

@@ -1,0 +1,76 @@
+"""The judge, and the pairs made of its verdicts."""
+
+from enum import StrEnum
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from tasks.config.base import ADDRESS, OPERATIONAL, RubricLocation, SecretName
+from tasks.config.endpoint import EndpointConfig
+
+
+class PairPolicy(StrEnum):
+    """When a best and a worst become a preference pair."""
+
+    UNANIMOUS = "unanimous"
+    MAJORITY = "majority"
+    BORDA = "borda"
+
+
+class JudgeConfig(EndpointConfig):
+    """One LLM judge: where it is and how it is asked."""
+
+    endpoint: str = Field(
+        "https://generativelanguage.googleapis.com/v1beta/openai/",
+        pattern=ADDRESS,
+        description="Base URL of the judge's OpenAI-compatible endpoint.",
+        json_schema_extra=OPERATIONAL,
+    )
+    model: str = Field("gemini-2.5-flash", min_length=1, description="Judge model; a stronger one ranks more surely.")
+    api_key: SecretName | None = Field(
+        "env:OPENAI_API_KEY",
+        description="Where the judge's key is: env:NAME or the name of a Prefect Secret block. Never the key itself.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_concurrency: int = Field(
+        16, ge=1, le=4096, description="Judge requests in flight at once, at most.", json_schema_extra=OPERATIONAL
+    )
+    temperature: float = Field(0.0, ge=0, le=2, description="Judge temperature; anything but 0 adds noise.")
+    max_tokens: int = Field(1024, ge=16, le=65_536, description="Token budget of a verdict, thinking included.")
+    max_attempts: int = Field(3, ge=1, le=10, description="Times one verdict is asked for until it can be read.")
+
+
+class JudgingConfig(JudgeConfig):
+    """Choice of the best and the worst completion by an LLM judge, and the pairs made of them."""
+
+    panel: tuple[JudgeConfig, ...] = Field(
+        (), max_length=15, description="Further judges that vote as well, each a model of its own; empty: one judge."
+    )
+    rubric: RubricLocation = Field(
+        "seinfeld", description="Rubric: a name in tasks/judge/rubrics, or the path of a .md file."
+    )
+    orders: int = Field(2, ge=1, le=64, description="Rotations in which each prompt is judged; 2 shows position bias.")
+    pair_policy: PairPolicy = Field(
+        PairPolicy.UNANIMOUS,
+        description="unanimous: best and worst the same in every vote; majority: in most; borda: by summed ranks.",
+    )
+    min_confidence: int = Field(1, ge=1, le=5, description="Pairs whose mean confidence is lower are dropped (1-5).")
+    val_ratio: float = Field(0.1, ge=0, lt=1, description="Share of pairs (or groups) held out for evaluation.")
+    seed: int = Field(42, ge=0, lt=2**31, description="Seed of the orders and of the train/val split.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        models = [judge.model for judge in self.judges()]
+        if twice := sorted({model for model in models if models.count(model) > 1}):
+            raise ValueError(f"panel: {', '.join(twice)} is asked twice; every judge must be another model")
+        return self
+
+    def judges(self) -> list[JudgeConfig]:
+        """Return every judge that votes: this one, then the panel."""
+        own = {name: getattr(self, name) for name in JudgeConfig.model_fields}
+        return [JudgeConfig.model_construct(**own), *self.panel]
+
+    def verdict_identity(self) -> dict[str, Any]:
+        """Return the settings that determine the judges' answers; pair policy, bar and split are applied later."""
+        applied_later = {"pair_policy", "min_confidence", "val_ratio", "shard_size"}
+        return {name: value for name, value in self.identity().items() if name not in applied_later}

@@ -1,0 +1,117 @@
+"""One whole run."""
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from tasks.config.base import OPERATIONAL, Location, MaybeLocation, StageConfig
+from tasks.config.evaluation import EvaluationConfig
+from tasks.config.generation import GenerationConfig
+from tasks.config.judging import JudgingConfig
+from tasks.config.promotion import PromotionConfig
+from tasks.config.training import TrainingConfig
+
+
+class ApprovalPoint(StrEnum):
+    """Where a run can wait for a person's yes: before the judge is paid, or before a new adapter is served."""
+
+    JUDGING = "judging"
+    PROMOTION = "promotion"
+
+
+class PipelineConfig(StageConfig):
+    """One whole run: prompts in, a better adapter out."""
+
+    prompts: Location = Field("prompts.jsonl", description="Prompts (or SFT rows), JSONL: a path or gs://.")
+    eval_prompts: MaybeLocation = Field(
+        None,
+        description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from.",
+    )
+    workspace: Location = Field("workspace", description="Where everything is kept: a folder or gs://.")
+    generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
+    judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")
+    training_deployment: str | None = Field(
+        None,
+        pattern=r"^train-dpo/[^/]+$",
+        description="Deployment that trains, e.g. train-dpo/l4-spot for a spot GPU; empty: where the pipeline runs.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_restarts: int = Field(
+        5,
+        ge=0,
+        le=100,
+        description="Times a training that crashed on its work pool is started again; preemptions do not count.",
+        json_schema_extra=OPERATIONAL,
+    )
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Proof on held-out prompts.")
+    promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="The gate and serving.")
+    approve_before: tuple[ApprovalPoint, ...] = Field(
+        (),
+        max_length=2,
+        description="Wait for a person's yes, given with Resume: before judging (shows calls, tokens and cost), before "
+        "promotion (shows the evaluation). Empty: never.",
+        json_schema_extra=OPERATIONAL,
+    )
+    approval_timeout_seconds: int = Field(
+        604_800,
+        ge=1,
+        le=31_536_000,
+        description="How long the run waits for that, in seconds (a week); then it fails and can be retried.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.generation.num_completions < 2:
+            raise ValueError("generation.num_completions must be at least 2: judging needs a best and a worst")
+        if self.judging.orders > self.generation.num_completions:
+            raise ValueError(
+                f"judging.orders ({self.judging.orders}) is more than generation.num_completions "
+                f"({self.generation.num_completions}): there are only so many rotations"
+            )
+        if self.training.max_length <= self.generation.max_tokens:
+            raise ValueError(
+                f"training.max_length ({self.training.max_length} tokens, prompt and completion) leaves no room for a "
+                f"prompt beside generation.max_tokens ({self.generation.max_tokens}): completions would be cut"
+            )
+        if self.training.measured_label_smoothing and self.judging.orders < 2:
+            raise ValueError(
+                "training.measured_label_smoothing needs judging.orders of at least 2 to see verdicts flip"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_proof(self) -> Self:
+        if not self.judging.val_ratio and not self.eval_prompts:
+            raise ValueError(
+                "judging.val_ratio 0 holds no prompts out for the evaluation: raise it, or set eval_prompts"
+            )
+        best, bar = self.evaluation.best_lower_bound(), self.promotion.min_win_rate
+        if best <= bar:
+            raise ValueError(
+                f"promotion.min_win_rate ({bar:g}) is out of reach of evaluation.max_prompts "
+                f"({self.evaluation.max_prompts}) x evaluation.num_samples ({self.evaluation.num_samples}): if all "
+                f"were won, the lower bound would be {best:.3f}"
+            )
+        same_server = self.promotion.endpoint in (self.generation.endpoint, self.generation.endpoint.rstrip("/"))
+        if same_server and self.promotion.name == self.generation.model:
+            raise ValueError(
+                f"promotion.name and generation.model are both {self.promotion.name!r} on one server: the new adapter "
+                "would take the place of the one that is sampled from; give it another name"
+            )
+        return self
+
+    def filled(self) -> "PipelineConfig":
+        """Return the same configuration with what one stage takes from another written out."""
+        generation = self.generation
+        if generation.adapter is None:
+            generation = generation.model_copy(update={"adapter": self.training.sft_adapter})
+        evaluation = self.evaluation.model_copy(
+            update={
+                "generation": self.evaluation.generation or generation,
+                "judging": self.evaluation.judging or self.judging,
+            }
+        )
+        return self.model_copy(update={"generation": generation, "evaluation": evaluation})

@@ -1,0 +1,54 @@
+"""The gate, serving, and publishing."""
+
+from pydantic import Field
+
+from tasks.config.base import ADDRESS, OPERATIONAL, SecretName, StageConfig
+
+
+class PromotionConfig(StageConfig):
+    """The gate, and where the adapter is served when it has passed."""
+
+    name: str = Field(
+        "dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name under which clients know the adapter."
+    )
+    min_win_rate: float = Field(
+        0.5, ge=0, lt=1, description="Bar: the lower bound of the win rate's interval must be over it."
+    )
+    endpoint: str | None = Field(
+        "http://127.0.0.1:8000/v1",
+        pattern=ADDRESS,
+        description="vLLM that shall serve it at once; empty: only the workspace's pointer moves.",
+        json_schema_extra=OPERATIONAL,
+    )
+    api_key: SecretName | None = Field(
+        None, description="Where vLLM's key is: env:NAME or a Prefect Secret block.", json_schema_extra=OPERATIONAL
+    )
+    adapter_root: str | None = Field(
+        None,
+        description="Folder under which the vLLM server sees the workspace, where that differs from here.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
+class PublishingConfig(StageConfig):
+    """Where an adapter is published on the Hugging Face hub, and what its card cannot know from the manifests."""
+
+    repo: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)?$",
+        description="Repository on the hub, owner/name; made if it is not there.",
+    )
+    private: bool = Field(True, description="Make a new repository private; one that is there stays as it is.")
+    token: SecretName = Field(
+        "env:HF_TOKEN",
+        description="Where the hub's write token is: env:NAME or the name of a Prefect Secret block. Never the token.",
+        json_schema_extra=OPERATIONAL,
+    )
+    base_model: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="The base model's name on the hub, for the card. Empty: training.base_model, if that is one.",
+    )
+    license: str | None = Field(
+        None, pattern=r"^[a-z0-9][a-z0-9.-]*$", description="The hub's identifier of a license, e.g. llama3.2."
+    )

@@ -1,0 +1,148 @@
+"""DPO training."""
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from tasks.config.base import OPERATIONAL, Location, ModelLocation, StageConfig
+
+
+class LossType(StrEnum):
+    """The DPO losses that are offered; see TRL's `DPOConfig.loss_type`."""
+
+    SIGMOID = "sigmoid"
+    HINGE = "hinge"
+    IPO = "ipo"
+    ROBUST = "robust"
+    SIGMOID_NORM = "sigmoid_norm"
+
+
+class Schedule(StrEnum):
+    """Learning-rate schedules after the warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant_with_warmup"
+
+
+class ComputeType(StrEnum):
+    """Precision in which the quantised weights are multiplied."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class QuantType(StrEnum):
+    """4-bit formats of bitsandbytes."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+
+class ReportTo(StrEnum):
+    """Experiment trackers that the trainer can write to."""
+
+    NONE = "none"
+    WANDB = "wandb"
+    TENSORBOARD = "tensorboard"
+    MLFLOW = "mlflow"
+
+
+class TrainingConfig(StageConfig):
+    """DPO of the SFT adapter with TRL; names and defaults are TRL's or the usual ones for a 3B model on an L4."""
+
+    base_model: ModelLocation = Field(
+        "meta-llama/Llama-3.2-3B",
+        description="Base model: a hub name or a folder.",
+        json_schema_extra=OPERATIONAL,
+    )
+    base_revision: str | None = Field(
+        None, description="Commit or tag of a base model from the hub; empty: its newest. A folder has none."
+    )
+    sft_adapter: Location = Field(
+        "adapters/sft",
+        description="The SFT LoRA adapter to improve: a folder or gs:// address.",
+        json_schema_extra=OPERATIONAL,
+    )
+    load_in_4bit: bool = Field(True, description="Quantise the base to 4 bits (QLoRA).")
+    bnb_4bit_quant_type: QuantType = Field(QuantType.NF4, description="4-bit format of the base.")
+    bnb_4bit_compute_dtype: ComputeType = Field(ComputeType.BFLOAT16, description="Compute type of the 4-bit base.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="Quantise the quantisation constants too.")
+    beta: float = Field(0.1, gt=0, le=10, description="Strength of the pull to the reference; lower moves further.")
+    loss_type: LossType = Field(LossType.SIGMOID, description="DPO loss; sigmoid is standard.")
+    sft_weight: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Weight of an added SFT loss on the chosen side (the DPO loss has weight 1); 1 keeps the format.",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs taken to be flipped (robust loss).")
+    measured_label_smoothing: bool = Field(
+        False, description="Take label_smoothing from the judge's measured flip rate (robust loss)."
+    )
+    learning_rate: float = Field(5e-6, gt=0, le=1, description="Peak learning rate.")
+    num_train_epochs: float = Field(1.0, gt=0, le=100, description="Passes over the training pairs.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps in all; overrides the epochs.")
+    lr_scheduler_type: Schedule = Field(Schedule.COSINE, description="Learning-rate schedule after the warm-up.")
+    warmup_steps: int = Field(20, ge=0, description="Optimizer steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")
+    per_device_train_batch_size: int = Field(2, ge=1, le=512, description="Pairs in a micro-batch.")
+    per_device_eval_batch_size: int = Field(1, ge=1, le=512, description="Pairs in an evaluation batch.")
+    gradient_accumulation_steps: int = Field(8, ge=1, le=1024, description="Micro-batches in an optimizer step.")
+    max_length: int = Field(2048, ge=16, description="Longest prompt + completion, in tokens; the rest is cut.")
+    bf16: bool = Field(True, description="bfloat16 autocast on CUDA; the trained adapter itself is always fp32.")
+    gradient_checkpointing: bool = Field(
+        True,
+        description="Recompute activations: 30-50 % more time, and 4 pairs of 2048 tokens fit an L4 with a 3B model.",
+    )
+    group_by_length: bool = Field(True, description="Fill micro-batches with pairs of like length: less padding.")
+    disable_dropout: bool = Field(
+        True, description="Train without the adapter's dropout, so that the policy starts exactly at the reference."
+    )
+    cache_reference: bool = Field(
+        True,
+        description="Compute the reference log-probs once and keep them; off: again in every step, same result.",
+        json_schema_extra=OPERATIONAL,
+    )
+    eval_steps: int = Field(25, ge=1, description="Optimizer steps between evaluations.")
+    save_steps: int = Field(25, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=OPERATIONAL)
+    logging_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
+    seed: int = Field(42, ge=0, lt=2**31, description="Seed of shuffling and dropout.")
+    report_to: ReportTo = Field(ReportTo.NONE, description="Experiment tracker.", json_schema_extra=OPERATIONAL)
+    num_processes: int = Field(
+        1, ge=1, le=8, description="Training processes (GPUs) on this machine, through accelerate."
+    )
+    grace_seconds: float = Field(
+        12,
+        gt=0,
+        le=600,
+        description="Time a preempted trainer gets to save, in seconds.",
+        json_schema_extra=OPERATIONAL,
+    )
+    lease_seconds: float = Field(
+        60,
+        ge=1,
+        le=3600,
+        description="A trainer that gave no sign of life for so long, in seconds, is replaced by a waiting one.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        smoothed = [name for name in ("label_smoothing", "measured_label_smoothing") if getattr(self, name)]
+        robust = self.loss_type is LossType.ROBUST
+        if smoothed and not robust:
+            raise ValueError(f"{smoothed[0]} works with loss_type robust alone, not with {self.loss_type.value}")
+        if robust and not smoothed:
+            raise ValueError(
+                "loss_type robust without smoothing is the sigmoid loss: set label_smoothing or "
+                "measured_label_smoothing, or take loss_type sigmoid"
+            )
+        if self.bnb_4bit_quant_type is not QuantType.NF4 and not self.load_in_4bit:
+            raise ValueError(f"bnb_4bit_quant_type {self.bnb_4bit_quant_type.value} does nothing without load_in_4bit")
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than max_steps ({self.max_steps})")
+        return self

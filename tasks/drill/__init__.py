@@ -1,0 +1,1 @@
+"""A training preempted on purpose, and its bytes compared."""

@@ -1,0 +1,1 @@
+"""Proof on held-out prompts."""

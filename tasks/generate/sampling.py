@@ -1,0 +1,317 @@
+"""Sampling N completions for every prompt from an OpenAI-compatible endpoint."""
+
+import asyncio
+import hashlib
+import heapq
+import json
+import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+from prefect import task
+from pydantic import BaseModel, ConfigDict
+
+from tasks.batch.costs import Spending, log_cost, price, write_cost
+from tasks.batch.progress import SHARD_POLICY, run_shards
+from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
+from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
+from tasks.config import GenerationConfig
+from tasks.errors import PreflowError
+from tasks.llm.client import Endpoint, RequestRefused, resolve_secret
+from tasks.store.workspace import (
+    CompletionsRef,
+    FileFacts,
+    Manifest,
+    Origin,
+    PromptsRef,
+    Workspace,
+    folder_digest,
+    stage_key,
+)
+
+VERSION = 2
+# So many of the longest prompts are held against the model's context.
+LONGEST = 5
+logger = logging.getLogger(__name__)
+
+
+class GenerationPlan(BaseModel):
+    """What a generation will do: its shards, and the key of the settings that its rows depend on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    workspace: str
+    prompts: PromptsRef
+    generation: GenerationConfig
+    settings_key: str
+    key: str
+    slices: list[Slice]
+
+    def rows(self) -> RowStore:
+        """Open the rows made under these settings."""
+        return RowStore(self.workspace, "completions", self.settings_key)
+
+    @property
+    def folder(self) -> str:
+        """Where the finished artifact lies."""
+        return Workspace(self.workspace).uri("completions", self.key)
+
+    def find_finished(self) -> CompletionsRef | None:
+        """Return the completions if an equal generation has finished."""
+        return Workspace(self.workspace).find_finished(f"{self.folder}/manifest.json", CompletionsRef)
+
+    def shard_key(self, part: Slice) -> str:
+        """Return the content key of one shard."""
+        return stage_key("generate-shard", VERSION, settings=self.settings_key, rows=part.sha256)
+
+
+def sampling_identity(generation: GenerationConfig) -> dict[str, Any]:
+    """Return what determines a completion: the sampling settings and the model's digest (its name if there is none).
+
+    Raises:
+        PreflowError: the adapter's folder is missing or holds no weights.
+    """
+    settings = generation.identity()
+    if generation.adapter:
+        settings["model"] = f"sha256:{folder_digest(generation.adapter)}"
+    else:
+        logger.warning(
+            "generation.adapter is empty: the name %r must identify the model; a new model under the same name will "
+            "be taken for the old one",
+            generation.model,
+        )
+    return settings
+
+
+def plan_generation(prompts: PromptsRef, workspace: str, generation: GenerationConfig) -> GenerationPlan:
+    """Cut the prompts into shards and work out the keys; nothing is requested."""
+    settings_key = stage_key("generation", VERSION, settings=sampling_identity(generation))
+    return GenerationPlan(
+        workspace=workspace,
+        prompts=prompts,
+        generation=generation,
+        settings_key=settings_key,
+        key=stage_key("completions", VERSION, settings=settings_key, prompts=prompts.sha256),
+        slices=slice_rows(Workspace(workspace), prompts, generation.shard_size),
+    )
+
+
+def sample_seed(seed: int, identity: str) -> int:
+    """Return the seed of a prompt's first completion (the i-th has seed + i), independent of any order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:4], "big") % 2**30
+
+
+class Sampler:
+    """Samples the completions of one prompt."""
+
+    def __init__(self, endpoint: Endpoint, generation: GenerationConfig) -> None:
+        self._endpoint, self._config = endpoint, generation
+        self._keep = re.compile(generation.keep_lines) if generation.keep_lines else None
+
+    async def sample(self, prompt: Row) -> Outcome:
+        """Return the completions of `prompt`, or why the endpoint will never give them."""
+        config = self._config
+        messages = [{"role": m["role"], "content": m["content"]} for m in prompt["prompt"]]
+        try:
+            answer = await self._endpoint.chat(
+                messages,
+                n=config.num_completions,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                max_tokens=config.max_tokens,
+                frequency_penalty=config.frequency_penalty,
+                seed=sample_seed(config.seed, prompt["id"]),
+            )
+        except RequestRefused as refused:
+            return Outcome(error={"id": prompt["id"], "reason": refused.reason, "detail": str(refused)})
+        texts = [self._kept(choice.text) for choice in answer.choices]
+        usage = answer.usage.model_dump()
+        if problem := self._find_problem(texts):
+            return Outcome(error={"id": prompt["id"], **problem}, usage=usage)
+        reasons = [choice.finish_reason for choice in answer.choices]
+        return Outcome(row={"id": prompt["id"], "completions": texts, "finish_reasons": reasons}, usage=usage)
+
+    def _kept(self, text: str) -> str:
+        text = writable(text)
+        if self._keep is None:
+            return text
+        return "\n".join(line for line in text.splitlines() if self._keep.search(line))
+
+    def _find_problem(self, texts: list[str]) -> dict[str, str] | None:
+        wanted = self._config.num_completions
+        if len(texts) != wanted:
+            detail = f"the endpoint returned {len(texts)} of {wanted} completions: ask for fewer, or use another server"
+            return {"reason": "missing_completions", "detail": detail}
+        if any(text.strip() for text in texts):
+            return None
+        cause = "no line of them matches generation.keep_lines" if self._keep else "the model wrote nothing"
+        return {"reason": "empty_completions", "detail": f"all {wanted} completions are empty: {cause}"}
+
+
+async def collect_completions(plan: GenerationPlan) -> CompletionsRef:
+    """Return the completions of every prompt, sampling those that are not known yet."""
+    if known := plan.find_finished():
+        logger.info("completions: %d prompts are sampled already, in %s", known.rows, known.uri)
+        return known
+    return merge_completions(plan, await sample_shards(plan))
+
+
+async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
+    """Sample what is missing, each shard a cached Prefect task, all sharing one window of requests.
+
+    Raises:
+        PreflowError: before the first request: the endpoint does not answer, does not know the model, refuses the key,
+            or has too small a context; later: it is down for too long, the budget is used up, or too much failed.
+    """
+    config = plan.generation
+    spending = Spending(plan.workspace, plan.folder, config.model)
+    key = await resolve_secret(config.api_key, "generation.api_key")
+    async with AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(Endpoint(spending.left_of(config), key))
+
+        async def prepare() -> None:
+            await stack.enter_async_context(adapter_loaded(endpoint, config))
+            await check_endpoint(endpoint, plan, key)
+
+        worker = ShardWorker(
+            rows=plan.rows(),
+            units_of=prompt_unit,
+            work=Sampler(endpoint, config).sample,
+            tally=Tally(rows=plan.prompts.rows, allowed=config.max_failure_ratio),
+            concurrency=config.max_concurrency,
+            prepare=prepare,
+        )
+        return await run_shards(generate_shard, plan, worker, endpoint, spending)
+
+
+def prompt_unit(prompt: Row) -> dict[str, Row]:
+    """Return a prompt as the one unit of work that it is, under its key."""
+    return {str(prompt["id"]): prompt}
+
+
+@asynccontextmanager
+async def adapter_loaded(endpoint: Endpoint, config: GenerationConfig) -> AsyncIterator[None]:
+    """Have vLLM serve `serve_from` under `model` for the time of the block, if the configuration asks for it."""
+    if config.serve_from is None:
+        yield
+        return
+    await endpoint.load_adapter(config.model, config.serve_from, replace=True)
+    try:
+        yield
+    finally:
+        await endpoint.unload_adapter(config.model)
+
+
+@task(name="generate-shard", task_run_name="generate {label}", **SHARD_POLICY)
+async def generate_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str, Any]:
+    """Sample the completions of one shard."""
+    return (await worker.run(part)).model_dump()
+
+
+async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | None) -> None:
+    """See that the endpoint answers, knows the model and has room for the longest prompt and its completion.
+
+    Raises:
+        PreflowError: it does not; nothing was sampled.
+    """
+    info = await endpoint.check_model()
+    if info.max_model_len is None:
+        return
+    config, longest = plan.generation, longest_prompts(Workspace(plan.workspace), plan.prompts)
+    counts = await asyncio.gather(*(_count_tokens(config, prompt["prompt"], key) for prompt in longest))
+    for prompt, tokens in zip(longest, counts, strict=True):
+        if tokens is not None and tokens + config.max_tokens > info.max_model_len:
+            raise PreflowError(
+                f"prompt {prompt['id'][:12]} has {tokens} tokens; with generation.max_tokens {config.max_tokens} it "
+                f"does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest "
+                "prompts, or serve the model with a larger --max-model-len."
+            )
+
+
+def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
+    """Return the few prompts that may have the most tokens: the longest in bytes and in characters."""
+    by_bytes = heapq.nlargest(LONGEST, store.lines(prompts.uri), key=len)
+    by_characters = heapq.nlargest(LONGEST, store.lines(prompts.uri), key=lambda line: len(line.decode()))
+    return [json.loads(line) for line in dict.fromkeys([*by_bytes, *by_characters])]
+
+
+async def _count_tokens(generation: GenerationConfig, messages: list[dict[str, str]], key: str | None) -> int | None:
+    """Return a prompt's tokens as vLLM counts them, chat template included; None where there is no /tokenize."""
+    base = generation.endpoint.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    body = {"model": generation.model, "messages": messages, "add_generation_prompt": True}
+    try:
+        async with httpx.AsyncClient(timeout=30, headers=headers) as client:
+            reply = await client.post(f"{base}/tokenize", json=body)
+        return int(reply.json()["count"]) if reply.is_success else None
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        logger.info("%s/tokenize is of no use (%s): whether prompts fit the context is not checked", base, error)
+        return None
+
+
+class SampleCounts(MergeCounts):
+    """What a merge of completions found: besides, completions cut at `max_tokens` and such that ended up empty."""
+
+    cut: int = 0
+    empty: int = 0
+
+    def add_row(self, row: Row) -> None:
+        """Count one prompt's completions."""
+        self.cut += row["finish_reasons"].count("length")
+        self.empty += sum(not text.strip() for text in row["completions"])
+
+
+def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> CompletionsRef:
+    """Put the shards together in input order as `completions.jsonl`, with `failures.jsonl` and a manifest beside it.
+
+    Raises:
+        PreflowError: no prompt has completions.
+    """
+    store, folder, counts = Workspace(plan.workspace), plan.folder, SampleCounts()
+    with store.writing(f"{folder}/failures.jsonl") as failures, store.writing(f"{folder}/completions.jsonl") as out:
+        for prompt, outcomes in merge_shards(plan.slices, shards, plan.rows(), prompt_unit):
+            counts.add(outcomes)
+            for outcome in outcomes:
+                if outcome.row is not None:
+                    counts.add_row(outcome.row)
+                    out.write_row({**prompt, **outcome.row})
+                else:
+                    failures.write_row(outcome.error or {})
+    if not out.rows:
+        raise PreflowError(f"no prompt has completions: all failed for good; why is in {folder}/failures.jsonl")
+    artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
+    files = {"completions.jsonl": out.file, "failures.jsonl": failures.file}
+    total = out.rows * plan.generation.num_completions
+    logger.info(
+        "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
+        out.rows, plan.generation.num_completions, counts.failed, total, counts.cut, counts.empty,
+    )  # fmt: skip
+    _write_manifest(plan, artifact, counts, files)
+    return artifact
+
+
+def _write_manifest(
+    plan: GenerationPlan, artifact: CompletionsRef, counts: SampleCounts, files: dict[str, FileFacts]
+) -> None:
+    store, spent = Workspace(plan.workspace), price(counts.usage, plan.generation)
+    cost = write_cost(store, plan.folder, "generation", spent)
+    log_cost(cost)
+    adapter = plan.generation.adapter
+    model = [Origin(kind="sft_adapter", uri=adapter, sha256=folder_digest(adapter))] if adapter else []
+    store.write_manifest(
+        Manifest(
+            artifact=artifact,
+            stage="generation",
+            version=VERSION,
+            key=plan.key,
+            config=plan.generation,
+            upstream=(plan.prompts, *model),
+            files=files,
+            counts=counts.model_dump(include={"failed", "cut", "empty"}) | {"prompts": artifact.rows},
+            cost=spent,
+            seconds=cost.seconds,
+        )
+    )

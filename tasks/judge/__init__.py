@@ -1,0 +1,1 @@
+"""Verdicts of an LLM judge, and the pairs made of them."""

@@ -1,0 +1,189 @@
+"""From votes to preference pairs: the pair policy, the confidence bar, and a split that new prompts never shift."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel
+
+from tasks.config import JudgingConfig, PairPolicy
+from tasks.errors import PreflowError
+from tasks.judge.quality import QualityReport, measure_judgements, plot_quality
+from tasks.store.workspace import DigestWriter, FileFacts, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
+
+VERSION = 2
+Row: TypeAlias = dict[str, Any]
+Vote: TypeAlias = dict[str, Any]
+logger = logging.getLogger(__name__)
+
+
+def preferences_key(verdicts: VerdictsRef, judging: JudgingConfig) -> str:
+    """Return the content key of the pairs made of these verdicts."""
+    applied = judging.model_dump(mode="json", include={"pair_policy", "min_confidence", "val_ratio", "seed"})
+    return stage_key("preferences", VERSION, verdicts=verdicts.sha256, **applied)
+
+
+def find_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef | None:
+    """Return the pairs made of these verdicts, if they were made before."""
+    store = Workspace(workspace)
+    manifest = store.uri("preferences", preferences_key(verdicts, judging), "manifest.json")
+    return store.find_finished(manifest, PreferencesRef)
+
+
+def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
+    """Write `judged.jsonl`, `train.jsonl`, `val.jsonl`, `quality.json` and `quality.png` of one set of verdicts.
+
+    Rows without a pair are in `judged.jsonl` with the reason; `check_yield` tells whether any has one.
+    """
+    if known := find_preferences(verdicts, workspace, judging):
+        return known
+    store, key = Workspace(workspace), preferences_key(verdicts, judging)
+    folder = store.uri("preferences", key)
+    written, statuses = _write_pairs(store, folder, verdicts, judging)
+    train = written["train.jsonl"]
+    counts = {**statuses, "train": train.rows, "val": written["val.jsonl"].rows}
+    files = {name: out.file for name, out in written.items()} | _measure(store, folder, verdicts)
+    logger.info("preferences: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+    artifact = PreferencesRef(
+        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=counts["val"], **train.facts()
+    )
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="preferences", version=VERSION, key=key, config=judging, upstream=(verdicts,),
+            files=files, counts=counts,
+        )
+    )  # fmt: skip
+    return artifact
+
+
+def _write_pairs(
+    store: Workspace, folder: str, verdicts: VerdictsRef, judging: JudgingConfig
+) -> tuple[dict[str, DigestWriter], Counter[str]]:
+    """Decide on every row, and return the files and how many rows came to what."""
+    statuses: Counter[str] = Counter()
+    with (
+        store.writing(f"{folder}/judged.jsonl") as judged,
+        store.writing(f"{folder}/train.jsonl") as train,
+        store.writing(f"{folder}/val.jsonl") as val,
+    ):
+        for row in store.read_rows(verdicts.uri):
+            decision = decide(row["votes"], judging.pair_policy, judging.min_confidence)
+            statuses[decision.status] += 1
+            judged.write_row({**row, **decision.model_dump()})
+            if decision.status == "pair":
+                held_out = is_validation(row["id"], row.get("group"), judging.seed, judging.val_ratio)
+                (val if held_out else train).write_row(preference_pair(row, decision))
+    return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, statuses
+
+
+def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, FileFacts]:
+    """Write `quality.json` and its picture."""
+    cost = store.read_manifest(verdicts).cost if verdicts.manifest else None
+    usage = cost.model_dump(exclude={"usd", "gpu_seconds"}) if cost else None
+    quality = measure_judgements(store.read_rows(f"{folder}/judged.jsonl"), usage=usage)
+    with store.writing(f"{folder}/quality.png") as picture:
+        picture.write(plot_quality(quality))
+    with store.writing(f"{folder}/quality.json") as measured:
+        measured.write((quality.model_dump_json(indent=2) + "\n").encode())
+    return {"quality.json": measured.file, "quality.png": picture.file}
+
+
+def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
+    """Return the preferences if there is a pair to train on.
+
+    Raises:
+        PreflowError: there is none; with what was measured about the judge, and what to do about it.
+    """
+    if preferences.rows:
+        return preferences
+    quality = QualityReport.model_validate(Workspace(workspace).read_json(preferences.sibling("quality.json")))
+    statuses = ", ".join(f"{count} {name}" for name, count in quality.statuses.items())
+    advice = " ".join(metric.advice for metric in quality.problems() if metric.advice)
+    why = preferences.sibling("judged.jsonl")
+    raise PreflowError(f"no pair to train on: of {quality.rows} prompts {statuses}; why is in {why}. {advice}")
+
+
+class Decision(BaseModel):
+    """What the votes on one row come to; indexes are into the row's completions."""
+
+    status: str
+    reason: str | None = None
+    best: int | None = None
+    worst: int | None = None
+    agreement: float | None = None
+    confidence: float | None = None
+
+
+def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -> Decision:
+    """Turn votes into a pair, or into the reason why there is none."""
+    if not votes:
+        return Decision(status="skipped", reason="one distinct completion")
+    read = [vote for vote in votes if "error" not in vote]
+    needed = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
+    if len(read) < needed:
+        failed = next(vote["error"] for vote in votes if "error" in vote)
+        return Decision(status="failed", reason=f"verdict unreadable: {failed}")
+    best, worst = _choose(read, policy)
+    given = [vote["confidence"] for vote in read if vote.get("confidence") is not None]
+    facts: dict[str, Any] = {
+        "agreement": _agreement(read),
+        "confidence": round(sum(given) / len(given), 3) if given else None,
+    }
+    if best is None or worst is None:
+        which = "best" if best is None else "worst"
+        return Decision(status="dropped", reason=f"{which} not {policy.value}", **facts)
+    if facts["confidence"] is not None and facts["confidence"] < min_confidence:
+        reason = f"confidence {facts['confidence']:.1f} < {min_confidence}"
+        return Decision(status="dropped", reason=reason, best=best, worst=worst, **facts)
+    return Decision(status="pair", best=best, worst=worst, **facts)
+
+
+def _choose(votes: Sequence[Vote], policy: PairPolicy) -> tuple[int | None, int | None]:
+    if policy is PairPolicy.BORDA:
+        # Borda count with three ranks: best +1, unnamed 0, worst -1; a tie at an end names nobody.
+        scores = dict.fromkeys(votes[0]["order"], 0)
+        for vote in votes:
+            scores[vote["best"]] += 1
+            scores[vote["worst"]] -= 1
+        return _only(scores, max(scores.values())), _only(scores, min(scores.values()))
+    share = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
+    chosen = [Counter(vote[name] for vote in votes).most_common(1)[0] for name in ("best", "worst")]
+    best, worst = (index if count >= share else None for index, count in chosen)
+    return (best, worst) if best != worst else (None, None)
+
+
+def _only(scores: dict[int, int], value: int) -> int | None:
+    at = [index for index, score in scores.items() if score == value]
+    return at[0] if len(at) == 1 else None
+
+
+def _agreement(votes: Sequence[Vote]) -> float:
+    """Return the share of votes for the most frequent (best, worst)."""
+    most = Counter((vote["best"], vote["worst"]) for vote in votes).most_common(1)[0][1]
+    return round(most / len(votes), 4)
+
+
+def is_validation(identity: str, group: str | None, seed: int, val_ratio: float) -> bool:
+    """Tell whether a prompt lies on the validation side: by its group if it has one, and never by its neighbours."""
+    drawn = hashlib.sha256(f"{seed}:{group if group is not None else identity}".encode()).digest()[:8]
+    return int.from_bytes(drawn, "big") / 2**64 < val_ratio
+
+
+def preference_pair(row: Row, decision: Decision) -> Row:
+    """Return the row of `train.jsonl` or `val.jsonl`, in TRL's conversational form.
+
+    Raises:
+        ValueError: the decision is not a pair.
+    """
+    if decision.best is None or decision.worst is None:
+        raise ValueError(f"row {row['id']} has no pair: {decision.reason}")
+    sides = {"chosen": decision.best, "rejected": decision.worst}
+    pair: Row = {"id": row["id"], "prompt": row["prompt"]}
+    for name, index in sides.items():
+        pair[name] = [{"role": "assistant", "content": row["completions"][index]}]
+    pair["confidence"] = decision.confidence
+    if row.get("group") is not None:
+        pair["group"] = row["group"]
+    return pair

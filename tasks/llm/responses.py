@@ -1,0 +1,468 @@
+"""What an OpenAI-compatible endpoint sends back: answers, token usage, and errors told apart by what helps.
+
+    StageStopped     no request of the stage can be answered now
+        KeyRefused       another key
+        CreditUsedUp     money
+        QuotaUsedUp      tomorrow
+        EndpointDown     later
+    RequestRefused   this request will never be answered; others may
+    Transient        another attempt may be answered
+
+Errors are classified by their structured fields (status, error.code, error.type, quotaId, RetryInfo) first, and by
+their words where there are none: providers word them alike for causes that have nothing in common.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any, Protocol, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.config import EndpointConfig
+from tasks.errors import PreflowError
+
+# 409 is sent by some gateways for a lock conflict, 529 by some for an overload.
+RETRIED = frozenset({408, 409, 425, 429})
+THROTTLES = frozenset({429, 503, 529})
+# Such refusals depend on the row alone: at the next start they would be the same.
+PERMANENT = frozenset({"context_length", "content_filter", "too_large"})
+
+_RATE_CODES = frozenset(
+    {"rate_limit_exceeded", "rate_limit_error", "rate_limited", "resource_exhausted", "too_many_requests", "throttling"}
+)
+_CREDIT_CODES = frozenset(
+    {"insufficient_quota", "insufficient_balance", "insufficient_credits", "billing_error", "billing_not_active",
+     "billing_hard_limit_reached", "arrearage", "payment_required"}
+)  # fmt: skip
+_KEY_CODES = frozenset({"invalid_api_key", "api_key_invalid", "authentication_error", "unauthenticated"})
+_FILTER_CODES = frozenset(
+    {"content_filter", "responsibleaipolicyviolation", "content_policy_violation", "data_inspection_failed",
+     "datainspectionfailed", "prohibited_content"}
+)  # fmt: skip
+# The names of fields that say what kind of error it is, wherever they stand.
+_CODE_FIELDS = frozenset({"code", "type", "status", "reason", "quotaid", "error_type"})
+
+
+def _words(*alternatives: str) -> re.Pattern[str]:
+    return re.compile("|".join(alternatives), re.IGNORECASE)
+
+
+_RATE = _words(r"rate.?limit", r"too many requests", r"throttl")
+_CREDIT = _words(
+    r"credit balance", r"insufficient[_ ](balance|credits?|funds|quota)", r"(out of|not enough|no|more) credits",
+    r"payment required", r"spending limit", r"overdue payment", r"arrear", r"余额不足",
+)  # fmt: skip
+_PERIOD = _words(r"per(second|minute|hour|day)")
+_PER_DAY = _words(r"per[-_ ]?day", r"daily (limit|quota)", r"\b(rpd|tpd)\b")
+_BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key")
+_CONTEXT_LENGTH = _words(
+    r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"max_new_tokens",
+    r"exceeds? the (maximum number of|configured limit of \d+) tokens", r"(input|prompt) is too long",
+    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length",
+)  # fmt: skip
+_CONTENT_FILTER = _words(
+    r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
+    r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
+)  # fmt: skip
+_RESPONSE_FORMAT = _words(r"response_format", r"json_schema", r"structured output", r"guided", r"grammar")
+_CUT = _words(r"max_tokens or model output limit was reached")
+_FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
+_WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+
+
+class Usage(BaseModel):
+    """Tokens that were billed; completion tokens include the thinking tokens."""
+
+    model_config = ConfigDict(frozen=True)
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    thinking_tokens: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            requests=self.requests + other.requests,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            thinking_tokens=self.thinking_tokens + other.thinking_tokens,
+        )
+
+    def cost(self, config: EndpointConfig) -> float:
+        """Return what this usage costs at the prices of `config`, in US$."""
+        prompt = self.prompt_tokens * config.prompt_price
+        return (prompt + self.completion_tokens * config.completion_price) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One completion: its text, why it ended ("stop", "length", "content_filter", ...), and why the text is empty."""
+
+    text: str
+    finish_reason: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The completions of one request, in the order of the endpoint's indices."""
+
+    choices: list[Choice]
+    usage: Usage
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model that the endpoint serves; `root` is its weights' path, `parent` the base model of a LoRA adapter."""
+
+    id: str
+    max_model_len: int | None = None
+    root: str | None = None
+    parent: str | None = None
+
+
+class RequestRefused(Exception):
+    """The endpoint refuses this one request for good; others may pass.
+
+    `reason` is one of context_length, content_filter, too_large, not_found, cut, keeps_failing, bad_request; `text` is
+    what the server said, shortened, and `param` the setting that it names, if it names one in a field of its own.
+    """
+
+    def __init__(self, status: int, reason: str, text: str, param: str = "") -> None:
+        super().__init__(status, reason, text, param)
+        self.status, self.reason, self.text, self.param = status, reason, text, param
+
+    def __str__(self) -> str:
+        return f"refused ({self.status}, {self.reason}): {self.text}"
+
+
+class StageStopped(PreflowError):
+    """No request of the stage can be answered now; what was answered is kept."""
+
+
+class KeyRefused(StageStopped):
+    """The endpoint does not accept the key."""
+
+
+class CreditUsedUp(KeyRefused):
+    """The key's account has no money left."""
+
+
+class QuotaUsedUp(StageStopped):
+    """What the account may ask for in a day is used up."""
+
+
+class EndpointDown(StageStopped):
+    """The endpoint did not answer for longer than `max_outage_seconds`."""
+
+
+class Transient(Exception):
+    """An attempt failed in a way that another one may not: the endpoint is down, busy or broke off.
+
+    `odd` marks a whole answer that is of no use: it is paid for, so that few more of the kind are asked for.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        status: int = 0,
+        retry_after: float | None = None,
+        maybe_billed: bool = False,
+        odd: bool = False,
+    ) -> None:
+        super().__init__(text)
+        self.status, self.retry_after, self.maybe_billed, self.odd = status, retry_after, maybe_billed, odd
+
+    @property
+    def throttled(self) -> bool:
+        """Whether the endpoint said that it gets too many requests."""
+        return self.status in THROTTLES
+
+
+Failure = Transient | RequestRefused | StageStopped
+
+
+class Response(Protocol):
+    """What is read of an HTTP response."""
+
+    @property
+    def status_code(self) -> int:
+        """The HTTP status."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers, in any case."""
+
+    @property
+    def text(self) -> str:
+        """The body."""
+
+
+# ---- answers
+
+
+def read_answer(body: bytes, prompt_bytes: int) -> Answer:
+    """Return the answer in a chat completion's JSON; usage the server does not report is estimated at 4 bytes a token.
+
+    Raises what `classify` returns for an error inside, and `Transient` for a body that is not a chat completion.
+    """
+    try:
+        data = json.loads(body)
+    except ValueError as error:
+        text = shorten(body.decode(errors="replace"), 80)
+        raise Transient(f"the answer is not JSON: {text}", status=200, maybe_billed=True) from error
+    if isinstance(data, list) and data:
+        data = data[0]
+    items = data.get("choices") if isinstance(data, dict) else None
+    if isinstance(data, dict) and data.get("error") and not items:
+        raise classify_error(ServerError.of(200, {}, data))
+    if not isinstance(items, list) or not items or not all(map(_is_choice, items)):
+        text = shorten(body.decode(errors="replace"), 80)
+        raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
+    items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
+    choices = [_read_choice(item) for item in items]
+    usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
+    return Answer(choices=choices, usage=usage, model=str(data.get("model") or ""))
+
+
+def _is_choice(item: Any) -> bool:
+    return isinstance(item, dict) and (isinstance(item.get("message"), dict) or bool(item.get("error")))
+
+
+def _read_choice(item: Mapping[str, Any]) -> Choice:
+    finish, error = str(item.get("finish_reason") or "unknown"), item.get("error")
+    if finish == "error" or error:
+        cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
+        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True, odd=True)
+    message = item["message"]
+    text, thinking = _read_content(message.get("content"))
+    refusal = message.get("refusal")
+    thinking = thinking or any(message.get(name) for name in ("reasoning_content", "reasoning"))
+    if _FILTERED.search(finish):
+        return Choice(text, "content_filter", "" if text else f"withheld by the provider's filter ({finish})")
+    if text.strip():
+        return Choice(text, finish)
+    if isinstance(refusal, str) and refusal:
+        return Choice("", "content_filter", f"the model refused: {shorten(refusal, 200)}")
+    if thinking:
+        note = "the model only thought and wrote no answer: raise max_tokens, or have it think less (reasoning_effort)"
+        return Choice("", finish, note)
+    return Choice(text, finish, f"the model wrote nothing (finish_reason {finish})")
+
+
+def _read_content(content: Any) -> tuple[str, bool]:
+    """Return the text in a message's content, and whether thinking stands beside it: text, or a list of parts."""
+    if isinstance(content, str):
+        return content, False
+    parts = [part for part in content if isinstance(part, dict | str)] if isinstance(content, list) else []
+    texts = [part if isinstance(part, str) else part.get("text") for part in parts if not _is_thinking(part)]
+    return "".join(text for text in texts if isinstance(text, str)), any(map(_is_thinking, parts))
+
+
+def _is_thinking(part: Mapping[str, Any] | str) -> bool:
+    return isinstance(part, Mapping) and str(part.get("type")) not in ("text", "output_text", "None")
+
+
+def _read_usage(data: Any, prompt_bytes: int, completion_length: int) -> Usage:
+    """Return the usage; a count that is missing or no count is estimated where that is possible."""
+    data = data if isinstance(data, dict) else {}
+    prompt, completion, total = (_count(data.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
+    details = data.get("completion_tokens_details")
+    thinking = _count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
+    # OpenAI counts thinking among the completion tokens; Gemini leaves it out of them and shows it in the total only.
+    hidden = max(0, (total or 0) - prompt - completion) if prompt is not None and completion is not None else 0
+    completion = completion_length // 4 + 1 if completion is None else completion + hidden
+    return Usage(
+        requests=1,
+        prompt_tokens=prompt_bytes // 4 + 1 if prompt is None else prompt,
+        completion_tokens=completion,
+        thinking_tokens=min(completion, max(thinking or 0, hidden)),
+    )
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return int(value) if 0 <= value < 1e9 else None
+
+
+# ---- errors
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """Return `text` on one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+@dataclass(frozen=True)
+class ServerError:
+    """An error as the server told it: the status that counts, its words, its codes in lower case, the wait it asks."""
+
+    status: int
+    text: str
+    codes: frozenset[str] = frozenset()
+    param: str = ""
+    wait: float | None = None
+    resets_at: float | None = None
+
+    @classmethod
+    def of(cls, status: int, headers: Mapping[str, str], data: Any, hide: str | None = None) -> "ServerError":
+        """Read a parsed body, or a text that is none; `hide` is the key, which some servers repeat."""
+        if isinstance(data, list) and data:  # Gemini wraps its errors in a list
+            data = data[0]
+        error = data.get("error") or data if isinstance(data, dict) else data
+        inner = _number(error.get("code")) if isinstance(error, dict) else None
+        if status < 400:  # gateways put the upstream's status into the body
+            status = int(inner) if inner is not None and 400 <= inner < 600 else 502
+        fields = list(_walk(data))
+        text = _message(error) or _message(data)
+        text = shorten(text.replace(hide, "***") if hide else text)
+        named = (value for name, value in fields if name == "param" and isinstance(value, str))
+        return cls(
+            status=status,
+            text=text,
+            codes=frozenset(str(value).lower() for name, value in fields if name.lower() in _CODE_FIELDS),
+            param=next(named, ""),
+            wait=_wait(headers, fields, text),
+            resets_at=_epoch(headers, fields),
+        )
+
+
+def _walk(data: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield the named plain values of an error, wherever they stand."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            if isinstance(value, dict | list):
+                yield from _walk(value, depth + 1) if depth < 8 else ()
+            else:
+                yield str(name), value
+    elif isinstance(data, list):
+        for value in data[:50]:
+            yield from _walk(value, depth + 1) if depth < 8 else ()
+
+
+def _message(data: Any) -> str:
+    """Return an error's words: never the input, which servers repeat beside them and which may hold any words."""
+    if isinstance(data, str):
+        return data
+    if isinstance(data, list):
+        return "; ".join(filter(None, map(_message, data[:5])))
+    if not isinstance(data, dict):
+        return ""
+    where = ".".join(map(str, data["loc"])) if isinstance(data.get("loc"), list) else ""
+    names = ("message", "msg", "detail", "error")
+    words = next((found for name in names if (found := _message(data.get(name)))), "")
+    raw = _message((data.get("metadata") or {}).get("raw")) if isinstance(data.get("metadata"), dict) else ""
+    return " ".join(filter(None, (where, words, raw)))
+
+
+def classify(response: Response, hide: str | None) -> Failure:
+    """Return what an error response means; a `StageStopped` carries only the server's words and when it ends.
+
+    `hide` is the key, which some servers repeat in their message.
+    """
+    try:
+        data: Any = json.loads(response.text)
+    except ValueError:
+        data = response.text
+    error = ServerError.of(response.status_code, response.headers, data, hide)
+    return classify_error(error)
+
+
+def classify_error(error: ServerError) -> Failure:
+    """Return what an error means: the stage stops, this request is refused, or it is tried again."""
+    codes, status, text = error.codes, error.status, error.text or f"status {error.status}"
+    per_day = any("perday" in code for code in codes)
+    structured = error.wait is not None or codes & _RATE_CODES or any(map(_PERIOD.search, codes))
+    if codes & _CREDIT_CODES or status == 402 or (status < 500 and _CREDIT.search(text) and not structured):
+        return CreditUsedUp(text)
+    rated = status == 429 or codes & _RATE_CODES or (status == 403 and _RATE.search(text))
+    if rated and (per_day or (_PER_DAY.search(text) and error.wait is None)):
+        return QuotaUsedUp(f"{text}; it resets {_reset(error, google=per_day)}")
+    if status == 401 or codes & _KEY_CODES or (status == 400 and _BAD_KEY.search(text)):
+        return KeyRefused(text)
+    reason = _reason(error)
+    if rated:
+        return Transient(f"{status}: {text}", status=429, retry_after=error.wait)
+    if status == 403 and reason != "content_filter":
+        return KeyRefused(text)
+    if status in RETRIED or (status >= 500 and reason not in ("context_length", "content_filter")):
+        billed = status in (408, 504)
+        return Transient(f"{status}: {text}", status=status, retry_after=error.wait, maybe_billed=billed)
+    return RequestRefused(status, reason, text, error.param)
+
+
+def _reason(error: ServerError) -> str:
+    text = f"{error.text} {' '.join(error.codes)}"
+    if _CUT.search(text):
+        return "cut"
+    if error.codes & _FILTER_CODES or _CONTENT_FILTER.search(text):
+        return "content_filter"
+    if _CONTEXT_LENGTH.search(text):
+        return "context_length"
+    if "max_completion_tokens" in text:
+        return "max_tokens_name"
+    if _RESPONSE_FORMAT.search(text):
+        return "response_format"
+    return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
+
+
+def _reset(error: ServerError, google: bool) -> str:
+    """Say when a day's quota is there again."""
+    moment = error.resets_at
+    if moment is None and google:
+        try:
+            now = datetime.now(ZoneInfo("America/Los_Angeles"))
+        except ZoneInfoNotFoundError:
+            return "at midnight Pacific time"
+        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+        return f"at midnight Pacific time, {midnight.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    if moment is None:
+        return "after a day (the endpoint does not say when)"
+    return f"at {datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) -> float | None:
+    """Return the seconds the server asks to wait: a header (ms, seconds or a date), Google's RetryInfo, or words."""
+    if (in_ms := _number(headers.get("retry-after-ms"))) is not None:
+        return in_ms / 1000
+    header = headers.get("retry-after", "")
+    if (in_seconds := _number(header)) is not None:
+        return in_seconds
+    if header:
+        try:
+            return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+        except ValueError:
+            return None
+    delays = [str(value) for name, value in fields if name == "retryDelay"]
+    told = _WAIT.search(text)
+    return _duration(delays[0] if delays else told[1] if told else "")
+
+
+def _duration(text: str) -> float | None:
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
+    return sum(float(number) * _UNITS[unit] for number, unit in parts) if parts else None
+
+
+def _epoch(headers: Mapping[str, str], fields: list[tuple[str, Any]]) -> float | None:
+    """Return the moment that an X-RateLimit-Reset names, in seconds since 1970 (OpenRouter: in ms, in the body too)."""
+    inside = next((value for name, value in fields if name.lower() == "x-ratelimit-reset"), None)
+    moment = _number(headers.get("x-ratelimit-reset") or inside)
+    if moment is None or moment < 1e9:
+        return None
+    return moment / 1000 if moment > 1e11 else moment
+
+
+def _number(value: Any) -> float | None:
+    text = "" if isinstance(value, bool) else str(value).strip()
+    return float(text) if re.fullmatch(r"\d{1,15}(\.\d*)?", text) else None

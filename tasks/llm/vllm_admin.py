@@ -1,0 +1,163 @@
+"""What an endpoint serves: its models, and the LoRA adapters that vLLM takes in while it runs."""
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import httpx2
+
+from tasks.config import EndpointConfig
+from tasks.errors import PreflowError
+from tasks.llm.responses import ModelInfo, RequestRefused, Transient
+
+log = logging.getLogger(__name__)
+
+# Path or URL, JSON body (None: GET), seconds; raises Transient, RequestRefused and KeyRefused.
+Call = Callable[[str, dict[str, Any] | None, float], Awaitable[httpx2.Response]]
+
+CHECK_SECONDS = 10.0
+CHECK_ATTEMPTS = 4
+ADAPTER_SECONDS = 120.0
+
+
+async def list_models(call: Call) -> list[ModelInfo]:
+    """Return the models of the endpoint. Raises what `call` raises, and `Transient` for an answer that is no list."""
+    response = await call("/models", None, CHECK_SECONDS)
+    try:
+        return [_model(item) for item in response.json()["data"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Transient("the answer of /models is not a list of models") from error
+
+
+def _model(item: dict[str, Any]) -> ModelInfo:
+    length = item.get("max_model_len") or item.get("context_length")  # vLLM's name, and OpenRouter's
+    return ModelInfo(
+        id=str(item["id"]),
+        max_model_len=int(length) if length else None,
+        root=item.get("root"),
+        parent=item.get("parent"),
+    )
+
+
+async def check_model(call: Call, config: EndpointConfig) -> ModelInfo:
+    """Return the configured model if the endpoint answers and knows it.
+
+    Raises `PreflowError` with what to do: not reachable, not an OpenAI address, model not served, key refused.
+    """
+    try:
+        models = await _list_patiently(call)
+    except Transient as failure:
+        raise PreflowError(
+            f"{config.endpoint} is not usable: {failure}. Check that the server is up, that the address is right (it "
+            "usually ends in /v1), and that it can be reached from here: "
+            f"curl {config.endpoint.rstrip('/')}/models"
+        ) from failure
+    except RequestRefused as refused:
+        if refused.status not in (404, 405, 501):
+            raise PreflowError(f"{config.endpoint} did not list its models: {refused}; check the address") from refused
+        return await _without_list(call, config)
+    for model in models:
+        # Gemini lists its models as models/NAME and takes both names.
+        if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
+            return model
+    names = ", ".join(sorted(model.id for model in models)[:30]) or "none at all"
+    raise PreflowError(f"{config.endpoint} does not serve the model {config.model!r}; set model to one it has: {names}")
+
+
+async def _list_patiently(call: Call) -> list[ModelInfo]:
+    failure = Transient(f"no answer within {CHECK_SECONDS:g} s")
+    try:
+        async with asyncio.timeout(CHECK_SECONDS):
+            for attempt in range(CHECK_ATTEMPTS):
+                try:
+                    return await list_models(call)
+                except Transient as caught:
+                    failure = caught
+                await asyncio.sleep(0.25 * 2**attempt)
+    except TimeoutError:
+        raise failure from None
+    raise failure
+
+
+async def _without_list(call: Call, config: EndpointConfig) -> ModelInfo:
+    base = config.endpoint.rstrip("/")
+    if not base.endswith("/v1"):
+        try:
+            await call(f"{base}/v1/models", None, CHECK_SECONDS)
+        except (Transient, RequestRefused) as absent:
+            log.debug("%s/v1/models lists nothing either: %s", base, absent)
+        else:
+            raise PreflowError(f"{config.endpoint} is not the API's base address: set endpoint to {base}/v1")
+    log.warning(
+        "%s does not list its models, so it is not known whether it serves %s; if every request fails with 404, "
+        "check the address (it usually ends in /v1) and the model's name",
+        config.endpoint, config.model,
+    )  # fmt: skip
+    return ModelInfo(id=config.model)
+
+
+def _admin_url(config: EndpointConfig, action: str) -> str:
+    return f"{config.endpoint.rstrip('/').removesuffix('/v1')}/v1/{action}_lora_adapter"
+
+
+async def load_adapter(call: Call, config: EndpointConfig, adapter: dict[str, str], replace: bool) -> None:
+    """Have vLLM load `adapter` (`lora_name`, `lora_path`); see `Endpoint.load_adapter`."""
+    try:
+        await call(_admin_url(config, "load"), {**adapter, "load_inplace": replace}, ADAPTER_SECONDS)
+    except (Transient, RequestRefused) as failure:
+        where = f"{config.endpoint} did not load the adapter {adapter['lora_name']} from {adapter['lora_path']}"
+        raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
+
+
+async def unload_adapter(call: Call, config: EndpointConfig, name: str) -> None:
+    """Have vLLM unload the adapter `name`; see `Endpoint.unload_adapter`."""
+    try:
+        await call(_admin_url(config, "unload"), {"lora_name": name}, ADAPTER_SECONDS)
+    except (Transient, RequestRefused) as failure:
+        if "cannot be found" in str(failure):
+            log.info("%s does not serve the adapter %s: nothing to unload", config.endpoint, name)
+            return
+        raise PreflowError(
+            f"{config.endpoint} did not unload the adapter {name}: {failure}. {_remedy(failure)}"
+        ) from failure
+
+
+async def token_log_prob(call: Call, config: EndpointConfig, prefix: Sequence[int], token: int) -> float:
+    """Return the log-prob of one token after others; see `Endpoint.token_log_prob`."""
+    # Not `prompt_logprobs`: in one batch with other requests that ends vLLM's CPU engine (0.32).
+    body = {
+        "model": config.model, "prompt": list(prefix), "max_tokens": 1, "temperature": 0, "logprobs": 1,
+        "allowed_token_ids": [token],
+    }  # fmt: skip
+    try:
+        response = await call("/completions", body, ADAPTER_SECONDS)
+        return float(response.json()["choices"][0]["logprobs"]["token_logprobs"][0])
+    except (Transient, RequestRefused) as failure:
+        raise PreflowError(f"{config.endpoint} gave no log-probs of {config.model}: {failure}") from failure
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise PreflowError(
+            f"{config.endpoint} gave no log-probs of {config.model} ({type(error).__name__}): it must be a vLLM, which "
+            "takes token ids and allowed_token_ids on /v1/completions"
+        ) from error
+
+
+def _remedy(failure: Transient | RequestRefused) -> str:
+    text = str(failure)
+    if failure.status == 0:
+        return "Check that the server is up and the address right"
+    if "No adapter found" in text:
+        return (
+            "The folder must exist where the server runs, and hold adapter_config.json: mount the workspace there too, "
+            "and set adapter_root to where the server sees it"
+        )
+    if failure.status in (404, 405):
+        return "Start vLLM with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
+    if "already been loaded" in text:
+        return "Take another name, or replace what is served under this one"
+    if re.search(r"max_lora_rank|rank", text):
+        return "The adapter's rank is too high for this server: start vLLM with --max-lora-rank at least that"
+    if failure.status >= 500:
+        return "vLLM takes no DoRA, no modules_to_save and no bias in an adapter; its log says more"
+    return "See the server's log"

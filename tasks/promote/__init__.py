@@ -1,0 +1,1 @@
+"""The gate, the pointer to what is served, and vLLM."""

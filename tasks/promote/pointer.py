@@ -1,0 +1,277 @@
+"""The gate, and the pointer to what is served: moved by a promotion, moved back by a rollback."""
+
+import hashlib
+import logging
+import posixpath
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prefect.artifacts import acreate_markdown_artifact
+
+from tasks.config import PromotionConfig
+from tasks.errors import PreflowError
+from tasks.promote.vllm import PROBE, exchange, is_served
+from tasks.store.workspace import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
+
+Pointer = dict[str, Any]
+
+# Loads of one reconciliation: each after the first because the pointer moved, or the server changed, meanwhile.
+ATTEMPTS = 5
+MIN_PREFIX = 6
+logger = logging.getLogger(__name__)
+
+
+class PromotionRefused(PreflowError):
+    """The adapter did not win by enough; what was served before is still served."""
+
+
+def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> None:
+    """Refuse an adapter whose evaluation is not its own, or whose lower bound is not over the bar.
+
+    Raises:
+        PromotionRefused: with the figures and what to try.
+    """
+    if evaluation.adapter_sha256 != adapter.sha256:
+        raise PromotionRefused(
+            f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
+            f"{adapter.sha256[:12]}: evaluate this adapter first"
+        )
+    if not evaluation.beats(bar):
+        raise PromotionRefused(
+            f"not promoted: win rate {evaluation.win_rate:.3f}, interval [{evaluation.lower:.3f}, "
+            f"{evaluation.upper:.3f}]; its lower bound must be over min_win_rate ({bar}). What was served before is "
+            "still served. More held-out prompts narrow the interval; a lower training.beta moves the adapter further."
+        )
+
+
+def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
+    """Copy a finished adapter to `adapters/<name>/<digest>/` and return that uri; a copy that is whole is kept.
+
+    The log-probs by which it is known, which training left beside it, lie in the copy as `probe.json`.
+    """
+    store = Workspace(workspace)
+    target = store.uri("adapters", name, adapter.sha256[:16])
+    probe = adapter.sibling(PROBE)
+    origin = Workspace.holding(adapter.uri)
+    if origin.exists(probe):
+        store.write_bytes(posixpath.join(target, PROBE), origin.read_bytes(probe))
+    if store.exists(posixpath.join(target, "COMMITTED.json")):
+        store.verify_folder(target)
+        return target
+    with TemporaryDirectory() as scratch:
+        local = origin.fetch_folder(adapter.uri, Path(scratch))
+        store.commit_folder(local, target)
+    return target
+
+
+def pointer_uri(workspace: str, name: str) -> str:
+    """Return where the pointer of a served name lies."""
+    return Workspace(workspace).uri("adapters", name, "CURRENT.json")
+
+
+def read_pointer(workspace: str, name: str) -> dict[str, Any] | None:
+    """Return what is served under `name`, with the history to roll back to; None before the first promotion."""
+    try:
+        pointer: dict[str, Any] = Workspace(workspace).read_json(pointer_uri(workspace, name))
+    except FileNotFoundError:
+        return None
+    return pointer
+
+
+async def serve_adapter(uri: str, workspace: str, promotion: PromotionConfig) -> None:
+    """Load an adapter into vLLM in place of the one there, and prove that it is what is served.
+
+    Raises:
+        PreflowError: vLLM refused it, or serves something else; what the pointer names has been put back.
+    """
+    pointer = read_pointer(workspace, promotion.name)
+    await exchange(uri, pointer["current"]["uri"] if pointer else None, workspace, promotion)
+
+
+def move_pointer(
+    adapter: AdapterRef, evaluation: EvaluationRef, uri: str, workspace: str, promotion: PromotionConfig
+) -> PromotionRef:
+    """Make `CURRENT.json` name the adapter; what it named before goes to the head of its history."""
+    entry: dict[str, Any] = {
+        "adapter_sha256": adapter.sha256,
+        "uri": uri,
+        "evaluation": {
+            "uri": evaluation.uri,
+            "win_rate": evaluation.win_rate,
+            "lower": evaluation.lower,
+            "upper": evaluation.upper,
+        },
+    }
+
+    def move(before: Pointer | None) -> Pointer | None:
+        if before is not None and before["current"]["adapter_sha256"] == adapter.sha256:
+            return None
+        history = [before["current"], *before["history"]] if before else []
+        return {"name": promotion.name, "current": {**entry, "promoted_at": _now()}, "history": history}
+
+    pointer = Workspace(workspace).update_json(pointer_uri(workspace, promotion.name), move)
+    logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
+    return _refer(workspace, pointer)
+
+
+def choose_rollback(workspace: str, name: str, to: str | None) -> dict[str, Any]:
+    """Return the entry of the history to go back to: the newest that was not itself rolled back, or the one named.
+
+    Args:
+        workspace: where the pointer is.
+        name: the served name.
+        to: the start of an adapter's digest, at least 6 characters; None for the newest.
+
+    Raises:
+        PreflowError: there is no such entry, or it is no longer whole; says which there are.
+    """
+    pointer = read_pointer(workspace, name)
+    if pointer is None:
+        raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: there is nothing to roll back")
+    current = pointer["current"]["adapter_sha256"]
+    latest: dict[str, dict[str, Any]] = {}
+    for entry in pointer["history"]:
+        latest.setdefault(entry["adapter_sha256"], entry)
+    latest.pop(current, None)
+    if to is not None:
+        found = [entry for digest, entry in latest.items() if len(to) >= MIN_PREFIX and digest.startswith(to)]
+    else:
+        found = [entry for entry in latest.values() if "rolled_back_at" not in entry][:1]
+    if len(found) != 1:
+        raise PreflowError(_no_rollback(name, to, current, list(latest.values())))
+    Workspace(workspace).verify_folder(found[0]["uri"])
+    return found[0]
+
+
+def _no_rollback(name: str, to: str | None, current: str, entries: list[dict[str, Any]]) -> str:
+    there = ", ".join(
+        f"{entry['adapter_sha256'][:12]} (promoted {entry['promoted_at']}"
+        + (f", rolled back {entry['rolled_back_at']})" if "rolled_back_at" in entry else ")")
+        for entry in entries
+    )
+    listed = f"its history has: {there}; name one of them with `to`" if there else "its history is empty"
+    if to is not None and current.startswith(to):
+        return f"{name!r} is adapter {current[:12]} already; {listed}"
+    wanted = f"no one adapter {to!r} (at least {MIN_PREFIX} characters of its digest)" if to else "no earlier adapter"
+    return f"{name!r} is adapter {current[:12]}, and there is {wanted} to roll back to: {listed}"
+
+
+def roll_back_pointer(entry: dict[str, Any], workspace: str, name: str) -> PromotionRef:
+    """Make `CURRENT.json` name an entry of its history again; the one rolled back stays in the history, marked so."""
+
+    def move(before: Pointer | None) -> Pointer:
+        if before is None:
+            raise PreflowError(
+                f"{pointer_uri(workspace, name)} was deleted during the rollback: promote an adapter anew"
+            )
+        withdrawn = {**before["current"], "rolled_back_at": _now()}
+        restored = {key: value for key, value in entry.items() if key != "rolled_back_at"}
+        restored |= {"restored_at": withdrawn["rolled_back_at"], "restored_from": withdrawn["adapter_sha256"]}
+        return {"name": name, "current": restored, "history": [withdrawn, *before["history"]]}
+
+    pointer = Workspace(workspace).update_json(pointer_uri(workspace, name), move)
+    logger.info("%s is adapter %s again (%s)", name, entry["adapter_sha256"][:12], entry["uri"])
+    return _refer(workspace, pointer)
+
+
+async def report_rollback(workspace: str, promotion: PromotionConfig) -> None:
+    """Say, in the log and as a page in the UI, from which adapter to which the name went back."""
+    pointer = read_pointer(workspace, promotion.name)
+    if pointer is None or not pointer["history"]:
+        return  # somebody deleted it in this very moment
+    restored, withdrawn = pointer["current"], pointer["history"][0]
+    rates = [f"{entry['adapter_sha256'][:12]} (win rate {entry['evaluation']['win_rate']:.3f})"
+             for entry in (withdrawn, restored)]  # fmt: skip
+    where = (
+        f"{promotion.endpoint} serves it" if promotion.endpoint else "promotion.endpoint is empty: no server was told"
+    )
+    logger.info("%s: %s -> %s; %s", promotion.name, *rates, where)
+    page = f"""# {promotion.name} was rolled back
+
+| | adapter | promoted |
+|---|---|---|
+| served until now | {rates[0]} | {withdrawn["promoted_at"]} |
+| served again | {rates[1]} | {restored["promoted_at"]} |
+
+{where}.
+"""
+    await acreate_markdown_artifact(key="rollback", markdown=page, description=f"{rates[0]} -> {rates[1]}")
+
+
+async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
+    """Have vLLM serve what `CURRENT.json` names, if it does not: after a restart, or a promotion that was cut off.
+
+    Raises:
+        PreflowError: nothing was promoted, there is no server, or the adapter does not pass its probe.
+    """
+    pointer = read_pointer(workspace, promotion.name)
+    if pointer is None:
+        raise PreflowError(f"nothing was ever promoted as {promotion.name!r} in {workspace}: there is nothing to serve")
+    if promotion.endpoint is None:
+        raise PreflowError("promotion.endpoint is empty: give the address of the vLLM that shall serve the adapter")
+    for _ in range(ATTEMPTS):
+        uri = pointer["current"]["uri"]
+        if await is_served(uri, workspace, promotion):
+            logger.info("%s is served as %s names it", promotion.name, pointer_uri(workspace, promotion.name))
+            return _refer(workspace, pointer)
+        await exchange(uri, uri, workspace, promotion)
+        pointer = read_pointer(workspace, promotion.name) or pointer  # a promotion may have moved it meanwhile
+    raise PreflowError(
+        f"{promotion.name!r}: {promotion.endpoint} does not keep what {pointer_uri(workspace, promotion.name)} names, "
+        f"though it was loaded {ATTEMPTS} times: does something else load adapters under this name?"
+    )
+
+
+async def confirm_served(workspace: str, promotion: PromotionConfig) -> None:
+    """See, after the pointer was moved, that vLLM serves what it names: another flow may have put the old one back.
+
+    Whoever changes what is served looks at the pointer last, and whoever moves the pointer at what is served: so
+    promotions, rollbacks and reconciliations of one name that overlap end with server and pointer in agreement.
+
+    Raises:
+        PreflowError: as `reconcile`.
+    """
+    if promotion.endpoint is not None:
+        await reconcile(workspace, promotion)
+
+
+def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:
+    """Return the pointer if it names `adapter` already, or if `adapter` was rolled back: then what is served stays.
+
+    A pipeline that is run again must not undo a rollback; promote-adapter, started by hand, may.
+    """
+    pointer = read_pointer(workspace, promotion.name)
+    if pointer is None:
+        return None
+    latest = next(
+        (entry for entry in (pointer["current"], *pointer["history"]) if entry["adapter_sha256"] == adapter.sha256),
+        None,
+    )
+    if latest is pointer["current"]:
+        logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
+        return _refer(workspace, pointer)
+    if latest is not None and "rolled_back_at" in latest:
+        logger.warning(
+            "adapter %s was rolled back at %s and is not promoted again; run promote-adapter if it shall be",
+            adapter.sha256[:12], latest["rolled_back_at"],
+        )  # fmt: skip
+        return _refer(workspace, pointer)
+    return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _refer(workspace: str, pointer: Pointer) -> PromotionRef:
+    content, name = indented_json(pointer), str(pointer["name"])
+    return PromotionRef(
+        uri=pointer_uri(workspace, name),
+        sha256=hashlib.sha256(content).hexdigest(),
+        size=len(content),
+        rows=1 + len(pointer["history"]),
+        name=name,
+        adapter_sha256=pointer["current"]["adapter_sha256"],
+    )

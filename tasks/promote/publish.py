@@ -1,0 +1,115 @@
+"""Publishing the served adapter on the Hugging Face hub: its files, and a card that says how it was made."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx2
+from pydantic import BaseModel, ConfigDict
+
+from tasks.config import PublishingConfig
+from tasks.errors import PreflowError
+from tasks.llm.secrets import resolve_secret
+from tasks.promote.model_card import Provenance, base_name, write_card
+from tasks.promote.pointer import read_pointer
+from tasks.store.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+class Publication(BaseModel):
+    """Where an adapter was published: `commit` is the hub's, the same as before if nothing had changed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    repo: str
+    url: str
+    commit: str
+    adapter_sha256: str
+
+
+def find_published(workspace: str, name: str, publishing: PublishingConfig) -> dict[str, Any]:
+    """Return the pointer's entry for what is served under `name`: only what passed its gate ever gets there.
+
+    Raises:
+        PreflowError: nothing was promoted, no repository is named, or the adapter is not whole.
+    """
+    if not publishing.repo:
+        raise PreflowError("publishing.repo is empty: name the repository on the hub, owner/name")
+    pointer = read_pointer(workspace, name)
+    if pointer is None:
+        raise PreflowError(
+            f"nothing was promoted as {name!r} in {workspace}, and only an adapter that passed its gate is published: "
+            "promote one first"
+        )
+    entry: dict[str, Any] = pointer["current"]
+    Workspace(workspace).verify_folder(entry["uri"])
+    return entry
+
+
+async def publish(entry: dict[str, Any], workspace: str, publishing: PublishingConfig) -> Publication:
+    """Upload the adapter of a pointer's entry with its card in one commit; what is there already is not sent again.
+
+    Raises:
+        PreflowError: the token is missing or refused, the hub does not answer, or a manifest is missing.
+    """
+    provenance = Provenance.of(entry, workspace)
+    card = write_card(provenance, publishing)
+    token = await resolve_secret(publishing.token, "publishing.token")
+    with TemporaryDirectory() as scratch:
+        folder = _lay_out(entry["uri"], Path(scratch), card, base_name(provenance, publishing))
+        found = _upload(folder, entry["adapter_sha256"], publishing, str(token))
+    logger.info("adapter %s is published as %s (commit %s)", entry["adapter_sha256"][:12], found.url, found.commit[:12])
+    return found
+
+
+def _lay_out(uri: str, scratch: Path, card: str, base: str) -> Path:
+    """Copy the committed files of an adapter, with the base's public name instead of a path, and add the card."""
+    store = Workspace.holding(uri)
+    folder = scratch / "upload"
+    folder.mkdir()
+    for name in store.verify_folder(uri)["files"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(store.read_bytes(f"{uri}/{name}"))
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": base}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def _upload(folder: Path, sha256: str, publishing: PublishingConfig, token: str) -> Publication:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    try:
+        hub.create_repo(publishing.repo, private=publishing.private, exist_ok=True)
+        done = hub.upload_folder(
+            repo_id=publishing.repo, folder_path=folder, commit_message=f"Adapter {sha256[:12]}, by preflow"
+        )
+    except HfHubHTTPError as error:
+        # The original's text may hold what was sent: it is not chained.
+        raise PreflowError(_refused(error.response.status_code, hub.endpoint, publishing)) from None
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client's, of a large file
+        raise PreflowError(
+            f"{hub.endpoint} does not take it ({type(error).__name__}): {UNCHANGED}. Check the network, and "
+            "HF_ENDPOINT if it is set, and run again"
+        ) from None
+    return Publication(repo=publishing.repo, url=done.repo_url, commit=done.oid, adapter_sha256=sha256)
+
+
+UNCHANGED = "nothing of it is to be seen on the hub, an upload is one commit"
+
+
+def _refused(status: int, endpoint: str, publishing: PublishingConfig) -> str:
+    remedies = {
+        401: f"it does not accept the token {publishing.token}: make one that may write and set it there",
+        403: f"the token {publishing.token} may not write to {publishing.repo}: give it the right, or another repo",
+        404: f"there is no {publishing.repo} that the token {publishing.token} may see: check owner and name",
+    }
+    remedy = remedies.get(status, "it is down or busy: run again later, only what is missing is sent")
+    return f"{endpoint} answered {status} to the publication of {publishing.repo}: {remedy}. Meanwhile {UNCHANGED}."

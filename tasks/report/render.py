@@ -1,0 +1,143 @@
+"""Sections as HTML, markdown and terminal text. Completions are untrusted: nothing of them is ever taken for markup."""
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from tasks.report.page import Cell, Example, ReportSection, Table
+
+LONGEST_TEXT = 6000
+LONGEST_CELL = 60
+# Control characters (terminal escapes), text direction overrides and lone surrogates, which UTF-8 cannot hold.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+FIGURE = re.compile(r"(< ?)?[-+]?\d[\d,.]*(-\d[\d,.]*)?(e[-+]\d+)?( %| s| points from chance| min.*| h.*)?|[-–]")
+
+
+def render_html(title: str, sections: Sequence[ReportSection]) -> str:
+    """Return one page that needs nothing else: no script, style and pictures inside, light or dark as the reader's."""
+    return _page_template().render(title=title, sections=sections)
+
+
+@cache
+def _page_template() -> Template:
+    page = Environment(autoescape=True, undefined=StrictUndefined, loader=PackageLoader("tasks.report", ""))
+    page.filters.update(clean=_clean, cell_text=_cell_text, cell_class=_cell_class, figure_columns=_figure_columns)
+    return page.get_template("report.html.j2")
+
+
+def _cell_class(is_figure: bool, cell: Cell = None) -> Markup:
+    """Return the class of a cell: good or bad for a state, figure in a column of figures."""
+    if isinstance(cell, bool):
+        return Markup(' class="good"') if cell else Markup(' class="bad"')
+    return Markup(' class="figure"') if is_figure else Markup("")
+
+
+def render_markdown(section: ReportSection) -> str:
+    """Return one section as markdown for a Prefect artifact: pictures as data URIs, no raw HTML."""
+    parts = [f"## {_markdown(section.title)}", f"**{_markdown(section.headline)}**" if section.headline else ""]
+    parts.append(_markdown(section.summary))
+    if section.advice:
+        parts.append("**What to do**\n\n" + "\n".join(f"- {_markdown(text)}" for text in section.advice))
+    parts += [f"![{_markdown(picture.caption)}]({picture.data_uri()})" for picture in section.pictures]
+    parts += [_markdown_table(table) for table in section.tables]
+    parts += [_markdown(text) for text in section.notes]
+    parts += [_markdown_example(example) for example in section.examples]
+    parts += [f"**{_markdown(title)}**\n\n{_markdown_code(text)}" for title, text in section.blocks]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_text_table(rows: Sequence[Sequence[Cell]]) -> str:
+    """Return rows as a table for a terminal, the first one as its heading; figures stand to the right."""
+    if not rows:
+        return ""
+    heading, *body = [[_shorten(_inline(_cell_text(cell)), LONGEST_CELL) for cell in row] for row in rows]
+    table = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name, *column in zip(heading, *body, strict=True):
+        table.add_column(Text(name), justify="right" if _is_figures(column) else "left", no_wrap=True)
+    for line in body:
+        table.add_row(*map(Text, line))
+    console = Console(width=LONGEST_CELL * len(heading) + 80, color_system=None, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def _clean(text: str) -> str:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", _shorten(text, LONGEST_TEXT))
+
+
+def _shorten(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit]}… ({len(text) - limit:,} characters more)" if limit > 100 else f"{text[: limit - 1]}…"
+
+
+def _inline(text: str) -> str:
+    return " ".join(_clean(text).split())
+
+
+def _cell_text(cell: Cell) -> str:
+    if cell is None:
+        return "–"
+    if isinstance(cell, bool):
+        return "✓ ok" if cell else "✗ out of range"
+    if isinstance(cell, float):
+        return f"{cell:,.4g}"
+    return f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def _is_figures(column: Sequence[str]) -> bool:
+    return any(text not in "-–" for text in column) and all(FIGURE.fullmatch(text) for text in column)
+
+
+def _figure_columns(table: Table) -> list[bool]:
+    return [_is_figures([_cell_text(row[k]) for row in table.rows]) for k in range(len(table.columns))]
+
+
+def _markdown(text: str) -> str:
+    """Escape one line of text so that markdown shows it and obeys nothing in it."""
+    line = html.escape(_inline(text), quote=False)
+    line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+    line = re.sub(r"^([#+=-])", r"\\\1", line)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
+
+
+def _markdown_table(table: Table) -> str:
+    marks = ["---:" if figures else "---" for figures in _figure_columns(table)]
+    lines = [[_markdown(name) for name in table.columns], marks]
+    lines += [[_markdown(_cell_text(cell)) for cell in row] for row in table.rows]
+    return f"**{_markdown(table.caption)}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown_quote(text: str) -> str:
+    lines = [_markdown(line) for line in _clean(text).split("\n")]
+    return "\n".join(f"> {line}\\" if line else ">" for line in lines).removesuffix("\\")
+
+
+def _markdown_example(example: Example) -> str:
+    return "\n\n".join(
+        (
+            f"### {_markdown(example.title)}",
+            *(
+                f"**{_markdown(side.label)}**{' ✓ won' if side.won else ''}\n\n{_markdown_quote(side.text)}"
+                for side in example.sides()
+            ),
+        )
+    )
+
+
+def _markdown_code(text: str) -> str:
+    text = _clean(text)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"

@@ -1,0 +1,220 @@
+"""What a run shows: Prefect artifacts of each stage, and one self-contained HTML page of the whole."""
+
+import logging
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prefect.artifacts import acreate_markdown_artifact
+
+from tasks.batch.costs import Ledger, StageCost, format_seconds
+from tasks.config import PipelineConfig, StageConfig
+from tasks.judge.quality import QualityReport
+from tasks.report.overview import (
+    glance_section,
+    inputs_section,
+    run_figures,
+)
+from tasks.report.page import ReportSection, Table
+from tasks.report.plots import plot_metrics
+from tasks.report.render import render_html, render_markdown
+from tasks.report.sections import (
+    SampleLengths,
+    cost_section,
+    cost_text,
+    evaluation_section,
+    lineage_section,
+    pairs_section,
+    quality_section,
+    sample_rows,
+    training_section,
+)
+from tasks.run.preflight import PipelineResult, run_key
+from tasks.store.measures import Evaluation, Health
+from tasks.store.workspace import (
+    MANIFEST,
+    AdapterRef,
+    Cost,
+    EvaluationRef,
+    Manifest,
+    Origin,
+    PreferencesRef,
+    Workspace,
+)
+
+logger = logging.getLogger(__name__)
+
+
+async def report_preferences(preferences: PreferencesRef, workspace: str) -> None:
+    """Show in the UI what was measured about the judge, and pairs to read."""
+    for section in preference_sections(preferences, workspace):
+        await publish(section)
+
+
+async def report_training(adapter: AdapterRef, workspace: str) -> None:
+    """Show in the UI the curves of a training, its readings and the advice."""
+    await publish(training_page(adapter, workspace))
+
+
+async def report_evaluation(evaluation: EvaluationRef, workspace: str, bar: float = 0.5) -> None:
+    """Show in the UI whether the adapter won, and comparisons to read."""
+    await publish(evaluation_page(evaluation, workspace, bar))
+
+
+async def report_run(config: PipelineConfig, result: PipelineResult) -> str:
+    """Write the page of a whole run into the workspace, show it in the UI, and return its uri."""
+    store, uri = Workspace(config.workspace), report_uri(config)
+    sections = run_sections(config, result)
+    store.write_bytes(uri, render_html(f"preflow run for {config.promotion.name}", sections).encode())
+    for section in sections:
+        if section.title in ("Cost", "Lineage"):  # the others are pages of their stages already
+            await publish(section)
+    whole = "\n".join(render_markdown(replace(section, blocks=())) for section in sections)
+    page = f"The same page, to keep or to print: `{uri}`\n\n{whole}"
+    # Last, because the UI shows the newest page of a run first.
+    await acreate_markdown_artifact(key="report", markdown=page, description=sections[0].summary)
+    logger.info("%s The whole report: %s", sections[0].summary, uri)
+    return uri
+
+
+def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
+    """Return every page on a run: first the verdict, then what shows it, then how it came about."""
+    store = Workspace(config.workspace)
+    manifests, bar = gather_manifests(store, result), config.promotion.min_win_rate
+    ledger = add_up(manifests)
+    shown = [
+        evaluation_page(result.evaluation, config.workspace, bar),
+        *preference_sections(result.preferences, config.workspace),
+        training_page(result.adapter, config.workspace),
+    ]
+    found, quality = read_evaluation(store, result.evaluation), read_quality(store, result.preferences)
+    trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
+    figures = run_figures(found, bar, quality, read_health(store, result.adapter), trained)
+    glance = glance_section(found, bar, what_is_served(result), figures, shown)
+    is_priced = any(judge.prompt_price or judge.completion_price for judge in config.judging.judges())
+    facts = (
+        ("New adapter", result.adapter.sha256[:12]),
+        ("Prompts sampled", f"{result.completions.rows:,}"),
+        ("Preference pairs", f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"),
+        ("Time of all stages", format_seconds(ledger.total().seconds)),
+        ("Cost of everything, US$", cost_text(ledger, is_priced)),
+    )
+    glance = replace(glance, tables=(*glance.tables, Table("The run", ("what", "value"), facts)))
+    inputs = inputs_section(manifests, changed_settings(config))
+    return [glance, inputs, *shown, cost_section(ledger, is_priced), lineage_section(manifests, store.root)]
+
+
+def what_is_served(result: PipelineResult) -> str:
+    """Say what became of the new adapter."""
+    if result.promotion is not None:
+        return f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
+    return f"It is not served: {result.declined or 'it did not win by enough'}."
+
+
+def changed_settings(config: PipelineConfig) -> dict[str, Any]:
+    """Return the settings that decide the outcome and differ from their defaults, by their dotted names.
+
+    Addresses, limits and prices are left out: a cached run was made with those of then, not with these.
+    """
+    return dict(_differences("", config, PipelineConfig()))
+
+
+def _differences(prefix: str, given: StageConfig, defaults: StageConfig) -> Iterator[tuple[str, Any]]:
+    for name in given.identity():
+        value, default = getattr(given, name), getattr(defaults, name)
+        if isinstance(value, StageConfig) and isinstance(default, StageConfig):
+            yield from _differences(f"{prefix}{name}.", value, default)
+        # The evaluation's endpoints are those of the stages before, written out.
+        elif value != default and not isinstance(value, StageConfig):
+            yield f"{prefix}{name}", given.model_dump(mode="json")[name]
+
+
+def report_uri(config: PipelineConfig) -> str:
+    """Return where the page of a run lies."""
+    return Workspace(config.workspace).uri("runs", run_key(config), "report.html")
+
+
+async def publish(section: ReportSection) -> None:
+    """Show a section in the UI, as a markdown artifact named after its title."""
+    key = section.title.lower().replace(" ", "-")
+    await acreate_markdown_artifact(key=key, markdown=render_markdown(section), description=section.summary)
+
+
+def preference_sections(preferences: PreferencesRef, workspace: str) -> list[ReportSection]:
+    """Return the sections on the judge's quality and on the pairs."""
+    store = Workspace(workspace)
+    quality = read_quality(store, preferences)
+    picture = store.read_bytes(preferences.sibling("quality.png"))
+    return [quality_section(quality, picture), pairs_section(sample_rows(store.read_rows(preferences.uri)))]
+
+
+def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport:
+    """Return what was measured about the judge and its pairs."""
+    return QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
+
+
+def read_evaluation(store: Workspace, evaluation: EvaluationRef) -> Evaluation:
+    """Return what the comparisons came to."""
+    return Evaluation.model_validate(store.read_json(evaluation.uri))
+
+
+def read_health(store: Workspace, adapter: AdapterRef) -> Health:
+    """Return the readings of a training."""
+    return Health.model_validate(store.read_json(adapter.sibling("health.json")))
+
+
+def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
+    """Return the section on a training."""
+    store = Workspace(workspace)
+    metrics = list(store.read_rows(adapter.sibling("metrics.jsonl")))
+    counts = store.read_manifest(adapter).counts if adapter.manifest else {}
+    return training_section(read_health(store, adapter), metrics, plot_metrics(metrics), counts)
+
+
+def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
+    """Return the section on the win rate."""
+    store, lengths = Workspace(workspace), SampleLengths()
+    comparisons = sample_rows(lengths.watch(store.read_rows(evaluation.sibling("comparisons.jsonl"))))
+    return evaluation_section(read_evaluation(store, evaluation), comparisons, bar, lengths)
+
+
+def gather_manifests(store: Workspace, *results: PipelineResult) -> list[Manifest]:
+    """Return the manifests of everything that runs were made of, each once, and after those of what it was made of."""
+    found: dict[str, Manifest] = {}
+    seen: set[str] = set()
+
+    def visit(origin: Origin) -> None:
+        uri = origin.manifest
+        if uri is None or uri in seen or not store.exists(uri):
+            return
+        seen.add(uri)
+        manifest = store.read_manifest(uri)
+        for upstream in manifest.upstream:
+            visit(upstream)
+        found[uri] = _with_origin(store, manifest) if manifest.stage == "prompts" else manifest
+
+    for reference in (reference for result in results for reference in result.references()):
+        visit(reference)
+    return list(found.values())
+
+
+def _with_origin(store: Workspace, manifest: Manifest) -> Manifest:
+    """Return the manifest of prompts with the file that they came from in the end, and all that was left out."""
+    source, *others = manifest.upstream
+    before = posixpath.join(posixpath.dirname(source.uri), MANIFEST)
+    if not source.uri.startswith(store.uri("prompts")) or not store.exists(before):
+        return manifest
+    origin = _with_origin(store, store.read_manifest(before))
+    left_out = {name: manifest.counts[name] + origin.counts[name] for name in ("duplicates", "in_training")}
+    counts = {"read": origin.counts["read"], **left_out}
+    return manifest.model_copy(update={"upstream": (origin.upstream[0], *others), "counts": counts})
+
+
+def add_up(manifests: Sequence[Manifest]) -> Ledger:
+    """Return what the artifacts of a run cost to make, whichever run made them, at the prices of then."""
+    ledger = Ledger()
+    for made in manifests:
+        if made.cost != Cost() or made.seconds:
+            ledger = ledger.plus(StageCost(stage=made.stage, used=made.cost, seconds=made.seconds))
+    return ledger

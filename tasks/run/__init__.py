@@ -1,0 +1,1 @@
+"""A whole run: preflight, inputs, approval, logs."""

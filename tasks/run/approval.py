@@ -1,0 +1,222 @@
+"""A person's yes before the judge is paid, or before an adapter is served.
+
+A run of a deployment is *suspended* while it waits: its process ends, its worker and its place in the queue are free,
+and a resumed run starts over and finds all its stages finished. A run of a script has nobody to start it again, so it
+is *paused*: its process waits. What was answered is kept in the workspace under the run's key, so nobody is asked
+twice for what was approved, whichever process is killed meanwhile.
+"""
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import Flow, State
+from prefect.artifacts import acreate_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import apause_flow_run, asuspend_flow_run
+from prefect.input import RunInput
+from prefect.input.actions import aread_flow_run_input
+from prefect.input.run_input import keyset_from_base_key
+from prefect.settings import get_current_settings
+from prefect.states import Cancelled
+from pydantic import BaseModel, ConfigDict, Field
+
+from tasks.config import ApprovalPoint, PipelineConfig
+from tasks.errors import PreflowError
+from tasks.judge.asking import VERDICT_TOKENS, JudgePlan, plan_judging
+from tasks.llm.responses import Usage
+from tasks.report.overview import approval_section
+from tasks.report.page import ReportSection
+from tasks.report.render import render_markdown
+from tasks.report.run import evaluation_page
+from tasks.run.preflight import run_key
+from tasks.store.prompts import import_prompts
+from tasks.store.workspace import CompletionsRef, EvaluationRef, PromotionRef, Workspace
+
+logger = logging.getLogger(__name__)
+
+
+class NotApproved(PreflowError):
+    """A person said no; what was made so far is kept."""
+
+
+class Decision(RunInput):
+    """The form that is filled in to resume a waiting run."""
+
+    approve: bool = Field(False, title="Approve", description="On: the run goes on. Off: it ends here.")
+    note: str = Field("", title="Note", description="Why; it is kept with the run.")
+
+
+class Answer(BaseModel):
+    """What a person answered at one point of a run, about what, and when."""
+
+    model_config = ConfigDict(frozen=True)
+
+    point: ApprovalPoint
+    subject: str
+    approve: bool
+    note: str = ""
+    flow_run_id: str = ""
+    at: str = ""
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the run does not go on; None if it does."""
+        return None if self.approve else f"not approved ({self.point.value}): {self.note or 'no reason was given'}"
+
+
+async def approve_judging(config: PipelineConfig, completions: CompletionsRef) -> None:
+    """Wait for a person's yes before the judges are paid, if the run is to have it and there is anything to pay.
+
+    Raises:
+        NotApproved: the answer was no.
+    """
+    point = ApprovalPoint.JUDGING
+    if point not in config.approve_before:
+        return
+    estimates = estimate_judging(config, completions)
+    if not any(estimate.requests for estimate in estimates):
+        logger.info("every verdict is known: there is nothing to approve before judging")
+        return
+    page = approval_section([estimate.model_dump() for estimate in estimates], count_comparisons(config))
+    answer = await _answer(config, point, completions.sha256, page)
+    if answer.refusal:
+        raise NotApproved(f"{answer.refusal}. The completions are kept; run again to be asked again.")
+
+
+async def approve_promotion(
+    config: PipelineConfig, evaluation: EvaluationRef, promotion: PromotionRef | None
+) -> str | None:
+    """Wait for a person's yes before an adapter that won is served; return why not, if the answer is no."""
+    point, bar = ApprovalPoint.PROMOTION, config.promotion.min_win_rate
+    if point not in config.approve_before or promotion is not None or not evaluation.beats(bar):
+        return None
+    page = evaluation_page(evaluation, config.workspace, bar)
+    return (await _answer(config, point, evaluation.sha256, page)).refusal
+
+
+async def cancel_if_refused(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """End a run that a person said no to as cancelled, with the reason; it has not failed."""
+    error = await state.aresult(raise_on_failure=False)
+    if isinstance(error, NotApproved):
+        async with get_client() as client:
+            await client.set_flow_run_state(flow_run.id, Cancelled(message=str(error)), force=True)
+
+
+async def _answer(config: PipelineConfig, point: ApprovalPoint, subject: str, page: ReportSection) -> Answer:
+    """Return the answer that is kept, or ask."""
+    answers = read_answers(config, point)
+    for answer in answers:
+        if answer.approve and answer.subject == subject:
+            logger.info("%s was approved at %s: %s", point.value, answer.at, answer.note or "(no note)")
+            return answer
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        raise PreflowError(f"approve_before {point.value}: only a flow run can be approved")
+    decision = await _ask(config, context.flow_run, f"{point.value}-{len(answers) + 1}", page)
+    answer = Answer(
+        point=point,
+        subject=subject,
+        approve=decision.approve,
+        note=decision.note,
+        flow_run_id=str(context.flow_run.id),
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    _keep(config, [*answers, answer])
+    return answer
+
+
+async def _ask(config: PipelineConfig, run: FlowRun, key: str, page: ReportSection) -> Decision:
+    """Wait for the form to be filled in; a run that is executed again finds what was filled in."""
+    keysets = [keyset_from_base_key(f"{kind}-{key}") for kind in ("suspended", "paused")]
+    for keyset in keysets:
+        if (given := await aread_flow_run_input(keyset["response"], flow_run_id=run.id)) is not None:
+            return Decision(**given)
+    form = Decision.with_initial_data(description=await _show(page))
+    seconds = config.approval_timeout_seconds
+    if run.deployment_id is not None and run.parent_task_run_id is None:
+        return await asuspend_flow_run(wait_for_input=form, timeout=seconds, key=key)
+    try:
+        return await apause_flow_run(wait_for_input=form, timeout=seconds, poll_interval=2, key=key)
+    except FlowPauseTimeout as late:
+        raise PreflowError(
+            f"{key.partition('-')[0]} was not approved within approval_timeout_seconds ({seconds:,} s). What was made "
+            "so far is kept: run again to be asked again."
+        ) from late
+
+
+async def _show(page: ReportSection) -> str:
+    """Publish what is to be approved, and return the text of the form, with the way to it."""
+    artifact = await acreate_markdown_artifact(
+        key="to-approve", markdown=render_markdown(page), description=f"Waiting for approval. {page.summary}"
+    )
+    ui = get_current_settings().ui_url
+    where = f"[Read the page first]({ui}/artifacts/artifact/{artifact})." if ui else "See the artifact `to-approve`."
+    return f"{page.summary}\n\n{where}"
+
+
+def answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
+    """Return where the answers given at a point of a run lie."""
+    return Workspace(config.workspace).uri("runs", run_key(config), "approvals", f"{point.value}.json")
+
+
+def read_answers(config: PipelineConfig, point: ApprovalPoint) -> list[Answer]:
+    """Return every answer given at a point of a run, the oldest first."""
+    store, uri = Workspace(config.workspace), answers_uri(config, point)
+    return [Answer.model_validate(row) for row in store.read_json(uri)["answers"]] if store.exists(uri) else []
+
+
+def _keep(config: PipelineConfig, answers: list[Answer]) -> None:
+    newest = answers[-1]
+    kept = {"answers": [answer.model_dump(mode="json") for answer in answers]}
+    Workspace(config.workspace).write_json(answers_uri(config, newest.point), kept)
+    logger.info("%s", newest.refusal or f"approved ({newest.point.value}): {newest.note or 'no note'}")
+
+
+class JudgeEstimate(BaseModel):
+    """What one judge is going to be asked: requests, those already answered, tokens and US$ (expected and at most)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    requests: int
+    known: int
+    prompt_tokens: int
+    completion_tokens: int
+    most_completion_tokens: int
+    usd: float
+    most_usd: float
+
+
+def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> list[JudgeEstimate]:
+    """Return what each judge will be asked about the completions, without what it has answered before."""
+    plan = plan_judging(completions, config.workspace, config.judging)
+    return [_estimate(judge) for judge in plan.judges]
+
+
+def _estimate(plan: JudgePlan) -> JudgeEstimate:
+    remaining, judge = plan.remaining(), plan.judge
+    asked, tokens = remaining.to_ask, remaining.prompt_tokens
+    expected = Usage(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
+    most = Usage(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
+    return JudgeEstimate(
+        model=judge.model,
+        requests=asked,
+        known=remaining.known,
+        prompt_tokens=expected.prompt_tokens,
+        completion_tokens=expected.completion_tokens,
+        most_completion_tokens=most.completion_tokens,
+        usd=expected.cost(judge),
+        most_usd=most.cost(judge),
+    )
+
+
+def count_comparisons(config: PipelineConfig) -> int:
+    """Return how many verdicts the evaluation will want at most, over all its judges: two orders of every sample."""
+    evaluation, judging = config.evaluation, config.evaluation.judging or config.judging
+    held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows
+    draws = 2 if evaluation.null_test else 1
+    return 2 * draws * evaluation.num_samples * min(held_out, evaluation.max_prompts) * len(judging.judges())

@@ -1,0 +1,38 @@
+"""Names of runs: the one that a person gave, else one that tells runs apart."""
+
+from collections.abc import Callable
+from datetime import datetime
+from functools import cache
+from typing import Any, cast
+
+import coolname.data
+from prefect.context import FlowRunContext
+
+
+def named(template: str) -> Callable[[], str]:
+    """Return a `flow_run_name` that fills a template with the run's parameters and `now`, unless a person gave a name.
+
+    Prefect itself replaces the name that was typed into the form.
+    """
+
+    def name() -> str:
+        context = FlowRunContext.get()
+        if context is None or context.flow_run is None:
+            raise RuntimeError("a run is named while it starts, by Prefect")
+        given = context.flow_run.name
+        return template.format(now=datetime.now(), **(context.parameters or {})) if _is_made_up(given) else given
+
+    return name
+
+
+def _is_made_up(name: str) -> bool:
+    """Tell whether a name is one like lean-chimpanzee, by which Prefect calls what has none."""
+    words = name.split("-")
+    return len(words) > 1 and _made_up_words().issuperset(words)
+
+
+@cache
+def _made_up_words() -> set[str]:
+    """Return the words that such names are made of, from the library that Prefect takes."""
+    lists = cast(dict[str, dict[str, Any]], coolname.data.config)
+    return {word for entry in lists.values() for word in entry.get("words", ())}

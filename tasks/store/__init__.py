@@ -1,0 +1,1 @@
+"""Where things are: workspace, files, references, rows."""

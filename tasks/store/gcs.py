@@ -1,0 +1,291 @@
+"""A workspace on Google Cloud Storage, through Google's own client.
+
+Every request is retried; every whole object is checked against its crc32c on the way up (by the server, which refuses
+a cut or altered one) and on the way down. An object carries its sha256 as metadata, so that nothing need be read again
+to know what it holds.
+"""
+
+import errno
+import functools
+import hashlib
+import http.client
+import io
+import logging
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import IO, Any
+
+import requests
+import urllib3
+from google.api_core import exceptions as api
+from google.api_core.retry import Retry
+from google.auth.exceptions import GoogleAuthError, TransportError
+from google.cloud import storage  # type: ignore[attr-defined,import-untyped,unused-ignore]
+from google.cloud.storage.exceptions import (  # type: ignore[import-untyped,unused-ignore]
+    DataCorruption,
+    InvalidResponse,
+)
+
+from tasks.store.workspace import Stat, Workspace
+
+LOG = logging.getLogger(__name__)
+
+TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+BROKEN = (ConnectionError, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
+          urllib3.exceptions.HTTPError, http.client.HTTPException, TransportError, DataCorruption)  # fmt: skip
+# How long a bucket that is down is waited for, and one attempt: to connect, and between two pieces of an answer.
+PATIENCE_SECONDS = 300.0
+TIMEOUT_SECONDS = (10.0, 60.0)
+LONGEST_RETRY_AFTER = 60.0
+CONNECTIONS = 32
+PARALLEL_DELETES = 16
+# Held in memory up to here, and on the local disk beyond.
+SPOOLED = 8 << 20
+# Ranges that lie nearer to each other than this are read in one request, and up to this many bytes in one.
+NEAR, BLOCK = 1 << 18, 8 << 20
+LISTED = "items(name,size,generation,metadata),prefixes,nextPageToken"
+
+_digests: dict[tuple[str, int], str] = {}
+
+
+def is_transient(error: Exception) -> bool:
+    """Tell whether a request may succeed if it is made again."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None) or getattr(error, "code", None)
+    return status in TRANSIENT_STATUS or isinstance(error, BROKEN)
+
+
+def _wait_as_told(error: Exception) -> None:
+    """Wait for what Retry-After asks for; the usual growing pause comes on top."""
+    LOG.debug("a request to the bucket failed and is made again: %s", error)
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    told = str(headers.get("Retry-After", ""))
+    if told.isdigit():
+        time.sleep(min(float(told), LONGEST_RETRY_AFTER))
+
+
+RETRY = Retry(
+    predicate=is_transient, initial=0.25, multiplier=2, maximum=30, timeout=PATIENCE_SECONDS, on_error=_wait_as_told
+)
+POLICY: dict[str, Any] = {"retry": RETRY, "timeout": TIMEOUT_SECONDS}
+
+
+def _download(blob: Any, out: IO[bytes], start: int | None = None, end: int | None = None) -> int:
+    """Write an object, or the bytes from `start` to and including `end`, to `out`; return the object's generation.
+
+    A download that is cut starts anew: the client would resume it in the old generation, which may be gone by then.
+    """
+
+    def attempt() -> int:
+        out.seek(0)
+        out.truncate()
+        fresh = blob.bucket.blob(blob.name)
+        fresh.download_to_file(out, start=start, end=end, retry=None, timeout=TIMEOUT_SECONDS, checksum="crc32c")
+        return int(fresh.generation or 0)
+
+    return int(POLICY["retry"](attempt)())
+
+
+@functools.lru_cache
+def _client(process: int, emulator: str | None, block: str) -> Any:
+    """Return the client of a process (no connection survives a fork), with a block's credentials if one is named."""
+    # Otherwise a missing object makes the client ask for the bucket's own data, which takes a right of its own.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+    client = storage.Client.create_anonymous_client() if emulator else storage.Client(project=None)
+    client._bucket_metadata_cache = None
+    adapter = requests.adapters.HTTPAdapter(pool_connections=4, pool_maxsize=CONNECTIONS)
+    for scheme in ("http://", "https://"):
+        client._http.mount(scheme, adapter)
+    return client
+
+
+@contextmanager
+def _as_file_errors(uri: str) -> Iterator[None]:
+    """Raise what went wrong as the error that a local file would give."""
+    try:
+        yield
+    except api.NotFound as error:
+        raise FileNotFoundError(errno.ENOENT, "no such object or bucket", uri) from error
+    except (api.Forbidden, api.Unauthorized, GoogleAuthError) as error:
+        raise PermissionError(errno.EACCES, f"not allowed, or no valid credentials ({error})", uri) from error
+    except (api.GoogleAPIError, InvalidResponse, *BROKEN) as error:
+        cause = getattr(error, "cause", None) or error
+        raise OSError(errno.EIO, f"the bucket did not do it ({type(cause).__name__}: {cause})", uri) from error
+
+
+class GcsWorkspace(Workspace):
+    """A prefix of a bucket: one object a file, replaced in one step, no rename."""
+
+    is_local = False
+
+    def stat(self, uri: str) -> Stat | None:
+        """Return the facts of an object, or None."""
+        bucket, name = _parts(uri)
+        with _as_file_errors(uri):
+            blob = bucket.get_blob(name, **POLICY)
+        return None if blob is None else _stat(uri.removesuffix(name), blob)
+
+    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes from `start` up to `end`; a part of an object cannot be checked by its crc32c."""
+        if start == 0 and end is None:
+            out = io.BytesIO()
+            self._copy(uri, out)
+            return out.getvalue()
+        bucket, name = _parts(uri)
+        if end is not None and end <= start:
+            return b""
+        last = None if end is None else end - 1
+        out = io.BytesIO()
+        try:
+            with _as_file_errors(uri):
+                _download(bucket.blob(name), out, start=start, end=last)
+            return out.getvalue()
+        except OSError as error:
+            if isinstance(error.__cause__, api.RequestRangeNotSatisfiable):
+                return b""
+            raise
+
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of each range; ranges near to each other come in one request."""
+        found: list[bytes] = []
+        for group in _near(ranges):
+            start = group[0][0]
+            block = self.read_bytes(uri, start, max(end for _, end in group))
+            found += [block[first - start : end - start] for first, end in group]
+        return found
+
+    def open(self, uri: str) -> IO[bytes]:
+        """Fetch an object whole, so that its crc32c is known to be right before a byte is used."""
+        file = tempfile.SpooledTemporaryFile(SPOOLED)  # noqa: SIM115  the caller closes it
+        self._copy(uri, file)
+        file.seek(0)
+        return file
+
+    def _copy(self, uri: str, out: Any) -> int:
+        bucket, name = _parts(uri)
+        with _as_file_errors(uri):
+            return _download(bucket.blob(name), out)
+
+    def _digest(self, uri: str) -> str:
+        """Return the sha256 of an object that does not carry it, read once for each generation."""
+        with tempfile.SpooledTemporaryFile(SPOOLED) as file:
+            generation = self._copy(uri, file)
+            file.seek(0)
+            found = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                found.update(chunk)
+        _digests[uri, generation] = found.hexdigest()
+        return found.hexdigest()
+
+    def _stage(self, uri: str) -> IO[bytes]:
+        return tempfile.SpooledTemporaryFile(SPOOLED)
+
+    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
+        """Upload; an object that differs from its crc32c is refused by the server."""
+        bucket, name = _parts(uri)
+        blob = bucket.blob(name)
+        blob.metadata = {"sha256": sha256}
+        size = staged.tell()
+        with _as_file_errors(uri):
+            blob.upload_from_file(staged, rewind=True, size=size, checksum="crc32c", **POLICY)
+
+    def _discard(self, staged: IO[bytes]) -> None:
+        staged.close()
+
+    def files(self, uri: str) -> list[Stat]:
+        """Return the objects directly below a prefix."""
+        return self._list(uri)[0]
+
+    def folders(self, uri: str) -> Sequence[str]:
+        """Return the names of the prefixes directly below a prefix."""
+        return sorted(self._list(uri)[1])
+
+    def _list(self, uri: str) -> tuple[list[Stat], list[str]]:
+        bucket, name = _parts(uri)
+        prefix = f"{name}/" if name else ""
+        with _as_file_errors(uri):
+            found = bucket.client.list_blobs(bucket, prefix=prefix, delimiter="/", fields=LISTED, **POLICY)
+            stats = [_stat(uri.removesuffix(name), blob) for blob in found if not blob.name.endswith("/")]
+        return stats, [folder.removeprefix(prefix).rstrip("/") for folder in found.prefixes]
+
+    def tree(self, uri: str) -> dict[str, Stat]:
+        """Return all objects below a prefix."""
+        bucket, name = _parts(uri)
+        prefix = f"{name}/" if name else ""
+        with _as_file_errors(uri):
+            found = list(bucket.client.list_blobs(bucket, prefix=prefix, fields=LISTED, **POLICY))
+        root = uri.removesuffix(name)
+        return {blob.name.removeprefix(prefix): _stat(root, blob) for blob in found if blob.name[-1] != "/"}
+
+    def _remove(self, uri: str) -> None:
+        bucket, name = _parts(uri)
+        try:
+            with _as_file_errors(uri):
+                bucket.delete_blob(name, **POLICY)
+        except FileNotFoundError:
+            LOG.debug("%s was gone already", uri)
+
+    def _remove_tree(self, uri: str) -> None:
+        with ThreadPoolExecutor(PARALLEL_DELETES) as pool:
+            list(pool.map(self._remove, [stat.uri for stat in self.tree(uri).values()]))
+
+    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
+        """Return the content and the object's generation, 0 where there is none."""
+        bucket, name = _parts(uri)
+        blob, out = bucket.blob(name), io.BytesIO()
+        try:
+            with _as_file_errors(uri):
+                generation = _download(blob, out)
+        except FileNotFoundError:
+            return None, 0
+        return out.getvalue(), generation
+
+    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
+        bucket, name = _parts(uri)
+        blob = bucket.blob(name)
+        mark = uuid.uuid4().hex
+        blob.metadata = {"sha256": hashlib.sha256(content).hexdigest(), "swap": mark}
+        try:
+            with _as_file_errors(uri):
+                blob.upload_from_string(content, if_generation_match=version, checksum="crc32c", **POLICY)
+        except OSError as error:
+            if not isinstance(error.__cause__, api.PreconditionFailed):
+                raise
+            # Where the answer to an upload was lost, the second attempt finds the first one's object.
+            with _as_file_errors(uri):
+                there = bucket.get_blob(name, **POLICY)
+            is_ours = there is not None and (there.metadata or {}).get("swap") == mark
+            return int(there.generation) if is_ours else None
+        return int(blob.generation)
+
+
+def _parts(uri: str) -> tuple[Any, str]:
+    """Return the bucket and the object's name of gs://bucket/name, or of gs://BLOCK@bucket/name."""
+    authority, _, name = uri.removeprefix("gs://").partition("/")
+    block, _, bucket = authority.rpartition("@")
+    with _as_file_errors(uri):
+        client = _client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"), block)
+    return client.bucket(bucket), name.rstrip("/")
+
+
+def _stat(root: str, blob: Any) -> Stat:
+    uri = f"{root.rstrip('/')}/{blob.name}"
+    told = (blob.metadata or {}).get("sha256") or _digests.get((uri, blob.generation))
+    return Stat(uri, int(blob.size), told)
+
+
+def _near(ranges: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Group ranges that are worth reading in one request."""
+    group: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if group and not (group[0][0] <= start <= group[-1][1] + NEAR and end - group[0][0] <= BLOCK):
+            yield group
+            group = []
+        group.append((start, end))
+    if group:
+        yield group

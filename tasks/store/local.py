@@ -1,0 +1,115 @@
+"""A workspace on a local disk: files are written beside their place and renamed, compared and swapped under a lock."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from tasks.store.workspace import Stat, Workspace
+
+
+class LocalWorkspace(Workspace):
+    """A folder on this machine, or on a disk that it shares."""
+
+    def stat(self, uri: str) -> Stat | None:
+        """Return the facts of a file, or None."""
+        path = Path(uri)
+        return Stat(uri, path.stat().st_size) if path.is_file() else None
+
+    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes from `start` up to `end`."""
+        with open(uri, "rb") as file:
+            file.seek(start)
+            return file.read() if end is None else file.read(end - start)
+
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of each range."""
+        found = []
+        with open(uri, "rb") as file:
+            for start, end in ranges:
+                file.seek(start)
+                found.append(file.read(end - start))
+        return found
+
+    def open(self, uri: str) -> IO[bytes]:
+        """Open a file for reading."""
+        return open(uri, "rb")
+
+    def files(self, uri: str) -> list[Stat]:
+        """Return the files directly below a folder."""
+        return [Stat(entry.path, entry.stat().st_size) for entry in _scan(uri) if entry.is_file()]
+
+    def folders(self, uri: str) -> Sequence[str]:
+        """Return the names of the folders directly below a folder."""
+        return sorted(entry.name for entry in _scan(uri) if entry.is_dir())
+
+    def tree(self, uri: str) -> dict[str, Stat]:
+        """Return all files below a folder; one that goes meanwhile is left out."""
+        found = {}
+        for path in Path(uri).rglob("*"):
+            if (stat := self.stat(str(path))) is not None:
+                found[str(path.relative_to(uri))] = stat
+        return found
+
+    def _stage(self, uri: str) -> IO[bytes]:
+        folder = Path(uri).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
+        os.close(handle)
+        return open(name, "wb")
+
+    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
+        staged.flush()
+        os.fsync(staged.fileno())
+        staged.close()
+        os.chmod(staged.name, 0o644)
+        os.replace(staged.name, uri)
+
+    def _discard(self, staged: IO[bytes]) -> None:
+        try:
+            staged.close()  # which writes what is buffered, and may find the disk full
+        finally:
+            Path(staged.name).unlink(missing_ok=True)
+
+    def _remove(self, uri: str) -> None:
+        Path(uri).unlink(missing_ok=True)
+
+    def _remove_tree(self, uri: str) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(uri)
+
+    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
+        """Return the content and the version, which is the content itself."""
+        try:
+            content = Path(uri).read_bytes()
+        except FileNotFoundError:
+            return None, None
+        return content, content
+
+    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Compare and replace under a lock that dies with its process."""
+        path = Path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.read_versioned(uri)[1] != version:
+                return None
+            staged = self._stage(uri)
+            try:
+                staged.write(content)
+                self._publish(staged, uri, "")
+            finally:
+                self._discard(staged)
+            return content
+
+
+def _scan(uri: str) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(uri) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,0 +1,132 @@
+"""What was measured, in one shape each: a metric with its healthy range, a win rate with its interval."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Metric(BaseModel):
+    """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with.
+
+    `meaning` says in words what the value shows, and stands for it where it is not a single number.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: str
+    value: float | None
+    unit: str | None = None
+    healthy: str
+    ok: bool | None = None
+    advice: str | None = None
+    meaning: str = ""
+    detail: dict[str, Any] = {}
+
+    def text(self) -> str | None:
+        """Return the value with its unit, as a report shows it: shares in percent."""
+        if self.value is None:
+            return self.meaning or None
+        if (self.unit or "").startswith("share"):
+            return f"{100 * self.value:.1f} %"
+        return f"{self.value:,.3g} {self.unit or ''}".strip()
+
+
+class WinRate(BaseModel):
+    """How often one adapter's samples won against another's (ties are halves), with its interval.
+
+    Attributes:
+        win_rate: the mean outcome of the comparisons that could be read.
+        lower: lower bound of the interval.
+        upper: upper bound of the interval.
+        confidence: two-sided confidence of the interval.
+        samples: comparisons that count.
+        prompts: held-out prompts they are of.
+        clusters: what may be taken as independent: groups, and prompts without one.
+        effective_samples: independent comparisons that would be as sure.
+        ties: share of the comparisons that count as 0.5.
+        unreadable: comparisons left out because no judge's verdict on them could be read.
+        silent: comparisons that the new adapter lost because it wrote nothing, or failed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    win_rate: float
+    lower: float
+    upper: float
+    confidence: float = 0.95
+    samples: int = 0
+    prompts: int = 0
+    clusters: int = 0
+    effective_samples: float = 0.0
+    ties: float = 0.0
+    unreadable: int = 0
+    silent: int = 0
+
+    def text(self) -> str:
+        """Return the rate with its interval, in percent."""
+        return f"{100 * self.win_rate:.1f} % ({100 * self.lower:.1f}-{100 * self.upper:.1f} %)"
+
+    def holds(self, value: float) -> bool:
+        """Tell whether the interval holds `value`."""
+        return self.lower <= value <= self.upper
+
+
+class SecondOpinion(BaseModel):
+    """What judges that did not make the labels say of the same samples.
+
+    Attributes:
+        judges: their models.
+        rate: the win rate by their verdicts.
+        transfer: their gain (over 0.5) as a share of that by the judge of the labels; None if that one sees no gain.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    judges: tuple[str, ...]
+    rate: WinRate
+    transfer: float | None = None
+
+
+class Evaluation(WinRate):
+    """`win_rate.json`: the new adapter against the SFT adapter, and what says whether that can be believed.
+
+    Attributes:
+        adapter_sha256: digest of the new adapter.
+        null: two draws of the SFT adapter against each other, at 99 %: must hold 0.5.
+        length_controlled: the win rate had the new adapter's samples been as often longer as shorter.
+        second: the second opinion, if another judge was asked.
+        detectable: the smallest true win rate that passes this gate in 80 % of runs, going by these samples.
+    """
+
+    adapter_sha256: str
+    null: WinRate | None = None
+    length_controlled: WinRate | None = None
+    second: SecondOpinion | None = None
+    detectable: float | None = None
+
+    @property
+    def null_holds(self) -> bool:
+        """Whether the SFT adapter against itself came out even; also where it was not tested."""
+        return self.null is None or self.null.holds(0.5)
+
+    @property
+    def proven(self) -> float:
+        """The lower bound that the gate looks at: the lower one of the raw and the length-controlled win rate's."""
+        return self.lower if self.length_controlled is None else min(self.lower, self.length_controlled.lower)
+
+
+class Health(BaseModel):
+    """`health.json`: the readings of a training, the warnings that follow from them together, and what to try."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    source: str
+    readings: tuple[Metric, ...] = ()
+    warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every reading is in its range and nothing is warned of."""
+        return not self.warnings and all(reading.ok for reading in self.readings)

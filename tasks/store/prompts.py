@@ -1,0 +1,89 @@
+"""Prompts into the workspace: validated whole, duplicates dropped and counted, held-out rows picked."""
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from tasks.config.base import resolve_location
+from tasks.errors import PreflowError
+from tasks.store.records import Prompt, read_rows
+from tasks.store.workspace import DigestWriter, Manifest, Origin, PromptsRef, Workspace, stage_key
+
+VERSION = 2
+logger = logging.getLogger(__name__)
+
+
+def import_prompts(source: str, workspace: str, limit: int | None = None, exclude: str | None = None) -> PromptsRef:
+    """Check every row of a prompts file and keep its prompts in the workspace.
+
+    Args:
+        source: JSONL of `{prompt: [...]}` or SFT rows; a path or gs:// address.
+        workspace: where to keep them.
+        limit: keep at most this many, the first in file order.
+        exclude: address of training pairs; rows that share an id or a group with one are left out.
+
+    Raises:
+        PreflowError: a row is wrong (file, line, field), or no row is left.
+    """
+    source = resolve_location(source)
+    origin, store = Workspace.holding(source), Workspace(workspace)
+    if not origin.exists(source):
+        raise PreflowError(f"{source}: no such prompts file. Give a JSONL file with a `prompt` in each row.")
+    trained = store.sha256(exclude) if exclude else None
+    key = stage_key("prompts", VERSION, source=origin.sha256(source), limit=limit, exclude=trained)
+    folder = store.uri("prompts", key)
+    manifest_uri = f"{folder}/manifest.json"
+    if known := store.find_finished(manifest_uri, PromptsRef):
+        return known
+    with store.writing(f"{folder}/prompts.jsonl") as out:
+        left_out = _read_trained(store, exclude)
+        counts = _copy_prompts(read_rows(Prompt, source, origin), out, left_out, limit)
+        if not out.rows:
+            raise PreflowError(
+                f"{source}: no prompt is left to evaluate on: all {counts['read']} occur in training pairs. "
+                "Give held-out prompts with `eval_prompts`, or raise judging.val_ratio."
+            )
+    artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
+    logger.info("%s: %d prompts; of the rows %s", source, out.rows, counts)
+    upstream = [Origin(kind="file", uri=source, sha256=origin.sha256(source))]
+    upstream += [Origin(kind="preferences", uri=exclude, sha256=trained)] if exclude and trained else []
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="prompts", version=VERSION, key=key, upstream=upstream,
+            files={"prompts.jsonl": out.file}, counts=counts,
+        )
+    )  # fmt: skip
+    return artifact
+
+
+def _copy_prompts(
+    prompts: Iterable[Prompt], out: DigestWriter, left_out: tuple[set[bytes], set[str]], limit: int | None
+) -> dict[str, int]:
+    """Write each prompt once, except those whose id or group is left out; all rows are read, to the last."""
+    counts = {"read": 0, "duplicates": 0, "in_training": 0}
+    seen: set[bytes] = set()
+    ids, groups = left_out
+    for prompt in prompts:
+        identity = bytes.fromhex(prompt.id)
+        counts["read"] += 1
+        if identity in ids or (prompt.group is not None and prompt.group in groups):
+            counts["in_training"] += 1
+        elif identity in seen:
+            counts["duplicates"] += 1
+        elif limit is None or out.rows < limit:
+            seen.add(identity)
+            out.write_row(prompt.model_dump(exclude_none=True))
+    return counts
+
+
+def _read_trained(store: Workspace, pairs: str | None) -> tuple[set[bytes], set[str]]:
+    """Return the ids and the groups that occur in training pairs."""
+    ids: set[bytes] = set()
+    groups: set[str] = set()
+    for line in store.lines(pairs) if pairs else ():
+        row: dict[str, Any] = json.loads(line)
+        ids.add(bytes.fromhex(row["id"]))
+        if row.get("group") is not None:
+            groups.add(row["group"])
+    return ids, groups

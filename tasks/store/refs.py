@@ -1,0 +1,197 @@
+"""What stages hand each other: references to artifacts, and the manifests that say what each was made from."""
+
+import hashlib
+import json
+import posixpath
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+
+from tasks.config.base import field_title
+
+MANIFEST = "manifest.json"
+
+
+class Origin(BaseModel):
+    """What something was made from: an artifact, or a file or model of the user's; and how its content is known."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", field_title_generator=field_title)
+
+    kind: str = Field(description="What the artifact is.")
+    uri: str = Field(description="Where it is: a path or gs:// address, of a file or (an adapter) a folder.")
+    sha256: str = Field(description="Digest of its content; an adapter's is that of its COMMITTED.json.")
+    manifest: str | None = Field(None, description="Where its manifest.json is, which says what it was made from.")
+
+
+class Reference(Origin):
+    """What stages hand each other: where an artifact is and what it must contain, never the data itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: int = Field(description="Size of the file, in bytes.")
+    rows: int = Field(description="Rows that the file holds.")
+
+    @property
+    def folder(self) -> str:
+        """The folder of the stage's files: that of the manifest."""
+        return posixpath.dirname(self.manifest or self.uri)
+
+    def sibling(self, name: str) -> str:
+        """Return the uri of another file that the stage left in the same folder."""
+        return posixpath.join(self.folder, name)
+
+
+RefT = TypeVar("RefT", bound=Reference)
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+class PromptsRef(Reference):
+    """Validated, de-duplicated prompts: `prompts.jsonl`."""
+
+    kind: Literal["prompts"] = Field("prompts", description="What the artifact is.")
+
+
+class CompletionsRef(Reference):
+    """One row of N completions per prompt: `completions.jsonl`."""
+
+    kind: Literal["completions"] = Field("completions", description="What the artifact is.")
+
+
+class VerdictsRef(Reference):
+    """The completions with every vote on them: `verdicts.jsonl`."""
+
+    kind: Literal["verdicts"] = Field("verdicts", description="What the artifact is.")
+
+
+class PreferencesRef(Reference):
+    """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie beside it."""
+
+    kind: Literal["preferences"] = Field("preferences", description="What the artifact is.")
+    val_rows: int = Field(0, description="Pairs in val.jsonl beside it, held out of the training.")
+
+
+class AdapterRef(Reference):
+    """A finished adapter: `uri` is its folder, `sha256` the digest of its `COMMITTED.json`."""
+
+    kind: Literal["adapter"] = Field("adapter", description="What the artifact is.")
+
+
+class EvaluationRef(Reference):
+    """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies beside it."""
+
+    kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
+    adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
+    win_rate: float = Field(description="Share of the samples it won against the SFT adapter's, ties as halves.")
+    lower: float = Field(description="Lower bound of the win rate's interval; the gate looks at this one.")
+    upper: float = Field(description="Upper bound of the win rate's interval.")
+
+    def beats(self, bar: float) -> bool:
+        """Tell whether the interval's lower bound is over `bar`."""
+        return self.lower > bar
+
+
+class PromotionRef(Reference):
+    """The pointer `CURRENT.json` as it stood after the promotion."""
+
+    kind: Literal["promotion"] = Field("promotion", description="What the artifact is.")
+    name: str = Field(description="Name under which clients know the adapter.")
+    adapter_sha256: str = Field(description="Digest of the adapter that is served.")
+
+
+Artifact = Annotated[
+    PromptsRef | CompletionsRef | VerdictsRef | PreferencesRef | AdapterRef | EvaluationRef | PromotionRef,
+    Field(discriminator="kind"),
+]
+
+
+class FileFacts(BaseModel):
+    """The size in bytes and the digest of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    size: int
+    sha256: str
+
+
+class Cost(BaseModel):
+    """Something used, or saved: requests, tokens (completion includes thinking), GPU seconds and US$."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests: int = Field(0, ge=0)
+    prompt_tokens: int = Field(0, ge=0)
+    completion_tokens: int = Field(0, ge=0)
+    thinking_tokens: int = Field(0, ge=0)
+    gpu_seconds: float = Field(0.0, ge=0)
+    usd: float = Field(0.0, ge=0)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
+
+
+def canonical_json(value: object) -> bytes:
+    """Encode `value` so that equal values give equal bytes (sorted keys, no spaces, UTF-8)."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest(value: object) -> str:
+    """Return the sha256 (hex) of `value`'s canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that decide results, for a manifest."""
+    found = {}
+    for name in ("preflow", "prefect", "torch", "transformers", "peft", "trl", "bitsandbytes", "openai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _settings(config: object) -> object:
+    return config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+
+
+class Manifest(BaseModel):
+    """How one artifact was made. It is written last: an artifact without one was never finished.
+
+    Attributes:
+        artifact: what was made.
+        stage: the stage that made it.
+        version: of that stage's output.
+        key: digest of everything that determines the content.
+        config: the stage's settings, as they were.
+        upstream: what it was made from.
+        files: every file that belongs to the artifact, by its name in the manifest's folder.
+        packages: versions of the packages that decide results.
+        counts: what became of the rows.
+        figures: what was measured, where a number says it.
+        cost: what all rows of the artifact cost, whichever run paid for them.
+        seconds: wall-clock time that making it took.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    artifact: Artifact
+    stage: str
+    version: int
+    key: str
+    config: Annotated[dict[str, JsonValue], BeforeValidator(_settings)] = {}
+    upstream: tuple[Origin, ...] = ()
+    files: dict[str, FileFacts]
+    packages: dict[str, str] = Field(default_factory=package_versions)
+    counts: dict[str, int] = {}
+    figures: dict[str, float] = {}
+    cost: Cost = Cost()
+    seconds: float = 0.0
+
+    def settings(self, kind: type[ConfigT]) -> ConfigT:
+        """Return `config` as the model that it was written from; fields that are no more are left out."""
+        return kind.model_validate(self.config, extra="ignore")
+
+    def origin(self, kind: str) -> Origin | None:
+        """Return the first of `upstream` that is of a kind."""
+        return next((origin for origin in self.upstream if origin.kind == kind), None)

@@ -1,0 +1,597 @@
+"""The workspace: a local folder or gs://bucket/prefix, where a file is either absent or whole."""
+
+import errno
+import hashlib
+import io
+import json
+import logging
+import os
+import posixpath
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import ValidationError
+
+from tasks.config.base import resolve_location
+from tasks.errors import DiskFullError, PreflowError
+from tasks.store.refs import (
+    MANIFEST,
+    AdapterRef,
+    Artifact,
+    CompletionsRef,
+    Cost,
+    EvaluationRef,
+    FileFacts,
+    Manifest,
+    Origin,
+    PreferencesRef,
+    PromotionRef,
+    PromptsRef,
+    Reference,
+    RefT,
+    VerdictsRef,
+    canonical_json,
+    digest,
+    package_versions,
+)
+
+__all__ = [
+    "COMMITTED",
+    "MANIFEST",
+    "AdapterRef",
+    "Artifact",
+    "CompletionsRef",
+    "Cost",
+    "DigestWriter",
+    "EvaluationRef",
+    "FileFacts",
+    "Manifest",
+    "Origin",
+    "PreferencesRef",
+    "PromotionRef",
+    "PromptsRef",
+    "RefT",
+    "Reference",
+    "VerdictsRef",
+    "Workspace",
+    "canonical_json",
+    "digest",
+    "file_sha256",
+    "folder_digest",
+    "indented_json",
+    "package_versions",
+    "server_path",
+    "stage_key",
+]
+
+CHUNK = 1 << 20
+PARALLEL_TRANSFERS = 16
+UPDATE_ATTEMPTS = 30
+PROBED_SECONDS = 300.0
+COMMITTED = "COMMITTED.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+logger = logging.getLogger(__name__)
+_writable_until: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Stat:
+    """One file: its size in bytes, and its sha256 where that is known without reading it."""
+
+    uri: str
+    size: int
+    sha256: str | None = None
+
+
+def _anybody() -> None:
+    """Let everybody write."""
+
+
+class Workspace:
+    """A folder of artifacts. `Workspace(address)` gives the kind that the address asks for, as `pathlib.Path` does.
+
+    A kind of storage implements the primitives, the methods from `stat` to `swap`; all others are made of those. Every
+    method takes a full uri; relative names are joined to the root with `uri()`.
+
+    Args:
+        address: a folder, or gs://bucket/prefix.
+        guard: called before a file appears, changes or goes; it raises when this process may no longer write.
+
+    Raises:
+        PreflowError: the address is of no kind that there is.
+    """
+
+    is_local = True
+
+    def __new__(cls, address: str | Path, guard: Callable[[], None] = _anybody) -> "Workspace":
+        """Return a workspace of the kind that the address asks for."""
+        return super().__new__(_kind_of(str(address)) if cls is Workspace else cls)
+
+    def __init__(self, address: str | Path, guard: Callable[[], None] = _anybody) -> None:
+        self.root = resolve_location(str(address))
+        self._guard = guard
+
+    @classmethod
+    def holding(cls, uri: str) -> "Workspace":
+        """Return a workspace through which the single file or folder at `uri` can be read."""
+        return Workspace(posixpath.dirname(resolve_location(uri)))
+
+    def uri(self, *parts: str) -> str:
+        """Join `parts` to the root."""
+        return posixpath.join(self.root, *parts)
+
+    # ---- what a kind of storage implements. FileNotFoundError: what is read is not there; OSError: anything else
+
+    def stat(self, uri: str) -> Stat | None:
+        """Return the facts of a file, or None."""
+        raise NotImplementedError
+
+    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes from `start` up to `end`, or the whole file; less where the file ends before."""
+        raise NotImplementedError
+
+    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes from start up to end of each range; in ascending order it is fast."""
+        raise NotImplementedError
+
+    def open(self, uri: str) -> IO[bytes]:
+        """Open a whole file for reading from its start to its end."""
+        raise NotImplementedError
+
+    def files(self, uri: str) -> list[Stat]:
+        """Return the files directly below a folder; an absent one has none."""
+        raise NotImplementedError
+
+    def folders(self, uri: str) -> Sequence[str]:
+        """Return the names of the folders directly below a folder, sorted; an absent one has none."""
+        raise NotImplementedError
+
+    def tree(self, uri: str) -> dict[str, Stat]:
+        """Return all files below a folder by their name relative to it."""
+        raise NotImplementedError
+
+    def _stage(self, uri: str) -> IO[bytes]:
+        """Return a file to write what is to lie at `uri`, to be published or discarded."""
+        raise NotImplementedError
+
+    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
+        """Have what was staged appear, in one step, in the place of what was there."""
+        raise NotImplementedError
+
+    def _discard(self, staged: IO[bytes]) -> None:
+        """Drop what was staged; after `_publish`, do nothing."""
+        raise NotImplementedError
+
+    def _remove(self, uri: str) -> None:
+        """Delete a file if it is there."""
+        raise NotImplementedError
+
+    def _remove_tree(self, uri: str) -> None:
+        """Delete a folder and all below it if it is there."""
+        raise NotImplementedError
+
+    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
+        """Return a file's content (None where there is none) and its version, for `swap`."""
+        raise NotImplementedError
+
+    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        raise NotImplementedError
+
+    # ---- what is made of it
+
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        self._guard()
+        return self._swap(uri, content, version)
+
+    def check_writable(self) -> None:
+        """Write, read back and delete a probe file; a bucket that was found writable is asked again after minutes only.
+
+        Raises:
+            PreflowError: with the workspace, the system's reason and the remedy.
+        """
+        if time.monotonic() < _writable_until.get(self.root, 0.0):
+            return
+        probe = self.uri("cache", f".probe-{os.getpid()}")
+        try:
+            self.write_bytes(probe, b"preflow")
+            if self.read_bytes(probe) != b"preflow":
+                raise OSError("what was written was not read back")
+            self.delete(probe)
+            if not self.is_local:
+                _writable_until[self.root] = time.monotonic() + PROBED_SECONDS
+        except Exception as error:
+            raise PreflowError(
+                f"workspace {self.root}: cannot be written ({error}). Choose another folder with `workspace`, or give "
+                "this user the right to write there; nothing was spent."
+            ) from error
+
+    def exists(self, uri: str) -> bool:
+        """Tell whether there is a file at `uri`."""
+        return self.stat(uri) is not None
+
+    def size(self, uri: str) -> int:
+        """Return a file's size in bytes."""
+        stat = self.stat(uri)
+        if stat is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+        return stat.size
+
+    def read_json(self, uri: str) -> Any:
+        """Return a JSON file's value.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            PreflowError: the file does not hold JSON.
+        """
+        return _parse_json(uri, self.read_bytes(uri))
+
+    def write_bytes(self, uri: str, content: bytes) -> None:
+        """Write a whole file, or leave what was there untouched."""
+        with self.writing(uri) as out:
+            out.write(content)
+
+    def write_json(self, uri: str, value: object) -> None:
+        """Write `value` as indented JSON with a newline at its end."""
+        self.write_bytes(uri, indented_json(value))
+
+    def update_json(self, uri: str, change: Callable[[Any], Any]) -> Any:
+        """Replace a JSON file's value by what `change` makes of it (None where there is none), losing no one's update.
+
+        On a bucket an update whose answer is lost, and which another writer's follows before it is tried again, is made
+        twice.
+
+        Args:
+            uri: the file.
+            change: called again if another writer came first; None leaves the file as it is.
+
+        Returns:
+            The value that now stands.
+
+        Raises:
+            PreflowError: the file does not hold JSON, or others replaced it each time.
+        """
+        for attempt in range(UPDATE_ATTEMPTS):
+            content, version = self.read_versioned(uri)
+            value = None if content is None else _parse_json(uri, content)
+            changed = change(value)
+            if changed is None:
+                return value
+            if self.swap(uri, indented_json(changed), version) is not None:
+                return changed
+            time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
+        raise PreflowError(f"{uri}: others replaced it {UPDATE_ATTEMPTS} times in a row; run again when they are done")
+
+    @contextmanager
+    def writing(self, uri: str) -> Iterator["DigestWriter"]:
+        """Stream a file: it appears under `uri` when the block ends without an error, and not at all otherwise."""
+        try:
+            staged = self._stage(uri)
+            try:
+                out = DigestWriter(staged)
+                yield out
+                self._guard()
+                self._publish(staged, uri, out.sha256)
+            finally:
+                self._discard(staged)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise DiskFullError(
+                f"{uri}: the disk is full ({error.strerror}). What was there is untouched and what was finished is "
+                "kept: make room, or choose another workspace, and run again."
+            ) from error
+
+    def lines(self, uri: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield a file's lines with their newline, from byte `start` up to byte `end`, without holding the file."""
+        if start or end is not None:
+            yield from io.BytesIO(self.read_bytes(uri, start, end))
+            return
+        with self.open(uri) as file:
+            yield from file
+
+    def list(self, uri: str) -> list[str]:
+        """Return the uris of the files directly below `uri`, sorted; an absent folder has none."""
+        return sorted(stat.uri for stat in self.files(uri))
+
+    def delete(self, uri: str) -> None:
+        """Delete a file if it is there."""
+        self._guard()
+        self._remove(uri)
+
+    def delete_folder(self, uri: str) -> None:
+        """Delete a folder and all below it, if it is there; first what says that it is whole."""
+        self._guard()
+        self._remove(posixpath.join(uri, COMMITTED))
+        self._remove_tree(uri)
+
+    def sha256(self, uri: str) -> str:
+        """Return the sha256 (hex) of a file's content; what preflow wrote to a bucket need not be read for it."""
+        stat = self.stat(uri)
+        if stat is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", uri)
+        return stat.sha256 or self._digest(uri)
+
+    def _digest(self, uri: str) -> str:
+        """Return the sha256 of a file's content by reading it."""
+        with self.open(uri) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+    def digests(self, uri: str, endings: tuple[str, ...]) -> dict[str, str]:
+        """Return name and sha256 of the files directly below `uri` whose names end with one of `endings`."""
+        stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
+        return {posixpath.basename(stat.uri): stat.sha256 or self.sha256(stat.uri) for stat in stats}
+
+    def commit_folder(self, local: Path, uri: str, extra: dict[str, Any] | None = None) -> str:
+        """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256) last.
+
+        Returns:
+            The sha256 of `COMMITTED.json`, which identifies the folder's content.
+        """
+        names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
+        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+            facts = list(pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)), names))
+        manifest = indented_json({"files": dict(zip(names, facts, strict=True)), **(extra or {})})
+        self.write_bytes(posixpath.join(uri, COMMITTED), manifest)
+        return hashlib.sha256(manifest).hexdigest()
+
+    def fetch_folder(self, uri: str, local: Path) -> Path:
+        """Return a local folder with the committed files of `uri`, verified; a local `uri` is returned as it is.
+
+        Raises:
+            PreflowError: the folder is not committed, or a file is missing or differs from its digest.
+        """
+        if self.is_local:
+            self.verify_folder(uri)
+            return Path(uri)
+        content, committed = self._read_committed(uri)
+        local.mkdir(parents=True, exist_ok=True)
+        (local / COMMITTED).write_bytes(content)
+        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+            list(pool.map(lambda name: self._get(posixpath.join(uri, name), local / name), committed["files"]))
+        for name, facts in committed["files"].items():
+            if file_sha256(local / name) != facts["sha256"]:
+                raise PreflowError(_damaged(posixpath.join(uri, name)))
+        return local
+
+    def fetch_files(self, uri: str, local: Path) -> Path:
+        """Copy the files directly below `uri` into a local folder, committed or not, and return that."""
+        local.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+            list(pool.map(lambda file: self._get(file, local / posixpath.basename(file)), self.list(uri)))
+        return local
+
+    def verify_folder(self, uri: str) -> dict[str, Any]:
+        """Check a committed folder against its `COMMITTED.json` and return that.
+
+        On a bucket the digests are those that the objects carry, so that nothing is read.
+
+        Raises:
+            PreflowError: naming the first file that is missing, cut or changed.
+        """
+        return self._verify(uri)[1]
+
+    def committed_files(self, uri: str) -> dict[str, FileFacts]:
+        """Return size and sha256 of the files of a committed folder, with `COMMITTED.json` itself."""
+        content, committed = self._read_committed(uri)
+        marker = FileFacts(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        return {COMMITTED: marker, **{name: FileFacts(**facts) for name, facts in committed["files"].items()}}
+
+    def _verify(self, uri: str) -> tuple[bytes, dict[str, Any]]:
+        content, committed = self._read_committed(uri)
+        there = self.tree(uri)
+        for name, expected in committed["files"].items():
+            file, stat = posixpath.join(uri, name), there.get(name)
+            if stat is None:
+                raise PreflowError(_missing(file))
+            if stat.size != expected["size"] or (stat.sha256 or self.sha256(file)) != expected["sha256"]:
+                raise PreflowError(_damaged(file))
+        return content, committed
+
+    def _read_committed(self, uri: str) -> tuple[bytes, dict[str, Any]]:
+        marker = posixpath.join(uri, COMMITTED)
+        try:
+            content = self.read_bytes(marker)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = f"{uri}: has no {COMMITTED}, so it was never finished; run the stage that makes it"
+            raise PreflowError(message) from error
+        return content, _parse_json(marker, content)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write an artifact's manifest, which makes it a finished one: the last thing that a stage does."""
+        if manifest.artifact.manifest is None:
+            raise ValueError(f"{manifest.artifact.uri}: a finished artifact names its manifest")
+        self.write_json(manifest.artifact.manifest, manifest.model_dump(mode="json"))
+
+    def read_manifest(self, of: Origin | str) -> Manifest:
+        """Return the manifest of an artifact, given that or the manifest's uri.
+
+        Raises:
+            PreflowError: it is missing or damaged.
+        """
+        uri = of if isinstance(of, str) else of.manifest
+        try:
+            if uri is not None:
+                return Manifest.model_validate(self.read_json(uri))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise PreflowError(f"{uri}: missing; run the stage that makes it") from error
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
+            raise PreflowError(
+                f"{uri}: damaged, or of another version of preflow ({where}: {error.errors()[0]['msg']}); run the "
+                "stage that makes it again"
+            ) from error
+        raise PreflowError(f"{of}: names no manifest, so nothing tells what it was made from")
+
+    def read_rows(self, uri: str) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a JSONL file that preflow wrote, one at a time."""
+        return (json.loads(line) for line in self.lines(uri))
+
+    def is_intact(self, reference: Reference) -> bool:
+        """Tell whether the artifact that `reference` names is there as it was, with all files of its manifest."""
+        if reference.manifest is None:
+            stat = self.stat(reference.uri)
+            return stat is not None and self._is_as(stat, FileFacts(size=reference.size, sha256=reference.sha256))
+        manifest = self._find_manifest(reference.manifest)
+        return manifest is not None and manifest.artifact.sha256 == reference.sha256
+
+    def _is_as(self, stat: Stat, facts: FileFacts) -> bool:
+        return stat.size == facts.size and (stat.sha256 or self.sha256(stat.uri)) == facts.sha256
+
+    def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
+        """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""
+        found = self._find_manifest(manifest)
+        return found.artifact if found is not None and isinstance(found.artifact, kind) else None
+
+    def _find_manifest(self, uri: str) -> Manifest | None:
+        """Return a manifest all of whose files are as it says."""
+        try:
+            manifest = self.read_manifest(uri)
+        except PreflowError as error:
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                logger.warning("%s; its artifact is put together again", error)
+            return None
+        there = self.tree(posixpath.dirname(uri))
+        for name, facts in manifest.files.items():
+            if name not in there or not self._is_as(there[name], facts):
+                logger.warning("%s: %s is missing or differs from its digest: it is put together again", uri, name)
+                return None
+        return manifest
+
+    def _put(self, local: Path, uri: str) -> dict[str, Any]:
+        with self.writing(uri) as out, local.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                out.write(chunk)
+        return {"size": out.size, "sha256": out.sha256}
+
+    def _get(self, uri: str, local: Path) -> None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.open(uri) as file, local.open("wb") as out:
+                shutil.copyfileobj(file, out, CHUNK)
+        except FileNotFoundError as error:
+            raise PreflowError(_missing(uri)) from error
+
+
+def indented_json(value: object) -> bytes:
+    """Encode `value` as JSON for people: indented, sorted, with a newline at its end."""
+    return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _kind_of(address: str) -> type[Workspace]:
+    """Return the kind of workspace of an address; Google's client is imported only when a gs:// address is used."""
+    location = resolve_location(address)
+    if "://" not in location:
+        from tasks.store.local import LocalWorkspace
+
+        return LocalWorkspace
+    if location.startswith("gs://"):
+        from tasks.store.gcs import GcsWorkspace
+
+        return GcsWorkspace
+    raise PreflowError(f"workspace {address!r}: only a local folder or gs://bucket/prefix can be a workspace")
+
+
+def _parse_json(uri: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PreflowError(
+            f"{uri}: damaged, not JSON ({error}); delete it and run again, it will be made anew"
+        ) from error
+
+
+def _missing(uri: str) -> str:
+    return f"{uri}: missing, though {COMMITTED} lists it; delete the folder and run again"
+
+
+def _damaged(uri: str) -> str:
+    return f"{uri}: damaged, differs from {COMMITTED}; delete the folder and run again"
+
+
+class DigestWriter:
+    """A binary file that counts lines and bytes and keeps the sha256 of what is written."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+        self.rows = 0
+
+    def write(self, content: bytes) -> None:
+        """Append `content`."""
+        self._raw.write(content)
+        self._sha256.update(content)
+        self.size += len(content)
+        self.rows += content.count(b"\n")
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Append one JSON row."""
+        self.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    @property
+    def sha256(self) -> str:
+        """The digest of everything written so far."""
+        return self._sha256.hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """Return sha256, size (bytes) and rows, as a reference wants them."""
+        return {"sha256": self.sha256, "size": self.size, "rows": self.rows}
+
+    @property
+    def file(self) -> FileFacts:
+        """Size and sha256 of everything written so far, as a manifest wants them."""
+        return FileFacts(size=self.size, sha256=self.sha256)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(uri: str) -> str:
+    """Return one digest for an adapter or model folder: of the names and contents of its weights and configuration.
+
+    Raises:
+        PreflowError: the folder is missing or holds no weights.
+    """
+    uri = resolve_location(uri)
+    store = Workspace.holding(uri)
+    files = store.digests(uri, (".safetensors", "config.json"))
+    if not any(name.endswith(".safetensors") for name in files):
+        found = ", ".join(sorted(posixpath.basename(file) for file in store.list(uri))) or "nothing"
+        raise PreflowError(
+            f"{uri}: holds no .safetensors weights (found: {found}). Give the folder that save_pretrained() wrote; "
+            "pickled .bin weights are not read, save them again with safe_serialization=True."
+        )
+    return digest(files)
+
+
+def server_path(uri: str, workspace: str, adapter_root: str | None) -> str:
+    """Return the path under which the vLLM server sees `uri`.
+
+    Raises:
+        PreflowError: the workspace is on GCS and `adapter_root` does not say where the server mounts it.
+    """
+    store = Workspace(workspace)
+    if adapter_root is not None:
+        return posixpath.join(adapter_root, posixpath.relpath(uri, store.root))
+    if not store.is_local:
+        raise PreflowError(
+            f"vLLM cannot read {uri}: mount the bucket there (Cloud Storage FUSE) and give the folder as adapter_root"
+        )
+    return uri
+
+
+def stage_key(stage: str, version: int, **content: Any) -> str:
+    """Return the key of what `stage` makes from `content` (digests and settings): 32 hex digits."""
+    return digest({"stage": stage, "version": version, **content})[:32]

@@ -1,0 +1,1 @@
+"""Many settings against each other."""

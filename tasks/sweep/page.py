@@ -1,0 +1,249 @@
+"""The pages of a sweep as sections: the plan before it, the ranking after it."""
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator, Sequence
+
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from tasks.batch.costs import format_seconds, format_usd
+from tasks.config import PipelineConfig, SweepConfig
+from tasks.errors import PreflowError
+from tasks.report.page import Cell, Picture, ReportSection, Table
+from tasks.report.plots import RateBar, plot_rates
+from tasks.report.render import render_html, render_text_table
+from tasks.report.run import add_up, gather_manifests, publish, run_sections
+from tasks.report.sections import cost_section, lineage_section
+from tasks.store.measures import WinRate
+from tasks.store.workspace import Workspace
+from tasks.sweep.estimate import SweepPlan, Work
+from tasks.sweep.points import Point
+from tasks.sweep.ranking import PointResult, SweepResult, sweep_folder
+
+HOW_ESTIMATED = (
+    "Tokens: 4 characters each in prompts; a completion as long as those measured in this workspace, or else at its "
+    "limit (max_tokens); a verdict 30 tokens until it is measured, at most the judge's max_tokens, as a thinking model "
+    "may use. Before there are pairs, every prompt counts as one. "
+    "GPU time: pairs seen in training at {rate:g} a second (sweep.pairs_per_second; 1.14 was measured for a 3B model "
+    "with QLoRA on an L4, batches of 2 x 8), without evaluations and start-up; sampling runs on your own endpoint and "
+    "has no GPU time here. Money: the prices in the configuration; where there is none, nothing is counted. "
+    "Retries come on top."
+)
+COLUMNS = ("work", "by", "points", "requests", "known", "tokens in", "tokens out", "training", "US$")
+
+
+def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> ReportSection:
+    """Show what a sweep is going to do and cost, before it does."""
+    new = sum(not work.finished for work in plan.trainings())
+    asked, alone = sum(work.to_ask for work in plan.work), sum(len(w.points) * w.requests for w in plan.work)
+    left_out = f" {duplicates} equal to another were left out." if duplicates else ""
+    summary = (
+        f"{len(points)} points.{left_out} Still to come: {new} trainings and {asked:,} requests, {_money(plan)}. "
+        f"One by one, the points would take {len(points)} trainings and {alone:,} requests."
+    )
+    rows = (*map(_work_row, plan.work), _total_row(plan))
+    return ReportSection(
+        title="Sweep plan",
+        summary=summary,
+        tables=(
+            Table("What is to be done, each once for all its points", COLUMNS, rows),
+            Table("Points", ("point", "change"), tuple((point.number, point.name) for point in points)),
+        ),
+        blocks=(("How this is estimated", HOW_ESTIMATED.format(rate=sweep.pairs_per_second)),),
+    )
+
+
+def _money(plan: SweepPlan) -> str:
+    unpriced = any(work.usd is None for work in plan.work)
+    if unpriced and not plan.usd():
+        return "no price set"
+    money = f"about {format_usd(plan.usd())} US$, at most {format_usd(plan.most_usd())}"
+    return money + (" and what has no price set" if unpriced else "")
+
+
+def _work_row(work: Work) -> tuple[Cell, ...]:
+    money = "no price set" if work.usd is None else format_usd(work.usd)
+    gpu = format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None
+    known = "finished" if work.finished else f"{work.known:,}" if work.requests else None
+    return (
+        work.stage, work.who, _span(work.points), work.requests or None, known, work.prompt_tokens or None,
+        work.completion_tokens or None, gpu, money,
+    )  # fmt: skip
+
+
+def _total_row(plan: SweepPlan) -> tuple[Cell, ...]:
+    minutes = sum(work.gpu_minutes for work in plan.work)
+    return (
+        "total", None, None, sum(work.requests for work in plan.work), f"{sum(work.known for work in plan.work):,}",
+        sum(work.prompt_tokens for work in plan.work), sum(work.completion_tokens for work in plan.work),
+        format_seconds(60 * minutes) if minutes else None, _money(plan),
+    )  # fmt: skip
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """Return numbers as runs: 1-3, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSection:
+    """Show the points from the best down, and what the best one's configuration is."""
+    ranked, best = result.ranked(), result.best()
+    null = next((point.null for point in ranked if point.null), None)
+    caption = "Win rates; thick: the interval of each alone, thin: the one that holds for all points at once."
+    configs = {point.number: point.config for point in points}
+    return ReportSection(
+        title="Sweep",
+        summary=_summary(result),
+        advice=tuple(_advice(result)),
+        tables=tuple(_tables(result, null)),
+        pictures=(Picture(plot_rates(_rate_bars(ranked), _null_bar(null)), caption),) if ranked else (),
+        blocks=tuple(_to_copy(best, configs[best.number])) if best else (),
+    )
+
+
+def _summary(result: SweepResult) -> str:
+    best, count = result.best(), len(result.points)
+    if best is None or best.rate is None or best.widened is None:
+        return f"None of the {count} points could be finished."
+    part = "" if len(result.ranking) == count else f" of the {len(result.ranking)} that finished, out of {count}"
+    return (
+        f"Best{part}: point {best.number} ({best.name}) wins {_rate(best.rate)} against the SFT adapter. The best of "
+        f"{len(result.ranking)} looks better than it is, since chance had so many tries: the interval that holds for "
+        f"all points at once is {_interval(best.widened)} (each at {100 * result.widened_confidence:.2f} %, "
+        f"together at least {100 * result.confidence:.3g} %; Sidak 1967)."
+    )
+
+
+def _advice(result: SweepResult) -> Iterator[str]:
+    ranked = result.ranked()
+    if failed := result.failed():
+        numbers = _span([point.number for point in failed])
+        yield f"Points {numbers} failed, see the table; start the sweep again and only they are run."
+    if len({point.ruler for point in ranked}) > 1:
+        yield (
+            "The points were not all measured on the same prompts with the same settings and judge, so their win rates "
+            "compare only roughly. Give eval_prompts that no training prompt is in, and sweep nothing of evaluation."
+        )
+    if len(ranked) > 1 and _overlap(ranked[0].widened, ranked[1].widened):
+        yield (
+            f"The intervals of points {ranked[0].number} and {ranked[1].number} overlap: the sweep does not show which "
+            "of them is better. More evaluation.num_samples or held-out prompts narrow them."
+        )
+    if ranked and ranked[0].widened and ranked[0].widened.lower <= 0.5:
+        yield "Not even the best point is surely better than the SFT adapter: promote none of them on these figures."
+
+
+def _overlap(a: WinRate | None, b: WinRate | None) -> bool:
+    return a is not None and b is not None and a.lower <= b.upper
+
+
+def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
+    alone, together = f"{100 * result.confidence:.3g} % interval", "interval for all at once"
+    rows: list[tuple[Cell, ...]] = [
+        (place, point.number, point.name, _share(point.rate), _interval(point.rate), _interval(point.widened),
+         point.made.preferences.rows if point.made else None)
+        for place, point in enumerate(result.ranked(), 1)
+    ]  # fmt: skip
+    if null is not None:
+        rows.append((None, None, "SFT against itself", _share(null), _interval(null), None, None))
+    if rows:
+        columns = ("place", "point", "change", "win rate", alone, together, "training pairs")
+        yield Table("The points, the best first", columns, tuple(rows))
+    failed = tuple((point.number, point.name, point.error) for point in result.failed())
+    if failed:
+        yield Table("Points that failed", ("point", "change", "error"), failed)
+
+
+def _share(rate: WinRate | None) -> str | None:
+    return f"{100 * rate.win_rate:.1f} %" if rate else None
+
+
+def _interval(rate: WinRate | None) -> str | None:
+    return f"{100 * rate.lower:.1f}-{100 * rate.upper:.1f} %" if rate else None
+
+
+def _rate(rate: WinRate) -> str:
+    return f"{_share(rate)} ({_interval(rate)})"
+
+
+def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, str]]:
+    """Yield the best point's configuration, for the form and for the command line; what it leaves out is default."""
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    yield f"Configuration of point {best.number}", json.dumps(values, ensure_ascii=False, indent=2)
+    argument = shlex.quote(f"config={json.dumps(values, ensure_ascii=False)}")
+    yield "Promote it", f"prefect deployment run dpo-pipeline/local --param {argument}"
+
+
+def _rate_bars(ranked: Sequence[PointResult]) -> list[RateBar]:
+    """Return what to draw of the points: each with its interval, and the one widened for the number of points."""
+    return [
+        RateBar(
+            f"{point.number}. {point.name}", point.rate.win_rate, point.rate.lower, point.rate.upper,
+            (point.widened.lower, point.widened.upper),
+        )
+        for point in ranked
+        if point.rate is not None and point.widened is not None
+    ]  # fmt: skip
+
+
+def _null_bar(null: WinRate | None) -> RateBar | None:
+    return RateBar("SFT against itself", null.win_rate, null.lower, null.upper) if null else None
+
+
+logger = logging.getLogger(__name__)
+
+
+async def report_plan(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> None:
+    """Show what the sweep is going to do and cost, in the log and as an artifact."""
+    section = plan_section(plan, points, sweep, duplicates)
+    logger.info("%s\n%s", section.summary, "\n".join(_text(table.columns, table.rows) for table in section.tables))
+    await publish(section)
+
+
+async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
+    """Show the ranking, in the log and as an artifact, and write the pages of the sweep and of its points."""
+    section = ranking_section(result, points)
+    logger.info("%s\n%s", section.summary, "\n".join(_text(table.columns, table.rows) for table in section.tables))
+    for advice in section.advice:
+        logger.warning("%s", advice)
+    await publish(section)
+    workspace = points[0].config.workspace
+    store, folder = Workspace(workspace), sweep_folder(workspace, result.key)
+    made = [(point, found.made) for point, found in zip(points, result.points, strict=True) if found.made]
+    manifests = gather_manifests(store, *(run for _, run in made))
+    sections = [section, cost_section(add_up(manifests)), lineage_section(manifests, store.root)]
+    store.write_bytes(f"{folder}/report.html", render_html("preflow: sweep", sections).encode())
+    for point, run in made:
+        uri = f"{folder}/point-{point.number}.html"
+        if not store.exists(uri):
+            page = render_html(f"preflow: point {point.number}, {point.name}", run_sections(point.config, run))
+            store.write_bytes(uri, page.encode())
+    logger.info("the pages of the sweep and of its points are in %s", folder)
+
+
+def _text(columns: Sequence[str], rows: Sequence[Sequence[str | int | float | bool | None]]) -> str:
+    return render_text_table([columns, *rows])
+
+
+def conclude(result: SweepResult, workspace: str) -> SweepResult | State[SweepResult]:
+    """Return the result, as a state that says so where some points failed.
+
+    Raises:
+        PreflowError: all points failed.
+    """
+    failed = result.failed()
+    if len(failed) == len(result.points):
+        reasons = "\n".join(f"point {point.number} ({point.name}): {point.error}" for point in failed)
+        raise PreflowError(f"all {len(failed)} points failed; what succeeded on the way is kept:\n{reasons}")
+    if not failed:
+        return result
+    message = f"{len(result.ranking)} of {len(result.points)} points finished; the others failed, see the page"
+    return Completed(name="Partial", message=f"{message} in {sweep_folder(workspace, result.key)}", data=result)

@@ -1,0 +1,94 @@
+"""What is checked before a sweep spends anything: the points by their files, then the endpoints that are needed."""
+
+from collections.abc import Sequence
+
+from tasks.config import PipelineConfig, SweepConfig
+from tasks.errors import PreflowError
+from tasks.run.preflight import check_inputs, check_services
+from tasks.store.workspace import Workspace, digest, server_path
+from tasks.sweep.estimate import SweepPlan
+from tasks.sweep.points import Point, Points, drop_equal, expand_points
+from tasks.sweep.ranking import point_keys
+
+
+def prepare_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
+    """Return the points, checked as far as that goes without asking anybody; points of equal content count once.
+
+    Raises:
+        PreflowError: naming the point, what is wrong, and what to do.
+    """
+    if config.approve_before:
+        raise PreflowError(
+            "config.approve_before: a sweep does not wait for a person at every point. Leave it empty, and let "
+            "sweep.budget_usd say what may be spent"
+        )
+    expanded = expand_points(config, sweep)
+    Workspace(config.workspace).check_writable()
+    checked: set[str] = set()
+    for point in expanded.points:
+        files = _files(point.config)
+        if files not in checked:
+            _check_files(point)
+            checked.add(files)
+    keys = dict(zip((point.number for point in expanded.points), point_keys(expanded.points), strict=True))
+    distinct = drop_equal(expanded.points, lambda point: keys[point.number])
+    return distinct.model_copy(update={"duplicates": expanded.duplicates + distinct.duplicates})
+
+
+def _files(config: PipelineConfig) -> str:
+    training = config.training.model_dump(mode="json", include={"base_model", "sft_adapter", "report_to"})
+    return digest([config.prompts, config.eval_prompts, config.judging.rubric, training])
+
+
+def _check_files(point: Point) -> None:
+    config = point.config
+    try:
+        check_inputs(config)
+        # vLLM must see the new adapters: better said before the first training than after it.
+        server_path(Workspace(config.workspace).uri("training"), config.workspace, config.evaluation.adapter_root)
+    except PreflowError as error:
+        raise PreflowError(f"point {point.number} ({point.name}): {error}") from error
+
+
+async def find_unready(points: Sequence[Point], plan: SweepPlan) -> dict[int, PreflowError]:
+    """Ask the endpoints of every point that is not finished, and return why some cannot run, by their numbers.
+
+    Raises:
+        PreflowError: no point can run.
+    """
+    unfinished = plan.unfinished_points()
+    found: dict[str, PreflowError | None] = {}
+    unready: dict[int, PreflowError] = {}
+    for point in points:
+        if point.number not in unfinished:
+            continue
+        who = _services(point.config)
+        if who not in found:
+            found[who] = await _try_services(point.config)
+        if error := found[who]:
+            unready[point.number] = error
+    if unready and len(unready) == len(points):
+        raise next(iter(unready.values()))
+    return unready
+
+
+def _services(config: PipelineConfig) -> str:
+    names = {"endpoint", "model", "api_key"}
+    judges = [*config.judging.judges(), *config.evaluation.comparison_judge().judges()]
+    samplers = [config.generation, *filter(None, [config.evaluation.generation])]
+    asked = [settings.model_dump(include=names) for settings in (*samplers, *judges)]
+    return digest([config.training_deployment, asked])
+
+
+async def _try_services(config: PipelineConfig) -> PreflowError | None:
+    try:
+        await check_services(config)
+    except PreflowError as error:
+        return error
+    return None
+
+
+def trainings_at_once(points: Sequence[Point], sweep: SweepConfig) -> int:
+    """Return how many points may be under way: local trainings share this machine, so then it is one."""
+    elsewhere = all(point.config.training_deployment is not None for point in points)
+    return sweep.parallel if elsewhere else 1

@@ -1,0 +1,101 @@
+"""What the training child is told, and where its artifacts lie; no torch here."""
+
+import posixpath
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.config import TrainingConfig
+from tasks.store.workspace import PreferencesRef
+
+STAGE_VERSION = 1
+
+
+class ExitCode(IntEnum):
+    """How the training child ends."""
+
+    DONE = 0
+    DEFECT = 1
+    USER_ERROR = 2
+    INVARIANT = 42
+    PREEMPTED = 75
+
+
+class TrainingSpec(BaseModel):
+    """One training: everything the child needs to know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preferences: PreferencesRef
+    workspace: str
+    training: TrainingConfig
+    key: str
+    sft_sha256: str
+    base_sha256: str
+
+
+@dataclass(frozen=True)
+class TrainingPaths:
+    """The uris of one training's artifacts."""
+
+    folder: str
+
+    @classmethod
+    def of(cls, root: str, key: str) -> "TrainingPaths":
+        """Return the paths of training `key` in the workspace at `root`."""
+        return cls(posixpath.join(root, "training", key))
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder of `step-000050/` and the like."""
+        return posixpath.join(self.folder, "checkpoints")
+
+    @property
+    def adapter(self) -> str:
+        """Folder of the finished adapter."""
+        return posixpath.join(self.folder, "adapter")
+
+    @property
+    def lease(self) -> str:
+        """File that says who trains."""
+        return posixpath.join(self.folder, "lease.json")
+
+    def file(self, name: str) -> str:
+        """Return the uri of a file directly in the training's folder."""
+        return posixpath.join(self.folder, name)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One sign of life of the trainer: optimizer steps done and in all (0: not known yet), and the newest readings.
+
+    `phase` is waiting, loading, reference, training, evaluating or saving; `message` says more where there is more.
+    """
+
+    phase: str
+    message: str = ""
+    step: int = 0
+    total: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    margin: float | None = None
+    pairs_per_second: float | None = None
+    eta_seconds: float | None = None
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Progress":
+        """Read a progress line back."""
+        return cls(**value)
+
+    def text(self) -> str:
+        """Return one line for the terminal."""
+        parts = [self.phase, f"step {self.step}/{self.total}" if self.total else "", self.message]
+        named = {"loss": self.loss, "accuracy": self.accuracy, "margin": self.margin}
+        parts += [f"{name} {value:.4f}" for name, value in named.items() if value is not None]
+        if self.pairs_per_second is not None:
+            parts.append(f"{self.pairs_per_second:.2f} pairs/s")
+        if self.eta_seconds is not None:
+            parts.append(f"{self.eta_seconds:.0f} s left")
+        return ", ".join(part for part in parts if part)

@@ -1,0 +1,133 @@
+"""Training as a Prefect task: cached by its key, resumed where it was, seen while it runs."""
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.exceptions import PrefectException
+
+from tasks.batch.caching import cached, open_results
+from tasks.batch.progress import is_worth_retrying
+from tasks.config import TrainingConfig
+from tasks.report.plots import plot_metrics
+from tasks.report.render import render_markdown
+from tasks.report.sections import live_section
+from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace
+from tasks.train.launch import check_training_inputs, run_training, training_key
+from tasks.train.spec import Progress, TrainingPaths
+
+logger = logging.getLogger(__name__)
+LIVE_KEY = "training-live"
+REFRESH_SECONDS = 30.0
+
+
+async def train_adapter(preferences: PreferencesRef, workspace: str, training: TrainingConfig) -> AdapterRef:
+    """Train the SFT adapter on preference pairs; a finished training of the same key is not repeated.
+
+    Raises:
+        PreflowError: an input is wrong, or an invariant of DPO does not hold.
+    """
+    check_training_inputs(training)
+    key = training_key(preferences, training)
+    results = await open_results(workspace)
+    # A synchronous task runs here, in the main thread: only there does Prefect's SIGTERM reach it.
+    record = cached(dpo_training, key, results)(preferences, workspace, training, key)
+    return AdapterRef.model_validate(record)
+
+
+@task(name="train-adapter", retries=3, retry_delay_seconds=10, retry_condition_fn=is_worth_retrying)
+def dpo_training(preferences: PreferencesRef, workspace: str, training: TrainingConfig, key: str) -> dict[str, Any]:
+    """Run the trainer in a child process until it has finished; a preempted one goes on from its last checkpoint."""
+    view = TrainingView(TrainingPaths.of(Workspace(workspace).root, key).file("metrics.jsonl"))
+    with _ctrl_c_at_once():
+        adapter = run_training(preferences, workspace, training, key, view.show)
+    view.finish()
+    return adapter.model_dump()
+
+
+@contextmanager
+def _ctrl_c_at_once() -> Iterator[None]:
+    """Let Ctrl-C interrupt the block: `asyncio.run` would leave it to the event loop, which waits for this task."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class TrainingView:
+    """What the UI shows of a training while it runs: a progress bar, and a page of curves and newest figures.
+
+    Args:
+        metrics: uri of the `metrics.jsonl` that the trainer keeps up to date.
+    """
+
+    def __init__(self, metrics: str) -> None:
+        self._metrics = metrics
+        self._store = Workspace.holding(metrics)
+        # The event loop of the flow waits for the task that calls this, so no call may be dispatched to it.
+        create: Any = create_progress_artifact
+        self._bar: UUID = create(progress=0.0, description="train-adapter: optimizer steps", _sync=True)
+        self._page: UUID | None = None
+        self._drawn = self._complained = -math.inf
+
+    def show(self, progress: Progress) -> None:
+        """Move the bar; draw the page anew if the last one is `REFRESH_SECONDS` old."""
+        with self._server_may_be_away():
+            if progress.total:
+                self._move(100.0 * progress.step / progress.total)
+            if time.monotonic() - self._drawn >= REFRESH_SECONDS:
+                self._draw(f"Running: {progress.text()}.")
+
+    def finish(self) -> None:
+        """Show the finished training."""
+        with self._server_may_be_away():
+            self._move(100.0)
+            self._draw("Finished; the page on the training has its readings and the advice.")
+
+    @contextmanager
+    def _server_may_be_away(self) -> Iterator[None]:
+        """Let a training go on while the Prefect server does not answer; say so at most once a refresh."""
+        try:
+            yield
+        except (httpx.HTTPError, PrefectException) as error:
+            if time.monotonic() - self._complained >= REFRESH_SECONDS:
+                self._complained = time.monotonic()
+                logger.warning("the Prefect server does not take the training's progress (%s); training goes on", error)
+
+    def _move(self, percent: float) -> None:
+        update: Any = update_progress_artifact
+        update(self._bar, progress=percent, _sync=True)
+
+    def _draw(self, summary: str) -> None:
+        if not self._store.exists(self._metrics):
+            return
+        rows = [json.loads(line) for line in self._store.lines(self._metrics)]
+        page = render_markdown(live_section(summary, rows, plot_metrics(rows)))
+        self._publish(page)
+        self._drawn = time.monotonic()
+
+    def _publish(self, page: str) -> None:
+        if self._page is None:
+            create: Any = create_markdown_artifact
+            description = "The training as it goes: curves and newest figures."
+            self._page = create(key=LIVE_KEY, markdown=page, description=description, _sync=True)
+            return
+        # In place: a version of 100 kB every half minute would fill the server's database.
+        with get_client(sync_client=True) as client:
+            client.update_artifact(self._page, ArtifactUpdate(data=page))

@@ -1,0 +1,457 @@
+"""Training on a work pool, as a run of a deployment: started once, found again, revived, and followed to its end."""
+
+import asyncio
+import logging
+import math
+import posixpath
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import acreate_link_artifact, acreate_progress_artifact, aupdate_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterType,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterIdempotencyKey,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import ArtifactSort
+from prefect.deployments import arun_deployment
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.runtime import flow_run as this_run
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import AwaitingRetry, Cancelling, Crashed
+from prefect.utilities.urls import url_for
+
+from tasks.config import PipelineConfig, TrainingConfig
+from tasks.errors import PreflowError
+from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest
+from tasks.train.launch import training_key
+from tasks.train.spec import TrainingPaths
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FLOW = "train-dpo"
+POLL_SECONDS = 5.0
+OUTAGE_SECONDS = 5.0
+SILENT_SECONDS, SILENT_LEASES = 600.0, 10
+# A process worker reports a killed process twice, the second time after its hooks have run, some 10 to 25 s later; a
+# run that was executed again by then would be marked as crashed while it runs. And it starts runs 10 s early.
+FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 45.0, 300.0
+
+
+async def train_on_pool(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:
+    """Return the adapter of a training that runs on a work pool; one that is under way is joined, not started again.
+
+    The training goes on when this process is killed, and whoever asks for it next finds it. It is cancelled when the
+    flow run that waits here is cancelled.
+
+    Raises:
+        PreflowError: the training failed, was cancelled, or crashed more than `max_restarts` times.
+    """
+    return await obtain_adapter(TrainingOrder.of(preferences, config))
+
+
+async def obtain_adapter(order: "TrainingOrder") -> AdapterRef:
+    """As `train_on_pool`, for an order."""
+    adapter = order.find_adapter()
+    if adapter is not None:
+        logger.info("the adapter is finished: %s asks nobody", order.deployment)
+        return adapter
+    run = await patiently(order.start_or_join)
+    with _cancelled_together(run):
+        return await _follow(run, order)
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """One training as it is asked of a deployment; `job_variables` override the work pool's."""
+
+    deployment: str
+    preferences: PreferencesRef
+    workspace: str
+    training: TrainingConfig
+    max_restarts: int
+    job_variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, preferences: PreferencesRef, config: PipelineConfig) -> "TrainingOrder":
+        """Return what a pipeline asks for."""
+        deployment = str(config.training_deployment)
+        return cls(deployment, preferences, config.workspace, config.training, config.max_restarts)
+
+    @cached_property
+    def key(self) -> str:
+        """The training's key: equal orders train the same, in the same folder."""
+        return training_key(self.preferences, self.training)
+
+    def find_adapter(self) -> AdapterRef | None:
+        """Return the adapter from the workspace, if it is finished; what a run returned is never read."""
+        store = Workspace(self.workspace)
+        return store.find_finished(store.uri("training", self.key, MANIFEST), AdapterRef)
+
+    def attempt_key(self, attempt: int) -> str:
+        """Return the idempotency key under which everybody finds the same run."""
+        return f"{digest([self.deployment, self.workspace, self.key])[:32]}-{attempt}"
+
+    async def start_or_join(self) -> FlowRun:
+        """Return the run that trains: the one that is under way, or a new one.
+
+        A run that ended without an adapter stays as it is, for its log, and the next attempt gets a run of its own. Two
+        who ask at the same moment ask for the same attempt, and so get the same run.
+        """
+        runs = await self.runs()
+        if not runs or await self._is_over(runs[-1]):
+            return await self._start(len(runs))
+        logger.info("joining the training run %r, which is %s", runs[-1].name, _state(runs[-1]).name)
+        return runs[-1]
+
+    async def runs(self) -> list[FlowRun]:
+        """Return the runs of all attempts so far, the newest last."""
+        found: list[FlowRun] = []
+        while (run := await self._find(len(found))) is not None:
+            found.append(run)
+        return found
+
+    async def _find(self, attempt: int) -> FlowRun | None:
+        key = FlowRunFilterIdempotencyKey(any_=[self.attempt_key(attempt)])
+        async with get_client() as client:
+            runs = await client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
+                flow_run_filter=FlowRunFilter(idempotency_key=key),
+            )
+        return runs[0] if runs else None
+
+    async def _is_over(self, run: FlowRun) -> bool:
+        state = _state(run)
+        if state.is_crashed():
+            return await count_crashes(run) > self.max_restarts
+        return state.is_final() or state.is_cancelling()
+
+    async def _start(self, attempt: int) -> FlowRun:
+        parameters = {
+            "preferences": self.preferences.model_dump(mode="json"),
+            "workspace": self.workspace,
+            "training": self.training.model_dump(mode="json"),
+        }
+        run = await arun_deployment(
+            self.deployment, parameters=parameters, idempotency_key=self.attempt_key(attempt), timeout=0,
+            job_variables=dict(self.job_variables),
+        )  # fmt: skip
+        logger.info("asked %s to train, as run %r", self.deployment, run.name)
+        return run
+
+
+def _state(run: FlowRun) -> State[Any]:
+    if run.state is None:
+        raise RuntimeError(f"the Prefect server shows flow run {run.id} without a state")
+    return run.state
+
+
+async def count_crashes(run: FlowRun) -> int:
+    """Return how many executions of a run have crashed; the server remembers, whatever became of this process."""
+    async with get_client() as client:
+        states = await client.read_flow_run_states(run.id)
+    crashes, executed = 0, False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        crashes += state.is_crashed() and executed
+        executed = state.is_running() or state.is_pending() or (executed and not state.is_crashed())
+    return crashes
+
+
+async def patiently(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Return what the call returns, calling again for as long as the Prefect server does not answer."""
+    since: float | None = None
+    while True:
+        try:
+            answer = await call(*arguments)
+        except (httpx.HTTPError, RuntimeError) as error:
+            if not _is_outage(error):
+                raise
+            if since is None:
+                since = time.monotonic()
+                logger.warning("the Prefect server does not answer (%s); waiting, the training goes on", error)
+            await asyncio.sleep(OUTAGE_SECONDS)
+            continue
+        if since is not None:
+            logger.info("the Prefect server answers again after %.0f s", time.monotonic() - since)
+        return answer
+
+
+def _is_outage(error: Exception) -> bool:
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError) or "Failed to reach API" in str(error)
+
+
+async def _follow(run: FlowRun, order: TrainingOrder) -> AdapterRef:
+    """Wait until the adapter is there; show the run's states and progress as this run's own, and revive it."""
+    view, pulse = await patiently(_RunView.open, run, order.deployment), _Pulse(order)
+    while True:
+        run = await patiently(_read, run.id)
+        await view.show(run)
+        if pulse.has_stopped(_state(run)):
+            await patiently(_bury, run)
+        elif _state(run).is_final():
+            adapter = order.find_adapter()
+            if adapter is not None:
+                return adapter
+            await patiently(_revive, run, order)
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _read(run_id: UUID) -> FlowRun:
+    async with get_client() as client:
+        try:
+            return await client.read_flow_run(run_id)
+        except ObjectNotFound as error:
+            raise PreflowError(
+                f"the training run {run_id} was deleted from the Prefect server. Run again: what it had saved is kept"
+            ) from error
+
+
+class _Pulse:
+    """Whether a training that is shown as running gives signs of life: its lease's beat, by this process's clock."""
+
+    def __init__(self, order: TrainingOrder) -> None:
+        self._store = Workspace(order.workspace)
+        self._lease = TrainingPaths.of(self._store.root, order.key).lease
+        self._limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
+        self._seen: object = None
+        self._since = time.monotonic()
+
+    def has_stopped(self, state: State[Any]) -> bool:
+        """Tell whether a running training has been silent for too long."""
+        if not state.is_running():
+            return False
+        seen = state.id, self._beat()
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        return time.monotonic() - self._since > self._limit
+
+    def _beat(self) -> object:
+        try:
+            return self._store.read_bytes(self._lease) if self._store.exists(self._lease) else None
+        except Exception:
+            logger.warning("%s cannot be read now; that says nothing of the training", self._lease, exc_info=True)
+            return object()
+
+
+async def _bury(run: FlowRun) -> None:
+    """Report a silent run as crashed, since nobody else will: its worker is gone with it.
+
+    Not on Kubernetes: there a lost pod is replaced, however long that takes.
+    """
+    async with get_client() as client:
+        pool = await client.read_work_pool(run.work_pool_name) if run.work_pool_name else None
+        if pool is not None and pool.type == "process":
+            reason = "No sign of life: its machine, or its worker and its process, are gone."
+            await client.set_flow_run_state(run.id, Crashed(message=reason))
+
+
+async def _revive(run: FlowRun, order: TrainingOrder) -> None:
+    """Have a crashed run executed again, from its last checkpoint.
+
+    Raises:
+        PreflowError: it did not crash, or too often; says what happened, where the log is and what to do.
+    """
+    state = _state(run)
+    crashes = max(1, await count_crashes(run)) if state.is_crashed() else 0
+    if not 0 < crashes <= order.max_restarts:
+        raise PreflowError(_what_happened(run, order, crashes))
+    delay = min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2 ** (crashes - 1))
+    logger.warning(
+        "the training crashed (%s); restart %d of %d in %.0f s", state.message, crashes, order.max_restarts, delay
+    )
+    when = datetime.now(UTC) + timedelta(seconds=delay)
+    reason = f"Restart {crashes} of {order.max_restarts}, asked for by the run that waits for the adapter."
+    async with get_client() as client:
+        # Somebody else who waits may have been quicker: only the crash that was seen is answered.
+        if _state(await client.read_flow_run(run.id)).id == state.id:
+            await client.set_flow_run_state(run.id, AwaitingRetry(scheduled_time=when, message=reason))
+
+
+def _what_happened(run: FlowRun, order: TrainingOrder, crashes: int) -> str:
+    state = _state(run)
+    where = f"Its run is {url_for(run) or run.id}"
+    log = TrainingPaths.of(order.workspace, order.key).file("train.log")
+    if Workspace(order.workspace).exists(log):
+        where += f" and its log {log}"
+    again = "run again: what it had saved is kept, and a new training run goes on from there"
+    if state.is_completed():
+        return (
+            f"{order.deployment} says that it has trained, but there is no adapter in {order.workspace} as it is seen "
+            f"from here. {where}. If it runs on another machine, give a workspace that both see (gs://bucket/prefix)."
+        )
+    if state.is_cancelled():
+        return f"the training on {order.deployment} was cancelled ({state.message}). {where}. To go on, {again}."
+    if state.is_crashed():
+        return (
+            f"the training on {order.deployment} crashed {crashes} times, over max_restarts ({order.max_restarts}); "
+            f"the last time: {state.message} {where}. Mend the cause, or raise max_restarts, and {again}."
+        )
+    reason = str(state.message).removeprefix("Flow run encountered an exception: ").removeprefix("PreflowError: ")
+    return f"the training on {order.deployment} failed: {reason}\n{where}. Mend the cause and {again}."
+
+
+class _RunView:
+    """What the UI shows of the other run in this one: a link, a progress bar, and a log line for each new state."""
+
+    def __init__(self, deployment: str, bar: UUID) -> None:
+        self._deployment, self._bar = deployment, bar
+        self._state: UUID | None = None
+        self._shown = -math.inf
+
+    @classmethod
+    async def open(cls, run: FlowRun, deployment: str) -> "_RunView":
+        """Make the link and the bar."""
+        address = url_for(run)
+        if address is not None:
+            await acreate_link_artifact(address, link_text=run.name, description=f"The training, on {deployment}.")
+        bar = await acreate_progress_artifact(0.0, description=f"{deployment}: optimizer steps")
+        return cls(deployment, bar)
+
+    async def show(self, run: FlowRun) -> None:
+        """Log a new state, and move the bar to where the run's own is."""
+        state = _state(run)
+        if state.id != self._state:
+            self._state = state.id
+            logger.info("%s, run %r: %s", self._deployment, run.name, _describe(state))
+        try:
+            percent = 100.0 if state.is_completed() else await _progress(run)
+            if percent != self._shown:
+                await aupdate_progress_artifact(self._bar, progress=percent)
+                self._shown = percent
+        except (httpx.HTTPError, PrefectException) as error:  # a display is not worth a training
+            logger.debug("the progress could not be shown: %s", error)
+
+
+def _describe(state: State[Any]) -> str:
+    if state.type is StateType.SCHEDULED and state.name in ("Scheduled", "Late"):
+        return f"{state.name}, waiting for a worker"
+    return f"{state.name} ({state.message})" if state.message else str(state.name)
+
+
+async def _progress(run: FlowRun) -> float:
+    """Return how far the newest execution of a run is, in per cent."""
+    async with get_client() as client:
+        bars = await client.read_artifacts(
+            artifact_filter=ArtifactFilter(type=ArtifactFilterType(any_=["progress"])),
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
+            sort=ArtifactSort.CREATED_DESC,
+            limit=1,
+        )
+    return float(bars[0].data) if bars and isinstance(bars[0].data, int | float) else 0.0
+
+
+@contextmanager
+def _cancelled_together(run: FlowRun) -> Iterator[None]:
+    """Cancel the training if this run is cancelled while the block runs; if this process is only stopped, leave it."""
+    mine = {UUID(run_id) for run_id in (this_run.get_id(), this_run.get_root_flow_run_id()) if run_id}
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        try:
+            _pass_on(run, mine)
+        except (httpx.HTTPError, PrefectException) as error:
+            logger.warning("the training run %s goes on: the Prefect server does not answer (%s)", run.id, error)
+        raise
+
+
+def _pass_on(run: FlowRun, mine: set[UUID]) -> None:
+    """Cancel a run if one of `mine` is; a preempted process has little time, and perhaps no event loop any more."""
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(httpx_settings={"timeout": 3.0}, sync_client=True) as client,
+    ):
+        states = [_state(client.read_flow_run(run_id)) for run_id in mine]
+        if not any(state.is_cancelling() or state.is_cancelled() for state in states):
+            logger.warning("stopped; the training goes on without this run: %s", url_for(run) or run.id)
+            return
+        client.set_flow_run_state(run.id, Cancelling(message="The run that waits for the adapter was cancelled."))
+        logger.warning("cancelled, and the training with it: %s", url_for(run) or run.id)
+
+
+# Where the pools of type kubernetes mount a volume, and the only local folder that means anything there.
+MOUNT = "/workspace"
+
+
+async def check_deployment(name: str, workspace: str, training: TrainingConfig) -> None:
+    """See that the deployment that shall train exists, takes runs and can reach what it needs.
+
+    Raises:
+        PreflowError: with what is wrong, where, and what to do.
+    """
+    deployment = await read_deployment(name)
+    if deployment.paused:
+        raise PreflowError(f"deployment {name} is paused: resume it in the Prefect UI")
+    if deployment.work_pool_name is not None:
+        async with get_client() as client:
+            pool = await client.read_work_pool(deployment.work_pool_name)
+            workers = await client.read_workers_for_work_pool(pool.name)
+        _check_pool(pool, [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE])
+        _check_reach(workspace, training, pool)
+
+
+async def read_deployment(name: str) -> DeploymentResponse:
+    """Return a deployment of the training.
+
+    Raises:
+        PreflowError: there is none of this name; says which there are.
+    """
+    async with get_client() as client:
+        try:
+            return await client.read_deployment_by_name(name)
+        except ObjectNotFound as error:
+            found = await client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])))
+            names = ", ".join(sorted(f"{FLOW}/{deployment.name}" for deployment in found)) or "none"
+            raise PreflowError(
+                f"deployment {name}: there is no such deployment on {PREFECT_API_URL.value()} (found: {names}). "
+                "Make all of them with deployments/register.sh, or leave the field empty to train here."
+            ) from error
+
+
+def _check_pool(pool: WorkPool, online: list[str]) -> None:
+    if pool.is_paused:
+        raise PreflowError(f"work pool {pool.name} is paused, so nothing would train: resume it in the Prefect UI")
+    if not online and not (pool.is_push_pool or pool.is_managed_pool):
+        logger.warning(
+            "no worker of the work pool %s is online: the training will wait for one (prefect worker start --pool %s)",
+            pool.name, pool.name,
+        )  # fmt: skip
+
+
+def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> None:
+    """Refuse paths that mean nothing where the pool's runs are executed."""
+    base = training.base_model
+    is_folder = base.startswith((".", "/", "~")) or Path(base).is_dir()
+    if is_folder and not posixpath.isabs(base):
+        raise PreflowError(f"training.base_model {base}: give the whole path, {pool.name} runs in another folder")
+    if pool.type != "kubernetes":
+        return
+    paths = {"workspace": workspace, "training.sft_adapter": training.sft_adapter}
+    if is_folder:
+        paths["training.base_model"] = base
+    for name, path in paths.items():
+        if "://" not in path and not Path(path).is_relative_to(MOUNT):
+            raise PreflowError(
+                f"{name} {path}: a pod of the work pool {pool.name} cannot see it. Give a gs:// address, or a path "
+                f"below {MOUNT} if the pool mounts a volume there (workspace_volume, see infra/README.md)"
+                + (", or a model's name on the hub." if path == base else ".")
+            )

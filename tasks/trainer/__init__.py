@@ -1,0 +1,1 @@
+"""The child that trains: torch, TRL, and its exactness."""

@@ -1,0 +1,174 @@
+"""Checkpoints in the workspace: safetensors and JSON only, committed whole, the newest valid one resumed."""
+
+import json
+import logging
+import posixpath
+import re
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tasks.errors import PreflowError
+from tasks.store.workspace import COMMITTED, Workspace, file_sha256
+
+LOG = logging.getLogger(__name__)
+
+KEPT = 2
+BEING_WRITTEN = ".writing-"
+STATE = "state.json"
+TRAINER_STATE = "trainer_state.json"
+POLICY = "policy.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One moment of a training, between two optimizer steps.
+
+    Attributes:
+        step: optimizer steps done.
+        policy: the adapter's tensors.
+        optimizer: `<parameter>|<slot>` to tensor.
+        state: everything else, JSON: see `trainer.ExactTrainer.capture`.
+    """
+
+    step: int
+    policy: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write the files into a local folder; the trainer's own state lies beside in transformers' format.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(_on_cpu(self.policy), folder / POLICY)
+            save_file(_on_cpu(self.optimizer), folder / OPTIMIZER)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: {error}") from error
+        (folder / STATE).write_text(json.dumps(self.state))
+        (folder / TRAINER_STATE).write_text(json.dumps(self.state["trainer_state"]))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Checkpoint":
+        """Read what `write` wrote.
+
+        Raises:
+            PreflowError: a file cannot be read.
+        """
+        try:
+            state = json.loads((folder / STATE).read_text())
+            return cls(state["step"], load_file(folder / POLICY), load_file(folder / OPTIMIZER), state)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise PreflowError(f"{folder}: not a readable checkpoint ({error}); delete it and run again") from error
+
+
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+class CheckpointStore:
+    """The checkpoints of one training, `step-000050/` and the like.
+
+    Args:
+        store: the workspace; its guard keeps a trainer that was replaced from writing.
+        folder: uri of the folder that holds them.
+        scratch: local folder for what is being written or was fetched.
+    """
+
+    def __init__(self, store: Workspace, folder: str, scratch: Path) -> None:
+        self._store = store
+        self._folder = folder
+        self._scratch = scratch
+
+    def save(self, checkpoint: Checkpoint) -> float:
+        """Commit a checkpoint and drop all but the last two; one that is already there and whole is left.
+
+        Returns:
+            Seconds it took.
+
+        Raises:
+            OSError: it could not be written; what was there before is untouched.
+        """
+        started = time.monotonic()
+        uri = posixpath.join(self._folder, f"step-{checkpoint.step:06d}")
+        if self._problem(uri) is None:
+            return 0.0
+        if self._store.is_local:
+            self._commit_in_place(checkpoint, Path(uri))
+        else:
+            self._store.delete_folder(uri)
+            with tempfile.TemporaryDirectory(dir=self._scratch) as name:
+                checkpoint.write(Path(name))
+                self._store.commit_folder(Path(name), uri, {"step": checkpoint.step})
+        self._prune()
+        return time.monotonic() - started
+
+    def _commit_in_place(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write beside and rename the whole folder: on a local disk a copy would double the time to save."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=BEING_WRITTEN, ignore_cleanup_errors=True) as name:
+            beside = Path(name) / folder.name
+            checkpoint.write(beside)
+            files = sorted(beside.iterdir())
+            with ThreadPoolExecutor(len(files)) as pool:
+                digests = list(pool.map(file_sha256, files))
+            facts = {
+                file.name: {"size": file.stat().st_size, "sha256": sha256}
+                for file, sha256 in zip(files, digests, strict=True)
+            }
+            (beside / COMMITTED).write_text(json.dumps({"files": facts, "step": checkpoint.step}))
+            self._store.delete_folder(str(folder))  # and only the holder of the lease gets past here
+            beside.rename(folder)
+
+    def sweep(self) -> None:
+        """Remove what a killed trainer was just writing."""
+        for name in self._store.folders(self._folder):
+            if name.startswith(BEING_WRITTEN):
+                self._store.delete_folder(posixpath.join(self._folder, name))
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint that is whole; torn ones are named in the log and skipped."""
+        for uri in reversed(self._uris()):
+            problem = self._problem(uri)
+            if problem is None:
+                try:
+                    return self._read(uri)
+                except PreflowError as error:
+                    problem = str(error)
+            LOG.warning("checkpoint %s is skipped: %s", posixpath.basename(uri), problem)
+        return None
+
+    def _read(self, uri: str) -> Checkpoint:
+        local = self._scratch / "resumed"
+        shutil.rmtree(local, ignore_errors=True)
+        return Checkpoint.read(self._store.fetch_folder(uri, local))
+
+    def _problem(self, uri: str) -> str | None:
+        try:
+            self._store.verify_folder(uri)
+        except (PreflowError, KeyError, TypeError, OSError) as error:
+            return str(error)
+        return None
+
+    def _uris(self) -> list[str]:
+        names = [name for name in self._store.folders(self._folder) if re.fullmatch(r"step-\d{6,}", name)]
+        return [posixpath.join(self._folder, name) for name in sorted(names, key=lambda name: int(name[5:]))]
+
+    def _prune(self) -> None:
+        uris = self._uris()
+        whole = [uri for uri in uris if self._store.exists(posixpath.join(uri, COMMITTED))]
+        for uri in uris:
+            if uri not in whole[-KEPT:]:
+                self._store.delete_folder(uri)

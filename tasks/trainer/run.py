@@ -1,0 +1,291 @@
+"""One training from its spec to the committed adapter: the steps in order."""
+
+import logging
+import os
+import posixpath
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tasks.errors import PreflowError
+from tasks.store.workspace import (
+    COMMITTED,
+    MANIFEST,
+    AdapterRef,
+    Cost,
+    FileFacts,
+    Manifest,
+    Origin,
+    Workspace,
+    canonical_json,
+    folder_digest,
+)
+from tasks.train.health import Run, assess
+from tasks.train.phases import Phases
+from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec
+from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
+from tasks.trainer.data import PairData, load_pairs, make_micro_batches
+from tasks.trainer.model import (
+    AdapterWeights,
+    has_cuda,
+    load_base,
+    load_policy,
+    load_tokenizer,
+    probe_texts,
+    record_probe,
+    save_adapter,
+)
+from tasks.trainer.reference import ReferenceCache, Split, reference_key
+from tasks.trainer.stopping import StopFlag
+from tasks.trainer.trainer import ExactTrainer, Hooks, TrainerParts
+
+LOG = logging.getLogger(__name__)
+
+# Writing metrics.jsonl takes at most a twentieth of the time, however many rows there are.
+ROWS_PAUSE = 20
+
+
+class TrainingRun:
+    """A training under one key, with everything it reads and writes.
+
+    Args:
+        spec: what to train.
+        store: the workspace; only the main process's one can write.
+        scratch: local folder for this process alone.
+        progress: told what happens.
+        stop: looked at between any two batches.
+    """
+
+    def __init__(
+        self, spec: TrainingSpec, store: Workspace, scratch: Path, progress: Callable[[Progress], None], stop: StopFlag
+    ) -> None:
+        self._spec = spec
+        self._training = spec.training
+        self._store = store
+        self._scratch = scratch
+        self._progress = progress
+        self._stop = stop
+        self._paths = TrainingPaths.of(store.root, spec.key)
+        self._started = time.monotonic()
+        self._phases = Phases(self._tell)
+        self._checkpoint_seconds: list[float] = []
+        self._rows_due = 0.0
+
+    def execute(self) -> None:
+        """Train, check, and commit the adapter.
+
+        Raises:
+            PreflowError, InvariantError: see there.
+            StopTraining: preempted; what could be saved is saved.
+        """
+        if self._is_main:
+            self._sweep()
+        phase = self._phases.phase
+        with phase("reading the SFT adapter"):
+            adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
+        with phase("reading the tokenizer"):
+            tokenizer = load_tokenizer(self._training, adapter)
+        with phase("tokenizing the pairs"):
+            train, val = self._load_splits(tokenizer)
+        self._tell(Progress("loading", f"loading {self._training.base_model}"))
+        trainer = self._build(adapter, tokenizer, train, val)
+        with phase("reading the newest checkpoint"):
+            checkpoint = self._checkpoints.newest()
+        if checkpoint is not None:
+            LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
+        self._progress(Progress("training", "resuming" if checkpoint else "starting"))
+        trainer.fit(checkpoint)
+        self._finish(trainer, adapter, val or train)
+
+    def _sweep(self) -> None:
+        """Remove files that a killed trainer was just writing."""
+        for uri in self._store.list(self._paths.folder):
+            if posixpath.basename(uri).startswith(".writing-"):
+                self._store.delete(uri)
+        self._checkpoints.sweep()
+
+    @cached_property
+    def _checkpoints(self) -> CheckpointStore:
+        return CheckpointStore(self._store, self._paths.checkpoints, self._scratch)
+
+    def _load_splits(self, tokenizer: Any) -> tuple[Split, Split | None]:
+        preferences, training = self._spec.preferences, self._training
+        self._train_data = load_pairs(preferences.uri, self._store, tokenizer, training.max_length)
+        val_uri = preferences.sibling("val.jsonl")
+        has_val = self._store.exists(val_uri) and self._store.size(val_uri) > 0
+        self._val_data = load_pairs(val_uri, self._store, tokenizer, training.max_length) if has_val else None
+        lengths = [pair.length(training.max_length) for pair in self._train_data.pairs]
+        batches = make_micro_batches(
+            lengths, training.per_device_train_batch_size, training.group_by_length, training.seed
+        )
+        train = Split("train", self._train_data.pairs, batches)
+        return train, self._val_split(self._val_data)
+
+    def _val_split(self, data: PairData | None) -> Split | None:
+        if data is None:
+            return None
+        size, rows = self._training.per_device_eval_batch_size, list(range(len(data.pairs)))
+        return Split("val", data.pairs, [rows[start : start + size] for start in range(0, len(rows), size)])
+
+    def _build(self, adapter: Path, tokenizer: Any, train: Split, val: Split | None) -> ExactTrainer:
+        if self._training.bf16 and not has_cuda():
+            LOG.info("bf16 is ignored: no CUDA here, training is fp32")
+        torch.manual_seed(self._training.seed)
+        with self._phases.phase("loading the base model"):
+            base = load_base(self._training, int(_local_rank()))
+        with self._phases.phase("putting the SFT adapter onto it"):
+            policy = load_policy(base, adapter, tokenizer)
+        parts = TrainerParts(policy, tokenizer, train, val, AdapterWeights(adapter), self._scratch)
+        with self._phases.phase("making the trainer"):
+            trainer = ExactTrainer(parts, self._training, Hooks(self._save, self._write_rows, self._tell, self._stop))
+        if self._training.cache_reference:
+            with self._phases.phase("computing the reference log-probs"):
+                self._use_cached_reference(trainer, train, val)
+        return trainer
+
+    def _tell(self, progress: Progress) -> None:
+        if self._is_main:
+            self._progress(progress)
+
+    @property
+    def _is_main(self) -> bool:
+        return _rank() == 0
+
+    def _use_cached_reference(self, trainer: ExactTrainer, train: Split, val: Split | None) -> None:
+        splits = [train] + ([val] if val else [])
+        weights = {
+            "base": self._spec.base_sha256, "sft": self._spec.sft_sha256, "device": "cuda" if has_cuda() else "cpu",
+        }  # fmt: skip
+        key = reference_key(splits, self._training, weights)
+        cache = ReferenceCache(self._store, key, trainer.sft.digest(), self._scratch)
+        found = trainer.agree(cache.load(splits))
+        if found is None:
+            count = sum(len(split.pairs) for split in splits)
+            self._tell(Progress("reference", f"computing the reference log-probs of {count} pairs"))
+            found = {split.name: trainer.reference_logps(split) for split in splits}
+            if self._is_main:
+                cache.save(splits, found, weights)
+        trainer.use_cached_reference(found["train"], found.get("val"))
+
+    def _save(self, checkpoint: Checkpoint) -> float:
+        seconds = self._checkpoints.save(checkpoint)
+        self._checkpoint_seconds.append(seconds)
+        return seconds
+
+    def _write_rows(self, rows: list[dict[str, Any]], is_last: bool = False) -> None:
+        """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
+        started = time.monotonic()
+        if self._is_main and (is_last or started >= self._rows_due):
+            content = b"".join(canonical_json(row) + b"\n" for row in rows)
+            self._store.write_bytes(self._paths.file("metrics.jsonl"), content)
+            self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
+
+    def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise RuntimeError(f"training ended at step {trainer.state.global_step} of {trainer.state.max_steps}")
+        self._tell(Progress("saving", "checking and committing the adapter"))
+        folder = self._scratch / "adapter"
+        save_adapter(trainer.model, adapter, folder)
+        trainer.check_saved(folder, check)
+        if self._is_main:
+            probe = record_probe(trainer.model, adapter, probe_texts(check.pairs), self._training)
+            self._store.write_json(self._paths.file("probe.json"), probe)
+            self._commit(trainer, folder)
+
+    def _commit(self, trainer: ExactTrainer, folder: Path) -> None:
+        rows: list[dict[str, Any]] = trainer.state.log_history
+        self._write_rows(rows, is_last=True)
+        used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
+        health = assess(Run(rows, self._training, *used))
+        self._store.write_json(self._paths.file("health.json"), health.model_dump())
+        self._store.write_json(self._paths.file("timing.json"), self._timing())
+        self._store.delete_folder(self._paths.adapter)
+        self._store.commit_folder(folder, self._paths.adapter, {"step": trainer.state.global_step})
+        self._store.write_manifest(self._manifest(trainer.state.global_step, rows))
+
+    def _timing(self) -> dict[str, Any]:
+        peak = torch.cuda.max_memory_allocated() if has_cuda() else None
+        return {
+            "seconds": time.monotonic() - self._started,
+            "phases": self._phases.seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            "peak_accelerator_bytes": peak,
+        }
+
+    def _manifest(self, steps: int, rows: list[dict[str, Any]]) -> Manifest:
+        spec, store, adapter = self._spec, self._store, self._paths.adapter
+        seconds = time.monotonic() - self._started
+        files = {f"adapter/{name}": facts for name, facts in store.committed_files(adapter).items()}
+        for name in ("metrics.jsonl", "health.json", "probe.json"):
+            uri = self._paths.file(name)
+            files[name] = FileFacts(size=store.size(uri), sha256=store.sha256(uri))
+        artifact = AdapterRef(
+            uri=adapter,
+            manifest=self._paths.file(MANIFEST),
+            sha256=files[f"adapter/{COMMITTED}"].sha256,
+            size=sum(facts.size for name, facts in files.items() if name.endswith(".safetensors")),
+            rows=len(self._train_data.pairs),
+        )
+        return Manifest(
+            artifact=artifact,
+            stage="training",
+            version=STAGE_VERSION,
+            key=spec.key,
+            config=spec.training,
+            upstream=(
+                spec.preferences,
+                Origin(kind="sft_adapter", uri=spec.training.sft_adapter, sha256=spec.sft_sha256),
+                Origin(kind="base_model", uri=spec.training.base_model, sha256=spec.base_sha256),
+            ),
+            files=files,
+            counts={"steps": steps, **count_pairs("train", self._train_data), **count_pairs("val", self._val_data)},
+            figures=summarise(rows),
+            cost=Cost(gpu_seconds=spec.training.num_processes * seconds if has_cuda() else 0.0),
+            seconds=seconds,
+        )
+
+
+def count_pairs(side: str, data: PairData | None) -> dict[str, int]:
+    """Return what became of the pairs of one side, each count under the side's name."""
+    if data is None:
+        return {}
+    counts = asdict(data.report) | {"used": len(data.pairs), "refused": len(data.report.refused)}
+    return {f"{side}_{name}": round(count) for name, count in counts.items()}
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the first loss, and the figures of the last evaluation, of a run's metrics."""
+    trained = [row for row in rows if "loss" in row]
+    evaluated = [row for row in rows if "eval_loss" in row]
+    first = {"first_loss": trained[0].get("dpo_loss", trained[0]["loss"])} if trained else {}
+    return {**first, **(evaluated[-1] if evaluated else {})}
+
+
+def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
+    """Return a local folder with the SFT adapter, whose digest must be `expected`.
+
+    Raises:
+        PreflowError: it changed since the training's key was made.
+    """
+    store = Workspace.holding(uri)
+    folder = Path(uri) if store.is_local else store.fetch_files(uri, local)
+    found = folder_digest(str(folder))
+    if found != expected:
+        raise PreflowError(
+            f"SFT adapter {uri}: its content has changed (digest {found[:12]}, expected {expected[:12]}). Do not "
+            "overwrite an adapter while it is being improved; run again to train from the new one."
+        )
+    return folder
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,592 @@
+"""TRL's DPOTrainer, made exact: it stops within a micro-batch, saves its whole state and goes on bit for bit."""
+
+import base64
+import copy
+import dataclasses
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import use_adapter
+
+from tasks.config import TrainingConfig
+from tasks.train import invariants
+from tasks.train.spec import Progress
+from tasks.trainer.checkpoints import Checkpoint
+from tasks.trainer.data import MicroBatchSampler, as_dataset
+from tasks.trainer.model import AdapterWeights, adapter_state, has_cuda, trainable_parameters, weights_digest
+from tasks.trainer.reference import ReferenceLogps, Split
+from tasks.trainer.stopping import StopFlag, StopTraining
+
+LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Depend on the clock or on this process alone: they would differ after a preemption.
+UNREPEATABLE = ("_runtime", "_per_second", "_time", "total_flos", "train_loss")
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """What an `ExactTrainer` is built from.
+
+    Attributes:
+        policy: the PEFT model with the SFT adapter as trainable `default`.
+        tokenizer: with a chat template and a pad token.
+        train: pairs to train on, with their micro-batches.
+        val: pairs to evaluate on, None for no evaluation.
+        sft: the weights of the SFT adapter.
+        output_dir: local scratch folder.
+    """
+
+    policy: Any
+    tokenizer: Any
+    train: Split
+    val: Split | None
+    sft: AdapterWeights
+    output_dir: Path
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What an `ExactTrainer` reports to: checkpoints to keep, rows of metrics, signs of life, and when to stop."""
+
+    save: Callable[[Checkpoint], float]
+    rows: Callable[[list[dict[str, Any]]], None]
+    progress: Callable[[Progress], None]
+    stop: StopFlag
+
+
+def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DPOConfig:
+    """Translate the configuration into TRL's; on a machine without CUDA everything is fp32.
+
+    Args:
+        training: the configuration.
+        output_dir: where trackers may write.
+        evaluate: whether there are pairs to evaluate on.
+    """
+    weighted = training.sft_weight > 0
+    return DPOConfig(
+        output_dir=str(output_dir),
+        beta=training.beta,
+        loss_type=[training.loss_type.value, "sft"] if weighted else [training.loss_type.value],
+        loss_weights=[1.0, training.sft_weight] if weighted else None,
+        label_smoothing=training.label_smoothing,
+        max_length=training.max_length,
+        disable_dropout=training.disable_dropout,
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps or -1,
+        lr_scheduler_type=training.lr_scheduler_type.value,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_eval_batch_size=training.per_device_eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=training.bf16 and has_cuda(),
+        use_cpu=not has_cuda(),
+        dataloader_pin_memory=has_cuda(),
+        logging_strategy="steps",
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=training.eval_steps,
+        seed=training.seed,
+        report_to=training.report_to.value,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+    )
+
+
+class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
+    """DPO with cached or live reference log-probs, whose state between two steps can be saved and restored exactly.
+
+    Data order depends on seed and epoch alone; evaluation and measuring leave the random state as it was; the state
+    kept for a preemption is always that of the last complete step.
+    """
+
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
+    loss_types: list[str]
+    loss_weights: list[float]
+    control: Any
+    _metrics: dict[str, Any]
+
+    def __init__(self, parts: TrainerParts, training: TrainingConfig, hooks: Hooks) -> None:
+        self._training = training
+        self._hooks = hooks
+        self.sft = parts.sft
+        self._order = MicroBatchSampler(parts.train.micro_batches, training.seed)
+        self._boundary: dict[str, Any] | None = None
+        self._restored: Checkpoint | None = None
+        self._has_moved = False
+        self._first_row: dict[str, Any] = {}
+        self._started = (time.monotonic(), 0)
+        found = weights_digest(adapter_state(parts.policy))
+        invariants.check_reference(found, parts.sft.digest(), "the policy that is to be trained")
+        super().__init__(
+            model=parts.policy,
+            args=dpo_config(training, parts.output_dir, parts.val is not None),
+            train_dataset=as_dataset(parts.train.pairs),
+            eval_dataset=as_dataset(parts.val.pairs) if parts.val else None,
+            processing_class=parts.tokenizer,
+            callbacks=[_TrainingHooks(self.begin)],
+        )
+        # TRL rounds the policy of a 4-bit model to bfloat16, in which small updates are lost.
+        parts.sft.copy_to(self.model, "default")
+        self.precompute_ref_logps = True
+        self._check_adapters()
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset  # tokenized before the model was loaded
+
+    # The reference
+
+    def _check_adapters(self) -> None:
+        parameters = trainable_parameters(self.model)
+        invariants.check_trainable_precision({name: str(p.dtype) for name, p in parameters.items()})
+        expected = self.sft.digest()
+        for name in self.model.peft_config:
+            found = weights_digest(adapter_state(self.model, name))
+            invariants.check_reference(found, expected, "the reference" if name == "ref" else "the policy at its start")
+
+    def use_cached_reference(self, train: ReferenceLogps, val: ReferenceLogps | None) -> None:
+        """Take the reference's log-probs from now on from the data, and drop the frozen adapter from memory."""
+        self.train_dataset = train.add_to(self.train_dataset)
+        if val is not None:
+            self.eval_dataset = val.add_to(self.eval_dataset)
+        if "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")
+
+    def agree(self, found: T | None) -> T | None:
+        """Return what this process found, or None where any process found nothing."""
+        if self.args.world_size > 1 and not all(gather_object([found is not None])):
+            return None
+        return found
+
+    def reference_logps(self, split: Split) -> ReferenceLogps:
+        """Compute the reference's log-probs of a split; of several processes each does its share of micro-batches."""
+        rank, world = self.args.process_index, self.args.world_size
+        rows = as_dataset(split.pairs)
+        found: list[tuple[int, float, float]] = []
+        for batch in split.micro_batches[rank::world]:
+            self._hooks.stop.check()
+            inputs = self._prepare_inputs(self.data_collator([rows[row] for row in batch]))
+            chosen, rejected = self._live_reference(inputs)
+            found += zip(batch, chosen.tolist(), rejected.tolist(), strict=True)
+        if world > 1:
+            found = gather_object(found)
+        found.sort()
+        return ReferenceLogps([chosen for _, chosen, _ in found], [rejected for _, _, rejected in found])
+
+    def _live_reference(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._in_eval_mode():
+            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+        return chosen, rejected
+
+    @contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As TRL, with the live reference (without dropout) where the data holds no log-probs of it."""
+        if "ref_chosen_logps" not in inputs:
+            chosen, rejected = self._live_reference(inputs)
+            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    # Measuring
+
+    def measure(self, batches: Sequence[Sequence[int]], split: Dataset, dpo_only: bool = False) -> dict[str, float]:
+        """Return loss, rewards and log-probs on the given rows as they are now, without touching any state.
+
+        Args:
+            batches: row numbers of each micro-batch.
+            split: `train_dataset` or `eval_dataset`.
+            dpo_only: leave an added SFT loss out.
+        """
+        kept, types, weights = self._metrics, self.loss_types, self.loss_weights
+        self._metrics = {mode: copy.deepcopy(values) for mode, values in kept.items()}
+        self._metrics["eval"].clear()
+        if dpo_only:
+            self.loss_types, self.loss_weights = types[:1], weights[:1]
+        try:
+            with _random_state_kept(), self._in_eval_mode(), torch.no_grad(), self.compute_loss_context_manager():
+                losses = [self._loss_of(batch, split) for batch in batches]
+            means = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+        finally:
+            self._metrics, self.loss_types, self.loss_weights = kept, types, weights
+        return {"loss": sum(losses) / len(losses), **means}
+
+    def _loss_of(self, batch: Sequence[int], split: Dataset) -> float:
+        self._hooks.stop.check()
+        columns = [name for name in split.column_names if name in _COLUMNS]
+        rows = [{name: split[row][name] for name in columns} for row in batch]
+        inputs = self._prepare_inputs(self.data_collator(rows))
+        with self.accelerator.autocast():
+            return float(self.compute_loss(self.model, inputs))
+
+    def next_batches(self, step: int) -> list[list[int]]:
+        """Return the micro-batches of the optimizer step after `step`."""
+        size = self._training.gradient_accumulation_steps * self.args.world_size
+        per_epoch = -(-len(self._order.order(0)) // size)
+        epoch, within = divmod(step, per_epoch)
+        return self._order.order(epoch)[within * size : (within + 1) * size]
+
+    def check_saved(self, folder: Path, split: Split) -> None:
+        """Load the adapter in `folder` beside the trained one and compare their log-probs on a micro-batch of `split`.
+
+        Raises:
+            InvariantError: `saved-adapter`.
+        """
+        rows = self.eval_dataset if split.name == "val" else self.train_dataset
+        batch = split.micro_batches[:1]
+        running = self.measure(batch, rows)
+        self.model.load_adapter(str(folder), "saved")
+        with use_adapter(self.model, "saved"):
+            saved = self.measure(batch, rows)
+        self.model.delete_adapter("saved")
+        invariants.check_saved_logps(running, saved)
+
+    # Running
+
+    def fit(self, checkpoint: Checkpoint | None) -> None:
+        """Train to the last step, from the start or from `checkpoint`.
+
+        Raises:
+            StopTraining: asked to stop; the state of the last complete step is saved.
+            InvariantError: an invariant does not hold.
+        """
+        self._restored = checkpoint
+        if checkpoint is None:
+            self._measure_start()
+        else:
+            checkpoint.write(Path(self.args.output_dir) / "resume")
+        self._started = (time.monotonic(), checkpoint.step if checkpoint else 0)
+        try:
+            with self._hooks.stop.deferred():
+                self.train(resume_from_checkpoint=str(Path(self.args.output_dir) / "resume") if checkpoint else None)
+        except StopTraining:
+            self.save_boundary()
+            raise
+
+    def _measure_start(self) -> None:
+        batches = self.next_batches(0)
+        first = self.measure(batches, self.train_dataset, dpo_only=True)
+        invariants.check_first_loss(first, self._training)
+        weight = self._training.sft_weight
+        added = f"; the losses from here on have {weight:g} times the SFT loss added" if weight > 0 else ""
+        said = f"{self._training.loss_type.value} loss before the first update {first['loss']:.4f}, as it must be"
+        self._hooks.progress(Progress("training", said + added))
+        if weight > 0:
+            first = {**self.measure(batches, self.train_dataset), "dpo_loss": first["loss"]}
+        self._first_row = {**first, "epoch": 0.0, "step": 0}
+
+    def begin(self) -> None:
+        """Called when training begins: put back what transformers has just set to zero."""
+        self.state.save_steps = self.args.save_steps
+        if self._restored is None:
+            self.state.log_history.append(self._first_row)
+            self._publish()
+            return
+        state = self._restored.state["ranks"][self.args.process_index]
+        self._tr_loss += state["tr_loss"]
+        self._total_loss_scalar = state["total_loss"]
+        self._globalstep_last_logged = self._restored.state["last_logged"]
+        self._total_train_tokens = self._restored.state["train_tokens"]
+        for name, values in state["metrics"].items():
+            self._metrics["train"][name] = list(values)
+        self._boundary = copy.deepcopy(self._restored.state)
+        self._check_resumed()
+        self._publish()
+        self._finish_pending(self._restored.state["pending"])
+
+    def _check_resumed(self) -> None:
+        assert self._restored is not None
+        found = weights_digest(adapter_state(self.model))
+        invariants.check_resumed_weights(found, self._restored.state["policy_digest"])
+        moved = self.sft.movement(self.model)["weights/moved"] > 0
+        self._has_moved = moved
+        if self.state.global_step < self.state.max_steps:
+            first = self.measure(self.next_batches(self.state.global_step)[:1], self.train_dataset, dpo_only=True)
+            invariants.check_resumed_margin(first, moved)
+
+    def _finish_pending(self, pending: dict[str, Any] | None) -> None:
+        if pending is None:
+            return
+        LOG.info("step %d: finishing the log and evaluation that the preemption cut off", self.state.global_step)
+        self.model.train()
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        self._maybe_log_save_evaluate(
+            self._tr_loss, pending["grad_norm"], self.model, None, 0, None, 0.0, learning_rate=pending["learning_rate"]
+        )
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        self._order.set_epoch(arguments["epoch"])
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> MicroBatchSampler:
+        return self._order
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; a stop is noticed before it begins."""
+        self._stop_together()
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation batch; a stop is noticed before it begins."""
+        self._stop_together()
+        return super().prediction_step(*args, **kwargs)
+
+    def _stop_together(self) -> None:
+        if self.args.world_size > 1:
+            wanted = torch.tensor([int(self._hooks.stop.is_set)], device=self.args.device)
+            if int(self.accelerator.reduce(wanted, "sum")) > 0:
+                raise StopTraining("another process of this training was asked to stop")
+        self._hooks.stop.check()
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        invariants.check_gradient(float(norm), self.state.global_step + 1)
+        return norm
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without moving the random state."""
+        self._hooks.progress(self._progress("evaluating"))
+        with _random_state_kept():
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+        return found
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
+        norm = None if grad_norm is None else float(grad_norm)
+        pending = {"grad_norm": norm, "learning_rate": learning_rate}
+        self._check_moved(learning_rate)
+        self._boundary = self._capture(pending)
+        self._hooks.progress(self._progress("training"))
+        super()._maybe_log_save_evaluate(tr_loss, norm, *args, learning_rate=learning_rate, **kwargs)
+        self._boundary = self._capture(None)
+
+    def _check_moved(self, learning_rate: float | None) -> None:
+        if not self._has_moved and learning_rate:
+            invariants.check_weights_moved(self.sft.movement(self.model)["weights/moved"], self.state.global_step)
+            self._has_moved = True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL, without what depends on the clock; training rows also say how far the weights have moved."""
+        repeatable = {name: value for name, value in logs.items() if not name.endswith(UNREPEATABLE)}
+        if not repeatable:
+            self._metrics["train"].clear()
+            return
+        if "loss" in repeatable:
+            repeatable |= self.sft.movement(self.model)
+        super().log(repeatable, None)
+        logs.update(repeatable)
+        self._publish()
+
+    def _publish(self) -> None:
+        self._hooks.rows(self.state.log_history)
+
+    def _progress(self, phase: str) -> Progress:
+        since, first = self._started
+        done = self.state.global_step - first
+        seconds = time.monotonic() - since
+        size = self._training.per_device_train_batch_size * self._training.gradient_accumulation_steps
+        last = self.state.log_history[-1] if self.state.log_history else {}
+        rows: dict[str, Any] = {name.removeprefix("eval_"): value for name, value in last.items()}
+        return Progress(
+            phase=phase,
+            step=self.state.global_step,
+            total=self.state.max_steps,
+            loss=rows.get("loss"),
+            accuracy=rows.get("rewards/accuracies"),
+            margin=rows.get("rewards/margins"),
+            pairs_per_second=done * size * self.args.world_size / seconds if done else None,
+            eta_seconds=(self.state.max_steps - self.state.global_step) * seconds / done if done else None,
+        )
+
+    # Saving and restoring
+
+    def _capture(self, pending: dict[str, Any] | None) -> dict[str, Any]:
+        rank = {
+            "random": random_state(),
+            "tr_loss": float(self._tr_loss),
+            "total_loss": self._total_loss_scalar,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+        }
+        scheduler = {name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
+        return {
+            "step": self.state.global_step,
+            "pending": pending,
+            "rank": rank,
+            "scheduler": scheduler,
+            "groups": [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups],
+            "last_logged": self._globalstep_last_logged,
+            "train_tokens": self._total_train_tokens,
+            "trainer_state": self._trainer_state(),
+        }
+
+    def _trainer_state(self) -> dict[str, Any]:
+        # Shallow: this happens twice a step, and the rows, ever more of them, are not changed any more.
+        fields = {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
+        fields["log_history"] = list(self.state.log_history)
+        fields["stateful_callbacks"] = {}
+        fields["total_flos"] = 0  # an estimate that is not restored exactly; nothing here reads it
+        return fields
+
+    def save_boundary(self) -> None:
+        """Save the last complete step, if there is one; called by all processes together."""
+        if self._boundary is None:
+            LOG.info("stopped before the first step was complete: nothing to save")
+            return
+        state = dict(self._boundary)
+        rank = state.pop("rank", None)
+        ranks = gather_object([rank]) if self.args.world_size > 1 and rank is not None else [rank]
+        if rank is not None:
+            state["ranks"] = ranks
+        if not self.is_world_process_zero():
+            return
+        policy = adapter_state(self.model)
+        state["policy_digest"] = weights_digest(policy)
+        self._commit(Checkpoint(state["step"], dict(policy), self._optimizer_tensors(), state))
+
+    def _commit(self, checkpoint: Checkpoint) -> None:
+        try:
+            seconds = self._hooks.save(checkpoint)
+        except OSError as error:
+            LOG.error(
+                "checkpoint of step %d could not be written (%s): free space in the workspace. Training goes on; if "
+                "it is preempted now, it resumes from the checkpoint before",
+                checkpoint.step, error,
+            )  # fmt: skip
+            return
+        LOG.info("checkpoint of step %d committed, checkpoint_seconds %.2f", checkpoint.step, seconds)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._boundary = self._capture(None)
+        self.save_boundary()
+
+    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        names = {id(parameter): name for name, parameter in trainable_parameters(self.model).items()}
+        found = {}
+        for parameter, slots in self.optimizer.state.items():
+            for slot, value in slots.items():
+                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+                found[f"{names[id(parameter)]}|{slot}"] = tensor
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self._restored is not None
+        state = adapter_state(self.model)
+        for name, tensor in self._restored.policy.items():
+            state[name].copy_(tensor)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self._restored is not None
+        state: dict[str, Any] = {}
+        for key, tensor in self._restored.optimizer.items():
+            name, _, slot = key.rpartition("|")
+            state.setdefault(name, {})[slot] = tensor
+        names = {id(parameter): name for name, parameter in trainable_parameters(self.model).items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        ordered = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(
+            {"state": {i: state[name] for i, name in enumerate(ordered) if name in state}, "param_groups": groups}
+        )
+        for group, saved in zip(self.optimizer.param_groups, self._restored.state["groups"], strict=True):
+            group.update(saved)
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **self._restored.state["scheduler"]})
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        return  # bfloat16 and fp32 need no gradient scaler
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self._restored is not None
+        set_random_state(self._restored.state["ranks"][self.args.process_index]["random"])
+
+
+_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+
+
+class _TrainingHooks(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
+    """Let the trainer restore its state when training begins, and log the last step whatever its number."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._begin = begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every random generator of this process, JSON-ready."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(_decode(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

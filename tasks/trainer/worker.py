@@ -1,0 +1,162 @@
+"""The training child: `python -m tasks.trainer.worker SPEC`; its exit codes are `spec.ExitCode`."""
+
+import gc
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tasks.errors import PreflowError
+from tasks.store.workspace import Workspace
+from tasks.train.invariants import InvariantError
+from tasks.train.spec import ExitCode, Progress, TrainingPaths, TrainingSpec
+from tasks.trainer.lease import Lease, LeaseLostError
+from tasks.trainer.stopping import StopFlag, StopTraining
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The local folder through which child and parent talk: spec in, progress and outcome out."""
+
+    folder: Path
+
+    def read_spec(self) -> TrainingSpec:
+        """Return the spec the parent wrote."""
+        return TrainingSpec.model_validate_json((self.folder / "spec.json").read_bytes())
+
+    def progress(self, progress: Progress) -> None:
+        """Append one line for the parent."""
+        with (self.folder / "progress.jsonl").open("a") as out:
+            out.write(json.dumps(asdict(progress)) + "\n")
+
+    def outcome(self, code: ExitCode, message: str) -> None:
+        """Say how this process ended; the first process to fail is believed."""
+        beside = self.folder / f".outcome-{os.getpid()}"
+        beside.write_text(json.dumps({"code": code.value, "message": message}))
+        try:
+            os.link(beside, self.folder / "outcome.json")
+        except FileExistsError:
+            LOG.info("another process of this training has told the outcome")
+        beside.unlink()
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes; the launcher numbers them in RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def watch_parent(grace_seconds: float, stop: StopFlag) -> None:
+    """End this process when its parent is gone (standard input closes), however it went.
+
+    SIGTERM first, so that the state is saved; after `grace_seconds` the process exits in any case.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        LOG.warning("the parent process is gone: saving and stopping")
+        os.kill(os.getpid(), 15)
+        time.sleep(grace_seconds)
+        os._exit(ExitCode.PREEMPTED)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+@contextmanager
+def holding_lease(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> Iterator[Workspace]:
+    """Yield the workspace to write to; only the main process holds the lease and writes."""
+    if not is_main_process():
+        yield Workspace(spec.workspace)
+        return
+    root = Workspace(spec.workspace).root
+    lease = Lease.at(TrainingPaths.of(root, spec.key).lease, spec.training.lease_seconds, stop.set)
+    lease.acquire(lambda text: desk.progress(Progress("waiting", text)))
+    LOG.info("lease taken, token %d", lease.token)
+    try:
+        yield Workspace(spec.workspace, guard=lease.check)
+    finally:
+        lease.release()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a local folder for what is being written; it holds nothing that must outlive the process."""
+    folder = Path(tempfile.mkdtemp(prefix="preflow-training-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """Import in here: half a million new objects live on, and looking through them again and again takes a quarter."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def train(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> None:
+    """Do the training that `spec` names, holding its lease."""
+    with holding_lease(spec, desk, stop) as store, scratch_folder() as scratch:
+        desk.progress(Progress("loading", "importing torch and trl"))
+        with collecting_no_garbage():
+            from tasks.trainer.run import TrainingRun
+        TrainingRun(spec, store, scratch, desk.progress, stop).execute()
+
+
+def guarded(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> tuple[ExitCode, str]:
+    """Train, and translate every ending into an exit code and a message for the user."""
+    try:
+        train(spec, desk, stop)
+    except StopTraining as reason:
+        return ExitCode.PREEMPTED, str(reason)
+    except LeaseLostError as error:
+        return ExitCode.PREEMPTED, str(error)
+    except InvariantError as error:
+        return ExitCode.INVARIANT, str(error)
+    except PreflowError as error:
+        return ExitCode.USER_ERROR, str(error)
+    except Exception as error:
+        LOG.exception("the trainer failed")
+        if type(error).__name__ == "OutOfMemoryError":
+            return ExitCode.USER_ERROR, (
+                f"out of memory on the accelerator ({str(error).splitlines()[0]}). Set gradient_checkpointing, or "
+                "lower per_device_train_batch_size (and raise gradient_accumulation_steps) or max_length."
+            )
+        return ExitCode.DEFECT, f"{type(error).__name__}: {error}"
+    return ExitCode.DONE, "trained"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the child; `arguments` is the folder that holds spec.json."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    desk, stop = Desk(Path(arguments[0])), StopFlag()
+    spec = desk.read_spec()
+    try:
+        stop.install()
+        watch_parent(spec.training.grace_seconds, stop)
+        code, message = guarded(spec, desk, stop)
+    except StopTraining as reason:
+        code, message = ExitCode.PREEMPTED, str(reason)
+    LOG.info("ending with %s: %s", code.name, message)
+    if code is not ExitCode.DONE or is_main_process():
+        desk.outcome(code, message)
+    return code.value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,241 @@
+"""What a person sees of each deployment's run: its log, its name; and that no key that was typed is stored anywhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.deployments import run_deployment
+from prefect.exceptions import PrefectHTTPStatusError
+
+from tests.deployed import process_worker, register, rest_client
+from tests.fakes.process import FakeOpenAI
+from tests.fakes.tiny_training import build_adapter, build_base
+
+KEY = "sk-abcdefghijklmnopqrstuvwxyz123456"
+SECONDS = 300.0
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@dataclass
+class World:
+    """A server with all deployments, a worker that was started elsewhere, and endpoints."""
+
+    folder: Path
+    url: str
+    sampler: FakeOpenAI
+    judge: FakeOpenAI
+
+    @property
+    def workspace(self) -> str:
+        return str(self.folder / "workspace")
+
+    def config(self) -> dict[str, Any]:
+        """Return a whole run of a tiny model."""
+        return {
+            "prompts": str(self.folder / "prompts.jsonl"),
+            "eval_prompts": str(self.folder / "held-out.jsonl"),
+            "workspace": self.workspace,
+            "generation": {"endpoint": self.sampler.url, "model": "sft", "max_tokens": 64},
+            "judging": {"endpoint": self.judge.url, "model": "judge-oracle", "api_key": None, "prompt_price": 0.3},
+            "training": {
+                "base_model": str(self.folder / "base"), "sft_adapter": str(self.folder / "sft"), "load_in_4bit": False,
+                "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-3, "max_steps": 4,
+                "warmup_steps": 1, "max_length": 256, "gradient_accumulation_steps": 2,
+            },
+            "evaluation": {"num_samples": 2, "null_test": False},
+            "promotion": {"name": "better", "endpoint": None, "min_win_rate": 0.0},
+        }  # fmt: skip
+
+    def made(self, stage: str) -> str:
+        """Return the folder of a stage's newest artifact."""
+        manifests = Path(self.workspace).glob(f"{stage}/*/manifest.json")
+        return str(max(manifests, key=lambda path: path.stat().st_mtime).parent)
+
+    def run(self, deployment: str, name: str | None = None, **parameters: Any) -> "Run":
+        """Run a deployment to its end, as the command line and the UI do."""
+        found = run_deployment(
+            deployment, parameters=parameters, timeout=SECONDS, poll_interval=0.5, flow_run_name=name, as_subflow=False
+        )
+        with rest_client(self.url) as client:
+            chosen = {"logs": {"flow_run_id": {"any_": [str(found.id)]}}, "sort": "TIMESTAMP_ASC"}
+            lines = client.post("/logs/filter", json=chosen).raise_for_status().json()
+        return Run(found.name, found.state.type.value, [(line["level"], line["message"]) for line in lines])
+
+
+@dataclass
+class Run:
+    """What the server has of a run."""
+
+    name: str
+    state: str
+    lines: list[tuple[int, str]]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(message for _, message in self.lines)
+
+    @property
+    def errors(self) -> list[str]:
+        return [message for level, message in self.lines if level >= 40]
+
+
+@pytest.fixture(scope="module")
+def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("logs")
+    build_adapter(folder / "sft", build_base(folder / "base"))
+    for name, place, count in (("prompts", "CAFE", 24), ("held-out", "KITCHEN", 6)):
+        rows = [{"prompt": [{"role": "user", "content": f"INT. {place} - SCENE {n}"}]} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    register()
+    with (
+        pytest.MonkeyPatch.context() as environment,
+        FakeOpenAI({"oracle_every": 3}, folder / "sampler") as sampler,
+        FakeOpenAI({}, folder / "judge") as judge,
+    ):
+        environment.setenv("PREFECT_LOGGING_TO_API_ENABLED", "true")
+        with process_worker(folder):
+            yield World(folder, empty_prefect_server, sampler, judge)
+
+
+def test_the_pipeline_tells_its_progress_its_spending_and_its_verdict(world: World) -> None:
+    run = world.run("dpo-pipeline/local", name="my run with all defaults", config=world.config())
+    assert run.state == "COMPLETED", run.text
+    assert run.name == "my run with all defaults", "the name that was typed is gone"
+    for pattern in (r"answers as sft", r"The whole report: .*report\.html"):
+        assert re.search(pattern, run.text), run.text
+    assert run.errors == []
+
+
+STAGES = {
+    "generate-completions/local": (["prompts"], "generation", r"24 prompts|generation.*done|100 %"),
+    "judge-preferences/local": (["completions"], "judging", r"(?s)48 requests.*US\$.*preferences: pair \d+"),
+    "train-dpo/local": (["preferences"], "training", r"step \d+/4"),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_is_run_alone_tells_what_it_does(world: World, name: str) -> None:
+    """It is loaded by its file's path, in a folder that is not the checkout."""
+    inputs, stage, said = STAGES[name]
+    config = world.config()
+    given = {"prompts": config["prompts"], "completions": "completions", "preferences": "preferences"}
+    for argument in inputs:
+        given[argument] = given[argument] if argument == "prompts" else world.made(given[argument])
+    settings = {**config[stage], "seed": 5}  # nothing of it is known
+    run = world.run(name, workspace=world.workspace, **{i: given[i] for i in inputs}, **{stage: settings})
+    assert run.state == "COMPLETED", run.text
+    assert re.search(said, run.text), run.text
+    assert not re.search(r"^\w+-\w+$", run.name), "a name that tells nothing"
+
+
+def test_serving_tells_from_what_to_what(world: World) -> None:
+    common = {"workspace": world.workspace, "promotion": world.config()["promotion"]}
+    adapter = world.made("training")
+    evaluated = world.run(
+        "evaluate-adapter/local", adapter=adapter, prompts=world.config()["eval_prompts"], workspace=world.workspace,
+        evaluation={**world.config()["evaluation"], "generation": world.config()["generation"],
+                    "judging": world.config()["judging"]},
+    )  # fmt: skip
+    assert re.search(r"win rate", evaluated.text), evaluated.text
+    promoted = world.run("promote-adapter/local", adapter=adapter, evaluation=world.made("evaluations"), **common)
+    assert re.search(r"better is now adapter \w{12}", promoted.text), promoted.text
+    back = world.run("rollback-adapter/local", **common)
+    assert re.search(r"better: \w{12} \(win rate [\d.]+\) -> \w{12} \(win rate [\d.]+\)", back.text), back.text
+    with rest_client(world.url) as client:
+        pages = client.post("/artifacts/latest/filter", json={}).json()
+    assert "was rolled back" in next(page["data"] for page in pages if page["key"] == "rollback")
+    nothing = world.run("reconcile-served/local", **common)
+    assert nothing.errors == ["promotion.endpoint is empty: give the address of the vLLM that shall serve the adapter"]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a combination that cannot be": ({"judging": {"orders": 10}}, r"judging\.orders \(10\) is more than"),
+    "a file that is not there": ({"prompts": "/absent.jsonl"}, r"/absent\.jsonl: no such prompts file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_error_of_the_user_is_one_message_in_the_log(world: World, case: str) -> None:
+    changes, said = WRONG[case]
+    config = world.config()
+    for name, value in changes.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    run = world.run("dpo-pipeline/local", config=config)
+    assert run.state == "FAILED"
+    (error,) = run.errors
+    assert re.search(said, error), run.text
+    assert "Traceback" not in run.text
+    assert "pydantic" not in run.text
+
+
+def plant(config: dict[str, Any], place: str) -> dict[str, Any]:
+    *path, last = place.split(".")
+    found = config
+    for name in path:
+        found = found.setdefault(name, {})
+    found[last] = [{"model": "m", "api_key": KEY}] if last == "panel" else KEY
+    return config
+
+
+PLACES = ["judging.api_key", "generation.api_key", "promotion.api_key", "judging.panel", "evaluation.judging.api_key"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_key_is_refused_before_there_is_a_run(world: World, place: str) -> None:
+    config = plant(world.config(), place)
+    with pytest.raises(PrefectHTTPStatusError) as refused:
+        run_deployment("dpo-pipeline/local", parameters={"config": config}, timeout=0, as_subflow=False)
+    assert refused.value.response.status_code == 409
+    command = ["deployment", "run", "dpo-pipeline/local", "--params", json.dumps({"config": config})]
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", *command], capture_output=True, text=True, timeout=120, env=dict(os.environ)
+    )
+    assert done.returncode != 0
+    with rest_client(world.url) as client:
+        deployment = client.get("/deployments/name/dpo-pipeline/local").json()
+        changed = client.patch(f"/deployments/{deployment['id']}", json={"parameters": {"config": config}})
+    assert changed.status_code == 409
+    check_nothing_is_stored(world)
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        {"grid": {"judging.api_key": [KEY]}}, {"changes": [{"judging.api_key": KEY}]},
+        {"grid": {"judging.panel": [[{"model": "m", "api_key": KEY}]]}},
+        {"changes": [{"judging.panel": [{"model": "m", "api_key": KEY}]}]},
+    ],
+)  # fmt: skip
+def test_nor_does_a_sweep_take_one(world: World, sweep: dict[str, Any]) -> None:
+    with pytest.raises(PrefectHTTPStatusError):
+        run_deployment(
+            "dpo-sweep/local", parameters={"config": world.config(), "sweep": sweep}, timeout=0, as_subflow=False
+        )
+    check_nothing_is_stored(world)
+
+
+def test_nor_an_address_with_a_password_in_it(world: World) -> None:
+    for address in ("https://user:hunter2-is-secret@host/v1", "https://host/v1?key=hunter2-is-secret"):
+        with pytest.raises(PrefectHTTPStatusError):
+            run_deployment(
+                "generate-completions/local", parameters={"generation": {"endpoint": address}}, timeout=0,
+                as_subflow=False,
+            )  # fmt: skip
+    check_nothing_is_stored(world, b"hunter2-is-secret")
+
+
+def check_nothing_is_stored(world: World, key: bytes = KEY.encode()) -> None:
+    """Look in the server's database and log, the worker's log and the workspace."""
+    home = Path(os.environ["PREFECT_HOME"])
+    files = [*home.parent.rglob("*"), *world.folder.rglob("*")]
+    assert any(file.name == "prefect.db" for file in files)
+    assert any(file.name == "worker.log" for file in files)
+    assert [str(file) for file in files if file.is_file() and key in file.read_bytes()] == []

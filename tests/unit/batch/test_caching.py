@@ -1,0 +1,168 @@
+"""Cache keys and records: content decides the key, and no record can run code or name what is not there."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import cloudpickle
+import pytest
+from prefect import task
+from prefect.results import ResultRecord, ResultRecordMetadata
+from prefect.serializers import JSONSerializer, PickleSerializer, Serializer
+
+from tasks.batch.caching import SERIALIZER, WorkspaceResults, cached
+from tasks.errors import PreflowError
+from tasks.store.workspace import Reference, Workspace, stage_key
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+def make_artifact(folder: Path) -> Reference:
+    store = Workspace(folder)
+    with store.writing(store.uri("rows.jsonl")) as out:
+        out.write_row({"a": 1})
+    return Reference(kind="shard", uri=store.uri("rows.jsonl"), **out.facts())
+
+
+def make_record(result: Any, serializer: Serializer = SERIALIZER) -> bytes:
+    metadata = ResultRecordMetadata(storage_key="k", serializer=serializer)
+    return ResultRecord(result=result, metadata=metadata).serialize()
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> WorkspaceResults:
+    return WorkspaceResults(root=str(tmp_path))
+
+
+# ---- keys
+
+
+def test_a_key_is_of_the_stage_its_version_and_the_content() -> None:
+    key = stage_key("a", 1, settings={"x": 1, "y": 2}, rows="r")
+    assert key == stage_key("a", 1, rows="r", settings={"y": 2, "x": 1})
+    others = [
+        stage_key("b", 1, settings={"x": 1, "y": 2}, rows="r"),
+        stage_key("a", 2, settings={"x": 1, "y": 2}, rows="r"),
+        stage_key("a", 1, settings={"x": 1, "y": 3}, rows="r"),
+        stage_key("a", 1, settings={"x": 1, "y": 2}, rows="s"),
+    ]
+    assert len({key, *others}) == 5
+    assert len(key) == 32
+
+
+def test_a_cached_task_keeps_json_under_its_name_and_key(results: WorkspaceResults) -> None:
+    @task(name="shard")
+    async def shard() -> dict[str, Any]:
+        return {}
+
+    results._block_document_id = uuid4()  # Prefect takes saved blocks only
+    shell = cached(shard, "k" * 32, results)
+    assert shell.cache_key_fn is not None
+    assert shell.cache_key_fn(None, {}) == "shard-" + "k" * 32  # type: ignore[arg-type]
+    assert shell.result_serializer == SERIALIZER
+    assert shell.persist_result is True
+    assert shell.cache_result_in_memory is False
+
+
+# ---- records
+
+
+async def test_a_record_of_ours_is_read_back(results: WorkspaceResults, tmp_path: Path) -> None:
+    content = make_record(make_artifact(tmp_path).model_dump(mode="json"))
+    await results.awrite_path("k", content)
+    assert await results.aread_path("k") == content
+    assert (tmp_path / "cache" / "k").read_bytes() == content
+
+
+async def test_what_is_not_there_is_an_error(results: WorkspaceResults) -> None:
+    with pytest.raises(FileNotFoundError):
+        await results.aread_path("nothing")
+
+
+def hostile_records(folder: Path) -> dict[str, bytes]:
+    artifact, bomb = make_artifact(folder).model_dump(mode="json"), Bomb(folder / "boom")
+    by_class = {"__class__": "subprocess.Popen", "data": ["mkdir", str(folder / "boom")]}
+    whole = json.loads(make_record(artifact))
+
+    def changed(**serializer: Any) -> bytes:
+        metadata = {**whole["metadata"], "serializer": {**whole["metadata"]["serializer"], **serializer}}
+        return json.dumps({**whole, "metadata": metadata}).encode()
+
+    return {
+        "pickle inside": make_record(bomb, PickleSerializer()),
+        "bare pickle": pickle.dumps(bomb),
+        "bare cloudpickle": cloudpickle.dumps(bomb),
+        "pickle of a reference": make_record(artifact, PickleSerializer()),
+        "compressed pickle": changed(type="compressed/pickle"),
+        "prefect's own json": make_record(artifact, JSONSerializer()),
+        "object decoder": changed(object_decoder="subprocess.Popen"),
+        "object encoder": changed(object_encoder="prefect.serializers.prefect_json_object_encoder"),
+        "another json": changed(jsonlib="pickle"),
+        "options": changed(loads_kwargs={"object_hook": "os.system"}),
+        "an object for a result": make_record(by_class),
+        "no reference": make_record({"answer": 42}),
+        "a list": make_record([1, 2]),
+        "empty": b"",
+        "garbage": os.urandom(200),
+        "cut": make_record(artifact)[:-30],
+        "not a record": b'{"a": 1}',
+        "null": b"null",
+        "deep": b"[" * 100_000,
+    }
+
+
+HOSTILE = [
+    "pickle inside", "bare pickle", "bare cloudpickle", "pickle of a reference", "compressed pickle",
+    "prefect's own json", "object decoder", "object encoder", "another json", "options", "an object for a result",
+    "no reference", "a list", "empty", "garbage", "cut", "not a record", "null", "deep",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_record_that_is_not_ours_is_refused_and_not_obeyed(
+    results: WorkspaceResults, tmp_path: Path, name: str
+) -> None:
+    await results.awrite_path("k", hostile_records(tmp_path)[name])
+    with pytest.raises(PreflowError, match="cache record k"):
+        await results.aread_path("k")
+    with pytest.raises(PreflowError, match="cache record k"):
+        results.read_path("k")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_every_hostile_record_is_tried(tmp_path: Path) -> None:
+    assert sorted(HOSTILE) == sorted(hostile_records(tmp_path))
+
+
+def test_the_planted_pickle_is_a_live_one(tmp_path: Path) -> None:
+    pickle.loads(hostile_records(tmp_path)["bare pickle"])
+    assert (tmp_path / "boom").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
+async def test_a_record_of_a_damaged_artifact_is_not_believed(
+    results: WorkspaceResults, tmp_path: Path, damage: str
+) -> None:
+    artifact = make_artifact(tmp_path)
+    await results.awrite_path("k", make_record(artifact.model_dump(mode="json")))
+    spoil(Path(artifact.uri), damage)
+    with pytest.raises(PreflowError, match="is missing or differs from its digest"):
+        await results.aread_path("k")
+
+
+def spoil(file: Path, damage: str) -> None:
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(b'{"a": 2}\n' if damage == "changed" else b"")

@@ -1,0 +1,451 @@
+"""Rows that are paid for: none lost, none twice, none under another's key."""
+
+import asyncio
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, read_slice, shard_rows, slice_rows, writable
+from tasks.batch.shards import Count, ShardWorker, Tally, TooManyFailures, merge_shards, open_shards, settle
+from tasks.errors import PreflowError
+from tasks.store.workspace import PromptsRef, Workspace, digest
+
+
+def make_source(folder: Path, count: int, first: int = 0) -> PromptsRef:
+    store = Workspace(folder)
+    with store.writing(store.uri(f"rows-{first}-{count}.jsonl")) as out:
+        for number in range(first, first + count):
+            out.write_row({"id": digest(number), "number": number, "text": "é" * (number % 7)})
+    return PromptsRef(uri=store.uri(f"rows-{first}-{count}.jsonl"), **out.facts())
+
+
+def load(path: str | Path) -> bytes:
+    return Path(path).read_bytes()
+
+
+def save(path: str | Path, content: bytes) -> None:
+    Path(path).write_bytes(content)
+
+
+def journals(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.partial.jsonl"))
+
+
+class Maker:
+    """Makes units and remembers which; numbers in `bad` fail for good, those in `broken` raise."""
+
+    def __init__(self, bad: set[int] = frozenset(), broken: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+        self.bad, self.broken = set(bad), set(broken)
+        self.made: Counter[int] = Counter()
+
+    async def work(self, row: Row) -> Outcome:
+        self.made[row["number"]] += 1
+        await asyncio.sleep(random.random() / 1000)
+        if row["number"] in self.broken:
+            raise ConnectionError(f"broken at {row['number']}")
+        if row["number"] in self.bad:
+            return Outcome(error={"id": row["id"], "reason": "bad"}, usage={"requests": 1})
+        return Outcome(row={"id": row["id"], "square": row["number"] ** 2}, usage={"requests": 1})
+
+
+def unit(row: Row) -> dict[str, Row]:
+    return {row["id"]: row}
+
+
+async def ready() -> None:
+    return None
+
+
+def make_worker(folder: Path, maker: Maker, rows: int, **more: Any) -> ShardWorker:
+    tally = Tally(rows=rows, allowed=more.pop("allowed", 1.0))
+    return ShardWorker(
+        rows=RowStore(str(folder), "squares", "key"), units_of=unit, work=maker.work, tally=tally, concurrency=4,
+        prepare=more.pop("prepare", ready), **more,
+    )  # fmt: skip
+
+
+async def run_all(folder: Path, maker: Maker, source: PromptsRef, size: int = 10, **more: Any) -> list[ShardRef]:
+    slices = slice_rows(Workspace(folder), source, size)
+    worker = make_worker(folder, maker, source.rows, **more)
+    shards: list[ShardRef] = await settle(worker.run(part) for part in slices)
+    return shards
+
+
+def merged(folder: Path, source: PromptsRef, shards: list[ShardRef], size: int = 10) -> list[tuple[int, Any]]:
+    slices = slice_rows(Workspace(folder), source, size)
+    rows = RowStore(str(folder), "squares", "key")
+    return [
+        (row["number"], outcomes[0].row["square"] if outcomes[0].row else None)
+        for row, outcomes in merge_shards(slices, shards, rows, unit)
+    ]
+
+
+# ---- cutting
+
+
+@pytest.mark.parametrize("total", [1, 7, 8, 15, 127, 128, 1021, 10_028, 100_000, 999_999, 5_000_000])
+def test_shards_are_neither_too_many_nor_too_few(total: int) -> None:
+    size = shard_rows(total, None)
+    count = -(-total // size)
+    assert 1 <= size <= 1000
+    assert count >= min(8, total)
+    assert count <= 1000 or size == 1000
+    assert size >= 64 or count <= 8 + 7
+
+
+def test_a_wanted_shard_size_is_taken() -> None:
+    assert shard_rows(1000, 3) == 3
+
+
+def test_slices_are_the_whole_file_in_order(tmp_path: Path) -> None:
+    source = make_source(tmp_path, 103)
+    slices = slice_rows(Workspace(tmp_path), source, 10)
+    assert [part.rows for part in slices] == [10] * 10 + [3]
+    assert [part.index for part in slices] == list(range(11))
+    numbers = [row["number"] for part in slices for row in read_slice(Workspace(tmp_path), part)]
+    assert numbers == list(range(103))
+    assert len({part.sha256 for part in slices}) == 11
+
+
+def test_a_file_that_changed_under_a_slice_is_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path, 20)
+    part = slice_rows(Workspace(tmp_path), source, 10)[1]
+    content = load(source.uri)
+    save(source.uri, content.replace(b'"number": 15', b'"number": 51'))
+    with pytest.raises(PreflowError, match="changed while it was being read"):
+        read_slice(Workspace(tmp_path), part)
+
+
+def test_enough_shards_are_open_to_fill_the_window() -> None:
+    def slices(*rows: int) -> list[Slice]:
+        return [Slice(index=i, uri="u", start=0, end=1, rows=n, sha256="s") for i, n in enumerate(rows)]
+
+    assert open_shards(32, slices(16, 16, 3)) == 6
+    assert open_shards(32, slices(1000, 1000, 1)) == 3, "a short last shard must not open hundreds of long ones"
+    assert open_shards(32, []) == 66
+
+
+# ---- making and finding again
+
+
+async def test_every_row_is_made_once_and_joined_to_its_own_input(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 97), Maker()
+    shards = await run_all(tmp_path, maker, source)
+    assert merged(tmp_path, source, shards) == [(n, n * n) for n in range(97)]
+    assert set(maker.made.values()) == {1}
+    assert not journals(tmp_path), "journals go when their shard is finished"
+
+
+async def test_what_was_finished_before_an_error_is_not_made_again(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 60), Maker(broken={17, 42})
+    with pytest.raises(ConnectionError, match="broken at"):
+        await run_all(tmp_path, maker, source)
+    finished = {number for number in maker.made if number not in maker.broken}
+    assert len(finished) > 30
+    again = Maker()
+    shards = await run_all(tmp_path, again, source)
+    assert not finished & set(again.made), "rows kept in journals were made again"
+    assert merged(tmp_path, source, shards) == [(n, n * n) for n in range(60)]
+
+
+async def test_a_retry_in_the_same_process_sees_the_journal(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 10), Maker(broken={5})
+    worker = make_worker(tmp_path, maker, 10)
+    (part,) = slice_rows(Workspace(tmp_path), source, 10)
+    with pytest.raises(ConnectionError):
+        await worker.run(part)
+    maker.broken.clear()
+    await worker.run(part)
+    assert maker.made == Counter({**dict.fromkeys(range(10), 1), 5: 2})
+    assert (worker.tally.done, worker.tally.total) == (10, 10)
+
+
+async def test_another_shard_size_and_added_rows_repeat_nothing(tmp_path: Path) -> None:
+    await run_all(tmp_path, Maker(), make_source(tmp_path, 50), size=10)
+    more, maker = make_source(tmp_path, 80), Maker()
+    shards = await run_all(tmp_path, maker, more, size=13)
+    assert sorted(maker.made) == list(range(50, 80))
+    assert merged(tmp_path, more, shards, 13) == [(n, n * n) for n in range(80)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_damaged_rows_are_made_again_and_never_wrong(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    source = make_source(tmp_path, 40)
+    (shard,) = await run_all(tmp_path, Maker(), source, size=40)
+    content = bytearray(load(shard.uri))
+    if seed % 2:
+        del content[rng.randrange(len(content)) :]
+    for _ in range(5):
+        if content:
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    save(shard.uri, bytes(content))
+    maker = Maker()
+    shards = await run_all(tmp_path, maker, source, size=40)
+    assert maker.made, "nothing was noticed"
+    assert merged(tmp_path, source, shards, 40) == [(n, n * n) for n in range(40)]
+
+
+async def test_a_row_moved_under_another_key_is_not_believed(tmp_path: Path) -> None:
+    source = make_source(tmp_path, 2)
+    (shard,) = await run_all(tmp_path, Maker(), source, size=2)
+    content = load(shard.uri)
+    a, b = digest(0).encode(), digest(1).encode()
+    save(shard.uri, content.replace(b'{"key":"' + a, b'{"key":"' + b, 1))
+    maker = Maker()
+    shards = await run_all(tmp_path, maker, source, size=2)
+    assert maker.made
+    assert merged(tmp_path, source, shards, 2) == [(0, 0), (1, 1)]
+
+
+async def test_a_torn_last_line_of_a_journal_costs_one_row(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 10), Maker(broken={9})
+    with pytest.raises(ConnectionError):
+        await run_all(tmp_path, maker, source)
+    (journal,) = journals(tmp_path)
+    save(journal, load(journal)[:-20])
+    again = Maker()
+    await run_all(tmp_path, again, source)
+    assert len(again.made) == 2
+
+
+async def test_unequal_settings_share_nothing(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 5), Maker()
+    await run_all(tmp_path, maker, source)
+    worker = make_worker(tmp_path, maker, 5)
+    worker.rows = RowStore(str(tmp_path), "squares", "another key")
+    await worker.run(slice_rows(Workspace(tmp_path), source, 10)[0])
+    assert set(maker.made.values()) == {2}
+
+
+async def test_variants_share_units_and_keep_their_shards_apart(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 5), Maker()
+    part = slice_rows(Workspace(tmp_path), source, 10)[0]
+    for variant in ("a", "b"):
+        worker = make_worker(tmp_path, maker, 5)
+        worker.rows = RowStore(str(tmp_path), "squares", "key", variant)
+        await worker.run(part)
+    assert set(maker.made.values()) == {1}
+    assert len(os.listdir(tmp_path / "rows" / "squares" / "key")) == 2
+
+
+# ---- merging
+
+
+async def test_a_shard_of_other_rows_is_refused(tmp_path: Path) -> None:
+    a, b = make_source(tmp_path, 10), make_source(tmp_path, 10, first=10)
+    shards_b = await run_all(tmp_path, Maker(), b)
+    with pytest.raises(PreflowError, match="lacks 1 of its rows"):
+        merged(tmp_path, a, shards_b)
+
+
+async def test_a_shard_with_more_than_its_rows_is_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path, 10)
+    (shard,) = await run_all(tmp_path, Maker(), source)
+    (other,) = await run_all(tmp_path, Maker(), make_source(tmp_path, 1, first=99))
+    save(shard.uri, load(shard.uri) + load(other.uri))
+    with pytest.raises(PreflowError, match="holds 1 rows of others"):
+        merged(tmp_path, source, [shard])
+
+
+async def test_a_shard_damaged_before_the_merge_is_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path, 10)
+    (shard,) = await run_all(tmp_path, Maker(), source)
+    content = load(shard.uri)
+    save(shard.uri, content.replace(b'"square": 81', b'"square": 82'))
+    with pytest.raises(PreflowError, match=r":10: damaged"):
+        merged(tmp_path, source, [shard])
+
+
+# ---- failures, stopping, preparing
+
+
+async def test_failures_are_remembered_until_they_are_forgotten(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 30), Maker(bad={3, 4})
+    shards = await run_all(tmp_path, maker, source)
+    assert [shard.failed for shard in shards] == [2, 0, 0]
+    assert dict(merged(tmp_path, source, shards))[3] is None
+    again = Maker()
+    await run_all(tmp_path, again, source)
+    assert not again.made
+    RowStore(str(tmp_path), "squares", "key").forget_failures()
+    shards = await run_all(tmp_path, again, source)
+    assert sorted(again.made) == [3, 4]
+    assert merged(tmp_path, source, shards) == [(n, n * n) for n in range(30)]
+
+
+async def test_too_many_failures_stop_the_stage_early(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 1000), Maker(bad=set(range(1000)))
+    with pytest.raises(TooManyFailures, match="11 of 1000 failed for good"):
+        await run_all(tmp_path, maker, source, size=100, allowed=0.01)
+    assert maker.made.total() <= 11 + 2 * 4, "requests went on after the stop"
+
+
+async def test_a_few_failures_stop_nothing(tmp_path: Path) -> None:
+    maker = Maker(bad=set(range(10)))
+    shards = await run_all(tmp_path, maker, make_source(tmp_path, 1000), size=100, allowed=0.01)
+    assert sum(shard.failed for shard in shards) == 10
+
+
+async def test_preparation_comes_once_before_the_first_unit_and_only_if_there_is_one(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    async def prepare() -> None:
+        await asyncio.sleep(0.01)
+        events.append("prepared")
+
+    source, maker = make_source(tmp_path, 30), Maker()
+    await run_all(tmp_path, maker, source, prepare=prepare, watch=lambda: events.append("made"))
+    assert events == ["prepared", *["made"] * 30]
+    events.clear()
+    await run_all(tmp_path, maker, source, prepare=prepare)
+    assert events == []
+
+
+async def test_a_preparation_that_fails_is_tried_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    async def prepare() -> None:
+        calls.append(1)
+        raise PreflowError("no such model")
+
+    maker = Maker()
+    with pytest.raises(PreflowError, match="no such model"):
+        await run_all(tmp_path, maker, make_source(tmp_path, 30), prepare=prepare)
+    assert (len(calls), maker.made.total()) == (1, 0)
+
+
+async def test_what_no_request_can_survive_stops_the_stage_at_once(tmp_path: Path) -> None:
+    maker = Maker()
+
+    async def work(row: Row) -> Outcome:
+        if maker.made.total() == 20:
+            raise PreflowError("the key is refused")
+        return await maker.work(row)
+
+    worker = make_worker(tmp_path, maker, 300)
+    worker.work = work
+    slices = slice_rows(Workspace(tmp_path), make_source(tmp_path, 300), 100)
+    with pytest.raises(PreflowError, match="the key is refused"):
+        await settle(worker.run(part) for part in slices)
+    assert maker.made.total() == 20
+
+
+async def test_a_full_disk_stops_the_stage_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.batch import shards as module
+
+    written = 0
+    original = module.Journal._append_line
+
+    def append(self: Any, line: bytes) -> None:
+        nonlocal written
+        written += 1
+        if written > 15:
+            raise OSError(28, "No space left on device")
+        original(self, line)
+
+    monkeypatch.setattr(module.Journal, "_append_line", append)
+    source, maker = make_source(tmp_path, 200), Maker()
+    with pytest.raises(PreflowError, match=r"No space left on device.*All before it are kept: make room"):
+        await run_all(tmp_path, maker, source, size=50)
+    assert maker.made.total() <= 15 + 2 * 4
+    monkeypatch.undo()
+    again = Maker()
+    shards = await run_all(tmp_path, again, source, size=50)
+    assert len(again.made) == 200 - 15
+    assert merged(tmp_path, source, shards, 50) == [(n, n * n) for n in range(200)]
+
+
+async def test_no_more_units_are_under_way_than_twice_the_window(tmp_path: Path) -> None:
+    running = most = 0
+
+    async def work(row: Row) -> Outcome:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001)
+        running -= 1
+        return Outcome(row={"id": row["id"]})
+
+    worker = make_worker(tmp_path, Maker(), 200)
+    worker.work = work
+    slices = slice_rows(Workspace(tmp_path), make_source(tmp_path, 200), 50)
+    await settle(worker.run(part) for part in slices)
+    assert most == 8
+
+
+async def test_after_an_error_nothing_new_starts_and_what_runs_goes_on_to_its_end() -> None:
+    ended: list[int] = []
+
+    async def run(number: int) -> None:
+        await asyncio.sleep(0.01 * (number + 1))
+        if number == 0:
+            raise ValueError("first")
+        ended.append(number)
+
+    with pytest.raises(ValueError, match="first"):
+        await settle((run(number) for number in range(10)), limit=3)
+    assert ended == [1, 2]
+
+
+def test_the_tally_counts_each_unit_once() -> None:
+    part = Slice(index=0, uri="u", start=0, end=1, rows=10, sha256="s")
+    other = part.model_copy(update={"index": 1})
+    tally = Tally(rows=25, per_row=2)
+    assert tally.total == 50
+    tally.begin(part, 18, [Outcome(row={})] * 5)
+    tally.add(part, Outcome(error={"reason": "r"}))
+    assert (tally.total, tally.done, tally.made, tally.failed) == (48, 6, 1, 1)
+    tally.begin(part, 18, [Outcome(row={})] * 6)  # tried again
+    assert (tally.done, tally.made) == (6, 0)
+    reference = ShardRef(uri="u", sha256="s", size=1, rows=20, failed=2)
+    tally.take(part, reference)  # made here: counted already
+    tally.take(other, reference)
+    assert (tally.total, tally.done, tally.failed) == (48, 26, 2)
+    assert tally.shards[1] == Count(rows=10, units=20, done=20, failed=2)
+
+
+def test_text_that_no_file_can_hold_is_mended() -> None:
+    assert writable("a\ud800b é") == "a?b é"
+    json.dumps(writable("\udfff"), ensure_ascii=False).encode()
+
+
+# ---- equal units
+
+
+def unit_of_three(row: Row) -> dict[str, Row]:
+    return {digest(f"kind {row['number'] % 3}"): {**row, "number": row["number"] % 3}}
+
+
+@pytest.mark.parametrize("size", [1, 4, 25])
+async def test_equal_units_are_made_once_and_every_row_gets_them(tmp_path: Path, size: int) -> None:
+    source, maker = make_source(tmp_path, 25), Maker()
+    slices = slice_rows(Workspace(tmp_path), source, size)
+    for _ in range(2):  # the second time nothing is left to make
+        worker = make_worker(tmp_path, maker, 25)
+        worker.units_of = unit_of_three
+        shards: list[ShardRef] = await settle((worker.run(part) for part in slices), 3)
+    assert maker.made == {0: 1, 1: 1, 2: 1}
+    rows = RowStore(str(tmp_path), "squares", "key")
+    found = list(merge_shards(slices, shards, rows, unit_of_three, lambda row, outcome: Outcome(
+        row={"number": row["number"], **(outcome.row or {})}, usage=outcome.usage)))  # fmt: skip
+    assert [row["number"] for row, _ in found] == list(range(25))
+    assert all(made[0].row and made[0].row["square"] == (row["number"] % 3) ** 2 for row, made in found)
+    assert sum(made[0].usage.get("requests", 0) for _, made in found) == 3
+
+
+async def test_a_unit_that_fails_fails_for_the_shard_that_waits_for_it_too(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 6), Maker(broken={0, 1, 2})
+    worker = make_worker(tmp_path, maker, 6)
+    worker.units_of = unit_of_three
+    slices = slice_rows(Workspace(tmp_path), source, 3)
+    results = await asyncio.gather(*(worker.run(part) for part in slices), return_exceptions=True)
+    assert all(isinstance(result, ConnectionError) for result in results)
+    maker.broken.clear()
+    await settle(worker.run(part) for part in slices)
+    assert journals(tmp_path) == []

@@ -1,0 +1,51 @@
+"""compose.yaml: valid by the compose specification, and it names images, commands and paths that are there."""
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.fakes.process import ROOT
+
+FILE = ROOT / "compose.yaml"
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(FILE.read_text())["services"]
+
+
+def test_it_is_valid_by_the_specification() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(FILE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_starts_again_and_none_is_open_to_others(name: str) -> None:
+    service = SERVICES[name]
+    assert service["restart"] in ("unless-stopped", "on-failure:5")
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert (ROOT / service.get("build", {}).get("dockerfile", "compose.yaml")).exists()
+
+
+def test_what_waits_for_another_waits_until_it_is_ready() -> None:
+    for service in SERVICES.values():
+        for other, how in service.get("depends_on", {}).items():
+            ready = how["condition"] == "service_completed_successfully" or "healthcheck" in SERVICES[other]
+            assert ready, other
+
+
+def test_the_images_are_made_with_what_the_commands_need() -> None:
+    flow = (ROOT / "infra" / "docker" / "flow.Dockerfile").read_text()
+    assert "COPY deployments deployments" in flow
+    assert SERVICES["register"]["command"] == ["deployments/register.sh"]
+    pool = SERVICES["worker"]["command"][SERVICES["worker"]["command"].index("--pool") + 1]
+    assert f"make_pool {pool} --type process" in (ROOT / "deployments" / "register.sh").read_text()
+    serve = (ROOT / "infra" / "docker" / "serve.sh").read_text()
+    assert set(SERVICES["vllm"]["environment"]) <= {*re.findall(r"[A-Z_]{5,}", serve), "HF_TOKEN"}
+
+
+def test_no_secret_stands_in_it() -> None:
+    for service in SERVICES.values():
+        for name, value in service.get("environment", {}).items():
+            assert not re.search(r"PASSWORD|KEY|TOKEN", name) or value.startswith("${"), name

@@ -1,0 +1,255 @@
+"""The Terraform configuration, as far as it can be checked without the provider."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.fakes.process import ROOT
+from tests.fakes.terraform_provider import PROJECT_NUMBER, TABLE, google_provider
+
+GCP = ROOT / "infra" / "gcp"
+TEXT = "\n".join(path.read_text() for path in sorted(GCP.glob("*.tf")))
+
+
+@cache
+def configuration() -> dict[str, list[Any]]:
+    """Return the blocks of all files by their kind."""
+    import hcl2
+
+    blocks: dict[str, list[Any]] = {}
+    for path in sorted(GCP.glob("*.tf")):
+        for kind, found in hcl2.loads(path.read_text()).items():
+            blocks.setdefault(kind, []).extend(found)
+    return blocks
+
+
+def named(kind: str) -> dict[str, Any]:
+    """Return the blocks of one kind by their name; the parser leaves the quotes on."""
+    return {name.strip('"'): body for block in configuration()[kind] for name, body in block.items()}
+
+
+def resources() -> dict[str, Any]:
+    return {
+        f"{kind.strip(chr(34))}.{name.strip(chr(34))}": body
+        for block in configuration()["resource"]
+        for kind, inner in block.items()
+        for name, body in inner.items()
+    }
+
+
+def test_every_variable_and_output_explains_itself_and_is_used() -> None:
+    for name, body in named("variable").items():
+        assert len(body["description"]) > 30, name
+        assert "type" in body, name
+        assert f"var.{name}" in TEXT, f"nothing reads {name}"
+    for name, body in named("output").items():
+        assert len(body["description"]) > 15, name
+    assert set(re.findall(r"\bvar\.(\w+)", TEXT)) == set(named("variable"))
+    required = [name for name, body in named("variable").items() if "default" not in body]
+    assert required == ["project_id"]
+
+
+def test_every_reference_has_its_resource() -> None:
+    known = set(resources())
+    for reference in re.findall(r"(?<![\w.])(google_\w+\.\w+)", TEXT):
+        assert reference in known or f"data.{reference}" in TEXT, reference
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+META = {"count", "for_each", "depends_on"}  # Terraform's own, in every resource
+Body = dict[str, Any]
+
+
+def blocks_of(body: Body) -> Iterator[tuple[str, Body]]:
+    """Yield the nested blocks of a body, those that `dynamic` makes among them."""
+    for name, value in body.items():
+        if name == "dynamic":
+            for block in value:
+                yield from ((kind.strip('"'), inner["content"][0]) for kind, inner in block.items())
+        elif (
+            not name.startswith("__")
+            and isinstance(value, list)
+            and value
+            and all(isinstance(item, dict) for item in value)
+        ):
+            yield from ((name, item) for item in value)
+
+
+def check_arguments(body: Body, known: Body, where: str) -> None:
+    """Refuse what the provider does not know at this place, and what it needs and does not get."""
+    blocks = list(blocks_of(body))
+    given = {name for name in body if not name.startswith("__")} - {"dynamic"} | {name for name, _ in blocks}
+    required, optional, needed_blocks, other_blocks = (
+        {entry.partition(":")[0] for entry in known.get(kind, "").split()}
+        for kind in ("required", "optional", "required_blocks", "other_blocks")
+    )
+    allowed = required | optional | other_blocks | known.get("blocks", {}).keys()
+    required |= needed_blocks
+    assert given <= allowed, f"{where} has no {given - allowed}"
+    assert required <= given, f"{where} needs {required - given}"
+    for name, inner in blocks:
+        # A block of which the table has the name alone must be empty, as `auto {}` is.
+        check_arguments(inner, known.get("blocks", {}).get(name, {}), f"{where}.{name}")
+
+
+def test_the_provider_knows_every_argument() -> None:
+    """By a table of its schema, and without Terraform."""
+    assert len(resources()) > 15
+    for name, body in resources().items():
+        own = {argument: value for argument, value in body.items() if argument not in META}
+        check_arguments(own, TABLE[name.split(".")[0]], name)
+    for block in configuration()["data"]:
+        for kind, inner in block.items():
+            for body in inner.values():
+                check_arguments(body, TABLE[f"data.{kind.strip(chr(34))}"], kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"spotty": True}, "has no {'spotty'}"), ({"taint": [{"key": "a", "value": "b"}]}, "needs {'effect'}")],
+)
+def test_a_wrong_argument_is_seen(change: Body, message: str) -> None:
+    pool = resources()["google_container_node_pool.l4_spot"]
+    broken = {**pool, "node_config": [{**pool["node_config"][0], **change}]}
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        check_arguments(broken, TABLE["google_container_node_pool"], "pool")
+
+
+@pytest.fixture(scope="module")
+def terraform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Terraform on a copy of the files, with a stand-in for the provider; gives back how it ended."""
+    if shutil.which("terraform") is None:
+        pytest.skip("there is no terraform here")
+    folder = tmp_path_factory.mktemp("gcp")
+    for file in GCP.glob("*.tf"):
+        shutil.copy(file, folder)
+    with google_provider() as environment:
+
+        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+            command = ["terraform", f"-chdir={folder}", *arguments]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+        yield run
+
+
+def planned(terraform: Run, **variables: str) -> tuple[dict[str, Body], dict[str, Any]]:
+    """Return the resources of a plan by address, and the outputs that are known before it is applied."""
+    given = [f"-var={name}={value}" for name, value in {"project_id": "my-project", **variables}.items()]
+    done = terraform("plan", "-input=false", "-no-color", "-out=plan", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = json.loads(terraform("show", "-json", "plan").stdout)["planned_values"]
+    resources = {item["address"]: item["values"] for item in values["root_module"]["resources"]}
+    return resources, {name: output.get("value") for name, output in values["outputs"].items()}
+
+
+def test_terraform_finds_the_configuration_valid(terraform: Run) -> None:
+    done = terraform("validate", "-no-color")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_plan_is_what_is_documented(terraform: Run) -> None:
+    resources, outputs = planned(terraform)
+    (spot,) = resources["google_container_node_pool.l4_spot"]["node_config"]
+    assert (spot["spot"], spot["machine_type"], spot["kubelet_config"]) == (True, "g2-standard-8", [])
+    assert resources["google_storage_bucket.workspace"]["name"] == "my-project-preflow"
+    member = resources['google_storage_bucket_iam_member.flows["preflow-train"]']["member"]
+    pool = f"projects/{PROJECT_NUMBER}/locations/global/workloadIdentityPools/my-project.svc.id.goog"
+    assert member == f"principal://iam.googleapis.com/{pool}/subject/ns/preflow/sa/preflow-train"
+    assert "google_billing_budget.this[0]" not in resources
+    assert outputs["workspace"] == "gs://my-project-preflow/runs"
+    assert "TRAIN_IMAGE=europe-west4-docker.pkg.dev/my-project/preflow/train:latest\n" in outputs["cluster_settings"]
+
+
+def test_the_variables_arrive_in_the_plan(terraform: Run) -> None:
+    resources, outputs = planned(
+        terraform, billing_account="AAAAAA-BBBBBB-CCCCCC", extended_grace="true", image_tag="abc",
+        admin_cidrs='["203.0.113.7/32","198.51.100.0/24"]',
+    )  # fmt: skip
+    (grace,) = resources["google_container_node_pool.l4_spot"]["node_config"][0]["kubelet_config"]
+    assert grace["shutdown_grace_period_seconds"] - grace["shutdown_grace_period_critical_pods_seconds"] == 100
+    (admins,) = resources["google_container_cluster.this"]["master_authorized_networks_config"]
+    assert [block["cidr_block"] for block in admins["cidr_blocks"]] == ["203.0.113.7/32", "198.51.100.0/24"]
+    budget = resources["google_billing_budget.this[0]"]
+    assert [rule["threshold_percent"] for rule in budget["threshold_rules"]] == [0.5, 0.9, 1]
+    assert budget["amount"][0]["specified_amount"][0]["units"] == "50"
+    assert outputs["cluster_settings"].count(":abc\n") == 3
+
+
+def test_a_project_that_is_none_is_refused_with_the_reason(terraform: Run) -> None:
+    done = terraform("plan", "-input=false", "-no-color", "-var=project_id=My Project")
+    assert done.returncode != 0
+    assert "project_id is the project's id" in done.stderr
+
+
+def test_the_extended_grace_has_a_provider_that_knows_it() -> None:
+    """7.39 brought the two fields; the whole may be 0, 30 or 120 s, and the part of critical pods is below it."""
+    (version,) = re.findall(r'version = ">= 7\.(\d+), < 8\.0"', (GCP / "versions.tf").read_text())
+    assert int(version) >= 39
+    whole, critical = (
+        int(seconds) for seconds in re.findall(r"shutdown_grace_period_(?:critical_pods_)?seconds\s+= (\d+)", TEXT)
+    )
+    assert whole in (30, 120)
+    assert critical < whole
+
+
+def test_the_outputs_are_the_next_commands() -> None:
+    steps = [name for name in named("output") if name.startswith("next_")]
+    assert steps == sorted(steps)
+    for number, tool in enumerate(("kubectl", "images", "secrets", "adapter", "install"), 1):
+        assert steps[number - 1] == f"next_{number}_{tool}"
+    for script in re.findall(r"(infra/\S+\.(?:sh|yaml))", " ".join(named("output")[step]["value"] for step in steps)):
+        assert (ROOT / script).exists(), script
+
+
+def test_the_settings_of_the_overlay_are_all_written() -> None:
+    given = set(re.findall(r"^\s*([A-Z_]+)=", named("output")["cluster_settings"]["value"], re.MULTILINE))
+    example = (ROOT / "infra/k8s/overlays/gke/settings.env").read_text()
+    assert given == {line.split("=")[0] for line in example.splitlines() if line}
+
+
+def test_gpus_are_spot_and_cost_nothing_while_idle() -> None:
+    (autoscaling,) = resources()["google_container_node_pool.l4_spot"]["autoscaling"]
+    assert autoscaling["min_node_count"] == 0
+    pool = resources()["google_container_node_pool.l4_spot"]
+    (node,) = pool["node_config"]
+    assert pool["initial_node_count"] == 0
+    assert node["spot"] is True
+    (taint,) = node["taint"]
+    assert taint["key"].strip('"') == "cloud.google.com/gke-spot"
+    (accelerator,) = node["guest_accelerator"]
+    assert accelerator["type"].strip('"') == "nvidia-l4"
+    assert '"kubelet_config"' in {key for block in node["dynamic"] for key in block}
+
+
+def test_what_is_lost_can_be_got_back_and_nothing_is_public() -> None:
+    bucket = resources()["google_storage_bucket.workspace"]
+    assert bucket["versioning"][0]["enabled"] is True
+    actions = {rule["action"][0]["type"].strip('"') for rule in bucket["lifecycle_rule"]}
+    assert actions == {"Delete", "AbortIncompleteMultipartUpload"}
+    assert bucket["public_access_prevention"].strip('"') == "enforced"
+    assert bucket["uniform_bucket_level_access"] is True
+
+
+def test_workload_identity_is_given_to_accounts_that_exist() -> None:
+    accounts = (ROOT / "infra/k8s/base/accounts.yaml").read_text()
+    for account in re.findall(r'"(preflow-\w+)"', re.search(r"bucket_accounts\s+= (.*)", TEXT).group(1)):  # type: ignore[union-attr]
+        assert f"name: {account}\n" in accounts
+    members = resources()["google_storage_bucket_iam_member.flows"]
+    assert members["role"].strip('"') == "roles/storage.objectUser"
+    for pool in ("cpu", "l4_spot"):
+        (node,) = resources()[f"google_container_node_pool.{pool}"]["node_config"]
+        assert node["workload_metadata_config"][0]["mode"].strip('"') == "GKE_METADATA"
+
+
+def test_no_secret_passes_through_terraform() -> None:
+    assert "google_secret_manager_secret.this" in resources()
+    assert "google_secret_manager_secret_version" not in TEXT
+    script = (ROOT / "infra/k8s/secrets.sh").read_text()
+    for name in re.findall(r'"([a-z-]+)"', re.search(r"secrets = toset\((.*)\)", TEXT).group(1)):  # type: ignore[union-attr]
+        assert f"value {name} " in script, f"secrets.sh does not read {name}"

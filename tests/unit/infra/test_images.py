@@ -1,0 +1,259 @@
+"""The images: what they copy is there, what they install is pinned, and a SIGTERM reaches what they run."""
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fakes.dockerfile import DOCKER, instructions, values
+from tests.fakes.process import ROOT
+
+IMAGES = ("flow", "train", "serve")
+VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
+SCRIPTS = [
+    "infra/docker/serve.sh",
+    "infra/k8s/secrets.sh",
+    "deployments/register.sh",
+    "infra/local/setup.sh",
+    ".ci/run",
+]
+
+
+def is_sent(path: str) -> bool:
+    """Tell whether .dockerignore lets a path into the build; the last pattern that matches it or a parent decides."""
+    ignored = False
+    parts = Path(path).parts
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip().removeprefix("!")
+        if not pattern or pattern.startswith("#"):
+            continue
+        parents = ["/".join(parts[: end + 1]) for end in range(len(parts))]
+        if any(fnmatch.fnmatch(parent, pattern.removeprefix("**/")) for parent in parents):
+            ignored = not line.startswith("!")
+    return not ignored
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_what_is_copied_is_there_and_sent(image: str) -> None:
+    for value in values(image, "COPY"):
+        *sources, _ = value.split()
+        for source in sources:
+            assert (ROOT / source).exists(), source
+            assert is_sent(source), f"{source} is kept out by .dockerignore"
+
+
+@pytest.mark.parametrize(
+    "path", [".env", ".git/config", "workspace/cache/x", ".demo/keys", "infra/gcp/terraform.tfstate"]
+)
+def test_nothing_else_gets_into_a_build(path: str) -> None:
+    assert not is_sent(path)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_it_does_not_run_as_root(image: str) -> None:
+    assert values(image, "USER")[-1] == "10001:10001"
+    names = [name for name, _ in instructions(image)]
+    assert "RUN" not in names[names.index("USER") :]
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_signals_reach_the_process(image: str) -> None:
+    """A shell as PID 1 would swallow the SIGTERM. `tini -g` would send it past Prefect's supervisor."""
+    (entrypoint,) = (json.loads(value) for value in values(image, "ENTRYPOINT"))
+    assert entrypoint in (["tini", "--"], ["/opt/preflow/serve.sh"])
+    for value in values(image, "CMD"):
+        assert json.loads(value)[0] == "prefect"
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_base_image_is_pinned_and_no_other_host_is_named(image: str) -> None:
+    (base,) = values(image, "FROM")
+    assert re.fullmatch(r"[a-z/-]+:v?\d+\.\d+\.\d+(-[a-z]+)*", base)
+    text = (DOCKER / f"{image}.Dockerfile").read_text()
+    assert "://" not in text
+    assert not re.search(r"index-url|find-links|\.(io|com|org|dev)\b", text)
+
+
+@pytest.mark.parametrize("image", ["flow", "train"])
+def test_dependencies_are_pinned_and_cached_apart_from_the_code(image: str) -> None:
+    steps = instructions(image)
+    (install,) = (i for i, (name, value) in enumerate(steps) if name == "RUN" and "--requirement" in value)
+    assert "--constraint constraints.txt" in steps[install][1]
+    copied_before = " ".join(value for name, value in steps[:install] if name == "COPY")
+    assert copied_before == "pyproject.toml constraints.txt infra/docker/requirements.py ./"
+    copied_after = [value.split()[0] for name, value in steps[install:] if name == "COPY"]
+    assert {"flows", "tasks"} <= set(copied_after)
+
+
+def test_every_direct_dependency_has_a_pin() -> None:
+    printed = subprocess.run(
+        [sys.executable, DOCKER / "requirements.py", "train"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["dependencies"] + project["optional-dependencies"]["train"]) < set(printed)
+    pins = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    names = {re.split(r"[<>=!~\[ ]", line)[0].lower().replace("_", "-") for line in printed if line}
+    assert names <= pins
+
+
+def test_the_vllm_of_the_image_is_that_of_the_package() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
+    (base,) = values("serve", "FROM")
+    assert extra == [f"vllm=={base.split(':v')[1]}"]
+
+
+def test_every_image_is_built_and_pushed() -> None:
+    build = yaml.safe_load((DOCKER / "cloudbuild.yaml").read_text())
+    assert [step["id"] for step in build["steps"]] == list(IMAGES)
+    for step in build["steps"]:
+        assert f"--file=infra/docker/{step['id']}.Dockerfile" in step["args"]
+        assert f"--tag=$_REGISTRY/{step['id']}:$_TAG" in step["args"]
+        assert step["args"][-1] == "."
+    assert build["images"] == [f"$_REGISTRY/{image}:$_TAG" for image in IMAGES]
+
+
+def stand_in(folder: Path, program: str) -> dict[str, str]:
+    """Put a `vllm` that runs `program` into `folder`; return an environment that finds it."""
+    vllm = folder / "vllm"
+    vllm.write_text(f"#!{sys.executable}\nimport json, os, signal, sys, time\n{program}")
+    vllm.chmod(0o755)
+    return {"PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin"}
+
+
+def serve(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run serve.sh with a vllm that prints its process id and its arguments."""
+    path = stand_in(tmp_path, "print(json.dumps([os.getpid(), *sys.argv[1:]]))\n")
+    shell = 'echo $$; exec "$0" "$@"'
+    return subprocess.run(
+        ["sh", "-c", shell, DOCKER / "serve.sh", *arguments],
+        env={**path, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_vllm_takes_the_place_of_the_start_script(tmp_path: Path) -> None:
+    done = serve(tmp_path, "--seed", "7", MODEL="base", SFT_ADAPTER="/workspace/adapters/sft")
+    started, printed = done.stdout.splitlines()
+    pid, *given = json.loads(printed)
+    assert pid == int(started)
+    assert given[:2] == ["serve", "base"]
+    assert given[-4:] == ["--lora-modules", "sft=/workspace/adapters/sft", "--seed", "7"]
+    assert json.loads(given[given.index("--structured-outputs-config") + 1])["disable_any_whitespace"] is True
+    assert {"--enable-lora", "--shutdown-timeout"} <= set(given)
+
+
+def test_a_restarted_vllm_serves_what_was_promoted(tmp_path: Path) -> None:
+    """The pointer holds the flow's address of the adapter; vLLM sees the same folder beside the pointer."""
+    adapters = tmp_path / "mount" / "adapters"
+    for name, digest, whole in (("live", "c7b2c00699f3aaaa", True), ("torn", "0123456789abcdef", False)):
+        folder = adapters / name / digest
+        folder.mkdir(parents=True)
+        pointer = {"name": name, "current": {"uri": f"gs://bucket/ws/adapters/{name}/{digest}"}, "history": []}
+        (adapters / name / "CURRENT.json").write_text(json.dumps(pointer))
+        if whole:
+            (folder / "COMMITTED.json").write_text("{}")
+    (adapters / "cut").mkdir()
+    (adapters / "cut" / "CURRENT.json").write_text('{"current": ')
+    done = serve(tmp_path, MODEL="base", SFT_ADAPTER="/workspace/sft", ADAPTERS=str(adapters))
+    _, *given = json.loads(done.stdout.splitlines()[-1])
+    loras = given[given.index("--lora-modules") + 1 :]
+    assert loras == ["sft=/workspace/sft", f"live={adapters}/live/c7b2c00699f3aaaa"]
+    assert "cut/CURRENT.json: damaged" in done.stderr
+    assert "0123456789abcdef: has no COMMITTED.json" in done.stderr
+
+
+def test_vllm_is_started_without_adapters(tmp_path: Path) -> None:
+    done = serve(tmp_path, MODEL="base", ADAPTERS=str(tmp_path / "not-there"))
+    assert done.returncode == 0, done.stderr
+    assert "--lora-modules" not in done.stdout
+
+
+def test_vllm_is_not_started_without_a_model(tmp_path: Path) -> None:
+    done = serve(tmp_path)
+    assert done.returncode != 0
+    assert "name the base model" in done.stderr
+
+
+def test_vllm_speaks_with_the_chat_template_of_the_training(tmp_path: Path) -> None:
+    adapter = tmp_path / "sft"
+    adapter.mkdir()
+    environment = {"MODEL": "base", "SFT_ADAPTER": str(adapter)}
+    assert "--chat-template" not in serve(tmp_path, **environment).stdout
+    template = adapter / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    given = json.loads(serve(tmp_path, **environment).stdout.splitlines()[1])
+    assert given[given.index("--chat-template") + 1] == str(template)
+    given = json.loads(serve(tmp_path, **environment, CHAT_TEMPLATE="/other.jinja").stdout.splitlines()[1])
+    assert given[given.index("--chat-template") + 1] == "/other.jinja"
+
+
+DRAINING = """
+def drain(*_):
+    os.write(1, b"draining %d" % os.getpid())
+    os._exit(0)
+signal.signal(signal.SIGTERM, drain)
+os.write(1, b"up\\n")
+time.sleep(600)
+"""
+NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child"]
+
+
+def can_be_pid_1() -> bool:
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not can_be_pid_1(), reason="this user may not make a process namespace")
+def test_as_pid_1_vllm_gets_the_sigterm(tmp_path: Path) -> None:
+    """In a pod the start script is process 1, to which the kernel passes no signal that it does not handle."""
+    environment = {**stand_in(tmp_path, DRAINING), "MODEL": "base"}
+    outer = subprocess.Popen([*NAMESPACE, DOCKER / "serve.sh"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert outer.stdout is not None
+    assert outer.stdout.readline() == "up\n"
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    assert outer.stdout.read() == "draining 1"
+    assert outer.wait(60) == 0
+
+
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = make_arg_parser(FlexibleArgumentParser())
+given = parser.parse_args(sys.argv[1:])
+print(json.dumps([given.model_tag, given.enable_lora, given.shutdown_timeout, [a.name for a in given.lora_modules]]))
+parser.parse_args([*sys.argv[1:], "--enable-loras-please"])
+"""
+
+
+@pytest.mark.slow  # vLLM is imported
+@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="make .venv-serve/ready installs vLLM")
+def test_vllm_knows_every_flag(tmp_path: Path) -> None:
+    """Its own parser reads what the start script hands on, and refuses what it does not know."""
+    told = json.loads(serve(tmp_path, MODEL="base", SFT_ADAPTER="/sft").stdout.splitlines()[1])[2:]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    done = subprocess.run([VLLM_PYTHON, "-c", PARSE, *told], env=environment, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == ["base", True, 20, ["sft"]], done.stderr
+    assert done.returncode == 2
+    assert "unrecognized arguments: --enable-loras-please" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_can_be_run(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)

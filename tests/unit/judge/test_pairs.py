@@ -1,0 +1,230 @@
+"""From votes to pairs, and a split that nothing shifts."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.config import JudgingConfig, PairPolicy
+from tasks.errors import PreflowError
+from tasks.judge.pairs import Decision, check_yield, decide, is_validation, make_preferences, preference_pair
+from tasks.store.workspace import Cost, Manifest, PreferencesRef, VerdictsRef, Workspace, digest
+
+Row = dict[str, Any]
+ORDERS = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+
+
+def vote(best: int, worst: int, confidence: int | None = 4, order: int = 0) -> Row:
+    return {"judge": "j", "order": ORDERS[order], "best": best, "worst": worst, "confidence": confidence}
+
+
+ERROR: Row = {"judge": "j", "order": ORDERS[0], "error": "cut at 1024 tokens", "raw": "..."}
+U, M, B = PairPolicy.UNANIMOUS, PairPolicy.MAJORITY, PairPolicy.BORDA
+
+CASES: list[tuple[str, list[Row], dict[PairPolicy, Any]]] = [
+    ("all agree", [vote(0, 2), vote(0, 2)], {U: (0, 2), M: (0, 2), B: (0, 2)}),
+    ("one vote", [vote(1, 0)], {U: (1, 0), M: (1, 0), B: (1, 0)}),
+    ("worst differs", [vote(0, 2), vote(0, 1)], {U: "worst", M: "worst", B: "worst"}),
+    ("best differs", [vote(0, 2), vote(1, 2)], {U: "best", M: "best", B: "best"}),
+    ("turned round", [vote(0, 2), vote(2, 0)], {U: "best", M: "best", B: "best"}),
+    ("two of three", [vote(0, 2), vote(0, 2), vote(1, 2)], {U: "best", M: (0, 2), B: (0, 2)}),
+    ("three ways", [vote(0, 1), vote(1, 2), vote(2, 0)], {U: "best", M: "best", B: "best"}),
+    ("sums decide", [vote(0, 1), vote(0, 2), vote(2, 1)], {U: "best", M: (0, 1), B: (0, 1)}),
+    # 0 is named best twice and worst twice, 1 worst once: the majority sees none, the sums see 2 before 1.
+    ("sums see more", [vote(0, 1), vote(2, 0), vote(2, 0), vote(0, 2)], {U: "best", M: "best", B: (2, 1)}),
+    ("one unreadable of two", [vote(0, 2), ERROR], {U: "failed", M: "failed", B: "failed"}),
+    ("one unreadable of three", [vote(0, 2), vote(0, 2), ERROR], {U: "failed", M: (0, 2), B: (0, 2)}),
+    ("none readable", [ERROR, ERROR], {U: "failed", M: "failed", B: "failed"}),
+    ("nothing to judge", [], {U: "skipped", M: "skipped", B: "skipped"}),
+]
+
+
+@pytest.mark.parametrize("policy", list(PairPolicy))
+@pytest.mark.parametrize(("name", "votes", "expected"), CASES, ids=[case[0] for case in CASES])
+def test_policies_decide_as_they_say(
+    name: str, votes: list[Row], expected: dict[PairPolicy, Any], policy: PairPolicy
+) -> None:
+    decision, wanted = decide(votes, policy), expected[policy]
+    if isinstance(wanted, tuple):
+        assert (decision.status, decision.best, decision.worst, decision.reason) == ("pair", *wanted, None)
+    elif wanted in ("best", "worst"):
+        assert decision.status == "dropped"
+        assert decision.reason == f"{wanted} not {policy.value}"
+    else:
+        assert decision.status == wanted
+        assert decision.reason
+
+
+def test_no_policy_makes_a_pair_of_one_completion() -> None:
+    for policy in PairPolicy:
+        for a in range(3):
+            for b in range(3):
+                for c in range(3):
+                    votes = [vote(a, (a + 1) % 3), vote(b, (b + 2) % 3), vote(c, (c + 1) % 3)]
+                    decision = decide(votes, policy)
+                    assert decision.status != "pair" or decision.best != decision.worst
+
+
+def test_a_judge_that_follows_the_position_makes_no_unanimous_pair() -> None:
+    votes = [{**vote(order[-1], order[0]), "order": order} for order in ORDERS[:2]]
+    assert decide(votes, U).status == "dropped"
+
+
+def test_unsure_pairs_are_dropped_and_say_how_unsure() -> None:
+    votes = [vote(0, 2, 2), vote(0, 2, 3)]
+    assert decide(votes, U, 2).status == "pair"
+    decision = decide(votes, U, 3)
+    assert (decision.status, decision.reason, decision.confidence) == ("dropped", "confidence 2.5 < 3", 2.5)
+    assert decide([vote(0, 2, None), vote(0, 2, None)], U, 5).status == "pair", "no confidence is no low one"
+
+
+def test_agreement_is_the_share_of_the_most_frequent_verdict() -> None:
+    assert decide([vote(0, 2), vote(0, 2), vote(1, 2)], U).agreement == 0.6667
+
+
+# ---- split
+
+
+def test_the_split_has_the_wanted_size_and_depends_on_the_seed() -> None:
+    ids = [digest(number) for number in range(5000)]
+    first = {i for i in ids if is_validation(i, None, 42, 0.1)}
+    assert 420 < len(first) < 580  # 500 expected, standard deviation 21
+    other = {i for i in ids if is_validation(i, None, 43, 0.1)}
+    assert 20 < len(first & other) < 85  # 50 expected: two seeds are independent
+    assert not any(is_validation(i, None, 42, 0.0) for i in ids)
+
+
+def test_a_larger_share_only_adds_to_the_validation_side() -> None:
+    ids = [digest(number) for number in range(2000)]
+    small = {i for i in ids if is_validation(i, None, 42, 0.1)}
+    assert small < {i for i in ids if is_validation(i, None, 42, 0.2)}
+
+
+def test_a_group_is_never_divided() -> None:
+    for group in ("s01e01", "s09e24", ""):
+        sides = {is_validation(digest(number), group, 42, 0.5) for number in range(100)}
+        assert len(sides) == 1
+
+
+def test_a_pair_has_trl_s_form() -> None:
+    row = {"id": "i", "prompt": [{"role": "user", "content": "p"}], "completions": ["a", "b", "c"], "group": "g"}
+    pair = preference_pair(row, Decision(status="pair", best=2, worst=0, confidence=3.5))
+    assert pair == {
+        "id": "i", "prompt": row["prompt"], "chosen": [{"role": "assistant", "content": "c"}],
+        "rejected": [{"role": "assistant", "content": "a"}], "confidence": 3.5, "group": "g",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="has no pair"):
+        preference_pair(row, Decision(status="dropped", reason="r"))
+
+
+# ---- the files
+
+
+def write_verdicts(folder: Path, rows: list[Row]) -> VerdictsRef:
+    store = Workspace(folder)
+    uri = store.uri("verdicts", digest(rows)[:8], "verdicts.jsonl")
+    with store.writing(uri) as out:
+        for row in rows:
+            out.write_row(row)
+    verdicts = VerdictsRef(uri=uri, manifest=uri.replace("verdicts.jsonl", "manifest.json"), **out.facts())
+    cost = Cost(requests=2 * len(rows), prompt_tokens=7, completion_tokens=3)
+    store.write_manifest(Manifest(artifact=verdicts, stage="judging", version=1, key="k", files={}, cost=cost))
+    return verdicts
+
+
+def make_rows(count: int, first: int = 0, groups: int = 0) -> list[Row]:
+    rows = []
+    for number in range(first, first + count):
+        votes = [vote(number % 3, (number + 1) % 3, order=order) for order in range(2)]
+        if number % 5 == 0:
+            votes[1] = vote((number + 1) % 3, number % 3, order=1)
+        row = {
+            "id": digest(number), "prompt": [{"role": "user", "content": f"scene {number}"}],
+            "completions": [f"[ANN] {number} {word}." for word in ("one", "two", "three")], "votes": votes,
+            "finish_reasons": ["stop"] * 3,
+        }  # fmt: skip
+        rows.append({**row, "group": f"episode {number % groups}"} if groups else row)
+    return rows
+
+
+def read(uri: str) -> list[Row]:
+    return [json.loads(line) for line in Path(uri).read_text().splitlines()]
+
+
+def sides(preferences: PreferencesRef) -> dict[str, list[Row]]:
+    return {name: read(preferences.uri.replace("train.jsonl", f"{name}.jsonl")) for name in ("train", "val", "judged")}
+
+
+def make(folder: Path, rows: list[Row], **settings: Any) -> PreferencesRef:
+    judging = JudgingConfig.model_validate({"val_ratio": 0.2, **settings})
+    return make_preferences(write_verdicts(folder, rows), str(folder), judging)
+
+
+def test_every_row_is_listed_and_every_pair_is_the_judge_s(tmp_path: Path) -> None:
+    rows = make_rows(100)
+    found = sides(make(tmp_path, rows))
+    assert [row["id"] for row in found["judged"]] == [row["id"] for row in rows]
+    assert Counter(row["status"] for row in found["judged"]) == {"pair": 80, "dropped": 20}
+    assert all(row["reason"] == "best not unanimous" for row in found["judged"] if row["status"] == "dropped")
+    pairs = {row["id"]: row for row in [*found["train"], *found["val"]]}
+    assert len(pairs) == len(found["train"]) + len(found["val"]) == 80
+    for row in rows:
+        if row["id"] in pairs:
+            best, worst = row["votes"][0]["best"], row["votes"][0]["worst"]
+            assert pairs[row["id"]]["chosen"][0]["content"] == row["completions"][best]
+            assert pairs[row["id"]]["rejected"][0]["content"] == row["completions"][worst]
+
+
+def test_added_prompts_move_none_from_one_side_to_the_other(tmp_path: Path) -> None:
+    before, after = sides(make(tmp_path, make_rows(200))), sides(make(tmp_path, make_rows(300, -100)[::-1]))
+    for side in ("train", "val"):
+        ids = {row["id"] for row in before[side]}
+        assert ids <= {row["id"] for row in after[side]}
+        assert len(after[side]) > len(before[side])
+
+
+def test_groups_stay_together_in_the_files(tmp_path: Path) -> None:
+    found = sides(make(tmp_path, make_rows(300, groups=20), val_ratio=0.4))
+    groups = {side: {row["group"] for row in found[side]} for side in ("train", "val")}
+    assert min(map(len, groups.values())) > 0
+    assert not groups["train"] & groups["val"]
+
+
+def test_equal_inputs_give_equal_bytes_and_are_made_once(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "a", make_rows(50)), make(tmp_path / "b", make_rows(50))
+    for name in ("train.jsonl", "val.jsonl", "judged.jsonl", "quality.json"):
+        a, b = (Path(ref.uri.replace("train.jsonl", name)).read_bytes() for ref in (first, second))
+        assert a == b, name
+    written = Path(first.uri).stat().st_mtime_ns
+    assert make(tmp_path / "a", make_rows(50)) == first
+    assert Path(first.uri).stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "val.jsonl", "judged.jsonl", "quality.json"])
+def test_a_damaged_file_is_made_anew(tmp_path: Path, name: str) -> None:
+    first = make(tmp_path, make_rows(50))
+    path = Path(first.uri.replace("train.jsonl", name))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert make(tmp_path, make_rows(50)) == first
+    assert path.read_bytes() == content
+
+
+def test_without_a_pair_the_error_says_what_the_judge_does(tmp_path: Path) -> None:
+    rows = make_rows(200)
+    for row in rows:
+        row["votes"] = [{**vote(order[-1], order[0]), "order": order} for order in ORDERS[:2]]
+    preferences = make(tmp_path, rows)
+    assert (preferences.rows, preferences.val_rows) == (0, 0)
+    with pytest.raises(PreflowError) as caught:
+        check_yield(preferences, str(tmp_path))
+    assert "no pair to train on: of 200 prompts 200 dropped" in str(caught.value)
+    assert "The judge prefers late positions" in str(caught.value)
+    assert "stronger judging.model" in str(caught.value)
+
+
+def test_with_pairs_there_is_nothing_to_complain_about(tmp_path: Path) -> None:
+    preferences = make(tmp_path, make_rows(50))
+    assert check_yield(preferences, str(tmp_path)) is preferences

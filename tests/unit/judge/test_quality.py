@@ -1,0 +1,409 @@
+"""Quality of judgements and pairs: planted biases must be found, and fair judges must pass."""
+
+import gc
+import io
+import json
+import random
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import krippendorff
+import numpy as np
+import pytest
+from matplotlib import image
+
+from tasks.errors import PreflowError
+from tasks.judge.quality import QualityReport, audit_preferences, measure_judgements, plot_quality
+from tasks.judge.quality.counters import Agreement, wilson_interval
+
+WORDS = [a + b for a in ("lan", "ket", "mar", "sil", "tun", "vel") for b in ("tern", "tle", "ble", "ver", "nel", "vet")]
+Row = dict[str, Any]
+
+
+def make_text(rng: random.Random, lines: int = 4) -> str:
+    names = rng.choices(["ANN", "BOB", "CYD"], k=lines)
+    return "\n".join(f"[{name}] {' '.join(rng.choices(WORDS, k=8))}." for name in names)
+
+
+def make_vote(order: list[int], best: int, worst: int, **more: Any) -> Row:
+    return {"judge": "j", "order": order, "best": best, "worst": worst, "confidence": 4, **more}
+
+
+def make_judged(number: int, votes: list[Row], completions: list[str], **more: Any) -> Row:
+    readable = [vote for vote in votes if "error" not in vote]
+    firm = len(readable) == len(votes) and len({(v["best"], v["worst"]) for v in votes}) == 1
+    decision: Row = {"status": "dropped", "reason": "best not unanimous", "best": None, "worst": None}
+    if firm:
+        decision = {"status": "pair", "reason": None, "best": votes[0]["best"], "worst": votes[0]["worst"]}
+    prompt = [{"role": "user", "content": f"scene {number}"}]
+    reasons = ["stop"] * len(completions)
+    return {
+        "id": f"{number:064x}",
+        "prompt": prompt,
+        "completions": completions,
+        "finish_reasons": reasons,
+        "votes": votes,
+        "agreement": None,
+        "confidence": None,
+        **decision,
+        **more,
+    }
+
+
+def rotations(rng: random.Random, n: int) -> list[list[int]]:
+    base = rng.sample(range(n), n)
+    return [base, base[n // 2 :] + base[: n // 2]]
+
+
+def judged_by_position(rows: int, n: int = 3) -> Iterator[Row]:
+    """A judge that names the last one best and the first one worst, whatever they say."""
+    rng = random.Random(1)
+    for number in range(rows):
+        votes = [make_vote(order, order[-1], order[0]) for order in rotations(rng, n)]
+        yield make_judged(number, votes, [make_text(rng) for _ in range(n)])
+
+
+def judged_by_content(rows: int, n: int = 3, confidence: tuple[int, ...] = (2, 3, 4, 5)) -> Iterator[Row]:
+    """A judge that always finds the same best and worst, wherever they stand."""
+    rng = random.Random(2)
+    for number in range(rows):
+        best, worst = rng.sample(range(n), 2)
+        votes = [make_vote(o, best, worst, confidence=rng.choice(confidence)) for o in rotations(rng, n)]
+        yield make_judged(number, votes, [make_text(rng, rng.randint(2, 7)) for _ in range(n)])
+
+
+def write_jsonl(path: Path, rows: list[Row]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def make_audit(folder: Path, places: list[tuple[int, int]], val: int = 2) -> tuple[str, str, str]:
+    """Write completions and pairs whose chosen and rejected stand at `places`; pairs come in another order."""
+    rng = random.Random(3)
+    rows, pairs = [], []
+    for number, (best, worst) in enumerate(places):
+        prompt = [{"role": "system", "content": "write"}, {"role": "user", "content": f"scene {number}"}]
+        texts = [make_text(rng) for _ in range(3)]
+        rows.append({"prompt": prompt, "completions": texts})
+        sides = {"chosen": best, "rejected": worst}
+        pairs.append({"prompt": prompt, **{s: [{"role": "assistant", "content": texts[k]}] for s, k in sides.items()}})
+    rng.shuffle(pairs)
+    return (
+        write_jsonl(folder / "train.jsonl", pairs[val:]),
+        write_jsonl(folder / "val.jsonl", pairs[:val]),
+        write_jsonl(folder / "completions.jsonl", rows),
+    )
+
+
+def test_audit_says_that_a_judge_preferred_late_positions(tmp_path: Path) -> None:
+    # Best at 201/390/430 and worst at 536/249/236 of 1,021.
+    counts = {(0, 1): 100, (0, 2): 101, (1, 0): 255, (1, 2): 135, (2, 0): 281, (2, 1): 149}
+    places = [place for place, count in counts.items() for _ in range(count)]
+    report = audit_preferences(*make_audit(tmp_path, places, val=102))
+
+    assert report.pairs == 1021
+    assert report.statuses == {"train": 919, "val": 102}
+    best, worst = report.metric("position_best"), report.metric("position_worst")
+    assert [row["observed"] for row in best.detail["positions"]] == [201, 390, 430]
+    assert [row["observed"] for row in worst.detail["positions"]] == [536, 249, 236]
+    assert best.ok is False
+    assert best.detail["p_value"] < 1e-15
+    assert best.advice is not None
+    assert best.advice.startswith("The judge prefers late positions: the best was at position 3 in 42.1 %")
+    assert worst.advice is not None
+    assert worst.advice.startswith("The judge puts down early positions: the worst was at position 1 in 52.5 %")
+    assert "judging.orders" in best.advice
+    assert "Best completion by position" in report.summary()
+    assert report.metric("unmatched_pairs").value == 0
+    assert report.metric("shared_prompts").ok is True
+
+
+def test_audit_of_a_fair_judge_finds_nothing(tmp_path: Path) -> None:
+    places = [(a, b) for a in range(3) for b in range(3) if a != b] * 100
+    report = audit_preferences(*make_audit(tmp_path, places))
+    assert report.problems() == []
+    assert report.metric("position_best").detail["tendency"] == "none"
+
+
+def test_audit_counts_what_it_cannot_place(tmp_path: Path) -> None:
+    train, val, completions = make_audit(tmp_path, [(0, 1), (1, 2), (2, 0)] * 20)
+    rows = [json.loads(line) for line in Path(completions).read_text().splitlines()]
+    pairs = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    pairs[0]["prompt"][1]["content"] = "a scene that nobody sampled"
+    pairs[1]["chosen"][0]["content"] = "[ANN] a text that nobody sampled"
+    twin = next(row for row in rows if row["prompt"] == pairs[2]["prompt"])
+    twin["completions"] = [pairs[2]["chosen"][0]["content"]] * 2 + [pairs[2]["rejected"][0]["content"]]
+    pairs[3]["chosen"][0]["content"] += "\n  "
+    report = audit_preferences(write_jsonl(tmp_path / "train.jsonl", pairs), val, write_jsonl(Path(completions), rows))
+
+    assert report.reasons == {
+        "prompt not among the completions": 1,
+        "text not among the prompt's completions": 1,
+        "text at more than one position": 1,
+    }
+    unmatched = report.metric("unmatched_pairs")
+    assert unmatched.value == pytest.approx(3 / 60)
+    assert report.metric("position_best").detail["verdicts"] == 57
+
+
+def test_audit_finds_a_doubled_completions_row_and_prompts_on_both_sides(tmp_path: Path) -> None:
+    train, val, completions = make_audit(tmp_path, [(0, 1), (1, 2), (2, 0)] * 10)
+    with Path(completions).open("a") as file:
+        first = json.loads(Path(completions).read_text().splitlines()[0])
+        file.write(json.dumps({**first, "completions": ["[ANN] x", "[BOB] y", "[CYD] z"]}) + "\n")
+    with Path(val).open("a") as file:
+        file.write(Path(train).read_text().splitlines()[0] + "\n")
+    report = audit_preferences(train, val, completions)
+    assert report.metric("unmatched_pairs").value == 0
+    shared = report.metric("shared_prompts")
+    assert (shared.value, shared.ok) == (1, False)
+
+
+def test_audit_without_completions_says_nothing_about_positions(tmp_path: Path) -> None:
+    train, _, _ = make_audit(tmp_path, [(0, 1)] * 10)
+    names = {metric.name for metric in audit_preferences(train).metrics}
+    assert not names & {"position_best", "unmatched_pairs", "distinct_2"}
+    assert "longer_chosen_tokens" in names
+
+
+def test_audit_reads_confidence_and_refuses_what_is_none(tmp_path: Path) -> None:
+    train, val, _ = make_audit(tmp_path, [(0, 1)] * 30)
+    pairs = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    graded = [{**pair, "confidence": number % 3 + 2.0} for number, pair in enumerate(pairs)]
+    report = audit_preferences(write_jsonl(tmp_path / "graded.jsonl", graded), val)
+    assert set(report.metric("confidence").detail["histogram"]) == {"2", "3", "4"}
+    for bad, message in (("high", r"broken\.jsonl, row 3: confidence"), (float("nan"), r"broken\.jsonl:3: .*NaN")):
+        broken = write_jsonl(tmp_path / "broken.jsonl", [*pairs[:2], {**pairs[2], "confidence": bad}])
+        with pytest.raises(PreflowError, match=message):
+            audit_preferences(broken, val)
+
+
+def test_audit_names_the_line_that_is_wrong(tmp_path: Path) -> None:
+    train, val, _ = make_audit(tmp_path, [(0, 1)] * 5)
+    with Path(train).open("a") as file:
+        file.write('{"prompt": [{"role": "user", "content": "x"}]}\n')
+    with pytest.raises(PreflowError, match=r"train\.jsonl:4: chosen"):
+        audit_preferences(train, val)
+
+
+def test_judge_that_follows_the_position_gives_no_pair_and_is_named() -> None:
+    report = measure_judgements(judged_by_position(300))
+    assert report.pairs == 0
+    assert report.metric("pair_yield").ok is False
+    assert report.metric("flip_rate").value == 1
+    assert report.metric("agreement").value == pytest.approx(-0.5, abs=0.01)
+    best = report.metric("position_best")
+    assert best.advice is not None
+    assert best.advice.startswith("The judge prefers late positions: the best was at position 3 in 100 %")
+    assert report.reasons == {"best not unanimous": 300}
+
+
+def test_judge_that_follows_the_content_passes() -> None:
+    report = measure_judgements(judged_by_content(300))
+    assert report.pairs == 300
+    assert report.problems() == []
+    assert report.metric("flip_rate").value == 0
+    assert report.metric("agreement").value == 1
+
+
+def test_judge_that_likes_the_middle_is_named_by_position() -> None:
+    rng = random.Random(4)
+    orders = [rng.sample(range(3), 3) for _ in range(200)]
+    rows = [make_judged(k, [make_vote(o, o[1], o[0])], [make_text(rng) for _ in o]) for k, o in enumerate(orders)]
+    advice = measure_judgements(rows).metric("position_best").advice
+    assert advice is not None
+    assert advice.startswith("The judge prefers position 2:")
+
+
+def test_one_order_says_that_flips_cannot_be_seen() -> None:
+    rows = [make_judged(k, [make_vote([0, 1], k % 2, 1 - k % 2)], ["a b", "c d"]) for k in range(10)]
+    report = measure_judgements(rows)
+    for name in ("flip_rate", "agreement"):
+        metric = report.metric(name)
+        assert (metric.value, metric.ok) == (None, None)
+        assert metric.advice is not None
+        assert "judging.orders" in metric.advice
+
+
+def test_same_order_twice_is_no_flip_and_judges_are_kept_apart() -> None:
+    votes = [make_vote([0, 1], 0, 1), make_vote([0, 1], 1, 0), make_vote([1, 0], 0, 1, judge="k")]
+    report = measure_judgements([make_judged(1, votes, ["a b", "c d"])])
+    assert report.metric("flip_rate").value is None
+    assert report.metric("agreement").detail["prompts"] == 1
+
+
+@pytest.mark.parametrize("raters", [2, 3, 5])
+def test_streamed_alpha_is_krippendorffs(raters: int) -> None:
+    rng = np.random.default_rng(raters)
+    truth = rng.integers(0, 4, 200)
+    votes = np.where(rng.random((raters, 200)) < 0.6, truth, rng.integers(0, 4, (raters, 200))).astype(float)
+    votes[rng.random(votes.shape) < 0.15] = np.nan
+    agreement = Agreement()
+    for unit in votes.T:
+        agreement.add([int(value) for value in unit if not np.isnan(value)])
+    expected = krippendorff.alpha(reliability_data=votes, level_of_measurement="nominal")
+    assert agreement.alpha() == pytest.approx(expected, abs=1e-12)
+
+
+def test_wilson_interval_is_the_published_one() -> None:
+    # Newcombe 1998, table I: 81 of 263.
+    low, high = wilson_interval(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+def test_longer_is_chosen_is_seen_in_characters_and_tokens() -> None:
+    rows = []
+    for k in range(200):
+        texts = [make_text(random.Random(k), 3), make_text(random.Random(-k - 1), 5)]
+        best = int(k % 10 != 0)
+        rows.append(make_judged(k, [make_vote([0, 1], best, 1 - best)], texts))
+    report = measure_judgements(rows)
+    for unit in ("characters", "tokens"):
+        metric = report.metric(f"longer_chosen_{unit}")
+        assert metric.value == pytest.approx(0.9)
+        assert metric.ok is False
+        assert metric.advice is not None
+        assert "prefers the longer" in metric.advice
+    fixed = measure_judgements(rows, count_tokens=lambda text: 7).metric("longer_chosen_tokens")
+    assert fixed.value is None
+    histogram = report.detail["lengths"]["tokens"]
+    assert sum(histogram["chosen"]) == sum(histogram["rejected"]) == 200
+    assert len(histogram["edges"]) == len(histogram["chosen"]) + 1
+
+
+def test_distinct_n_is_the_share_of_distinct_ngrams_of_a_prompt() -> None:
+    rows = [make_judged(1, [make_vote([0, 1, 2], 0, 1)], ["a b a b", "A b c", "x y z"])]
+    detail = measure_judgements(rows).metric("distinct_2").detail
+    # Unigrams a b a b a b c: 3 of 7; bigrams ab ba ab | ab bc: 3 of 5; trigrams aba bab | abc: 3 of 3.
+    assert [detail[f"distinct_{n}"] for n in (1, 2, 3)] == pytest.approx([3 / 7, 3 / 5, 1], rel=1e-5)
+
+
+def test_equal_completions_advise_a_higher_temperature() -> None:
+    rows = [
+        make_judged(k, [make_vote([0, 1], 0, 1)], ["[ANN] the same old words", "[ANN] the same old words"])
+        for k in range(5)
+    ]
+    report = measure_judgements(rows)
+    assert report.metric("distinct_2").ok is False
+    assert report.degenerate == 5
+    assert report.metric("degenerate_pairs").ok is False
+
+
+def test_speakers_that_are_chosen_for_themselves_are_found() -> None:
+    def rows(bias: bool) -> Iterator[Row]:
+        rng = random.Random(5)
+        for k in range(150):
+            texts = [make_text(rng), make_text(rng)]
+            if bias:
+                texts[0] = texts[0].replace("[ANN]", "[CYD]")
+            yield make_judged(k, [make_vote([0, 1], 0, 1)], texts)
+
+    assert measure_judgements(rows(False)).metric("speaker_balance").ok is True
+    biased = measure_judgements(rows(True)).metric("speaker_balance")
+    assert biased.ok is False
+    assert {row["speaker"]: row["chosen"] for row in biased.detail["speakers"]}["ANN"] == 0
+
+
+def test_speakers_are_left_out_where_texts_are_no_scenes() -> None:
+    report = measure_judgements([make_judged(1, [make_vote([0, 1], 0, 1)], ["plain words", "more words"])])
+    with pytest.raises(KeyError):
+        report.metric("speaker_balance")
+
+
+def test_failures_cuts_and_usage_are_counted() -> None:
+    usage = {"requests": 1, "prompt_tokens": 900, "completion_tokens": 100, "thinking_tokens": 80}
+    good = make_vote([0, 1], 0, 1, usage=usage)
+    cut: Row = {"judge": "j", "order": [1, 0], "error": "cut at 1024 tokens", "raw": "", "usage": usage}
+    cut_later = {**cut, "error": "cut at 2048 tokens"}
+    refused: Row = {"judge": "j", "order": [1, 0], "error": "refused: content_filter", "raw": ""}
+    more = {"finish_reasons": ["length", "stop"]}
+    rows = [
+        make_judged(k, [good, vote], ["a b c", "d e f"], **more)
+        for k, vote in enumerate([cut, cut_later, refused, make_vote([1, 0], 0, 1, usage=usage)])
+    ]
+    rows[0] |= {"status": "failed"}
+    report = measure_judgements(rows)
+    parse = report.metric("parse_failures")
+    assert parse.value == pytest.approx(2 / 8)
+    assert parse.detail["errors"] == {"cut at n tokens": 2, "refused: content_filter": 1}
+    assert parse.detail["refused"] == 1
+    assert parse.advice is not None
+    assert "judging.max_tokens" in parse.advice
+    assert report.metric("failed_prompts").value == pytest.approx(1 / 4)
+    assert report.metric("cut_by_length").value == pytest.approx(0.5)
+    tokens = report.metric("tokens_per_verdict")
+    assert tokens.value == pytest.approx(7 * 1000 / 5)
+    assert tokens.detail["thinking"] == 7 * 80
+
+
+def test_usage_of_the_whole_stage_stands_in_for_that_of_the_votes() -> None:
+    rows = list(judged_by_content(10))
+    assert measure_judgements(rows).metric("tokens_per_verdict").value is None
+    usage = {"requests": 20, "prompt_tokens": 4000, "completion_tokens": 400, "thinking_tokens": 0}
+    assert measure_judgements(rows, usage=usage).metric("tokens_per_verdict").value == pytest.approx(220)
+
+
+def test_confidence_that_is_always_the_same_or_low_is_called_out() -> None:
+    always = measure_judgements(judged_by_content(50, confidence=(5,))).metric("confidence")
+    assert always.ok is False
+    assert always.advice is not None
+    assert "tells nothing" in always.advice
+    low = measure_judgements(judged_by_content(50, confidence=(1, 2))).metric("confidence")
+    assert low.advice is not None
+    assert "judging.min_confidence" in low.advice
+
+
+def test_rows_without_votes_and_no_rows_at_all_are_reported() -> None:
+    skipped = make_judged(1, [make_vote([0, 1], 0, 1)], ["same", "same"])
+    skipped |= {"votes": [], "status": "skipped", "reason": "one distinct completion", "best": None, "worst": None}
+    report = measure_judgements([skipped])
+    assert report.statuses == {"skipped": 1}
+    assert "generation.temperature" in str(report.metric("pair_yield").advice)
+    empty = measure_judgements([])
+    assert (empty.rows, empty.pairs, empty.problems()) == (0, 0, [])
+
+
+def test_report_is_plain_json_and_the_same_each_time() -> None:
+    first, second = (measure_judgements(judged_by_content(60)) for _ in range(2))
+    text = json.dumps(first.model_dump(mode="json"), allow_nan=False)
+    assert text == json.dumps(second.model_dump(mode="json"), allow_nan=False)
+    assert QualityReport.model_validate_json(text) == first
+
+
+def peak_memory(rows: int) -> int:
+    gc.collect()
+    tracemalloc.start()
+    measure_judgements(judged_by_content(rows))
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found
+
+
+@pytest.mark.slow  # 12,000 rows in a process of its own
+def test_memory_does_not_grow_with_the_rows() -> None:
+    """Measured in a process of its own: here a thread that another test has left may allocate something meanwhile."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+        # The first call fills caches. Fewer rows than 1,000 leave less garbage than the collector waits for.
+        _, few, many = alone.map(peak_memory, (1000, 1000, 10_000))
+    assert many - few < 8 * (10_000 - 1000), "not one pointer for each row"
+
+
+def test_names_from_data_cannot_fill_the_memory() -> None:
+    rows = [make_judged(k, [make_vote([0, 1], 0, 1)], [f"[N{k}] a b", f"[M{k}] c d"]) for k in range(500)]
+    report = measure_judgements(rows)
+    assert len(report.model_dump_json()) < 20_000
+    assert report.metric("speaker_balance").value == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("rows", [0, 200])
+def test_plot_is_a_picture_and_the_same_each_time(rows: int) -> None:
+    report = measure_judgements(judged_by_content(rows))
+    png = plot_quality(report)
+    pixels = image.imread(io.BytesIO(png))
+    assert pixels.shape[1] >= 900
+    assert pixels.std() > 0.02
+    assert png == plot_quality(report)

@@ -1,0 +1,556 @@
+"""The client's parts that need no server: limits, reading of answers and errors, secrets."""
+
+import asyncio
+import json
+import pickle
+import re
+import time
+from email.utils import formatdate
+from typing import Any
+
+import httpx2
+import pytest
+
+from tasks.config import EndpointConfig
+from tasks.errors import PreflowError
+from tasks.llm.client import (
+    BudgetExceeded,
+    CreditUsedUp,
+    Endpoint,
+    KeyRefused,
+    QuotaUsedUp,
+    RequestRefused,
+    Usage,
+    resolve_secret,
+)
+from tasks.llm.limits import Budget, Gate, PeriodCap, Window
+from tasks.llm.responses import Transient, classify, read_answer, shorten
+
+# ---- the window
+
+
+async def test_window_never_lets_more_in_than_its_size() -> None:
+    window, most = Window(3), 0
+
+    async def work() -> None:
+        nonlocal most
+        async with window:
+            most = max(most, window.in_flight)
+            await asyncio.sleep(0.001)
+
+    await asyncio.gather(*(work() for _ in range(30)))
+    assert most == 3
+    assert window.in_flight == 0
+
+
+async def test_window_halves_once_for_requests_that_were_in_flight_together() -> None:
+    window, sent_at = Window(32), time.monotonic()
+    for _ in range(10):
+        window.throttled(sent_at)
+    assert window.size == 16
+    window.throttled(time.monotonic())
+    assert window.size == 8
+    for _ in range(20):
+        window.throttled(time.monotonic())
+    assert window.size == 1
+
+
+async def test_window_grows_by_about_one_for_a_window_of_successes_up_to_its_maximum() -> None:
+    window = Window(16)
+    window.throttled(time.monotonic())
+    for _ in range(9):
+        window.succeeded()
+    assert window.size == 9
+    for _ in range(1000):
+        window.succeeded()
+    assert window.size == 16
+
+
+async def test_a_cancelled_waiter_takes_no_place() -> None:
+    window = Window(1)
+    entered = asyncio.Event()
+
+    async def hold() -> None:
+        async with window:
+            entered.set()
+            await asyncio.sleep(0.01)
+
+    async def wait() -> None:
+        async with window:
+            pass
+
+    holder, waiter = asyncio.ensure_future(hold()), asyncio.ensure_future(wait())
+    await entered.wait()
+    await asyncio.sleep(0)
+    waiter.cancel()
+    await asyncio.gather(holder, waiter, return_exceptions=True)
+    assert waiter.cancelled()
+    async with asyncio.timeout(1):
+        await wait()
+    assert window.in_flight == 0
+
+
+async def test_a_waiter_cancelled_as_it_gets_its_place_gives_it_back() -> None:
+    window = Window(1)
+
+    async def wait() -> None:
+        async with window:
+            pass
+
+    async with window:
+        waiter = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+    waiter.cancel()  # the place has been handed over, but the waiter has not run yet
+    await asyncio.gather(waiter, return_exceptions=True)
+    assert window.in_flight == 0
+
+
+# ---- caps per period
+
+
+def arrivals_fit(times: list[float], limit: int, period: float) -> bool:
+    return all(later - earlier >= period for earlier, later in zip(times, times[limit:], strict=False))
+
+
+async def test_no_window_of_a_period_holds_more_requests_than_the_cap() -> None:
+    gate = Gate(PeriodCap(5, period=0.1), PeriodCap(None), on_pause=lambda: None)
+    times: list[float] = []
+
+    async def request() -> None:
+        await gate.admit(1)
+        times.append(time.monotonic())
+
+    await asyncio.gather(*(request() for _ in range(18)))
+    assert len(times) == 18
+    assert arrivals_fit(times, 5, 0.099)
+    assert times[-1] - times[0] < 0.6
+
+
+async def test_tokens_are_estimated_before_and_corrected_after() -> None:
+    cap = PeriodCap(100, period=60)
+    entry = cap.take(90)
+    assert cap.delay(20) > 50
+    cap.correct(entry, 30)
+    assert cap.delay(20) == 0
+    assert cap.delay(71) > 50
+
+
+async def test_a_request_larger_than_the_cap_goes_alone_and_does_not_wait_for_ever() -> None:
+    cap = PeriodCap(100, period=0.05)
+    assert cap.delay(500) == 0
+    entry = cap.take(500)
+    assert 0 < cap.delay(1) <= 0.05
+    await asyncio.sleep(0.06)
+    assert cap.delay(500) == 0
+    cap.correct(entry, 10)  # an answer that comes after its period changes nothing
+    cap.take(90)
+    assert cap.delay(10) == 0
+    assert cap.delay(11) > 0
+
+
+async def test_a_pause_holds_all_requests() -> None:
+    said: list[float] = []
+    gate = Gate(PeriodCap(None), PeriodCap(None), on_pause=lambda: said.append(time.monotonic()))
+    gate.pause(0.05)
+    gate.pause(0.01)  # a shorter wish does not shorten the pause
+    start = time.monotonic()
+    await asyncio.gather(*(gate.admit(1) for _ in range(10)))
+    assert time.monotonic() - start >= 0.049
+    assert said
+
+
+# ---- the budget
+
+
+async def test_the_budget_waits_for_requests_in_flight_to_cost_less_than_set_aside() -> None:
+    budget = Budget(1.0)
+    await budget.reserve(0.6)
+    waiting = asyncio.ensure_future(budget.reserve(0.6))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    budget.settle(0.6, 0.1)
+    await waiting
+    assert budget.spent == pytest.approx(0.1)
+
+
+async def test_the_budget_refuses_what_could_go_beyond_it() -> None:
+    budget = Budget(1.0)
+    await budget.reserve(0.6)
+    budget.settle(0.6, 0.6)
+    with pytest.raises(BudgetExceeded, match=r"0\.6 is spent.*raise budget_usd") as caught:
+        await budget.reserve(0.5)
+    assert "1.1" in str(caught.value)
+    await budget.reserve(0.4)
+
+
+async def test_reservations_leave_nothing_behind() -> None:
+    budget = Budget(1.0)
+    for _ in range(1000):
+        await budget.reserve(0.1)
+        await budget.reserve(0.3)
+        budget.settle(0.1, 0.0)
+        budget.settle(0.3, 0.0)
+    await budget.reserve(1.0)
+
+
+async def test_a_lost_answer_counts_as_much_as_the_others_on_average() -> None:
+    budget = Budget(None)
+    budget.settle(0.5, None)
+    assert budget.spent == pytest.approx(0.5)  # nothing else is known yet
+    budget.settle(0.5, 0.1)
+    budget.settle(0.5, 0.3)
+    assert budget.spent == pytest.approx(0.1 + 0.3 + 0.2)
+
+
+# ---- answers
+
+
+def completion(usage: dict[str, Any] | None, **message: Any) -> bytes:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "abcdefgh", **message}, "finish_reason": "stop"}
+    return json.dumps({"model": "m", "choices": [choice], "usage": usage}).encode()
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}, (7, 5, 0)),
+        (
+            {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12,
+             "completion_tokens_details": {"reasoning_tokens": 4}},
+            (7, 5, 4),
+        ),
+        ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 112}, (7, 105, 100)),  # Gemini hides thinking
+        ({"prompt_tokens": 7, "completion_tokens": 5, "completion_tokens_details": None}, (7, 5, 0)),
+        (None, (11, 3, 0)),  # not reported: 40 and 8 bytes
+    ],
+)  # fmt: skip
+def test_usage_as_endpoints_report_it(usage: dict[str, Any] | None, expected: tuple[int, int, int]) -> None:
+    found = read_answer(completion(usage), prompt_bytes=40).usage
+    assert (found.prompt_tokens, found.completion_tokens, found.thinking_tokens) == expected
+    assert found.requests == 1
+
+
+def test_choices_are_put_in_the_order_of_their_indices() -> None:
+    choices = [
+        {"index": index, "message": {"content": text}, "finish_reason": reason}
+        for index, text, reason in [(2, None, "content_filter"), (0, "a", "stop"), (1, "b", "length")]
+    ]
+    answer = read_answer(json.dumps({"choices": choices}).encode(), prompt_bytes=1)
+    found = [(choice.text, choice.finish_reason) for choice in answer.choices]
+    assert found == [("a", "stop"), ("b", "length"), ("", "content_filter")]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"text"', b"<html>", b'{"choices": []}', b'{"choices": null}',
+             b'{"choices": [1]}', b'{"choices": [{"message": null}]}', b"\xff\xfe"],
+)  # fmt: skip
+def test_what_is_no_chat_completion_is_asked_for_again(body: bytes) -> None:
+    with pytest.raises(Transient) as caught:
+        read_answer(body, prompt_bytes=1)
+    assert caught.value.maybe_billed
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 11, "completion_tokens": -35, "total_tokens": -24}, (11, 3, 0)),
+        ({"prompt_tokens": "many", "completion_tokens": 5}, (11, 5, 0)),
+        ({"prompt_tokens": 7, "completion_tokens": float("inf")}, (7, 3, 0)),
+        ({"prompt_tokens": True, "completion_tokens": [5]}, (11, 3, 0)),
+        (
+            {"prompt_tokens": 7, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": -9}},
+            (7, 5, 0),
+        ),
+        ([7, 5], (11, 3, 0)),
+        ("12", (11, 3, 0)),
+    ],
+)
+def test_usage_that_is_none_is_estimated(usage: Any, expected: tuple[int, int, int]) -> None:
+    found = read_answer(completion(usage), prompt_bytes=40).usage
+    assert (found.prompt_tokens, found.completion_tokens, found.thinking_tokens) == expected
+
+
+THOUGHT = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([*THOUGHT, {"type": "text", "text": "one"}, {"type": "text", "text": " two"}], "one two"),
+        (["one", {"text": " two"}, {"type": "image_url", "image_url": {}}, 7, None], "one two"),
+        ([{"type": "text", "text": None}, {"type": "text", "text": "x"}], "x"),
+    ],
+)
+def test_content_in_parts_is_its_text_without_the_thinking(content: Any, text: str) -> None:
+    assert read_answer(completion(None, content=content), prompt_bytes=1).choices[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "reason", "note"),
+    [
+        (
+            {"content": None, "refusal": "I can't assist with that."},
+            "stop",
+            "content_filter",
+            "refused: I can't assist",
+        ),
+        ({"content": None, "reasoning_content": "hm"}, "stop", "stop", "only thought.*reasoning_effort"),
+        ({"content": "", "reasoning": "hm"}, "length", "length", "only thought"),
+        ({"content": THOUGHT}, "stop", "stop", "only thought"),
+        ({"content": None}, "SAFETY", "content_filter", r"filter \(SAFETY\)"),
+        ({}, "content_filter: RECITATION", "content_filter", r"filter \(content_filter: RECITATION\)"),
+        ({"content": {"odd": 1}}, "stop", "stop", "wrote nothing"),
+    ],
+)
+def test_an_empty_answer_says_why(message: dict[str, Any], finish: str, reason: str, note: str) -> None:
+    body = {"choices": [{"index": None, "message": message, "finish_reason": finish}]}
+    (choice,) = read_answer(json.dumps(body).encode(), prompt_bytes=1).choices
+    assert (choice.text, choice.finish_reason) == ("", reason)
+    assert re.search(note, choice.note)
+
+
+def test_a_choice_that_the_provider_broke_off_is_no_completion() -> None:
+    broken = {"index": 0, "message": {"content": "The answer begi"}, "finish_reason": "error",
+              "error": {"code": 502, "message": "Provider disconnected"}}  # fmt: skip
+    with pytest.raises(Transient, match="Provider disconnected") as caught:
+        read_answer(json.dumps({"choices": [broken]}).encode(), prompt_bytes=1)
+    assert caught.value.status == 502
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"code": 402, "message": "Insufficient credits."}, CreditUsedUp),
+        ({"code": 429, "message": "Rate limit exceeded: free-models-per-min"}, Transient),
+        ({"code": "400", "message": "Provider returned error"}, RequestRefused),
+        ({"code": 401, "message": "No auth"}, KeyRefused),
+        ({"message": "busy"}, Transient),
+        ("busy", Transient),
+    ],
+)
+def test_an_error_inside_a_200_counts_as_what_it_is(error: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        read_answer(json.dumps({"error": error, "choices": []}).encode(), prompt_bytes=1)
+
+
+def test_usage_adds_up_and_costs_per_million() -> None:
+    config = EndpointConfig(prompt_price=0.3, completion_price=2.5)
+    usage = Usage(requests=1, prompt_tokens=1_000_000, completion_tokens=400_000, thinking_tokens=100_000)
+    assert (usage + usage).thinking_tokens == 200_000
+    assert (usage + usage).requests == 2
+    assert usage.cost(config) == pytest.approx(0.3 + 1.0)
+
+
+# ---- errors
+
+
+def response(status: int, body: Any, headers: dict[str, str] | None = None) -> httpx2.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx2.Response(status, content=content, headers=headers or {})
+
+
+def openai_error(message: str, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "t", "param": None, "code": code}}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (400, openai_error("the limit is 4096 tokens", "context_length_exceeded"), "context_length"),
+        (400, openai_error("The prompt is longer than the maximum model length of 512"), "context_length"),
+        (400, [{"error": {"message": "The input token count exceeds the maximum number of tokens"}}], "context_length"),
+        (400, openai_error("The response was filtered", "content_filter"), "content_filter"),
+        (403, openai_error("Your input was flagged by moderation"), "content_filter"),
+        (400, openai_error("response_format is not supported"), "response_format"),
+        (400, openai_error("Unsupported: 'max_tokens'. Use 'max_completion_tokens' instead."), "max_tokens_name"),
+        (404, openai_error("The model `x` does not exist."), "not_found"),
+        (413, b"<html>Request Entity Too Large</html>", "too_large"),
+        (422, {"detail": [{"msg": "field required"}]}, "bad_request"),
+        (400, openai_error("Input tokens exceed the configured limit of 272000 tokens."), "context_length"),
+        (500, openai_error("the request exceeds the available context size, try increasing it"), "context_length"),
+        (422, {"error": "`inputs` tokens + `max_new_tokens` must be <= 4096", "error_type": "v"}, "context_length"),
+        (400, openai_error("Range of input length should be [1, 30720]"), "context_length"),
+        (400, openai_error("40000 tokens are too large for a model with 32768 context limit"), "context_length"),
+        (400, openai_error("Input data may contain inappropriate content."), "content_filter"),
+        (400, openai_error("Content Exists Risk"), "content_filter"),
+        (400, {"code": "DataInspectionFailed", "message": "no"}, "content_filter"),
+        (400, {"error": {"code": "content_filter", "innererror": {"code": "Jailbreak"}}}, "content_filter"),
+        (400, openai_error("Could not finish: max_tokens or model output limit was reached."), "cut"),
+        (400, b"", "bad_request"),
+        (451, {"message": "no"}, "bad_request"),
+    ],
+)  # fmt: skip
+def test_refusals_say_why(status: int, body: Any, reason: str) -> None:
+    refused = classify(response(status, body), hide=None)
+    assert isinstance(refused, RequestRefused)
+    assert (refused.status, refused.reason) == (status, reason)
+    assert refused.text
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, openai_error("Incorrect API key provided")),
+        (403, openai_error("permission denied")),
+        (402, openai_error("Insufficient Balance")),
+        (400, [{"error": {"message": "API key not valid. Please pass a valid API key."}}]),
+        (429, openai_error("You exceeded your current quota", "insufficient_quota")),
+    ],
+)
+def test_what_only_another_key_or_money_can_help(status: int, body: Any) -> None:
+    assert isinstance(classify(response(status, body), hide=None), KeyRefused)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"type": "error", "error": {"type": "invalid_request_error", "message":
+               "Your credit balance is too low to access the API. Please go to Plans & Billing."}}),
+        (403, {"error": {"type": "billing_error", "message": "The account is not in good standing."}}),
+        (400, {"code": "Arrearage", "message": "Access denied."}),
+        (429, openai_error("You exceeded your current quota, check your plan and billing.", "insufficient_quota")),
+        (402, b"Payment Required"),
+    ],
+)  # fmt: skip
+def test_credit_that_is_used_up_is_told_from_a_wrong_key(status: int, body: Any) -> None:
+    assert isinstance(classify(response(status, body), hide=None), CreditUsedUp)
+
+
+GOOGLE = "You exceeded your current quota, please check your plan and billing details."
+
+
+def google_error(quota: str | None, delay: str | None) -> list[Any]:
+    details: list[Any] = [{"violations": [{"quotaId": quota, "quotaValue": "10"}]}] if quota else []
+    details += [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}] if delay else []
+    error = {"code": 429, "message": GOOGLE, "status": "RESOURCE_EXHAUSTED", "details": details}
+    return [{"error": error}]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "seconds"),
+    [
+        (429, google_error("GenerateRequestsPerMinutePerProjectPerModel", "2s"), 2),
+        (429, google_error(None, "34.07s"), 34.07),
+        (429, google_error("GenerateContentInputTokensPerModelPerMinute", None), None),
+        (429, google_error(None, None), None),
+        (429, {"error": {"message": "Rate limit reached on requests per day (RPD). Please try again in 7m12s.",
+                         "code": "rate_limit_exceeded"}}, 432),
+        (429, {"error": {"message": "Please try again in 350ms. Visit the billing page.", "type": "tokens"}}, 0.35),
+        (403, {"error": {"code": 403, "message": "Provider returned error: rate limited by upstream"}}, None),
+    ],
+)  # fmt: skip
+def test_a_rate_limit_is_waited_for_whatever_page_it_names(status: int, body: Any, seconds: float | None) -> None:
+    failure = classify(response(status, body), hide=None)
+    assert isinstance(failure, Transient)
+    assert failure.throttled
+    assert failure.retry_after == (None if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(
+    ("body", "when"),
+    [
+        (google_error("GenerateRequestsPerDayPerProjectPerModel-FreeTier", "34s"), r"midnight Pacific time, 20\d\d-"),
+        ({"error": {"message": "Rate limit exceeded: free-models-per-day", "code": 429,
+                    "metadata": {"headers": {"X-RateLimit-Reset": "1795737600000"}}}}, "2026-11-27 00:00 UTC"),
+        (openai_error("Daily limit of 50 requests reached"), "does not say when"),
+    ],
+)  # fmt: skip
+def test_a_day_s_quota_that_is_used_up_stops_the_stage_and_says_when_it_is_back(body: Any, when: str) -> None:
+    failure = classify(response(429, body), hide=None)
+    assert isinstance(failure, QuotaUsedUp)
+    assert re.search(when, str(failure))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"detail": [{"loc": ["body", "messages"], "msg": "field required", "input": "insufficient funds, rate limit"}]},
+        {"error": {"message": "bad request", "input": "credit balance is too low"}},
+    ],
+)
+def test_the_input_that_a_server_repeats_decides_nothing(body: Any) -> None:
+    refused = classify(response(400, body), hide=None)
+    assert isinstance(refused, RequestRefused)
+    assert "funds" not in refused.text
+    assert "credit" not in refused.text
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+def test_what_another_attempt_can_help(status: int) -> None:
+    failure = classify(response(status, openai_error("later")), hide=None)
+    assert isinstance(failure, Transient)
+    assert failure.throttled == (status in (429, 503, 529))
+    assert failure.retry_after is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "seconds"),
+    [
+        ({"retry-after": "7"}, {}, 7),
+        ({"retry-after": "1.5"}, {}, 1.5),
+        ({"retry-after": "9", "retry-after-ms": "250"}, {}, 0.25),
+        ({}, [{"error": {"message": "quota", "details": [{"retryDelay": "34.5s"}]}}], 34.5),
+        ({"retry-after": "soon"}, {}, None),
+        ({"retry-after": "nan"}, {}, None),
+        ({"retry-after": "-5"}, {}, None),
+        ({"retry-after": ""}, {}, None),
+    ],
+)
+def test_retry_after_in_all_its_forms(headers: dict[str, str], body: Any, seconds: float | None) -> None:
+    failure = classify(response(429, body, headers), hide=None)
+    assert isinstance(failure, Transient)
+    assert failure.retry_after == (None if seconds is None else pytest.approx(seconds, abs=2e-3))
+
+
+@pytest.mark.parametrize(("offset", "seconds"), [(3600, 3600), (-3600, 0)])
+def test_retry_after_as_a_date(offset: float, seconds: float) -> None:
+    failure = classify(response(429, {}, {"retry-after": formatdate(time.time() + offset, usegmt=True)}), hide=None)
+    assert isinstance(failure, Transient)
+    assert failure.retry_after == pytest.approx(seconds, abs=60)
+
+
+def test_a_refusal_survives_the_way_between_processes() -> None:
+    refused = pickle.loads(pickle.dumps(RequestRefused(400, "context_length", "too long")))
+    assert (refused.status, refused.reason, refused.text) == (400, "context_length", "too long")
+    assert str(refused) == "refused (400, context_length): too long"
+
+
+def test_a_key_that_the_server_repeats_is_hidden() -> None:
+    refused = classify(response(401, openai_error("bad key sk-very-secret!")), hide="sk-very-secret")
+    assert "sk-very-secret" not in str(refused)
+    assert "***" in str(refused)
+
+
+def test_shorten_keeps_one_line_of_limited_length() -> None:
+    assert shorten("a\n b\t c") == "a b c"
+    assert len(shorten("x" * 1000)) == 300
+
+
+# ---- secrets
+
+
+async def test_a_secret_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", " sk-1\n")
+    assert await resolve_secret("env:JUDGE_KEY", "judging.api_key") == "sk-1"
+    assert await resolve_secret(None, "judging.api_key") is None
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+async def test_a_missing_secret_is_named_with_the_remedy(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(PreflowError, match=r"judging\.api_key.*JUDGE_KEY.*export JUDGE_KEY="):
+        await resolve_secret("env:JUDGE_KEY", "judging.api_key")
+
+
+async def test_a_secret_that_is_no_key_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-wäre\nschön")
+    with pytest.raises(PreflowError, match="cannot be a key") as caught:
+        await resolve_secret("env:JUDGE_KEY", "judging.api_key")
+    assert "sk-" not in str(caught.value)
+
+
+def test_the_key_is_not_in_the_representation() -> None:
+    endpoint = Endpoint(EndpointConfig(), "sk-very-secret")
+    assert "sk-very-secret" not in repr(endpoint) + repr(vars(endpoint)["_client"]) + repr(endpoint.stats)

@@ -1,0 +1,235 @@
+"""The gate and the pointer: what did not win is refused, and what was served can be found again."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tasks.config import PromotionConfig
+from tasks.errors import PreflowError
+from tasks.promote.pointer import (
+    PromotionRefused,
+    check_gate,
+    choose_rollback,
+    find_promotion,
+    install_adapter,
+    move_pointer,
+    read_pointer,
+    roll_back_pointer,
+)
+from tasks.promote.vllm import Probe, ProbeFailed, ProbeText, read_probe
+from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace, server_path
+
+PROMOTION = PromotionConfig(name="mine", endpoint=None)
+
+
+def adapter(folder: Path, content: str) -> AdapterRef:
+    local = folder / "made"
+    local.mkdir(parents=True, exist_ok=True)
+    (local / "adapter_model.safetensors").write_text(content)
+    (local / "adapter_config.json").write_text("{}")
+    uri = str(folder / "workspace" / "training" / content / "adapter")
+    sha256 = Workspace(folder / "workspace").commit_folder(local, uri)
+    return AdapterRef(uri=uri, sha256=sha256, size=len(content), rows=1)
+
+
+def evaluation(of: AdapterRef, lower: float) -> EvaluationRef:
+    return EvaluationRef(
+        uri="win_rate.json", sha256="0" * 64, size=1, rows=800, adapter_sha256=of.sha256, win_rate=0.6, lower=lower,
+        upper=0.7,
+    )  # fmt: skip
+
+
+def test_the_lower_bound_must_be_over_the_bar(tmp_path: Path) -> None:
+    new = adapter(tmp_path, "new")
+    check_gate(new, evaluation(new, lower=0.51), bar=0.5)
+    with pytest.raises(PromotionRefused, match=r"interval \[0\.500, 0\.700\]"):
+        check_gate(new, evaluation(new, lower=0.5), bar=0.5)
+
+
+def test_another_adapters_evaluation_does_not_count(tmp_path: Path) -> None:
+    new, other = adapter(tmp_path, "new"), adapter(tmp_path, "other")
+    with pytest.raises(PromotionRefused, match=other.sha256[:12]):
+        check_gate(new, evaluation(other, lower=0.9), bar=0.5)
+
+
+def test_the_pointer_moves_and_remembers(tmp_path: Path) -> None:
+    workspace = str(tmp_path / "workspace")
+    first, second = adapter(tmp_path, "first"), adapter(tmp_path, "second")
+    for new in (first, second, second):
+        uri = install_adapter(new, workspace, "mine")
+        made = move_pointer(new, evaluation(new, 0.6), uri, workspace, PROMOTION)
+    pointer = read_pointer(workspace, "mine")
+    assert pointer is not None
+    assert pointer["current"]["adapter_sha256"] == second.sha256
+    assert [old["adapter_sha256"] for old in pointer["history"]] == [first.sha256]
+    assert Path(pointer["current"]["uri"], "adapter_model.safetensors").read_text() == "second"
+    assert find_promotion(second, workspace, PROMOTION) == made
+    assert find_promotion(first, workspace, PROMOTION) is None
+
+
+def test_a_damaged_copy_is_not_taken_for_the_adapter(tmp_path: Path) -> None:
+    workspace = str(tmp_path / "workspace")
+    new = adapter(tmp_path, "new")
+    uri = install_adapter(new, workspace, "mine")
+    Path(uri, "adapter_model.safetensors").write_text("bad")
+    with pytest.raises(PreflowError, match=r"adapter_model\.safetensors: damaged"):
+        install_adapter(new, workspace, "mine")
+
+
+def test_a_part_made_adapter_is_not_installed(tmp_path: Path) -> None:
+    new = adapter(tmp_path, "new")
+    Path(new.uri, "COMMITTED.json").unlink()
+    with pytest.raises(PreflowError, match="never finished"):
+        install_adapter(new, str(tmp_path / "workspace"), "mine")
+    assert not (tmp_path / "workspace" / "adapters").exists()
+
+
+def test_the_servers_path_of_an_adapter(tmp_path: Path) -> None:
+    uri = str(tmp_path / "workspace" / "adapters" / "mine" / "abc")
+    assert server_path(uri, str(tmp_path / "workspace"), None) == uri
+    assert server_path(uri, str(tmp_path / "workspace"), "/mnt/ws") == "/mnt/ws/adapters/mine/abc"
+    with pytest.raises(PreflowError, match="adapter_root"):
+        server_path("gs://bucket/ws/adapters/mine/abc", "gs://bucket/ws", None)
+
+
+def test_a_pointer_that_is_not_json_is_named(tmp_path: Path) -> None:
+    pointer = tmp_path / "workspace" / "adapters" / "mine" / "CURRENT.json"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text(json.dumps({"name": "mine"})[:-3])
+    with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged"):
+        read_pointer(str(tmp_path / "workspace"), "mine")
+
+
+def promoted(folder: Path, *contents: str) -> list[AdapterRef]:
+    """Promote one adapter after the other, without a server."""
+    workspace, made = str(folder / "workspace"), [adapter(folder, content) for content in contents]
+    for new in made:
+        move_pointer(new, evaluation(new, 0.6), install_adapter(new, workspace, "mine"), workspace, PROMOTION)
+    return made
+
+
+def roll_back(folder: Path, to: str | None = None) -> str:
+    workspace = str(folder / "workspace")
+    entry = choose_rollback(workspace, "mine", to)
+    return roll_back_pointer(entry, workspace, "mine").adapter_sha256
+
+
+def test_rollbacks_go_further_and_further_back(tmp_path: Path) -> None:
+    """What was rolled back is not gone back to by itself: that would put the bad one in service again."""
+    first, second, third = promoted(tmp_path, "first", "second", "third")
+    assert roll_back(tmp_path) == second.sha256
+    assert roll_back(tmp_path) == first.sha256
+    with pytest.raises(PreflowError, match=f"no earlier adapter to roll back to.*{second.sha256[:12]}"):
+        roll_back(tmp_path)
+    assert roll_back(tmp_path, third.sha256[:8]) == third.sha256
+
+
+def test_the_history_keeps_everything_with_its_times(tmp_path: Path) -> None:
+    first, second = promoted(tmp_path, "first", "second")
+    roll_back(tmp_path)
+    move_pointer(second, evaluation(second, 0.6), "uri", str(tmp_path / "workspace"), PROMOTION)
+    pointer = read_pointer(str(tmp_path / "workspace"), "mine")
+    assert pointer is not None
+    assert [entry["adapter_sha256"] for entry in (pointer["current"], *pointer["history"])] == [
+        second.sha256, first.sha256, second.sha256, first.sha256,
+    ]  # fmt: skip
+    restored, withdrawn, original = pointer["history"]
+    assert withdrawn["rolled_back_at"] == restored["restored_at"] >= withdrawn["promoted_at"]
+    assert restored["restored_from"] == second.sha256
+    assert "restored_at" not in original
+    assert "rolled_back_at" not in pointer["current"]
+
+
+def test_a_pipeline_that_runs_again_does_not_undo_a_rollback(tmp_path: Path) -> None:
+    workspace = str(tmp_path / "workspace")
+    first, second = promoted(tmp_path, "first", "second")
+    assert find_promotion(first, workspace, PROMOTION) is None, "an older adapter that won again may be promoted"
+    roll_back(tmp_path)
+    found = find_promotion(second, workspace, PROMOTION)
+    assert found is not None
+    assert found.adapter_sha256 == first.sha256
+    move_pointer(second, evaluation(second, 0.6), "uri", workspace, PROMOTION)
+    found = find_promotion(second, workspace, PROMOTION)
+    assert found is not None
+    assert found.adapter_sha256 == second.sha256
+
+
+def test_a_rollback_to_what_is_not_there_says_what_is(tmp_path: Path) -> None:
+    with pytest.raises(PreflowError, match="nothing was ever promoted as 'mine'"):
+        roll_back(tmp_path)
+    (only,) = promoted(tmp_path, "only")
+    with pytest.raises(PreflowError, match="its history is empty"):
+        roll_back(tmp_path)
+    (second,) = promoted(tmp_path, "second")
+    for to in ("f00f00f00", only.sha256[:5]):
+        with pytest.raises(PreflowError, match=rf"no one adapter '{to}'.*{only.sha256[:12]} \(promoted 20"):
+            roll_back(tmp_path, to)
+    with pytest.raises(PreflowError, match="already"):
+        roll_back(tmp_path, second.sha256)
+    (tmp_path / "workspace" / "adapters" / "mine" / only.sha256[:16] / "adapter_model.safetensors").write_text("bad")
+    with pytest.raises(PreflowError, match=r"adapter_model\.safetensors: damaged"):
+        roll_back(tmp_path)
+
+
+def test_the_probe_lies_beside_the_installed_adapter(tmp_path: Path) -> None:
+    new = adapter(tmp_path, "new")
+    uri = install_adapter(new, str(tmp_path / "workspace"), "mine")
+    assert read_probe(uri) is None
+    Path(new.uri).parent.joinpath("probe.json").write_text(probe().model_dump_json())
+    assert install_adapter(new, str(tmp_path / "workspace"), "mine") == uri
+    assert read_probe(uri) == probe()
+    assert Workspace(tmp_path / "workspace").sha256(f"{uri}/COMMITTED.json") == new.sha256
+    Path(uri, "probe.json").write_text('{"base_precision": "float32", "texts": [{"token_ids": [1, 2]}]}')
+    with pytest.raises(PreflowError, match=r"probe\.json: damaged"):
+        read_probe(uri)
+
+
+BASE, SFT, TRAINED = [-2.0, -3.0, -1.0], [-1.5, -2.5, -1.2], [-1.3, -2.2, -1.6]
+
+
+def probe(precision: str = "float32") -> Probe:
+    # The positions that are asked for run from the end to the beginning.
+    text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED[::-1], sft=SFT[::-1], base=BASE[::-1])
+    return Probe(base_precision=precision, texts=[text])
+
+
+def shifted(values: list[float], *by: float) -> list[float]:
+    return [value + shift for value, shift in zip(values, by, strict=True)]
+
+
+def test_the_adapter_itself_passes_its_probe() -> None:
+    assert probe().check([TRAINED], [BASE]) == 0
+    assert probe().check([shifted(TRAINED, 0.01, -0.02, 0.01)], [BASE]) == pytest.approx(0.0133, abs=1e-3)
+
+
+def test_a_base_in_other_precision_is_taken_out_of_the_comparison() -> None:
+    """Four bits move base and adapter alike; only what the adapter adds is compared."""
+    noise = (0.4, -0.5, 0.3)
+    found = probe("nf4").check([shifted(TRAINED, *noise)], [shifted(BASE, *noise)])
+    assert found == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("served", [SFT, BASE])
+def test_another_adapter_and_the_bare_base_fail(served: list[float]) -> None:
+    with pytest.raises(ProbeFailed, match=r"differ by more than 0\.1 nats"):
+        probe().check([served], [BASE])
+    with pytest.raises(ProbeFailed, match="nearer to those of the sft"):
+        probe("nf4").check([SFT], [BASE])
+
+
+def test_an_adapter_that_hardly_moved_passes_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED, sft=shifted(TRAINED, 0.01, 0.0, 0.0), base=BASE)
+    alike = Probe(base_precision="float32", texts=[text])
+    noisy = shifted(TRAINED, 0.02, 0.0, 0.0)
+    assert alike.check([noisy[::-1]], [BASE[::-1]]) < 0.03
+    assert "cannot tell them apart" in caplog.text
+
+
+def test_what_is_far_from_all_fails_too() -> None:
+    with pytest.raises(ProbeFailed, match=r"more than 0\.1 nats"):
+        probe().check([shifted(TRAINED, 0.3, 0.3, -0.3)], [BASE])
+    with pytest.raises(ProbeFailed, match="no numbers"):
+        probe().check([[math.nan, -2.2, -1.6]], [BASE])
+    assert probe("nf4").check([shifted(TRAINED, 0.2, 0.2, -0.2)], [BASE]) == pytest.approx(0.2)

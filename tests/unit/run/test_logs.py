@@ -1,0 +1,44 @@
+"""Log lines for people."""
+
+import logging
+
+import pytest
+
+from tasks.errors import PreflowError
+from tasks.run.logs import set_up_logs
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    set_up_logs()
+    set_up_logs()
+    for name in ("prefect.task_runs", "prefect.flow_runs", "tasks"):
+        logging.getLogger(name).addHandler(caplog.handler)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def log_error(error: Exception) -> None:
+    try:
+        raise error
+    except type(error):
+        logging.getLogger("prefect.flow_runs").exception("Encountered an exception during execution")
+
+
+def test_what_the_user_can_mend_is_its_message_alone(lines: pytest.LogCaptureFixture) -> None:
+    log_error(PreflowError("prompts.jsonl:3: not JSON"))
+    assert lines.records[-1].getMessage() == "prompts.jsonl:3: not JSON"
+    assert lines.records[-1].exc_info is None
+
+
+def test_a_defect_keeps_its_traceback(lines: pytest.LogCaptureFixture) -> None:
+    log_error(ZeroDivisionError("a defect"))
+    assert lines.records[-1].exc_info is not None
+
+
+def test_finished_shards_say_nothing_and_failed_ones_do(lines: pytest.LogCaptureFixture) -> None:
+    task_runs = logging.getLogger("prefect.task_runs")
+    task_runs.info("Finished in state Completed()")
+    task_runs.error("Finished in state Failed('the disk is full')")
+    said = [record.getMessage() for record in lines.records if record.name == "prefect.task_runs"]
+    assert set(said) == {"Finished in state Failed('the disk is full')"}

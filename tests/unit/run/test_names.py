@@ -1,0 +1,29 @@
+"""Names of runs: what a person typed stays, what Prefect made up does not."""
+
+import pytest
+from prefect import flow
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+from prefect.utilities.names import generate_slug
+
+from tasks.config import PipelineConfig
+from tasks.run.names import named
+
+
+def name_of(given: str) -> str:
+    run = FlowRun.model_construct(name=given)
+    context = FlowRunContext.model_construct(flow=flow(print), flow_run=run, parameters={"config": PipelineConfig()})
+    token = FlowRunContext.__var__.set(context)
+    try:
+        return named("{config.promotion.name}: beta {config.training.beta:g}")()
+    finally:
+        FlowRunContext.__var__.reset(token)
+
+
+@pytest.mark.parametrize("given", ["my beta 0.03 run", "beta-test", "lean", "try-2"])
+def test_a_name_that_was_typed_stays(given: str) -> None:
+    assert name_of(given) == given
+
+
+def test_a_name_that_was_made_up_does_not() -> None:
+    assert {name_of(generate_slug(2)) for _ in range(100)} == {"dpo: beta 0.1"}

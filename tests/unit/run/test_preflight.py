@@ -1,0 +1,60 @@
+"""When two runs are the same run: by everything that decides their outcome, and by nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.run.preflight import run_key
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PipelineConfig:
+    for name in ("sft", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_text(name)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": [{"role": "user", "content": "a"}]}\n')
+    return PipelineConfig(
+        prompts=str(tmp_path / "prompts.jsonl"),
+        workspace=str(tmp_path / "workspace"),
+        training=TrainingConfig(sft_adapter=str(tmp_path / "sft")),
+    )
+
+
+def changed(config: PipelineConfig, **parts: Any) -> str:
+    return run_key(config.model_copy(update=parts))
+
+
+def test_what_changes_the_outcome_makes_another_run(config: PipelineConfig, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    keys = [
+        run_key(config),
+        changed(config, judging=JudgingConfig(model="stronger")),
+        changed(config, judging=JudgingConfig(rubric="demo")),
+        changed(config, training=config.training.model_copy(update={"beta": 0.2})),
+        changed(config, training=config.training.model_copy(update={"sft_adapter": other})),
+        changed(config, training=config.training.model_copy(update={"base_revision": "v2"})),
+        changed(config, evaluation=EvaluationConfig(judging=JudgingConfig(model="stronger"))),
+        changed(config, evaluation=EvaluationConfig(generation=GenerationConfig(temperature=0.5))),
+        changed(config, evaluation=EvaluationConfig(confidence=0.99)),
+        changed(config, evaluation=EvaluationConfig(null_test=False)),
+        changed(config, eval_prompts=config.prompts),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_addresses_keys_and_limits_do_not(config: PipelineConfig) -> None:
+    moved = {"endpoint": "http://elsewhere:1/v1", "max_concurrency": 3, "api_key": "env:OTHER"}
+    assert run_key(config) == changed(config, judging=JudgingConfig(**moved))
+    assert run_key(config) == changed(config, generation=GenerationConfig(**moved))
+    written_out = EvaluationConfig(judging=JudgingConfig(**moved))
+    assert run_key(config) == changed(config, evaluation=written_out)
+
+
+def test_a_changed_file_makes_another_run(config: PipelineConfig) -> None:
+    before = run_key(config)
+    with Path(config.prompts).open("a") as file:
+        file.write('{"prompt": [{"role": "user", "content": "b"}]}\n')
+    assert run_key(config) != before

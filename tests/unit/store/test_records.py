@@ -1,0 +1,116 @@
+"""Rows: read strictly, with errors that name file, line and field."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import PreflowError
+from tasks.store.records import Completions, PreferencePair, Prompt, prompt_id, read_rows
+
+USER = {"role": "user", "content": "Go on."}
+GOOD: dict[str, Any] = {"prompt": [{"role": "system", "content": "You write scenes."}, USER]}
+
+
+def write_lines(folder: Path, *lines: Any) -> str:
+    path = folder / "rows.jsonl"
+    texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"\n".join(texts) + b"\n")
+    return str(path)
+
+
+BAD = {
+    "not JSON": (b"{not json", r"not JSON"),
+    "cut": (b'{"prompt": [{"role": "user", "con', r"not JSON"),
+    "not UTF-8": (b'{"prompt": "\xff\xfe"}', r"not JSON"),
+    "NaN": (b'{"prompt": [{"role": "user", "content": "x"}], "score": NaN}', r"NaN is no JSON value"),
+    "too deep": (b'{"prompt": ' + b"[" * 100_000, r"not JSON"),
+    "a list": ([1], r"a JSON list, not an object"),
+    "a number": (3, r"a JSON int, not an object"),
+    "no prompt": ({"text": "x"}, r"prompt: Field required \(the row has: text\)"),
+    "prompt is text": ({"prompt": "x"}, r"prompt: Input should be a valid list"),
+    "empty prompt": ({"prompt": []}, r"prompt: List should have at least 1 item"),
+    "unknown role": ({"prompt": [{"role": "wizard", "content": "x"}]}, r"prompt\[0\]\.role: Input should be 'system'"),
+    "no content": ({"prompt": [USER, {"role": "user"}]}, r"prompt\[1\]\.content: Field required"),
+    "content of parts": ({"prompt": [{"role": "user", "content": ["x"]}]}, r"prompt\[0\]\.content: .*valid string"),
+    "message with more": ({"prompt": [{**USER, "name": "x"}]}, r"prompt\[0\]\.name: Extra inputs"),
+    "ends with the assistant": ({"prompt": [USER, {"role": "assistant", "content": "x"}]}, r"the last message is the"),
+    "all empty": ({"prompt": [{"role": "user", "content": "  \n"}]}, r"every message is empty"),
+    "group is a number": ({**GOOD, "group": 3}, r"group: Input should be a valid string"),
+    "half a character": (b'{"prompt": [{"role": "user", "content": "\\ud800"}]}', r"prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, name: str) -> None:
+    row, message = BAD[name]
+    uri = write_lines(tmp_path, GOOD, GOOD, row, GOOD)
+    with pytest.raises(PreflowError, match=message) as caught:
+        list(read_rows(Prompt, uri))
+    assert str(caught.value).startswith(f"{uri}:3: ")
+
+
+def test_a_missing_file_and_an_empty_one_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(PreflowError, match=r"nowhere.jsonl: no such file. Give the path"):
+        list(read_rows(Prompt, str(tmp_path / "nowhere.jsonl")))
+    for content in ("", "\n\n  \n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        with pytest.raises(PreflowError, match=r"empty.jsonl: has no rows"):
+            list(read_rows(Prompt, str(tmp_path / "empty.jsonl")))
+
+
+def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
+    uri = write_lines(tmp_path, b"", GOOD, b"   ", {"prompt": []})
+    with pytest.raises(PreflowError, match=r"rows.jsonl:4: "):
+        list(read_rows(Prompt, uri))
+
+
+def test_unknown_fields_and_an_sft_row_s_completion_are_kept(tmp_path: Path) -> None:
+    completion = [{"role": "assistant", "content": "x"}]
+    uri = write_lines(tmp_path, {**GOOD, "completion": completion, "episode": 7, "group": "s01e02"})
+    (row,) = read_rows(Prompt, uri)
+    dumped = row.model_dump(exclude_none=True)
+    assert (dumped["completion"], dumped["episode"], dumped["group"]) == (completion, 7, "s01e02")
+
+
+@pytest.mark.parametrize("given", [17, "row-17", None])
+def test_a_row_s_own_id_is_kept_beside_ours(tmp_path: Path, given: Any) -> None:
+    (row,) = read_rows(Prompt, write_lines(tmp_path, {"id": given, **GOOD}))
+    assert row.id == prompt_id(GOOD["prompt"])
+    assert row.model_dump()["source_id"] == given
+
+
+def test_our_own_rows_read_back_as_they_were(tmp_path: Path) -> None:
+    (row,) = read_rows(Prompt, write_lines(tmp_path, GOOD))
+    (again,) = read_rows(Prompt, write_lines(tmp_path, row.model_dump(exclude_none=True)))
+    assert again == row
+
+
+def test_only_role_and_content_make_the_id() -> None:
+    a = Prompt.model_validate({**GOOD, "anything": 1})
+    b = Prompt.model_validate({**GOOD, "anything": 2, "group": "g"})
+    assert a.id == b.id
+    other = [{"role": "system", "content": "You write scenes. "}, USER]
+    assert Prompt.model_validate({"prompt": other}).id != a.id
+    assert Prompt.model_validate({"prompt": GOOD["prompt"][::-1][:1]}).id != a.id
+
+
+def test_completions_get_the_prompt_s_id(tmp_path: Path) -> None:
+    (row,) = read_rows(Completions, write_lines(tmp_path, {**GOOD, "completions": ["a", "b"]}))
+    assert row.id == prompt_id(GOOD["prompt"])
+    with pytest.raises(PreflowError, match=r":1: completions\[1\]: .*valid string"):
+        list(read_rows(Completions, write_lines(tmp_path, {**GOOD, "completions": ["a", None]})))
+
+
+def test_pairs_need_both_sides(tmp_path: Path) -> None:
+    side = [{"role": "assistant", "content": "x"}]
+    with pytest.raises(PreflowError, match=r":1: rejected: Field required"):
+        list(read_rows(PreferencePair, write_lines(tmp_path, {**GOOD, "chosen": side})))
+
+
+def test_no_error_holds_more_than_the_first_three_problems(tmp_path: Path) -> None:
+    uri = write_lines(tmp_path, {"prompt": [{"role": "x", "content": 1} for _ in range(50)]})
+    with pytest.raises(PreflowError) as caught:
+        list(read_rows(Prompt, uri))
+    assert str(caught.value).count("prompt[") == 3

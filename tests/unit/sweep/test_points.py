@@ -1,0 +1,271 @@
+"""A sweep's points, their refusals, the presets, and how sure the best of many is."""
+
+import asyncio
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+
+from tasks.config import (
+    ApprovalPoint,
+    GenerationConfig,
+    JudgingConfig,
+    PipelineConfig,
+    Preset,
+    SweepConfig,
+    TrainingConfig,
+)
+from tasks.errors import PreflowError
+from tasks.evaluate.win_rate import win_rate
+from tasks.run.preflight import my_turn, taking_turns
+from tasks.store.measures import WinRate
+from tasks.sweep.estimate import SweepPlan, Work, check_budget
+from tasks.sweep.page import plan_section, ranking_section
+from tasks.sweep.points import expand_points, parameter_names
+from tasks.sweep.prepare import prepare_points, trainings_at_once
+from tasks.sweep.ranking import PointResult, SweepResult, sidak
+
+
+def points(base: PipelineConfig | None = None, **sweep: Any) -> list[tuple[str, PipelineConfig]]:
+    found = expand_points(base or PipelineConfig(), SweepConfig.model_validate(sweep))
+    assert [point.number for point in found.points] == list(range(1, len(found.points) + 1))
+    return [(point.name, point.config) for point in found.points]
+
+
+def refusal(base: PipelineConfig | None = None, **sweep: Any) -> str:
+    with pytest.raises(PreflowError) as refused:
+        points(base, **sweep)
+    return str(refused.value)
+
+
+def test_a_grid_is_the_product_and_changes_are_points_of_their_own() -> None:
+    found = points(
+        grid={"training.beta": [0.05, 0.2], "judging.model": ["a", "b"]},
+        changes=[{"training.num_train_epochs": 3, "training.learning_rate": 1e-6}, {}],
+    )
+    assert [name for name, _ in found] == [
+        "training.beta=0.05, judging.model=a", "training.beta=0.05, judging.model=b",
+        "training.beta=0.2, judging.model=a", "training.beta=0.2, judging.model=b",
+        "training.num_train_epochs=3, training.learning_rate=1e-06", "unchanged",
+    ]  # fmt: skip
+    assert [(c.training.beta, c.judging.model) for _, c in found[:4]] == [
+        (0.05, "a"),
+        (0.05, "b"),
+        (0.2, "a"),
+        (0.2, "b"),
+    ]
+    assert (found[4][1].training.num_train_epochs, found[4][1].training.learning_rate) == (3, 1e-6)
+    assert found[5][1] == PipelineConfig().filled()
+
+
+@pytest.mark.parametrize("name", list(parameter_names()))
+def test_every_parameter_can_be_named(name: str) -> None:
+    base = PipelineConfig().filled()
+    value: Any = base.model_dump()
+    for part in name.split("."):
+        value = value[part]
+    ((_, config),) = points(changes=[{name: value}])
+    assert config == base
+
+
+def test_all_points_are_measured_by_one_judge_on_like_samples() -> None:
+    base = PipelineConfig(judging=JudgingConfig(model="ruler"), generation=GenerationConfig(temperature=0.8))
+    grid = {"judging.model": ["a", "b"], "generation.temperature": [0.8, 1.1]}
+    for _, config in points(base, grid=grid):
+        assert config.evaluation.judging == base.judging
+        assert config.evaluation.generation is not None
+        assert config.evaluation.generation.temperature == 0.8
+
+
+def test_equal_points_are_dropped_and_counted() -> None:
+    found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.1, 0.2]}, changes=[{}]))
+    assert [point.name for point in found.points] == ["training.beta=0.1", "training.beta=0.2"]
+    assert found.duplicates == 2
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        ({}, r"no points: give sweep\.presets, sweep\.grid"),
+        ({"grid": {"training.bta": [1]}}, r"'training\.bta'; did you mean training\.beta or"),
+        ({"grid": {"beta": [1]}}, r"'beta'; did you mean training\.beta\?"),
+        ({"grid": {"temperature": [1]}}, r"did you mean generation\.temperature or judging\.temperature"),
+        ({"grid": {"zzz": [1]}}, r"no parameter 'zzz'; names are like training\.beta"),
+        ({"grid": {"training": [{}]}}, r"'training' is a whole stage; name one of its parameters"),
+        ({"grid": {"workspace": ["x"]}}, r"'workspace' cannot be swept"),
+        ({"grid": {"promotion.name": ["x"]}}, r"'promotion\.name' cannot be swept"),
+        ({"grid": {"training.beta": []}}, r"training\.beta has no values"),
+        ({"grid": {"training.beta": [0.1, -1]}}, r"1 of 2 .*point 2 \(training\.beta=-1\): training\.beta: .*greater"),
+        ({"grid": {"training.beta": ["much"]}}, r"point 1 \(training\.beta=much\): training\.beta: .*number"),
+        (
+            {"changes": [{"training.beta": 0.2}, {"training.max_steps": 5}]},
+            r"point 2 \(training\.max_steps=5\): training: .*warmup_steps \(20\) is more than max_steps \(5\)",
+        ),
+        ({"grid": {"generation.num_completions": [1]}}, r"point 1 .*num_completions must be at least 2"),
+        ({"grid": {"training.seed": list(range(25))}}, r"25 points, over sweep\.max_points \(24\)"),
+        ({"grid": {"training.seed": list(range(200)), "judging.seed": list(range(100))}}, r"20,000 combinations"),
+        ({"presets": ["judge"]}, r"preset judge: name the stronger judge in sweep\.stronger_judge"),
+        ({"presets": ["more_data"]}, r"preset more_data: give the larger prompts file in sweep\.more_prompts"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(sweep: dict[str, Any], said: str) -> None:
+    assert re.search(said, refusal(**sweep), re.DOTALL), refusal(**sweep)
+
+
+def test_all_wrong_points_are_told_at_once_and_no_key_with_them() -> None:
+    text = refusal(changes=[{"judging.api_key": "sk-secret"}, {"judging.panel": [{"api_key": "sk-secret"}]}, {}])
+    assert "2 of 3 points are wrong" in text
+    assert "point 1 (judging.api_key=...)" in text
+    assert "point 2 (judging.panel=...): judging.panel.0.api_key" in text
+    assert "sk-secret" not in text
+
+
+def test_a_sweep_that_would_wait_for_a_person_at_every_point_is_refused() -> None:
+    config = PipelineConfig(approve_before=(ApprovalPoint.PROMOTION,))
+    with pytest.raises(PreflowError, match="approve_before"):
+        prepare_points(config, SweepConfig(grid={"training.beta": [0.1]}))
+
+
+def test_the_presets() -> None:
+    base = PipelineConfig(training=TrainingConfig(max_steps=60))
+    sweep = {"presets": [preset.value for preset in Preset], "stronger_judge": "big", "more_prompts": "all.jsonl"}
+    assert [name for name, _ in points(base, **sweep)] == [
+        "unchanged",
+        "training.beta=0.05",
+        "training.beta=0.01",
+        "judging.model=big",
+        "generation.num_completions=5",
+        "generation.temperature=1.0",
+        "generation.temperature=1.2",
+        "prompts=…/all.jsonl",
+        "training.num_train_epochs=2, training.max_steps=null, training.learning_rate=1e-06",
+        "training.num_train_epochs=3, training.max_steps=null, training.learning_rate=1e-06",
+        "training.warmup_steps=5",
+        "training.warmup_steps=10",
+    ]
+
+
+def test_a_point_has_the_keys_of_the_configuration_that_is_pasted_from_it() -> None:
+    """A value that was validated and its default must be the same JSON, or a replay would train again."""
+    ((_, config),) = points(changes=[{"training.beta": 0.2}])
+    pasted = PipelineConfig.model_validate(
+        json.loads(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))
+    )
+    assert json.dumps(pasted.training.identity()) == json.dumps(config.training.identity())
+    assert json.dumps(pasted.judging.identity()) == json.dumps(config.judging.identity())
+    assert json.dumps(TrainingConfig(beta=0.2).identity()) == json.dumps(config.training.identity())
+
+
+# ---- the plan's figures
+
+
+WORK = (
+    Work(stage="sample completions", who="sft", points=(1, 2, 3, 5), requests=100, known=40, prompt_tokens=6000,
+         completion_tokens=9000, usd=None),
+    Work(stage="judge preferences", who="judge", points=(1, 2), requests=200, usd=2.5, most_usd=20.0),
+    Work(stage="train", who="beta 0.1", points=(1,), gpu_minutes=13.4, usd=0.08, most_usd=0.08),
+    Work(stage="train", who="beta 0.2", points=(2,), finished=True),
+)  # fmt: skip
+
+
+def test_a_sweep_over_its_budget_is_refused_with_the_dearest_piece() -> None:
+    plan = SweepPlan(work=WORK)
+    check_budget(plan, SweepConfig(budget_usd=2.59))
+    with pytest.raises(
+        PreflowError, match=r"2\.58 US\$, over sweep\.budget_usd \(2\.00\).*judge preferences \(judge\) at 2\.50"
+    ):
+        check_budget(plan, SweepConfig(budget_usd=2))
+
+
+def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
+    found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.2]}))
+    section = plan_section(SweepPlan(work=WORK), found.points, SweepConfig(), duplicates=3)
+    assert "3 equal to another were left out" in section.summary
+    assert "1 trainings and 260 requests, about 2.58 US$, at most 20.08 and what has no price set." in section.summary
+    assert "One by one, the points would take 2 trainings and 800 requests" in section.summary
+    rows = section.tables[0].rows
+    assert rows[0] == ("sample completions", "sft", "1-3, 5", 100, "40", 6000, 9000, None, "no price set")
+    assert rows[2][7:] == ("13 min 24 s", "0.08")
+    assert rows[3][4] == "finished"
+    assert rows[-1][-1] == "about 2.58 US$, at most 20.08 and what has no price set"
+
+
+# ---- the best of many
+
+
+def test_with_the_widened_confidence_all_intervals_hold_together() -> None:
+    """Ten adapters that are all exactly as good as SFT: the best one's own interval misses 0.5 far too often."""
+    rng, confidence, tries, count = random.Random(5), 0.95, 400, 10
+    alone = together = 0
+    for _ in range(tries):
+        rates = []
+        for _ in range(count):
+            outcomes = {str(prompt): [float(rng.random() < 0.5)] for prompt in range(200)}
+            rates.append((win_rate(outcomes, confidence), win_rate(outcomes, sidak(confidence, count))))
+        best = max(rates, key=lambda pair: pair[0].win_rate)
+        alone += best[0].lower > 0.5
+        together += best[1].lower > 0.5
+    assert alone / tries > 0.1, "then there would be nothing to widen"
+    assert together / tries <= 0.05
+
+
+def test_the_widened_confidence() -> None:
+    assert sidak(0.95, 1) == 0.95
+    assert sidak(0.95, 6) == pytest.approx(0.991487, abs=1e-6)
+
+
+def _result(number: int, rate: float | None, ruler: str = "one") -> PointResult:
+    if rate is None:
+        return PointResult(number=number, change={}, name=f"n{number}", error="judge down")
+    found = [WinRate(win_rate=rate, lower=rate - half, upper=rate + half) for half in (0.03, 0.05)]
+    # What was made is not shown here, so a failed point is told by its error alone.
+    return PointResult(number=number, change={}, name=f"n{number}", rate=found[0], widened=found[1], ruler=ruler)
+
+
+def test_the_ranking_is_honest() -> None:
+    found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.2, 0.3]}))
+    results = (_result(1, 0.50), _result(2, None), _result(3, 0.54, "another"))
+    result = SweepResult(key="k", points=results, ranking=(3, 1), confidence=0.95, widened_confidence=sidak(0.95, 2))
+    section = ranking_section(result, found.points)
+    assert "point 3 (n3) wins 54.0 % (51.0-57.0 %)" in section.summary
+    assert "looks better than it is" in section.summary
+    assert "49.0-59.0 % (each at 97.47 %, together at least 95 %; Sidak 1967)" in section.summary
+    advice = " ".join(section.advice)
+    assert "not all measured on the same prompts" in advice
+    assert "points 3 and 1 overlap" in advice
+    assert "Not even the best point" in advice
+    assert [row[1] for row in section.tables[0].rows] == [3, 1]
+    (_, config), (_, command) = section.blocks
+    assert json.loads(config)["training"]["beta"] == 0.3
+    assert command.startswith("prefect deployment run dpo-pipeline/local --param 'config={")
+    assert section.pictures[0].png.startswith(b"\x89PNG")
+
+
+# ---- several points at once
+
+
+async def test_runs_beside_each_other_ask_one_after_another_and_only_in_a_sweep() -> None:
+    asking = most = 0
+
+    async def run() -> None:
+        nonlocal asking, most
+        async with my_turn():
+            asking += 1
+            most = max(most, asking)
+            await asyncio.sleep(0)
+            asking -= 1
+
+    async with taking_turns():
+        await asyncio.gather(*(run() for _ in range(5)))
+    assert most == 1
+    await asyncio.gather(*(run() for _ in range(5)))
+    assert most == 5
+
+
+def test_points_that_train_on_this_machine_run_one_after_another() -> None:
+    here, there = PipelineConfig(), PipelineConfig(training_deployment="train-dpo/l4-spot")
+    for base, change, at_once in ((here, {}, 1), (there, {}, 3), (there, {"training_deployment": None}, 1)):
+        sweep = SweepConfig(changes=[{"training.beta": 0.2}, {"training.beta": 0.3, **change}], parallel=3)
+        assert trainings_at_once(expand_points(base, sweep).points, sweep) == at_once

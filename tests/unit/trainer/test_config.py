@@ -1,0 +1,113 @@
+"""Every field of TrainingConfig reaches TRL, the model loader or the launcher; none is read by nobody."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.config import ComputeType, LossType, QuantType, ReportTo, Schedule, TrainingConfig
+from tasks.trainer import model
+from tasks.trainer.trainer import dpo_config
+
+# field: (a value that is not the default, attribute of DPOConfig, what it must be there)
+REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
+    "beta": (0.37, "beta", 0.37),
+    "loss_type": (LossType.IPO, "loss_type", ["ipo"]),
+    "sft_weight": (0.5, "loss_weights", [1.0, 0.5]),
+    "label_smoothing": (0.2, "label_smoothing", 0.2),
+    "learning_rate": (3e-4, "learning_rate", 3e-4),
+    "num_train_epochs": (2.5, "num_train_epochs", 2.5),
+    "max_steps": (77, "max_steps", 77),
+    "lr_scheduler_type": (Schedule.LINEAR, "lr_scheduler_type", "linear"),
+    "warmup_steps": (5, "warmup_steps", 5),
+    "weight_decay": (0.03, "weight_decay", 0.03),
+    "max_grad_norm": (0.4, "max_grad_norm", 0.4),
+    "per_device_train_batch_size": (6, "per_device_train_batch_size", 6),
+    "per_device_eval_batch_size": (7, "per_device_eval_batch_size", 7),
+    "gradient_accumulation_steps": (3, "gradient_accumulation_steps", 3),
+    "max_length": (99, "max_length", 99),
+    "gradient_checkpointing": (False, "activation_checkpointing", False),
+    "disable_dropout": (False, "disable_dropout", False),
+    "eval_steps": (11, "eval_steps", 11),
+    "save_steps": (13, "save_steps", 13),
+    "logging_steps": (17, "logging_steps", 17),
+    "seed": (5, "seed", 5),
+    "report_to": (ReportTo.TENSORBOARD, "report_to", ["tensorboard"]),
+}
+# Tested below, or where the file names say: the loader, the launcher, the data, the lease, the cached reference.
+REACHES_OTHERS = {
+    "base_model", "base_revision", "sft_adapter", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype",
+    "bnb_4bit_use_double_quant", "bf16", "group_by_length", "cache_reference", "num_processes", "grace_seconds",
+    "lease_seconds", "measured_label_smoothing",
+}  # fmt: skip
+
+
+def test_every_field_is_accounted_for() -> None:
+    assert set(TrainingConfig.model_fields) == set(REACHES_TRL) | REACHES_OTHERS
+
+
+@pytest.mark.parametrize("field", REACHES_TRL)
+def test_a_field_reaches_trl(field: str, tmp_path: Path) -> None:
+    value, attribute, expected = REACHES_TRL[field]
+    changes = {field: value} | ({"loss_type": LossType.ROBUST} if field == "label_smoothing" else {})
+    default = getattr(dpo_config(TrainingConfig(), tmp_path, evaluate=True), attribute)
+    found = getattr(dpo_config(TrainingConfig(**changes), tmp_path, evaluate=True), attribute)
+    assert found == expected
+    assert default != expected, "the value in the table is the default: the test would prove nothing"
+
+
+def test_the_sft_term_is_a_second_loss(tmp_path: Path) -> None:
+    assert dpo_config(TrainingConfig(sft_weight=0.5), tmp_path, evaluate=False).loss_type == ["sigmoid", "sft"]
+    assert dpo_config(TrainingConfig(), tmp_path, evaluate=False).loss_weights is None
+
+
+def test_without_pairs_to_evaluate_on_nothing_is_evaluated(tmp_path: Path) -> None:
+    assert dpo_config(TrainingConfig(), tmp_path, evaluate=False).eval_strategy == "no"
+    assert dpo_config(TrainingConfig(), tmp_path, evaluate=True).eval_strategy == "steps"
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_bf16_is_for_cuda_only(cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("tasks.trainer.trainer.has_cuda", lambda: cuda)
+    monkeypatch.setattr("tasks.trainer.trainer.DPOConfig", lambda **options: seen.update(options))
+    dpo_config(TrainingConfig(bf16=True), tmp_path, evaluate=False)
+    assert (seen["bf16"], seen["use_cpu"]) == (cuda, not cuda)
+
+
+def test_the_base_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def load(name: str, **options: Any) -> torch.nn.Module:
+        seen.update(name=name, **options)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", load)
+    training = TrainingConfig(
+        base_model="a/b", base_revision="abc", bnb_4bit_quant_type=QuantType.FP4,
+        bnb_4bit_compute_dtype=ComputeType.FLOAT16, bnb_4bit_use_double_quant=False,
+    )  # fmt: skip
+    model.load_base(training, device=0)
+    quantisation = seen["quantization_config"]
+    assert (seen["name"], seen["revision"], seen["trust_remote_code"]) == ("a/b", "abc", False)
+    assert (quantisation.bnb_4bit_quant_type, quantisation.bnb_4bit_use_double_quant) == ("fp4", False)
+    assert str(quantisation.bnb_4bit_compute_dtype) == "torch.float16"
+    seen.clear()
+    model.load_base(TrainingConfig(load_in_4bit=False), device=0)
+    assert "quantization_config" not in seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing works with loss_type robust alone, not with sigmoid"),
+        ({"measured_label_smoothing": True, "loss_type": "hinge"}, "measured_label_smoothing .*loss_type .*hinge"),
+        ({"loss_type": "robust"}, "loss_type robust .*label_smoothing"),
+        ({"load_in_4bit": False, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type fp4 .*load_in_4bit"),
+        ({"max_steps": 10, "warmup_steps": 11}, r"warmup_steps \(11\) .*max_steps \(10\)"),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused_by_both_names(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig.model_validate(settings)
