@@ -132,7 +132,7 @@ class Sampler:
             return Outcome(final=final, error=error, usage=refused.usage.model_dump())
         texts = [self._kept(choice.text) for choice in answer.choices]
         usage = answer.usage.model_dump()
-        if not any(text.strip() for text in texts):
+        if not config.keep_empty and not any(text.strip() for text in texts):
             error = {"id": prompt["id"], "reason": "empty_completions", "detail": self._say_empty(answer)}
             return Outcome(error=error, usage=usage)
         reasons = [choice.finish_reason for choice in answer.choices]
