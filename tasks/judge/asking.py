@@ -44,6 +44,10 @@ Decide which continuation is best and which is worst. They stand in no particula
 and nothing else: {{"best": <number>, "worst": <number>, "confidence": <1-5>}}. The numbers are those of the
 continuations (1 to {n}); best and worst differ; confidence says how sure you are (1 a coin toss, 5 beyond doubt).
 """
+# For estimates: English prose, and a verdict that is a JSON object of three numbers. A thinking model may use all of
+# `max_tokens` for it.
+CHARACTERS_PER_TOKEN = 4
+VERDICT_TOKENS = 30
 
 
 class JudgingPlan(BaseModel):
@@ -87,6 +91,21 @@ class JudgingPlan(BaseModel):
         return {digest(build_messages(self.rubric, row, order)): Question(row, order) for order in orders}
 
 
+class Remaining(BaseModel):
+    """What is still to be asked: requests in all, those of them known, and the prompt tokens of the others."""
+
+    model_config = ConfigDict(frozen=True)
+
+    requests: int
+    known: int
+    prompt_tokens: int
+
+    @property
+    def to_ask(self) -> int:
+        """Requests that are still to be sent."""
+        return self.requests - self.known
+
+
 class JudgePlan(BaseModel):
     """What one judge of a judging will do. A vote is known by the judge's settings and the exact messages."""
 
@@ -119,6 +138,20 @@ class JudgePlan(BaseModel):
     def rows(self) -> RowStore:
         """Open the votes given under these settings."""
         return RowStore(self.workspace, "votes", self.settings_key, variant=self._asked)
+
+    def remaining(self) -> Remaining:
+        """Count what this judge is still to be asked, an equal question once; tokens are characters / 4."""
+        keys: set[str] = set()
+        characters: dict[str, int] = {}
+        rows = self.rows()
+        for row in Workspace(self.workspace).read_rows(self.judging.source.uri):
+            units = self.judging.units_of(dict(row))
+            for key in units.keys() - keys - rows.known(units):
+                messages = build_messages(self.judging.rubric, units[key].row, units[key].order)
+                characters[key] = sum(len(message["content"]) for message in messages)
+            keys |= units.keys()
+        tokens = round(sum(characters.values()) / CHARACTERS_PER_TOKEN)
+        return Remaining(requests=len(keys), known=len(keys) - len(characters), prompt_tokens=tokens)
 
     def shard_key(self, part: Slice) -> str:
         """Return the content key of one shard."""

@@ -7,9 +7,8 @@ twice for what was approved, whichever process is killed meanwhile.
 """
 
 import logging
-from collections.abc import Iterable
+import posixpath
 from datetime import UTC, datetime
-from statistics import fmean
 from typing import Any
 
 from prefect import Flow, State
@@ -26,16 +25,15 @@ from prefect.settings import get_current_settings
 from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.batch.rows import read_slice
-from tasks.config import ApprovalPoint, JudgeConfig, PipelineConfig
+from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
-from tasks.judge.asking import JudgePlan, Question, build_messages, plan_judging
+from tasks.judge.asking import VERDICT_TOKENS, JudgePlan, plan_judging
 from tasks.llm.responses import Usage
 from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
 from tasks.report.run import evaluation_page
-from tasks.run.preflight import run_key
+from tasks.run.preflight import run_folder
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import CompletionsRef, EvaluationRef, PromotionRef, Workspace
 
@@ -163,7 +161,7 @@ async def _show(page: ReportSection) -> str:
 
 def answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
     """Return where the answers given at a point of a run lie."""
-    return Workspace(config.workspace).uri("runs", run_key(config), "approvals", f"{point.value}.json")
+    return posixpath.join(run_folder(config), "approvals", f"{point.value}.json")
 
 
 def read_answers(config: PipelineConfig, point: ApprovalPoint) -> list[Answer]:
@@ -177,12 +175,6 @@ def _keep(config: PipelineConfig, answers: list[Answer]) -> None:
     kept = {"answers": [answer.model_dump(mode="json") for answer in answers]}
     Workspace(config.workspace).write_json(answers_uri(config, newest.point), kept)
     logger.info("%s", newest.refusal or f"approved ({newest.point.value}): {newest.note or 'no note'}")
-
-
-# English prose; a verdict is a JSON object of three numbers. A thinking model may use all of `max_tokens`.
-CHARACTERS_PER_TOKEN = 4
-VERDICT_TOKENS = 30
-MEASURED_QUESTIONS = 200
 
 
 class JudgeEstimate(BaseModel):
@@ -207,31 +199,14 @@ def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> lis
 
 
 def _estimate(plan: JudgePlan) -> JudgeEstimate:
-    store, rows = Workspace(plan.workspace), plan.rows()
-    wanted = known = 0
-    lengths: list[int] = []
-    for part in plan.slices:
-        units = {key: unit for row in read_slice(store, part) for key, unit in plan.judging.units_of(row).items()}
-        answered = rows.find(list(units))
-        wanted, known = wanted + len(units), known + len(answered)
-        room = MEASURED_QUESTIONS - len(lengths)
-        lengths += _lengths(plan.judging.rubric, [unit for key, unit in units.items() if key not in answered][:room])
-    tokens = round(fmean(lengths or [0]) / CHARACTERS_PER_TOKEN)
-    return _price(plan.judge, wanted - known, known, tokens)
-
-
-def _lengths(rubric: str, questions: Iterable[Question]) -> list[int]:
-    """Return the characters that each question takes."""
-    return [sum(len(m["content"]) for m in build_messages(rubric, q.row, q.order)) for q in questions]
-
-
-def _price(judge: JudgeConfig, requests: int, known: int, prompt_tokens: int) -> JudgeEstimate:
-    expected = Usage(prompt_tokens=requests * prompt_tokens, completion_tokens=requests * VERDICT_TOKENS)
-    most = expected.model_copy(update={"completion_tokens": requests * judge.max_tokens})
+    remaining, judge = plan.remaining(), plan.judge
+    asked, tokens = remaining.to_ask, remaining.prompt_tokens
+    expected = Usage(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
+    most = Usage(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
     return JudgeEstimate(
         model=judge.model,
-        requests=requests,
-        known=known,
+        requests=asked,
+        known=remaining.known,
         prompt_tokens=expected.prompt_tokens,
         completion_tokens=expected.completion_tokens,
         most_completion_tokens=most.completion_tokens,

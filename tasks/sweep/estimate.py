@@ -11,7 +11,7 @@ from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig, Judgin
 from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import GenerationPlan, plan_generation
-from tasks.judge.asking import INSTRUCTIONS, JudgePlan, JudgingPlan, build_messages, plan_judging, read_rubric
+from tasks.judge.asking import CHARACTERS_PER_TOKEN, INSTRUCTIONS, VERDICT_TOKENS, plan_judging, read_rubric
 from tasks.judge.pairs import find_preferences
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
@@ -26,7 +26,6 @@ from tasks.store.workspace import (
 from tasks.sweep.points import Point
 from tasks.train.launch import training_key
 
-CHARACTERS_PER_TOKEN = 4
 TRAINING = "train"
 
 
@@ -44,6 +43,7 @@ class Work(BaseModel):
     completion_tokens: int = 0
     gpu_minutes: float = 0.0
     usd: float | None = 0.0
+    most_usd: float = 0.0
     finished: bool = False
 
     @property
@@ -62,6 +62,10 @@ class SweepPlan(BaseModel):
     def usd(self) -> float:
         """What the work still to come is estimated at, in US$; what has no price counts nothing."""
         return sum(work.usd or 0.0 for work in self.work)
+
+    def most_usd(self) -> float:
+        """What it can cost at most, every verdict as long as its judge's max_tokens."""
+        return sum(work.most_usd for work in self.work)
 
     def unfinished_points(self) -> set[int]:
         """Return the points for which something is still to be done."""
@@ -83,7 +87,7 @@ def check_budget(plan: SweepPlan, sweep: SweepConfig) -> None:
         raise PreflowError(
             f"the sweep is estimated at {plan.usd():.2f} US$, over sweep.budget_usd ({sweep.budget_usd:.2f}); the "
             f"dearest piece is {dearest.stage} ({dearest.who}) at {dearest.usd or 0:.2f}. Nothing was spent. Estimates "
-            "are ceilings until the first figures are measured: raise budget_usd, or take fewer points or prompts."
+            "come from limits until the first figures are measured: raise budget_usd, or take fewer points or prompts."
         )
 
 
@@ -163,6 +167,7 @@ class _Piece:
     shown: int = 0
     writer: str = ""
     completions: int = 1
+    most_tokens: int = 0
     gpu_minutes: float = 0.0
 
     def estimate(self, figures: _Figures, gpu_price: float) -> Work:
@@ -172,11 +177,14 @@ class _Piece:
         prompt = to_ask * (self.prompt_tokens + self.shown * figures.tokens(self.shown_by))
         completion = to_ask * self.completions * figures.tokens(self.writer)
         usd = (prompt * self.prices[0] + completion * self.prices[1]) / 1e6 + self.gpu_minutes * gpu_price / 60
+        most = (
+            usd + max(0.0, to_ask * self.most_tokens - completion) * self.prices[1] / 1e6 if self.most_tokens else usd
+        )
         priced = not to_ask or any(self.prices), not self.gpu_minutes or gpu_price > 0
         return Work(
             stage=self.stage, who=self.who, points=tuple(self.points), requests=self.requests, known=known,
             prompt_tokens=round(prompt), completion_tokens=round(completion), gpu_minutes=self.gpu_minutes,
-            usd=usd if all(priced) else None, finished=self.finished,
+            usd=usd if all(priced) else None, most_usd=most, finished=self.finished,
         )  # fmt: skip
 
 
@@ -275,7 +283,9 @@ class _Planner:
             piece.finished = verdicts is not None
             self._fill_judging(piece, samples, judging, judge)
             if plan:
-                self._count_questions(piece, plan, plan.judges[place])
+                remaining = plan.judges[place].remaining()
+                piece.requests, piece.known = remaining.requests, remaining.known
+                piece.prompt_tokens, piece.shown = remaining.prompt_tokens / max(1, remaining.to_ask), 0
             if verdicts and not judging.panel:
                 self._figures.measure(piece.writer, verdicts.manifest)
         return key
@@ -290,19 +300,9 @@ class _Planner:
         piece.prompt_tokens = samples.prompts.tokens + (len(rubric) + len(INSTRUCTIONS)) / CHARACTERS_PER_TOKEN
         piece.shown_by, piece.shown = samples.writer, samples.count
         piece.writer = f"judge {judge.model}"
-        self._figures.limit(piece.writer, judge.max_tokens)
-
-    def _count_questions(self, piece: _Piece, plan: JudgingPlan, judge: JudgePlan) -> None:
-        """Count exactly what there is to ask about completions that exist, and what of it has been answered."""
-        keys: list[str] = []
-        characters = 0
-        for line in self._store.lines(plan.source.uri):
-            for key, question in plan.units_of(json.loads(line)).items():
-                messages = build_messages(plan.rubric, question.row, question.order)
-                characters += sum(len(message["content"]) for message in messages)
-                keys.append(key)
-        piece.requests, piece.known = len(keys), len(judge.rows().known(keys))
-        piece.prompt_tokens, piece.shown = characters / CHARACTERS_PER_TOKEN / max(1, len(keys)), 0
+        # What a verdict is expected to take; `most_usd` counts all of max_tokens.
+        self._figures.limit(piece.writer, VERDICT_TOKENS)
+        piece.most_tokens = judge.max_tokens
 
     def _find_preferences(self, samples: _Samples, judging: JudgingConfig) -> PreferencesRef | None:
         if samples.ref is None:

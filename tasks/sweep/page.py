@@ -24,13 +24,14 @@ from tasks.sweep.ranking import PointResult, SweepResult, sweep_folder
 
 HOW_ESTIMATED = (
     "Tokens: 4 characters each in prompts; a completion as long as those measured in this workspace, or else at its "
-    "limit (max_tokens), so that the first estimate is a ceiling. Before there are pairs, every prompt counts as one. "
+    "limit (max_tokens); a verdict 30 tokens until it is measured, at most the judge's max_tokens, as a thinking model "
+    "may use. Before there are pairs, every prompt counts as one. "
     "GPU time: pairs seen in training at {rate:g} a second (sweep.pairs_per_second; 1.14 was measured for a 3B model "
     "with QLoRA on an L4, batches of 2 x 8), without evaluations and start-up; sampling runs on your own endpoint and "
     "has no GPU time here. Money: the prices in the configuration; where there is none, nothing is counted. "
     "Retries come on top."
 )
-COLUMNS = ("work", "by", "points", "requests", "known", "tokens in", "tokens out", "GPU", "US$")
+COLUMNS = ("work", "by", "points", "requests", "known", "tokens in", "tokens out", "training", "US$")
 
 
 def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> ReportSection:
@@ -58,7 +59,8 @@ def _money(plan: SweepPlan) -> str:
     unpriced = any(work.usd is None for work in plan.work)
     if unpriced and not plan.usd():
         return "no price set"
-    return f"about {format_usd(plan.usd())} US$" + (" and what has no price set" if unpriced else "")
+    money = f"about {format_usd(plan.usd())} US$, at most {format_usd(plan.most_usd())}"
+    return money + (" and what has no price set" if unpriced else "")
 
 
 def _work_row(work: Work) -> tuple[Cell, ...]:

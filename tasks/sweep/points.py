@@ -65,6 +65,8 @@ def _name_wrong(change: Change) -> str:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if text.startswith("/"):  # a path: its end tells it from others
+        text = f"…/{text.rpartition('/')[2]}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -46,6 +46,8 @@ SLOW_ENOUGH = {
 }  # fmt: skip
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
+pytestmark = pytest.mark.long  # a cluster that loses pods and nodes
+
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:

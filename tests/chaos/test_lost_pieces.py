@@ -17,7 +17,7 @@ PROMPTS = 240
 OUTAGE = float(os.environ.get("PREFLOW_OUTAGE", "60"))
 CONCURRENCY = 64  # of the demo's sampling
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # every piece dies in turn
 
 
 @pytest.fixture(scope="module")

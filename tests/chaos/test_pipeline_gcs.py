@@ -31,7 +31,7 @@ from tests.fakes.gcs_plan import FAULTS
 from tests.fakes.tiny_training import build_adapter, build_base
 from tests.integration.test_stages import write_prompts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the whole pipeline five times
 
 # A run uploads about 150 times and downloads 300 times: often enough that no kind of fault stays away by chance.
 SHARES = {**dict.fromkeys(FAULTS, 0.02), "cut_upload": 0.1, "cut_download": 0.05}

@@ -1,14 +1,14 @@
 """A training that is killed, preempted or moved to another machine ends in the same bytes.
 
-PREFLOW_CHAOS=full kills at more points; PREFLOW_CHAOS_SEEDS (default 1) is the number of random kill schedules.
+`make test` kills it once by each signal, `make test-all` at every point.
 """
 
-import os
 import random
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +17,6 @@ from tasks.store.workspace import Workspace
 from tests.fakes.tiny_training import TinyWorld
 from tests.fakes.training_process import Kill, TrainingProcesses
 
-FULL = os.environ.get("PREFLOW_CHAOS") == "full"
-SEEDS = int(os.environ.get("PREFLOW_CHAOS_SEEDS", "1"))
 PREEMPTED = 75
 
 
@@ -67,18 +65,22 @@ def finish(
     return results(workspace)
 
 
-SIGTERMS = [Kill("load"), Kill("gradient", 7), Kill("prediction_step", 8), Kill("write", 2), Kill("adapter")]
-MORE_SIGTERMS = [Kill("training_step", 1), Kill("training_step", 12), Kill("prediction_step", 2)]
-SIGKILLS = [Kill("training_step", 15, signal.SIGKILL), Kill("put", 4, signal.SIGKILL)]
-MORE_SIGKILLS = [Kill(p, n, signal.SIGKILL) for p, n in [("reference", 3), ("write", 2), ("put", 2)]]
-POINTS = SIGTERMS + SIGKILLS + (MORE_SIGTERMS + MORE_SIGKILLS if FULL else [])
-DAMAGES = [("optimizer.safetensors", "cut"), ("COMMITTED.json", "removed")]
-MORE_DAMAGES = [("optimizer.safetensors", "removed"), ("COMMITTED.json", "cut")] if FULL else []
+POINTS = [Kill("gradient", 7), Kill("put", 4, signal.SIGKILL)]
+TERMS = [("load", 1), ("prediction_step", 8), ("write", 2), ("adapter", 1), ("training_step", 1), ("training_step", 12),
+         ("prediction_step", 2)]  # fmt: skip
+KILLS = [("training_step", 15), ("reference", 3), ("write", 2), ("put", 2)]
+MORE_POINTS = [Kill(*point) for point in TERMS] + [Kill(*point, signal.SIGKILL) for point in KILLS]
+DAMAGES = [("optimizer.safetensors", "cut")]
+MORE_DAMAGES = [("COMMITTED.json", "removed"), ("optimizer.safetensors", "removed"), ("COMMITTED.json", "cut")]
+
+
+def only_in_test_all(*cases: Any) -> list[Any]:
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long) for case in cases]
 
 
 @pytest.mark.parametrize(
     "kill",
-    POINTS,
+    [*POINTS, *only_in_test_all(*MORE_POINTS)],
     ids=lambda kill: f"{signal.Signals(kill.number).name}-{kill.point}-{kill.count}",
 )
 def test_a_kill_anywhere_changes_nothing(
@@ -100,6 +102,7 @@ def training_folder(workspace: Path) -> Path:
     return folder
 
 
+@pytest.mark.long  # one kill and one full disk are shown by the tests beside it
 def test_two_sigterms_save_once_and_lose_nothing(
     world: TinyWorld,
     processes: TrainingProcesses,
@@ -122,6 +125,7 @@ def test_sigterm_saves_the_last_complete_step_not_the_last_periodic_one(
     assert "checkpoint_seconds" in processes.log()
 
 
+@pytest.mark.long  # one kill and one full disk are shown by the tests beside it
 def test_a_full_disk_costs_a_checkpoint_but_not_the_training(
     world: TinyWorld,
     processes: TrainingProcesses,
@@ -149,7 +153,7 @@ def test_a_full_disk_during_the_save_on_sigterm_falls_back_to_the_checkpoint_bef
     assert "resuming from the checkpoint of step 4" in processes.log()
 
 
-@pytest.mark.parametrize(("name", "damage"), DAMAGES + MORE_DAMAGES)
+@pytest.mark.parametrize(("name", "damage"), [*DAMAGES, *only_in_test_all(*MORE_DAMAGES)])
 def test_a_torn_checkpoint_is_named_and_skipped(
     name: str,
     damage: str,
@@ -171,7 +175,8 @@ def test_a_torn_checkpoint_is_named_and_skipped(
     assert "resuming from the checkpoint of step 4" in processes.log()
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.long  # ten kills of a longer training
+@pytest.mark.parametrize("seed", range(2))
 def test_a_training_preempted_killed_and_moved_ends_in_the_same_bytes(
     seed: int, world: TinyWorld, tmp_path: Path
 ) -> None:

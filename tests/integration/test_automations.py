@@ -181,6 +181,7 @@ def test_what_something_else_starts_again_is_told_of_and_left_to_it(
     assert state_of(client, run.id) == "Crashed"
 
 
+@pytest.mark.long  # silence is waited for
 def test_a_process_that_goes_without_a_word_is_told_of(
     client: SyncPrefectClient, receiver: Receiver, tmp_path: Path
 ) -> None:

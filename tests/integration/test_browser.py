@@ -29,7 +29,7 @@ from tests.fakes.tiny_training import build_adapter, build_base
 KEY = "a-key-for-the-judge"
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 @dataclass

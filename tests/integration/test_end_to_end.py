@@ -37,19 +37,19 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.demo.corpus import heldout_prompts, training_prompts
-from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
 from tasks.demo.services import Service, free_port, judge_server
 from tasks.demo.serving import vllm_server
 from tasks.promote.pointer import PromotionRefused, read_pointer
-from tasks.run.preflight import PipelineResult
+from tasks.store.workspace import PipelineResult
 from tasks.sweep.ranking import SweepResult
 from tests.deployed import process_worker, register, run_to_the_end
 from tests.fakes.hub import FakeHub
+from tests.models import demo_adapter, demo_base
 
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 
 TRAINING = "train-dpo/local"
@@ -119,8 +119,8 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, empty_prefect_server: str) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
-    build_base_model(folder / "base", 7, Recipe(rows=400, steps=60, batch_size=8, learning_rate=3e-3))
-    build_sft_adapter(folder / "base", folder / "sft", 7, Recipe(rows=100, steps=10, batch_size=8, learning_rate=2e-3))
+    demo_base(folder / "base")
+    demo_adapter(folder / "sft", seed=7)
     for name, rows in (("prompts", training_prompts(24, 7)), ("held-out", heldout_prompts(10, 7))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     register()

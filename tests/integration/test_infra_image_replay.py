@@ -15,7 +15,7 @@ from tests.fakes.dockerfile import ReplayedImage, values
 from tests.fakes.process import ROOT
 
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # an environment is made as the image makes it
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
 from tasks.config import PromotionConfig, TrainingConfig
-from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
 from tasks.demo.services import Service
 from tasks.demo.serving import vllm_server
 from tasks.errors import PreflowError
@@ -31,13 +30,14 @@ from tasks.promote import vllm as serving
 from tasks.promote.pointer import read_pointer
 from tasks.promote.vllm import ProbeFailed
 from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
+from tests.models import demo_adapter, demo_base
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
 NAME = "live"
-CLIENTS, SWITCHES = 50, 20
+CLIENTS = 50
 PROMPT_TOKENS, ANSWER_TOKENS = 140, 6  # longer than a block of the prefix cache
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 @dataclass
@@ -110,10 +110,9 @@ def finished_training(folder: Path, base: Path, sft: Path, adapter: Path, name: 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("stage")
-    base, sft = folder / "base", folder / "sft"
-    build_base_model(base, 7, Recipe(rows=300, steps=40, batch_size=8, learning_rate=3e-3))
-    for name, seed, rate in (("sft", 7, 1e-3), ("a", 8, 1e-2), ("b", 9, 2e-2)):
-        build_sft_adapter(base, folder / name, seed, Recipe(rows=100, steps=10, batch_size=8, learning_rate=rate))
+    base, sft = demo_base(folder / "base"), demo_adapter(folder / "sft", seed=7)
+    demo_adapter(folder / "a", seed=8, learning_rate=1e-2)
+    demo_adapter(folder / "b", seed=9, learning_rate=2e-2)
     adapters = {name: finished_training(folder, base, sft, folder / name, name) for name in "ab"}
     with vllm_server(VLLM_PYTHON, base, folder / "vllm.log", {"sft": sft}) as vllm:
         found = Stage(folder, vllm, adapters)
@@ -185,14 +184,15 @@ class Traffic:
             self.right += 1
 
 
-async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
-    stage: Stage, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("switches", [4, pytest.param(20, marks=pytest.mark.long)])
+async def test_switches_under_load_lose_and_mix_up_nothing(
+    stage: Stage, capsys: pytest.CaptureFixture[str], switches: int
 ) -> None:
     traffic, seconds = Traffic(), []
     async with connected() as http:
         traffic.current = stage.current()
         clients = [asyncio.create_task(traffic.client(stage, http, number)) for number in range(CLIENTS)]
-        for number in range(SWITCHES):
+        for number in range(switches):
             await traffic.answered(CLIENTS // 2)
             other = "b" if stage.current() == "a" else "a"
             traffic.current, start = None, time.monotonic()
@@ -208,16 +208,16 @@ async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
         await asyncio.gather(*clients)
     with capsys.disabled():
         print(
-            f"\n{CLIENTS} clients, {SWITCHES} switches: {traffic.right} right, {traffic.during} during a switch, "
+            f"\n{CLIENTS} clients, {switches} switches: {traffic.right} right, {traffic.during} during a switch, "
             f"{len(traffic.wrong)} wrong, {len(traffic.failed)} failed; "
             f"a switch takes {statistics.median(seconds):.2f} s in the median"
         )
     assert traffic.failed == []
     assert traffic.wrong == []
-    assert traffic.right >= SWITCHES * CLIENTS // 2
+    assert traffic.right >= switches * CLIENTS // 2
     pointer = read_pointer(stage.workspace, NAME)
     assert pointer is not None
-    assert len(pointer["history"]) >= SWITCHES
+    assert len(pointer["history"]) >= switches
 
 
 async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:

@@ -261,6 +261,7 @@ def pool(bench: Bench) -> Iterator[str]:
         yield "sweep"
 
 
+@pytest.mark.long  # a worker, and two more points on it
 async def test_on_a_pool_points_train_at_once_and_nothing_is_asked_twice(
     bench: Bench, result: SweepResult, pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +291,6 @@ async def test_on_a_pool_points_train_at_once_and_nothing_is_asked_twice(
 SWEEP = """
 import asyncio, json, sys
 from flows.sweep import dpo_sweep
-from tasks import remote
 from tasks.config import PipelineConfig, SweepConfig
 config, sweep = (json.loads(argument) for argument in sys.argv[1:])
 asyncio.run(dpo_sweep(PipelineConfig.model_validate(config), SweepConfig.model_validate(sweep)))
@@ -318,6 +318,7 @@ def kill_when(bench: Bench, log: Path, reached: Callable[[], bool]) -> None:
     process.wait()
 
 
+@pytest.mark.long  # three starts of a sweep
 def test_killed_and_started_again_it_asks_nothing_twice_and_ends_the_same(bench: Bench, result: SweepResult) -> None:
     """Runs last: it starts over in the place where the others had their workspace, so that all paths are the same."""
     changes = [{"training.beta": beta} for beta in BETAS[:2]]

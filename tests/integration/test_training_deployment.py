@@ -217,6 +217,7 @@ async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
     assert any(str(training.id) in link["data"] for link in artifacts("markdown", parent))
 
 
+@pytest.mark.long  # two trainings, one of them cancelled
 async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_again(
     world: TinyWorld, worker: Worker, tmp_path: Path
 ) -> None:
@@ -244,6 +245,7 @@ async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_
         await again
 
 
+@pytest.mark.long  # two trainings
 async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
     world: TinyWorld, worker: Worker, tmp_path: Path
 ) -> None:
@@ -265,6 +267,7 @@ async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
     assert again.state.is_completed()
 
 
+@pytest.mark.long  # a training of 100,000 steps that is waited for
 async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deployed_parent: str, tmp_path: Path) -> None:
     config = settings(world, tmp_path, max_steps=100_000, save_steps=10, eval_steps=100_000)
     parent = await start(deployed_parent, world, config)
@@ -278,6 +281,7 @@ async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deploye
         assert run.state.is_cancelled(), run.state
 
 
+@pytest.mark.long  # two preemptions
 async def test_the_drill_preempts_runs_of_the_process_pool(
     world: TinyWorld, worker: Worker, calm: AdapterRef, tmp_path: Path
 ) -> None:
@@ -297,6 +301,7 @@ async def test_the_drill_preempts_runs_of_the_process_pool(
     assert await count_crashes(training) >= 2
 
 
+@pytest.mark.long  # silence is waited for
 async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silence(
     world: TinyWorld, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

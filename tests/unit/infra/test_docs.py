@@ -6,7 +6,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
 import yaml
 
 from tasks.config import PipelineConfig, TrainingConfig
@@ -33,18 +32,6 @@ def run_with_stand_ins(script: str, folder: Path, *tools: str) -> list[list[str]
     subprocess.run(["bash", "-euc", script], env=environment, cwd=folder, check=True)
     said = [path.read_text() for path in sorted(folder.glob("*.said"))]
     return [call.strip("\0\n").split("\0") for calls in said for call in calls.split("\0\n") if call]
-
-
-@pytest.mark.parametrize("section", ["On GKE", "Without GKE", "On Modal"])
-def test_a_shell_can_read_them(section: str) -> None:
-    subprocess.run(["bash", "-n"], input=commands(section), text=True, check=True)
-
-
-def test_they_are_ten_each_explained_in_a_line() -> None:
-    lines = commands("On GKE").splitlines()
-    numbers = [int(found.group(1)) for line in lines if (found := re.match(r"# (\d+)\. [A-Z].{20,}[.]$", line))]
-    assert numbers == list(range(1, 11))
-    assert not [line for line in lines if line.startswith("#") and not re.match(r"# \d+\. ", line)]
 
 
 def test_the_outputs_that_they_evaluate_exist() -> None:

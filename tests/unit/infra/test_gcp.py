@@ -43,12 +43,6 @@ def resources() -> dict[str, Any]:
     }
 
 
-@pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform formats the files")
-def test_the_files_are_formatted() -> None:
-    done = subprocess.run(["terraform", "fmt", "-check", "-diff", GCP], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
 def test_every_variable_and_output_explains_itself_and_is_used() -> None:
     for name, body in named("variable").items():
         assert len(body["description"]) > 30, name

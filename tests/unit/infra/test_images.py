@@ -28,23 +28,6 @@ SCRIPTS = [
 ]
 
 
-def lint(tool: str, *arguments: str | Path) -> None:
-    """Run a linter that pip installs beside the interpreter; it ends with 1 for anything that it has to say."""
-    command = [Path(sys.executable).with_name(tool), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("image", IMAGES)
-def test_hadolint_has_nothing_to_say(image: str) -> None:
-    lint("hadolint", "--no-color", "--failure-threshold", "info", DOCKER / f"{image}.Dockerfile")
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_shellcheck_has_nothing_to_say(script: str) -> None:
-    lint("shellcheck", script)
-
-
 def is_sent(path: str) -> bool:
     """Tell whether .dockerignore lets a path into the build; the last pattern that matches it or a parent decides."""
     ignored = False
@@ -259,6 +242,7 @@ parser.parse_args([*sys.argv[1:], "--enable-loras-please"])
 """
 
 
+@pytest.mark.slow  # vLLM is imported
 @pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="make .venv-serve/ready installs vLLM")
 def test_vllm_knows_every_flag(tmp_path: Path) -> None:
     """Its own parser reads what the start script hands on, and refuses what it does not know."""

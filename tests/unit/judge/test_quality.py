@@ -17,8 +17,9 @@ import pytest
 from matplotlib import image
 
 from tasks.errors import PreflowError
-from tasks.judge.quality import QualityReport, audit_preferences, measure_judgements, plot_quality
+from tasks.judge.quality import audit_preferences, measure_judgements, plot_quality
 from tasks.judge.quality.counters import Agreement, wilson_interval
+from tasks.store.measures import QualityReport
 
 WORDS = [a + b for a in ("lan", "ket", "mar", "sil", "tun", "vel") for b in ("tern", "tle", "ble", "ver", "nel", "vet")]
 Row = dict[str, Any]
@@ -383,6 +384,7 @@ def peak_memory(rows: int) -> int:
     return found
 
 
+@pytest.mark.slow  # 12,000 rows in a process of its own
 def test_memory_does_not_grow_with_the_rows() -> None:
     """Measured in a process of its own: here a thread that another test has left may allocate something meanwhile."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:

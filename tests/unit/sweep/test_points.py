@@ -139,7 +139,7 @@ def test_the_presets() -> None:
         "generation.num_completions=5",
         "generation.temperature=1.0",
         "generation.temperature=1.2",
-        "prompts=all.jsonl",
+        "prompts=…/all.jsonl",
         "training.num_train_epochs=2, training.max_steps=null, training.learning_rate=1e-06",
         "training.num_train_epochs=3, training.max_steps=null, training.learning_rate=1e-06",
         "training.warmup_steps=5",
@@ -164,8 +164,8 @@ def test_a_point_has_the_keys_of_the_configuration_that_is_pasted_from_it() -> N
 WORK = (
     Work(stage="sample completions", who="sft", points=(1, 2, 3, 5), requests=100, known=40, prompt_tokens=6000,
          completion_tokens=9000, usd=None),
-    Work(stage="judge preferences", who="judge", points=(1, 2), requests=200, usd=2.5),
-    Work(stage="train", who="beta 0.1", points=(1,), gpu_minutes=13.4, usd=0.08),
+    Work(stage="judge preferences", who="judge", points=(1, 2), requests=200, usd=2.5, most_usd=20.0),
+    Work(stage="train", who="beta 0.1", points=(1,), gpu_minutes=13.4, usd=0.08, most_usd=0.08),
     Work(stage="train", who="beta 0.2", points=(2,), finished=True),
 )  # fmt: skip
 
@@ -183,13 +183,13 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.2]}))
     section = plan_section(SweepPlan(work=WORK), found.points, SweepConfig(), duplicates=3)
     assert "3 equal to another were left out" in section.summary
-    assert "Still to come: 1 trainings and 260 requests, about 2.58 US$ and what has no price set." in section.summary
+    assert "1 trainings and 260 requests, about 2.58 US$, at most 20.08 and what has no price set." in section.summary
     assert "One by one, the points would take 2 trainings and 800 requests" in section.summary
     rows = section.tables[0].rows
     assert rows[0] == ("sample completions", "sft", "1-3, 5", 100, "40", 6000, 9000, None, "no price set")
     assert rows[2][7:] == ("13 min 24 s", "0.08")
     assert rows[3][4] == "finished"
-    assert rows[-1][-1] == "about 2.58 US$ and what has no price set"
+    assert rows[-1][-1] == "about 2.58 US$, at most 20.08 and what has no price set"
 
 
 # ---- the best of many

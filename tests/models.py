@@ -1,0 +1,46 @@
+"""Tiny models that several files of tests train: made once, kept under the digest of what makes them."""
+
+import fcntl
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from tasks.demo import corpus, material, model
+from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
+from tasks.store.refs import digest
+from tasks.store.workspace import file_sha256
+from tests.fakes.process import ROOT
+
+KEPT = ROOT / ".cache" / "tests"
+BASE = Recipe(rows=400, steps=60, batch_size=8, learning_rate=3e-3)
+
+
+def demo_base(out: Path) -> Path:
+    """Lay down a base model that was hardly trained: 18 CPU seconds where it is not kept."""
+    return _copy(out, lambda folder: build_base_model(folder, 7, BASE), BASE)
+
+
+def demo_adapter(out: Path, seed: int, learning_rate: float = 2e-3) -> Path:
+    """Lay down an SFT adapter of `demo_base`; the higher the learning rate, the further it is from the others."""
+    recipe = Recipe(rows=100, steps=10, batch_size=8, learning_rate=learning_rate)
+
+    def make(folder: Path) -> None:
+        base = demo_base(folder.with_name(f"{folder.name}-base"))
+        build_sft_adapter(base, folder, seed, recipe)
+        shutil.rmtree(base)
+
+    return _copy(out, make, (BASE, seed, recipe))
+
+
+def _copy(out: Path, make: Callable[[Path], None], recipe: object) -> Path:
+    """Copy a folder that `make` fills, which it is asked to do only once; processes beside this one wait."""
+    sources = [file_sha256(Path(str(module.__file__))) for module in (corpus, material, model)]
+    key = digest([sources, [version(name) for name in ("torch", "transformers", "peft")], repr(recipe)])
+    folder = KEPT / key[:16]
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(folder)
+    return Path(shutil.copytree(folder, out))
