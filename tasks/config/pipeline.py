@@ -88,6 +88,11 @@ class PipelineConfig(StageConfig):
             raise ValueError(
                 "judging.val_ratio 0 holds no prompts out for the evaluation: raise it, or set eval_prompts"
             )
+        labelling = {judge.model for judge in (self.evaluation.judging or self.judging).judges()}
+        if known := sorted(labelling & {judge.model for judge in self.evaluation.judges}):
+            raise ValueError(
+                f"evaluation.judges: {', '.join(known)} made the labels; a second opinion takes another model"
+            )
         best, bar = self.evaluation.best_lower_bound(), self.promotion.min_win_rate
         if best <= bar:
             raise ValueError(

@@ -145,7 +145,7 @@ class Sampler:
         if len(texts) != wanted:
             detail = f"the endpoint returned {len(texts)} of {wanted} completions: ask for fewer, or use another server"
             return {"reason": "missing_completions", "detail": detail}
-        if any(text.strip() for text in texts):
+        if self._config.keep_empty or any(text.strip() for text in texts):
             return None
         cause = "no line of them matches generation.keep_lines" if self._keep else "the model wrote nothing"
         return {"reason": "empty_completions", "detail": f"all {wanted} completions are empty: {cause}"}

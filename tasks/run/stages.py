@@ -54,7 +54,7 @@ def _training_service(config: PipelineConfig) -> list[Callable[[], Awaitable[obj
 
 def _evaluation(config: PipelineConfig) -> list[Any]:
     evaluation = config.evaluation
-    settings = evaluation.model_dump(mode="json", exclude={"generation", "judging", "adapter_root"})
+    settings = evaluation.model_dump(mode="json", exclude={"generation", "judging", "judges", "adapter_root"})
     samples = sampling_identity(evaluation.generation) if evaluation.generation else None
     return [settings, samples, _judge(evaluation.comparison_judge())]
 

@@ -20,7 +20,8 @@ from tasks.config import (
     SweepConfig,
     TrainingConfig,
 )
-from tasks.evaluate.win_rate import win_rate
+from tasks.evaluate.comparisons import win_rate
+from tests.fakes.comparisons import compared
 
 MODELS: list[type[StageConfig]] = [
     EndpointConfig,
@@ -228,10 +229,8 @@ def test_the_same_name_on_another_server_is_fine() -> None:
 def test_the_best_lower_bound_is_that_of_wilsons_interval() -> None:
     won = {str(i): [1.0] for i in range(50)}
     config = EvaluationConfig(max_prompts=50, num_samples=1)
-    assert config.best_lower_bound() == pytest.approx(win_rate(won, config.confidence).lower, abs=1e-9)
-    almost = {str(i): [1.0, 0.5 if i == 0 else 1.0] for i in range(50)}
-    config = EvaluationConfig(max_prompts=50, num_samples=2)
-    assert win_rate(almost, config.confidence).lower < config.best_lower_bound()
+    # For 50 prompts Student's quantile is a little over the normal one, which the config has, as it must load fast.
+    assert 0 < config.best_lower_bound() - win_rate(compared(won), config.confidence).lower < 0.005
 
 
 def test_addresses_keys_and_limits_do_not_identify_a_generation() -> None:
