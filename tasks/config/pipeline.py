@@ -100,6 +100,11 @@ class PipelineConfig(StageConfig):
             raise ValueError(
                 "judging.val_ratio 0 holds no prompts out for the evaluation: raise it, or set eval_prompts"
             )
+        labelling = {judge.model for judge in (self.evaluation.judging or self.judging).judges()}
+        if known := sorted(labelling & {judge.model for judge in self.evaluation.judges}):
+            raise ValueError(
+                f"evaluation.judges: {', '.join(known)} made the labels; a second opinion takes another model"
+            )
         best, bar = self.evaluation.best_lower_bound(), self.promotion.min_win_rate
         if best <= bar:
             raise ValueError(
@@ -121,10 +126,13 @@ class PipelineConfig(StageConfig):
         if generation.adapter is None:
             generation = generation.model_copy(update={"adapter": self.training.sft_adapter})
         chat = {name: getattr(generation, name) for name in ChatSettings.model_fields}
+        judging = self.evaluation.judging or self.judging
+        if judging.rubric is None:
+            judging = judging.model_copy(update={"rubric": self.judging.rubric})
         evaluation = self.evaluation.model_copy(
             update={
                 "generation": (self.evaluation.generation or generation).model_copy(update=chat),
-                "judging": self.evaluation.judging or self.judging,
+                "judging": judging,
             }
         )
         training = self.training.model_copy(update=chat)
