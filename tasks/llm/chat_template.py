@@ -166,7 +166,7 @@ def template_of(training: TrainingConfig, adapter: str | None = None, base: str 
     found = choose_template(training, adapter, base, training.base_revision)
     if found is None:
         raise PreflowError(
-            f"no chat template in {training.sft_adapter} nor in {training.base_model}: pairs are conversations and "
+            f"no chat template in {training.base_model} nor in {training.sft_adapter}: pairs are conversations and "
             "need one. Put the template of the SFT training into chat_template.jinja in the adapter's folder."
         )
     return found

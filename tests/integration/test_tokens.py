@@ -112,6 +112,6 @@ async def test_a_server_that_speaks_with_another_template_is_refused(served: tup
     async with await Endpoint.connect(settings, "generation") as endpoint:
         spoken = ChatTemplate(own.file.read_text(), "a", special, settings)
         await check_same_template(endpoint, settings, spoken, PROMPTS)
+        foreign = ChatTemplate(other.file.read_text(), "b", special, settings)
         with pytest.raises(PreflowError, match="does not speak with the chat template of b and its tokenizer"):
-            foreign = ChatTemplate(other.file.read_text(), "b", special, settings)
             await check_same_template(endpoint, settings, foreign, PROMPTS)
