@@ -245,11 +245,11 @@ def windows(sizes: list[int], folder: Path, options: argparse.Namespace) -> None
                 "concurrency": size,
                 "out": str(folder / "out"),
             }
+            base = 0.0
             for who in ("raw", "bare", "preflow"):
                 runs = [run(who, **order, workspace=str(folder / f"ws-{size}-{n}")) for n in range(options.rounds)]
-                seconds = median(runs, "seconds")
-                base = seconds if who == "raw" else base
-                cpu = 1000 * median(runs, "cpu") / count
+                seconds, cpu = median(runs, "seconds"), 1000 * median(runs, "cpu") / count
+                base = base or seconds
                 print(
                     f"| {size:,} | {count:,} | {who} | {seconds:.1f} | {base / seconds:.3f} | {cpu:.2f} |", flush=True
                 )
