@@ -119,8 +119,11 @@ SecretName = Annotated[
     str, AfterValidator(_check_secret_name), WithJsonSchema({"type": "string", "pattern": SECRET_NAME})
 ]
 
-# An address without a user, a password or a key in it: it is stored and logged.
-ADDRESS = r"^https?://[^\s@?#]+$"
+# An address without a user, a password or a key in it: it is stored and logged. Azure's has a query, api-version=DATE:
+# a date is no key, nor is what is named a version, a deployment, a model or a region.
+_DATE = r"[A-Za-z_-]+=[0-9]{4}-[0-9]{2}-[0-9]{2}(?:-preview)?"
+_SETTING = rf"(?:{_DATE}|[A-Za-z_-]*(?:version|deployment|model|region)=[A-Za-z0-9._-]{{1,24}})"
+ADDRESS = rf"^https?://[^\s@?#]+(?:\?{_SETTING}(?:&{_SETTING})*)?$"
 
 
 def secrets_by_name(depth: int = 3) -> dict[str, Any]:

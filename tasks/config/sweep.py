@@ -38,7 +38,7 @@ class SweepConfig(StageConfig):
         json_schema_extra={"items": secrets_by_name()},
     )
     stronger_judge: str | None = Field(
-        None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as gemini-2.5-pro."
+        None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as a larger one."
     )
     more_prompts: MaybeLocation = Field(
         None,

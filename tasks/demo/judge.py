@@ -26,6 +26,7 @@ from tasks.demo.rules import score
 MODEL = "demo-judge"
 KEY_VARIABLE = "DEMO_JUDGE_KEY"
 SCENE = re.compile(r"^<<<SCENE ([0-9a-f]+)>>>$", re.MULTILINE)
+FIRST_COMPLETION = re.compile(r"^<<<COMPLETION 1 ([0-9a-f]+)>>>$", re.MULTILINE)
 # Score gaps between best and worst at which the confidence rises to 2, 3, 4 and 5.
 CONFIDENCE_STEPS = (0.03, 0.08, 0.15, 0.25)
 CHARACTERS_PER_TOKEN = 4
@@ -40,8 +41,10 @@ def parse_prompt(text: str) -> tuple[str, list[str]]:
     announced = SCENE.search(text)
     if announced is None:
         raise UnreadablePrompt("no line <<<SCENE nonce>>> in the last user message")
-    nonce = announced[1]
-    scene = _block(text, "SCENE", nonce)
+    scene = _block(text, "SCENE", announced[1])
+    text = text.partition(f"\n<<<END SCENE {announced[1]}>>>")[2]
+    first = FIRST_COMPLETION.search(text)
+    nonce = first[1] if first else "none"
     count = len(re.findall(rf"^<<<COMPLETION \d+ {nonce}>>>$", text, re.MULTILINE))
     if scene is None or count < 2:
         raise UnreadablePrompt(f"a whole scene and two or more completions are needed, found {count} completions")
