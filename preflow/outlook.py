@@ -14,7 +14,7 @@ POWER = 0.8
 
 
 def cost_lines(config: PipelineConfig) -> Iterator[str]:
-    """Yield a line for each piece of work still to do, and one for all; the ceiling, until something was measured."""
+    """Yield a line for each piece of work still to do, and one for all; completions at their longest, until measured."""
     sweep = SweepConfig(changes=[{}])
     plan = plan_sweep(expand_points(config, sweep).points, sweep)
     for work in plan.work:
@@ -22,11 +22,11 @@ def cost_lines(config: PipelineConfig) -> Iterator[str]:
             tokens = f"{work.prompt_tokens:,} + {work.completion_tokens:,} tokens"
             known = f", {work.known:,} known" if work.known else ""
             price = "price not set" if work.usd is None else f"{format_usd(work.usd)} US$"
-            yield f"  {work.stage} ({work.who}): {work.to_ask:,} requests{known}, at most {tokens}, {price}"
+            yield f"  {work.stage} ({work.who}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
         elif not work.finished:
             yield f"  {work.stage} ({work.who}): about {format_seconds(60 * work.gpu_minutes)} on an L4"
     unpriced = " and what has no price" if any(work.usd is None for work in plan.work) else ""
-    yield f"cost: at most {format_usd(plan.usd())} US${unpriced}"
+    yield f"cost: about {format_usd(plan.usd())} US${unpriced}"
 
 
 def power_line(config: PipelineConfig) -> str:
