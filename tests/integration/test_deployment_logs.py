@@ -191,7 +191,7 @@ def test_the_command_checks_runs_and_follows_to_the_verdict(world: World) -> Non
     checked = preflow(world, "check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert re.search(r"cost: about .*US\$", checked.stdout)
-    assert re.search(r"proof: 12 comparisons on 6 held-out prompts", checked.stdout)
+    assert re.search(r"proof: 6 held-out prompts x 2 samples", checked.stdout)
     change = ("--set", "training.seed=3")
     followed = preflow(world, "run", "--on", "dpo-pipeline/local", *change)
     assert followed.returncode == 0, followed.stdout + followed.stderr
