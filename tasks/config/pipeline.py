@@ -113,10 +113,10 @@ class PipelineConfig(StageConfig):
         generation = self.generation
         if generation.adapter is None:
             generation = generation.model_copy(update={"adapter": self.training.sft_adapter})
+        judging = self.evaluation.judging or self.judging
+        if judging.rubric is None:
+            judging = judging.model_copy(update={"rubric": self.judging.rubric})
         evaluation = self.evaluation.model_copy(
-            update={
-                "generation": self.evaluation.generation or generation,
-                "judging": self.evaluation.judging or self.judging,
-            }
+            update={"generation": self.evaluation.generation or generation, "judging": judging}
         )
         return self.model_copy(update={"generation": generation, "evaluation": evaluation})

@@ -133,7 +133,7 @@ def _judge(provenance: Provenance) -> str:
     judging = provenance.preferences.settings(JudgingConfig)
     rows = [
         ("judge", ", ".join(judge.model for judge in judging.judges())),
-        ("rubric", posixpath.basename(judging.rubric)),
+        ("rubric", posixpath.basename(judging.rubric or "")),
         ("orders in which each prompt was judged", str(judging.orders)),
         ("a pair needs", judging.pair_policy.value),
     ]

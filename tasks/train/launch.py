@@ -26,6 +26,7 @@ from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, T
 LOG = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+LOG_SECONDS = 10.0
 LOG_LINES_SHOWN = 30
 
 
@@ -239,12 +240,12 @@ def _supervise(
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment(), start_new_session=True
         )
-    lines = _Tail(files / "progress.jsonl")
+    lines, said = _Tail(files / "progress.jsonl"), ProgressLog()
     try:
         while child.poll() is None:
-            _relay(lines, on_progress)
+            _relay(lines, said, on_progress)
             time.sleep(POLL_SECONDS)
-        _relay(lines, on_progress)
+        _relay(lines, said, on_progress)
     except BaseException:
         _stop(child, training.grace_seconds)
         raise
@@ -254,12 +255,28 @@ def _supervise(
     return child.returncode
 
 
-def _relay(lines: Iterator[str | None], on_progress: Callable[[Progress], None] | None) -> None:
+class ProgressLog:
+    """Logs how a training goes: a line when there are new readings or another phase, and else every ten seconds."""
+
+    def __init__(self) -> None:
+        self._known: tuple[object, ...] = ()
+        self._next = 0.0
+
+    def say(self, progress: Progress) -> None:
+        """Log a sign of life, unless it repeats what the last line said."""
+        readings = (progress.phase, progress.message, progress.loss, progress.accuracy, progress.margin)
+        if readings == self._known and time.monotonic() < self._next and progress.step < progress.total:
+            return
+        self._known, self._next = readings, time.monotonic() + LOG_SECONDS
+        LOG.info("%s", progress.text())
+
+
+def _relay(lines: Iterator[str | None], said: ProgressLog, on_progress: Callable[[Progress], None] | None) -> None:
     for line in lines:
         if line is None:
             return
         progress = Progress.from_json(json.loads(line))
-        LOG.info("%s", progress.text())
+        said.say(progress)
         if on_progress is not None:
             on_progress(progress)
 
