@@ -387,7 +387,7 @@ elif arguments[2] == "get":
     else:
         key = output.split('"')[1]
         if key not in data:  # on stdout, as kubectl does
-            print(f'error: error executing template "{{output}}": template: output:1:7: executing "output" at <base64decode>: wrong type')
+            print(f'error: error executing template "{{output}}": at <base64decode>: wrong type for value')
             sys.exit(1)
         print(base64.b64decode(data[key]).decode(), end="")
 else:
@@ -467,7 +467,7 @@ folder={folder}/manager
 case "$3" in
     access)
         [ ! -e {folder}/outage ] || {{ echo "ERROR: (gcloud.secrets) PERMISSION_DENIED" >&2; exit 1; }}
-        [ -e "$folder/$8" ] || {{ echo "half an answer"; echo "ERROR: (gcloud.secrets) NOT_FOUND: no version" >&2; exit 1; }}
+        [ -e "$folder/$8" ] || {{ echo "half an answer"; echo "ERROR: NOT_FOUND: no version" >&2; exit 1; }}
         cat "$folder/$8" ;;
     add) cat >"$folder/$4" ;;
     *) exit 2 ;;
