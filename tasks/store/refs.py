@@ -6,7 +6,7 @@ import posixpath
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, SerializeAsAny
 
 from tasks.config.base import field_title
 
@@ -83,12 +83,17 @@ class EvaluationRef(Reference):
     kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
     adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
     win_rate: float = Field(description="Share of the samples it won against the SFT adapter's, ties as halves.")
-    lower: float = Field(description="Lower bound of the win rate's interval; the gate looks at this one.")
+    lower: float = Field(description="Lower bound of the win rate's interval.")
     upper: float = Field(description="Upper bound of the win rate's interval.")
 
+    proven: float | None = Field(
+        None, description="Lower bound that the gate looks at: the lower one of raw and length-controlled win rate."
+    )
+    null_holds: bool = Field(True, description="Whether the SFT adapter against itself came out even.")
+
     def beats(self, bar: float) -> bool:
-        """Tell whether the interval's lower bound is over `bar`."""
-        return self.lower > bar
+        """Tell whether the adapter passes the gate: its lower bounds are over `bar`, and the null test holds."""
+        return self.null_holds and min(self.lower, self.lower if self.proven is None else self.proven) > bar
 
 
 class PromotionRef(Reference):
@@ -99,10 +104,36 @@ class PromotionRef(Reference):
     adapter_sha256: str = Field(description="Digest of the adapter that is served.")
 
 
-Artifact = Annotated[
-    PromptsRef | CompletionsRef | VerdictsRef | PreferencesRef | AdapterRef | EvaluationRef | PromotionRef,
-    Field(discriminator="kind"),
-]
+def _by_kind(value: object) -> object:
+    """Read a reference as its kind says, whichever stage's folder the kind is defined in."""
+    if not isinstance(value, dict):
+        return value
+    kinds = {kind.model_fields["kind"].default: kind for kind in Reference.__subclasses__()}
+    return kinds.get(value.get("kind"), Reference).model_validate(value, extra="ignore")
+
+
+Artifact = Annotated[SerializeAsAny[Reference], BeforeValidator(_by_kind)]
+
+
+class PipelineResult(BaseModel):
+    """What a pipeline run made; `promotion` is None if the adapter did not win by enough, or was `declined`.
+
+    `others` is what stages made that are not named here, by the stage.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    completions: CompletionsRef
+    preferences: PreferencesRef
+    adapter: AdapterRef
+    evaluation: EvaluationRef
+    others: dict[str, Artifact] = {}
+    promotion: PromotionRef | None = None
+    declined: str | None = None
+
+    def references(self) -> list[Reference]:
+        """Return everything that a finished run must still have."""
+        return [self.completions, self.preferences, self.adapter, self.evaluation, *self.others.values()]
 
 
 class FileFacts(BaseModel):

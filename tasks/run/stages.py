@@ -1,0 +1,114 @@
+"""The stages of a run, in order, and all that a whole run needs to know of each: a new stage is one more entry."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig
+from tasks.generate.sampling import sampling_identity, try_sampler
+from tasks.judge.asking import try_judge
+from tasks.judge.prompt import read_rubric
+from tasks.llm.client import Endpoint
+from tasks.store.prompts import import_prompts
+from tasks.store.workspace import Workspace, digest, folder_digest
+from tasks.train.launch import base_digest, check_training_inputs
+from tasks.train.work_pool import check_deployment
+
+# Asks an endpoint one question, as the stage will; raises PreflowError if the answer is of no use.
+Trial = Callable[[Endpoint], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a whole run asks of a stage, given the run's configuration, written out in full.
+
+    Attributes:
+        name: the stage's, and that of its settings.
+        identity: what determines its output: settings, and digests of what it reads; JSON-ready, without addresses.
+        checks: look at the files that it reads, before anything is spent; each raises PreflowError.
+        endpoints: the endpoints that it asks, each with one real question of its kind.
+        service_checks: ask whatever else it depends on.
+    """
+
+    name: str
+    identity: Callable[[PipelineConfig], Any]
+    checks: Callable[[PipelineConfig], Iterable[Callable[[], object]]] = lambda config: ()
+    endpoints: Callable[[PipelineConfig], Iterable[tuple[EndpointConfig, Trial]]] = lambda config: ()
+    service_checks: Callable[[PipelineConfig], Iterable[Callable[[], Awaitable[object]]]] = lambda config: ()
+
+
+def _prompts(config: PipelineConfig) -> list[str]:
+    return [config.prompts, *([config.eval_prompts] if config.eval_prompts else [])]
+
+
+def _judge(judging: JudgingConfig) -> dict[str, Any]:
+    return {**judging.identity(), "rubric": digest(read_rubric(judging.rubric))}
+
+
+def _training(config: PipelineConfig) -> list[Any]:
+    training = config.training
+    return [training.identity(), folder_digest(training.sft_adapter), base_digest(training)]
+
+
+def _training_service(config: PipelineConfig) -> list[Callable[[], Awaitable[object]]]:
+    if config.training_deployment is None:
+        return []
+    return [partial(check_deployment, config.training_deployment, config.workspace, config.training)]
+
+
+def _evaluation(config: PipelineConfig) -> list[Any]:
+    evaluation = config.evaluation
+    settings = evaluation.model_dump(mode="json", exclude={"generation", "judging", "judges", "adapter_root"})
+    samples = sampling_identity(evaluation.generation) if evaluation.generation else None
+    return [settings, samples, _judge(evaluation.comparison_judge())]
+
+
+def _sampler(generation: GenerationConfig) -> tuple[EndpointConfig, Trial]:
+    return generation, partial(try_sampler, generation=generation)
+
+
+def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
+    async def ask(endpoint: Endpoint, judge: JudgeConfig) -> None:
+        await try_judge(endpoint, judge, read_rubric(judging.rubric))
+
+    return [(judge, partial(ask, judge=judge)) for judge in judging.judges()]
+
+
+def _evaluation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, Trial]]:
+    generation, judging = config.evaluation.generation, config.evaluation.comparison_judge()
+    return [*([_sampler(generation)] if generation else []), *_judges(judging)]
+
+
+STAGES = (
+    Stage(
+        "prompts",
+        identity=lambda config: [Workspace.holding(uri).sha256(uri) for uri in _prompts(config)],
+        checks=lambda config: [partial(import_prompts, uri, config.workspace) for uri in _prompts(config)],
+    ),
+    Stage(
+        "generation",
+        identity=lambda config: sampling_identity(config.generation),
+        endpoints=lambda config: [_sampler(config.generation)],
+    ),
+    Stage(
+        "judging",
+        identity=lambda config: _judge(config.judging),
+        checks=lambda config: [partial(read_rubric, config.judging.rubric)],
+        endpoints=lambda config: _judges(config.judging),
+    ),
+    Stage(
+        "training",
+        identity=_training,
+        checks=lambda config: [
+            partial(check_training_inputs, config.training, trains_here=config.training_deployment is None)
+        ],
+        service_checks=_training_service,
+    ),
+    Stage("evaluation", identity=_evaluation, endpoints=_evaluation_endpoints),
+)
+
+
+def fingerprint(config: PipelineConfig) -> dict[str, Any]:
+    """Return, for a filled configuration, what a run's win rate depends on; no file is read twice for it."""
+    return {stage.name: stage.identity(config) for stage in STAGES}
