@@ -7,7 +7,7 @@ from flows.sweep import dpo_sweep
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.demo.local import Places, model_servers
 from tasks.demo.materials import make_materials
-from tasks.run.preflight import PipelineResult
+from tasks.store.workspace import PipelineResult
 from tasks.sweep.prepare import prepare_points
 from tasks.sweep.ranking import find_sweep
 

@@ -12,8 +12,8 @@ from tasks.promote.pointer import find_promotion
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.run.names import named
-from tasks.run.preflight import PipelineResult, my_turn, prepare_run, record_result
-from tasks.store.workspace import AdapterRef, PreferencesRef
+from tasks.run.preflight import my_turn, prepare_run, record_result
+from tasks.store.workspace import AdapterRef, PipelineResult, PreferencesRef
 from tasks.train.work_pool import train_on_pool
 
 NAME = named("{config.promotion.name}: beta {config.training.beta:g}, {now:%d %b %H:%M}")
@@ -28,8 +28,8 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """
     config = await prepare_run(config)
     result = await promote_if_better(await improve(config), config)
-    record_result(config, result)
-    await report_run(config, result)
+    folder = record_result(config, result)
+    await report_run(config, result, folder)
     return result
 
 

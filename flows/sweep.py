@@ -7,7 +7,8 @@ from flows.pipeline import improve, promote_if_better
 from tasks.batch.shards import settle
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.run.names import named
-from tasks.run.preflight import PipelineResult, taking_turns
+from tasks.run.preflight import taking_turns
+from tasks.store.workspace import PipelineResult
 from tasks.sweep.estimate import check_budget, plan_sweep
 from tasks.sweep.page import conclude, report_plan, report_sweep
 from tasks.sweep.points import Point

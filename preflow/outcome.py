@@ -2,8 +2,8 @@
 
 from preflow.cli import Exit
 from tasks.config import PipelineConfig
-from tasks.report.run import report_uri
-from tasks.run.preflight import PipelineResult
+from tasks.run.preflight import report_uri
+from tasks.store.workspace import PipelineResult
 
 
 def tell(config: PipelineConfig, result: PipelineResult) -> Exit:

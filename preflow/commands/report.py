@@ -25,8 +25,7 @@ def report(
     from preflow.outcome import tell
     from preflow.settings import load_settings
     from tasks.errors import PreflowError
-    from tasks.report.run import report_uri
-    from tasks.run.preflight import find_result
+    from tasks.run.preflight import find_result, report_uri
 
     config = load_settings(file, changes).config
     result = find_result(config)

@@ -25,8 +25,8 @@ from tasks.demo.serving import vllm_server
 from tasks.demo.summary import before_and_after, summarise
 from tasks.demo.up import Up
 from tasks.promote.pointer import read_pointer
-from tasks.report.run import report_uri
-from tasks.run.preflight import PipelineResult, find_result
+from tasks.run.preflight import find_result, report_uri
+from tasks.store.workspace import PipelineResult
 
 logger = logging.getLogger(__name__)
 SERVED_NAME = "dpo"

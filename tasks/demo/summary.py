@@ -3,8 +3,7 @@
 from typing import Any
 
 from tasks.report.run import gather_manifests
-from tasks.run.preflight import PipelineResult
-from tasks.store.workspace import Cost, Workspace
+from tasks.store.workspace import Cost, PipelineResult, Workspace
 
 
 def summarise(result: PipelineResult, workspace: str, short: bool = False) -> list[tuple[str, str]]:

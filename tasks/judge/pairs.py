@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
-from tasks.judge.quality import QualityReport, measure_judgements, plot_quality
+from tasks.judge.quality import measure_judgements, plot_quality
+from tasks.store.measures import QualityReport
 from tasks.store.workspace import DigestWriter, FileFacts, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
 
 VERSION = 2

@@ -6,11 +6,10 @@ from typing import Any
 
 from tasks.batch.costs import format_usd
 from tasks.config import JudgingConfig
-from tasks.judge.quality import QualityReport
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.sections import metric_row
-from tasks.store.measures import Evaluation, Health, Metric, WinRate
+from tasks.store.measures import Evaluation, Health, Metric, QualityReport, WinRate
 from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]

@@ -10,7 +10,6 @@ from prefect.artifacts import acreate_markdown_artifact
 
 from tasks.batch.costs import Ledger, StageCost, format_seconds
 from tasks.config import PipelineConfig, StageConfig
-from tasks.judge.quality import QualityReport
 from tasks.report.overview import (
     glance_section,
     inputs_section,
@@ -30,8 +29,7 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
-from tasks.run.preflight import PipelineResult, run_key
-from tasks.store.measures import Evaluation, Health
+from tasks.store.measures import Evaluation, Health, QualityReport
 from tasks.store.workspace import (
     MANIFEST,
     AdapterRef,
@@ -39,6 +37,7 @@ from tasks.store.workspace import (
     EvaluationRef,
     Manifest,
     Origin,
+    PipelineResult,
     PreferencesRef,
     Workspace,
 )
@@ -62,9 +61,9 @@ async def report_evaluation(evaluation: EvaluationRef, workspace: str, bar: floa
     await publish(evaluation_page(evaluation, workspace, bar))
 
 
-async def report_run(config: PipelineConfig, result: PipelineResult) -> str:
-    """Write the page of a whole run into the workspace, show it in the UI, and return its uri."""
-    store, uri = Workspace(config.workspace), report_uri(config)
+async def report_run(config: PipelineConfig, result: PipelineResult, folder: str) -> str:
+    """Write the page of a whole run into its folder, show it in the UI, and return its uri."""
+    store, uri = Workspace(config.workspace), posixpath.join(folder, "report.html")
     sections = run_sections(config, result)
     store.write_bytes(uri, render_html(f"preflow run for {config.promotion.name}", sections).encode())
     for section in sections:
@@ -128,11 +127,6 @@ def _differences(prefix: str, given: StageConfig, defaults: StageConfig) -> Iter
         # The evaluation's endpoints are those of the stages before, written out.
         elif value != default and not isinstance(value, StageConfig):
             yield f"{prefix}{name}", given.model_dump(mode="json")[name]
-
-
-def report_uri(config: PipelineConfig) -> str:
-    """Return where the page of a run lies."""
-    return Workspace(config.workspace).uri("runs", run_key(config), "report.html")
 
 
 async def publish(section: ReportSection) -> None:

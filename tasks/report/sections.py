@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.batch.costs import Ledger, format_usd
-from tasks.judge.quality import QualityReport
 from tasks.report.page import Cell, Example, Picture, ReportSection, Table
-from tasks.store.measures import Evaluation, Health, Metric, WinRate
+from tasks.store.measures import Evaluation, Health, Metric, QualityReport, WinRate
 from tasks.store.workspace import Manifest
 
 EXAMPLES = 20

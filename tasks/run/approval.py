@@ -7,6 +7,7 @@ twice for what was approved, whichever process is killed meanwhile.
 """
 
 import logging
+import posixpath
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,7 +33,7 @@ from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
 from tasks.report.run import evaluation_page
-from tasks.run.preflight import run_key
+from tasks.run.preflight import run_folder
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import CompletionsRef, EvaluationRef, PromotionRef, Workspace
 
@@ -160,7 +161,7 @@ async def _show(page: ReportSection) -> str:
 
 def answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
     """Return where the answers given at a point of a run lie."""
-    return Workspace(config.workspace).uri("runs", run_key(config), "approvals", f"{point.value}.json")
+    return posixpath.join(run_folder(config), "approvals", f"{point.value}.json")
 
 
 def read_answers(config: PipelineConfig, point: ApprovalPoint) -> list[Answer]:

@@ -2,97 +2,45 @@
 
 import asyncio
 import logging
+import posixpath
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from tasks.config import EndpointConfig, JudgingConfig, PipelineConfig
+from tasks.config import EndpointConfig, PipelineConfig
 from tasks.errors import PreflowError
-from tasks.generate.sampling import sampling_identity
-from tasks.judge.asking import read_rubric
 from tasks.llm.client import Endpoint, resolve_secret
-from tasks.store.prompts import import_prompts
-from tasks.store.workspace import (
-    AdapterRef,
-    CompletionsRef,
-    EvaluationRef,
-    PreferencesRef,
-    PromotionRef,
-    Reference,
-    Workspace,
-    digest,
-    folder_digest,
-    stage_key,
-)
-from tasks.train.launch import base_digest, check_training_inputs
-from tasks.train.work_pool import check_deployment
+from tasks.run.stages import STAGES, fingerprint
+from tasks.store.workspace import PipelineResult, Workspace, stage_key
 
-VERSION = 2
+VERSION = 3
 logger = logging.getLogger(__name__)
 _turn: ContextVar[asyncio.Lock | None] = ContextVar("turn", default=None)
-
-
-class PipelineResult(BaseModel):
-    """What a pipeline run made; `promotion` is None if the adapter did not win by enough, or was `declined`."""
-
-    model_config = ConfigDict(frozen=True)
-
-    completions: CompletionsRef
-    preferences: PreferencesRef
-    adapter: AdapterRef
-    evaluation: EvaluationRef
-    promotion: PromotionRef | None = None
-    declined: str | None = None
-
-    def references(self) -> list[Reference]:
-        """Return everything that a finished run must still have."""
-        return [self.completions, self.preferences, self.adapter, self.evaluation]
-
-
-class Contents:
-    """What determines the outcome of runs, by content: every file and folder is read once for all of them."""
-
-    def __init__(self) -> None:
-        self._sampling, self._folder, self._base = cache(sampling_identity), cache(folder_digest), cache(base_digest)
-        self._file = cache(lambda uri: Workspace.holding(uri).sha256(uri))
-
-    def of(self, config: PipelineConfig) -> dict[str, Any]:
-        """Return, for a filled configuration, what a run's win rate depends on: JSON-ready, without addresses."""
-        evaluation = config.evaluation
-        return {
-            "prompts": [uri and self._file(uri) for uri in (config.prompts, config.eval_prompts)],
-            "generation": self._sampling(config.generation),
-            "judging": self._judge(config.judging),
-            "training": [
-                config.training.identity(),
-                self._folder(config.training.sft_adapter),
-                self._base(config.training),
-            ],
-            "evaluation": evaluation.model_dump(mode="json", exclude={"generation", "judging", "adapter_root"}),
-            "measured": [
-                evaluation.generation and self._sampling(evaluation.generation),
-                self._judge(evaluation.comparison_judge()),
-            ],
-        }
-
-    def _judge(self, judging: JudgingConfig) -> dict[str, Any]:
-        return {**judging.identity(), "rubric": digest(read_rubric(judging.rubric))}
 
 
 def run_key(config: PipelineConfig) -> str:
     """Return the key of a run: of its inputs' contents and of all settings that decide results."""
     config = config.filled()
-    return stage_key("run", VERSION, **Contents().of(config), promotion=config.promotion.identity())
+    return stage_key("run", VERSION, **fingerprint(config), promotion=config.promotion.identity())
+
+
+def run_folder(config: PipelineConfig) -> str:
+    """Return where a run's result, its page and the answers to it lie."""
+    return Workspace(config.workspace).uri("runs", run_key(config))
+
+
+def report_uri(config: PipelineConfig) -> str:
+    """Return where the page of a run lies."""
+    return posixpath.join(run_folder(config), "report.html")
 
 
 def find_result(config: PipelineConfig) -> PipelineResult | None:
     """Return the result of an equal run, if it finished and everything it made is still intact."""
     store = Workspace(config.workspace)
-    uri = store.uri("runs", run_key(config), "result.json")
+    uri = posixpath.join(run_folder(config), "result.json")
     if not store.exists(uri):
         return None
     try:
@@ -103,10 +51,11 @@ def find_result(config: PipelineConfig) -> PipelineResult | None:
     return result if all(store.is_intact(ref) for ref in result.references()) else None
 
 
-def record_result(config: PipelineConfig, result: PipelineResult) -> None:
-    """Keep a run's result under its key."""
-    store = Workspace(config.workspace)
-    store.write_json(store.uri("runs", run_key(config), "result.json"), result.model_dump(mode="json"))
+def record_result(config: PipelineConfig, result: PipelineResult) -> str:
+    """Keep a run's result under its key, and return the folder that all of the run is kept in."""
+    store, folder = Workspace(config.workspace), run_folder(config)
+    store.write_json(posixpath.join(folder, "result.json"), result.model_dump(mode="json"))
+    return folder
 
 
 async def prepare_run(config: PipelineConfig) -> PipelineConfig:
@@ -137,10 +86,8 @@ def check_inputs(config: PipelineConfig) -> None:
 
 
 def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
-    yield partial(read_rubric, config.judging.rubric)
-    yield partial(check_training_inputs, config.training, trains_here=config.training_deployment is None)
-    for prompts in filter(None, (config.prompts, config.eval_prompts)):
-        yield partial(import_prompts, prompts, config.workspace)
+    for stage in STAGES:
+        yield from stage.checks(config)
 
 
 async def check_services(config: PipelineConfig) -> None:
@@ -154,19 +101,14 @@ async def check_services(config: PipelineConfig) -> None:
 
 
 def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[object]]]:
-    if config.training_deployment is not None:
-        yield partial(check_deployment, config.training_deployment, config.workspace, config.training)
-    endpoints: list[tuple[str, EndpointConfig]] = [("generation", config.generation)]
-    endpoints += [("judging", judge) for judge in config.judging.judges()]
-    if config.evaluation.generation:
-        endpoints.append(("evaluation.generation", config.evaluation.generation))
-    endpoints += [("evaluation.judging", judge) for judge in config.evaluation.comparison_judge().judges()]
     asked: set[tuple[str, str, str | None]] = set()
-    for name, settings in endpoints:
-        who = (settings.endpoint, settings.model, settings.api_key)
-        if who not in asked:
-            asked.add(who)
-            yield partial(_check_endpoint, name, settings)
+    for stage in STAGES:
+        yield from stage.service_checks(config)
+        for settings in stage.endpoints(config):
+            who = (settings.endpoint, settings.model, settings.api_key)
+            if who not in asked:
+                asked.add(who)
+                yield partial(_check_endpoint, stage.name, settings)
 
 
 async def _check_endpoint(name: str, settings: EndpointConfig) -> None:

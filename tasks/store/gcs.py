@@ -50,8 +50,6 @@ SPOOLED = 8 << 20
 NEAR, BLOCK = 1 << 18, 8 << 20
 LISTED = "items(name,size,generation,metadata),prefixes,nextPageToken"
 
-_digests: dict[tuple[str, int], str] = {}
-
 
 def is_transient(error: Exception) -> bool:
     """Tell whether a request may succeed if it is made again."""
@@ -128,7 +126,7 @@ class GcsWorkspace(Workspace):
         bucket, name = _parts(uri)
         with _as_file_errors(uri):
             blob = bucket.get_blob(name, **POLICY)
-        return None if blob is None else _stat(uri.removesuffix(name), blob)
+        return None if blob is None else _stat(uri, blob)
 
     def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Return the bytes from `start` up to `end`; a part of an object cannot be checked by its crc32c."""
@@ -171,17 +169,6 @@ class GcsWorkspace(Workspace):
         with _as_file_errors(uri):
             return _download(bucket.blob(name), out)
 
-    def _digest(self, uri: str) -> str:
-        """Return the sha256 of an object that does not carry it, read once for each generation."""
-        with tempfile.SpooledTemporaryFile(SPOOLED) as file:
-            generation = self._copy(uri, file)
-            file.seek(0)
-            found = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                found.update(chunk)
-        _digests[uri, generation] = found.hexdigest()
-        return found.hexdigest()
-
     def _stage(self, uri: str) -> IO[bytes]:
         return tempfile.SpooledTemporaryFile(SPOOLED)
 
@@ -210,7 +197,7 @@ class GcsWorkspace(Workspace):
         prefix = f"{name}/" if name else ""
         with _as_file_errors(uri):
             found = bucket.client.list_blobs(bucket, prefix=prefix, delimiter="/", fields=LISTED, **POLICY)
-            stats = [_stat(uri.removesuffix(name), blob) for blob in found if not blob.name.endswith("/")]
+            stats = [_stat(uri, blob) for blob in found if not blob.name.endswith("/")]
         return stats, [folder.removeprefix(prefix).rstrip("/") for folder in found.prefixes]
 
     def tree(self, uri: str) -> dict[str, Stat]:
@@ -219,8 +206,7 @@ class GcsWorkspace(Workspace):
         prefix = f"{name}/" if name else ""
         with _as_file_errors(uri):
             found = list(bucket.client.list_blobs(bucket, prefix=prefix, fields=LISTED, **POLICY))
-        root = uri.removesuffix(name)
-        return {blob.name.removeprefix(prefix): _stat(root, blob) for blob in found if blob.name[-1] != "/"}
+        return {blob.name.removeprefix(prefix): _stat(uri, blob) for blob in found if blob.name[-1] != "/"}
 
     def _remove(self, uri: str) -> None:
         bucket, name = _parts(uri)
@@ -273,10 +259,10 @@ def _parts(uri: str) -> tuple[Any, str]:
     return client.bucket(bucket), name.rstrip("/")
 
 
-def _stat(root: str, blob: Any) -> Stat:
-    uri = f"{root.rstrip('/')}/{blob.name}"
-    told = (blob.metadata or {}).get("sha256") or _digests.get((uri, blob.generation))
-    return Stat(uri, int(blob.size), told)
+def _stat(beside: str, blob: Any) -> Stat:
+    """Return the facts of an object; `beside` is an address in the same bucket."""
+    root = "/".join(beside.split("/", 3)[:3])
+    return Stat(f"{root}/{blob.name}", int(blob.size), (blob.metadata or {}).get("sha256"), blob.generation)
 
 
 def _near(ranges: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

@@ -32,6 +32,43 @@ class Metric(BaseModel):
         return f"{self.value:,.3g} {self.unit or ''}".strip()
 
 
+class QualityReport(BaseModel):
+    """Everything measured about a set of judgements or pairs; plain JSON through `model_dump(mode="json")`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int
+    pairs: int
+    statuses: dict[str, int]
+    reasons: dict[str, int]
+    degenerate: int
+    metrics: list[Metric]
+    detail: dict[str, Any] = {}
+
+    def summary(self) -> str:
+        """Return one line: how many pairs of how many rows, and what is out of range."""
+        problems = self.problems()
+        held = [metric for metric in self.metrics if metric.ok is not None]
+        names = f": {', '.join(metric.title for metric in problems)}" if problems else ""
+        counts = f"{len(problems)} of {len(held)} measurements out of range{names}"
+        return f"{self.pairs:,} pairs of {self.rows:,} rows; {counts}"
+
+    def metric(self, name: str) -> Metric:
+        """Return the metric called `name`.
+
+        Raises:
+            KeyError: it was not measured on these data.
+        """
+        for metric in self.metrics:
+            if metric.name == name:
+                return metric
+        raise KeyError(name)
+
+    def problems(self) -> list[Metric]:
+        """Return the metrics that are out of their healthy range."""
+        return [metric for metric in self.metrics if metric.ok is False]
+
+
 class WinRate(BaseModel):
     """How often one adapter's samples won against another's (ties are halves), with its interval.
 

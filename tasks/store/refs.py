@@ -6,7 +6,7 @@ import posixpath
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, SerializeAsAny
 
 from tasks.config.base import field_title
 
@@ -99,10 +99,36 @@ class PromotionRef(Reference):
     adapter_sha256: str = Field(description="Digest of the adapter that is served.")
 
 
-Artifact = Annotated[
-    PromptsRef | CompletionsRef | VerdictsRef | PreferencesRef | AdapterRef | EvaluationRef | PromotionRef,
-    Field(discriminator="kind"),
-]
+def _by_kind(value: object) -> object:
+    """Read a reference as its kind says, whichever stage's folder the kind is defined in."""
+    if not isinstance(value, dict):
+        return value
+    kinds = {kind.model_fields["kind"].default: kind for kind in Reference.__subclasses__()}
+    return kinds.get(value.get("kind"), Reference).model_validate(value, extra="ignore")
+
+
+Artifact = Annotated[SerializeAsAny[Reference], BeforeValidator(_by_kind)]
+
+
+class PipelineResult(BaseModel):
+    """What a pipeline run made; `promotion` is None if the adapter did not win by enough, or was `declined`.
+
+    `others` is what stages made that are not named here, by the stage.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    completions: CompletionsRef
+    preferences: PreferencesRef
+    adapter: AdapterRef
+    evaluation: EvaluationRef
+    others: dict[str, Artifact] = {}
+    promotion: PromotionRef | None = None
+    declined: str | None = None
+
+    def references(self) -> list[Reference]:
+        """Return everything that a finished run must still have."""
+        return [self.completions, self.preferences, self.adapter, self.evaluation, *self.others.values()]
 
 
 class FileFacts(BaseModel):

@@ -31,6 +31,7 @@ from tasks.store.refs import (
     FileFacts,
     Manifest,
     Origin,
+    PipelineResult,
     PreferencesRef,
     PromotionRef,
     PromptsRef,
@@ -54,6 +55,7 @@ __all__ = [
     "FileFacts",
     "Manifest",
     "Origin",
+    "PipelineResult",
     "PreferencesRef",
     "PromotionRef",
     "PromptsRef",
@@ -83,11 +85,19 @@ _writable_until: dict[str, float] = {}
 
 @dataclass(frozen=True)
 class Stat:
-    """One file: its size in bytes, and its sha256 where that is known without reading it."""
+    """One file: its size in bytes, its sha256 where that is known without reading it, and its version.
+
+    A version stands for this content of the file and no other; None where nothing does.
+    """
 
     uri: str
     size: int
     sha256: str | None = None
+    version: object = None
+
+
+# What files have been read for, so that a base model of gigabytes is read once a process.
+_digests: dict[Stat, str] = {}
 
 
 def _anybody() -> None:
@@ -318,17 +328,22 @@ class Workspace:
         stat = self.stat(uri)
         if stat is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", uri)
-        return stat.sha256 or self._digest(uri)
+        return self._sha256_of(stat)
 
-    def _digest(self, uri: str) -> str:
-        """Return the sha256 of a file's content by reading it."""
-        with self.open(uri) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    def _sha256_of(self, stat: Stat) -> str:
+        """Return the sha256 of a file, read at most once for each of its versions."""
+        if known := stat.sha256 or _digests.get(stat):
+            return known
+        with self.open(stat.uri) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        if stat.version is not None:
+            _digests[stat] = found
+        return found
 
     def digests(self, uri: str, endings: tuple[str, ...]) -> dict[str, str]:
         """Return name and sha256 of the files directly below `uri` whose names end with one of `endings`."""
         stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
-        return {posixpath.basename(stat.uri): stat.sha256 or self.sha256(stat.uri) for stat in stats}
+        return {posixpath.basename(stat.uri): self._sha256_of(stat) for stat in stats}
 
     def commit_folder(self, local: Path, uri: str, extra: dict[str, Any] | None = None) -> str:
         """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256) last.
@@ -392,7 +407,7 @@ class Workspace:
             file, stat = posixpath.join(uri, name), there.get(name)
             if stat is None:
                 raise PreflowError(_missing(file))
-            if stat.size != expected["size"] or (stat.sha256 or self.sha256(file)) != expected["sha256"]:
+            if stat.size != expected["size"] or self._sha256_of(stat) != expected["sha256"]:
                 raise PreflowError(_damaged(file))
         return content, committed
 
@@ -444,7 +459,7 @@ class Workspace:
         return manifest is not None and manifest.artifact.sha256 == reference.sha256
 
     def _is_as(self, stat: Stat, facts: FileFacts) -> bool:
-        return stat.size == facts.size and (stat.sha256 or self.sha256(stat.uri)) == facts.sha256
+        return stat.size == facts.size and self._sha256_of(stat) == facts.sha256
 
     def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
         """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""

@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import win_rate
-from tasks.run.preflight import Contents, PipelineResult
+from tasks.run.stages import fingerprint
 from tasks.store.measures import WinRate
-from tasks.store.workspace import EvaluationRef, PromotionRef, Workspace, digest, stage_key
+from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Workspace, digest, stage_key
 from tasks.sweep.points import Change, Point
 
 VERSION = 1
@@ -142,8 +142,7 @@ def _ruler(point: Point, outcomes: dict[str, list[float]]) -> str:
 
 def point_keys(points: Sequence[Point]) -> list[str]:
     """Return what determines each point's outcome, by content: points with equal keys come out the same."""
-    contents = Contents()
-    return [stage_key("point", VERSION, **contents.of(point.config)) for point in points]
+    return [stage_key("point", VERSION, **fingerprint(point.config)) for point in points]
 
 
 def sweep_key(points: Sequence[Point]) -> str:

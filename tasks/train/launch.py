@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -85,15 +84,6 @@ def base_digest(training: TrainingConfig) -> str:
     base = Path(training.base_model)
     if not base.is_dir():
         return digest({"hub": training.base_model, "revision": training.base_revision or "main"})
-    files = sorted((file.name, file.stat()) for file in base.iterdir() if file.is_file())
-    return _base_folder_digest(
-        base.resolve(), tuple((name, at.st_size, at.st_mtime_ns, at.st_ino) for name, at in files)
-    )
-
-
-@lru_cache(maxsize=64)
-def _base_folder_digest(base: Path, files: tuple[tuple[str, int, int, int], ...]) -> str:
-    """Read the base's gigabytes once a process, and again only if a file's size, time or inode is another one."""
     with Phases(lambda progress: LOG.info("%s", progress.text())).phase(f"reading {base} for its digest"):
         return folder_digest(str(base))
 

@@ -40,7 +40,7 @@ from tasks.demo.corpus import heldout_prompts, training_prompts
 from tasks.demo.services import Service, free_port, judge_server
 from tasks.demo.serving import vllm_server
 from tasks.promote.pointer import PromotionRefused, read_pointer
-from tasks.run.preflight import PipelineResult
+from tasks.store.workspace import PipelineResult
 from tasks.sweep.ranking import SweepResult
 from tests.deployed import process_worker, register, run_to_the_end
 from tests.fakes.hub import FakeHub

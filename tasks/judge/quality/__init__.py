@@ -16,8 +16,7 @@ from tasks.judge.quality.metrics import (
     yield_metric,
 )
 from tasks.judge.quality.plot import plot_quality
-from tasks.judge.quality.report import QualityReport
-from tasks.store.measures import Metric
+from tasks.store.measures import Metric, QualityReport
 from tasks.store.records import Completions, PreferencePair, prompt_id, read_rows
 
 __all__ = ["Metric", "QualityReport", "audit_preferences", "measure_judgements", "plot_quality"]

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.judge.quality.report import QualityReport
 from tasks.report.plots import BLUE, INK, ORANGE, legend_below, new_figure, to_png
+from tasks.store.measures import QualityReport
 
 
 def plot_quality(report: QualityReport) -> bytes:

@@ -17,8 +17,9 @@ import pytest
 from matplotlib import image
 
 from tasks.errors import PreflowError
-from tasks.judge.quality import QualityReport, audit_preferences, measure_judgements, plot_quality
+from tasks.judge.quality import audit_preferences, measure_judgements, plot_quality
 from tasks.judge.quality.counters import Agreement, wilson_interval
+from tasks.store.measures import QualityReport
 
 WORDS = [a + b for a in ("lan", "ket", "mar", "sil", "tun", "vel") for b in ("tern", "tle", "ble", "ver", "nel", "vet")]
 Row = dict[str, Any]

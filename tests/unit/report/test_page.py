@@ -9,7 +9,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from tasks.batch.costs import Ledger, StageCost
-from tasks.judge.quality import QualityReport, measure_judgements, plot_quality
+from tasks.judge.quality import measure_judgements, plot_quality
 from tasks.report.page import Example, Picture, ReportSection, Table
 from tasks.report.plots import plot_metrics
 from tasks.report.render import render_html, render_markdown, render_text_table
@@ -22,7 +22,7 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
-from tasks.store.measures import Evaluation, Health, Metric
+from tasks.store.measures import Evaluation, Health, Metric, QualityReport
 from tasks.store.workspace import Artifact, CompletionsRef, Cost, Manifest, Origin, PromptsRef, VerdictsRef
 
 PNG = base64.b64decode(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
+from tasks.store.local import LocalWorkspace
 from tasks.store.workspace import (
     AdapterRef,
     CompletionsRef,
@@ -231,3 +232,36 @@ def test_the_server_sees_the_workspace_where_it_is_mounted() -> None:
     assert server_path("/ws/adapters/a", "/ws", None) == "/ws/adapters/a"
     with pytest.raises(PreflowError, match="mount the bucket there"):
         server_path("gs://b/ws/adapters/a", "gs://b/ws", None)
+
+
+# ---- digests
+
+
+def test_a_settled_file_is_read_once_for_its_digest_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    opened = LocalWorkspace.open
+    monkeypatch.setattr(LocalWorkspace, "open", lambda self, uri: read.append(uri) or opened(self, uri))
+    base = make_adapter(tmp_path / "base")
+    for path in base.iterdir():
+        os.utime(path, (1e9, 1e9))
+    first = folder_digest(str(base))
+    assert len(read) == len(list(base.iterdir()))
+    assert folder_digest(str(base)) == first
+    Workspace(tmp_path).sha256(str(base / "adapter_config.json"))
+    assert len(read) == len(list(base.iterdir()))
+    weights = base / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    assert folder_digest(str(base)) != first
+
+
+def test_a_file_that_was_just_written_is_read_each_time(tmp_path: Path) -> None:
+    """Its time may be that of the content before."""
+    store, file = Workspace(tmp_path), tmp_path / "file"
+    file.write_bytes(b"one")
+    at = file.stat()
+    first = store.sha256(str(file))
+    file.write_bytes(b"two")
+    os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
+    assert store.sha256(str(file)) != first
