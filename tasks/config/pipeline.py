@@ -88,6 +88,11 @@ class PipelineConfig(StageConfig):
             raise ValueError(
                 "judging.val_ratio 0 holds no prompts out for the evaluation: raise it, or set eval_prompts"
             )
+        labelling = {judge.model for judge in (self.evaluation.judging or self.judging).judges()}
+        if known := sorted(labelling & {judge.model for judge in self.evaluation.judges}):
+            raise ValueError(
+                f"evaluation.judges: {', '.join(known)} made the labels; a second opinion takes another model"
+            )
         best, bar = self.evaluation.best_lower_bound(), self.promotion.min_win_rate
         if best <= bar:
             raise ValueError(
@@ -108,10 +113,10 @@ class PipelineConfig(StageConfig):
         generation = self.generation
         if generation.adapter is None:
             generation = generation.model_copy(update={"adapter": self.training.sft_adapter})
+        judging = self.evaluation.judging or self.judging
+        if judging.rubric is None:
+            judging = judging.model_copy(update={"rubric": self.judging.rubric})
         evaluation = self.evaluation.model_copy(
-            update={
-                "generation": self.evaluation.generation or generation,
-                "judging": self.evaluation.judging or self.judging,
-            }
+            update={"generation": self.evaluation.generation or generation, "judging": judging}
         )
         return self.model_copy(update={"generation": generation, "evaluation": evaluation})

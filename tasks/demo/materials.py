@@ -17,36 +17,24 @@ TRAINING_PROMPTS, HELD_OUT_PROMPTS = 240, 200
 
 @dataclass(frozen=True)
 class Materials:
-    """Where the demo's materials are; the folder's name is the digest of the code that makes them."""
+    """The demo's materials: prompts as JSONL, a base model and its SFT adapter; `of` a folder."""
 
-    folder: Path
+    prompts: Path
+    held_out: Path
+    base: Path
+    sft: Path
 
-    @property
-    def prompts(self) -> Path:
-        """Training prompts, JSONL."""
-        return self.folder / "prompts.jsonl"
-
-    @property
-    def held_out(self) -> Path:
-        """Held-out prompts, JSONL."""
-        return self.folder / "held-out.jsonl"
-
-    @property
-    def base(self) -> Path:
-        """The base model."""
-        return self.folder / "base"
-
-    @property
-    def sft(self) -> Path:
-        """The SFT adapter."""
-        return self.folder / "sft"
+    @classmethod
+    def of(cls, folder: Path) -> "Materials":
+        """Return those in a folder, there or not."""
+        return cls(folder / "prompts.jsonl", folder / "held-out.jsonl", folder / "base", folder / "sft")
 
 
 def locate_materials(root: Path) -> Materials:
-    """Return where the materials of this version of the code belong."""
+    """Return where the materials of this version of the code belong: the folder's name is the code's digest."""
     sources = [Path(__file__).parent / name for name in ("corpus.py", "world.toml", "model.py")]
     counts = [SEED, TRAINING_PROMPTS, HELD_OUT_PROMPTS]
-    return Materials(root / "materials" / digest([*map(file_sha256, sources), *counts])[:12])
+    return Materials.of(root / "materials" / digest([*map(file_sha256, sources), *counts])[:12])
 
 
 @task(name="make-prompts")

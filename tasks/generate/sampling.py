@@ -10,17 +10,18 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import httpx
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
+from tasks.batch.caching import find_finished
 from tasks.batch.costs import Spending, log_cost, price, write_cost
-from tasks.batch.progress import SHARD_POLICY, run_shards
+from tasks.batch.progress import SHARD_POLICY, run_shards, try_question
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
-from tasks.llm.client import Endpoint, RequestRefused, resolve_secret
+from tasks.llm.client import Answer, Endpoint, RequestRefused
+from tasks.llm.responses import PERMANENT
 from tasks.store.workspace import (
     CompletionsRef,
     FileFacts,
@@ -61,7 +62,7 @@ class GenerationPlan(BaseModel):
 
     def find_finished(self) -> CompletionsRef | None:
         """Return the completions if an equal generation has finished."""
-        return Workspace(self.workspace).find_finished(f"{self.folder}/manifest.json", CompletionsRef)
+        return find_finished(Workspace(self.workspace), self.folder, CompletionsRef)
 
     def shard_key(self, part: Slice) -> str:
         """Return the content key of one shard."""
@@ -126,11 +127,14 @@ class Sampler:
                 seed=sample_seed(config.seed, prompt["id"]),
             )
         except RequestRefused as refused:
-            return Outcome(error={"id": prompt["id"], "reason": refused.reason, "detail": str(refused)})
+            error = {"id": prompt["id"], "reason": refused.reason, "detail": str(refused)}
+            final = refused.reason in PERMANENT or None
+            return Outcome(final=final, error=error, usage=refused.usage.model_dump())
         texts = [self._kept(choice.text) for choice in answer.choices]
         usage = answer.usage.model_dump()
-        if problem := self._find_problem(texts):
-            return Outcome(error={"id": prompt["id"], **problem}, usage=usage)
+        if not config.keep_empty and not any(text.strip() for text in texts):
+            error = {"id": prompt["id"], "reason": "empty_completions", "detail": self._say_empty(answer)}
+            return Outcome(error=error, usage=usage)
         reasons = [choice.finish_reason for choice in answer.choices]
         return Outcome(row={"id": prompt["id"], "completions": texts, "finish_reasons": reasons}, usage=usage)
 
@@ -140,15 +144,10 @@ class Sampler:
             return text
         return "\n".join(line for line in text.splitlines() if self._keep.search(line))
 
-    def _find_problem(self, texts: list[str]) -> dict[str, str] | None:
-        wanted = self._config.num_completions
-        if len(texts) != wanted:
-            detail = f"the endpoint returned {len(texts)} of {wanted} completions: ask for fewer, or use another server"
-            return {"reason": "missing_completions", "detail": detail}
-        if any(text.strip() for text in texts):
-            return None
-        cause = "no line of them matches generation.keep_lines" if self._keep else "the model wrote nothing"
-        return {"reason": "empty_completions", "detail": f"all {wanted} completions are empty: {cause}"}
+    def _say_empty(self, answer: Answer) -> str:
+        notes = sorted({choice.note for choice in answer.choices if choice.note})
+        cause = "; ".join(notes) or "no line of them matches generation.keep_lines"
+        return f"all {len(answer.choices)} completions are empty: {cause}"
 
 
 async def collect_completions(plan: GenerationPlan) -> CompletionsRef:
@@ -168,13 +167,12 @@ async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
     """
     config = plan.generation
     spending = Spending(plan.workspace, plan.folder, config.model)
-    key = await resolve_secret(config.api_key, "generation.api_key")
     async with AsyncExitStack() as stack:
-        endpoint = await stack.enter_async_context(Endpoint(spending.left_of(config), key))
+        endpoint = await stack.enter_async_context(await Endpoint.connect(spending.left_of(config), "generation"))
 
         async def prepare() -> None:
             await stack.enter_async_context(adapter_loaded(endpoint, config))
-            await check_endpoint(endpoint, plan, key)
+            await check_endpoint(endpoint, plan)
 
         worker = ShardWorker(
             rows=plan.rows(),
@@ -201,8 +199,13 @@ async def adapter_loaded(endpoint: Endpoint, config: GenerationConfig) -> AsyncI
     await endpoint.load_adapter(config.model, config.serve_from, replace=True)
     try:
         yield
-    finally:
-        await endpoint.unload_adapter(config.model)
+    except BaseException:
+        try:
+            await endpoint.unload_adapter(config.model)
+        except PreflowError as error:  # what ended the block is what the user must see
+            logger.warning("%s", error)
+        raise
+    await endpoint.unload_adapter(config.model)
 
 
 @task(name="generate-shard", task_run_name="generate {label}", **SHARD_POLICY)
@@ -211,7 +214,7 @@ async def generate_shard(label: str, part: Slice, worker: ShardWorker) -> dict[s
     return (await worker.run(part)).model_dump()
 
 
-async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | None) -> None:
+async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
     """See that the endpoint answers, knows the model and has room for the longest prompt and its completion.
 
     Raises:
@@ -221,7 +224,7 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | No
     if info.max_model_len is None:
         return
     config, longest = plan.generation, longest_prompts(Workspace(plan.workspace), plan.prompts)
-    counts = await asyncio.gather(*(_count_tokens(config, prompt["prompt"], key) for prompt in longest))
+    counts = await asyncio.gather(*(endpoint.count_tokens(prompt["prompt"]) for prompt in longest))
     for prompt, tokens in zip(longest, counts, strict=True):
         if tokens is not None and tokens + config.max_tokens > info.max_model_len:
             raise PreflowError(
@@ -238,18 +241,17 @@ def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
     return [json.loads(line) for line in dict.fromkeys([*by_bytes, *by_characters])]
 
 
-async def _count_tokens(generation: GenerationConfig, messages: list[dict[str, str]], key: str | None) -> int | None:
-    """Return a prompt's tokens as vLLM counts them, chat template included; None where there is no /tokenize."""
-    base = generation.endpoint.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    body = {"model": generation.model, "messages": messages, "add_generation_prompt": True}
-    try:
-        async with httpx.AsyncClient(timeout=30, headers=headers) as client:
-            reply = await client.post(f"{base}/tokenize", json=body)
-        return int(reply.json()["count"]) if reply.is_success else None
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        logger.info("%s/tokenize is of no use (%s): whether prompts fit the context is not checked", base, error)
-        return None
+TRIAL = {"id": "0" * 64, "prompt": [{"role": "user", "content": "Say hello."}]}
+
+
+async def try_sampler(endpoint: Endpoint, generation: GenerationConfig) -> None:
+    """Ask for completions of one short prompt, as the stage will; nothing of them is kept.
+
+    Raises:
+        PreflowError: there are none.
+    """
+    plain = generation.model_copy(update={"keep_lines": None})
+    await try_question("generation", endpoint, Sampler(endpoint, plain).sample(TRIAL))
 
 
 class SampleCounts(MergeCounts):
@@ -310,7 +312,7 @@ def _write_manifest(
             config=plan.generation,
             upstream=(plan.prompts, *model),
             files=files,
-            counts=counts.model_dump(include={"failed", "cut", "empty"}) | {"prompts": artifact.rows},
+            counts=counts.model_dump(include={"failed", "passing", "cut", "empty"}) | {"prompts": artifact.rows},
             cost=spent,
             seconds=cost.seconds,
         )

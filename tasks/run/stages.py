@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tasks.config import EndpointConfig, JudgingConfig, PipelineConfig
-from tasks.generate.sampling import sampling_identity
-from tasks.judge.asking import read_rubric
+from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig
+from tasks.generate.sampling import sampling_identity, try_sampler
+from tasks.judge.asking import try_judge
+from tasks.judge.prompt import read_rubric
+from tasks.llm.client import Endpoint
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import Workspace, digest, folder_digest
 from tasks.train.launch import base_digest, check_training_inputs
 from tasks.train.work_pool import check_deployment
+
+# Asks an endpoint one question, as the stage will; raises PreflowError if the answer is of no use.
+Trial = Callable[[Endpoint], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -22,14 +27,14 @@ class Stage:
         name: the stage's, and that of its settings.
         identity: what determines its output: settings, and digests of what it reads; JSON-ready, without addresses.
         checks: look at the files that it reads, before anything is spent; each raises PreflowError.
-        endpoints: the endpoints that it asks.
+        endpoints: the endpoints that it asks, each with one real question of its kind.
         service_checks: ask whatever else it depends on.
     """
 
     name: str
     identity: Callable[[PipelineConfig], Any]
     checks: Callable[[PipelineConfig], Iterable[Callable[[], object]]] = lambda config: ()
-    endpoints: Callable[[PipelineConfig], Iterable[EndpointConfig]] = lambda config: ()
+    endpoints: Callable[[PipelineConfig], Iterable[tuple[EndpointConfig, Trial]]] = lambda config: ()
     service_checks: Callable[[PipelineConfig], Iterable[Callable[[], Awaitable[object]]]] = lambda config: ()
 
 
@@ -54,14 +59,25 @@ def _training_service(config: PipelineConfig) -> list[Callable[[], Awaitable[obj
 
 def _evaluation(config: PipelineConfig) -> list[Any]:
     evaluation = config.evaluation
-    settings = evaluation.model_dump(mode="json", exclude={"generation", "judging", "adapter_root"})
+    settings = evaluation.model_dump(mode="json", exclude={"generation", "judging", "judges", "adapter_root"})
     samples = sampling_identity(evaluation.generation) if evaluation.generation else None
     return [settings, samples, _judge(evaluation.comparison_judge())]
 
 
-def _evaluation_endpoints(config: PipelineConfig) -> list[EndpointConfig]:
-    evaluation = config.evaluation
-    return [*([evaluation.generation] if evaluation.generation else []), *evaluation.comparison_judge().judges()]
+def _sampler(generation: GenerationConfig) -> tuple[EndpointConfig, Trial]:
+    return generation, partial(try_sampler, generation=generation)
+
+
+def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
+    async def ask(endpoint: Endpoint, judge: JudgeConfig) -> None:
+        await try_judge(endpoint, judge, read_rubric(judging.rubric))
+
+    return [(judge, partial(ask, judge=judge)) for judge in judging.judges()]
+
+
+def _evaluation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, Trial]]:
+    generation, judging = config.evaluation.generation, config.evaluation.comparison_judge()
+    return [*([_sampler(generation)] if generation else []), *_judges(judging)]
 
 
 STAGES = (
@@ -73,13 +89,13 @@ STAGES = (
     Stage(
         "generation",
         identity=lambda config: sampling_identity(config.generation),
-        endpoints=lambda config: [config.generation],
+        endpoints=lambda config: [_sampler(config.generation)],
     ),
     Stage(
         "judging",
         identity=lambda config: _judge(config.judging),
         checks=lambda config: [partial(read_rubric, config.judging.rubric)],
-        endpoints=lambda config: config.judging.judges(),
+        endpoints=lambda config: _judges(config.judging),
     ),
     Stage(
         "training",

@@ -18,6 +18,10 @@ from tasks.store.workspace import Workspace, digest
 LOG = logging.getLogger(__name__)
 
 
+class NoUsablePairsError(PreflowError):
+    """Not one pair of a file can be trained on."""
+
+
 @dataclass(frozen=True)
 class TokenPair:
     """One pair in tokens; `line` is its line in the file, from 1."""
@@ -98,7 +102,7 @@ def load_pairs(uri: str, store: Workspace, tokenizer: PreTrainedTokenizerBase, m
     _report(uri, report, max_length)
     if not kept:
         line, reason = next(iter(report.refused.items()))
-        raise PreflowError(
+        raise NoUsablePairsError(
             f"{uri}: none of its {report.pairs} pairs can be trained on (line {line}: {reason}; max_length is "
             f"{max_length}). Raise max_length, or judge completions that differ."
         )

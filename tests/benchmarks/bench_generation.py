@@ -106,7 +106,7 @@ async def _preflow_judging(order: Row) -> None:
     common: Row = {"endpoint": order["endpoint"], "max_concurrency": order["concurrency"]}
     generation = GenerationConfig(model="sampler", **common)
     completions = await generate_completions(order["prompts"], order["workspace"], generation)
-    judging = JudgingConfig(model="judge-hash", api_key=None, **common)
+    judging = JudgingConfig(model="judge-hash", api_key=None, rubric="demo", **common)
     await judge_preferences(completions, order["workspace"], judging)
 
 

@@ -63,10 +63,9 @@ class Stage:
 
     async def promote(self, which: str) -> None:
         adapter = self.adapters[which]
-        won = EvaluationRef(
-            uri="win_rate.json", sha256="0" * 64, size=1, rows=800, adapter_sha256=adapter.sha256, win_rate=0.7,
-            lower=0.6, upper=0.8,
-        )  # fmt: skip
+        rate, uri = {"win_rate": 0.7, "lower": 0.6, "upper": 0.8}, f"{self.workspace}/win_rate.json"
+        Workspace(self.workspace).write_json(uri, rate)
+        won = EvaluationRef(uri=uri, sha256="0" * 64, size=1, rows=800, adapter_sha256=adapter.sha256, **rate)
         await promote_adapter.fn(adapter, won, self.workspace, self.promotion)
 
     def current(self) -> str | None:

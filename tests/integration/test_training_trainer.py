@@ -81,6 +81,10 @@ LOSSES: list[tuple[LossType, dict[str, Any], float]] = [
     (LossType.IPO, {}, 25.0),
     (LossType.ROBUST, {"label_smoothing": 0.2}, math.log(2)),
     (LossType.SIGMOID_NORM, {}, math.log(2)),
+    (LossType.APO_ZERO, {}, 1.0),
+    (LossType.SIGMOID, {"ld_alpha": 0.5}, math.log(2)),
+    (LossType.SIGMOID, {"use_weighting": True}, math.log(2)),
+    (LossType.SIGMOID, {"f_divergence": "js_divergence"}, math.log(2)),
 ]
 
 
