@@ -1,6 +1,6 @@
 # preflow on this machine. `make` alone explains the targets.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+# PYTHON names the interpreter of the environments; left out, it is the first of 3.11, 3.12 and 3.13 that is there.
 export PYTHON
 BIN := .venv/bin
 # Test processes at once: each takes a core, and up to 4 GB with a vLLM of its own.

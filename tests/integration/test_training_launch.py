@@ -185,6 +185,7 @@ def test_a_defect_shows_the_end_of_the_log_and_where_it_is(world: TinyWorld, tmp
     assert "train.log" in str(caught.value) or "cannot be loaded" in str(caught.value)
 
 
+@pytest.mark.long  # two processes on one core each
 def test_two_processes_train_what_one_trains_and_resume_exactly(
     world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
 ) -> None:
