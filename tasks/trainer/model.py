@@ -61,7 +61,7 @@ def load_tokenizer(training: TrainingConfig, adapter: Path) -> PreTrainedTokeniz
     if tokenizer.chat_template is None:
         raise PreflowError(
             f"the tokenizer of {training.base_model} (or of the SFT adapter) has no chat template, so conversational "
-            "pairs cannot be tokenized. Put the template of the SFT training into chat_template.jinja beside it."
+            "pairs cannot be tokenized. Put the template of the SFT training into chat_template.jinja next to it."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
