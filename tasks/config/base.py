@@ -108,14 +108,18 @@ _RANDOM = (
     rf"{_WORD}(?:(?=[A-Za-z0-9]{{20}}){_TURNS}|(?=[A-Za-z0-9]{{16}}){_TURNS}+\d|[A-Za-z0-9]{{29}})"
     r"|[0-9a-fA-F-]{32}|.{65}"
 )
-SECRET_NAME = rf"^(?!(?:env:)?(?:{_PREFIX}|{_RANDOM}))(?:env:[A-Za-z_][A-Za-z0-9_]*|[a-z0-9][a-z0-9-]*)$"
+SECRET_NAME = (
+    rf"^(?!(?:env:|gcp-secret:)?(?:{_PREFIX}|{_RANDOM}))"
+    r"(?:env:[A-Za-z_][A-Za-z0-9_]*|(?:gcp-secret:)?[a-z0-9][a-z0-9-]*)$"
+)
 
 
 def _check_secret_name(value: str) -> str:
     if not re.fullmatch(SECRET_NAME, value):
         raise ValueError(
-            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, or the "
-            "name of a Prefect Secret block (lower-case words with dashes between them)"
+            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, the "
+            "name of a Prefect Secret block (lower-case words with dashes between them), or gcp-secret:NAME for a "
+            "GcpSecret block"
         )
     return value
 

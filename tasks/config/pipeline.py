@@ -29,7 +29,11 @@ class PipelineConfig(StageConfig):
         None,
         description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from.",
     )
-    workspace: Location = Field("workspace", description="Where everything is kept: a folder or gs://.")
+    workspace: Location = Field(
+        "workspace",
+        description="Where everything is kept: a folder or gs://bucket/prefix. gs://BLOCK@bucket/prefix takes the "
+        "credentials of the GcpCredentials block BLOCK; without one, the machine's own are taken.",
+    )
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
     judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")

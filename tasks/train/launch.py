@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import ReportTo, TrainingConfig
-from tasks.errors import PreflowError
+from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import choose_template, template_of, tokenizer_digests
-from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
+from tasks.store.workspace import DISK_FULL, MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
 from tasks.train.inputs import AdapterFiles, BaseFiles
 from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, TrainingSpec
@@ -206,6 +206,12 @@ def run_training(
         (files / "spec.json").write_text(spec.model_dump_json())
         code = _supervise(_command(files, training), log, files, training, on_progress)
         _raise_for(code, files, log)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise DiskFullError(
+            f"the disk is full ({error}): make room in {tempfile.gettempdir()} (TMPDIR) or the workspace; run again"
+        ) from error
     finally:
         shutil.rmtree(files, ignore_errors=True)
     finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
