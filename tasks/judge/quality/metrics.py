@@ -356,7 +356,10 @@ def _parse_metric(tally: Tally) -> Metric:
 def _cut_metric(finish_reasons: Counter[str]) -> Metric:
     share = finish_reasons["length"] / sum(finish_reasons.values())
     ok = share <= 0.1
-    advice = "Many completions end in mid-sentence, so the policy learns not to stop: raise generation.max_tokens."
+    advice = (
+        "Many completions end in mid-sentence; such a side is trained on without an end of turn. Raise "
+        "generation.max_tokens, or leave these pairs out with judging.leave_out_cut."
+    )
     return Metric(
         name="cut_by_length",
         title="Completions cut by max_tokens",
