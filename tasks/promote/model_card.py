@@ -189,7 +189,8 @@ With vLLM (ask for the model `{name}`; it was trained on up to {length} tokens, 
 
 ```sh
 hf download {repo} chat_template.jinja --local-dir .
-vllm serve {base}{flag} --chat-template chat_template.jinja --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}
+vllm serve {base}{flag} --chat-template chat_template.jinja \\
+    --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}
 ```"""
 
 
