@@ -52,7 +52,7 @@ def test_a_setting_that_is_refused_by_name_is_left_out(text: str, param: str, dr
     "refused",
     [
         refusal("Invalid request"),
-        refusal("An error in the chat template: System role not supported"),
+        refusal("An error in the chat template: the first message must be the user's"),
         refusal("messages: at least one message is required"),
         refusal("n must be 1 when using greedy sampling"),
         RequestRefused(400, "context_length", "max_tokens: 8000 tokens in all"),
