@@ -56,7 +56,14 @@ UNBOUNDED_COMPLETION = 4096
 CERTAIN = PERMANENT | {"not_found", "cut", "keeps_failing"}
 
 
-class Sampling(TypedDict):
+class Template(TypedDict):
+    """The chat template that turns messages into tokens, where it is not the server's own, and what it is handed."""
+
+    chat_template: NotRequired[str | None]
+    chat_template_kwargs: NotRequired[Mapping[str, Any] | None]
+
+
+class Sampling(Template):
     """The settings of a chat request; None and absent ones are not sent."""
 
     n: NotRequired[int | None]
@@ -65,6 +72,8 @@ class Sampling(TypedDict):
     max_tokens: NotRequired[int | None]
     frequency_penalty: NotRequired[float | None]
     seed: NotRequired[int | None]
+    stop: NotRequired[Sequence[str] | None]
+    return_token_ids: NotRequired[bool | None]
     response_format: NotRequired[Mapping[str, Any] | None]
 
 
@@ -204,7 +213,7 @@ class Endpoint:
         usage = sum((answer.usage for answer in answers), Cost())
         if all(choice.finish_reason == "content_filter" for choice in choices):
             raise RequestRefused(200, "content_filter", choices[0].note, usage=usage)
-        return Answer(choices, usage, answers[-1].model)
+        return Answer(choices, usage, answers[-1].model, answers[-1].prompt_token_ids)
 
     async def _ask(self, request: _Request) -> Answer:
         """Return the answer to one request, leaving out what the endpoint refuses by name."""
@@ -340,9 +349,12 @@ class Endpoint:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
         await vllm_admin.unload_adapter(self._call, self.config, name)
 
-    async def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int | None:
-        """Return a prompt's tokens as vLLM counts them, chat template included; None where there is no /tokenize."""
-        return await vllm_admin.count_tokens(self._call, self.config, messages)
+    async def tokenize(
+        self, prompt: Sequence[Mapping[str, str]] | str, **template: Unpack[Template]
+    ) -> list[int] | None:
+        """Return the tokens of messages, or of a text as it stands, as vLLM sees them; None where it does not tell."""
+        given = {name: value for name, value in template.items() if value is not None}
+        return await vllm_admin.tokenize(self._call, self.config, prompt, given)
 
     async def token_log_prob(self, prefix: Sequence[int], token: int) -> float:
         """Return the log-prob (nats) that the model gives `token` after the token ids `prefix`; vLLM alone tells it.
