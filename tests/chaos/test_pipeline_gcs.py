@@ -143,7 +143,7 @@ class Desk:
 
     def trainer_logs(self) -> str:
         """What the trainers printed: beside a local workspace's artifacts, and for a bucket on this machine."""
-        logs = [*self.scratch.glob("preflow-desk-*.log"), *Path(self.mounted).glob("training/*/train.log")]
+        logs = [*self.scratch.glob("preflow-worker-*.log"), *Path(self.mounted).glob("training/*/train.log")]
         return "".join(log.read_text() for log in logs)
 
     def start(self) -> ForkServerProcess:
