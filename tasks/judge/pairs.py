@@ -14,7 +14,7 @@ from tasks.judge.quality import measure_judgements, plot_quality
 from tasks.store.measures import QualityReport
 from tasks.store.workspace import DigestWriter, FileFacts, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
 
-VERSION = 2
+VERSION = 3
 Row: TypeAlias = dict[str, Any]
 Vote: TypeAlias = dict[str, Any]
 logger = logging.getLogger(__name__)

@@ -41,7 +41,6 @@ class QualityReport(BaseModel):
     pairs: int
     statuses: dict[str, int]
     reasons: dict[str, int]
-    degenerate: int
     metrics: list[Metric]
     detail: dict[str, Any] = {}
 
