@@ -59,7 +59,7 @@ class Design:
         q = quantile(confidence, clusters)
         wilson = math.sqrt(bar * (1 - bar) / max(1e-9, rate * (1 - rate)))
         needed, shift = q * wilson, (rate - bar) / error
-        if clusters > 100:
+        if clusters > 100 or abs(needed - shift) > 8:
             return float(norm.sf(needed - shift))
         return float(nct.sf(needed, max(1.0, clusters - 1), shift))
 
@@ -165,8 +165,8 @@ def describe_power(design: Design, bar: float, confidence: float, usd_per_prompt
     more = prompts_needed(design, smaller, bar, confidence)
     return (
         f"{design.prompts:,} held-out prompts x {design.samples} samples{_price(design.prompts, usd_per_prompt)}: an "
-        f"adapter that truly wins {100 * least:.1f} % passes in {100 * POWER:.0f} % of runs. To show {100 * smaller:.1f} % takes {more:,} "
-        f"prompts{_price(more, usd_per_prompt)}."
+        f"adapter that truly wins {100 * least:.1f} % passes in {100 * POWER:.0f} % of runs. To show "
+        f"{100 * smaller:.1f} % takes {more:,} prompts{_price(more, usd_per_prompt)}."
     )
 
 

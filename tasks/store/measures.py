@@ -156,13 +156,13 @@ class Evaluation(WinRate):
         if self.null is not None and not self.null_holds:
             return (
                 f"two draws of the SFT adapter come out at {self.null.text()} against each other, where the interval "
-                f"({100 * self.null.confidence:.3g} %) must hold 50 %: no win rate of this judge can be believed. Look at the "
-                "judge's positions in the quality report; take another judging.model, or more held-out prompts."
+                f"({100 * self.null.confidence:.3g} %) must hold 50 %: no win rate of this judge can be believed. Look "
+                "at its positions in the quality report; take another judging.model, or more held-out prompts."
             )
         if self.lower <= bar:
             return (
-                f"win rate {self.text()}; the interval's lower bound must be over min_win_rate ({100 * bar:.3g} %). More "
-                "held-out prompts narrow the interval; a lower training.beta moves the adapter further."
+                f"win rate {self.text()}; the interval's lower bound must be over min_win_rate ({100 * bar:.3g} %). "
+                "More held-out prompts narrow the interval; a lower training.beta moves the adapter further."
             )
         if self.length_controlled is not None and self.proven <= bar:
             return (
