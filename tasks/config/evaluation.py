@@ -21,7 +21,9 @@ class EvaluationConfig(StageConfig):
     generation: GenerationConfig | None = Field(
         None, description="Sampling endpoint and settings; empty: those of the generation stage."
     )
-    judging: JudgingConfig | None = Field(None, description="The judge; empty: that of the judging stage.")
+    judging: JudgingConfig | None = Field(
+        None, title="Judging: the judge", description="The judge; empty: that of the judging stage."
+    )
     judges: tuple[JudgeConfig, ...] = Field(
         (),
         max_length=15,

@@ -17,7 +17,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol, Self
@@ -71,7 +71,6 @@ _CONTENT_FILTER = _words(
     r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
     r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
 )  # fmt: skip
-_RESPONSE_FORMAT = _words(r"response_format", r"json_schema", r"structured output", r"guided", r"grammar")
 _CUT = _words(r"max_tokens or model output limit was reached")
 _FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
 _WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
@@ -104,11 +103,12 @@ class Usage(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One completion: its text, why it ended ("stop", "length", "content_filter", ...), and why the text is empty."""
+    """One completion: its text, why it ended ("stop", "length", ...), why it is empty, its tokens if they are told."""
 
     text: str
     finish_reason: str
     note: str = ""
+    token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,7 @@ class Answer:
     choices: list[Choice]
     usage: Usage
     model: str
+    prompt_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +135,13 @@ class RequestRefused(Exception):
     """The endpoint refuses this one request for good; others may pass.
 
     `reason` is one of context_length, content_filter, too_large, not_found, cut, keeps_failing, bad_request; `text` is
-    what the server said, shortened, and `param` the setting that it names, if it names one in a field of its own.
+    what the server said, shortened, `param` the setting that it names in a field of its own, and `usage` what was
+    billed all the same.
     """
 
-    def __init__(self, status: int, reason: str, text: str, param: str = "") -> None:
-        super().__init__(status, reason, text, param)
-        self.status, self.reason, self.text, self.param = status, reason, text, param
+    def __init__(self, status: int, reason: str, text: str, param: str = "", usage: Usage | None = None) -> None:
+        super().__init__(status, reason, text, param, usage)
+        self.status, self.reason, self.text, self.param, self.usage = status, reason, text, param, usage or Usage()
 
     def __str__(self) -> str:
         return f"refused ({self.status}, {self.reason}): {self.text}"
@@ -168,7 +170,7 @@ class EndpointDown(StageStopped):
 class Transient(Exception):
     """An attempt failed in a way that another one may not: the endpoint is down, busy or broke off.
 
-    `odd` marks a whole answer that is of no use: it is paid for, so that few more of the kind are asked for.
+    `odd` marks a whole answer of no use: it is paid for, and only a few more of the kind are asked for.
     """
 
     def __init__(
@@ -229,9 +231,15 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
         text = shorten(body.decode(errors="replace"), 80)
         raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
     items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
-    choices = [_read_choice(item) for item in items]
+    choices = [replace(_read_choice(item), token_ids=_read_ids(item.get("token_ids"))) for item in items]
     usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
-    return Answer(choices=choices, usage=usage, model=str(data.get("model") or ""))
+    return Answer(choices, usage, str(data.get("model") or ""), _read_ids(data.get("prompt_token_ids")))
+
+
+def _read_ids(value: Any) -> list[int] | None:
+    """Return token ids as vLLM gives them; None for what is no such list."""
+    is_list = isinstance(value, list) and all(isinstance(number, int) for number in value)
+    return value if is_list else None
 
 
 def _is_choice(item: Any) -> bool:
@@ -242,7 +250,7 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
     finish, error = str(item.get("finish_reason") or "unknown"), item.get("error")
     if finish == "error" or error:
         cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
-        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True, odd=True)
+        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
     message = item["message"]
     text, thinking = _read_content(message.get("content"))
     refusal = message.get("refusal")
@@ -410,10 +418,6 @@ def _reason(error: ServerError) -> str:
         return "content_filter"
     if _CONTEXT_LENGTH.search(text):
         return "context_length"
-    if "max_completion_tokens" in text:
-        return "max_tokens_name"
-    if _RESPONSE_FORMAT.search(text):
-        return "response_format"
     return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
 

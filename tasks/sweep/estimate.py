@@ -11,8 +11,9 @@ from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig, Judgin
 from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import GenerationPlan, plan_generation
-from tasks.judge.asking import CHARACTERS_PER_TOKEN, INSTRUCTIONS, VERDICT_TOKENS, plan_judging, read_rubric
+from tasks.judge.asking import CHARACTERS_PER_TOKEN, VERDICT_TOKENS, plan_judging
 from tasks.judge.pairs import find_preferences
+from tasks.judge.prompt import INSTRUCTIONS, read_rubric
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
     MANIFEST,

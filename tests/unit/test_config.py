@@ -80,6 +80,32 @@ def test_every_title_is_made_of_words_and_says_its_unit(model: type[StageConfig]
             assert not name.endswith(ending) or unit.lower() in title.lower(), title
 
 
+@pytest.mark.parametrize("model", [*MODELS, SweepConfig])
+def test_every_bound_stands_in_the_help(model: type[StageConfig]) -> None:
+    """Made from the field by code, so that the two cannot differ."""
+    bounded = 0
+    for name, spec in model.model_json_schema()["properties"].items():
+        for kind in spec.get("anyOf", [spec]):
+            for bound in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+                if bound in kind:
+                    bounded += 1
+                    assert f"{kind[bound]:,}" in spec["description"], f"{model.__name__}.{name}"
+        assert {"type": "null"} not in spec.get("anyOf", []) or "empty:" not in spec["description"].lower(), name
+    assert bounded
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "said"),
+    [
+        (TrainingConfig, "beta", "lower moves further. Over 0, at most 10."),
+        (GenerationConfig, "temperature", "0 to 2."), (JudgingConfig, "val_ratio", "below 1."),
+        (EndpointConfig, "requests_per_minute", "None: no limit. At least 1."),
+    ],
+)  # fmt: skip
+def test_the_help_says_what_may_be_given(model: type[StageConfig], name: str, said: str) -> None:
+    assert model.model_json_schema()["properties"][name]["description"].endswith(said)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_settings_are_frozen_and_take_no_unknown_field(model: type[StageConfig]) -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):

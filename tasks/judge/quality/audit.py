@@ -10,7 +10,7 @@ from tasks.errors import PreflowError
 from tasks.judge.quality.metrics import JUDGE, TEXTS, Finding, MetricSpec, at_most, make_report
 from tasks.judge.quality.tally import Tally
 from tasks.store.measures import QualityReport
-from tasks.store.records import Completions, PreferencePair, prompt_id, read_rows
+from tasks.store.records import CompletionsRow, PairRow, prompt_id, read_rows
 
 # Of each prompt: the digests of the texts in every row of completions that it has.
 Candidates = dict[str, list[list[bytes]]]
@@ -37,7 +37,7 @@ def audit_preferences(train: str, val: str | None = None, completions: str | Non
     candidates = _read_candidates(completions) if completions else None
     prompts: dict[str, set[str]] = {"train": set(), "val": set()}
     for side, uri in (("train", train), ("val", val)):
-        for number, pair in enumerate(read_rows(PreferencePair, uri) if uri else (), 1):
+        for number, pair in enumerate(read_rows(PairRow, uri) if uri else (), 1):
             key = prompt_id([message.model_dump() for message in pair.prompt])
             prompts[side].add(key)
             rows[side] += 1
@@ -54,7 +54,7 @@ def audit_preferences(train: str, val: str | None = None, completions: str | Non
 
 def _read_candidates(uri: str) -> Candidates:
     found: Candidates = defaultdict(list)
-    for row in read_rows(Completions, uri):
+    for row in read_rows(CompletionsRow, uri):
         key = prompt_id([message.model_dump() for message in row.prompt])
         found[key].append([_text_key(text) for text in row.completions])
     return found
@@ -65,7 +65,7 @@ def _text_key(text: str) -> bytes:
     return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
-def _as_judged(pair: PreferencePair, rows: list[list[bytes]] | None, lost: Counter[str]) -> dict[str, Any]:
+def _as_judged(pair: PairRow, rows: list[list[bytes]] | None, lost: Counter[str]) -> dict[str, Any]:
     """Return a pair as a row of `judged.jsonl`, with a vote in the order in which the texts stood, where known."""
     texts, votes = [pair.chosen[-1].content, pair.rejected[-1].content], []
     place = None if rows is None else _place(rows, *map(_text_key, texts))
@@ -79,7 +79,7 @@ def _as_judged(pair: PreferencePair, rows: list[list[bytes]] | None, lost: Count
     return {"status": "pair", "completions": texts, "best": 0, "worst": 1, "votes": votes}
 
 
-def _confidence(pair: PreferencePair, where: str) -> float | None:
+def _confidence(pair: PairRow, where: str) -> float | None:
     value = (pair.model_extra or {}).get("confidence")
     if value is None:
         return None
