@@ -12,8 +12,8 @@ from tasks.judge.prompt import read_rubric
 from tasks.llm.client import Endpoint
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import Workspace, digest, folder_digest
+from tasks.train.deployment import check_deployment
 from tasks.train.launch import base_digest, check_training_inputs
-from tasks.train.work_pool import check_deployment
 
 # Asks an endpoint one question, as the stage will; raises PreflowError if the answer is of no use.
 Trial = Callable[[Endpoint], Awaitable[None]]
