@@ -88,7 +88,7 @@ class TrainingView:
         self._drawn = self._complained = -math.inf
 
     def show(self, progress: Progress) -> None:
-        """Move the bar; draw the page anew if the last one is `REFRESH_SECONDS` old."""
+        """Move the bar; draw the page again if the last one is `REFRESH_SECONDS` old."""
         with self._server_may_be_away():
             if progress.total:
                 self._move(100.0 * progress.step / progress.total)

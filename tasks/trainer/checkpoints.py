@@ -47,7 +47,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write the files into a local folder; the trainer's own state lies beside in transformers' format.
+        """Write the files into a local folder; the trainer's own state lies next to it in transformers' format.
 
         Raises:
             OSError: the disk is full, or cannot be written.
@@ -125,21 +125,21 @@ class CheckpointStore:
         return time.monotonic() - started
 
     def _commit_in_place(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write beside and rename the whole folder: on a local disk a copy would double the time to save."""
+        """Write next to it and rename the whole folder: on a local disk a copy would double the time to save."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=BEING_WRITTEN, ignore_cleanup_errors=True) as name:
-            beside = Path(name) / folder.name
-            checkpoint.write(beside)
-            files = sorted(beside.iterdir())
+            written = Path(name) / folder.name
+            checkpoint.write(written)
+            files = sorted(written.iterdir())
             with ThreadPoolExecutor(len(files)) as pool:
                 digests = list(pool.map(file_sha256, files))
             facts = {
                 file.name: {"size": file.stat().st_size, "sha256": sha256}
                 for file, sha256 in zip(files, digests, strict=True)
             }
-            (beside / COMMITTED).write_text(json.dumps({"files": facts, "step": checkpoint.step}))
+            (written / COMMITTED).write_text(json.dumps({"files": facts, "step": checkpoint.step}))
             self._store.delete_folder(str(folder))  # and only the holder of the lease gets past here
-            beside.rename(folder)
+            written.rename(folder)
 
     def sweep(self) -> None:
         """Remove what a killed trainer was just writing."""

@@ -95,7 +95,7 @@ class ReferenceCache:
             folder = self._store.fetch_folder(self._uri, self._scratch / "reference")
             found = self._verified(folder, splits)
         except (PreflowError, KeyError, ValueError, OSError) as error:
-            LOG.warning("cached reference log-probs are computed anew: %s", error)
+            LOG.warning("cached reference log-probs are computed again: %s", error)
             return None
         LOG.info("reference log-probs taken from %s", self._uri)
         return found

@@ -276,7 +276,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         return self._order.order(epoch)[within * size : (within + 1) * size]
 
     def check_saved(self, folder: Path, split: Split) -> None:
-        """Load the adapter in `folder` beside the trained one and compare their log-probs on a micro-batch of `split`.
+        """Load the adapter in `folder` next to the trained one and compare their log-probs on a micro-batch of `split`.
 
         Raises:
             InvariantError: `saved-adapter`.

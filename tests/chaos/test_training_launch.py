@@ -77,6 +77,7 @@ def test_an_interrupted_task_lets_the_trainer_save_and_raises_on(world: TinyWorl
     assert not list(tmp_path.glob("training/*/adapter"))
 
 
+@pytest.mark.long  # the test before it sends the same signal from above
 def test_a_preempted_trainer_raises_preempted(world: TinyWorld, tmp_path: Path) -> None:
     training = world.config(**ENDLESS)
     sent = []
@@ -111,6 +112,7 @@ def test_a_launcher_that_is_killed_leaves_no_trainer_behind(world: TinyWorld, tm
     assert len(checkpoints(tmp_path)) == 1, "its last act was to save"
 
 
+@pytest.mark.long  # waits for a lease
 def test_a_second_trainer_waits_and_takes_what_the_first_made(
     world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_second_trainer_waits_and_takes_what_the_first_made(
     assert json.loads(next(tmp_path.glob("training/*/lease.json")).read_text())["token"] == 2
 
 
+@pytest.mark.long  # waits for a lease to run out
 def test_a_zombie_that_comes_back_cannot_commit(world: TinyWorld, processes: TrainingProcesses, tmp_path: Path) -> None:
     training: TrainingConfig = world.config(lease_seconds=3)
     zombie = processes.start(world.preferences, tmp_path, training, (Kill("training_step", 9, signal.SIGSTOP),))

@@ -192,6 +192,7 @@ async def ended(run_id: UUID) -> FlowRun:
     return run
 
 
+@pytest.mark.long  # a training of 150 steps, twice
 async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
     world: TinyWorld, deployed_parent: str, calm: AdapterRef, tmp_path: Path
 ) -> None:
