@@ -149,7 +149,7 @@ def kill_group(run: FlowRun) -> None:
 
 @pytest.fixture(scope="module")
 def calm(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
-    """What an undisturbed training on this machine gives, without any deployment."""
+    """What an uninterrupted training on this machine gives, without any deployment."""
     workspace = tmp_path_factory.mktemp("calm")
     order = TrainingOrder.of(world.preferences, settings(world, workspace, **LONG))
     return run_training(world.preferences, order.workspace, order.training, order.key)
