@@ -9,7 +9,7 @@ from preflow.options import CONFIG, Changes, File
 def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
     """List all that is wrong with a configuration, what it will cost, and what it can show.
 
-    Nothing is sampled, and every model is asked whether it is there and takes the key.
+    Each model is asked one question, so that its key, its name and its answers are known to work.
 
     """
     from preflow.cli import Exit

@@ -16,8 +16,11 @@ TITLES = {
     "bnb_4bit_quant_type": "4-bit base: format",
     "bnb_4bit_use_double_quant": "4-bit base: double quantisation",
     "budget_usd": "Budget of the stage (US$)",
+    "chat_template": "Chat template (file)",
+    "chat_template_kwargs": "Arguments of the chat template",
     "completion_price": "Price of completion tokens (US$ per million)",
     "confidence": "Confidence of the interval",
+    "date_string": "Date in the chat template",
     "endpoint": "Endpoint (base URL)",
     "eval_prompts": "Held-out prompts (JSONL)",
     "eval_steps": "Evaluate every (optimizer steps)",
@@ -33,6 +36,7 @@ TITLES = {
     "use_weighting": "Weight pairs (WPO)",
     "keep_empty": "Keep prompts without an answer",
     "keep_lines": "Lines to keep (regular expression)",
+    "leave_out_cut": "Leave out pairs with a cut side",
     "load_in_4bit": "Load the base in 4 bits (QLoRA)",
     "logging_steps": "Log every (optimizer steps)",
     "loss_type": "DPO loss",
@@ -69,6 +73,7 @@ TITLES = {
     "shard_size": "Prompts in a shard",
     "sft_weight": "Weight of the SFT loss",
     "size": "Size (bytes)",
+    "stop": "Stop texts",
     "tokens_per_minute": "Tokens per minute, at most",
     "val_ratio": "Held-out share of the pairs",
     "val_rows": "Held-out pairs",
@@ -103,14 +108,18 @@ _RANDOM = (
     rf"{_WORD}(?:(?=[A-Za-z0-9]{{20}}){_TURNS}|(?=[A-Za-z0-9]{{16}}){_TURNS}+\d|[A-Za-z0-9]{{29}})"
     r"|[0-9a-fA-F-]{32}|.{65}"
 )
-SECRET_NAME = rf"^(?!(?:env:)?(?:{_PREFIX}|{_RANDOM}))(?:env:[A-Za-z_][A-Za-z0-9_]*|[a-z0-9][a-z0-9-]*)$"
+SECRET_NAME = (
+    rf"^(?!(?:env:|gcp-secret:)?(?:{_PREFIX}|{_RANDOM}))"
+    r"(?:env:[A-Za-z_][A-Za-z0-9_]*|(?:gcp-secret:)?[a-z0-9][a-z0-9-]*)$"
+)
 
 
 def _check_secret_name(value: str) -> str:
     if not re.fullmatch(SECRET_NAME, value):
         raise ValueError(
-            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, or the "
-            "name of a Prefect Secret block (lower-case words with dashes between them)"
+            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, the "
+            "name of a Prefect Secret block (lower-case words with dashes between them), or gcp-secret:NAME for a "
+            "GcpSecret block"
         )
     return value
 

@@ -21,7 +21,8 @@ class EndpointConfig(StageConfig):
     model: str = Field("sft", min_length=1, description="Name under which the endpoint serves the model.")
     api_key: SecretName | None = Field(
         None,
-        description="Where the key is: env:NAME or the name of a Prefect Secret block. Never the key itself.",
+        description="Where the key is: env:NAME, the name of a Prefect Secret block, or gcp-secret:NAME for a "
+        "GcpSecret block (Google Secret Manager). Never the key itself.",
         json_schema_extra=OPERATIONAL,
     )
     max_concurrency: int = Field(

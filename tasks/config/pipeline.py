@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from tasks.config.base import OPERATIONAL, Location, MaybeLocation, StageConfig
+from tasks.config.chat import ChatSettings
 from tasks.config.evaluation import EvaluationConfig
 from tasks.config.generation import GenerationConfig
 from tasks.config.judging import JudgingConfig
@@ -28,7 +29,11 @@ class PipelineConfig(StageConfig):
         None,
         description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from.",
     )
-    workspace: Location = Field("workspace", description="Where everything is kept: a folder or gs://.")
+    workspace: Location = Field(
+        "workspace",
+        description="Where everything is kept: a folder or gs://bucket/prefix. gs://BLOCK@bucket/prefix takes the "
+        "credentials of the GcpCredentials block BLOCK; without one, the machine's own are taken.",
+    )
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
     judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")
@@ -76,11 +81,22 @@ class PipelineConfig(StageConfig):
                 f"training.max_length ({self.training.max_length} tokens, prompt and completion) leaves no room for a "
                 f"prompt beside generation.max_tokens ({self.generation.max_tokens}): completions would be cut"
             )
+        self._check_chat()
         if self.training.measured_label_smoothing and self.judging.orders < 2:
             raise ValueError(
                 "training.measured_label_smoothing needs judging.orders of at least 2 to see verdicts flip"
             )
         return self
+
+    def _check_chat(self) -> None:
+        for stage, settings in (("training", self.training), ("evaluation.generation", self.evaluation.generation)):
+            given = settings.model_fields_set & set(ChatSettings.model_fields) if settings else ()
+            for name in sorted(given):
+                if getattr(settings, name) != getattr(self.generation, name):
+                    raise ValueError(
+                        f"{stage}.{name} is not generation.{name}: a run samples, trains and evaluates in the same "
+                        f"words. Set it in generation; {stage} takes it from there"
+                    )
 
     @model_validator(mode="after")
     def _check_proof(self) -> Self:
@@ -113,10 +129,15 @@ class PipelineConfig(StageConfig):
         generation = self.generation
         if generation.adapter is None:
             generation = generation.model_copy(update={"adapter": self.training.sft_adapter})
+        chat = {name: getattr(generation, name) for name in ChatSettings.model_fields}
         judging = self.evaluation.judging or self.judging
         if judging.rubric is None:
             judging = judging.model_copy(update={"rubric": self.judging.rubric})
         evaluation = self.evaluation.model_copy(
-            update={"generation": self.evaluation.generation or generation, "judging": judging}
+            update={
+                "generation": (self.evaluation.generation or generation).model_copy(update=chat),
+                "judging": judging,
+            }
         )
-        return self.model_copy(update={"generation": generation, "evaluation": evaluation})
+        training = self.training.model_copy(update=chat)
+        return self.model_copy(update={"generation": generation, "training": training, "evaluation": evaluation})

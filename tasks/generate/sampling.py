@@ -6,12 +6,13 @@ import heapq
 import json
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict
+from tokenizers import Tokenizer
 
 from tasks.batch.caching import find_finished
 from tasks.batch.costs import Spending, log_cost, price, write_cost
@@ -20,7 +21,8 @@ from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
-from tasks.llm.client import Answer, Endpoint, RequestRefused
+from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
+from tasks.llm.client import Answer, Endpoint, RequestRefused, Template
 from tasks.llm.responses import PERMANENT
 from tasks.store.workspace import (
     CompletionsRef,
@@ -33,7 +35,7 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-VERSION = 2
+VERSION = 3
 # So many of the longest prompts are held against the model's context.
 LONGEST = 5
 logger = logging.getLogger(__name__)
@@ -76,6 +78,8 @@ def sampling_identity(generation: GenerationConfig) -> dict[str, Any]:
         PreflowError: the adapter's folder is missing or holds no weights.
     """
     settings = generation.identity()
+    if template := choose_template(generation, generation.adapter):
+        settings["chat_template"] = template.identity()
     if generation.adapter:
         settings["model"] = f"sha256:{folder_digest(generation.adapter)}"
     else:
@@ -105,12 +109,19 @@ def sample_seed(seed: int, identity: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:4], "big") % 2**30
 
 
+def template_settings(generation: GenerationConfig) -> Template:
+    """Return what a request says about the chat template; the template itself only where the settings name one."""
+    named = choose_template(generation, None) if generation.chat_template else None
+    return Template(chat_template=named.text if named else None, chat_template_kwargs=generation.template_kwargs())
+
+
 class Sampler:
     """Samples the completions of one prompt."""
 
     def __init__(self, endpoint: Endpoint, generation: GenerationConfig) -> None:
         self._endpoint, self._config = endpoint, generation
         self._keep = re.compile(generation.keep_lines) if generation.keep_lines else None
+        self._spoken = template_settings(generation)
 
     async def sample(self, prompt: Row) -> Outcome:
         """Return the completions of `prompt`, or why the endpoint will never give them."""
@@ -125,6 +136,9 @@ class Sampler:
                 max_tokens=config.max_tokens,
                 frequency_penalty=config.frequency_penalty,
                 seed=sample_seed(config.seed, prompt["id"]),
+                stop=config.stop or None,
+                return_token_ids=True,
+                **self._spoken,
             )
         except RequestRefused as refused:
             error = {"id": prompt["id"], "reason": refused.reason, "detail": str(refused)}
@@ -135,8 +149,7 @@ class Sampler:
         if not config.keep_empty and not any(text.strip() for text in texts):
             error = {"id": prompt["id"], "reason": "empty_completions", "detail": self._say_empty(answer)}
             return Outcome(error=error, usage=usage)
-        reasons = [choice.finish_reason for choice in answer.choices]
-        return Outcome(row={"id": prompt["id"], "completions": texts, "finish_reasons": reasons}, usage=usage)
+        return Outcome(row={"id": prompt["id"], "completions": texts, **_sampled(answer, texts)}, usage=usage)
 
     def _kept(self, text: str) -> str:
         text = writable(text)
@@ -148,6 +161,16 @@ class Sampler:
         notes = sorted({choice.note for choice in answer.choices if choice.note})
         cause = "; ".join(notes) or "no line of them matches generation.keep_lines"
         return f"all {len(answer.choices)} completions are empty: {cause}"
+
+
+def _sampled(answer: Answer, texts: list[str]) -> Row:
+    """Return what was sampled as a row has it; a text of which lines were left out is not its tokens' any more."""
+    pairs = zip(answer.choices, texts, strict=True)
+    return {
+        "finish_reasons": [choice.finish_reason for choice in answer.choices],
+        "prompt_token_ids": answer.prompt_token_ids,
+        "token_ids": [choice.token_ids if text == writable(choice.text) else None for choice, text in pairs],
+    }
 
 
 async def collect_completions(plan: GenerationPlan) -> CompletionsRef:
@@ -220,18 +243,22 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
     Raises:
         PreflowError: it does not; nothing was sampled.
     """
+    config, store = plan.generation, Workspace(plan.workspace)
     info = await endpoint.check_model()
-    if info.max_model_len is None:
-        return
-    config, longest = plan.generation, longest_prompts(Workspace(plan.workspace), plan.prompts)
-    counts = await asyncio.gather(*(endpoint.count_tokens(prompt["prompt"]) for prompt in longest))
-    for prompt, tokens in zip(longest, counts, strict=True):
-        if tokens is not None and tokens + config.max_tokens > info.max_model_len:
+    template = choose_template(config, config.adapter)
+    if template is not None:
+        check_prompts(plan.prompts.uri, template)
+    longest = longest_prompts(store, plan.prompts)
+    counted = await asyncio.gather(*(endpoint.tokenize(p["prompt"], **template_settings(config)) for p in longest))
+    for prompt, tokens in zip(longest, counted, strict=True):
+        if tokens is not None and info.max_model_len and len(tokens) + config.max_tokens > info.max_model_len:
             raise PreflowError(
-                f"prompt {prompt['id'][:12]} has {tokens} tokens; with generation.max_tokens {config.max_tokens} it "
-                f"does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest "
+                f"prompt {prompt['id'][:12]} has {len(tokens)} tokens; with generation.max_tokens {config.max_tokens} "
+                f"it does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest "
                 "prompts, or serve the model with a larger --max-model-len."
             )
+    if template is not None:
+        await check_same_template(endpoint, config, template, [prompt["prompt"] for prompt in longest])
 
 
 def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
@@ -239,6 +266,43 @@ def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
     by_bytes = heapq.nlargest(LONGEST, store.lines(prompts.uri), key=len)
     by_characters = heapq.nlargest(LONGEST, store.lines(prompts.uri), key=lambda line: len(line.decode()))
     return [json.loads(line) for line in dict.fromkeys([*by_bytes, *by_characters])]
+
+
+async def check_same_template(
+    endpoint: Endpoint,
+    generation: GenerationConfig,
+    template: ChatTemplate,
+    prompts: Sequence[list[dict[str, str]]],
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """See that a vLLM server turns prompts into the tokens that are trained on; other servers do not tell.
+
+    Args:
+        endpoint: of the server.
+        generation: says what a request hands to the template.
+        template: the chat template of the training.
+        prompts: some, as messages.
+        tokenizer: that of the training; None: the server's own is taken for it.
+
+    Raises:
+        PreflowError: it does not: what it samples and serves would be other words than are trained on.
+    """
+    for messages in prompts:
+        text = template.render(messages, prompt=True)
+        theirs = await endpoint.tokenize(messages, **template_settings(generation))
+        ours = tokenizer.encode(text, add_special_tokens=False).ids if tokenizer else await endpoint.tokenize(text)
+        if theirs is None or ours is None or theirs == ours:
+            continue
+        if template.has_clock:
+            logger.warning("the chat template of %s writes the server's date, another one from day to day, in serving "
+                           "too: take a template that is handed date_string", template.source)  # fmt: skip
+            return
+        same = next((i for i, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]), len(ours))
+        raise PreflowError(
+            f"{generation.endpoint} does not speak with the chat template of {template.source} and its tokenizer: a "
+            f"prompt has other tokens there from token {same} of {len(theirs)} on. Start vLLM with --chat-template and "
+            "that file (serve.sh does so), or name the server's own with generation.chat_template."
+        )
 
 
 TRIAL = {"id": "0" * 64, "prompt": [{"role": "user", "content": "Say hello."}]}

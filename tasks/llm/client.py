@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict, Unpack
-from urllib.parse import parse_qsl, urlsplit
 
 import httpx2
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAioHttpClient
+from openai import DefaultAioHttpClient
 
 from tasks.config import EndpointConfig
 from tasks.llm import vllm_admin
@@ -57,7 +56,14 @@ UNBOUNDED_COMPLETION = 4096
 CERTAIN = PERMANENT | {"not_found", "cut", "keeps_failing"}
 
 
-class Sampling(TypedDict):
+class Template(TypedDict):
+    """The chat template that turns messages into tokens, where it is not the server's own, and what it is handed."""
+
+    chat_template: NotRequired[str | None]
+    chat_template_kwargs: NotRequired[Mapping[str, Any] | None]
+
+
+class Sampling(Template):
     """The settings of a chat request; None and absent ones are not sent."""
 
     n: NotRequired[int | None]
@@ -66,6 +72,8 @@ class Sampling(TypedDict):
     max_tokens: NotRequired[int | None]
     frequency_penalty: NotRequired[float | None]
     seed: NotRequired[int | None]
+    stop: NotRequired[Sequence[str] | None]
+    return_token_ids: NotRequired[bool | None]
     response_format: NotRequired[Mapping[str, Any] | None]
 
 
@@ -132,22 +140,15 @@ class Endpoint:
         headers = {name: await resolve_secret(value, f"{field}.extra_headers.{name}") or "" for name, value in names}
         return cls(config, key, headers)
 
-    def _connect(self, headers: Mapping[str, str] | None) -> AsyncOpenAI:
+    def _connect(self, headers: Mapping[str, str] | None) -> httpx2.AsyncClient:
+        """Open openai's aiohttp transport, without its client: that takes as much CPU a request as all the rest."""
         connections = self.config.max_concurrency + 2  # room for a ping and /models
         seconds = self.config.request_timeout_seconds
-        http = DefaultAioHttpClient(
+        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return DefaultAioHttpClient(
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
             timeout=httpx2.Timeout(seconds, connect=min(30.0, seconds), pool=None),
-        )
-        address = urlsplit(self.config.endpoint)
-        return AsyncOpenAI(
-            base_url=address._replace(query="", fragment="").geturl(),
-            default_query=dict(parse_qsl(address.query)),
-            default_headers=headers,
-            # Without a key the client would send this endpoint whatever OPENAI_API_KEY holds.
-            api_key=self._key or "none",
-            max_retries=0,
-            http_client=http,
+            headers={"Content-Type": "application/json", **key, **(headers or {})},
         )
 
     async def __aenter__(self) -> Self:
@@ -156,7 +157,7 @@ class Endpoint:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.close()
+        await self._client.aclose()
 
     @property
     def stats(self) -> Stats:
@@ -210,7 +211,7 @@ class Endpoint:
         usage = sum((answer.usage for answer in answers), Usage())
         if all(choice.finish_reason == "content_filter" for choice in choices):
             raise RequestRefused(200, "content_filter", choices[0].note, usage=usage)
-        return Answer(choices, usage, answers[-1].model)
+        return Answer(choices, usage, answers[-1].model, answers[-1].prompt_token_ids)
 
     async def _ask(self, request: _Request) -> Answer:
         """Return the answer to one request, leaving out what the endpoint refuses by name."""
@@ -276,25 +277,24 @@ class Endpoint:
         return answer
 
     async def _call(self, path: str, body: dict[str, Any] | None, seconds: float) -> httpx2.Response:
-        """Post `body`, or get without one; all failures as Transient, RequestRefused or StageStopped.
-
-        The raw response is asked for because building the client's typed answer costs more than everything here.
-        """
+        """Post `body`, or get without one; all failures as Transient, RequestRefused or StageStopped."""
+        address, _, query = self.config.endpoint.partition("?")
+        url = path if path.startswith("http") else f"{address.rstrip('/')}{path}{'?' + query if query else ''}"
         try:
             async with asyncio.timeout(seconds):
                 if body is None:
-                    return await self._client.get(path, cast_to=httpx2.Response)
-                return await self._client.post(path, cast_to=httpx2.Response, body=body)
-        except APIStatusError as error:
-            failure = classify(error.response, hide=self._key)
-            # The original's text may hold the key: it is not chained.
-            raise (self._explain(failure) if isinstance(failure, StageStopped) else failure) from None
-        except APIConnectionError as error:
-            cause = error.__cause__ or error
-            sent = not isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout)
-            raise Transient(f"{type(cause).__name__}: {cause or error}", maybe_billed=sent) from None
+                    response = await self._client.get(url)
+                else:
+                    response = await self._client.post(url, content=json.dumps(body))
+        except httpx2.HTTPError as error:
+            sent = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+            raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
         except TimeoutError:
             raise Transient(f"no answer within {seconds:g} s", maybe_billed=True) from None
+        if response.status_code < 400:
+            return response
+        failure = classify(response, hide=self._key)
+        raise self._explain(failure) if isinstance(failure, StageStopped) else failure
 
     def _read(self, content: bytes, prompt_bytes: int) -> Answer:
         try:
@@ -347,9 +347,12 @@ class Endpoint:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
         await vllm_admin.unload_adapter(self._call, self.config, name)
 
-    async def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int | None:
-        """Return a prompt's tokens as vLLM counts them, chat template included; None where there is no /tokenize."""
-        return await vllm_admin.count_tokens(self._call, self.config, messages)
+    async def tokenize(
+        self, prompt: Sequence[Mapping[str, str]] | str, **template: Unpack[Template]
+    ) -> list[int] | None:
+        """Return the tokens of messages, or of a text as it stands, as vLLM sees them; None where it does not tell."""
+        given = {name: value for name, value in template.items() if value is not None}
+        return await vllm_admin.tokenize(self._call, self.config, prompt, given)
 
     async def token_log_prob(self, prefix: Sequence[int], token: int) -> float:
         """Return the log-prob (nats) that the model gives `token` after the token ids `prefix`; vLLM alone tells it.

@@ -151,14 +151,21 @@ async def unload_adapter(call: Call, config: EndpointConfig, name: str) -> None:
         ) from failure
 
 
-async def count_tokens(call: Call, config: EndpointConfig, messages: Sequence[Mapping[str, str]]) -> int | None:
-    """Return a prompt's tokens as the server counts them; see `Endpoint.count_tokens`."""
+async def tokenize(
+    call: Call, config: EndpointConfig, prompt: Sequence[Mapping[str, str]] | str, template: Mapping[str, Any]
+) -> list[int] | None:
+    """Return the tokens of messages or text; see `Endpoint.tokenize`."""
     url = f"{base_url(config).removesuffix('/v1')}/tokenize"
-    body = {"model": config.model, "messages": list(messages), "add_generation_prompt": True}
+    body: dict[str, Any] = {"model": config.model, "prompt": prompt, "add_special_tokens": False}
+    if not isinstance(prompt, str):
+        body = {"model": config.model, "messages": list(prompt), "add_generation_prompt": True, **template}
     try:
-        return int((await call(url, body, 3 * CHECK_SECONDS)).json()["count"])
+        return [int(token) for token in (await call(url, body, 3 * CHECK_SECONDS)).json()["tokens"]]
     except (Transient, RequestRefused, KeyRefused, ValueError, KeyError, TypeError) as error:
-        log.info("%s is of no use (%s): whether prompts fit the context is not checked", url, error)
+        if "chat_template" in body:  # the server has its own, and takes none from a request
+            own = {name: value for name, value in template.items() if name != "chat_template"}
+            return await tokenize(call, config, prompt, own)
+        log.info("%s is of no use (%s): prompts are not checked there", url, error)
         return None
 
 

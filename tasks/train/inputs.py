@@ -330,11 +330,6 @@ class BaseFiles:
             raise PreflowError(
                 f"no tokenizer in {self.name} nor in {adapter}: save one there with tokenizer.save_pretrained()"
             )
-        if "chat_template.jinja" not in names and not any(_names_template(folder) for folder in folders):
-            raise PreflowError(
-                f"no chat template in {self.name} nor in {adapter}: pairs are conversations and need one. Put the "
-                "template of the SFT training into chat_template.jinja next to the tokenizer."
-            )
         own, base = (_vocabulary(posixpath.join(folder, "tokenizer.json")) for folder in folders)
         rows = int(self.config.get("vocab_size") or 0)
         for token, number in own.items():
@@ -353,11 +348,6 @@ class BaseFiles:
 
 def _tail(module: str) -> str:
     return ".".join(module.split(".")[-4:])
-
-
-def _names_template(folder: str) -> bool:
-    file, store = posixpath.join(folder, "tokenizer_config.json"), Workspace.holding(folder)
-    return store.exists(file) and bool(read_json(file, "save the tokenizer again").get("chat_template"))
 
 
 def _vocabulary(file: str) -> dict[str, int]:

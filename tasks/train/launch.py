@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tasks.config import ReportTo, TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
+from tasks.llm.chat_template import choose_template, template_of, tokenizer_digests
 from tasks.store.workspace import DISK_FULL, MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
 from tasks.train.inputs import AdapterFiles, BaseFiles
 from tasks.train.phases import Phases
@@ -49,9 +51,18 @@ def training_key(preferences: PreferencesRef, training: TrainingConfig) -> str:
             "val": _val_digest(preferences),
             "sft_adapter": folder_digest(training.sft_adapter),
             "base": base_digest(training),
+            "tokens": token_identity(training),
             "training": training.identity(),
         }
     )
+
+
+def token_identity(training: TrainingConfig) -> dict[str, Any]:
+    """Return what decides how pairs become tokens: chat template and tokenizer; a hub's are known by its revision."""
+    base = training.base_model if Path(training.base_model).expanduser().is_dir() else None
+    template = choose_template(training, training.sft_adapter, base)
+    tokenizer = tokenizer_digests(training.sft_adapter, training.base_model)
+    return {"template": template and template.identity(), "tokenizer": tokenizer}
 
 
 def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfig) -> TrainingConfig:
@@ -132,6 +143,7 @@ def check_training_inputs(training: TrainingConfig, trains_here: bool = True) ->
         base.check(training.max_length, training.router_aux_loss_coef)
         base.check_holds(adapter)
         base.check_tokenizer(adapter.uri)
+        _ = template_of(training, base=str(base.folder)).around_answer
 
 
 def _find_base(training: TrainingConfig, trains_here: bool) -> BaseFiles | None:

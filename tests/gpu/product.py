@@ -67,9 +67,9 @@ def watch(say: Say) -> None:
     _time(CheckpointStore, ("save", "newest"), say)
     told = worker.WorkerFiles.progress
 
-    def tell(desk: Any, progress: Any) -> None:
+    def tell(files: Any, progress: Any) -> None:
         say(asdict(progress))
-        told(desk, progress)
+        told(files, progress)
 
     worker.WorkerFiles.progress = tell  # type: ignore[method-assign]
 
