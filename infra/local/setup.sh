@@ -39,8 +39,12 @@ need() {
     shift
     "$@" >/dev/null 2>&1 && return
     say "installing $package"
-    [ "$(id -u)" = 0 ] || fail "$package is missing: run 'sudo apt-get install $package', then make again"
-    apt-get update -qq && apt-get install -y -qq "$package" >/dev/null
+    local root=()
+    if [ "$(id -u)" != 0 ]; then
+        sudo -n true 2>/dev/null || fail "$package is missing: run 'sudo apt-get install $package', then make again"
+        root=(sudo)
+    fi
+    "${root[@]}" apt-get update -qq && "${root[@]}" apt-get install -y -qq "$package" >/dev/null
     "$@" >/dev/null 2>&1 || fail "'$*' fails after 'apt-get install $package': install it by hand, then make again"
 }
 

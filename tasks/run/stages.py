@@ -14,8 +14,8 @@ from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
 from tasks.llm.client import Endpoint
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import Workspace, digest, folder_digest
+from tasks.train.deployment import check_deployment
 from tasks.train.launch import base_digest, check_training_inputs, token_identity
-from tasks.train.work_pool import check_deployment
 
 logger = logging.getLogger(__name__)
 # Asks an endpoint one question, as the stage will; raises PreflowError if the answer is of no use.

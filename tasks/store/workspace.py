@@ -455,7 +455,7 @@ class Workspace:
         if reference.manifest is None:
             stat = self.stat(reference.uri)
             return stat is not None and self._is_as(stat, FileFacts(size=reference.size, sha256=reference.sha256))
-        manifest = self._find_manifest(reference.manifest)
+        manifest = self.find_manifest(reference.manifest)
         return manifest is not None and manifest.artifact.sha256 == reference.sha256
 
     def _is_as(self, stat: Stat, facts: FileFacts) -> bool:
@@ -463,11 +463,11 @@ class Workspace:
 
     def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
         """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""
-        found = self._find_manifest(manifest)
+        found = self.find_manifest(manifest)
         return found.artifact if found is not None and isinstance(found.artifact, kind) else None
 
-    def _find_manifest(self, uri: str) -> Manifest | None:
-        """Return a manifest all of whose files are as it says."""
+    def find_manifest(self, uri: str) -> Manifest | None:
+        """Return a manifest if it was written, which happens last, and all its files are as it says."""
         try:
             manifest = self.read_manifest(uri)
         except PreflowError as error:

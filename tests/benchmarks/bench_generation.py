@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def bare_loop(order: Row) -> None:
-    """What anyone would write first: one client, a semaphore, rows written as they come. Killed, it begins anew."""
+    """What anyone would write first: one client, a semaphore, rows written as they come. Killed, it begins again."""
     with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
         asyncio.run(_bare_loop(order, prompts, out))
 

@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path / "desks")
+    processes = TrainingProcesses(tmp_path / "children")
     yield processes
     processes.close()
 
@@ -135,7 +135,7 @@ def test_a_zombie_that_comes_back_cannot_commit(world: TinyWorld, processes: Tra
     os.kill(zombie, signal.SIGCONT)
     assert processes.wait(zombie) == 75
     assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in adapter.iterdir()} == before
-    logs = [log.read_text() for log in (tmp_path / "desks").glob("desk-*/log")]
+    logs = [log.read_text() for log in (tmp_path / "children").glob("child-*/log")]
     assert any("lost its lease to another" in log for log in logs)
 
 

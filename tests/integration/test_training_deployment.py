@@ -29,8 +29,9 @@ from tasks.errors import PreflowError
 from tasks.run.preflight import prepare_run
 from tasks.store.workspace import AdapterRef
 from tasks.train import work_pool as remote
+from tasks.train.deployment import check_deployment
 from tasks.train.launch import run_training
-from tasks.train.work_pool import TrainingOrder, check_deployment, count_crashes
+from tasks.train.work_pool import TrainingOrder, count_crashes
 from tests.deployed import Worker, ask, process_worker
 from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
 from tests.fakes.process import ROOT
@@ -148,7 +149,7 @@ def kill_group(run: FlowRun) -> None:
 
 @pytest.fixture(scope="module")
 def calm(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
-    """What an undisturbed training on this machine gives, without any deployment."""
+    """What an uninterrupted training on this machine gives, without any deployment."""
     workspace = tmp_path_factory.mktemp("calm")
     order = TrainingOrder.of(world.preferences, settings(world, workspace, **LONG))
     return run_training(world.preferences, order.workspace, order.training, order.key)

@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path_factory.mktemp("desks"))
+    processes = TrainingProcesses(tmp_path_factory.mktemp("children"))
     yield processes
     processes.close()
 
@@ -199,17 +199,17 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_training(world.preferences, str(tmp_path / "stormy"), training, key, interrupt)
-    stormy = Trained(world, tmp_path / "stormy", **changes)
-    assert "resuming from the checkpoint of step" in (stormy.folder / "train.log").read_text()
-    calm = Trained(world, tmp_path / "calm", **changes)
-    assert stormy.adapter.sha256 == calm.adapter.sha256
-    assert (stormy.folder / "metrics.jsonl").read_bytes() == (calm.folder / "metrics.jsonl").read_bytes()
+        run_training(world.preferences, str(tmp_path / "preempted"), training, key, interrupt)
+    preempted = Trained(world, tmp_path / "preempted", **changes)
+    assert "resuming from the checkpoint of step" in (preempted.folder / "train.log").read_text()
+    uninterrupted = Trained(world, tmp_path / "uninterrupted", **changes)
+    assert preempted.adapter.sha256 == uninterrupted.adapter.sha256
+    assert (preempted.folder / "metrics.jsonl").read_bytes() == (uninterrupted.folder / "metrics.jsonl").read_bytes()
 
     single = world.config(max_steps=6, eval_steps=6)
     assert processes.run(world.preferences, tmp_path / "single", single) == 0, processes.log()
     (adapter,) = tmp_path.glob("single/training/*/adapter/adapter_model.safetensors")
-    one, two = load_file(adapter), load_file(Path(calm.adapter.uri) / "adapter_model.safetensors")
+    one, two = load_file(adapter), load_file(Path(uninterrupted.adapter.uri) / "adapter_model.safetensors")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
