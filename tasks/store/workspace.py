@@ -8,6 +8,7 @@ import logging
 import os
 import posixpath
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,7 +132,8 @@ class Workspace:
     @classmethod
     def holding(cls, uri: str) -> "Workspace":
         """Return a workspace through which the single file or folder at `uri` can be read."""
-        return Workspace(posixpath.dirname(resolve_location(uri)))
+        location = resolve_location(uri)
+        return Workspace(location if "://" in location else posixpath.dirname(location))
 
     def uri(self, *parts: str) -> str:
         """Join `parts` to the root."""
@@ -599,7 +601,9 @@ def server_path(uri: str, workspace: str, adapter_root: str | None) -> str:
     """
     store = Workspace(workspace)
     if adapter_root is not None:
-        return posixpath.join(adapter_root, posixpath.relpath(uri, store.root))
+        # The name of a block of credentials (gs://BLOCK@bucket) is part of an address, not of a path.
+        place, root = (re.sub("^gs://[^/@]*@", "gs://", address) for address in (uri, store.root))
+        return posixpath.join(adapter_root, posixpath.relpath(place, root))
     if not store.is_local:
         raise PreflowError(
             f"vLLM cannot read {uri}: mount the bucket there (Cloud Storage FUSE) and give the folder as adapter_root"

@@ -230,6 +230,8 @@ def test_a_reference_is_plain_json() -> None:
 def test_the_server_sees_the_workspace_where_it_is_mounted() -> None:
     assert server_path("/ws/adapters/a", "/ws", "/mnt/bucket") == "/mnt/bucket/adapters/a"
     assert server_path("/ws/adapters/a", "/ws", None) == "/ws/adapters/a"
+    for uri, root in (("gs://b/ws/a", "gs://team@b/ws"), ("gs://team@b/ws/a", "gs://b/ws")):
+        assert server_path(uri, root, "/mnt") == "/mnt/a"
     with pytest.raises(PreflowError, match="mount the bucket there"):
         server_path("gs://b/ws/adapters/a", "gs://b/ws", None)
 
