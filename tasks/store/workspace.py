@@ -386,7 +386,7 @@ class Workspace:
             list(pool.map(lambda file: self._get(file, local / posixpath.basename(file)), self.list(uri)))
         return local
 
-    def verify_folder(self, uri: str) -> dict[str, Any]:
+    def verify_folder(self, uri: str) -> Any:
         """Check a committed folder against its `COMMITTED.json` and return that.
 
         On a bucket the digests are those that the objects carry, so that nothing is read.
@@ -394,24 +394,21 @@ class Workspace:
         Raises:
             PreflowError: naming the first file that is missing, cut or changed.
         """
-        return self._verify(uri)[1]
+        committed = self._read_committed(uri)[1]
+        there = self.tree(uri)
+        for name, facts in committed["files"].items():
+            file, stat = posixpath.join(uri, name), there.get(name)
+            if stat is None:
+                raise PreflowError(_missing(file))
+            if not self._is_as(stat, FileFacts(**facts)):
+                raise PreflowError(_damaged(file))
+        return committed
 
     def committed_files(self, uri: str) -> dict[str, FileFacts]:
         """Return size and sha256 of the files of a committed folder, with `COMMITTED.json` itself."""
         content, committed = self._read_committed(uri)
         marker = FileFacts(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         return {COMMITTED: marker, **{name: FileFacts(**facts) for name, facts in committed["files"].items()}}
-
-    def _verify(self, uri: str) -> tuple[bytes, dict[str, Any]]:
-        content, committed = self._read_committed(uri)
-        there = self.tree(uri)
-        for name, expected in committed["files"].items():
-            file, stat = posixpath.join(uri, name), there.get(name)
-            if stat is None:
-                raise PreflowError(_missing(file))
-            if stat.size != expected["size"] or self._sha256_of(stat) != expected["sha256"]:
-                raise PreflowError(_damaged(file))
-        return content, committed
 
     def _read_committed(self, uri: str) -> tuple[bytes, dict[str, Any]]:
         marker = posixpath.join(uri, COMMITTED)
