@@ -30,14 +30,14 @@ from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.power import power_before_price
 from tasks.judge.asking import VERDICT_TOKENS, JudgePlan, plan_judging
-from tasks.llm.responses import Usage
+from tasks.llm.responses import price
 from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
 from tasks.report.run import evaluation_page
 from tasks.run.preflight import run_folder
 from tasks.store.prompts import import_prompts
-from tasks.store.workspace import CompletionsRef, EvaluationRef, PromotionRef, Workspace
+from tasks.store.workspace import CompletionsRef, Cost, EvaluationRef, PromotionRef, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +205,8 @@ def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> lis
 def _estimate(plan: JudgePlan) -> JudgeEstimate:
     remaining, judge = plan.remaining(), plan.judge
     asked, tokens = remaining.to_ask, remaining.prompt_tokens
-    expected = Usage(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
-    most = Usage(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
+    expected = Cost(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
+    most = Cost(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
     return JudgeEstimate(
         model=judge.model,
         requests=asked,
@@ -214,8 +214,8 @@ def _estimate(plan: JudgePlan) -> JudgeEstimate:
         prompt_tokens=expected.prompt_tokens,
         completion_tokens=expected.completion_tokens,
         most_completion_tokens=most.completion_tokens,
-        usd=expected.cost(judge),
-        most_usd=most.cost(judge),
+        usd=price(expected, judge).usd,
+        most_usd=price(most, judge).usd,
     )
 
 
