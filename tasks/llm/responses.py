@@ -136,6 +136,10 @@ class KeyRefused(StageStopped):
     """The endpoint does not accept the key."""
 
 
+class NotPermitted(KeyRefused):
+    """The key is known, and may not do this."""
+
+
 class CreditUsedUp(KeyRefused):
     """The key's account has no money left."""
 
@@ -384,7 +388,7 @@ def classify_error(error: ServerError) -> Failure:
     if rated:
         return Transient(f"{status}: {text}", status=429, retry_after=error.wait)
     if status == 403 and reason != "content_filter":
-        return KeyRefused(text)
+        return NotPermitted(text)
     if status in RETRIED or (status >= 500 and reason not in ("context_length", "content_filter")):
         billed = status in (408, 504)
         return Transient(f"{status}: {text}", status=status, retry_after=error.wait, maybe_billed=billed)
