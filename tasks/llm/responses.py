@@ -253,7 +253,7 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
 
 
 def _read_content(content: Any) -> tuple[str, bool]:
-    """Return the text in a message's content, and whether thinking stands beside it: text, or a list of parts."""
+    """Return the text in a message's content, and whether there is thinking too: text, or a list of parts."""
     if isinstance(content, str):
         return content, False
     parts = [part for part in content if isinstance(part, dict | str)] if isinstance(content, list) else []
@@ -319,7 +319,7 @@ class ServerError:
             status = int(inner) if inner is not None and 400 <= inner < 600 else 502
         fields = list(_walk(data))
         text = _message(error) or _message(data)
-        text = shorten(text.replace(hide, "***") if hide else text)
+        text = shorten(text.replace(hide, "***") if hide else text).rstrip(".")
         named = (value for name, value in fields if name == "param" and isinstance(value, str))
         return cls(
             status=status,
@@ -345,7 +345,7 @@ def _walk(data: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 
 def _message(data: Any) -> str:
-    """Return an error's words: never the input, which servers repeat beside them and which may hold any words."""
+    """Return an error's words: never the input, which servers repeat and which may hold any words."""
     if isinstance(data, str):
         return data
     if isinstance(data, list):
