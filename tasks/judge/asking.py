@@ -286,7 +286,7 @@ async def judge_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str,
 
 
 def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> VerdictsRef:
-    """Put all judges' votes next to the completions they are about, in input order, as `verdicts.jsonl` with a manifest.
+    """Put all judges' votes next to the completions, in input order, as `verdicts.jsonl` with a manifest.
 
     Args:
         plan: the judging.
