@@ -246,7 +246,7 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
     config, store = plan.generation, Workspace(plan.workspace)
     info = await endpoint.check_model()
     template = choose_template(config, config.adapter)
-    if template is not None:
+    if template is not None and template.is_complete:
         check_prompts(plan.prompts.uri, template)
     longest = longest_prompts(store, plan.prompts)
     counted = await asyncio.gather(*(endpoint.tokenize(p["prompt"], **template_settings(config)) for p in longest))
@@ -257,7 +257,7 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
                 f"it does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest "
                 "prompts, or serve the model with a larger --max-model-len."
             )
-    if template is not None:
+    if template is not None and template.is_complete:
         await check_same_template(endpoint, config, template, [prompt["prompt"] for prompt in longest])
 
 

@@ -333,7 +333,10 @@ def find_cut(tally: Tally) -> Finding | None:
     """Return the share of completions that were cut."""
     if not tally.finish_reasons:
         return None
-    advice = "Many completions end in mid-sentence, so the policy learns not to stop: raise generation.max_tokens."
+    advice = (
+        "Many completions end in mid-sentence; such a side is trained on without an end of turn. Raise "
+        "generation.max_tokens, or leave these pairs out with judging.leave_out_cut."
+    )
     reasons = dict(tally.finish_reasons)
     return at_most(tally.finish_reasons["length"], tally.finish_reasons.total(), 0.1, advice, finish_reasons=reasons)
 
