@@ -220,7 +220,7 @@ def test_a_resume_on_other_tokens_is_refused_by_name(
     monkeypatch.setattr("tests.fakes.training_process.training_key", lambda *_: "k" * 64)
     assert processes.run(world.preferences, tmp_path, config, Kill("training_step", 14)) == PREEMPTED
     other = tmp_path / "other.jinja"
-    other.write_text(CHAT_TEMPLATE.replace("message['content']", "'w1 ' + message['content']"))
+    other.write_text(CHAT_TEMPLATE.replace("message['role'] +", "message['role'] + (' w1' if loop.first else '') +"))
     changed = config.model_copy(update={"chat_template": str(other)})
     assert processes.run(world.preferences, tmp_path, changed) == USER_ERROR
     message = processes.outcome()["message"]
