@@ -15,7 +15,7 @@ from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import DigestWriter, FileFacts, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
 
-VERSION = 3
+VERSION = 4
 APPLIED = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "seed"}
 TOKENS = {"prompt_token_ids", "token_ids"}
 CUT = "a side was cut at max_tokens"

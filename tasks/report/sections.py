@@ -147,10 +147,16 @@ def training_section(
 
 
 def _pairs_used(counts: Mapping[str, int]) -> Table:
-    columns = ("pairs", "given", "used", "refused", "sides cut at max_length", "longest, tokens")
+    columns = ("pairs", "given", "used", "refused", "sides cut at max_length", "longest, tokens",
+               "share on exactly the sampled tokens", "sides cut in sampling")  # fmt: skip
     shown = ("pairs", "used", "refused", "cut_sides", "longest")
+
+    def exact(side: str) -> str:
+        used = 2 * counts[f"{side}_used"]
+        return f"{counts.get(f'{side}_exact', 0) / used:.3f}" if used else "-"
+
     rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (name, *(counts[f"{side}_{figure}"] for figure in shown))
+        (name, *(counts[f"{side}_{figure}"] for figure in shown), exact(side), counts.get(f"{side}_unfinished", 0))
         for name, side in (("to train", "train"), ("held out", "val"))
         if f"{side}_pairs" in counts
     )

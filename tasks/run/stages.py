@@ -64,9 +64,10 @@ def _training_checks(config: PipelineConfig) -> list[Callable[[], object]]:
 
 def _find_template(training: TrainingConfig) -> ChatTemplate | None:
     found = choose_template(training, training.sft_adapter, training.base_model, training.base_revision)
-    if found is None:
-        logger.warning("no chat template of %s can be read here: prompts are not checked", training.base_model)
-    return found
+    if found is not None and found.is_complete:
+        return found
+    logger.warning("chat template or tokenizer of %s cannot be read here: prompts are not checked", training.base_model)
+    return None
 
 
 def _check_prompts(config: PipelineConfig) -> None:

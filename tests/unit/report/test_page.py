@@ -89,7 +89,6 @@ def make_report(rows: int = 60) -> QualityReport:
                 "best": order[-1],
                 "worst": order[0],
                 "confidence": 4,
-                "usage": {"requests": 1, "prompt_tokens": 90, "completion_tokens": 9},
             }
             for order in ([0, 1, 2], [1, 2, 0])
         ]
@@ -105,7 +104,8 @@ def make_report(rows: int = 60) -> QualityReport:
                 "worst": 1,
             }
         )
-    return measure_judgements(judged)
+    usage = {"requests": 2 * rows, "prompt_tokens": 180 * rows, "completion_tokens": 18 * rows}
+    return measure_judgements(judged, usage)
 
 
 WIN_RATE: dict[str, Any] = {

@@ -114,3 +114,13 @@ def test_no_error_holds_more_than_the_first_three_problems(tmp_path: Path) -> No
     with pytest.raises(PreflowError) as caught:
         list(read_rows(PromptRow, uri))
     assert str(caught.value).count("prompt[") == 3
+
+
+def test_several_wrong_lines_are_named_at_once_and_not_a_thousand(tmp_path: Path) -> None:
+    good = json.dumps({"prompt": [{"role": "user", "content": "x"}]})
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join([good, "not json", good, json.dumps({"prompt": "text"}), *["{}"] * 1000]))
+    with pytest.raises(PreflowError) as refused:
+        list(read_rows(PromptRow, str(file)))
+    lines = [line for line in str(refused.value).splitlines() if line.startswith(str(file))]
+    assert [line.removeprefix(str(file)).split(":")[1] for line in lines] == ["2", "4", "5", "6", "7"]
