@@ -11,7 +11,7 @@ ENV DO_NOT_TRACK=1 \
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True \
     VLLM_NO_USAGE_STATS=1
 COPY infra/docker/vllm_plugin /opt/preflow/vllm_plugin
-COPY infra/docker/serve.sh infra/docker/served_adapters.py /opt/preflow/
+COPY infra/docker/serve.sh infra/docker/served_adapters.py tasks/llm/choose_template.py /opt/preflow/
 
 USER 10001:10001
 ENTRYPOINT ["/opt/preflow/serve.sh"]

@@ -6,12 +6,15 @@
 #   MAX_MODEL_LEN  longest prompt + completion, in tokens (4096)
 #   MAX_LORAS      adapters on the GPU at once (4)      MAX_LORA_RANK  highest rank of an adapter (64)
 #   VLLM_API_KEY   key that clients must send
-#   CHAT_TEMPLATE  file with the chat template; empty: the SFT adapter's chat_template.jinja, else the base model's own
+#   CHAT_TEMPLATE  file with the chat template; empty: the SFT adapter's own, else the base model's
 set -eu
 # Training takes the adapter's template too: sampling must speak to the model in the same words.
-[ ! -f "${SFT_ADAPTER:-}/chat_template.jinja" ] || : "${CHAT_TEMPLATE:=$SFT_ADAPTER/chat_template.jinja}"
+here=$(dirname "$0")
+choose="$here/choose_template.py"
+[ -f "$choose" ] || choose="$here/../../tasks/llm/choose_template.py"
+: "${CHAT_TEMPLATE:=$(python3 "$choose" "${SFT_ADAPTER:-}")}"
 : "${MODEL:?name the base model}"
-loras=$(python3 "$(dirname "$0")/served_adapters.py" "${ADAPTERS:-}" "${SFT_ADAPTER:-}")
+loras=$(python3 "$here/served_adapters.py" "${ADAPTERS:-}" "${SFT_ADAPTER:-}")
 # A name or path with a space in it would not come through; names have none, and paths are ours.
 # shellcheck disable=SC2086
 [ -z "$loras" ] || set -- --lora-modules $loras "$@"

@@ -1,6 +1,7 @@
 """Every parameter, a file a stage: frozen models with bounds, units and the text of the Prefect form; no torch."""
 
 from tasks.config.base import OPERATIONAL, Location, SecretName, StageConfig, field_title, resolve_location
+from tasks.config.chat import ChatSettings
 from tasks.config.drill import DrillConfig
 from tasks.config.endpoint import EndpointConfig
 from tasks.config.evaluation import EvaluationConfig
@@ -14,6 +15,7 @@ from tasks.config.training import ComputeType, LossType, QuantType, ReportTo, Sc
 __all__ = [
     "OPERATIONAL",
     "ApprovalPoint",
+    "ChatSettings",
     "ComputeType",
     "DrillConfig",
     "EndpointConfig",

@@ -6,10 +6,11 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from tasks.config.base import OPERATIONAL, MaybeLocation
+from tasks.config.chat import ChatSettings
 from tasks.config.endpoint import EndpointConfig
 
 
-class GenerationConfig(EndpointConfig):
+class GenerationConfig(ChatSettings, EndpointConfig):
     """Sampling of completions from the SFT model."""
 
     adapter: MaybeLocation = Field(

@@ -55,6 +55,11 @@ class JudgingConfig(JudgeConfig):
         description="unanimous: best and worst the same in every vote; majority: in most; borda: by summed ranks.",
     )
     min_confidence: int = Field(1, ge=1, le=5, description="Pairs whose mean confidence is lower are dropped (1-5).")
+    leave_out_cut: bool = Field(
+        False,
+        description="Leave out pairs with a side that was cut at max_tokens. Off: they are trained on as they are, the "
+        "cut side without an end of turn.",
+    )
     val_ratio: float = Field(0.1, ge=0, lt=1, description="Share of pairs (or groups) held out for evaluation.")
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of the orders and of the train/val split.")
 
@@ -72,5 +77,5 @@ class JudgingConfig(JudgeConfig):
 
     def verdict_identity(self) -> dict[str, Any]:
         """Return the settings that determine the judges' answers; pair policy, bar and split are applied later."""
-        applied_later = {"pair_policy", "min_confidence", "val_ratio", "shard_size"}
+        applied_later = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "shard_size"}
         return {name: value for name, value in self.identity().items() if name not in applied_later}

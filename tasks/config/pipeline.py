@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from tasks.config.base import OPERATIONAL, Location, MaybeLocation, StageConfig
+from tasks.config.chat import ChatSettings
 from tasks.config.evaluation import EvaluationConfig
 from tasks.config.generation import GenerationConfig
 from tasks.config.judging import JudgingConfig
@@ -76,11 +77,22 @@ class PipelineConfig(StageConfig):
                 f"training.max_length ({self.training.max_length} tokens, prompt and completion) leaves no room for a "
                 f"prompt beside generation.max_tokens ({self.generation.max_tokens}): completions would be cut"
             )
+        self._check_chat()
         if self.training.measured_label_smoothing and self.judging.orders < 2:
             raise ValueError(
                 "training.measured_label_smoothing needs judging.orders of at least 2 to see verdicts flip"
             )
         return self
+
+    def _check_chat(self) -> None:
+        for stage, settings in (("training", self.training), ("evaluation.generation", self.evaluation.generation)):
+            given = settings.model_fields_set & set(ChatSettings.model_fields) if settings else ()
+            for name in sorted(given):
+                if getattr(settings, name) != getattr(self.generation, name):
+                    raise ValueError(
+                        f"{stage}.{name} is not generation.{name}: a run samples, trains and evaluates in the same "
+                        f"words. Set it in generation; {stage} takes it from there"
+                    )
 
     @model_validator(mode="after")
     def _check_proof(self) -> Self:
@@ -108,10 +120,12 @@ class PipelineConfig(StageConfig):
         generation = self.generation
         if generation.adapter is None:
             generation = generation.model_copy(update={"adapter": self.training.sft_adapter})
+        chat = {name: getattr(generation, name) for name in ChatSettings.model_fields}
         evaluation = self.evaluation.model_copy(
             update={
-                "generation": self.evaluation.generation or generation,
+                "generation": (self.evaluation.generation or generation).model_copy(update=chat),
                 "judging": self.evaluation.judging or self.judging,
             }
         )
-        return self.model_copy(update={"generation": generation, "evaluation": evaluation})
+        training = self.training.model_copy(update=chat)
+        return self.model_copy(update={"generation": generation, "training": training, "evaluation": evaluation})

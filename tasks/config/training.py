@@ -5,7 +5,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, Location, ModelLocation, StageConfig
+from tasks.config.base import OPERATIONAL, Location, ModelLocation
+from tasks.config.chat import ChatSettings
 
 
 class LossType(StrEnum):
@@ -50,16 +51,19 @@ class ReportTo(StrEnum):
     MLFLOW = "mlflow"
 
 
-class TrainingConfig(StageConfig):
+class TrainingConfig(ChatSettings):
     """DPO of the SFT adapter with TRL; names and defaults are TRL's or the usual ones for a 3B model on an L4."""
 
+    # Where the base is; what it is, by content or by name and revision, is part of every key.
     base_model: ModelLocation = Field(
         "meta-llama/Llama-3.2-3B",
         description="Base model: a hub name or a folder.",
         json_schema_extra=OPERATIONAL,
     )
     base_revision: str | None = Field(
-        None, description="Commit or tag of a base model from the hub; empty: its newest. A folder has none."
+        None,
+        description="Commit or tag of a base model from the hub; empty: its newest. A folder has none.",
+        json_schema_extra=OPERATIONAL,
     )
     sft_adapter: Location = Field(
         "adapters/sft",

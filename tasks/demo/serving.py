@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tasks.demo.services import Service, free_port
 from tasks.errors import PreflowError
+from tasks.llm.choose_template import template_file
 
 # Exchanges an adapter under its name without touching the requests in flight; see its docstring.
 VLLM_PLUGIN = Path(__file__).parents[2] / "infra" / "docker" / "vllm_plugin"
@@ -84,7 +85,9 @@ def vllm_server(
         if not (path / file).is_file():
             raise PreflowError(f"{name} in {path} is not whole: {file} is missing. Build it again.")
     port = port or free_port()
+    template = template_file([*map(str, adapters.values()), str(model)])
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", *options.arguments(model, adapters, port)]
+    command += [f"--chat-template={template}"] if template else []
     return Service("vLLM", command, port, "/health", log, ENVIRONMENT)
 
 

@@ -6,13 +6,14 @@ import heapq
 import json
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import httpx
 from prefect import task
 from pydantic import BaseModel, ConfigDict
+from tokenizers import Tokenizer
 
 from tasks.batch.costs import Spending, log_cost, price, write_cost
 from tasks.batch.progress import SHARD_POLICY, run_shards
@@ -20,7 +21,8 @@ from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
-from tasks.llm.client import Endpoint, RequestRefused, resolve_secret
+from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
+from tasks.llm.client import Answer, Endpoint, RequestRefused, resolve_secret
 from tasks.store.workspace import (
     CompletionsRef,
     FileFacts,
@@ -32,7 +34,7 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-VERSION = 2
+VERSION = 3
 # So many of the longest prompts are held against the model's context.
 LONGEST = 5
 logger = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ def sampling_identity(generation: GenerationConfig) -> dict[str, Any]:
         PreflowError: the adapter's folder is missing or holds no weights.
     """
     settings = generation.identity()
+    if template := choose_template(generation, generation.adapter):
+        settings["chat_template"] = template.identity()
     if generation.adapter:
         settings["model"] = f"sha256:{folder_digest(generation.adapter)}"
     else:
@@ -104,19 +108,59 @@ def sample_seed(seed: int, identity: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:4], "big") % 2**30
 
 
+class Extras(TypedDict, total=False):
+    """Settings of a request that vLLM takes and other servers may refuse."""
+
+    return_token_ids: bool
+    chat_template: str
+    chat_template_kwargs: Mapping[str, Any]
+
+
+def template_settings(generation: GenerationConfig) -> Extras:
+    """Return what a request says about the chat template; the template itself only where the settings name one."""
+    named = choose_template(generation, None) if generation.chat_template else None
+    settings: Extras = {"chat_template": named.text} if named else {}
+    return {**settings, "chat_template_kwargs": generation.template_kwargs()}
+
+
 class Sampler:
     """Samples the completions of one prompt."""
 
     def __init__(self, endpoint: Endpoint, generation: GenerationConfig) -> None:
         self._endpoint, self._config = endpoint, generation
         self._keep = re.compile(generation.keep_lines) if generation.keep_lines else None
+        # What vLLM takes and other servers may refuse.
+        self._extras: Extras = {"return_token_ids": True, **template_settings(generation)}
 
     async def sample(self, prompt: Row) -> Outcome:
         """Return the completions of `prompt`, or why the endpoint will never give them."""
-        config = self._config
+        try:
+            answer = await self._ask(prompt)
+        except RequestRefused as refused:
+            return Outcome(error={"id": prompt["id"], "reason": refused.reason, "detail": str(refused)})
+        texts = [self._kept(choice.text) for choice in answer.choices]
+        usage = answer.usage.model_dump()
+        if problem := self._find_problem(texts):
+            return Outcome(error={"id": prompt["id"], **problem}, usage=usage)
+        sampled = [
+            choice.token_ids if text == writable(choice.text) else None
+            for choice, text in zip(answer.choices, texts, strict=True)
+        ]
+        row = {
+            "id": prompt["id"],
+            "completions": texts,
+            "finish_reasons": [choice.finish_reason for choice in answer.choices],
+            "prompt_token_ids": answer.prompt_token_ids,
+            "token_ids": sampled,
+        }
+        return Outcome(row=row, usage=usage)
+
+    async def _ask(self, prompt: Row) -> Answer:
+        """Ask for all completions of a prompt; what the server does not know of is left out from then on."""
+        config, extras = self._config, self._extras
         messages = [{"role": m["role"], "content": m["content"]} for m in prompt["prompt"]]
         try:
-            answer = await self._endpoint.chat(
+            return await self._endpoint.chat(
                 messages,
                 n=config.num_completions,
                 temperature=config.temperature,
@@ -124,15 +168,18 @@ class Sampler:
                 max_tokens=config.max_tokens,
                 frequency_penalty=config.frequency_penalty,
                 seed=sample_seed(config.seed, prompt["id"]),
+                stop=list(config.stop) or None,
+                **extras,
             )
         except RequestRefused as refused:
-            return Outcome(error={"id": prompt["id"], "reason": refused.reason, "detail": str(refused)})
-        texts = [self._kept(choice.text) for choice in answer.choices]
-        usage = answer.usage.model_dump()
-        if problem := self._find_problem(texts):
-            return Outcome(error={"id": prompt["id"], **problem}, usage=usage)
-        reasons = [choice.finish_reason for choice in answer.choices]
-        return Outcome(row={"id": prompt["id"], "completions": texts, "finish_reasons": reasons}, usage=usage)
+            # vLLM refuses a "chat template" in words, others name the field.
+            told = re.sub(r"\W+", "_", refused.text.lower())
+            unknown = [name for name in extras if re.search(rf"{name}(?!_kwargs)", told)]
+            if not unknown or (config.chat_template_kwargs and "chat_template_kwargs" in unknown):
+                raise
+            logger.info("%s knows no %s: sampling goes on without", config.endpoint, ", ".join(unknown))
+        self._extras = Extras(**{name: value for name, value in extras.items() if name not in unknown})  # type: ignore[typeddict-item]
+        return await self._ask(prompt)
 
     def _kept(self, text: str) -> str:
         text = writable(text)
@@ -217,18 +264,22 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | No
     Raises:
         PreflowError: it does not; nothing was sampled.
     """
+    config, store = plan.generation, Workspace(plan.workspace)
     info = await endpoint.check_model()
-    if info.max_model_len is None:
-        return
-    config, longest = plan.generation, longest_prompts(Workspace(plan.workspace), plan.prompts)
-    counts = await asyncio.gather(*(_count_tokens(config, prompt["prompt"], key) for prompt in longest))
-    for prompt, tokens in zip(longest, counts, strict=True):
-        if tokens is not None and tokens + config.max_tokens > info.max_model_len:
+    template = choose_template(config, config.adapter)
+    if template is not None:
+        check_prompts(plan.prompts.uri, template)
+    longest = longest_prompts(store, plan.prompts)
+    counted = await asyncio.gather(*(tokenize_prompt(config, prompt["prompt"], key) for prompt in longest))
+    for prompt, tokens in zip(longest, counted, strict=True):
+        if tokens is not None and info.max_model_len and len(tokens) + config.max_tokens > info.max_model_len:
             raise PreflowError(
-                f"prompt {prompt['id'][:12]} has {tokens} tokens; with generation.max_tokens {config.max_tokens} it "
-                f"does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest "
+                f"prompt {prompt['id'][:12]} has {len(tokens)} tokens; with generation.max_tokens {config.max_tokens} "
+                f"it does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest "
                 "prompts, or serve the model with a larger --max-model-len."
             )
+    if template is not None:
+        await check_same_template(config, template, [prompt["prompt"] for prompt in longest], key)
 
 
 def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
@@ -238,17 +289,62 @@ def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
     return [json.loads(line) for line in dict.fromkeys([*by_bytes, *by_characters])]
 
 
-async def _count_tokens(generation: GenerationConfig, messages: list[dict[str, str]], key: str | None) -> int | None:
-    """Return a prompt's tokens as vLLM counts them, chat template included; None where there is no /tokenize."""
+async def check_same_template(
+    generation: GenerationConfig,
+    template: ChatTemplate,
+    prompts: Sequence[list[dict[str, str]]],
+    key: str | None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """See that a vLLM server turns prompts into the tokens that are trained on; other servers do not tell.
+
+    Args:
+        generation: names the server and the model.
+        template: the chat template of the training.
+        prompts: some, as messages.
+        key: of the server.
+        tokenizer: that of the training; None: the server's own is taken for it.
+
+    Raises:
+        PreflowError: it does not: what it samples and serves would be other words than are trained on.
+    """
+    for messages in prompts:
+        text = template.render(messages, prompt=True)
+        theirs = await tokenize_prompt(generation, messages, key)
+        ours = tokenizer.encode(text, add_special_tokens=False).ids if tokenizer else None
+        ours = ours or await tokenize_prompt(generation, text, key)
+        if theirs is None or ours is None or theirs == ours:
+            continue
+        if template.has_clock:
+            logger.warning("the chat template of %s writes the server's date, another one from day to day, in serving "
+                           "too: take a template that is handed date_string", template.source)  # fmt: skip
+            return
+        same = next((i for i, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]), len(ours))
+        raise PreflowError(
+            f"{generation.endpoint} does not speak with the chat template of {template.source} and its tokenizer: a "
+            f"prompt has other tokens there from token {same} of {len(theirs)} on. Start vLLM with --chat-template and "
+            "that file (serve.sh does so), or name the server's own with generation.chat_template."
+        )
+
+
+async def tokenize_prompt(
+    generation: GenerationConfig, prompt: list[dict[str, str]] | str, key: str | None
+) -> list[int] | None:
+    """Return a prompt's tokens as vLLM sees them, of messages or of rendered text; None where there is no /tokenize."""
     base = generation.endpoint.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    body = {"model": generation.model, "messages": messages, "add_generation_prompt": True}
+    body: dict[str, Any] = {"model": generation.model, "prompt": prompt, "add_special_tokens": False}
+    if not isinstance(prompt, str):
+        body = {"model": generation.model, "messages": prompt, "add_generation_prompt": True}
+        body |= template_settings(generation)
     try:
         async with httpx.AsyncClient(timeout=30, headers=headers) as client:
             reply = await client.post(f"{base}/tokenize", json=body)
-        return int(reply.json()["count"]) if reply.is_success else None
+            if body.pop("chat_template", None) and reply.is_client_error:
+                reply = await client.post(f"{base}/tokenize", json=body)
+        return [int(token) for token in reply.json()["tokens"]] if reply.is_success else None
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        logger.info("%s/tokenize is of no use (%s): whether prompts fit the context is not checked", base, error)
+        logger.info("%s/tokenize is of no use (%s): prompts are not checked there", base, error)
         return None
 
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -12,17 +12,19 @@ from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.quality import measure_judgements, plot_quality
 from tasks.store.measures import QualityReport
+from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import DigestWriter, FileFacts, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
 
-VERSION = 2
-Row: TypeAlias = dict[str, Any]
-Vote: TypeAlias = dict[str, Any]
+VERSION = 3
+APPLIED = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "seed"}
+TOKENS = {"prompt_token_ids", "token_ids"}
+CUT = "a side was cut at max_tokens"
 logger = logging.getLogger(__name__)
 
 
 def preferences_key(verdicts: VerdictsRef, judging: JudgingConfig) -> str:
     """Return the content key of the pairs made of these verdicts."""
-    applied = judging.model_dump(mode="json", include={"pair_policy", "min_confidence", "val_ratio", "seed"})
+    applied = judging.model_dump(mode="json", include=APPLIED)
     return stage_key("preferences", VERSION, verdicts=verdicts.sha256, **applied)
 
 
@@ -42,9 +44,9 @@ def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
         return known
     store, key = Workspace(workspace), preferences_key(verdicts, judging)
     folder = store.uri("preferences", key)
-    written, statuses = _write_pairs(store, folder, verdicts, judging)
+    written, found = _write_pairs(store, folder, verdicts, judging)
     train = written["train.jsonl"]
-    counts = {**statuses, "train": train.rows, "val": written["val.jsonl"].rows}
+    counts = {**found, "train": train.rows, "val": written["val.jsonl"].rows}
     files = {name: out.file for name, out in written.items()} | _measure(store, folder, verdicts)
     logger.info("preferences: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     artifact = PreferencesRef(
@@ -63,20 +65,31 @@ def _write_pairs(
     store: Workspace, folder: str, verdicts: VerdictsRef, judging: JudgingConfig
 ) -> tuple[dict[str, DigestWriter], Counter[str]]:
     """Decide on every row, and return the files and how many rows came to what."""
-    statuses: Counter[str] = Counter()
+    counts: Counter[str] = Counter(cut_pairs=0)
     with (
         store.writing(f"{folder}/judged.jsonl") as judged,
         store.writing(f"{folder}/train.jsonl") as train,
         store.writing(f"{folder}/val.jsonl") as val,
     ):
-        for row in store.read_rows(verdicts.uri):
-            decision = decide(row["votes"], judging.pair_policy, judging.min_confidence)
-            statuses[decision.status] += 1
-            judged.write_row({**row, **decision.model_dump()})
+        for row in read_rows(VerdictsRow, verdicts.uri, store):
+            decision = decide(row.votes, judging.pair_policy, judging.min_confidence)
+            if is_cut(row, decision):
+                counts["cut_pairs"] += 1
+                if judging.leave_out_cut:
+                    decision = decision.model_copy(update={"status": "dropped", "reason": CUT})
+            counts[decision.status] += 1
+            judged.write_row({**row.model_dump(exclude=TOKENS, exclude_none=True), **decision.model_dump()})
             if decision.status == "pair":
-                held_out = is_validation(row["id"], row.get("group"), judging.seed, judging.val_ratio)
-                (val if held_out else train).write_row(preference_pair(row, decision))
-    return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, statuses
+                held_out = is_validation(row.id, row.group, judging.seed, judging.val_ratio)
+                (val if held_out else train).write_row(preference_pair(row, decision).model_dump(exclude_none=True))
+    return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, counts
+
+
+def is_cut(row: VerdictsRow, decision: "Decision") -> bool:
+    """Tell whether a pair has a side that did not end by itself."""
+    reasons = row.finish_reasons
+    sides = (decision.best, decision.worst) if decision.status == "pair" else ()
+    return any(side is not None and side < len(reasons) and reasons[side] == "length" for side in sides)
 
 
 def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, FileFacts]:
@@ -121,13 +134,13 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
     """Turn votes into a pair, or into the reason why there is none."""
     if not votes:
         return Decision(status="skipped", reason="one distinct completion")
-    read = [vote for vote in votes if "error" not in vote]
+    read = [vote for vote in votes if vote.error is None]
     needed = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
     if len(read) < needed:
-        failed = next(vote["error"] for vote in votes if "error" in vote)
+        failed = next(vote.error for vote in votes if vote.error is not None)
         return Decision(status="failed", reason=f"verdict unreadable: {failed}")
     best, worst = _choose(read, policy)
-    given = [vote["confidence"] for vote in read if vote.get("confidence") is not None]
+    given = [vote.confidence for vote in read if vote.confidence is not None]
     facts: dict[str, Any] = {
         "agreement": _agreement(read),
         "confidence": round(sum(given) / len(given), 3) if given else None,
@@ -144,25 +157,24 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
 def _choose(votes: Sequence[Vote], policy: PairPolicy) -> tuple[int | None, int | None]:
     if policy is PairPolicy.BORDA:
         # Borda count with three ranks: best +1, unnamed 0, worst -1; a tie at an end names nobody.
-        scores = dict.fromkeys(votes[0]["order"], 0)
-        for vote in votes:
-            scores[vote["best"]] += 1
-            scores[vote["worst"]] -= 1
+        scores: Counter[int | None] = Counter(dict.fromkeys(votes[0].order, 0))
+        scores.update(vote.best for vote in votes)
+        scores.subtract(vote.worst for vote in votes)
         return _only(scores, max(scores.values())), _only(scores, min(scores.values()))
     share = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
-    chosen = [Counter(vote[name] for vote in votes).most_common(1)[0] for name in ("best", "worst")]
+    chosen = [Counter(getattr(vote, name) for vote in votes).most_common(1)[0] for name in ("best", "worst")]
     best, worst = (index if count >= share else None for index, count in chosen)
     return (best, worst) if best != worst else (None, None)
 
 
-def _only(scores: dict[int, int], value: int) -> int | None:
+def _only(scores: Counter[int | None], value: int) -> int | None:
     at = [index for index, score in scores.items() if score == value]
     return at[0] if len(at) == 1 else None
 
 
 def _agreement(votes: Sequence[Vote]) -> float:
     """Return the share of votes for the most frequent (best, worst)."""
-    most = Counter((vote["best"], vote["worst"]) for vote in votes).most_common(1)[0][1]
+    most = Counter((vote.best, vote.worst) for vote in votes).most_common(1)[0][1]
     return round(most / len(votes), 4)
 
 
@@ -172,19 +184,17 @@ def is_validation(identity: str, group: str | None, seed: int, val_ratio: float)
     return int.from_bytes(drawn, "big") / 2**64 < val_ratio
 
 
-def preference_pair(row: Row, decision: Decision) -> Row:
-    """Return the row of `train.jsonl` or `val.jsonl`, in TRL's conversational form.
+def preference_pair(row: VerdictsRow, decision: Decision) -> PairRow:
+    """Return the row of `train.jsonl` or `val.jsonl`: TRL's conversational form, and what was sampled.
 
     Raises:
         ValueError: the decision is not a pair.
     """
     if decision.best is None or decision.worst is None:
-        raise ValueError(f"row {row['id']} has no pair: {decision.reason}")
-    sides = {"chosen": decision.best, "rejected": decision.worst}
-    pair: Row = {"id": row["id"], "prompt": row["prompt"]}
-    for name, index in sides.items():
-        pair[name] = [{"role": "assistant", "content": row["completions"][index]}]
-    pair["confidence"] = decision.confidence
-    if row.get("group") is not None:
-        pair["group"] = row["group"]
-    return pair
+        raise ValueError(f"row {row.id} has no pair: {decision.reason}")
+    sampled = dict(enumerate(row.token_ids)), dict(enumerate(row.finish_reasons))
+    pair: dict[str, Any] = {"id": row.id, "prompt": row.prompt, "prompt_token_ids": row.prompt_token_ids}
+    for name, index in (("chosen", decision.best), ("rejected", decision.worst)):
+        pair[name] = [Message(role="assistant", content=row.completions[index])]
+        pair[f"{name}_token_ids"], pair[f"{name}_finish_reason"] = (known.get(index) for known in sampled)
+    return PairRow(**pair, confidence=decision.confidence, group=row.group)

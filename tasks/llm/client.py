@@ -60,6 +60,10 @@ class Sampling(TypedDict):
     max_tokens: NotRequired[int | None]
     frequency_penalty: NotRequired[float | None]
     seed: NotRequired[int | None]
+    stop: NotRequired[Sequence[str] | None]
+    chat_template: NotRequired[str | None]
+    chat_template_kwargs: NotRequired[Mapping[str, Any] | None]
+    return_token_ids: NotRequired[bool | None]
     response_format: NotRequired[Mapping[str, Any] | None]
 
 

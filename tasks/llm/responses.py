@@ -17,7 +17,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol, Self
@@ -104,11 +104,12 @@ class Usage(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One completion: its text, why it ended ("stop", "length", "content_filter", ...), and why the text is empty."""
+    """One completion: its text, why it ended ("stop", "length", ...), why it is empty, its tokens if they are told."""
 
     text: str
     finish_reason: str
     note: str = ""
+    token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class Answer:
     choices: list[Choice]
     usage: Usage
     model: str
+    prompt_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +231,15 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
         text = shorten(body.decode(errors="replace"), 80)
         raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
     items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
-    choices = [_read_choice(item) for item in items]
+    choices = [replace(_read_choice(item), token_ids=_read_ids(item.get("token_ids"))) for item in items]
     usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
-    return Answer(choices=choices, usage=usage, model=str(data.get("model") or ""))
+    return Answer(choices, usage, str(data.get("model") or ""), _read_ids(data.get("prompt_token_ids")))
+
+
+def _read_ids(value: Any) -> list[int] | None:
+    """Return token ids as vLLM gives them; None for what is no such list."""
+    is_list = isinstance(value, list) and all(isinstance(number, int) for number in value)
+    return value if is_list else None
 
 
 def _is_choice(item: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.config.base import resolve_location
 from tasks.errors import PreflowError
-from tasks.store.records import Prompt, read_rows
+from tasks.store.records import PromptRow, read_rows
 from tasks.store.workspace import DigestWriter, Manifest, Origin, PromptsRef, Workspace, stage_key
 
 VERSION = 2
@@ -38,7 +38,7 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
         return known
     with store.writing(f"{folder}/prompts.jsonl") as out:
         left_out = _read_trained(store, exclude)
-        counts = _copy_prompts(read_rows(Prompt, source, origin), out, left_out, limit)
+        counts = _copy_prompts(read_rows(PromptRow, source, origin), out, left_out, limit)
         if not out.rows:
             raise PreflowError(
                 f"{source}: no prompt is left to evaluate on: all {counts['read']} occur in training pairs. "
@@ -58,7 +58,7 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
 
 
 def _copy_prompts(
-    prompts: Iterable[Prompt], out: DigestWriter, left_out: tuple[set[bytes], set[str]], limit: int | None
+    prompts: Iterable[PromptRow], out: DigestWriter, left_out: tuple[set[bytes], set[str]], limit: int | None
 ) -> dict[str, int]:
     """Write each prompt once, except those whose id or group is left out; all rows are read, to the last."""
     counts = {"read": 0, "duplicates": 0, "in_training": 0}

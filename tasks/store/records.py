@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import PreflowError
 from tasks.store.workspace import Workspace, digest
@@ -20,13 +20,17 @@ class Message(BaseModel):
     content: str
 
 
-class Prompt(BaseModel):
-    """A prompt, or an SFT row whose `completion` is carried along; unknown fields are kept.
+class KeepingRow(BaseModel):
+    """A row of an artifact; fields that it does not know are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class PromptRow(KeepingRow):
+    """A prompt, or an SFT row whose `completion` is carried along.
 
     `id` is the digest of the messages; one that the row brings along is kept as `source_id`.
     """
-
-    model_config = ConfigDict(extra="allow")
 
     id: str = ""
     prompt: list[Message] = Field(min_length=1)
@@ -43,7 +47,7 @@ class Prompt(BaseModel):
         return rest if is_ours else {"source_id": given, **rest}
 
     @model_validator(mode="after")
-    def _check(self) -> "Prompt":
+    def _check(self) -> "PromptRow":
         if self.prompt[-1].role == "assistant":
             raise ValueError("prompt: the last message is the assistant's own; it must be the user's")
         if not any(message.content.strip() for message in self.prompt):
@@ -52,15 +56,21 @@ class Prompt(BaseModel):
         return self
 
 
-class Completions(BaseModel):
-    """The N completions of one prompt, in sampling order."""
+class CompletionsRow(KeepingRow):
+    """The N completions of one prompt, in sampling order.
 
-    model_config = ConfigDict(extra="allow")
+    Attributes:
+        finish_reasons: of each completion: `stop` ended by itself, `length` was cut at max_tokens.
+        prompt_token_ids: the prompt as the server tokenized it, template included; None where it does not say.
+        token_ids: what was sampled for each completion, its end of turn included; None for one whose text was changed.
+    """
 
     id: str = Field(min_length=1)
     prompt: list[Message] = Field(min_length=1)
     completions: list[str] = Field(min_length=1)
     finish_reasons: list[str] = []
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[list[int] | None] = []
     group: str | None = None
 
     @model_validator(mode="before")
@@ -71,14 +81,56 @@ class Completions(BaseModel):
         return row
 
 
-class PreferencePair(BaseModel):
-    """TRL's conversational preference row."""
+class Vote(KeepingRow):
+    """What one judge said about a row's completions in one order; `best` and `worst` are indexes of completions."""
 
-    model_config = ConfigDict(extra="allow")
+    judge: str
+    order: list[int]
+    best: int | None = None
+    worst: int | None = None
+    confidence: int | None = None
+    error: str | None = None
+    raw: str | None = None
+
+
+class VerdictsRow(CompletionsRow):
+    """Completions with the votes of all judges on them."""
+
+    votes: list[Vote]
+
+
+class ComparisonRow(VerdictsRow):
+    """Two samples of a held-out prompt, [baseline, candidate], and what the votes are worth to the candidate."""
+
+    prompt_id: str
+    outcome: float
+
+
+class PairRow(KeepingRow):
+    """TRL's conversational preference row, with what was sampled next to it where that is known.
+
+    Attributes:
+        prompt_token_ids: the prompt's tokens, template included.
+        chosen_token_ids: what was sampled, its end of turn included; likewise `rejected_token_ids`.
+        chosen_finish_reason: `length` for a side that was cut at max_tokens; likewise `rejected_finish_reason`.
+    """
 
     prompt: list[Message] = Field(min_length=1)
-    chosen: list[Message] = Field(min_length=1)
-    rejected: list[Message] = Field(min_length=1)
+    chosen: list[Message]
+    rejected: list[Message]
+    prompt_token_ids: list[int] | None = None
+    chosen_token_ids: list[int] | None = None
+    rejected_token_ids: list[int] | None = None
+    chosen_finish_reason: str | None = None
+    rejected_finish_reason: str | None = None
+
+    @field_validator("chosen", "rejected")
+    @classmethod
+    def _check_side(cls, side: list[Message]) -> list[Message]:
+        if [message.role for message in side] != ["assistant"]:
+            roles = ", ".join(message.role for message in side) or "nothing"
+            raise ValueError(f"must be one message of the assistant, not {roles}; the conversation belongs in `prompt`")
+        return side
 
 
 def prompt_id(messages: list[dict[str, str]]) -> str:
@@ -130,9 +182,15 @@ def read_rows(model: type[Row], uri: str, store: Workspace | None = None) -> Ite
     if not store.exists(uri):
         raise PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
     empty = True
-    for number, line in enumerate(store.lines(uri), 1):
-        if line.strip():
-            empty = False
-            yield parse_row(model, line, f"{uri}:{number}")
+    for _, row in number_rows(model, uri, store):
+        empty = False
+        yield row
     if empty:
         raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one row.")
+
+
+def number_rows(model: type[Row], uri: str, store: Workspace) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its place, `file:line`; see `read_rows`."""
+    for number, line in enumerate(store.lines(uri), 1):
+        if line.strip():
+            yield f"{uri}:{number}", parse_row(model, line, f"{uri}:{number}")

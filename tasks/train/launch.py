@@ -19,6 +19,7 @@ from typing import Any
 
 from tasks.config import ReportTo, TrainingConfig
 from tasks.errors import PreflowError
+from tasks.llm.chat_template import choose_template, template_of, tokenizer_digests
 from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
 from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, TrainingSpec
@@ -50,9 +51,18 @@ def training_key(preferences: PreferencesRef, training: TrainingConfig) -> str:
             "val": _val_digest(preferences),
             "sft_adapter": folder_digest(training.sft_adapter),
             "base": base_digest(training),
+            "tokens": token_identity(training),
             "training": training.identity(),
         }
     )
+
+
+def token_identity(training: TrainingConfig) -> dict[str, Any]:
+    """Return what decides how pairs become tokens: chat template and tokenizer; a hub's are known by its revision."""
+    base = training.base_model if Path(training.base_model).expanduser().is_dir() else None
+    template = choose_template(training, training.sft_adapter, base)
+    tokenizer = tokenizer_digests(training.sft_adapter, training.base_model)
+    return {"template": template and template.identity(), "tokenizer": tokenizer}
 
 
 def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfig) -> TrainingConfig:
@@ -121,6 +131,7 @@ def check_training_inputs(training: TrainingConfig, trains_here: bool = True) ->
         _check_base_folder(base)
         _check_shapes(training.sft_adapter, adapter, json.loads((base / "config.json").read_text()))
         _check_tokenizer(base, training.sft_adapter)
+        _ = template_of(training).around_answer
     elif base.is_absolute():
         raise PreflowError(f"base_model {training.base_model}: no such folder. Give a folder or a hub name.")
 
@@ -200,17 +211,6 @@ def _check_tokenizer(base: Path, adapter: str) -> None:
     names = {posixpath.basename(file) for folder in folders for file in Workspace.holding(folder).list(folder)}
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         raise PreflowError(f"no tokenizer in {base} nor in {adapter}: save one there with tokenizer.save_pretrained()")
-    if "chat_template.jinja" in names or any(_names_template(folder) for folder in folders):
-        return
-    raise PreflowError(
-        f"no chat template in {base} nor in {adapter}: pairs are conversations and need one. Put the template of the "
-        "SFT training into chat_template.jinja beside the tokenizer."
-    )
-
-
-def _names_template(folder: str) -> bool:
-    file, store = posixpath.join(folder, "tokenizer_config.json"), Workspace.holding(folder)
-    return store.exists(file) and bool(store.read_json(file).get("chat_template"))
 
 
 def run_training(

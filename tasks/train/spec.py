@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from tasks.config import TrainingConfig
 from tasks.store.workspace import PreferencesRef
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 class ExitCode(IntEnum):

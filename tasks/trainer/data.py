@@ -3,30 +3,34 @@
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
+from tasks.config import ChatSettings
 from tasks.errors import PreflowError
-from tasks.store.records import PreferencePair, read_rows
+from tasks.llm.chat_template import ChatTemplate, TemplateRefused, same_words
+from tasks.store.records import Message, PairRow, number_rows
 from tasks.store.workspace import Workspace, digest
 
 LOG = logging.getLogger(__name__)
 
+# Share of prompts or completions that may be in other tokens than the model is sampled and served with.
+MOST_UNLIKE = 0.01
+
 
 @dataclass(frozen=True)
 class TokenPair:
-    """One pair in tokens; `line` is its line in the file, from 1."""
+    """One pair in tokens; `line` is its line in the file, from 1, `sampled` which sides have the sampled tokens."""
 
     line: int
     sha256: str
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    sampled: tuple[bool, bool] = (False, False)
 
     def length(self, max_length: int) -> int:
         """Return the length of the longer side with its prompt, in tokens, after truncation."""
@@ -37,6 +41,8 @@ class TokenPair:
         room = max_length - len(self.prompt_ids)
         if room <= 0:
             return f"the prompt alone has {len(self.prompt_ids)} tokens"
+        if not (self.chosen_ids and self.rejected_ids):
+            return "a side is empty"
         if self.chosen_ids[:room] == self.rejected_ids[:room]:
             return "chosen and rejected are equal" + ("" if room >= len(self.chosen_ids) else " up to the cut")
         return None
@@ -44,7 +50,17 @@ class TokenPair:
 
 @dataclass
 class LengthReport:
-    """What tokenizing one file showed; lengths in tokens of prompt + side."""
+    """What tokenizing one file showed; lengths in tokens of prompt + side, the rest in sides or pairs.
+
+    Attributes:
+        used: pairs that are trained on.
+        exact: sides of them whose tokens are exactly those that were sampled, all of them.
+        unfinished: sides that were cut while being sampled: trained on without an end of turn.
+        altered: sides without sampled tokens that the chat template would have changed; they are kept as they are.
+        rewritten: those of them in which it would have changed more than white space and thinking.
+        other_prompts: pairs whose prompt was sampled with other tokens than the chat template gives.
+        foreign: sides whose sampled tokens do not read as their text: of another tokenizer.
+    """
 
     pairs: int = 0
     longest: int = 0
@@ -52,6 +68,13 @@ class LengthReport:
     mean: float = 0.0
     cut_sides: int = 0
     cut_tokens: int = 0
+    used: int = 0
+    exact: int = 0
+    unfinished: int = 0
+    altered: int = 0
+    rewritten: int = 0
+    other_prompts: int = 0
+    foreign: int = 0
     refused: dict[int, str] = field(default_factory=dict)
 
     def add(self, pair: TokenPair, max_length: int) -> None:
@@ -65,6 +88,38 @@ class LengthReport:
         self.cut_sides += len(over)
         self.cut_tokens += sum(over)
 
+    def use(self, pair: TokenPair, max_length: int) -> None:
+        """Count a pair that is trained on."""
+        self.used += 1
+        room = max_length - len(pair.prompt_ids)
+        sides = zip(pair.sampled, (pair.chosen_ids, pair.rejected_ids), strict=True)
+        self.exact += sum(sampled and len(side) <= room for sampled, side in sides)
+
+    @property
+    def exact_share(self) -> float:
+        """Share of completions that are trained on exactly as they were sampled, token by token."""
+        return self.exact / (2 * self.used) if self.used else 0.0
+
+    def check(self, uri: str, template: ChatTemplate) -> None:
+        """See that the tokens are those of the model that is trained, and of the template it is served with.
+
+        Raises:
+            PreflowError: too many are not.
+        """
+        served = "sampled, served and trained in other words. Serve with this template (vLLM: --chat-template), or "
+        found = [
+            (self.foreign, 2 * self.pairs, "completions have sampled tokens that do not read as their text: they are "
+             "of another tokenizer. Give the base model that was sampled from as base_model."),
+            (0 if template.has_clock else self.other_prompts, self.pairs, "prompts were sampled with other tokens than "
+             f"the chat template of {template.source} gives: the model would be {served}name the server's own with "
+             "chat_template, and hand it the same chat_template_kwargs."),
+            (self.rewritten, 2 * self.pairs, f"answers would be changed by the chat template of {template.source}, so "
+             f"they would be {served}write the answers as it does."),
+        ]  # fmt: skip
+        for count, of, what in found:
+            if count > MOST_UNLIKE * of:
+                raise PreflowError(f"{uri}: {count} of {of} {what}")
+
 
 @dataclass(frozen=True)
 class PairData:
@@ -74,28 +129,118 @@ class PairData:
     report: LengthReport
 
 
-def load_pairs(uri: str, store: Workspace, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PairData:
+class PairTokenizer:
+    """Turns pairs into tokens: those that were sampled where the pair has them, else its text, rendered once.
+
+    Rendered, a side is the prompt's text, the answer as it stands, and the template's end of turn, each tokenized on
+    its own, as in sampling: white space, thinking and the prompt's last token stay what they were.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> None:
+        self._tokenizer = tokenizer
+        template = template or ChatTemplate(tokenizer.chat_template, tokenizer.name_or_path, {}, ChatSettings())
+        self.template = replace(template, special_tokens=tokenizer.special_tokens_map)
+        self._lead, self._end = self.template.around_answer
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._ends = (added | set(tokenizer.all_special_ids)) & set(self._encode(self._end))
+        stops = template.settings.stop
+        # Where sampling ended at other texts than the template's, the answer's own end is not known.
+        self._knows_end = not stops or any(self._end.lstrip(" ").startswith(stop) for stop in stops)
+        if not self._ends:
+            LOG.warning("the chat template of %s ends an answer with %r, no special token: whether the model learns to "
+                        "stop there is not certain", template.source, self._end)  # fmt: skip
+
+    def tokenize(self, row: PairRow, line: int, report: LengthReport) -> TokenPair:
+        """Return a pair's tokens; what was noticed is counted in `report`.
+
+        Raises:
+            TemplateRefused: the chat template does not take the messages.
+        """
+        messages = [message.model_dump() for message in row.prompt]
+        text = self.template.render(messages, prompt=True)
+        prompt = self._encode(text)
+        if row.prompt_token_ids is not None and row.prompt_token_ids != prompt:
+            report.other_prompts += 1
+            prompt = row.prompt_token_ids
+        known = row.prompt_token_ids is not None
+        chosen = self._side(row.chosen[0], row.chosen_token_ids, row.chosen_finish_reason, report)
+        rejected = self._side(row.rejected[0], row.rejected_token_ids, row.rejected_finish_reason, report)
+        for answer, ids in ((row.chosen[0], row.chosen_token_ids), (row.rejected[0], row.rejected_token_ids)):
+            if ids is None:
+                self._compare(messages, text, answer, report)
+        sampled = known and row.chosen_token_ids is not None, known and row.rejected_token_ids is not None
+        return TokenPair(line, digest([prompt, chosen, rejected]), prompt, chosen, rejected, sampled)
+
+    def _side(self, answer: Message, sampled: list[int] | None, reason: str | None, report: LengthReport) -> list[int]:
+        report.unfinished += reason == "length"
+        if sampled is None:
+            return self._render(answer.content, reason)
+        report.foreign += not self._reads(sampled, answer.content)
+        return sampled
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _render(self, answer: str, reason: str | None) -> list[int]:
+        """Return the tokens of an answer up to its end of turn; one that was cut has none."""
+        lead = "" if answer.startswith(self._lead) else self._lead
+        if reason == "length" or not self._knows_end:
+            return self._encode(lead + answer)
+        ids = self._encode(lead + answer + (self._end if self._ends else self._end.rstrip()))
+        end = next((place for place, number in enumerate(ids, 1) if number in self._ends), len(ids))
+        return ids[:end]
+
+    def _compare(self, prompt: list[dict[str, str]], text: str, answer: Message, report: LengthReport) -> None:
+        whole, content = self.template.render([*prompt, answer.model_dump()]), answer.content
+        lead = "" if content.startswith(self._lead) else self._lead
+        report.altered += whole != text + lead + content + self._end
+        visible = content.rpartition("</think>")[2]
+        report.rewritten += not any(same_words(whole, text + shown + self._end) for shown in (content, visible))
+
+    def _reads(self, ids: list[int], text: str) -> bool:
+        """Tell whether sampled tokens are this text, of which a server may have taken thinking and stop texts."""
+        read, text = ("".join(part.replace("\ufffd", "").split()) for part in (self._tokenizer.decode(ids, True), text))
+        return text in read
+
+
+def load_pairs(
+    uri: str,
+    store: Workspace,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: ChatTemplate | None = None,
+) -> PairData:
     """Read and tokenize a file of preference pairs; what cannot be trained on is refused, counted and named.
 
     Args:
-        uri: JSONL of `PreferencePair`; extra columns go no further.
+        uri: JSONL of `PairRow`; other columns go no further.
         store: the workspace through which `uri` is read.
-        tokenizer: with a chat template.
+        tokenizer: of the model that is trained.
         max_length: in tokens; prompt + side is cut there.
+        template: the chat template; None: the tokenizer's own.
 
     Raises:
-        PreflowError: a line is wrong, or not one pair can be trained on.
+        PreflowError: a line is wrong, not one pair can be trained on, or the tokens are not the model's own.
     """
-    report, kept = LengthReport(), []
-    for line, row in enumerate(read_rows(PreferencePair, uri, store), 1):
-        pair = tokenize(row, tokenizer, line)
+    report, kept, reader = LengthReport(), [], PairTokenizer(tokenizer, template)
+    for place, row in number_rows(PairRow, uri, store):
+        line = int(place.rpartition(":")[2])
+        try:
+            pair = reader.tokenize(row, line, report)
+        except TemplateRefused as error:
+            raise PreflowError(f"{place}: {error}. Change the messages, or give another chat_template.") from error
         report.add(pair, max_length)
         reason = pair.refusal(max_length)
         if reason is None:
+            report.use(pair, max_length)
             kept.append(pair)
         else:
             report.refused[line] = reason
+    if not report.pairs:
+        raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one pair.")
     _report(uri, report, max_length)
+    report.check(uri, reader.template)
     if not kept:
         line, reason = next(iter(report.refused.items()))
         raise PreflowError(
@@ -107,36 +252,20 @@ def load_pairs(uri: str, store: Workspace, tokenizer: PreTrainedTokenizerBase, m
 
 def _report(uri: str, report: LengthReport, max_length: int) -> None:
     LOG.info(
-        "%s: %d pairs, mean %.0f tokens, longest %d (prompt %d); %d sides cut at %d tokens, %d tokens lost",
+        "%s: %d pairs, mean %.0f tokens, longest %d (prompt %d); %d sides cut at %d tokens, %d tokens lost; share "
+        "trained on exactly the sampled tokens %.3f; %d were cut in sampling and get no end of turn",
         uri, report.pairs, report.mean, report.longest, report.longest_prompt, report.cut_sides, max_length,
-        report.cut_tokens,
+        report.cut_tokens, report.exact_share, report.unfinished,
     )  # fmt: skip
+    if report.altered or report.other_prompts:
+        LOG.warning(
+            "%s: %d answers stand otherwise in the chat template (white space, thinking) and are trained on as they "
+            "are; %d prompts were sampled with other tokens than it gives",
+            uri, report.altered, report.other_prompts,
+        )  # fmt: skip
     if report.refused:
         named = "; ".join(f"line {line}: {reason}" for line, reason in list(report.refused.items())[:5])
         LOG.warning("%s: %d pairs refused and left out: %s", uri, len(report.refused), named)
-
-
-def tokenize(row: PreferencePair, tokenizer: PreTrainedTokenizerBase, line: int) -> TokenPair:
-    """Tokenize one pair as TRL's DPOTrainer does: the sides start where they leave the prompt's own tokens."""
-    prompt, chosen, rejected = (
-        [message.model_dump() for message in messages] for messages in (row.prompt, row.chosen, row.rejected)
-    )
-    prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
-    with_chosen = _template(tokenizer, prompt + chosen)
-    with_rejected = _template(tokenizer, prompt + rejected)
-    start = min(common_prefix_length(prompt_ids, with_chosen), common_prefix_length(prompt_ids, with_rejected))
-    return TokenPair(
-        line=line,
-        sha256=digest([prompt_ids[:start], with_chosen[start:], with_rejected[start:]]),
-        prompt_ids=prompt_ids[:start],
-        chosen_ids=with_chosen[start:],
-        rejected_ids=with_rejected[start:],
-    )
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
-    return ids
 
 
 def make_micro_batches(lengths: Sequence[int], size: int, group_by_length: bool, seed: int) -> list[list[int]]:

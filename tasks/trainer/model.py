@@ -37,7 +37,7 @@ def load_tokenizer(training: TrainingConfig, adapter: Path) -> PreTrainedTokeniz
     """Load the tokenizer that the SFT adapter was trained with: its own where it brings one, else the base's.
 
     Raises:
-        PreflowError: there is none, it has no chat template, or the adapter's differs from the base's.
+        PreflowError: there is none, or the adapter's differs from the base's.
     """
     base = _tokenizer_of(training.base_model, training.base_revision)
     own = _tokenizer_of(str(adapter), None) if (adapter / "tokenizer_config.json").is_file() else None
@@ -49,15 +49,9 @@ def load_tokenizer(training: TrainingConfig, adapter: Path) -> PreTrainedTokeniz
         )
     if own is not None and base is not None:
         _check_same_vocabulary(own, base, adapter, training.base_model)
-    if tokenizer.chat_template is None and base is not None and base.chat_template is not None:
-        tokenizer.chat_template = base.chat_template
-    if tokenizer.chat_template is None:
-        raise PreflowError(
-            f"the tokenizer of {training.base_model} (or of the SFT adapter) has no chat template, so conversational "
-            "pairs cannot be tokenized. Put the template of the SFT training into chat_template.jinja beside it."
-        )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Padding is masked everywhere: any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 

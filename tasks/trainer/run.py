@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tasks.errors import PreflowError
+from tasks.llm.chat_template import template_of
 from tasks.store.workspace import (
     COMMITTED,
     MANIFEST,
@@ -23,6 +24,7 @@ from tasks.store.workspace import (
     Origin,
     Workspace,
     canonical_json,
+    digest,
     folder_digest,
 )
 from tasks.train.health import Run, assess
@@ -90,6 +92,7 @@ class TrainingRun:
             adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
         with phase("reading the tokenizer"):
             tokenizer = load_tokenizer(self._training, adapter)
+            self._template = template_of(self._training, str(adapter))
         with phase("tokenizing the pairs"):
             train, val = self._load_splits(tokenizer)
         self._tell(Progress("loading", f"loading {self._training.base_model}"))
@@ -97,6 +100,7 @@ class TrainingRun:
         with phase("reading the newest checkpoint"):
             checkpoint = self._checkpoints.newest()
         if checkpoint is not None:
+            self._check_tokens(checkpoint)
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
         self._progress(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
@@ -113,12 +117,28 @@ class TrainingRun:
     def _checkpoints(self) -> CheckpointStore:
         return CheckpointStore(self._store, self._paths.checkpoints, self._scratch)
 
+    def _check_tokens(self, checkpoint: Checkpoint) -> None:
+        """See that a checkpoint was trained on these very tokens; else half of the training would be on others."""
+        if checkpoint.state.get("tokens") != self._tokens:
+            raise PreflowError(
+                f"{self._paths.checkpoints}: the checkpoint of step {checkpoint.step} was trained on other tokens than "
+                f"the pairs give now (chat template of {self._template.source}). Put back the tokenizer and the "
+                "packages that it was started with, or delete this folder to start from step 0."
+            )
+
+    @cached_property
+    def _tokens(self) -> str:
+        """The digest of all tokens that are trained and evaluated on."""
+        splits = [self._train_data] + ([self._val_data] if self._val_data else [])
+        return digest([[pair.sha256 for pair in split.pairs] for split in splits])
+
     def _load_splits(self, tokenizer: Any) -> tuple[Split, Split | None]:
         preferences, training = self._spec.preferences, self._training
-        self._train_data = load_pairs(preferences.uri, self._store, tokenizer, training.max_length)
+        options = tokenizer, training.max_length, self._template
+        self._train_data = load_pairs(preferences.uri, self._store, *options)
         val_uri = preferences.sibling("val.jsonl")
         has_val = self._store.exists(val_uri) and self._store.size(val_uri) > 0
-        self._val_data = load_pairs(val_uri, self._store, tokenizer, training.max_length) if has_val else None
+        self._val_data = load_pairs(val_uri, self._store, *options) if has_val else None
         lengths = [pair.length(training.max_length) for pair in self._train_data.pairs]
         batches = make_micro_batches(
             lengths, training.per_device_train_batch_size, training.group_by_length, training.seed
@@ -173,6 +193,7 @@ class TrainingRun:
         trainer.use_cached_reference(found["train"], found.get("val"))
 
     def _save(self, checkpoint: Checkpoint) -> float:
+        checkpoint.state["tokens"] = self._tokens
         seconds = self._checkpoints.save(checkpoint)
         self._checkpoint_seconds.append(seconds)
         return seconds
@@ -191,6 +212,7 @@ class TrainingRun:
         self._tell(Progress("saving", "checking and committing the adapter"))
         folder = self._scratch / "adapter"
         save_adapter(trainer.model, adapter, folder)
+        (folder / "chat_template.jinja").write_text(self._template.text)
         trainer.check_saved(folder, check)
         if self._is_main:
             probe = record_probe(trainer.model, adapter, probe_texts(check.pairs), self._training)
@@ -241,10 +263,11 @@ class TrainingRun:
                 spec.preferences,
                 Origin(kind="sft_adapter", uri=spec.training.sft_adapter, sha256=spec.sft_sha256),
                 Origin(kind="base_model", uri=spec.training.base_model, sha256=spec.base_sha256),
+                Origin(kind="chat_template", uri=self._template.source, sha256=digest(self._template.text)),
             ),
             files=files,
             counts={"steps": steps, **count_pairs("train", self._train_data), **count_pairs("val", self._val_data)},
-            figures=summarise(rows),
+            figures={**summarise(rows), "exact_share": self._train_data.report.exact_share},
             cost=Cost(gpu_seconds=spec.training.num_processes * seconds if has_cuda() else 0.0),
             seconds=seconds,
         )

@@ -69,6 +69,21 @@ def large_tokenizer(folder: Path, size: int = 128_256) -> Path:
     return folder
 
 
+def build_random_llama(folder: Path, vocabulary: int, ends: list[int]) -> None:
+    """Write a random Llama of so many tokens; each of `ends` ends an answer, now and then."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=ends, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(folder)
+
+
 def build_adapter(folder: Path, base: Path, seed: int = 1, shape: Shape | None = None, **options: Any) -> Path:
     """Write a LoRA adapter whose weights are far from zero, so that it differs from the base."""
     import torch

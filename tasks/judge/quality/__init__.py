@@ -17,7 +17,7 @@ from tasks.judge.quality.metrics import (
 )
 from tasks.judge.quality.plot import plot_quality
 from tasks.store.measures import Metric, QualityReport
-from tasks.store.records import Completions, PreferencePair, prompt_id, read_rows
+from tasks.store.records import CompletionsRow, PairRow, prompt_id, read_rows
 
 __all__ = ["Metric", "QualityReport", "audit_preferences", "measure_judgements", "plot_quality"]
 
@@ -67,7 +67,7 @@ def audit_preferences(
     sides = {"train": train} if val is None else {"train": train, "val": val}
     seen: dict[str, set[bytes]] = {side: set() for side in sides}
     for side, uri in sides.items():
-        for number, pair in enumerate(read_rows(PreferencePair, uri), 1):
+        for number, pair in enumerate(read_rows(PairRow, uri), 1):
             seen[side].add(tally.add_preference(pair, side, candidates, f"{uri}, row {number}"))
     metrics = [leak_metric(seen["train"], seen.get("val", set()))]
     if candidates is not None:
@@ -79,7 +79,7 @@ def audit_preferences(
 
 def _read_candidates(uri: str, tally: Tally) -> Candidates:
     candidates: Candidates = defaultdict(list)
-    for row in read_rows(Completions, uri):
+    for row in read_rows(CompletionsRow, uri):
         key = bytes.fromhex(prompt_id([message.model_dump() for message in row.prompt]))
         candidates[key].append([text_key(text) for text in row.completions])
         tally.add_completions(row.completions, row.finish_reasons)

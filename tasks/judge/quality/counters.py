@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.errors import PreflowError
-from tasks.store.records import PreferencePair, prompt_id
+from tasks.store.records import PairRow, prompt_id
 
 WORD = re.compile(r"\w+|[^\w\s]")
 SPEAKER = re.compile(r"^\[([^\]\n]{1,40})\]", re.MULTILINE)
@@ -243,7 +243,7 @@ class Tally:
         if row["status"] == "pair":
             self.add_pair(row["completions"][row["best"]], row["completions"][row["worst"]])
 
-    def add_preference(self, pair: PreferencePair, side: str, candidates: Candidates | None, where: str) -> bytes:
+    def add_preference(self, pair: PairRow, side: str, candidates: Candidates | None, where: str) -> bytes:
         """Count one preference pair and return its prompt's id."""
         self.rows += 1
         self.statuses[side] += 1

@@ -191,6 +191,9 @@ def test_vllm_speaks_with_the_chat_template_of_the_training(tmp_path: Path) -> N
     adapter.mkdir()
     environment = {"MODEL": "base", "SFT_ADAPTER": str(adapter)}
     assert "--chat-template" not in serve(tmp_path, **environment).stdout
+    (adapter / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0] }}"}')
+    given = json.loads(serve(tmp_path, **environment).stdout.splitlines()[1])
+    assert Path(given[given.index("--chat-template") + 1]).read_text() == "{{ messages[0] }}"
     template = adapter / "chat_template.jinja"
     template.write_text("{{ messages }}")
     given = json.loads(serve(tmp_path, **environment).stdout.splitlines()[1])

@@ -10,6 +10,7 @@ import pytest
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.pairs import Decision, check_yield, decide, is_validation, make_preferences, preference_pair
+from tasks.store.records import VerdictsRow, Vote
 from tasks.store.workspace import Cost, Manifest, PreferencesRef, VerdictsRef, Workspace, digest
 
 Row = dict[str, Any]
@@ -18,6 +19,10 @@ ORDERS = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
 
 def vote(best: int, worst: int, confidence: int | None = 4, order: int = 0) -> Row:
     return {"judge": "j", "order": ORDERS[order], "best": best, "worst": worst, "confidence": confidence}
+
+
+def read_votes(votes: list[Row]) -> list[Vote]:
+    return [Vote.model_validate(given) for given in votes]
 
 
 ERROR: Row = {"judge": "j", "order": ORDERS[0], "error": "cut at 1024 tokens", "raw": "..."}
@@ -46,7 +51,7 @@ CASES: list[tuple[str, list[Row], dict[PairPolicy, Any]]] = [
 def test_policies_decide_as_they_say(
     name: str, votes: list[Row], expected: dict[PairPolicy, Any], policy: PairPolicy
 ) -> None:
-    decision, wanted = decide(votes, policy), expected[policy]
+    decision, wanted = decide(read_votes(votes), policy), expected[policy]
     if isinstance(wanted, tuple):
         assert (decision.status, decision.best, decision.worst, decision.reason) == ("pair", *wanted, None)
     elif wanted in ("best", "worst"):
@@ -63,25 +68,27 @@ def test_no_policy_makes_a_pair_of_one_completion() -> None:
             for b in range(3):
                 for c in range(3):
                     votes = [vote(a, (a + 1) % 3), vote(b, (b + 2) % 3), vote(c, (c + 1) % 3)]
-                    decision = decide(votes, policy)
+                    decision = decide(read_votes(votes), policy)
                     assert decision.status != "pair" or decision.best != decision.worst
 
 
 def test_a_judge_that_follows_the_position_makes_no_unanimous_pair() -> None:
     votes = [{**vote(order[-1], order[0]), "order": order} for order in ORDERS[:2]]
-    assert decide(votes, U).status == "dropped"
+    assert decide(read_votes(votes), U).status == "dropped"
 
 
 def test_unsure_pairs_are_dropped_and_say_how_unsure() -> None:
     votes = [vote(0, 2, 2), vote(0, 2, 3)]
-    assert decide(votes, U, 2).status == "pair"
-    decision = decide(votes, U, 3)
+    assert decide(read_votes(votes), U, 2).status == "pair"
+    decision = decide(read_votes(votes), U, 3)
     assert (decision.status, decision.reason, decision.confidence) == ("dropped", "confidence 2.5 < 3", 2.5)
-    assert decide([vote(0, 2, None), vote(0, 2, None)], U, 5).status == "pair", "no confidence is no low one"
+    assert decide(read_votes([vote(0, 2, None), vote(0, 2, None)]), U, 5).status == "pair", (
+        "no confidence is no low one"
+    )
 
 
 def test_agreement_is_the_share_of_the_most_frequent_verdict() -> None:
-    assert decide([vote(0, 2), vote(0, 2), vote(1, 2)], U).agreement == 0.6667
+    assert decide(read_votes([vote(0, 2), vote(0, 2), vote(1, 2)]), U).agreement == 0.6667
 
 
 # ---- split
@@ -110,13 +117,44 @@ def test_a_group_is_never_divided() -> None:
 
 def test_a_pair_has_trl_s_form() -> None:
     row = {"id": "i", "prompt": [{"role": "user", "content": "p"}], "completions": ["a", "b", "c"], "group": "g"}
-    pair = preference_pair(row, Decision(status="pair", best=2, worst=0, confidence=3.5))
-    assert pair == {
+    verdicts = VerdictsRow.model_validate({**row, "votes": []})
+    pair = preference_pair(verdicts, Decision(status="pair", best=2, worst=0, confidence=3.5))
+    assert pair.model_dump(exclude_none=True) == {
         "id": "i", "prompt": row["prompt"], "chosen": [{"role": "assistant", "content": "c"}],
         "rejected": [{"role": "assistant", "content": "a"}], "confidence": 3.5, "group": "g",
     }  # fmt: skip
     with pytest.raises(ValueError, match="has no pair"):
-        preference_pair(row, Decision(status="dropped", reason="r"))
+        preference_pair(verdicts, Decision(status="dropped", reason="r"))
+
+
+def test_a_pair_carries_what_was_sampled(tmp_path: Path) -> None:
+    rows = make_rows(10)
+    for number, row in enumerate(rows):
+        row |= {
+            "prompt_token_ids": [1, number],
+            "token_ids": [[5], [6, 2], None],
+            "finish_reasons": ["length"] + ["stop"] * 2,
+        }
+    found = sides(make(tmp_path, rows, val_ratio=0.0))
+    pair = found["train"][0]  # of row 1: completion 1 won, 2 lost
+    assert (pair["prompt_token_ids"], pair["chosen_token_ids"]) == ([1, 1], [6, 2])
+    assert (pair["chosen_finish_reason"], pair["rejected_finish_reason"]) == ("stop", "stop")
+    assert "rejected_token_ids" not in pair
+    assert all("token_ids" not in row for row in found["judged"]), "judged.jsonl is for reading"
+
+
+def test_pairs_with_a_cut_side_are_kept_or_left_out_and_counted(tmp_path: Path) -> None:
+    rows = make_rows(50)
+    for row in rows:
+        row["finish_reasons"] = ["length", "stop", "stop"]
+    for leave_out in (False, True):
+        preferences = make(tmp_path, rows, leave_out_cut=leave_out)
+        found = sides(preferences)
+        assert Workspace(tmp_path).read_json(str(preferences.manifest))["counts"]["cut_pairs"] == 26
+        cut = [pair for pair in [*found["train"], *found["val"]]
+               if "length" in (pair["chosen_finish_reason"], pair["rejected_finish_reason"])]  # fmt: skip
+        assert len(cut) == (0 if leave_out else 26)
+        assert sum(row.get("reason") == "a side was cut at max_tokens" for row in found["judged"]) == 26 * leave_out
 
 
 # ---- the files

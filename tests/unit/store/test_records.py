@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
-from tasks.store.records import Completions, PreferencePair, Prompt, prompt_id, read_rows
+from tasks.store.records import CompletionsRow, PairRow, PromptRow, prompt_id, read_rows
 
 USER = {"role": "user", "content": "Go on."}
 GOOD: dict[str, Any] = {"prompt": [{"role": "system", "content": "You write scenes."}, USER]}
@@ -47,70 +47,70 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, name: str) ->
     row, message = BAD[name]
     uri = write_lines(tmp_path, GOOD, GOOD, row, GOOD)
     with pytest.raises(PreflowError, match=message) as caught:
-        list(read_rows(Prompt, uri))
+        list(read_rows(PromptRow, uri))
     assert str(caught.value).startswith(f"{uri}:3: ")
 
 
 def test_a_missing_file_and_an_empty_one_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(PreflowError, match=r"nowhere.jsonl: no such file. Give the path"):
-        list(read_rows(Prompt, str(tmp_path / "nowhere.jsonl")))
+        list(read_rows(PromptRow, str(tmp_path / "nowhere.jsonl")))
     for content in ("", "\n\n  \n"):
         (tmp_path / "empty.jsonl").write_text(content)
         with pytest.raises(PreflowError, match=r"empty.jsonl: has no rows"):
-            list(read_rows(Prompt, str(tmp_path / "empty.jsonl")))
+            list(read_rows(PromptRow, str(tmp_path / "empty.jsonl")))
 
 
 def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
     uri = write_lines(tmp_path, b"", GOOD, b"   ", {"prompt": []})
     with pytest.raises(PreflowError, match=r"rows.jsonl:4: "):
-        list(read_rows(Prompt, uri))
+        list(read_rows(PromptRow, uri))
 
 
 def test_unknown_fields_and_an_sft_row_s_completion_are_kept(tmp_path: Path) -> None:
     completion = [{"role": "assistant", "content": "x"}]
     uri = write_lines(tmp_path, {**GOOD, "completion": completion, "episode": 7, "group": "s01e02"})
-    (row,) = read_rows(Prompt, uri)
+    (row,) = read_rows(PromptRow, uri)
     dumped = row.model_dump(exclude_none=True)
     assert (dumped["completion"], dumped["episode"], dumped["group"]) == (completion, 7, "s01e02")
 
 
 @pytest.mark.parametrize("given", [17, "row-17", None])
 def test_a_row_s_own_id_is_kept_beside_ours(tmp_path: Path, given: Any) -> None:
-    (row,) = read_rows(Prompt, write_lines(tmp_path, {"id": given, **GOOD}))
+    (row,) = read_rows(PromptRow, write_lines(tmp_path, {"id": given, **GOOD}))
     assert row.id == prompt_id(GOOD["prompt"])
     assert row.model_dump()["source_id"] == given
 
 
 def test_our_own_rows_read_back_as_they_were(tmp_path: Path) -> None:
-    (row,) = read_rows(Prompt, write_lines(tmp_path, GOOD))
-    (again,) = read_rows(Prompt, write_lines(tmp_path, row.model_dump(exclude_none=True)))
+    (row,) = read_rows(PromptRow, write_lines(tmp_path, GOOD))
+    (again,) = read_rows(PromptRow, write_lines(tmp_path, row.model_dump(exclude_none=True)))
     assert again == row
 
 
 def test_only_role_and_content_make_the_id() -> None:
-    a = Prompt.model_validate({**GOOD, "anything": 1})
-    b = Prompt.model_validate({**GOOD, "anything": 2, "group": "g"})
+    a = PromptRow.model_validate({**GOOD, "anything": 1})
+    b = PromptRow.model_validate({**GOOD, "anything": 2, "group": "g"})
     assert a.id == b.id
     other = [{"role": "system", "content": "You write scenes. "}, USER]
-    assert Prompt.model_validate({"prompt": other}).id != a.id
-    assert Prompt.model_validate({"prompt": GOOD["prompt"][::-1][:1]}).id != a.id
+    assert PromptRow.model_validate({"prompt": other}).id != a.id
+    assert PromptRow.model_validate({"prompt": GOOD["prompt"][::-1][:1]}).id != a.id
 
 
 def test_completions_get_the_prompt_s_id(tmp_path: Path) -> None:
-    (row,) = read_rows(Completions, write_lines(tmp_path, {**GOOD, "completions": ["a", "b"]}))
+    (row,) = read_rows(CompletionsRow, write_lines(tmp_path, {**GOOD, "completions": ["a", "b"]}))
     assert row.id == prompt_id(GOOD["prompt"])
     with pytest.raises(PreflowError, match=r":1: completions\[1\]: .*valid string"):
-        list(read_rows(Completions, write_lines(tmp_path, {**GOOD, "completions": ["a", None]})))
+        list(read_rows(CompletionsRow, write_lines(tmp_path, {**GOOD, "completions": ["a", None]})))
 
 
 def test_pairs_need_both_sides(tmp_path: Path) -> None:
     side = [{"role": "assistant", "content": "x"}]
     with pytest.raises(PreflowError, match=r":1: rejected: Field required"):
-        list(read_rows(PreferencePair, write_lines(tmp_path, {**GOOD, "chosen": side})))
+        list(read_rows(PairRow, write_lines(tmp_path, {**GOOD, "chosen": side})))
 
 
 def test_no_error_holds_more_than_the_first_three_problems(tmp_path: Path) -> None:
     uri = write_lines(tmp_path, {"prompt": [{"role": "x", "content": 1} for _ in range(50)]})
     with pytest.raises(PreflowError) as caught:
-        list(read_rows(Prompt, uri))
+        list(read_rows(PromptRow, uri))
     assert str(caught.value).count("prompt[") == 3

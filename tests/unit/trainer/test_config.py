@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.config import ComputeType, LossType, QuantType, ReportTo, Schedule, TrainingConfig
+from tasks.config import ChatSettings, ComputeType, LossType, QuantType, ReportTo, Schedule, TrainingConfig
 from tasks.trainer import model
 from tasks.trainer.trainer import dpo_config
 
@@ -39,7 +39,7 @@ REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
 REACHES_OTHERS = {
     "base_model", "base_revision", "sft_adapter", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype",
     "bnb_4bit_use_double_quant", "bf16", "group_by_length", "cache_reference", "num_processes", "grace_seconds",
-    "lease_seconds", "measured_label_smoothing",
+    "lease_seconds", "measured_label_smoothing", *ChatSettings.model_fields,
 }  # fmt: skip
 
 

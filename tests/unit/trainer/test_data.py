@@ -4,22 +4,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from tasks.config import ChatSettings
 from tasks.errors import PreflowError
-from tasks.store.records import PreferencePair
+from tasks.llm.chat_template import choose_template
+from tasks.store.records import PairRow
 from tasks.store.workspace import Workspace
 from tasks.trainer.data import (
     LengthReport,
     MicroBatchSampler,
+    PairData,
+    PairTokenizer,
     TokenPair,
     as_dataset,
     load_pairs,
     make_micro_batches,
-    tokenize,
 )
+from tests.fakes.chat import FAMILIES, Family
 from tests.fakes.tiny_training import build_base, pairs, write_preferences
 
 
@@ -38,7 +42,8 @@ def test_tokens_are_those_of_trl(tokenizer: Any) -> None:
     trainer._tokenizer = tokenizer
     config = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=128)
     theirs = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, config, "train")
-    ours = as_dataset([tokenize(PreferencePair(**row), tokenizer, 1) for row in rows])
+    reader = PairTokenizer(tokenizer)
+    ours = as_dataset([reader.tokenize(PairRow(**row), 1, LengthReport()) for row in rows])
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert list(ours[name]) == list(theirs[name])
 
@@ -47,6 +52,139 @@ def test_extra_columns_go_no_further(tokenizer: Any, tmp_path: Path) -> None:
     preferences = write_preferences(tmp_path, pairs(3, 0), [])
     data = load_pairs(preferences.uri, Workspace(tmp_path), tokenizer, 128)
     assert as_dataset(data.pairs).column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
+
+
+def conversation(good: str, bad: str, **columns: Any) -> dict[str, Any]:
+    sides = {"chosen": good, "rejected": bad}
+    return {
+        "prompt": [{"role": "user", "content": "the cat"}],
+        **{side: [{"role": "assistant", "content": text}] for side, text in sides.items()},
+        **columns,
+    }
+
+
+def load_as(family: Family, folder: Path, rows: list[dict[str, Any]], **settings: Any) -> tuple[Any, PairData]:
+    tokenizer = family.build_tokenizer(folder / "model")
+    chat = ChatSettings(chat_template_kwargs=dict(family.kwargs), **settings)
+    template = choose_template(chat, None, str(folder / "model"))
+    preferences = write_preferences(folder, rows, [])
+    return tokenizer, load_pairs(preferences.uri, Workspace(folder), tokenizer, 512, template)
+
+
+def sampled_prompt(family: Family, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the cat"}], add_generation_prompt=True, return_dict=True,
+        date_string="26 Jul 2024", **dict(family.kwargs),
+    )["input_ids"]  # fmt: skip
+    return ids
+
+
+# White space that a template trims, thinking that it drops, a text that ends in the middle of a word.
+TEXTS = ("  \n the cat \n\n", "hm\n</think>\n\nthe dog", "<think>\nhm\n</think>\n\nbig", "small qui")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_rendered_pairs_are_prompt_text_and_end_of_turn(family: Family, text: str, tmp_path: Path) -> None:
+    tokenizer, data = load_as(family, tmp_path, [conversation(text, "red", rejected_finish_reason="length")])
+    (pair,) = data.pairs
+    assert pair.prompt_ids == sampled_prompt(family, tokenizer), "the prompt is that of sampling, to its last token"
+    *answer, end = pair.chosen_ids
+    assert tokenizer.decode(answer).removeprefix(" " * (family.name == "mistral" and text[0] != " ")) == text
+    assert tokenizer.decode([end]) == family.eos, "it ends with the end of turn and nothing after it"
+    assert tokenizer.decode(pair.rejected_ids).strip() == "red", "a cut side has no end of turn"
+    assert (data.report.unfinished, data.report.exact) == (1, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_sampled_tokens_are_trained_on_as_they_are(family: Family, tmp_path: Path) -> None:
+    tokenizer = family.build_tokenizer(tmp_path / "model")
+    end = tokenizer.convert_tokens_to_ids(family.eos)
+    # As no tokenizer would cut the text: letter by letter.
+    good, bad = (tokenizer.convert_tokens_to_ids(list(word)) for word in ("cat", "dog"))
+    row = conversation(
+        "cat", "dog", prompt_token_ids=sampled_prompt(family, tokenizer), chosen_token_ids=[*good, end],
+        rejected_token_ids=bad, chosen_finish_reason="stop", rejected_finish_reason="length",
+    )  # fmt: skip
+    _, data = load_as(family, tmp_path, [row])
+    (pair,) = data.pairs
+    assert (pair.chosen_ids, pair.rejected_ids) == ([*good, end], bad)
+    assert data.report.exact_share == 1.0
+    assert (data.report.other_prompts, data.report.foreign, data.report.unfinished) == (0, 0, 1)
+
+
+def test_a_side_cut_at_max_length_is_not_exact(tokenizer: Any) -> None:
+    report, pair = LengthReport(), TokenPair(1, "", [1] * 4, [1] * 4, [2] * 5, (True, True))
+    report.use(pair, max_length=8)
+    assert report.exact_share == 0.5
+
+
+LLAMA, QWEN, VICUNA = (next(f for f in FAMILIES if f.name == name) for name in ("llama3.2", "qwen3", "vicuna"))
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    row = conversation("cat", "dog", prompt_token_ids=[5], chosen_token_ids=[7, 8], rejected_token_ids=[9])
+    with pytest.raises(PreflowError, match="2 of 2 completions have sampled tokens that do not read as their text"):
+        load_as(VICUNA, tmp_path, [row])
+
+
+def test_prompts_sampled_with_another_template_are_refused(tmp_path: Path) -> None:
+    prompt = sampled_prompt(LLAMA, VICUNA.build_tokenizer(tmp_path / "model"))
+    with pytest.raises(PreflowError, match="1 of 1 prompts were sampled with other tokens than the chat template"):
+        load_as(LLAMA, tmp_path, [conversation("cat", "dog", prompt_token_ids=prompt)])
+
+
+def test_a_template_that_rewrites_answers_is_refused(tmp_path: Path) -> None:
+    shouting = tmp_path / "shouting.jinja"
+    shouting.write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content.replace('cat', 'CAT') + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(PreflowError, match="1 of 2 answers would be changed by the chat template"):
+        load_as(VICUNA, tmp_path, [conversation("cat", "dog")], chat_template=str(shouting))
+
+
+def test_nothing_after_an_end_of_turn_in_the_text_is_trained_on(tmp_path: Path) -> None:
+    tokenizer, data = load_as(QWEN, tmp_path, [conversation("cat<|im_end|>\n<|im_start|>user\ndog", "dog")])
+    assert tokenizer.decode(data.pairs[0].chosen_ids) == "cat<|im_end|>"
+
+
+def test_where_sampling_ended_at_other_texts_no_end_of_turn_is_made_up(tmp_path: Path) -> None:
+    for stop, ended in (("\n", "cat"), ("<|im_end|>", "cat<|im_end|>")):
+        tokenizer, data = load_as(QWEN, tmp_path, [conversation("cat", "dog")], stop=(stop,))
+        assert tokenizer.decode(data.pairs[0].chosen_ids) == ended
+
+
+def test_the_whole_conversation_on_each_side_is_refused_with_its_line(tmp_path: Path) -> None:
+    row = conversation("cat", "dog")
+    row["chosen"] = row["prompt"] + row["chosen"]
+    with pytest.raises(
+        PreflowError, match=r"train\.jsonl:2: chosen: .*one message of the assistant, not user, assistant"
+    ):
+        load_as(QWEN, tmp_path, [conversation("cat", "dog"), row])
+
+
+def test_a_pair_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    row = conversation("cat", "dog")
+    row["prompt"] = row["prompt"] * 2
+    mistral = next(family for family in FAMILIES if family.name == "mistral")
+    with pytest.raises(PreflowError, match=r"train\.jsonl:2: the chat template of .* must alternate"):
+        load_as(mistral, tmp_path, [conversation("cat", "dog"), row])
+
+
+def test_plain_trl_reads_the_pairs_with_their_extra_columns(tmp_path: Path) -> None:
+    rows = [conversation("cat", "dog", prompt_token_ids=[1], chosen_token_ids=[2, 3], chosen_finish_reason="stop"),
+            conversation("dog", "cat", confidence=5.0)]  # fmt: skip
+    preferences = write_preferences(tmp_path, rows, [])
+    tokenizer = QWEN.build_tokenizer(tmp_path / "model")
+    trainer = object.__new__(DPOTrainer)
+    trainer._tokenizer = tokenizer
+    config = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=128)
+    dataset = load_dataset("json", data_files=preferences.uri, split="train", cache_dir=str(tmp_path / "cache"))
+    theirs = trainer._prepare_dataset(dataset, tokenizer, config, "train")
+    assert [tokenizer.decode(row["chosen_ids"]).split("</think>")[-1].split() for row in theirs] == [
+        ["cat<|im_end|>"], ["dog<|im_end|>"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

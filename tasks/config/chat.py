@@ -1,0 +1,33 @@
+"""How messages become the model's tokens: the same in sampling, training and serving."""
+
+from pydantic import Field, JsonValue
+
+from tasks.config.base import OPERATIONAL, MaybeLocation, StageConfig
+
+
+class ChatSettings(StageConfig):
+    """The chat template with what is handed to it, and the texts that end an answer."""
+
+    chat_template: MaybeLocation = Field(
+        None,
+        description="File with the chat template (a path or gs:// address), where neither the adapter nor the base "
+        "model brings the right one. The server must speak with it too (vLLM: --chat-template), or take it from a "
+        "request (--trust-request-chat-template).",
+        json_schema_extra=OPERATIONAL,  # its content is part of every key
+    )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description='Handed to the chat template, e.g. {"enable_thinking": false}.'
+    )
+    date_string: str = Field(
+        "26 Jul 2024",  # Llama 3.2's own where it knows no clock
+        pattern=r"^\d{2} (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) \d{4}$",
+        description="The date for chat templates that write one: fixed, so that all prompts of a run say the same.",
+    )
+    stop: tuple[str, ...] = Field((), max_length=16, description="Texts at which sampling ends an answer.")
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    def template_kwargs(self) -> dict[str, JsonValue]:
+        """Return what the chat template is handed."""
+        return {"date_string": self.date_string, **self.chat_template_kwargs}

@@ -1,0 +1,237 @@
+"""The chat template: chosen in one place and rendered without a clock, for sampling, training and serving alike."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from tasks.config import ChatSettings, TrainingConfig
+from tasks.errors import PreflowError
+from tasks.llm.choose_template import CONFIG, choose
+from tasks.store.records import PromptRow, number_rows
+from tasks.store.workspace import Workspace, digest
+
+logger = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, str]]
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+# In no template, and nothing that one would change.
+ANSWER = "QxAnswerxQ"
+# What a template may do to an answer without changing what it says: white space, and the thinking that it drops.
+_UNSEEN = re.compile(r"<think>.*?</think>|</?think>|\s+", re.DOTALL)
+
+
+class TemplateRefused(PreflowError):
+    """The chat template does not take these messages."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template and what it is handed; `source` says where it comes from."""
+
+    text: str
+    source: str
+    special_tokens: Mapping[str, str]
+    settings: ChatSettings
+
+    def render(self, messages: Messages, prompt: bool = False) -> str:
+        """Return the text of a conversation; `prompt`: up to where the assistant's answer begins.
+
+        Raises:
+            TemplateRefused: in the template's own words.
+        """
+        try:
+            return _compile(self.text, self.settings.date_string).render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **{**self.special_tokens, **self.settings.template_kwargs()},
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise TemplateRefused(f"the chat template of {self.source} refuses messages of {roles}: {error}") from error
+
+    @cached_property
+    def around_answer(self) -> tuple[str, str]:
+        """What stands before an answer, besides the prompt (white space at most), and after it: its end of turn.
+
+        Raises:
+            TemplateRefused: it takes no answer, or drops it.
+        """
+        question = [{"role": "user", "content": "Q"}]
+        before, found, end = self.render([*question, {"role": "assistant", "content": ANSWER}]).rpartition(ANSWER)
+        if not found:
+            raise TemplateRefused(f"the chat template of {self.source} drops the assistant's answer")
+        prompt = self.render(question, prompt=True)
+        lead = before.removeprefix(prompt)
+        return (lead if before.startswith(prompt) and lead.isspace() else ""), end
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether a server that renders it writes its own date, whatever it is handed."""
+        return "strftime_now" in self.text and "date_string" not in self.text
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the rendered text, JSON-ready, for content keys."""
+        kwargs, stop = self.settings.template_kwargs(), list(self.settings.stop)
+        return {"text": digest(self.text), "special": dict(self.special_tokens), "kwargs": kwargs, "stop": stop}
+
+
+def same_words(text: str, other: str) -> bool:
+    """Tell whether two texts differ in white space and dropped thinking at most."""
+    return _UNSEEN.sub("", text) == _UNSEEN.sub("", other)
+
+
+class _Generation(Extension):
+    """`{% generation %}`, with which training templates mark the answers: its content is printed as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja's own way
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=16)
+def _compile(text: str, date: str) -> jinja2.Template:
+    """Compile as transformers does, but for the clock, which stands at `date`."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=refuse, strftime_now=datetime.strptime(date, "%d %b %Y").strftime)
+    return environment.from_string(text)
+
+
+def choose_template(
+    settings: ChatSettings, adapter: str | None, base: str | None = None, revision: str | None = None
+) -> ChatTemplate | None:
+    """Return the chat template that counts: that of the settings, else the adapter's, else the base model's.
+
+    Args:
+        settings: name a file with it, or not, and what it is handed.
+        adapter: folder or gs:// address of the adapter.
+        base: folder or hub name of the base model.
+        revision: of a base model from the hub.
+
+    Raises:
+        PreflowError: the file that the settings name is not there.
+    """
+
+    def read(source: str, name: str) -> str | None:
+        return read_model_file(source, name, revision)
+
+    folders = [source for source in (adapter, base) if source]
+    if settings.chat_template is not None:
+        text = Workspace.holding(settings.chat_template)
+        if not text.exists(settings.chat_template):
+            raise PreflowError(f"chat_template {settings.chat_template}: no such file")
+        chosen = settings.chat_template, "", text.read_bytes(settings.chat_template).decode()
+    elif found := choose(folders, read):
+        chosen = found
+    else:
+        return None
+    source, name, content = chosen
+    return ChatTemplate(content, f"{source}/{name}".rstrip("/"), _special_tokens(folders, read), settings)
+
+
+def template_of(training: TrainingConfig, adapter: str | None = None) -> ChatTemplate:
+    """Return the chat template of a training; `adapter` is a local copy of the SFT adapter's folder.
+
+    Raises:
+        PreflowError: there is none.
+    """
+    adapter = adapter or training.sft_adapter
+    found = choose_template(training, adapter, training.base_model, training.base_revision)
+    if found is None:
+        raise PreflowError(
+            f"no chat template in {training.sft_adapter} nor in {training.base_model}: pairs are conversations and "
+            "need one. Put the template of the SFT training into chat_template.jinja in the adapter's folder."
+        )
+    return found
+
+
+def _special_tokens(folders: Sequence[str], read: Any) -> dict[str, str]:
+    """Return the special tokens of the first folder that has a tokenizer, by name (`bos_token`, ...)."""
+    owner = next((folder for folder in folders if read(folder, CONFIG)), None)
+    if owner is None:
+        return {}
+    entries = {**json.loads(read(owner, "special_tokens_map.json") or "{}"), **json.loads(read(owner, CONFIG))}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def fast_tokenizer(training: TrainingConfig) -> Tokenizer | None:
+    """Return the tokenizer that is trained with; None where its tokenizer.json cannot be read here."""
+    for folder in (training.sft_adapter, training.base_model):
+        if read_model_file(folder, CONFIG, training.base_revision):
+            text = read_model_file(folder, "tokenizer.json", training.base_revision)
+            return Tokenizer.from_str(text) if text else None
+    return None
+
+
+def tokenizer_digests(adapter: str, base: str) -> dict[str, str]:
+    """Return the digests of the tokenizer's files: the adapter's where it brings one, else those of a base folder."""
+    for folder in [adapter, *([base] if Path(base).expanduser().is_dir() else [])]:
+        files = Workspace.holding(folder).digests(_plain(folder), TOKENIZER)
+        if CONFIG in files:
+            return files
+    return {}
+
+
+def _plain(folder: str) -> str:
+    return folder if "://" in folder else str(Path(folder).expanduser().absolute())
+
+
+def read_model_file(source: str, name: str, revision: str | None = None) -> str | None:
+    """Return the text of a model's file, None where it is absent: of a folder, a gs:// address, or a hub's local cache.
+
+    Preflight and trainer have fetched a hub's small files before; nothing is asked here.
+    """
+    if "://" in source or Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")):
+        store, uri = Workspace.holding(source), f"{_plain(source).rstrip('/')}/{name}"
+        return store.read_bytes(uri).decode() if store.exists(uri) else None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(source, name, revision=revision)
+    except ValueError:  # no name that a hub could have
+        return None
+    return Path(found).read_text() if isinstance(found, str) else None
+
+
+def check_prompts(uri: str, template: ChatTemplate) -> None:
+    """Render every prompt of a file, so that one that the template refuses is known before anything is paid.
+
+    Raises:
+        PreflowError: with file and line, in the template's words.
+    """
+    for place, row in number_rows(PromptRow, uri, Workspace.holding(uri)):
+        try:
+            template.render([message.model_dump() for message in row.prompt], prompt=True)
+        except TemplateRefused as error:
+            raise PreflowError(
+                f"{place}: {error}. Change the messages (put a system message into the first user message, join "
+                "messages of one role), or give another chat_template."
+            ) from error
