@@ -26,12 +26,6 @@ Row = dict[str, Any]
 Messages = list[dict[str, str]]
 Columns = Iterable[tuple[int, Any]]
 
-WANTED = {
-    "prompts": '{"prompt": [{"role": "user", "content": "..."}]}',
-    "completions": '{"prompt": [{"role": "user", "content": "..."}], "completions": ["...", "..."]}',
-    "preferences": '{"prompt": [{"role": "user", "content": "..."}], '
-    '"chosen": [{"role": "assistant", "content": "..."}], "rejected": [{"role": "assistant", "content": "..."}]}',
-}
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "system": "system", "developer": "system",
@@ -58,12 +52,12 @@ def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
     Raises:
         PreflowError: a line is no row of its format; names the file and the line.
     """
-    head = next(iter(store.lines(uri)), b"")[:16] if store.exists(uri) else b""
+    head = next(iter(store.lines(uri)), b"") if store.exists(uri) else b""
     if head.startswith(b"PAR1") or not store.exists(uri):
         yield from enumerate(_read_arrow(uri, store), 1)
     elif uri.endswith((".csv", ".tsv")):
         yield from _read_csv(_text(uri, store), "\t" if uri.endswith(".tsv") else ",")
-    elif head.startswith((b"\x1f\x8b", codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\r" in head:
+    elif head.startswith((b"\x1f\x8b", *(bom for bom, _ in ENCODINGS))) or b"\r" in head.rstrip(b"\r\n"):
         yield from _read_lines(uri, _text(uri, store).splitlines())
     elif head.lstrip().startswith(b"["):
         yield from _read_array(uri, _text(uri, store))
@@ -101,11 +95,16 @@ def parse_json(line: str | bytes, where: str) -> Any:
         value = json.loads(line, parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise PreflowError(f"{where}: half a character ({half}) in a text. Write the text again as UTF-8.") from error
+        half, field = f"\\u{ord(error.object[error.start]):04x}", _field_with(error.object[error.start], value)
+        raise PreflowError(f"{where}: {field}half a character ({half}). Write the text again as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         raise PreflowError(f"{where}: not usable JSON ({error}). Each line must be one JSON object.") from error
     return value
+
+
+def _field_with(character: str, row: Any) -> str:
+    fields = row.items() if isinstance(row, dict) else ()
+    return next((f"{name}: " for name, value in fields if character in json.dumps(value, ensure_ascii=False)), "")
 
 
 def _refuse_constant(name: str) -> None:
@@ -143,24 +142,24 @@ def _read_csv(text: str, delimiter: str) -> Iterator[tuple[int, Row]]:
 def _read_arrow(uri: str, store: Workspace) -> Iterator[Row]:
     """Yield the rows of a parquet file, or of a folder saved by `datasets` (one split)."""
     try:
-        from pyarrow import ipc, parquet
+        from pyarrow import ArrowException, ipc, parquet
     except ImportError as error:
         raise PreflowError(
             f"{uri}: reading this takes pyarrow: pip install pyarrow, or save the data as JSONL"
         ) from error
-    if store.exists(uri):
-        yield from _plain(uri, parquet.read_table(io.BytesIO(store.read_bytes(uri))).to_pylist())
-        return
-    files = sorted(store.list(uri))
+    files = [uri] if store.exists(uri) else store.list(uri)
     if any(file.endswith("dataset_dict.json") for file in files):
         splits = ", ".join(sorted(store.folders(uri)))
         raise PreflowError(f"{uri}: a folder of several splits ({splits}); give one of them, such as {uri}/train")
-    shards = [file for file in files if file.endswith((".arrow", ".parquet"))]
+    shards = [file for file in files if file == uri or file.endswith((".arrow", ".parquet"))]
     if not shards:
-        raise PreflowError(f"{uri}: no such file. Give a JSONL file, {WANTED['prompts']} in each line.")
+        raise PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
     for file in shards:
         content = io.BytesIO(store.read_bytes(file))
-        table = parquet.read_table(content) if file.endswith(".parquet") else ipc.open_stream(content).read_all()
+        try:
+            table = ipc.open_stream(content).read_all() if file.endswith(".arrow") else parquet.read_table(content)
+        except ArrowException as error:
+            raise PreflowError(f"{file}: damaged, or not what its name says ({error}). Write it again.") from error
         yield from _plain(file, table.to_pylist())
 
 
@@ -194,6 +193,9 @@ def to_prompt(row: Any) -> tuple[Row, str]:
             if isinstance(system, str) and converted and converted[0]["role"] != "system":
                 converted = [{"role": "system", "content": system}, *converted]
             return {**_without_empty_group(rest), "prompt": converted}, name
+    if {"chosen", "rejected"} <= row.keys():  # pairs, of which only the prompt is wanted
+        pair, form = to_pair(row)
+        return {name: value for name, value in pair.items() if name not in ("chosen", "rejected")}, form
     raise WrongForm(f"no prompt in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
 
 
@@ -263,9 +265,9 @@ def _message(item: Any, where: str) -> dict[str, str]:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise WrongForm(f"{where}: its content is not text")
-    extra = {name: value for name, value in item.items() if name in ("tool_calls", "tool_call_id") and value}
-    if extra:
-        raise WrongForm(f"{where}: {', '.join(extra)}: conversations with tools are not supported")
+    known = {"role", "from", "content", "value", "weight"}
+    if lost := sorted(name for name, value in item.items() if name not in known and value not in (None, [], "")):
+        raise WrongForm(f"{where}.{lost[0]}: a message has role and content; this field would be lost")
     return {"role": ROLES[role], "content": content}
 
 
@@ -359,33 +361,3 @@ def _shared(sides: Sequence[Messages]) -> Messages:
     most = min(len(side) for side in sides) - 1
     count = next((n for n in range(most) if sides[0][n] != sides[1][n]), most)
     return sides[0][:count]
-
-
-def read_forms(kind: str, uri: str, store: Workspace, used: Counter[str] | None = None) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a file as preflow's own, each with where it stands (file:line).
-
-    Args:
-        kind: prompts, completions or preferences.
-        uri: the file.
-        store: the workspace through which it is read.
-        used: counts the forms that the rows had.
-
-    Raises:
-        PreflowError: a row fits no form; up to five are named, with the row that is wanted.
-    """
-    convert = {"prompts": to_prompt, "completions": to_completions, "preferences": to_pair}[kind]
-    wrong: list[str] = []
-    for number, value in read_table(uri, store):
-        try:
-            row, form = convert(value)
-        except WrongForm as error:
-            wrong.append(f"{uri}:{number}: {error}")
-            if len(wrong) == 5:
-                break
-            continue
-        if used is not None:
-            used[form] += 1
-        if not wrong:
-            yield f"{uri}:{number}", row
-    if wrong:
-        raise PreflowError("\n".join([*wrong, f"A row of {kind} that always works is {WANTED[kind]}"]))
