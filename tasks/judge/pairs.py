@@ -97,6 +97,11 @@ def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, 
     cost = store.read_manifest(verdicts).cost if verdicts.manifest else None
     usage = cost.model_dump(exclude={"usd", "gpu_seconds"}) if cost else None
     quality = measure_judgements(store.read_rows(f"{folder}/judged.jsonl"), usage=usage)
+    return write_quality(store, folder, quality)
+
+
+def write_quality(store: Workspace, folder: str, quality: QualityReport) -> dict[str, FileFacts]:
+    """Write what was measured of the pairs in a folder, `quality.json` and `quality.png`."""
     with store.writing(f"{folder}/quality.png") as picture:
         picture.write(plot_quality(quality))
     with store.writing(f"{folder}/quality.json") as measured:
@@ -180,7 +185,7 @@ def _agreement(votes: Sequence[Vote]) -> float:
 
 def is_validation(identity: str, group: str | None, seed: int, val_ratio: float) -> bool:
     """Tell whether a prompt lies on the validation side: by its group if it has one, and never by its neighbours."""
-    drawn = hashlib.sha256(f"{seed}:{group if group is not None else identity}".encode()).digest()[:8]
+    drawn = hashlib.sha256(f"{seed}:{group or identity}".encode()).digest()[:8]
     return int.from_bytes(drawn, "big") / 2**64 < val_ratio
 
 
