@@ -1,6 +1,6 @@
 # preflow on this machine. `make` alone explains the targets.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+# PYTHON names the interpreter of the environments; left out, it is the first of 3.11, 3.12 and 3.13 that is there.
 export PYTHON
 BIN := .venv/bin
 # Test processes at once: each takes a core, and up to 4 GB with a vLLM of its own.
@@ -11,9 +11,16 @@ JOBS ?= 2
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
+<<<<<<< HEAD
+	@echo "make setup   both environments; \`source .venv/bin/activate\`, then \`preflow --help\`"
+	@echo "make up      Prefect with its UI, vLLM and a judge in the background: press Run in the UI"
+=======
+	@echo "             MODEL=smollm2: with a real language model of 135M parameters (up to 30 minutes)"
 	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
+>>>>>>> main
 	@echo "make down    end what make up started"
 	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
+	@echo "make site    the documentation as a site, in .site"
 	@echo "make check   lint, types and unit tests (under a minute)"
 	@echo "make test    check, each stage, the whole pipeline with real servers, one kill a stage, the browser (8 minutes)"
 	@echo "make test-all  everything, with faults at many points (half an hour)"
@@ -27,8 +34,12 @@ help:
 .venv-serve/ready: infra/local/serve.lock infra/local/setup.sh
 	@infra/local/setup.sh serve .venv-serve
 
-demo: .venv/ready .venv-serve/ready
-	@$(BIN)/python -m preflow demo
+demo: .venv/ready .venv-serve/ready $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
+	@$(BIN)/python -m preflow demo $(if $(MODEL),--model $(MODEL))
+
+.venv/smollm2: .venv/ready infra/local/smollm2.sh
+	@infra/local/smollm2.sh .venv
+	@touch $@
 
 up: .venv/ready .venv-serve/ready
 	@$(BIN)/python -m preflow up

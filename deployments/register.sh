@@ -4,6 +4,7 @@
 #   register.sh         the work pools, every deployment as prefect.yaml has it, and the automations
 # PREFLOW_TRAIN_IMAGE: the train image that the pool l4-spot starts from.
 # PREFLOW_NOTIFY_BLOCK: type/name of the notification block that tells of crashed and silent runs.
+# PREFLOW_GCP_CREDENTIALS, PREFLOW_GCP_SECRETS: blocks of prefect-gcp to make as well; see deployments/gcp_blocks.py.
 set -eu
 template=deployments/l4-spot.job-template.json
 
@@ -22,3 +23,4 @@ make_pool l4-spot --type kubernetes --base-job-template "$template"
 [ "${1:-all}" != pools ] || exit 0
 prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
 python deployments/automations.py
+[ -z "${PREFLOW_GCP_CREDENTIALS:-}${PREFLOW_GCP_SECRETS:-}" ] || python deployments/gcp_blocks.py

@@ -6,7 +6,7 @@ from flows.pipeline import dpo_pipeline
 from flows.sweep import dpo_sweep
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.demo.local import Places, model_servers
-from tasks.demo.materials import make_materials
+from tasks.demo.materials import DemoModel, make_materials
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.prepare import prepare_points
 from tasks.sweep.ranking import find_sweep
@@ -15,10 +15,10 @@ BETAS = SweepConfig(grid={"training.beta": [0.03, 0.1, 0.3]})
 
 
 @flow(name="demo")
-async def demo(folder: str = ".demo") -> tuple[PipelineConfig, PipelineResult]:
-    """Make a tiny SFT adapter, and take it to a better one through every stage of the pipeline."""
-    places = Places.below(folder)
-    materials = make_materials(places.root)
+async def demo(folder: str = ".demo", model: DemoModel = "tiny") -> tuple[PipelineConfig, PipelineResult]:
+    """Make an SFT adapter of a small model, and take it to a better one through every stage of the pipeline."""
+    places = Places.below(folder, model)
+    materials = make_materials(places.root, model)
     with model_servers(places, materials) as config:
         return config, await dpo_pipeline(config)
 

@@ -22,7 +22,11 @@ from tasks.store.workspace import CompletionsRef, EvaluationRef, VerdictsRef, Wo
 
 @flow(name="evaluate-adapter", flow_run_name=named("evaluate {adapter.sha256:.12}"))
 async def evaluate_adapter(
-    adapter: AdapterInput, prompts: Location, workspace: Location, evaluation: EvaluationConfig
+    adapter: AdapterInput,
+    prompts: Location,
+    workspace: Location,
+    evaluation: EvaluationConfig,
+    min_win_rate: float = 0.5,
 ) -> EvaluationRef:
     """Have the judge compare samples of the new adapter with the SFT adapter's, on prompts it was not trained on.
 
@@ -31,6 +35,7 @@ async def evaluate_adapter(
         prompts: Held-out prompts, JSONL: a path or gs:// address; those that were trained on are left out.
         workspace: Where everything is kept: a folder or gs:// address.
         evaluation: Number of samples, endpoint and judge.
+        min_win_rate: The bar that the page compares the win rate with; a promotion has its own.
     """
     Workspace(workspace).check_writable()
     held_out = select_held_out(adapter, prompts, workspace, evaluation).uri
@@ -40,9 +45,9 @@ async def evaluate_adapter(
     null = None
     if evaluation.null_test:
         again = await generate_completions(held_out, workspace, draw_settings(evaluation, NULL, workspace))
-        null = await compare_samples(sft, again, workspace, evaluation.comparison_judge())
+        null = await compare_samples(sft, again, workspace, evaluation.null_judge())
     result = summarise_evaluation(adapter, verdicts, null, workspace, evaluation)
-    await report_evaluation(result, workspace)
+    await report_evaluation(result, workspace, min_win_rate)
     return result
 
 

@@ -8,7 +8,7 @@ from flows.judge import judge_preferences
 from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
-from tasks.promote.pointer import find_promotion
+from tasks.promote.pointer import find_promotion, find_rollback
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.run.names import named
@@ -41,9 +41,9 @@ async def improve(config: PipelineConfig) -> PipelineResult:
         await approve_judging(config, completions)
         preferences = await judge_preferences(completions, workspace, config.judging)
     adapter = await train(preferences, config)
-    held_out = config.eval_prompts or config.prompts
+    held_out, bar = config.eval_prompts or config.prompts, config.promotion.min_win_rate
     async with my_turn():
-        evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation)
+        evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation, bar)
     return PipelineResult(completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation)
 
 
@@ -57,7 +57,8 @@ async def train(preferences: PreferencesRef, config: PipelineConfig) -> AdapterR
 async def promote_if_better(made: PipelineResult, config: PipelineConfig) -> PipelineResult:
     """Serve the adapter under its name if it won by enough, and nobody who was asked said no."""
     promotion = find_promotion(made.adapter, config.workspace, config.promotion)
-    declined = await approve_promotion(config, made.evaluation, promotion)
+    declined = find_rollback(made.adapter, config.workspace, config.promotion)
+    declined = declined or await approve_promotion(config, made.evaluation, promotion)
     if promotion is None and declined is None and made.evaluation.beats(config.promotion.min_win_rate):
         promotion = await promote_adapter(made.adapter, made.evaluation, config.workspace, config.promotion)
     return made.model_copy(update={"promotion": promotion, "declined": declined})

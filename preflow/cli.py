@@ -54,6 +54,7 @@ def make_app() -> App:
     app = App(
         name="preflow", help="Turns an SFT LoRA adapter into a better one: sample, judge, DPO, proof, serve.",
         help_epilogue=CODES, help_format="plaintext", version=lambda: version("preflow"),
+        suppress_keyboard_interrupt=False,
     )  # fmt: skip
     for name, (group, text) in COMMANDS.items():
         order = list(COMMANDS).index(name)

@@ -27,6 +27,7 @@ BEGUN = re.compile(r"Beginning (?:sub)?flow run '(.*)' for flow '(.*)'$")
 ENDED = re.compile(r"Finished in state (\w+)")
 # Prefect's own remarks are for the file.
 SHOWN_LOGGERS = ("tasks", "preflow", "prefect.flow_runs", "prefect.task_runs")
+PREFIX = re.compile(r"^[\w -]{1,30}(?: \([^)]*\))?: ")
 PLAIN_SECONDS = 30.0
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
@@ -129,8 +130,9 @@ class Display(logging.Handler):
 
 
 def _last(message: str) -> str:
-    """Return a line without the name of the stage, which stands before it."""
-    return message.strip().splitlines()[0].partition(": ")[2] or message if message.strip() else ""
+    """Return the first line of a message, without the name of the stage that it begins with."""
+    first = message.strip().partition("\n")[0]
+    return PREFIX.sub("", first)
 
 
 def log_file(folder: Path, name: str) -> Path:

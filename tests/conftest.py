@@ -38,7 +38,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start a Prefect server of this test process's own and point Prefect at it; yields the API's address.
 
     Processes that a test starts inherit the address from the environment. The server has a database of its own and a
-    free port, so test processes beside this one do not share it; it ends with this process, however that ends.
+    free port, so other test processes do not share it; it ends with this process, however that ends.
     """
     with _pointed_at_a_server(tmp_path_factory.mktemp("prefect")) as url:
         yield url

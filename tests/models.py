@@ -34,8 +34,8 @@ def demo_adapter(out: Path, seed: int, learning_rate: float = 2e-3) -> Path:
 
 
 def _copy(out: Path, make: Callable[[Path], None], recipe: object) -> Path:
-    """Copy a folder that `make` fills, which it is asked to do only once; processes beside this one wait."""
-    sources = [file_sha256(Path(str(module.__file__))) for module in (corpus, material, model)]
+    """Copy a folder that `make` fills, which it is asked to do only once; other processes wait."""
+    sources = [file_sha256(Path(str(path))) for path in (corpus.__file__, material.FILE, model.__file__)]
     key = digest([sources, [version(name) for name in ("torch", "transformers", "peft")], repr(recipe)])
     folder = KEPT / key[:16]
     KEPT.mkdir(parents=True, exist_ok=True)

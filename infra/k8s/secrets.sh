@@ -6,25 +6,45 @@
 set -euo pipefail
 project=${1:-} prefix=${2:-}
 namespace=preflow
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
 random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 
-# in_cluster SECRET KEY
-in_cluster() {
-    kubectl --namespace "$namespace" get secret "$1" --output "go-template={{index .data \"$2\" | base64decode}}" 2>/dev/null
+# stored COMMAND...: print what the command prints, if it succeeds. Nothing if what it asks for does not exist; any other
+# failure ends the script, for a password that cannot be read now must not be replaced by a new one.
+stored() {
+    local answer status=0
+    answer=$("$@" 2>"$scratch/complaint") || status=$?
+    # An error text may stand on either stream: kubectl prints those of a template on stdout.
+    if [ "$status" -eq 0 ]; then
+        printf %s "$answer"
+    elif ! printf '%s\n' "$answer" | cat - "$scratch/complaint" | grep -qiE 'not.?found|executing template'; then
+        printf 'secrets.sh: %s failed (exit %s): %s\n' "$1 ${*: -1}" "$status" "$(cat "$scratch/complaint")" >&2
+        return 1
+    fi
 }
 
-# in_manager NAME [VALUE IF MISSING]
-in_manager() {
-    gcloud secrets versions access latest --project "$project" --secret "$prefix-$1" 2>/dev/null && return
-    [ -n "${2:-}" ] || return 0
-    printf %s "$2" | gcloud secrets versions add "$prefix-$1" --project "$project" --data-file=- >&2
-    printf %s "$2"
+# in_cluster SECRET KEY
+in_cluster() {
+    local encoded
+    encoded=$(stored kubectl --namespace "$namespace" get secret "$1" --ignore-not-found --output "jsonpath={.data.$2}") ||
+        return 1
+    printf %s "$encoded" | base64 --decode
 }
+
+in_manager() { stored gcloud secrets versions access latest --project "$project" --secret "$prefix-$1"; }
 
 # value NAME SECRET KEY [VALUE IF MISSING]
 value() {
-    if [ -n "$project" ]; then in_manager "$1" "${4:-}"; else in_cluster "$2" "$3" || printf %s "${4:-}"; fi
+    local found
+    if [ -n "$project" ]; then found=$(in_manager "$1") || return 1; else found=$(in_cluster "$2" "$3") || return 1; fi
+    if [ -z "$found" ] && [ -n "${4:-}" ]; then
+        found=$4
+        [ -z "$project" ] || printf %s "$found" |
+            gcloud secrets versions add "$prefix-$1" --project "$project" --data-file=- >&2 || return 1
+    fi
+    printf %s "$found"
 }
 
 # ask NAME TEXT: print the environment's value, or on a terminal what is typed in
@@ -38,21 +58,24 @@ ask() {
 put() {
     local name=$1 folder
     shift
-    folder=$(mktemp -d)
+    folder=$(mktemp -d "$scratch/XXXXXX")
     while [ $# -gt 0 ]; do
         [ -z "$2" ] || printf %s "$2" >"$folder/$1"
         shift 2
     done
     kubectl --namespace "$namespace" create secret generic "$name" --from-file="$folder" --dry-run=client --output yaml |
         kubectl apply --filename - >&2
-    rm -r "$folder"
 }
 
 kubectl apply --filename "$(dirname "$0")/base/namespace.yaml" >&2
-password=$(value postgres-password postgres-auth password "$(random)")
-hub_token=$(value hf-token preflow-train HF_TOKEN "$(ask HF_TOKEN "token of the model hub, for a gated base model")")
-put prefect-auth auth-string "$(value prefect-auth prefect-auth auth-string "admin:$(random)")"
-put postgres-auth password "$password" connection-url "postgresql+asyncpg://prefect:$password@postgres:5432/prefect"
-put vllm-auth api-key "$(value vllm-api-key vllm-auth api-key "$(random)")"
-put preflow-flow OPENAI_API_KEY "$(value judge-api-key preflow-flow OPENAI_API_KEY "$(ask OPENAI_API_KEY "key of the judge")")"
-put preflow-train HF_TOKEN "$hub_token"
+# All are read before any is written: a failure leaves the cluster as it was.
+server=$(value prefect-auth prefect-auth auth-string "admin:$(random)")
+database=$(value postgres-password postgres-auth password "$(random)")
+vllm=$(value vllm-api-key vllm-auth api-key "$(random)")
+judge=$(value judge-api-key preflow-flow OPENAI_API_KEY "$(ask OPENAI_API_KEY "key of the judge")")
+hub=$(value hf-token preflow-train HF_TOKEN "$(ask HF_TOKEN "token of the model hub, for a gated base model")")
+put prefect-auth auth-string "$server"
+put postgres-auth password "$database" connection-url "postgresql+asyncpg://prefect:$database@postgres:5432/prefect"
+put vllm-auth api-key "$vllm"
+put preflow-flow OPENAI_API_KEY "$judge"
+put preflow-train HF_TOKEN "$hub"

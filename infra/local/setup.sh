@@ -8,18 +8,29 @@
 # pip's own settings (index, find-links, certificate, proxies) count for both.
 set -euo pipefail
 kind=$1 env=${2:-}
-python=${PYTHON:-python3.11}
 uv_version=0.13.9
 
 say() { printf '%s\n' "setup: $*"; }
 
 fail() { printf '%s\n' "setup: $*" >&2; exit 1; }
 
-need_python() {
-    command -v "$python" >/dev/null || fail "$python is not there: apt-get install python3.11 python3.11-venv, or set PYTHON"
-    "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
-        fail "$python is $("$python" -V); preflow needs Python 3.11, 3.12 or 3.13: set PYTHON"
-    "$python" -c 'import ensurepip' 2>/dev/null || fail "$python has no venv: apt-get install python3.11-venv"
+# The first Python that fits; what PYTHON names, and nothing else, where it is set.
+find_python() {
+    for python in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+        "$python" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && return
+    done
+    return 1
+}
+
+make_environment() {
+    say "making $env"
+    if find_python; then
+        "$python" -m venv --clear "$env"
+    elif command -v uv >/dev/null; then
+        uv venv --quiet --seed --clear --python "${PYTHON:-3.11}" "$env"
+    else
+        fail "preflow needs Python 3.11, 3.12 or 3.13 with venv (Debian, Ubuntu: apt-get install python3-venv), or uv, which brings its own"
+    fi
 }
 
 # need PACKAGE CHECK...: install a Debian package where the command CHECK fails.
@@ -28,8 +39,12 @@ need() {
     shift
     "$@" >/dev/null 2>&1 && return
     say "installing $package"
-    [ "$(id -u)" = 0 ] || fail "$package is missing: run 'sudo apt-get install $package', then make again"
-    apt-get update -qq && apt-get install -y -qq "$package" >/dev/null
+    local root=()
+    if [ "$(id -u)" != 0 ]; then
+        sudo -n true 2>/dev/null || fail "$package is missing: run 'sudo apt-get install $package', then make again"
+        root=(sudo)
+    fi
+    "${root[@]}" apt-get update -qq && "${root[@]}" apt-get install -y -qq "$package" >/dev/null
     "$@" >/dev/null 2>&1 || fail "'$*' fails after 'apt-get install $package': install it by hand, then make again"
 }
 
@@ -96,7 +111,7 @@ install_serve() {
     need libnuma1 has_numa
     say "installing vLLM's CPU build into $env (about 2.2 GB)"
     install_torch +cpu cpu ||
-        fail "no CPU build of torch 2.13.0 for $("$python" -V) was found: let PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS name a place that has torch-2.13.0+cpu"
+        fail "no CPU build of torch 2.13.0 for $("$env/bin/python" -V) was found: let PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS name a place that has torch-2.13.0+cpu"
     install --no-deps --require-hashes --requirement infra/local/serve.lock
 }
 
@@ -115,9 +130,7 @@ esac
 # A link leads to an environment that others use too, and making it begins by emptying it.
 [ ! -L "$env" ] || fail "$env is a link to $(readlink "$env"): update that one where it is, then run: touch $env/ready"
 start=$SECONDS
-need_python
-say "making $env"
-"$python" -m venv --clear "$env"
+make_environment
 find_uv
 tell_uv_what_pip_is_told
 "install_$kind"

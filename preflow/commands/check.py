@@ -1,6 +1,7 @@
 """`preflow check`."""
 
 import asyncio
+from contextlib import ExitStack
 
 from preflow.options import CONFIG, Changes, File
 
@@ -8,28 +9,28 @@ from preflow.options import CONFIG, Changes, File
 def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
     """List all that is wrong with a configuration, what it will cost, and what it can show.
 
-    Nothing is sampled, and every model is asked whether it is there and takes the key.
+    Each model is asked one question, so that its key, its name and its answers are known to work.
 
     """
     from preflow.cli import Exit
     from preflow.outlook import cost_lines, power_line
     from preflow.settings import load_settings
+    from preflow.terminal import Display, log_file
     from tasks.demo.local import Places, prefect_api
     from tasks.run.preflight import find_problems
 
     settings = load_settings(file, changes)
     config = settings.config
-    if config.training_deployment is not None:
-        with prefect_api(Places(settings.folder)):
-            problems = asyncio.run(find_problems(config))
-    else:
+    with Display(log_file(settings.folder, "check")), ExitStack() as stack:
+        if config.training_deployment is not None:
+            stack.enter_context(prefect_api(Places(settings.folder)))
         problems = asyncio.run(find_problems(config))
+        lines = [] if problems else [*cost_lines(config), power_line(config)]
     for problem in problems:
         print(f"wrong: {problem}")
     if problems:
         print(f"{len(problems)} to fix; nothing was spent")
         return Exit.WRONG
     print("everything is there: prompts, rubric, adapter, base, models, keys")
-    for line in (*cost_lines(config), power_line(config)):
-        print(line)
+    print("\n".join(lines))
     return Exit.DONE

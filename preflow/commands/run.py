@@ -31,7 +31,7 @@ def run(
     from tasks.demo.local import Places, prefect_api
 
     log = log_file(settings.folder, "run")
-    print(f"log: {log}", flush=True)
-    with Display(log), prefect_api(Places(settings.folder)):
+    with Display(log), prefect_api(Places(settings.folder)) as ui:
+        print(f"log: {log}; while it runs: {ui}/v2/runs", flush=True)
         result = asyncio.run(dpo_pipeline(settings.config))
     return tell(settings.config, result)

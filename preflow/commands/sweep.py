@@ -35,8 +35,8 @@ def sweep(
     from tasks.sweep.ranking import find_sweep
 
     log = log_file(settings.folder, "sweep")
-    print(f"log: {log}", flush=True)
-    with Display(log, POINTS), prefect_api(Places(settings.folder)):
+    with Display(log, POINTS), prefect_api(Places(settings.folder)) as ui:
+        print(f"log: {log}; while it runs: {ui}/v2/runs", flush=True)
         asyncio.run(dpo_sweep(settings.config, settings.sweep))
         result = find_sweep(prepare_points(settings.config, settings.sweep).points)
     if result is not None:

@@ -8,6 +8,7 @@ names is intact; otherwise Prefect finds nothing under the key and runs the task
 import asyncio
 import json
 import logging
+import posixpath
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +19,7 @@ from prefect.serializers import JSONSerializer
 from pydantic import ConfigDict
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Reference, Workspace, digest
+from tasks.store.workspace import Origin, Reference, Workspace, digest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,8 +104,45 @@ async def open_results(workspace: str) -> WorkspaceResults:
     return block
 
 
-def cached(task: Task[P, R], key: str, results: WorkspaceResults) -> Task[P, R]:
-    """Return `task` with its result kept under `key` in the workspace.
+RefT = TypeVar("RefT", bound=Reference)
+# Written next to an artifact when a training begins on it: from then on nothing of it may change.
+USED = "used.json"
+
+
+def find_finished(store: Workspace, folder: str, kind: type[RefT]) -> RefT | None:
+    """Return a finished stage's artifact.
+
+    One with failures that may pass is not finished: they are asked for again, unless a training has begun on what there
+    is.
+    """
+    manifest = f"{folder}/manifest.json"
+    found = store.find_finished(manifest, kind)
+    if found is None or store.exists(f"{folder}/{USED}"):
+        return found
+    counts = store.read_manifest(manifest).counts  # one of each kind, or one for each judge
+    passing = sum(count for name, count in counts.items() if name.startswith("passing"))
+    if passing:
+        logger.info("%s: %d requests failed for a reason that may pass, and are asked again", folder, passing)
+    return None if passing else found
+
+
+def mark_used(reference: Reference, workspace: str) -> None:
+    """Note on the completions and verdicts behind `reference` that a training begins: they are finished as they are.
+
+    Asking for failed rows again would change them, and a training that is under way would have to start from scratch.
+    """
+    store, waiting = Workspace(workspace), [Origin.model_validate(reference.model_dump())]
+    while waiting:
+        source = waiting.pop()
+        if source.manifest is None or not store.exists(source.manifest):
+            continue
+        if source.kind in ("completions", "verdicts"):
+            store.write_json(f"{posixpath.dirname(source.manifest)}/{USED}", {"by": reference.uri})
+        waiting += store.read_manifest(source).upstream
+
+
+def cached(task: Task[P, R], key: str, results: WorkspaceResults, refresh: bool = False) -> Task[P, R]:
+    """Return `task` with its result kept under `key` in the workspace; with `refresh` it runs whatever is kept.
 
     The task must return a reference's `model_dump(mode="json")`: Prefect completes a task whose result it cannot
     serialise, and caches nothing, without a word.
@@ -113,6 +151,7 @@ def cached(task: Task[P, R], key: str, results: WorkspaceResults) -> Task[P, R]:
     key_fn: Callable[..., str] = lambda *_: record  # noqa: E731
     return task.with_options(
         cache_key_fn=key_fn,
+        refresh_cache=refresh,
         result_storage=results,
         result_serializer=SERIALIZER,
         persist_result=True,

@@ -175,6 +175,13 @@ def log_cost(cost: StageCost) -> None:
     )  # fmt: skip
 
 
+def say_prices(config: EndpointConfig) -> str:
+    """Return the prices of a model's tokens, for a log line."""
+    if not (config.prompt_price or config.completion_price):
+        return "no prices set: its cost is not counted"
+    return f"{config.prompt_price:g} and {config.completion_price:g} US$ a million prompt and completion tokens"
+
+
 def price(usage: dict[str, int], config: EndpointConfig) -> Cost:
     """Return what `usage` costs at the prices of `config`."""
     found = Usage(**usage)

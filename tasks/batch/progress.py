@@ -3,25 +3,24 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypedDict
 from uuid import UUID
 
-import httpx
 from prefect import Task
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.exceptions import PrefectException
 from prefect.tasks import exponential_backoff
 from prefect.utilities.annotations import opaque
 
 from tasks.batch.caching import cached, open_results
 from tasks.batch.costs import Spending, format_seconds, format_usd
-from tasks.batch.rows import ShardRef, Slice
+from tasks.batch.rows import Outcome, ShardRef, Slice
 from tasks.batch.shards import ShardWorker, Tally, TooManyFailures, open_shards, settle
 from tasks.errors import PreflowError
-from tasks.llm.client import Endpoint
+from tasks.llm.client import Endpoint, Usage
+from tasks.llm.responses import shorten
 
 LOG_SECONDS = 10.0
 ARTIFACT_SECONDS = 5.0
@@ -89,8 +88,11 @@ async def run_shards(
 
     async def run_one(part: Slice) -> ShardRef:
         label = f"{part.index + 1} of {len(plan.slices)}"
-        record = await cached(shell, plan.shard_key(part), results)(opaque(label), opaque(part), opaque(worker))
-        shard = ShardRef.model_validate(record)
+        arguments = opaque(label), opaque(part), opaque(worker)
+        shard = ShardRef.model_validate(await cached(shell, plan.shard_key(part), results)(*arguments))
+        if shard.passing and part.index not in worker.tally.shards:  # of an earlier start: what failed is asked again
+            again = cached(shell, plan.shard_key(part), results, refresh=True)
+            shard = ShardRef.model_validate(await again(*arguments))
         worker.tally.take(part, shard)
         return shard
 
@@ -105,6 +107,26 @@ async def run_shards(
         except TooManyFailures as reason:
             raise refuse_failures(plan, worker, endpoint.config.max_failure_ratio) from reason
     return shards
+
+
+async def try_question(stage: str, endpoint: Endpoint, answering: Awaitable[Outcome]) -> None:
+    """Await the answer to one real question before a stage is paid for, and say what such a question takes.
+
+    Raises:
+        PreflowError: the answer is of no use; the message has the reason.
+    """
+    config, outcome = endpoint.config, await answering
+    if outcome.error is not None:
+        raise PreflowError(
+            f"{stage}: {config.endpoint} (model {config.model}) did not answer a trial question: "
+            f"{outcome.error.get('reason')}: {str(outcome.error.get('detail'))[:300]}. Nothing else was asked."
+        )
+    usage = Usage.model_validate(outcome.usage)
+    logger.info(
+        "%s: %s answers; the trial question took %d prompt and %d completion tokens (%d of thinking), %s US$",
+        stage, config.model, usage.prompt_tokens, usage.completion_tokens, usage.thinking_tokens,
+        format_usd(usage.cost(config)),
+    )  # fmt: skip
 
 
 def refuse_failures(plan: Plan, worker: ShardWorker, allowed: float) -> PreflowError:
@@ -178,26 +200,32 @@ class Monitor:
         finally:
             reporter.cancel()
             await asyncio.gather(reporter, return_exceptions=True)
-            await self._show(artifact)
-            self._note()
+            await self._update(artifact)
             logger.info("%s", self.describe())
 
     async def _report(self, artifact: UUID) -> None:
         logged = time.monotonic()
         while True:
             await asyncio.sleep(ARTIFACT_SECONDS)
-            await self._show(artifact)
-            await asyncio.to_thread(self._note)
+            await self._update(artifact)
             if time.monotonic() - logged >= LOG_SECONDS:
                 logged = time.monotonic()
                 logger.info("%s", self.describe())
 
+    async def _update(self, artifact: UUID) -> None:
+        """Update the artifact and note what was spent."""
+        await self._safely(self._show(artifact))
+        await self._safely(asyncio.to_thread(self._note))
+
+    async def _safely(self, step: Awaitable[None]) -> None:
+        try:
+            await step
+        except Exception as error:  # noqa: BLE001 - whatever a display fails with, it is not worth a paid stage
+            logger.warning("%s: progress or cost could not be written (%s)", self._name, shorten(repr(error)))
+
     async def _show(self, artifact: UUID) -> None:
         progress = min(100.0, 100.0 * self._tally.done / max(1, self._tally.total))
-        try:
-            await aupdate_progress_artifact(artifact, progress=progress, description=self.describe())
-        except (httpx.HTTPError, PrefectException) as error:  # a display is not worth a paid stage
-            logger.warning("the progress artifact could not be updated: %s", error)
+        await aupdate_progress_artifact(artifact, progress=progress, description=self.describe())
 
     def _note(self) -> None:
         stats = self._endpoint.stats

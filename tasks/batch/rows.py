@@ -54,16 +54,21 @@ class Slice(BaseModel):
 
 
 class ShardRef(Reference):
-    """One finished shard; `rows` counts its units, `failed` those that failed for good."""
+    """One finished shard; `rows` counts its units, `failed` those that failed, `passing` those of them not `final`."""
 
     kind: Literal["shard"] = "shard"
     failed: int = 0
+    passing: int = 0
 
 
 class Outcome(BaseModel):
-    """What became of one unit: its output, or why there is none, and what it used."""
+    """What became of one unit: its output, or why there is none, and what it used.
+
+    A failure is `final` if the unit alone is to blame and would fail again; others are asked again at the next start.
+    """
 
     # First, because a stored failure is known by its first bytes.
+    final: bool | None = None
     error: dict[str, Any] | None = None
     row: Row | None = None
     usage: dict[str, int] = {}
@@ -136,8 +141,13 @@ def _decode(line: bytes) -> tuple[str, Outcome] | None:
     return key.decode(), Outcome.model_validate_json(body)
 
 
-def _is_failure(line: bytes) -> bool:
+def _may_pass(line: bytes) -> bool:
+    """Tell whether a unit failed for a reason that may pass."""
     return line.startswith(b'{"error"', _HEAD)
+
+
+def _is_failure(line: bytes) -> bool:
+    return _may_pass(line) or line.startswith(b'{"final"', _HEAD)
 
 
 Place = tuple[str, int, int]
@@ -216,7 +226,8 @@ class RowStore:
                 self._journals.setdefault(part, set()).add(uri)
             position = 0
             for line in self.store.lines(uri):
-                if line.startswith(b'{"key":"') and line.endswith(b"}\n") and len(line) > _HEAD:
+                whole = line.startswith(b'{"key":"') and line.endswith(b"}\n") and len(line) > _HEAD
+                if whole and not _may_pass(line):
                     with contextlib.suppress(ValueError):  # a damaged key is nobody's: its unit is made again
                         index.setdefault(bytes.fromhex(line[8:72].decode()), (uri, position, position + len(line)))
                 position += len(line)
@@ -242,7 +253,8 @@ class RowStore:
         with self.store.writing(uri) as out:
             for key in keys:
                 line = _encode(key, outcomes[key])
-                places[bytes.fromhex(key)] = (uri, position, position + len(line))
+                if not _may_pass(line):
+                    places[bytes.fromhex(key)] = (uri, position, position + len(line))
                 position += len(line)
                 out.write(line)
         with self._indexing:
@@ -250,8 +262,9 @@ class RowStore:
                 self._index.update(places)
         for file in self._journals.pop(self._name(part), set()):
             self.store.delete(file)
-        failed = sum(outcomes[key].error is not None for key in keys)
-        return ShardRef(uri=uri, failed=failed, **out.facts())
+        failures = [outcomes[key] for key in keys if outcomes[key].error is not None]
+        passing = sum(not outcome.final for outcome in failures)
+        return ShardRef(uri=uri, failed=len(failures), passing=passing, **out.facts())
 
     def read_shard(self, shard: ShardRef) -> Iterator[tuple[str, Outcome]]:
         """Yield a shard's units in order.

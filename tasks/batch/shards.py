@@ -12,6 +12,9 @@ from pydantic import BaseModel
 from tasks.batch.rows import Journal, Outcome, Row, RowStore, ShardRef, Slice, read_slice
 from tasks.errors import PreflowError
 
+# The first units are made one at a time until one succeeds, or so many have failed: an endpoint that refuses all of
+# them is found out by a few requests and not by a window full of them.
+FIRST_ALONE = 3
 logger = logging.getLogger(__name__)
 
 
@@ -112,11 +115,12 @@ class ShardWorker:
     work: Callable[[Any], Awaitable[Outcome]]
     tally: Tally
     concurrency: int
-    prepare: Callable[[], Awaitable[None]]
+    prepare: Callable[[], Awaitable[object]]
     watch: Callable[[], None] = lambda: None
     _gate: asyncio.Semaphore = field(init=False)
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _prepared: bool = field(default=False, init=False)
+    _tried: int = field(default=0, init=False)
     _making: dict[str, asyncio.Future[Outcome]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -167,11 +171,20 @@ class ShardWorker:
     async def _make(self, unit: Any) -> Outcome:
         async with self._gate:
             await self.get_ready()
-            try:
-                return await self.work(unit)
-            except PreflowError as error:  # such as a refused key: no other unit would fare better
-                self.tally.stop(error)
-                raise
+            if self._tried >= FIRST_ALONE:
+                return await self._work(unit)
+            async with self._preparing:
+                outcome = await self._work(unit)
+                self._tried = FIRST_ALONE if outcome.error is None else self._tried + 1
+                return outcome
+
+    async def _work(self, unit: Any) -> Outcome:
+        self._check_stopped()
+        try:
+            return await self.work(unit)
+        except PreflowError as error:  # such as a refused key: no other unit would fare better
+            self.tally.stop(error)
+            raise
 
     async def get_ready(self) -> None:
         """Await `prepare` if that has not been done.
@@ -240,11 +253,12 @@ def open_shards(concurrency: int, slices: Sequence[Slice]) -> int:
 
 
 class MergeCounts(BaseModel):
-    """What a merge found: input rows, and units that failed for good, with what all units had used."""
+    """What a merge found: input rows, units, those that failed, and those of them that the next start asks again."""
 
     rows: int = 0
     units: int = 0
     failed: int = 0
+    passing: int = 0
     usage: dict[str, int] = {}
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
@@ -253,6 +267,7 @@ class MergeCounts(BaseModel):
         for outcome in outcomes:
             self.units += 1
             self.failed += outcome.error is not None
+            self.passing += outcome.error is not None and not outcome.final
             for name, value in outcome.usage.items():
                 self.usage[name] = self.usage.get(name, 0) + value
 

@@ -10,13 +10,14 @@ from tasks.config.judging import JudgeConfig, JudgingConfig, PairPolicy
 from tasks.config.pipeline import ApprovalPoint, PipelineConfig
 from tasks.config.promotion import PromotionConfig, PublishingConfig
 from tasks.config.sweep import Preset, SweepConfig
-from tasks.config.training import ComputeType, LossType, QuantType, ReportTo, Schedule, TrainingConfig
+from tasks.config.training import ComputeType, Divergence, LossType, QuantType, ReportTo, Schedule, TrainingConfig
 
 __all__ = [
     "OPERATIONAL",
     "ApprovalPoint",
     "ChatSettings",
     "ComputeType",
+    "Divergence",
     "DrillConfig",
     "EndpointConfig",
     "EvaluationConfig",

@@ -25,10 +25,16 @@ TITLES = {
     "eval_prompts": "Held-out prompts (JSONL)",
     "eval_steps": "Evaluate every (optimizer steps)",
     "generation": "Generation: sampling",
+    "judges": "Second opinion: other judges",
     "judging": "Judging: the judge and the pairs",
     "evaluation": "Evaluation: proof on held-out prompts",
     "training": "Training: DPO",
     "promotion": "Promotion: gate and serving",
+    "f_divergence": "Divergence from the reference",
+    "ld_alpha": "Weight of surplus tokens (LD-DPO)",
+    "router_aux_loss_coef": "Weight of the router's loss (MoE)",
+    "use_weighting": "Weight pairs (WPO)",
+    "keep_empty": "Keep prompts without an answer",
     "keep_lines": "Lines to keep (regular expression)",
     "leave_out_cut": "Leave out pairs with a cut side",
     "load_in_4bit": "Load the base in 4 bits (QLoRA)",
@@ -102,14 +108,18 @@ _RANDOM = (
     rf"{_WORD}(?:(?=[A-Za-z0-9]{{20}}){_TURNS}|(?=[A-Za-z0-9]{{16}}){_TURNS}+\d|[A-Za-z0-9]{{29}})"
     r"|[0-9a-fA-F-]{32}|.{65}"
 )
-SECRET_NAME = rf"^(?!(?:env:)?(?:{_PREFIX}|{_RANDOM}))(?:env:[A-Za-z_][A-Za-z0-9_]*|[a-z0-9][a-z0-9-]*)$"
+SECRET_NAME = (
+    rf"^(?!(?:env:|gcp-secret:)?(?:{_PREFIX}|{_RANDOM}))"
+    r"(?:env:[A-Za-z_][A-Za-z0-9_]*|(?:gcp-secret:)?[a-z0-9][a-z0-9-]*)$"
+)
 
 
 def _check_secret_name(value: str) -> str:
     if not re.fullmatch(SECRET_NAME, value):
         raise ValueError(
-            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, or the "
-            "name of a Prefect Secret block (lower-case words with dashes between them)"
+            "must name a secret, and this looks like a key itself: write env:NAME for an environment variable, the "
+            "name of a Prefect Secret block (lower-case words with dashes between them), or gcp-secret:NAME for a "
+            "GcpSecret block"
         )
     return value
 
@@ -118,8 +128,11 @@ SecretName = Annotated[
     str, AfterValidator(_check_secret_name), WithJsonSchema({"type": "string", "pattern": SECRET_NAME})
 ]
 
-# An address without a user, a password or a key in it: it is stored and logged.
-ADDRESS = r"^https?://[^\s@?#]+$"
+# An address without a user, a password or a key in it: it is stored and logged. Azure's has a query, api-version=DATE:
+# a date is no key, nor is what is named a version, a deployment, a model or a region.
+_DATE = r"[A-Za-z_-]+=[0-9]{4}-[0-9]{2}-[0-9]{2}(?:-preview)?"
+_SETTING = rf"(?:{_DATE}|[A-Za-z_-]*(?:version|deployment|model|region)=[A-Za-z0-9._-]{{1,24}})"
+ADDRESS = rf"^https?://[^\s@?#]+(?:\?{_SETTING}(?:&{_SETTING})*)?$"
 
 
 def secrets_by_name(depth: int = 3) -> dict[str, Any]:
@@ -161,6 +174,28 @@ ModelLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_mode
 RubricLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_rubric)]
 
 
+def _explain_form(schema: dict[str, Any]) -> None:
+    """Add each field's bounds to its help, and call nothing what the form does: None."""
+    for field in schema.get("properties", {}).values():
+        kinds = field.get("anyOf", [field])
+        bounds = " ".join(filter(None, map(_bounds, kinds)))
+        text = str(field.get("description", ""))
+        if {"type": "null"} in kinds:
+            text = re.sub(r"\bempty: none\b", "None: no limit", text)
+            text = re.sub(r"\b[Ee]mpty: ", "None: ", text)
+        field["description"] = f"{text} {bounds}".strip()
+
+
+def _bounds(kind: dict[str, Any]) -> str:
+    """Return what a number may be, as a sentence."""
+    low, high = kind.get("minimum"), kind.get("maximum")
+    if low is not None and high is not None:
+        return f"{low:,} to {high:,}."
+    named = {"minimum": "at least", "exclusiveMinimum": "over", "maximum": "at most", "exclusiveMaximum": "below"}
+    found = ", ".join(f"{words} {kind[name]:,}" for name, words in named.items() if name in kind)
+    return f"{found[:1].upper()}{found[1:]}." if found else ""
+
+
 class StageConfig(BaseModel):
     """Base of all configuration: frozen, no unknown fields, and errors that never print a value (it might be a key)."""
 
@@ -170,6 +205,7 @@ class StageConfig(BaseModel):
         hide_input_in_errors=True,
         validate_default=True,
         field_title_generator=field_title,
+        json_schema_extra=_explain_form,
     )
 
     def identity(self) -> dict[str, Any]:

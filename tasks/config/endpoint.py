@@ -1,10 +1,12 @@
 """An OpenAI-compatible endpoint: address, limits, prices."""
 
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from tasks.config.base import ADDRESS, OPERATIONAL, SecretName, StageConfig
+
+_SENT_IF_SET = frozenset({"extra_body", "reasoning_effort"})
 
 
 class EndpointConfig(StageConfig):
@@ -19,7 +21,8 @@ class EndpointConfig(StageConfig):
     model: str = Field("sft", min_length=1, description="Name under which the endpoint serves the model.")
     api_key: SecretName | None = Field(
         None,
-        description="Where the key is: env:NAME or the name of a Prefect Secret block. Never the key itself.",
+        description="Where the key is: env:NAME, the name of a Prefect Secret block, or gcp-secret:NAME for a "
+        "GcpSecret block (Google Secret Manager). Never the key itself.",
         json_schema_extra=OPERATIONAL,
     )
     max_concurrency: int = Field(
@@ -44,6 +47,21 @@ class EndpointConfig(StageConfig):
     )
     tokens_per_minute: int | None = Field(
         None, ge=1, description="Hard cap on tokens per minute; empty: none.", json_schema_extra=OPERATIONAL
+    )
+    reasoning_effort: str | None = Field(
+        None,
+        pattern=r"^[a-z]+$",
+        description="How much a model thinks before it answers (none, minimal, low, medium, high); empty: not sent.",
+    )
+    extra_body: dict[str, JsonValue] = Field(
+        {},
+        description="Further fields of every request, as the endpoint names them, such as "
+        '{"chat_template_kwargs": {"enable_thinking": false}}.',
+    )
+    extra_headers: dict[str, SecretName] = Field(
+        {},
+        description="Further headers of every request; a value is env:NAME or the name of a Prefect Secret block.",
+        json_schema_extra=OPERATIONAL,
     )
     prompt_price: float = Field(
         0.0, ge=0, description="Price of a million prompt tokens, in US$.", json_schema_extra=OPERATIONAL
@@ -74,6 +92,15 @@ class EndpointConfig(StageConfig):
         description="Share of prompts that may fail for good before the stage fails.",
         json_schema_extra=OPERATIONAL,
     )
+
+    def __hash__(self) -> int:
+        """Hash by content: `extra_body` is a dict, which pydantic's own hash does not take."""
+        return hash(self.model_dump_json())
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that determine the answers; what is not sent is none of them."""
+        settings = super().identity()
+        return {name: value for name, value in settings.items() if value or name not in _SENT_IF_SET}
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:

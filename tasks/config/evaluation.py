@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from tasks.config.base import OPERATIONAL, StageConfig
 from tasks.config.generation import GenerationConfig
-from tasks.config.judging import JudgingConfig
+from tasks.config.judging import JudgeConfig, JudgingConfig
 
 
 class EvaluationConfig(StageConfig):
@@ -21,7 +21,15 @@ class EvaluationConfig(StageConfig):
     generation: GenerationConfig | None = Field(
         None, description="Sampling endpoint and settings; empty: those of the generation stage."
     )
-    judging: JudgingConfig | None = Field(None, description="The judge; empty: that of the judging stage.")
+    judging: JudgingConfig | None = Field(
+        None, title="Judging: the judge", description="The judge; empty: that of the judging stage."
+    )
+    judges: tuple[JudgeConfig, ...] = Field(
+        (),
+        max_length=15,
+        description="Second opinion, advised: judges that made no label, asked about the same samples. Each another "
+        "model; empty: none, and a quirk of the labelling judge looks like a gain.",
+    )
     adapter_root: str | None = Field(
         None,
         description="Folder under which the vLLM server sees the workspace, where that differs from here.",
@@ -38,13 +46,21 @@ class EvaluationConfig(StageConfig):
                 )
             if self.null_test:
                 raise ValueError("null_test compares two draws, and generation.temperature 0 makes them equal")
+        models = [judge.model for judge in (*(self.judging.judges() if self.judging else ()), *self.judges)]
+        if twice := sorted({model for model in models if models.count(model) > 1}):
+            raise ValueError(f"judges: {', '.join(twice)} judges already; a second opinion takes another model")
         return self
 
     def best_lower_bound(self) -> float:
-        """Return what the win rate's lower bound can be at most, all n samples won: n / (n + z^2) (Wilson, 1927)."""
+        """Return the win rate's lower bound if all n samples are won: n / (n + z^2) (Wilson, 1927)."""
         samples = self.num_samples * self.max_prompts
         return samples / (samples + NormalDist().inv_cdf((1 + self.confidence) / 2) ** 2)
 
     def comparison_judge(self) -> JudgingConfig:
-        """Return the judge as it compares two samples: always in both orders."""
+        """Return the judges as they compare the new adapter with the SFT adapter: always in both orders."""
+        judging = self.null_judge()
+        return judging.model_copy(update={"panel": (*judging.panel, *self.judges)})
+
+    def null_judge(self) -> JudgingConfig:
+        """Return the judges as they compare the SFT adapter with itself: those that made the labels, in both orders."""
         return (self.judging or JudgingConfig()).model_copy(update={"orders": 2})

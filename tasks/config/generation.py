@@ -34,6 +34,10 @@ class GenerationConfig(ChatSettings, EndpointConfig):
     keep_lines: str | None = Field(
         None, description="Regular expression; only lines it matches are kept, e.g. ^\\[[A-Z]+\\] . Empty: all lines."
     )
+    keep_empty: bool = Field(
+        False,
+        description="Keep a prompt on which every completion is empty. The evaluation does: there silence loses.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -17,16 +17,22 @@ class PairPolicy(StrEnum):
     BORDA = "borda"
 
 
+# The judge of those who choose none: a current, cheap model, as of 2026-11-26 and by public reports. They name it in
+# the place of gemini-2.5-flash, whose end was announced for 2026-10-16; models end, so look again.
+DEFAULT_JUDGE = "gemini-3.5-flash"
+DEFAULT_JUDGE_ENDPOINT = "https://generativelanguage.googleapis.com/v1beta/openai/"
+
+
 class JudgeConfig(EndpointConfig):
     """One LLM judge: where it is and how it is asked."""
 
     endpoint: str = Field(
-        "https://generativelanguage.googleapis.com/v1beta/openai/",
+        DEFAULT_JUDGE_ENDPOINT,
         pattern=ADDRESS,
         description="Base URL of the judge's OpenAI-compatible endpoint.",
         json_schema_extra=OPERATIONAL,
     )
-    model: str = Field("gemini-2.5-flash", min_length=1, description="Judge model; a stronger one ranks more surely.")
+    model: str = Field(DEFAULT_JUDGE, min_length=1, description="Judge model; a stronger one ranks more surely.")
     api_key: SecretName | None = Field(
         "env:OPENAI_API_KEY",
         description="Where the judge's key is: env:NAME or the name of a Prefect Secret block. Never the key itself.",
@@ -35,7 +41,12 @@ class JudgeConfig(EndpointConfig):
     max_concurrency: int = Field(
         16, ge=1, le=4096, description="Judge requests in flight at once, at most.", json_schema_extra=OPERATIONAL
     )
-    temperature: float = Field(0.0, ge=0, le=2, description="Judge temperature; anything but 0 adds noise.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="Judge temperature; empty: not sent, as reasoning models want it. 0 is the steadiest elsewhere.",
+    )
     max_tokens: int = Field(1024, ge=16, le=65_536, description="Token budget of a verdict, thinking included.")
     max_attempts: int = Field(3, ge=1, le=10, description="Times one verdict is asked for until it can be read.")
 
@@ -46,8 +57,9 @@ class JudgingConfig(JudgeConfig):
     panel: tuple[JudgeConfig, ...] = Field(
         (), max_length=15, description="Further judges that vote as well, each a model of its own; empty: one judge."
     )
-    rubric: RubricLocation = Field(
-        "seinfeld", description="Rubric: a name in tasks/judge/rubrics, or the path of a .md file."
+    rubric: RubricLocation | None = Field(
+        None,
+        description="What a good answer is (required): a name in tasks/judge/rubrics, such as neutral, or a .md file.",
     )
     orders: int = Field(2, ge=1, le=64, description="Rotations in which each prompt is judged; 2 shows position bias.")
     pair_policy: PairPolicy = Field(

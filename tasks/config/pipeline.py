@@ -29,7 +29,11 @@ class PipelineConfig(StageConfig):
         None,
         description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from.",
     )
-    workspace: Location = Field("workspace", description="Where everything is kept: a folder or gs://.")
+    workspace: Location = Field(
+        "workspace",
+        description="Where everything is kept: a folder or gs://bucket/prefix. gs://BLOCK@bucket/prefix takes the "
+        "credentials of the GcpCredentials block BLOCK; without one, the machine's own are taken.",
+    )
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
     judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")
@@ -100,6 +104,11 @@ class PipelineConfig(StageConfig):
             raise ValueError(
                 "judging.val_ratio 0 holds no prompts out for the evaluation: raise it, or set eval_prompts"
             )
+        labelling = {judge.model for judge in (self.evaluation.judging or self.judging).judges()}
+        if known := sorted(labelling & {judge.model for judge in self.evaluation.judges}):
+            raise ValueError(
+                f"evaluation.judges: {', '.join(known)} made the labels; a second opinion takes another model"
+            )
         best, bar = self.evaluation.best_lower_bound(), self.promotion.min_win_rate
         if best <= bar:
             raise ValueError(
@@ -121,10 +130,13 @@ class PipelineConfig(StageConfig):
         if generation.adapter is None:
             generation = generation.model_copy(update={"adapter": self.training.sft_adapter})
         chat = {name: getattr(generation, name) for name in ChatSettings.model_fields}
+        judging = self.evaluation.judging or self.judging
+        if judging.rubric is None:
+            judging = judging.model_copy(update={"rubric": self.judging.rubric})
         evaluation = self.evaluation.model_copy(
             update={
                 "generation": (self.evaluation.generation or generation).model_copy(update=chat),
-                "judging": self.evaluation.judging or self.judging,
+                "judging": judging,
             }
         )
         training = self.training.model_copy(update=chat)

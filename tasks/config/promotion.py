@@ -21,7 +21,9 @@ class PromotionConfig(StageConfig):
         json_schema_extra=OPERATIONAL,
     )
     api_key: SecretName | None = Field(
-        None, description="Where vLLM's key is: env:NAME or a Prefect Secret block.", json_schema_extra=OPERATIONAL
+        None,
+        description="Where vLLM's key is: env:NAME, a Prefect Secret block, or gcp-secret:NAME for a GcpSecret block.",
+        json_schema_extra=OPERATIONAL,
     )
     adapter_root: str | None = Field(
         None,

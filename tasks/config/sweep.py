@@ -38,19 +38,31 @@ class SweepConfig(StageConfig):
         json_schema_extra={"items": secrets_by_name()},
     )
     stronger_judge: str | None = Field(
-        None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as gemini-2.5-pro."
+        None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as a larger one."
     )
     more_prompts: MaybeLocation = Field(
         None,
         description="For the preset more_data: a larger prompts file (JSONL); prompts that are in the first too cost "
         "nothing again.",
     )
-    max_points: int = Field(24, ge=1, le=1000, description="A sweep of more points is refused.")
+    max_points: int = Field(
+        24,
+        title="Points, at most",
+        ge=1,
+        le=1000,
+        description="A sweep of more points is refused.",
+    )
     budget_usd: float | None = Field(
-        None, gt=0, description="A sweep whose estimate is higher, in US$, is refused; empty: no limit."
+        None,
+        gt=0,
+        title="Budget of the sweep (US$)",
+        description="A sweep whose estimate is higher, in US$, is refused; empty: no limit.",
     )
     gpu_price: float = Field(
-        0.0, ge=0, description="Price of a GPU hour for training, in US$ (a spot L4: 0.3-0.4); 0: not counted."
+        0.0,
+        ge=0,
+        title="GPU price (US$ an hour)",
+        description="Price of a GPU hour for training, in US$ (a spot L4: 0.3-0.4); 0: not counted.",
     )
     pairs_per_second: float = Field(
         1.14, gt=0, description="Pairs trained a second, for the estimate; 1.14 was measured for a 3B model on an L4."

@@ -17,6 +17,16 @@ class LossType(StrEnum):
     IPO = "ipo"
     ROBUST = "robust"
     SIGMOID_NORM = "sigmoid_norm"
+    APO_ZERO = "apo_zero"
+
+
+class Divergence(StrEnum):
+    """What holds the policy to the reference; see TRL's `DPOConfig.f_divergence_type`."""
+
+    REVERSE_KL = "reverse_kl"
+    FORWARD_KL = "forward_kl"
+    JS = "js_divergence"
+    ALPHA = "alpha_divergence"
 
 
 class Schedule(StrEnum):
@@ -82,6 +92,20 @@ class TrainingConfig(ChatSettings):
         le=10,
         description="Weight of an added SFT loss on the chosen side (the DPO loss has weight 1); 1 keeps the format.",
     )
+    f_divergence: Divergence = Field(
+        Divergence.REVERSE_KL, description="Divergence from the reference; reverse_kl is standard DPO."
+    )
+    ld_alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Weight of the tokens by which one side is longer than the other (LD-DPO); below 1 length pays "
+        "less, empty: all tokens count alike.",
+    )
+    use_weighting: bool = Field(False, description="Weight pairs by how probable the policy finds them (WPO).")
+    router_aux_loss_coef: float = Field(
+        0.0, ge=0, le=1, description="Weight of the load-balancing loss of a mixture-of-experts base."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs taken to be flipped (robust loss).")
     measured_label_smoothing: bool = Field(
         False, description="Take label_smoothing from the judge's measured flip rate (robust loss)."
@@ -90,7 +114,9 @@ class TrainingConfig(ChatSettings):
     num_train_epochs: float = Field(1.0, gt=0, le=100, description="Passes over the training pairs.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps in all; overrides the epochs.")
     lr_scheduler_type: Schedule = Field(Schedule.COSINE, description="Learning-rate schedule after the warm-up.")
-    warmup_steps: int = Field(20, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_steps: int = Field(
+        20, ge=0, description="Optimizer steps of linear warm-up; a run of no more steps takes a tenth of its own."
+    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")
     per_device_train_batch_size: int = Field(2, ge=1, le=512, description="Pairs in a micro-batch.")
@@ -104,7 +130,9 @@ class TrainingConfig(ChatSettings):
     )
     group_by_length: bool = Field(True, description="Fill micro-batches with pairs of like length: less padding.")
     disable_dropout: bool = Field(
-        True, description="Train without the adapter's dropout, so that the policy starts exactly at the reference."
+        True,
+        description="Train without dropout, the adapter's and the base's, so that the policy starts exactly at "
+        "the reference.",
     )
     cache_reference: bool = Field(
         True,
@@ -145,6 +173,8 @@ class TrainingConfig(ChatSettings):
                 "loss_type robust without smoothing is the sigmoid loss: set label_smoothing or "
                 "measured_label_smoothing, or take loss_type sigmoid"
             )
+        if self.loss_type is LossType.APO_ZERO and self.f_divergence is not Divergence.REVERSE_KL:
+            raise ValueError(f"loss_type apo_zero works with f_divergence reverse_kl, not {self.f_divergence.value}")
         if self.bnb_4bit_quant_type is not QuantType.NF4 and not self.load_in_4bit:
             raise ValueError(f"bnb_4bit_quant_type {self.bnb_4bit_quant_type.value} does nothing without load_in_4bit")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:

@@ -26,6 +26,7 @@ from tasks.demo.rules import score
 MODEL = "demo-judge"
 KEY_VARIABLE = "DEMO_JUDGE_KEY"
 SCENE = re.compile(r"^<<<SCENE ([0-9a-f]+)>>>$", re.MULTILINE)
+FIRST_COMPLETION = re.compile(r"^<<<COMPLETION 1 ([0-9a-f]+)>>>$", re.MULTILINE)
 # Score gaps between best and worst at which the confidence rises to 2, 3, 4 and 5.
 CONFIDENCE_STEPS = (0.03, 0.08, 0.15, 0.25)
 CHARACTERS_PER_TOKEN = 4
@@ -40,8 +41,10 @@ def parse_prompt(text: str) -> tuple[str, list[str]]:
     announced = SCENE.search(text)
     if announced is None:
         raise UnreadablePrompt("no line <<<SCENE nonce>>> in the last user message")
-    nonce = announced[1]
-    scene = _block(text, "SCENE", nonce)
+    scene = _block(text, "SCENE", announced[1])
+    text = text.partition(f"\n<<<END SCENE {announced[1]}>>>")[2]
+    first = FIRST_COMPLETION.search(text)
+    nonce = first[1] if first else "none"
     count = len(re.findall(rf"^<<<COMPLETION \d+ {nonce}>>>$", text, re.MULTILINE))
     if scene is None or count < 2:
         raise UnreadablePrompt(f"a whole scene and two or more completions are needed, found {count} completions")
@@ -72,34 +75,30 @@ def verdict(scene: str, completions: Sequence[str]) -> dict[str, int]:
 
 def create_app(log: Path | None = None, key: str | None = None) -> Starlette:
     """Return the judge as an ASGI application; `log` gets one JSON line for each chat request."""
-    app = Starlette(
-        routes=[
-            Route("/v1/models", _models, methods=["GET"]),
-            Route("/v1/chat/completions", _chat, methods=["POST"]),
-        ]
-    )
-    app.state.log = log
-    app.state.key = key
-    return app
+
+    def refused(request: Request) -> JSONResponse | None:
+        if key is None or request.headers.get("authorization") == f"Bearer {key}":
+            return None
+        return _error(401, f"Missing or wrong API key; the server took its own from {KEY_VARIABLE}.", "invalid_api_key")
+
+    async def models(request: Request) -> JSONResponse:
+        entry = {"id": MODEL, "object": "model", "owned_by": "preflow"}
+        return refused(request) or JSONResponse({"object": "list", "data": [entry]})
+
+    async def chat(request: Request) -> JSONResponse:
+        raw = await request.body()
+        response, note = (denied, {}) if (denied := refused(request)) else _answer(raw)
+        if log is not None:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": time.time(), "status": response.status_code, **note}) + "\n")
+        return response
+
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"])]
+    return Starlette(routes=routes)
 
 
-async def _models(request: Request) -> JSONResponse:
-    if not _is_authorised(request):
-        return _unauthorised()
-    return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "preflow"}]})
-
-
-async def _chat(request: Request) -> JSONResponse:
-    raw = await request.body()
-    response, note = _answer(request, raw)
-    _write_log(request.app.state.log, {"time": time.time(), "status": response.status_code, **note})
-    return response
-
-
-def _answer(request: Request, raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
-    """Return the response and what the log should say about it."""
-    if not _is_authorised(request):
-        return _unauthorised(), {}
+def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
+    """Return the response and what the log says about it."""
     try:
         body = json.loads(raw)
         if body["model"] != MODEL:
@@ -111,8 +110,19 @@ def _answer(request: Request, raw: bytes) -> tuple[JSONResponse, dict[str, Any]]
     except (ValueError, KeyError, TypeError) as problem:
         return _error(400, f"This is not a chat completion request: {problem!r}.", "invalid_request"), {}
     decision = verdict(scene, completions)
-    completion = _chat_completion(body["messages"], decision)
-    return JSONResponse(completion), {**decision, "completions": len(completions), "usage": completion["usage"]}
+    content = f"```json\n{json.dumps(decision)}\n```"
+    asked = _estimate_tokens("".join(str(message["content"]) for message in body["messages"]))
+    said = _estimate_tokens(content)
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": content},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    completion = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
+    response = JSONResponse({**completion, "model": MODEL, "choices": [choice], "usage": usage})
+    return response, {**decision, "completions": len(completions), "usage": usage}
 
 
 def _last_user_message(messages: Sequence[dict[str, Any]]) -> str:
@@ -124,53 +134,13 @@ def _last_user_message(messages: Sequence[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _chat_completion(messages: Sequence[dict[str, Any]], decision: dict[str, int]) -> dict[str, Any]:
-    content = f"```json\n{json.dumps(decision)}\n```"
-    prompt_tokens = _estimate_tokens("".join(str(message["content"]) for message in messages))
-    completion_tokens = _estimate_tokens(content)
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": MODEL,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": content},
-                "logprobs": None,
-                "finish_reason": "stop",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
-
-
 def _estimate_tokens(text: str) -> int:
     return max(1, round(len(text) / CHARACTERS_PER_TOKEN))
-
-
-def _is_authorised(request: Request) -> bool:
-    key: str | None = request.app.state.key
-    return key is None or request.headers.get("authorization") == f"Bearer {key}"
-
-
-def _unauthorised() -> JSONResponse:
-    return _error(401, f"Missing or wrong API key; the server took its own from {KEY_VARIABLE}.", "invalid_api_key")
 
 
 def _error(status: int, message: str, code: str) -> JSONResponse:
     kind = "authentication_error" if status == 401 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status_code=status)
-
-
-def _write_log(log: Path | None, entry: dict[str, Any]) -> None:
-    if log is not None:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
 
 
 def main() -> None:
@@ -179,10 +149,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--log", type=Path, help="file that gets one JSON line a request")
     arguments = parser.parse_args()
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", arguments.port))
-    listener.listen(1024)
+    listener = socket.create_server(("127.0.0.1", arguments.port), backlog=1024)
     print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
     app = create_app(arguments.log, os.environ.get(KEY_VARIABLE) or None)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

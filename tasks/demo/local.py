@@ -19,9 +19,9 @@ from tasks.config import (
     PromotionConfig,
     TrainingConfig,
 )
-from tasks.demo.materials import Materials, locate_materials
+from tasks.demo.materials import SMOLLM2, TINY, Materials, locate_materials
 from tasks.demo.services import Service, judge_server, prefect_server
-from tasks.demo.serving import vllm_server
+from tasks.demo.serving import VllmOptions, vllm_server
 from tasks.demo.summary import before_and_after, summarise
 from tasks.demo.up import Up
 from tasks.promote.pointer import read_pointer
@@ -43,9 +43,10 @@ class Places:
     root: Path
 
     @classmethod
-    def below(cls, folder: str) -> "Places":
-        """Return the places below a folder, which may be relative."""
-        return cls(Path(folder).expanduser().absolute())
+    def below(cls, folder: str, model: str = TINY) -> "Places":
+        """Return the places below a folder, which may be relative; the tiny model's are directly in it."""
+        root = Path(folder).expanduser().absolute()
+        return cls(root if model == TINY else root / model)
 
     @property
     def workspace(self) -> Path:
@@ -64,8 +65,8 @@ class Places:
 
 
 def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> PipelineConfig:
-    """Return the pipeline's configuration for a tiny model on CPU; `vllm` and `judge` are base URLs."""
-    return PipelineConfig(
+    """Return the pipeline's configuration for a small model on CPU; `vllm` and `judge` are base URLs."""
+    config = PipelineConfig(
         prompts=str(materials.prompts),
         eval_prompts=str(materials.held_out),
         workspace=str(places.workspace),
@@ -94,6 +95,23 @@ def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> 
         evaluation=EvaluationConfig(num_samples=4),
         promotion=PromotionConfig(name=SERVED_NAME, endpoint=vllm),
     )
+    return config if materials.model == TINY else _for_smollm2(config)
+
+
+def _for_smollm2(config: PipelineConfig) -> PipelineConfig:
+    """Return the configuration for a model a hundred times the size: short texts, few steps."""
+    generation = config.generation.model_copy(update={"max_tokens": 64, "max_concurrency": 8})
+    training = config.training.model_copy(
+        update={
+            "learning_rate": 2e-4,
+            "max_steps": 10,
+            "warmup_steps": 1,
+            "gradient_accumulation_steps": 4,
+            "eval_steps": 10,
+            "logging_steps": 2,
+        }
+    )
+    return config.model_copy(update={"generation": generation, "training": training})
 
 
 @contextmanager
@@ -151,7 +169,8 @@ def vllm_for(places: Places, materials: Materials, port: int | None = None) -> S
     pointer = read_pointer(str(places.workspace), SERVED_NAME)
     if pointer is not None:
         adapters[SERVED_NAME] = Path(pointer["current"]["uri"])
-    return vllm_server(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters, port=port)
+    options = VllmOptions(max_model_len=512, max_num_seqs=32, dtype="bfloat16") if materials.model == SMOLLM2 else None
+    return vllm_server(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters, options, port)
 
 
 def vllm_launcher(places: Places, port: int) -> Service:

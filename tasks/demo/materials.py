@@ -5,48 +5,42 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from prefect import task
 
 from tasks.store.workspace import digest, file_sha256
 
 SEED = 7
-TRAINING_PROMPTS, HELD_OUT_PROMPTS = 240, 200
+DemoModel: TypeAlias = Literal["tiny", "smollm2"]
+TINY: DemoModel = "tiny"
+SMOLLM2: DemoModel = "smollm2"
+# Training and held-out prompts of each model: a real one takes half an hour of two cores for its few.
+PROMPTS: dict[DemoModel, tuple[int, int]] = {TINY: (240, 200), SMOLLM2: (40, 20)}
 
 
 @dataclass(frozen=True)
 class Materials:
-    """Where the demo's materials are; the folder's name is the digest of the code that makes them."""
+    """The demo's materials: prompts as JSONL, a base model and its SFT adapter; `of` a folder."""
 
-    folder: Path
+    prompts: Path
+    held_out: Path
+    base: Path
+    sft: Path
+    model: DemoModel = TINY
 
-    @property
-    def prompts(self) -> Path:
-        """Training prompts, JSONL."""
-        return self.folder / "prompts.jsonl"
-
-    @property
-    def held_out(self) -> Path:
-        """Held-out prompts, JSONL."""
-        return self.folder / "held-out.jsonl"
-
-    @property
-    def base(self) -> Path:
-        """The base model."""
-        return self.folder / "base"
-
-    @property
-    def sft(self) -> Path:
-        """The SFT adapter."""
-        return self.folder / "sft"
+    @classmethod
+    def of(cls, folder: Path, model: DemoModel = TINY) -> "Materials":
+        """Return those in a folder, there or not."""
+        return cls(folder / "prompts.jsonl", folder / "held-out.jsonl", folder / "base", folder / "sft", model)
 
 
-def locate_materials(root: Path) -> Materials:
-    """Return where the materials of this version of the code belong."""
-    sources = [Path(__file__).parent / name for name in ("corpus.py", "world.toml", "model.py")]
-    counts = [SEED, TRAINING_PROMPTS, HELD_OUT_PROMPTS]
-    return Materials(root / "materials" / digest([*map(file_sha256, sources), *counts])[:12])
+def locate_materials(root: Path, model: DemoModel = TINY) -> Materials:
+    """Return where the materials of this version of the code belong: the folder's name is the code's digest."""
+    names = ["corpus.py", "world.toml", "model.py", *(["smollm2.py"] if model == SMOLLM2 else [])]
+    sources = [Path(__file__).parent / name for name in names]
+    key = digest([*map(file_sha256, sources), SEED, *PROMPTS[model]])[:12]
+    return Materials.of(root / "materials" / key, model)
 
 
 @task(name="make-prompts")
@@ -54,16 +48,23 @@ def make_prompts(materials: Materials) -> None:
     """Write the training and the held-out prompts, if they are not there."""
     from tasks.demo.corpus import heldout_prompts, training_prompts
 
+    training, held_out = PROMPTS[materials.model]
     if not materials.prompts.exists():
-        _write_rows(materials.prompts, training_prompts(TRAINING_PROMPTS, SEED))
+        _write_rows(materials.prompts, training_prompts(training, SEED))
     if not materials.held_out.exists():
-        _write_rows(materials.held_out, heldout_prompts(HELD_OUT_PROMPTS, SEED))
+        _write_rows(materials.held_out, heldout_prompts(held_out, SEED))
 
 
 @task(name="make-base-model")
 def make_base_model(materials: Materials) -> None:
-    """Pretrain the base model, if it is not there."""
-    if not materials.base.exists():
+    """Pretrain the tiny base model, or unpack the real one, if it is not there."""
+    if materials.base.exists():
+        return
+    if materials.model == SMOLLM2:
+        from tasks.demo.smollm2 import build_smollm2
+
+        build_smollm2(materials.base)
+    else:
         from tasks.demo.model import build_base_model
 
         build_base_model(materials.base, SEED)
@@ -72,7 +73,13 @@ def make_base_model(materials: Materials) -> None:
 @task(name="make-sft-adapter")
 def make_sft_adapter(materials: Materials) -> None:
     """Fine-tune the SFT adapter, if it is not there."""
-    if not materials.sft.exists():
+    if materials.sft.exists():
+        return
+    if materials.model == SMOLLM2:
+        from tasks.demo.smollm2 import build_smollm2_sft
+
+        build_smollm2_sft(materials.base, materials.sft, SEED)
+    else:
         from tasks.demo.model import build_sft_adapter
 
         build_sft_adapter(materials.base, materials.sft, SEED)
@@ -81,9 +88,9 @@ def make_sft_adapter(materials: Materials) -> None:
 MAKERS = (make_prompts, make_base_model, make_sft_adapter)
 
 
-def make_materials(root: Path) -> Materials:
+def make_materials(root: Path, model: DemoModel = TINY) -> Materials:
     """Make what is missing, in a flow, and return where everything is."""
-    materials = locate_materials(root)
+    materials = locate_materials(root, model)
     for make in MAKERS:
         make(materials)
     return materials

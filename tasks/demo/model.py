@@ -60,7 +60,7 @@ def build_base_model(out: Path, seed: int, recipe: Recipe = BASE_RECIPE) -> None
     One CPU thread, fp32: equal arguments give equal bytes. `out` is absent until it is whole.
     """
     rows = pretraining_rows(recipe.rows, seed)
-    with _fixed_randomness(seed), _whole_folder(out) as folder:
+    with _fixed_randomness(seed), whole_folder(out) as folder:
         tokenizer = train_tokenizer(rows)
         model = LlamaForCausalLM(_llama_config(tokenizer))
         LOG.info("base model: %.2fM parameters, %d conversations", model.num_parameters() / 1e6, len(rows))
@@ -78,7 +78,7 @@ def build_sft_adapter(base: Path, out: Path, seed: int, recipe: Recipe = SFT_REC
     if not (base / "config.json").is_file():
         raise PreflowError(f"no base model in {base}: config.json is missing. Build it with build_base_model first.")
     rows = sft_rows(recipe.rows, seed)
-    with _fixed_randomness(seed), _whole_folder(out) as folder:
+    with _fixed_randomness(seed), whole_folder(out) as folder:
         tokenizer = AutoTokenizer.from_pretrained(base)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), _lora_config())
         examples = [_tokens(tokenizer, row, prompt_is_learned=False) for row in rows]
@@ -228,7 +228,7 @@ def _fixed_randomness(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` and move it there at the end, so that `out` is absent or whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")

@@ -160,6 +160,8 @@ def prefect_server(home: Path, port: int | None = None) -> Service:
         "PREFECT_HOME": str(home),
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # SQLite waits so long for its lock; on a busy machine 10 s are not enough, and a run is refused.
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
     }
     log = home.parent / "logs" / "prefect.log"

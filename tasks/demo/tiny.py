@@ -43,6 +43,8 @@ def make_tiny_materials(folder: Path) -> TinyMaterials:
 
         build_base_model(base, SEED, Recipe(rows=100, steps=2, batch_size=4, learning_rate=3e-3))
         build_sft_adapter(base, adapter, SEED, Recipe(rows=20, steps=2, batch_size=4, learning_rate=2e-3))
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, and a pod is another user
     materials.pairs.parent.mkdir(parents=True, exist_ok=True)
     _write(materials.pairs.with_name("val.jsonl"), pair_rows(HELD_OUT_PAIRS, held_out=True))
     _write(materials.pairs, pair_rows(PAIRS, held_out=False))

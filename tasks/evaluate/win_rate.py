@@ -1,14 +1,14 @@
-"""The win rate of a new adapter over the SFT adapter on held-out prompts, with its interval."""
+"""Proof on held-out prompts: what is compared, the win rate, and what says whether that can be believed."""
 
 import logging
-import math
-from collections.abc import Iterable, Sequence
-from statistics import NormalDist, fmean
+from collections.abc import Sequence
 from typing import Any
 
-from tasks.config import EvaluationConfig, GenerationConfig
+from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
 from tasks.errors import PreflowError
-from tasks.store.measures import Evaluation, WinRate
+from tasks.evaluate.comparisons import Comparison, join_samples, length_controlled, read_comparison, win_rate
+from tasks.evaluate.power import design_of, smallest_detectable
+from tasks.store.measures import Evaluation, SecondOpinion
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
     AdapterRef,
@@ -24,15 +24,15 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-VERSION = 1
+VERSION = 2
 logger = logging.getLogger(__name__)
-Row = dict[str, Any]
-
 
 # Which draw a seed belongs to: the SFT adapter's, the new adapter's, and the SFT adapter's second, for the null test.
 BASELINE, CANDIDATE, NULL = range(3)
-# To see a win rate of 0.55 takes about 615 decided comparisons (one-sided 5 %, power 80 %), and some are ties.
-ENOUGH_SAMPLES = 800
+# Of the null test, which refuses a promotion: at 95 % one sound run in twenty would be called false.
+NULL_CONFIDENCE = 0.99
+# A gain below this is too small to say what share of it another judge sees.
+SMALLEST_GAIN = 0.01
 
 
 def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluation: EvaluationConfig) -> PromptsRef:
@@ -61,7 +61,11 @@ def draw_settings(
         adapter: the adapter to sample from; None: the SFT adapter that `evaluation.generation` names.
     """
     base = evaluation.generation or GenerationConfig()
-    update: dict[str, Any] = {"num_completions": evaluation.num_samples, "seed": evaluation.seed + 1000 * draw}
+    update: dict[str, Any] = {
+        "num_completions": evaluation.num_samples,
+        "seed": evaluation.seed + 1000 * draw,
+        "keep_empty": True,
+    }
     if adapter is not None:
         update["adapter"] = adapter.uri
         update["model"] = f"candidate-{adapter.sha256[:12]}"
@@ -72,33 +76,28 @@ def draw_settings(
 def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace: str) -> CompletionsRef:
     """Put the i-th samples of both adapters side by side as rows of two completions: [baseline, candidate].
 
-    Prompts that lack samples on one side are left out and logged. Row ids are `<prompt id>#<i>`.
+    A prompt for which the new adapter failed, and the SFT adapter did not, is paired with silence, which loses; one
+    for which the SFT adapter failed is left out. Row ids are `<prompt id>#<i>`.
 
     Raises:
         PreflowError: no prompt has samples on both sides.
     """
     store = Workspace(workspace)
-    key = stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256)
+    failures = candidate.sibling("failures.jsonl")
+    failed = {row["id"] for row in store.read_rows(failures)} if store.exists(failures) else set()
+    key = stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256, failed=sorted(failed))
     folder = store.uri("samples", key)
-    others = {row["id"]: row["completions"] for row in store.read_rows(candidate.uri)}
-    missing = 0
+    if known := store.find_finished(f"{folder}/manifest.json", CompletionsRef):
+        return known
     with store.writing(f"{folder}/samples.jsonl") as out:
-        for row in store.read_rows(baseline.uri):
-            samples = others.get(row["id"])
-            missing += samples is None
-            for number, (a, b) in enumerate(zip(row["completions"], samples or [], strict=False)):
-                out.write_row(
-                    {
-                        "id": f"{row['id']}#{number}",
-                        "prompt_id": row["id"],
-                        "prompt": row["prompt"],
-                        "completions": [a, b],
-                    }
-                )
+        for row in join_samples(store.read_rows(baseline.uri), store.read_rows(candidate.uri), failed):
+            out.write_row(row)
     if not out.rows:
         raise PreflowError(f"{baseline.uri} and {candidate.uri} share no prompt: nothing can be compared")
-    if missing:
-        logger.warning("evaluation: %d prompts have no samples of the new adapter and are left out", missing)
+    if failed:
+        logger.warning(
+            "evaluation: the new adapter failed on %d prompts (%s): they count as lost", len(failed), failures
+        )
     artifact = CompletionsRef(uri=f"{folder}/samples.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
     store.write_manifest(
         Manifest(
@@ -109,64 +108,9 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
     return artifact
 
 
-def outcome_of(row: Row) -> float:
-    """Return what one comparison is worth to the candidate (completion 1), averaged over the judges.
-
-    For a judge it is 1 if the candidate wins in every order, 0 if the baseline does, and 0.5 otherwise. A sample that
-    is empty loses to one that is not, unasked.
-    """
-    baseline, candidate = (bool(text.strip()) for text in row["completions"])
-    if baseline != candidate:
-        return float(candidate)
-    by_judge: dict[str, list[Row]] = {}
-    for vote in row["votes"]:
-        by_judge.setdefault(vote["judge"], []).append(vote)
-    return fmean(_outcome_for(votes) for votes in by_judge.values()) if by_judge else 0.5
-
-
-def _outcome_for(votes: Sequence[Row]) -> float:
-    best = {vote.get("best") for vote in votes}
-    return float(best.pop() == 1) if len(best) == 1 and None not in best else 0.5
-
-
-def win_rate(outcomes: dict[str, list[float]], confidence: float) -> WinRate:
-    """Return the mean outcome with a Wilson interval that knows samples of one prompt are alike.
-
-    The prompts are the clusters: n_eff = p(1-p) / (s^2 / m), with s^2 the variance of the m prompts' means, kept
-    between m and the number of samples (Kish's design effect, 1965); the interval is Wilson's (1927) at n_eff.
-
-    Args:
-        outcomes: prompt id to the outcomes (0, 0.5 or 1) of its samples.
-        confidence: two-sided confidence, e.g. 0.95.
-
-    Raises:
-        PreflowError: there are no outcomes.
-    """
-    means = [sum(values) / len(values) for values in outcomes.values() if values]
-    samples = sum(len(values) for values in outcomes.values())
-    if not means:
-        raise PreflowError("evaluation: no comparison could be judged; see the verdicts for the judge's own words")
-    rate = sum(sum(values) for values in outcomes.values()) / samples
-    spread = sum((mean - rate) ** 2 for mean in means) / max(1, len(means) - 1) / len(means)
-    effective = float(len(means)) if spread == 0 else rate * (1 - rate) / spread
-    effective = min(max(effective, len(means)), samples)
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = (rate + z * z / (2 * effective)) / (1 + z * z / effective)
-    half = z / (1 + z * z / effective) * math.sqrt(rate * (1 - rate) / effective + z * z / (4 * effective**2))
-    return WinRate(
-        win_rate=rate,
-        lower=max(0.0, centre - half),
-        upper=min(1.0, centre + half),
-        confidence=confidence,
-        samples=samples,
-        prompts=len(means),
-        clusters=len(means),
-        effective_samples=effective,
-        ties=sum(value == 0.5 for values in outcomes.values() for value in values) / samples,
-    )
-
-
-def evaluation_key(adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, confidence: float) -> str:
+def evaluation_key(
+    adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, evaluation: EvaluationConfig
+) -> str:
     """Return the content key of an evaluation."""
     return stage_key(
         "evaluation",
@@ -174,7 +118,8 @@ def evaluation_key(adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef
         adapter=adapter.sha256,
         verdicts=verdicts.sha256,
         null=null.sha256 if null else None,
-        confidence=confidence,
+        confidence=evaluation.confidence,
+        second=[judge.model for judge in evaluation.judges],
     )
 
 
@@ -183,18 +128,19 @@ def summarise_evaluation(
 ) -> EvaluationRef:
     """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
     store = Workspace(workspace)
-    key = evaluation_key(adapter, verdicts, null, evaluation.confidence)
+    key = evaluation_key(adapter, verdicts, null, evaluation)
     folder = store.uri("evaluations", key)
-    outcomes, comparisons = _write_comparisons(store, folder, verdicts)
-    found = win_rate(outcomes, evaluation.confidence)
-    even = None if null is None else _null_rate(store.read_rows(null.uri), evaluation.confidence)
-    summary = Evaluation(**found.model_dump(), adapter_sha256=adapter.sha256, null=even)
+    first, second, comparisons = _write_comparisons(store, folder, verdicts, evaluation)
+    even = [read_comparison(row) for row in store.read_rows(null.uri)] if null else None
+    found = judge_adapter(adapter.sha256, first, second, even, evaluation)
     with store.writing(f"{folder}/win_rate.json") as written:
-        written.write(indented_json(summary.model_dump(mode="json", exclude_none=True)))
+        written.write(indented_json(found.model_dump(mode="json", exclude_none=True)))
     artifact = EvaluationRef(
         uri=f"{folder}/win_rate.json",
         manifest=f"{folder}/manifest.json",
         adapter_sha256=adapter.sha256,
+        proven=found.proven,
+        null_holds=found.null_holds,
         **found.model_dump(include={"win_rate", "lower", "upper"}),
         **{**written.facts(), "rows": verdicts.rows},
     )
@@ -209,32 +155,68 @@ def summarise_evaluation(
             files={"win_rate.json": written.file, "comparisons.jsonl": comparisons},
         )
     )
-    _log_win_rate(summary)
+    _log(found)
     return artifact
 
 
 def _write_comparisons(
-    store: Workspace, folder: str, verdicts: VerdictsRef
-) -> tuple[dict[str, list[float]], FileFacts]:
-    """Write every comparison with its outcome, and return the outcomes by prompt."""
-    outcomes: dict[str, list[float]] = {}
+    store: Workspace, folder: str, verdicts: VerdictsRef, evaluation: EvaluationConfig
+) -> tuple[list[Comparison], list[Comparison], FileFacts]:
+    """Write every comparison with its outcome; return them by the labelling judges and by those asked besides."""
+    labelling = {judge.model for judge in (evaluation.judging or JudgingConfig()).judges()}
+    others = {judge.model for judge in evaluation.judges}
+    first: list[Comparison] = []
+    second: list[Comparison] = []
     with store.writing(f"{folder}/comparisons.jsonl") as out:
         for row in store.read_rows(verdicts.uri):
-            result = outcome_of(row)
-            outcomes.setdefault(row["prompt_id"], []).append(result)
-            out.write_row({**row, "outcome": result})
-    return outcomes, out.file
+            first.append(read_comparison(row, labelling))
+            second.append(read_comparison(row, others))
+            out.write_row({**row, "outcome": first[-1].outcome})
+    return first, second if others else [], out.file
 
 
-def _log_win_rate(found: Evaluation) -> None:
-    null = f"; SFT against itself {found.null.text()}" if found.null else ""
-    logger.info("win rate %s over %d samples of %d prompts%s", found.text(), found.samples, found.prompts, null)
-    if found.samples < ENOUGH_SAMPLES:
-        logger.warning("only %d samples: a win rate of 0.55 takes about 800 to be seen", found.samples)
+def judge_adapter(
+    sha256: str,
+    comparisons: Sequence[Comparison],
+    second: Sequence[Comparison],
+    null: Sequence[Comparison] | None,
+    evaluation: EvaluationConfig,
+) -> Evaluation:
+    """Measure how often an adapter won, and what says whether that can be believed.
+
+    Args:
+        sha256: of the adapter.
+        comparisons: with the SFT adapter, by the judges that made the labels.
+        second: the same by other judges; empty without any.
+        null: the SFT adapter against itself; None if it was not tested.
+        evaluation: the confidence, and the names of the other judges.
+    """
+    found = win_rate(comparisons, evaluation.confidence)
+    opinion = None
+    if second:
+        rate = win_rate(second, evaluation.confidence)
+        gain = found.win_rate - 0.5
+        share = round((rate.win_rate - 0.5) / gain, 4) if gain > SMALLEST_GAIN else None
+        opinion = SecondOpinion(judges=tuple(judge.model for judge in evaluation.judges), rate=rate, transfer=share)
+    made = Evaluation(
+        **found.model_dump(),
+        adapter_sha256=sha256,
+        null=win_rate(null, NULL_CONFIDENCE) if null is not None else None,
+        length_controlled=length_controlled(comparisons, evaluation.confidence),
+        second=opinion,
+    )
+    return made.model_copy(update={"detectable": smallest_detectable(design_of(made), 0.5, evaluation.confidence)})
 
 
-def _null_rate(rows: Iterable[Row], confidence: float) -> WinRate:
-    outcomes: dict[str, list[float]] = {}
-    for row in rows:
-        outcomes.setdefault(row["prompt_id"], []).append(outcome_of(row))
-    return win_rate(outcomes, confidence)
+def _log(found: Evaluation) -> None:
+    rates = {"SFT against itself": found.null, "length-controlled": found.length_controlled}
+    more = "".join(f"; {name} {rate.text()}" for name, rate in rates.items() if rate)
+    logger.info("win rate %s over %d samples of %d prompts%s", found.text(), found.samples, found.prompts, more)
+    if found.unreadable or found.silent:
+        logger.warning(
+            "evaluation: %d comparisons are left out, no verdict on them could be read; %d are lost by silence",
+            found.unreadable, found.silent,
+        )  # fmt: skip
+    logger.info(
+        "so many comparisons show a true win rate of %.1f %% or more in 4 of 5 runs", 100 * (found.detectable or 1)
+    )

@@ -6,23 +6,24 @@ import heapq
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, TypedDict
+from typing import Any
 
-import httpx
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 
+from tasks.batch.caching import find_finished
 from tasks.batch.costs import Spending, log_cost, price, write_cost
-from tasks.batch.progress import SHARD_POLICY, run_shards
+from tasks.batch.progress import SHARD_POLICY, run_shards, try_question
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
 from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
-from tasks.llm.client import Answer, Endpoint, RequestRefused, resolve_secret
+from tasks.llm.client import Answer, Endpoint, RequestRefused, Template
+from tasks.llm.responses import PERMANENT
 from tasks.store.workspace import (
     CompletionsRef,
     FileFacts,
@@ -63,7 +64,7 @@ class GenerationPlan(BaseModel):
 
     def find_finished(self) -> CompletionsRef | None:
         """Return the completions if an equal generation has finished."""
-        return Workspace(self.workspace).find_finished(f"{self.folder}/manifest.json", CompletionsRef)
+        return find_finished(Workspace(self.workspace), self.folder, CompletionsRef)
 
     def shard_key(self, part: Slice) -> str:
         """Return the content key of one shard."""
@@ -108,19 +109,10 @@ def sample_seed(seed: int, identity: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{identity}".encode()).digest()[:4], "big") % 2**30
 
 
-class Extras(TypedDict, total=False):
-    """Settings of a request that vLLM takes and other servers may refuse."""
-
-    return_token_ids: bool
-    chat_template: str
-    chat_template_kwargs: Mapping[str, Any]
-
-
-def template_settings(generation: GenerationConfig) -> Extras:
+def template_settings(generation: GenerationConfig) -> Template:
     """Return what a request says about the chat template; the template itself only where the settings name one."""
     named = choose_template(generation, None) if generation.chat_template else None
-    settings: Extras = {"chat_template": named.text} if named else {}
-    return {**settings, "chat_template_kwargs": generation.template_kwargs()}
+    return Template(chat_template=named.text if named else None, chat_template_kwargs=generation.template_kwargs())
 
 
 class Sampler:
@@ -129,38 +121,14 @@ class Sampler:
     def __init__(self, endpoint: Endpoint, generation: GenerationConfig) -> None:
         self._endpoint, self._config = endpoint, generation
         self._keep = re.compile(generation.keep_lines) if generation.keep_lines else None
-        # What vLLM takes and other servers may refuse.
-        self._extras: Extras = {"return_token_ids": True, **template_settings(generation)}
+        self._spoken = template_settings(generation)
 
     async def sample(self, prompt: Row) -> Outcome:
         """Return the completions of `prompt`, or why the endpoint will never give them."""
-        try:
-            answer = await self._ask(prompt)
-        except RequestRefused as refused:
-            return Outcome(error={"id": prompt["id"], "reason": refused.reason, "detail": str(refused)})
-        texts = [self._kept(choice.text) for choice in answer.choices]
-        usage = answer.usage.model_dump()
-        if problem := self._find_problem(texts):
-            return Outcome(error={"id": prompt["id"], **problem}, usage=usage)
-        sampled = [
-            choice.token_ids if text == writable(choice.text) else None
-            for choice, text in zip(answer.choices, texts, strict=True)
-        ]
-        row = {
-            "id": prompt["id"],
-            "completions": texts,
-            "finish_reasons": [choice.finish_reason for choice in answer.choices],
-            "prompt_token_ids": answer.prompt_token_ids,
-            "token_ids": sampled,
-        }
-        return Outcome(row=row, usage=usage)
-
-    async def _ask(self, prompt: Row) -> Answer:
-        """Ask for all completions of a prompt; what the server does not know of is left out from then on."""
-        config, extras = self._config, self._extras
+        config = self._config
         messages = [{"role": m["role"], "content": m["content"]} for m in prompt["prompt"]]
         try:
-            return await self._endpoint.chat(
+            answer = await self._endpoint.chat(
                 messages,
                 n=config.num_completions,
                 temperature=config.temperature,
@@ -168,18 +136,20 @@ class Sampler:
                 max_tokens=config.max_tokens,
                 frequency_penalty=config.frequency_penalty,
                 seed=sample_seed(config.seed, prompt["id"]),
-                stop=list(config.stop) or None,
-                **extras,
+                stop=config.stop or None,
+                return_token_ids=True,
+                **self._spoken,
             )
         except RequestRefused as refused:
-            # vLLM refuses a "chat template" in words, others name the field.
-            told = re.sub(r"\W+", "_", refused.text.lower())
-            unknown = [name for name in extras if re.search(rf"{name}(?!_kwargs)", told)]
-            if not unknown or (config.chat_template_kwargs and "chat_template_kwargs" in unknown):
-                raise
-            logger.info("%s knows no %s: sampling goes on without", config.endpoint, ", ".join(unknown))
-        self._extras = Extras(**{name: value for name, value in extras.items() if name not in unknown})  # type: ignore[typeddict-item]
-        return await self._ask(prompt)
+            error = {"id": prompt["id"], "reason": refused.reason, "detail": str(refused)}
+            final = refused.reason in PERMANENT or None
+            return Outcome(final=final, error=error, usage=refused.usage.model_dump())
+        texts = [self._kept(choice.text) for choice in answer.choices]
+        usage = answer.usage.model_dump()
+        if not config.keep_empty and not any(text.strip() for text in texts):
+            error = {"id": prompt["id"], "reason": "empty_completions", "detail": self._say_empty(answer)}
+            return Outcome(error=error, usage=usage)
+        return Outcome(row={"id": prompt["id"], "completions": texts, **_sampled(answer, texts)}, usage=usage)
 
     def _kept(self, text: str) -> str:
         text = writable(text)
@@ -187,15 +157,20 @@ class Sampler:
             return text
         return "\n".join(line for line in text.splitlines() if self._keep.search(line))
 
-    def _find_problem(self, texts: list[str]) -> dict[str, str] | None:
-        wanted = self._config.num_completions
-        if len(texts) != wanted:
-            detail = f"the endpoint returned {len(texts)} of {wanted} completions: ask for fewer, or use another server"
-            return {"reason": "missing_completions", "detail": detail}
-        if any(text.strip() for text in texts):
-            return None
-        cause = "no line of them matches generation.keep_lines" if self._keep else "the model wrote nothing"
-        return {"reason": "empty_completions", "detail": f"all {wanted} completions are empty: {cause}"}
+    def _say_empty(self, answer: Answer) -> str:
+        notes = sorted({choice.note for choice in answer.choices if choice.note})
+        cause = "; ".join(notes) or "no line of them matches generation.keep_lines"
+        return f"all {len(answer.choices)} completions are empty: {cause}"
+
+
+def _sampled(answer: Answer, texts: list[str]) -> Row:
+    """Return what was sampled as a row has it; a text of which lines were left out is not its tokens' any more."""
+    pairs = zip(answer.choices, texts, strict=True)
+    return {
+        "finish_reasons": [choice.finish_reason for choice in answer.choices],
+        "prompt_token_ids": answer.prompt_token_ids,
+        "token_ids": [choice.token_ids if text == writable(choice.text) else None for choice, text in pairs],
+    }
 
 
 async def collect_completions(plan: GenerationPlan) -> CompletionsRef:
@@ -215,13 +190,12 @@ async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
     """
     config = plan.generation
     spending = Spending(plan.workspace, plan.folder, config.model)
-    key = await resolve_secret(config.api_key, "generation.api_key")
     async with AsyncExitStack() as stack:
-        endpoint = await stack.enter_async_context(Endpoint(spending.left_of(config), key))
+        endpoint = await stack.enter_async_context(await Endpoint.connect(spending.left_of(config), "generation"))
 
         async def prepare() -> None:
             await stack.enter_async_context(adapter_loaded(endpoint, config))
-            await check_endpoint(endpoint, plan, key)
+            await check_endpoint(endpoint, plan)
 
         worker = ShardWorker(
             rows=plan.rows(),
@@ -248,8 +222,13 @@ async def adapter_loaded(endpoint: Endpoint, config: GenerationConfig) -> AsyncI
     await endpoint.load_adapter(config.model, config.serve_from, replace=True)
     try:
         yield
-    finally:
-        await endpoint.unload_adapter(config.model)
+    except BaseException:
+        try:
+            await endpoint.unload_adapter(config.model)
+        except PreflowError as error:  # what ended the block is what the user must see
+            logger.warning("%s", error)
+        raise
+    await endpoint.unload_adapter(config.model)
 
 
 @task(name="generate-shard", task_run_name="generate {label}", **SHARD_POLICY)
@@ -258,7 +237,7 @@ async def generate_shard(label: str, part: Slice, worker: ShardWorker) -> dict[s
     return (await worker.run(part)).model_dump()
 
 
-async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | None) -> None:
+async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
     """See that the endpoint answers, knows the model and has room for the longest prompt and its completion.
 
     Raises:
@@ -270,7 +249,7 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | No
     if template is not None:
         check_prompts(plan.prompts.uri, template)
     longest = longest_prompts(store, plan.prompts)
-    counted = await asyncio.gather(*(tokenize_prompt(config, prompt["prompt"], key) for prompt in longest))
+    counted = await asyncio.gather(*(endpoint.tokenize(p["prompt"], **template_settings(config)) for p in longest))
     for prompt, tokens in zip(longest, counted, strict=True):
         if tokens is not None and info.max_model_len and len(tokens) + config.max_tokens > info.max_model_len:
             raise PreflowError(
@@ -279,7 +258,7 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan, key: str | No
                 "prompts, or serve the model with a larger --max-model-len."
             )
     if template is not None:
-        await check_same_template(config, template, [prompt["prompt"] for prompt in longest], key)
+        await check_same_template(endpoint, config, template, [prompt["prompt"] for prompt in longest])
 
 
 def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
@@ -290,19 +269,19 @@ def longest_prompts(store: Workspace, prompts: PromptsRef) -> list[Row]:
 
 
 async def check_same_template(
+    endpoint: Endpoint,
     generation: GenerationConfig,
     template: ChatTemplate,
     prompts: Sequence[list[dict[str, str]]],
-    key: str | None,
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """See that a vLLM server turns prompts into the tokens that are trained on; other servers do not tell.
 
     Args:
-        generation: names the server and the model.
+        endpoint: of the server.
+        generation: says what a request hands to the template.
         template: the chat template of the training.
         prompts: some, as messages.
-        key: of the server.
         tokenizer: that of the training; None: the server's own is taken for it.
 
     Raises:
@@ -310,9 +289,8 @@ async def check_same_template(
     """
     for messages in prompts:
         text = template.render(messages, prompt=True)
-        theirs = await tokenize_prompt(generation, messages, key)
-        ours = tokenizer.encode(text, add_special_tokens=False).ids if tokenizer else None
-        ours = ours or await tokenize_prompt(generation, text, key)
+        theirs = await endpoint.tokenize(messages, **template_settings(generation))
+        ours = tokenizer.encode(text, add_special_tokens=False).ids if tokenizer else await endpoint.tokenize(text)
         if theirs is None or ours is None or theirs == ours:
             continue
         if template.has_clock:
@@ -327,25 +305,17 @@ async def check_same_template(
         )
 
 
-async def tokenize_prompt(
-    generation: GenerationConfig, prompt: list[dict[str, str]] | str, key: str | None
-) -> list[int] | None:
-    """Return a prompt's tokens as vLLM sees them, of messages or of rendered text; None where there is no /tokenize."""
-    base = generation.endpoint.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    body: dict[str, Any] = {"model": generation.model, "prompt": prompt, "add_special_tokens": False}
-    if not isinstance(prompt, str):
-        body = {"model": generation.model, "messages": prompt, "add_generation_prompt": True}
-        body |= template_settings(generation)
-    try:
-        async with httpx.AsyncClient(timeout=30, headers=headers) as client:
-            reply = await client.post(f"{base}/tokenize", json=body)
-            if body.pop("chat_template", None) and reply.is_client_error:
-                reply = await client.post(f"{base}/tokenize", json=body)
-        return [int(token) for token in reply.json()["tokens"]] if reply.is_success else None
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        logger.info("%s/tokenize is of no use (%s): prompts are not checked there", base, error)
-        return None
+TRIAL = {"id": "0" * 64, "prompt": [{"role": "user", "content": "Say hello."}]}
+
+
+async def try_sampler(endpoint: Endpoint, generation: GenerationConfig) -> None:
+    """Ask for completions of one short prompt, as the stage will; nothing of them is kept.
+
+    Raises:
+        PreflowError: there are none.
+    """
+    plain = generation.model_copy(update={"keep_lines": None})
+    await try_question("generation", endpoint, Sampler(endpoint, plain).sample(TRIAL))
 
 
 class SampleCounts(MergeCounts):
@@ -406,7 +376,7 @@ def _write_manifest(
             config=plan.generation,
             upstream=(plan.prompts, *model),
             files=files,
-            counts=counts.model_dump(include={"failed", "cut", "empty"}) | {"prompts": artifact.rows},
+            counts=counts.model_dump(include={"failed", "passing", "cut", "empty"}) | {"prompts": artifact.rows},
             cost=spent,
             seconds=cost.seconds,
         )

@@ -156,17 +156,17 @@ def choose_template(
     return ChatTemplate(content, f"{source}/{name}".rstrip("/"), _special_tokens(folders, read), settings)
 
 
-def template_of(training: TrainingConfig, adapter: str | None = None) -> ChatTemplate:
-    """Return the chat template of a training; `adapter` is a local copy of the SFT adapter's folder.
+def template_of(training: TrainingConfig, adapter: str | None = None, base: str | None = None) -> ChatTemplate:
+    """Return the chat template of a training; `adapter` and `base` are local copies of the two folders.
 
     Raises:
         PreflowError: there is none.
     """
-    adapter = adapter or training.sft_adapter
-    found = choose_template(training, adapter, training.base_model, training.base_revision)
+    adapter, base = adapter or training.sft_adapter, base or training.base_model
+    found = choose_template(training, adapter, base, training.base_revision)
     if found is None:
         raise PreflowError(
-            f"no chat template in {training.sft_adapter} nor in {training.base_model}: pairs are conversations and "
+            f"no chat template in {training.base_model} nor in {training.sft_adapter}: pairs are conversations and "
             "need one. Put the template of the SFT training into chat_template.jinja in the adapter's folder."
         )
     return found

@@ -1,17 +1,20 @@
 """What holds requests back: the window with AIMD, the server's pauses, caps per minute, and the budget."""
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+
+from aiolimiter import AsyncLimiter
 
 from tasks.errors import PreflowError
 
 HEARTBEAT_SECONDS = 60.0
+MINUTE = 60.0
+# What is set aside for an answer, by the mean of those before.
+MARGIN = 1.25
 
 
 class BudgetExceeded(PreflowError):
@@ -81,102 +84,67 @@ class Window:
             self._cut_at = time.monotonic()
 
 
-@dataclass(slots=True)
-class _Spent:
-    at: float
-    amount: int
-    counted: bool = True
+def per_minute(limit: int | None) -> AsyncLimiter | None:
+    """Return a limiter that lets at most `limit` units through in any minute, or None.
 
-
-class PeriodCap:
-    """At most `limit` units in any `period` seconds: a sliding log.
-
-    A leaky or token bucket would let twice the limit through in the first minute, and could not be corrected when the
-    true amount is known.
+    A leaky bucket lets its burst through besides what leaks: the burst is a second's worth. It is taken off the rate
+    twice, for `Gate` may owe requests as much again.
     """
-
-    def __init__(self, limit: int | None, period: float = 60.0) -> None:
-        self._limit = limit
-        self._period = period
-        self._log: deque[_Spent] = deque()
-        self._used = 0
-
-    def delay(self, amount: int) -> float:
-        """Return the seconds until `amount` fits; one larger than the limit fits an empty log."""
-        now = time.monotonic()
-        while self._log and self._log[0].at + self._period <= now:
-            self._forget(self._log.popleft())
-        if self._limit is None:
-            return 0.0
-        excess, free_at = self._used + amount - self._limit, now
-        for entry in self._log:
-            if excess <= 0:
-                break
-            excess, free_at = excess - entry.amount, entry.at + self._period
-        return free_at - now
-
-    def take(self, amount: int) -> _Spent:
-        """Note `amount` as used now; correct it later with `correct`."""
-        entry = _Spent(time.monotonic(), amount, counted=self._limit is not None)
-        if entry.counted:
-            self._log.append(entry)
-            self._used += amount
-        return entry
-
-    def correct(self, entry: _Spent, amount: int) -> None:
-        """Replace the estimate in `entry` by the true amount."""
-        if entry.counted:
-            self._used += amount - entry.amount
-            entry.amount = amount
-
-    def _forget(self, entry: _Spent) -> None:
-        entry.counted = False
-        self._used -= entry.amount
+    if limit is None:
+        return None
+    burst = max(1.0, limit / 60)
+    return AsyncLimiter(burst, MINUTE * burst / (limit - 2 * burst if burst > 1 else limit))
 
 
 class Gate:
-    """Lets requests out one after the other, as the server's pauses and the caps per minute allow."""
+    """Lets requests out one after the other, as the server's pauses and the caps per minute allow.
 
-    def __init__(self, requests: PeriodCap, tokens: PeriodCap, on_pause: Callable[[], None]) -> None:
-        self._requests = requests
-        self._tokens = tokens
-        self._on_pause = on_pause
+    A request's tokens are known when it is answered: until then it counts somewhat more than the others on average, and
+    the difference is settled with the next.
+    """
+
+    def __init__(
+        self, requests: AsyncLimiter | None, tokens: AsyncLimiter | None, on_pause: Callable[[], None]
+    ) -> None:
+        self._requests, self._tokens, self._on_pause = requests, tokens, on_pause
         self._turn = asyncio.Lock()
-        self._corrected = asyncio.Event()
         self._paused_until = 0.0
+        self._known, self._answered, self._debt = 0.0, 0, 0.0
         self.waited_seconds = 0.0
 
     def pause(self, seconds: float) -> None:
         """Let nothing out for `seconds` from now."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
-    async def admit(self, tokens: int) -> _Spent:
-        """Wait until a request of about `tokens` tokens may be sent; correct the returned entry afterwards."""
+    async def admit(self, tokens: int) -> float:
+        """Wait until a request may be sent that has at most about `tokens` tokens; return what it counts as."""
         async with self._turn:
-            while True:
-                pause = self._paused_until - time.monotonic()
-                delay = max(self._requests.delay(1), self._tokens.delay(tokens))
-                if pause <= 0 and delay <= 0:
-                    break
-                if pause > 0:
-                    self._on_pause()
-                await self._sleep(min(max(pause, delay), HEARTBEAT_SECONDS))
-            self._requests.take(1)
-            return self._tokens.take(tokens)
+            started = time.monotonic()
+            expected = min(float(tokens), MARGIN * self._known / self._answered if self._answered else tokens)
+            if self._tokens is not None:
+                await self._take(self._tokens, expected)
+            if self._requests is not None:
+                await self._requests.acquire()
+            while (pause := self._paused_until - time.monotonic()) > 0:
+                self._on_pause()
+                await asyncio.sleep(min(pause, HEARTBEAT_SECONDS))
+            self.waited_seconds += time.monotonic() - started
+            return expected
 
-    def correct(self, entry: _Spent, tokens: int) -> None:
-        """Replace the estimate that was admitted by the tokens that were used."""
-        self._tokens.correct(entry, tokens)
-        self._corrected.set()
+    async def _take(self, limiter: AsyncLimiter, expected: float) -> None:
+        due = max(0.0, expected + self._debt)
+        self._debt += expected - due
+        while due > 0:  # one larger than the bucket goes in parts
+            part = min(due, limiter.max_rate)
+            await limiter.acquire(part)
+            due -= part
 
-    async def _sleep(self, seconds: float) -> None:
-        """Sleep, but not on when an estimate is corrected: there may be room now."""
-        started = time.monotonic()
-        self._corrected.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._corrected.wait()
-        self.waited_seconds += time.monotonic() - started
+    def settle(self, expected: float, tokens: int) -> None:
+        """Correct what `admit` returned by the tokens that were used."""
+        least = -self._tokens.max_rate if self._tokens else 0.0  # what was not used must not come as a burst
+        self._debt = max(least, self._debt + tokens - expected)
+        if tokens:
+            self._known, self._answered = self._known + tokens, self._answered + 1
 
 
 class Budget:

@@ -71,7 +71,6 @@ _CONTENT_FILTER = _words(
     r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
     r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
 )  # fmt: skip
-_RESPONSE_FORMAT = _words(r"response_format", r"json_schema", r"structured output", r"guided", r"grammar")
 _CUT = _words(r"max_tokens or model output limit was reached")
 _FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
 _WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
@@ -136,12 +135,13 @@ class RequestRefused(Exception):
     """The endpoint refuses this one request for good; others may pass.
 
     `reason` is one of context_length, content_filter, too_large, not_found, cut, keeps_failing, bad_request; `text` is
-    what the server said, shortened, and `param` the setting that it names, if it names one in a field of its own.
+    what the server said, shortened, `param` the setting that it names in a field of its own, and `usage` what was
+    billed all the same.
     """
 
-    def __init__(self, status: int, reason: str, text: str, param: str = "") -> None:
-        super().__init__(status, reason, text, param)
-        self.status, self.reason, self.text, self.param = status, reason, text, param
+    def __init__(self, status: int, reason: str, text: str, param: str = "", usage: Usage | None = None) -> None:
+        super().__init__(status, reason, text, param, usage)
+        self.status, self.reason, self.text, self.param, self.usage = status, reason, text, param, usage or Usage()
 
     def __str__(self) -> str:
         return f"refused ({self.status}, {self.reason}): {self.text}"
@@ -170,7 +170,7 @@ class EndpointDown(StageStopped):
 class Transient(Exception):
     """An attempt failed in a way that another one may not: the endpoint is down, busy or broke off.
 
-    `odd` marks a whole answer that is of no use: it is paid for, so that few more of the kind are asked for.
+    `odd` marks a whole answer of no use: it is paid for, and only a few more of the kind are asked for.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
     finish, error = str(item.get("finish_reason") or "unknown"), item.get("error")
     if finish == "error" or error:
         cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
-        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True, odd=True)
+        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
     message = item["message"]
     text, thinking = _read_content(message.get("content"))
     refusal = message.get("refusal")
@@ -418,10 +418,6 @@ def _reason(error: ServerError) -> str:
         return "content_filter"
     if _CONTEXT_LENGTH.search(text):
         return "context_length"
-    if "max_completion_tokens" in text:
-        return "max_tokens_name"
-    if _RESPONSE_FORMAT.search(text):
-        return "response_format"
     return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
 

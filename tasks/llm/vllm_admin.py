@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import httpx2
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
-from tasks.llm.responses import ModelInfo, RequestRefused, Transient
+from tasks.llm.responses import KeyRefused, ModelInfo, RequestRefused, Transient
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +41,20 @@ def _model(item: dict[str, Any]) -> ModelInfo:
     )
 
 
-async def check_model(call: Call, config: EndpointConfig) -> ModelInfo:
-    """Return the configured model if the endpoint answers and knows it.
+async def check_model(call: Call, config: EndpointConfig, ping: Callable[[], Awaitable[object]]) -> ModelInfo:
+    """Return the configured model if the endpoint answers and serves it; a model that is not listed is asked (`ping`).
 
     Raises `PreflowError` with what to do: not reachable, not an OpenAI address, model not served, key refused.
     """
     try:
         models = await _list_patiently(call)
+    except KeyRefused as refused:  # there are keys that may ask and may not list
+        return await _try_unlisted(config, ping, f"did not list its models ({refused})")
     except Transient as failure:
         raise PreflowError(
             f"{config.endpoint} is not usable: {failure}. Check that the server is up, that the address is right (it "
             "usually ends in /v1), and that it can be reached from here: "
-            f"curl {config.endpoint.rstrip('/')}/models"
+            f"curl {base_url(config)}/models"
         ) from failure
     except RequestRefused as refused:
         if refused.status not in (404, 405, 501):
@@ -63,7 +65,27 @@ async def check_model(call: Call, config: EndpointConfig) -> ModelInfo:
         if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
             return model
     names = ", ".join(sorted(model.id for model in models)[:30]) or "none at all"
-    raise PreflowError(f"{config.endpoint} does not serve the model {config.model!r}; set model to one it has: {names}")
+    return await _try_unlisted(config, ping, f"lists other models ({names})")
+
+
+async def _try_unlisted(config: EndpointConfig, ping: Callable[[], Awaitable[object]], why: str) -> ModelInfo:
+    try:
+        await ping()
+    except RequestRefused as refused:
+        if refused.reason == "not_found" or "model" in refused.text.lower():
+            raise not_served(config, refused, why) from refused
+    except Transient as failure:
+        log.info("%s: a short question was not answered either: %s", config.endpoint, failure)
+    log.warning("%s %s; %s is asked all the same", config.endpoint, why, config.model)
+    return ModelInfo(id=config.model)
+
+
+def not_served(config: EndpointConfig, refused: RequestRefused, why: str = "") -> PreflowError:
+    """Return the error for a model that the endpoint does not answer for, listed or not."""
+    return PreflowError(
+        f"{config.endpoint} does not serve the model {config.model!r}: {refused}. Set model to one it has, and check "
+        f"the address (it usually ends in /v1){'; it ' + why if why else ''}"
+    )
 
 
 async def _list_patiently(call: Call) -> list[ModelInfo]:
@@ -82,7 +104,7 @@ async def _list_patiently(call: Call) -> list[ModelInfo]:
 
 
 async def _without_list(call: Call, config: EndpointConfig) -> ModelInfo:
-    base = config.endpoint.rstrip("/")
+    base = base_url(config)
     if not base.endswith("/v1"):
         try:
             await call(f"{base}/v1/models", None, CHECK_SECONDS)
@@ -98,8 +120,13 @@ async def _without_list(call: Call, config: EndpointConfig) -> ModelInfo:
     return ModelInfo(id=config.model)
 
 
+def base_url(config: EndpointConfig) -> str:
+    """Return the endpoint's address without its query and without a slash at its end."""
+    return config.endpoint.partition("?")[0].rstrip("/")
+
+
 def _admin_url(config: EndpointConfig, action: str) -> str:
-    return f"{config.endpoint.rstrip('/').removesuffix('/v1')}/v1/{action}_lora_adapter"
+    return f"{base_url(config).removesuffix('/v1')}/v1/{action}_lora_adapter"
 
 
 async def load_adapter(call: Call, config: EndpointConfig, adapter: dict[str, str], replace: bool) -> None:
@@ -122,6 +149,24 @@ async def unload_adapter(call: Call, config: EndpointConfig, name: str) -> None:
         raise PreflowError(
             f"{config.endpoint} did not unload the adapter {name}: {failure}. {_remedy(failure)}"
         ) from failure
+
+
+async def tokenize(
+    call: Call, config: EndpointConfig, prompt: Sequence[Mapping[str, str]] | str, template: Mapping[str, Any]
+) -> list[int] | None:
+    """Return the tokens of messages or text; see `Endpoint.tokenize`."""
+    url = f"{base_url(config).removesuffix('/v1')}/tokenize"
+    body: dict[str, Any] = {"model": config.model, "prompt": prompt, "add_special_tokens": False}
+    if not isinstance(prompt, str):
+        body = {"model": config.model, "messages": list(prompt), "add_generation_prompt": True, **template}
+    try:
+        return [int(token) for token in (await call(url, body, 3 * CHECK_SECONDS)).json()["tokens"]]
+    except (Transient, RequestRefused, KeyRefused, ValueError, KeyError, TypeError) as error:
+        if "chat_template" in body:  # the server has its own, and takes none from a request
+            own = {name: value for name, value in template.items() if name != "chat_template"}
+            return await tokenize(call, config, prompt, own)
+        log.info("%s is of no use (%s): prompts are not checked there", url, error)
+        return None
 
 
 async def token_log_prob(call: Call, config: EndpointConfig, prefix: Sequence[int], token: int) -> float:

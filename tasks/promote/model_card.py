@@ -95,7 +95,7 @@ def write_card(provenance: Provenance, publishing: PublishingConfig) -> str:
         _judge(provenance),
         _training(provenance),
         _digests(provenance),
-        _usage(base, publishing.repo, name, provenance.training.settings(TrainingConfig).max_length),
+        _usage(base, publishing.repo, name, provenance.training),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -133,7 +133,7 @@ def _judge(provenance: Provenance) -> str:
     judging = provenance.preferences.settings(JudgingConfig)
     rows = [
         ("judge", ", ".join(judge.model for judge in judging.judges())),
-        ("rubric", posixpath.basename(judging.rubric)),
+        ("rubric", posixpath.basename(judging.rubric or "")),
         ("orders in which each prompt was judged", str(judging.orders)),
         ("a pair needs", judging.pair_policy.value),
     ]
@@ -164,7 +164,16 @@ def _digests(provenance: Provenance) -> str:
     return "## Digests\n\n" + _table(("artifact", "sha256"), [(name, f"`{value}`") for name, value in rows])
 
 
-def _usage(base: str, repo: str, name: str, length: int) -> str:
+# What vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py).
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def _usage(base: str, repo: str, name: str, training: Manifest) -> str:
+    config = training.settings(TrainingConfig)
+    revision = config.base_revision
+    pinned, flag = (f', revision="{revision}"', f" --revision {revision}") if revision else ("", "")
+    rank = next(rank for rank in SERVED_RANKS if rank >= training.counts.get("lora_rank", 64))
+    length = config.max_length
     return f"""## How to load it
 
 With PEFT:
@@ -173,13 +182,13 @@ With PEFT:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{pinned}), "{repo}")
 ```
 
 With vLLM (ask for the model `{name}`; it was trained on up to {length} tokens):
 
 ```sh
-vllm serve {base} --enable-lora --max-lora-rank 64 --lora-modules {name}={repo}
+vllm serve {base}{flag} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}
 ```"""
 
 

@@ -9,10 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
+from pydantic import ValidationError
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote.vllm import PROBE, exchange, is_served
+from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
 
 Pointer = dict[str, Any]
@@ -28,7 +30,10 @@ class PromotionRefused(PreflowError):
 
 
 def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> None:
-    """Refuse an adapter whose evaluation is not its own, or whose lower bound is not over the bar.
+    """Refuse an adapter whose evaluation is not its own, or does not prove that it is better.
+
+    Both lower bounds, the raw one and that with length taken out, must be over the bar, and the SFT adapter against
+    itself must come out even. What counts is what `win_rate.json` says, not the reference.
 
     Raises:
         PromotionRefused: with the figures and what to try.
@@ -38,12 +43,24 @@ def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> No
             f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
             f"{adapter.sha256[:12]}: evaluate this adapter first"
         )
-    if not evaluation.beats(bar):
+    if refusal := read_evaluation(evaluation).refusal(bar):
+        raise PromotionRefused(f"not promoted: {refusal} What was served before is still served.")
+
+
+def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
+    """Return what an evaluation found.
+
+    Raises:
+        PromotionRefused: its file is gone, or was written by another version of preflow.
+    """
+    try:
+        found = Workspace.holding(evaluation.uri).read_json(evaluation.uri)
+        return Evaluation.model_validate({"adapter_sha256": evaluation.adapter_sha256, **found})
+    except (FileNotFoundError, ValidationError) as error:
         raise PromotionRefused(
-            f"not promoted: win rate {evaluation.win_rate:.3f}, interval [{evaluation.lower:.3f}, "
-            f"{evaluation.upper:.3f}]; its lower bound must be over min_win_rate ({bar}). What was served before is "
-            "still served. More held-out prompts narrow the interval; a lower training.beta moves the adapter further."
-        )
+            f"{evaluation.uri}: not there, or not as this version writes it ({type(error).__name__}); run "
+            "evaluate-adapter again: everything that was paid for is kept"
+        ) from error
 
 
 def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
@@ -238,27 +255,25 @@ async def confirm_served(workspace: str, promotion: PromotionConfig) -> None:
 
 
 def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:
-    """Return the pointer if it names `adapter` already, or if `adapter` was rolled back: then what is served stays.
+    """Return the pointer if it names `adapter` already."""
+    pointer = read_pointer(workspace, promotion.name)
+    if pointer is None or pointer["current"]["adapter_sha256"] != adapter.sha256:
+        return None
+    logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
+    return _refer(workspace, pointer)
+
+
+def find_rollback(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> str | None:
+    """Return why `adapter` is not promoted again if it was rolled back; None if it was not.
 
     A pipeline that is run again must not undo a rollback; promote-adapter, started by hand, may.
     """
     pointer = read_pointer(workspace, promotion.name)
-    if pointer is None:
+    entries: list[Pointer] = [pointer["current"], *pointer["history"]] if pointer else []
+    latest = next((entry for entry in entries if entry["adapter_sha256"] == adapter.sha256), None)
+    if latest is None or "rolled_back_at" not in latest:
         return None
-    latest = next(
-        (entry for entry in (pointer["current"], *pointer["history"]) if entry["adapter_sha256"] == adapter.sha256),
-        None,
-    )
-    if latest is pointer["current"]:
-        logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
-        return _refer(workspace, pointer)
-    if latest is not None and "rolled_back_at" in latest:
-        logger.warning(
-            "adapter %s was rolled back at %s and is not promoted again; run promote-adapter if it shall be",
-            adapter.sha256[:12], latest["rolled_back_at"],
-        )  # fmt: skip
-        return _refer(workspace, pointer)
-    return None
+    return f"it was rolled back at {latest['rolled_back_at']}; run promote-adapter to serve it again"
 
 
 def _now() -> str:

@@ -1,5 +1,6 @@
 """Names of runs: the one that a person gave, else one that tells runs apart."""
 
+import re
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache
@@ -7,6 +8,12 @@ from typing import Any, cast
 
 import coolname.data
 from prefect.context import FlowRunContext
+
+# What the custom run's form of the UI (Prefect 3.8) opens with: one of its adjectives and a dish of up to six letters.
+FORM_NAME = re.compile(
+    r"(Awesome|Rustic|Small|Gorgeous|Fantastic|Sleek|Intelligent|Unbranded|Refined|Licensed|Generic|Practical|Ergonomic"
+    r"|Handcrafted|Tasty|Handmade|Incredible)-.{1,6}$"
+)
 
 
 def named(template: str) -> Callable[[], str]:
@@ -26,9 +33,9 @@ def named(template: str) -> Callable[[], str]:
 
 
 def _is_made_up(name: str) -> bool:
-    """Tell whether a name is one like lean-chimpanzee, by which Prefect calls what has none."""
+    """Tell whether nobody typed a name: lean-chimpanzee is made up by the server, Rustic-Pizza by the form."""
     words = name.split("-")
-    return len(words) > 1 and _made_up_words().issuperset(words)
+    return bool(FORM_NAME.match(name)) or (len(words) > 1 and _made_up_words().issuperset(words))
 
 
 @cache

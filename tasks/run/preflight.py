@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tasks.config import EndpointConfig, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint, resolve_secret
-from tasks.run.stages import STAGES, fingerprint
+from tasks.run.stages import STAGES, Trial, fingerprint
 from tasks.store.workspace import PipelineResult, Workspace, stage_key
 
 VERSION = 3
@@ -91,7 +91,7 @@ def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
 
 
 async def check_services(config: PipelineConfig) -> None:
-    """See that every endpoint answers, knows its model and takes its key, and that the training deployment can train.
+    """Ask every model one real question, and see that the training deployment can train.
 
     Raises:
         PreflowError: one does not, or it cannot.
@@ -104,21 +104,21 @@ def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[o
     asked: set[tuple[str, str, str | None]] = set()
     for stage in STAGES:
         yield from stage.service_checks(config)
-        for settings in stage.endpoints(config):
+        for settings, trial in stage.endpoints(config):
             who = (settings.endpoint, settings.model, settings.api_key)
             if who not in asked:
                 asked.add(who)
-                yield partial(_check_endpoint, stage.name, settings)
+                yield partial(_check_endpoint, stage.name, settings, trial)
 
 
-async def _check_endpoint(name: str, settings: EndpointConfig) -> None:
-    async with Endpoint(settings, await resolve_secret(settings.api_key, f"{name}.api_key")) as endpoint:
-        info = await endpoint.check_model()
-    logger.info("%s: %s answers as %s", name, settings.endpoint, info.id)
+async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> None:
+    async with await Endpoint.connect(settings, name) as endpoint:
+        await endpoint.check_model()
+        await trial(endpoint)
 
 
 async def find_problems(config: PipelineConfig) -> list[str]:
-    """Return everything that stands against a run, not only the first of it; nothing is spent."""
+    """Return everything that stands against a run, not only the first of it; one question to each model is spent."""
     config, found = config.filled(), list[str]()
     checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
     for check in checks:

@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tasks.config import EndpointConfig, JudgingConfig, PipelineConfig, TrainingConfig
-from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity
-from tasks.judge.asking import read_rubric
+from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity, try_sampler
+from tasks.judge.asking import try_judge
+from tasks.judge.prompt import read_rubric
 from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template, fast_tokenizer
-from tasks.llm.client import resolve_secret
+from tasks.llm.client import Endpoint
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import Workspace, digest, folder_digest
 from tasks.train.launch import base_digest, check_training_inputs, token_identity
 from tasks.train.work_pool import check_deployment
 
 logger = logging.getLogger(__name__)
+# Asks an endpoint one question, as the stage will; raises PreflowError if the answer is of no use.
+Trial = Callable[[Endpoint], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,14 @@ class Stage:
         name: the stage's, and that of its settings.
         identity: what determines its output: settings, and digests of what it reads; JSON-ready, without addresses.
         checks: look at the files that it reads, before anything is spent; each raises PreflowError.
-        endpoints: the endpoints that it asks.
+        endpoints: the endpoints that it asks, each with one real question of its kind.
         service_checks: ask whatever else it depends on.
     """
 
     name: str
     identity: Callable[[PipelineConfig], Any]
     checks: Callable[[PipelineConfig], Iterable[Callable[[], object]]] = lambda config: ()
-    endpoints: Callable[[PipelineConfig], Iterable[EndpointConfig]] = lambda config: ()
+    endpoints: Callable[[PipelineConfig], Iterable[tuple[EndpointConfig, Trial]]] = lambda config: ()
     service_checks: Callable[[PipelineConfig], Iterable[Callable[[], Awaitable[object]]]] = lambda config: ()
 
 
@@ -72,16 +75,6 @@ def _check_prompts(config: PipelineConfig) -> None:
             check_prompts(uri, template)
 
 
-async def _check_template(config: PipelineConfig) -> None:
-    """See that the server that samples turns prompts into the tokens that are trained on."""
-    training, generation = config.training, config.generation
-    if (template := _find_template(training)) is not None:
-        prompts = longest_prompts(Workspace(config.workspace), import_prompts(config.prompts, config.workspace))
-        key = await resolve_secret(generation.api_key, "generation.api_key")
-        messages = [prompt["prompt"] for prompt in prompts]
-        await check_same_template(generation, template, messages, key, fast_tokenizer(training))
-
-
 def _training_service(config: PipelineConfig) -> list[Callable[[], Awaitable[object]]]:
     if config.training_deployment is None:
         return []
@@ -90,14 +83,34 @@ def _training_service(config: PipelineConfig) -> list[Callable[[], Awaitable[obj
 
 def _evaluation(config: PipelineConfig) -> list[Any]:
     evaluation = config.evaluation
-    settings = evaluation.model_dump(mode="json", exclude={"generation", "judging", "adapter_root"})
+    settings = evaluation.model_dump(mode="json", exclude={"generation", "judging", "judges", "adapter_root"})
     samples = sampling_identity(evaluation.generation) if evaluation.generation else None
     return [settings, samples, _judge(evaluation.comparison_judge())]
 
 
-def _evaluation_endpoints(config: PipelineConfig) -> list[EndpointConfig]:
-    evaluation = config.evaluation
-    return [*([evaluation.generation] if evaluation.generation else []), *evaluation.comparison_judge().judges()]
+def _sampler(generation: GenerationConfig) -> tuple[EndpointConfig, Trial]:
+    return generation, partial(try_sampler, generation=generation)
+
+
+async def _try_generation(endpoint: Endpoint, config: PipelineConfig) -> None:
+    """Sample once, and see that the server turns prompts into the tokens that are trained on."""
+    await try_sampler(endpoint, config.generation)
+    if (template := _find_template(config.training)) is not None:
+        prompts = longest_prompts(Workspace(config.workspace), import_prompts(config.prompts, config.workspace))
+        messages = [prompt["prompt"] for prompt in prompts]
+        await check_same_template(endpoint, config.generation, template, messages, fast_tokenizer(config.training))
+
+
+def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
+    async def ask(endpoint: Endpoint, judge: JudgeConfig) -> None:
+        await try_judge(endpoint, judge, read_rubric(judging.rubric))
+
+    return [(judge, partial(ask, judge=judge)) for judge in judging.judges()]
+
+
+def _evaluation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, Trial]]:
+    generation, judging = config.evaluation.generation, config.evaluation.comparison_judge()
+    return [*([_sampler(generation)] if generation else []), *_judges(judging)]
 
 
 STAGES = (
@@ -109,14 +122,13 @@ STAGES = (
     Stage(
         "generation",
         identity=lambda config: sampling_identity(config.generation),
-        endpoints=lambda config: [config.generation],
-        service_checks=lambda config: [partial(_check_template, config)],
+        endpoints=lambda config: [(config.generation, partial(_try_generation, config=config))],
     ),
     Stage(
         "judging",
         identity=lambda config: _judge(config.judging),
         checks=lambda config: [partial(read_rubric, config.judging.rubric)],
-        endpoints=lambda config: config.judging.judges(),
+        endpoints=lambda config: _judges(config.judging),
     ),
     Stage(
         "training",

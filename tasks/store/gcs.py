@@ -5,6 +5,7 @@ a cut or altered one) and on the way down. An object carries its sha256 as metad
 to know what it holds.
 """
 
+import asyncio
 import errno
 import functools
 import hashlib
@@ -18,8 +19,10 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import IO, Any
 
+import httpx
 import requests
 import urllib3
 from google.api_core import exceptions as api
@@ -31,6 +34,7 @@ from google.cloud.storage.exceptions import (  # type: ignore[import-untyped,unu
     InvalidResponse,
 )
 
+from tasks.errors import PreflowError
 from tasks.store.workspace import Stat, Workspace
 
 LOG = logging.getLogger(__name__)
@@ -94,12 +98,34 @@ def _client(process: int, emulator: str | None, block: str) -> Any:
     """Return the client of a process (no connection survives a fork), with a block's credentials if one is named."""
     # Otherwise a missing object makes the client ask for the bucket's own data, which takes a right of its own.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-    client = storage.Client.create_anonymous_client() if emulator else storage.Client(project=None)
+    if block:
+        client = _load_credentials(block).get_cloud_storage_client()
+    else:
+        client = storage.Client.create_anonymous_client() if emulator else storage.Client(project=None)
     client._bucket_metadata_cache = None
     adapter = requests.adapters.HTTPAdapter(pool_connections=4, pool_maxsize=CONNECTIONS)
     for scheme in ("http://", "https://"):
         client._http.mount(scheme, adapter)
     return client
+
+
+def _load_credentials(block: str) -> Any:
+    """Return a GcpCredentials block. Prefect's client gets a loop of its own: this may be called inside another one."""
+    from prefect_gcp import GcpCredentials
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(copy_context().run, asyncio.run, GcpCredentials.aload(block)).result()
+    except ValueError as error:
+        raise PreflowError(
+            f"gs://{block}@...: there is no GcpCredentials block {block!r}. Create it in the Prefect UI (Blocks > GCP "
+            f"Credentials), or with: PREFLOW_GCP_CREDENTIALS={block} deployments/register.sh"
+        ) from error
+    except (httpx.HTTPError, OSError, RuntimeError) as error:
+        raise PreflowError(
+            f"gs://{block}@...: the GcpCredentials block {block!r} could not be loaded from the Prefect server "
+            f"({type(error).__name__}): check PREFECT_API_URL"
+        ) from error
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class Evaluation(WinRate):
         null: two draws of the SFT adapter against each other, at 99 %: must hold 0.5.
         length_controlled: the win rate had the new adapter's samples been as often longer as shorter.
         second: the second opinion, if another judge was asked.
-        detectable: the smallest true win rate that passes this gate in 80 % of runs, going by these samples.
+        detectable: the smallest true win rate that passes a gate at 50 % in 80 % of runs, going by these samples.
     """
 
     adapter_sha256: str
@@ -151,6 +151,27 @@ class Evaluation(WinRate):
     def proven(self) -> float:
         """The lower bound that the gate looks at: the lower one of the raw and the length-controlled win rate's."""
         return self.lower if self.length_controlled is None else min(self.lower, self.length_controlled.lower)
+
+    def refusal(self, bar: float) -> str | None:
+        """Return why the adapter is not promoted over `bar`; None if it is."""
+        if self.null is not None and not self.null_holds:
+            return (
+                f"two draws of the SFT adapter come out at {self.null.text()} against each other, where the interval "
+                f"({self.null.confidence:.0%}) must hold 50 %: no win rate of this judge can be believed. Look at the "
+                "judge's positions in the quality report; take another judging.model, or more held-out prompts."
+            )
+        if self.lower <= bar:
+            return (
+                f"win rate {self.text()}; the interval's lower bound must be over min_win_rate ({bar:.1%}). More "
+                "held-out prompts narrow the interval; a lower training.beta moves the adapter further."
+            )
+        if self.length_controlled is not None and self.proven <= bar:
+            return (
+                f"win rate {self.text()}, but {self.length_controlled.text()} with length taken out; both lower bounds "
+                f"must be over min_win_rate ({bar:.1%}). The new adapter may have won by length alone: say in "
+                "judging.rubric that length does not count, or lower generation.max_tokens."
+            )
+        return None
 
 
 class Health(BaseModel):

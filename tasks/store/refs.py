@@ -83,12 +83,17 @@ class EvaluationRef(Reference):
     kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
     adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
     win_rate: float = Field(description="Share of the samples it won against the SFT adapter's, ties as halves.")
-    lower: float = Field(description="Lower bound of the win rate's interval; the gate looks at this one.")
+    lower: float = Field(description="Lower bound of the win rate's interval.")
     upper: float = Field(description="Upper bound of the win rate's interval.")
 
+    proven: float | None = Field(
+        None, description="Lower bound that the gate looks at: the lower one of raw and length-controlled win rate."
+    )
+    null_holds: bool = Field(True, description="Whether the SFT adapter against itself came out even.")
+
     def beats(self, bar: float) -> bool:
-        """Tell whether the interval's lower bound is over `bar`."""
-        return self.lower > bar
+        """Tell whether the adapter passes the gate: its lower bounds are over `bar`, and the null test holds."""
+        return self.null_holds and min(self.lower, self.lower if self.proven is None else self.proven) > bar
 
 
 class PromotionRef(Reference):

@@ -11,8 +11,9 @@ from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig, Judgin
 from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import GenerationPlan, plan_generation
-from tasks.judge.asking import CHARACTERS_PER_TOKEN, INSTRUCTIONS, VERDICT_TOKENS, plan_judging, read_rubric
+from tasks.judge.asking import CHARACTERS_PER_TOKEN, VERDICT_TOKENS, plan_judging
 from tasks.judge.pairs import find_preferences
+from tasks.judge.prompt import INSTRUCTIONS, read_rubric
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
     MANIFEST,
@@ -350,16 +351,16 @@ class _Planner:
         )
         before = self._sample("evaluate: sample SFT adapter", number, prompts, sft)
         after = self._sample("evaluate: sample new adapter", number, prompts, candidate, None if adapter else trained)
-        self._compare("evaluate: compare", number, before, after, evaluation)
+        self._compare("evaluate: compare", number, before, after, evaluation.comparison_judge())
         if evaluation.null_test:
             null = self._sample("evaluate: sample SFT adapter again", number, prompts, again)
-            self._compare("evaluate: compare SFT with itself", number, before, null, evaluation)
+            self._compare("evaluate: compare SFT with itself", number, before, null, evaluation.null_judge())
 
-    def _compare(self, stage: str, number: int, a: _Samples, b: _Samples, evaluation: EvaluationConfig) -> None:
+    def _compare(self, stage: str, number: int, a: _Samples, b: _Samples, judging: JudgingConfig) -> None:
         """Plan the comparison of two draws: each pair of samples is a row of its own with two completions."""
         ids = tuple(f"{identity}#{sample}" for identity in a.prompts.ids for sample in range(min(a.count, b.count)))
         samples = _Samples(
             key=digest([a.key, b.key]), group=digest([a.group, b.group]), prompts=_Prompts(ids, a.prompts.tokens),
             count=2, writer=a.writer, ref=pair_samples(a.ref, b.ref, self._workspace) if a.ref and b.ref else None,
         )  # fmt: skip
-        self._judge(stage, number, samples, evaluation.comparison_judge())
+        self._judge(stage, number, samples, judging)

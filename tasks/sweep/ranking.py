@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.errors import PreflowError
-from tasks.evaluate.win_rate import win_rate
+from tasks.evaluate.comparisons import Comparison, length_controlled, read_comparison, win_rate
 from tasks.run.stages import fingerprint
-from tasks.store.measures import WinRate
+from tasks.store.measures import Evaluation, WinRate
 from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Workspace, digest, stage_key
 from tasks.sweep.points import Change, Point
 
@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 class PointResult(BaseModel):
     """What came of one point: what it made and how often that won, or the error it ended with.
 
-    `widened` is the interval that holds for all points of the sweep at once; `null` is SFT against itself; `ruler` is
+    `widened` is the interval that holds for all points of the sweep at once, and `proven` its lower bound or that with
+    length taken out, the lower one; `null` is SFT against itself; `ruler` is
     the digest of what the win rate was measured with: prompts, sampling settings and judge.
     """
 
@@ -32,6 +33,7 @@ class PointResult(BaseModel):
     error: str | None = None
     rate: WinRate | None = None
     widened: WinRate | None = None
+    proven: float | None = None
     null: WinRate | None = None
     ruler: str | None = None
 
@@ -110,31 +112,32 @@ def sidak(confidence: float, intervals: int) -> float:
 def _measure(store: Workspace, point: Point, result: PointResult, widened: float) -> PointResult:
     if result.made is None:
         return result
-    summary = store.read_json(result.made.evaluation.uri)
-    outcomes = _read_outcomes(store, result.made.evaluation)
-    null = WinRate.model_validate(summary["null"]) if "null" in summary else None
+    found = Evaluation.model_validate(store.read_json(result.made.evaluation.uri))
+    judges = {judge.model for judge in point.config.evaluation.null_judge().judges()}
+    comparisons = _read_comparisons(store, result.made.evaluation, judges)
+    raw, controlled = win_rate(comparisons, widened), length_controlled(comparisons, widened)
     return result.model_copy(
         update={
-            "rate": WinRate.model_validate(summary),
-            "widened": win_rate(outcomes, widened),
-            "null": null,
-            "ruler": _ruler(point, outcomes),
+            "rate": WinRate.model_validate(found.model_dump()),
+            "widened": raw,
+            "proven": min(raw.lower, controlled.lower),
+            "null": found.null,
+            "ruler": _ruler(point, comparisons),
         }
     )
 
 
-def _read_outcomes(store: Workspace, evaluation: EvaluationRef) -> dict[str, list[float]]:
-    outcomes: dict[str, list[float]] = {}
-    for row in store.read_rows(evaluation.sibling("comparisons.jsonl")):
-        outcomes.setdefault(row["prompt_id"], []).append(row["outcome"])
-    return outcomes
+def _read_comparisons(store: Workspace, evaluation: EvaluationRef, judges: set[str]) -> list[Comparison]:
+    rows = store.read_rows(evaluation.sibling("comparisons.jsonl"))
+    return [read_comparison(row, judges) for row in rows]
 
 
-def _ruler(point: Point, outcomes: dict[str, list[float]]) -> str:
+def _ruler(point: Point, comparisons: Sequence[Comparison]) -> str:
     evaluation = point.config.evaluation
     settings = evaluation.generation.identity() if evaluation.generation else None
     judge = evaluation.comparison_judge().verdict_identity()
-    return digest([sorted(outcomes), evaluation.num_samples, evaluation.seed, settings, judge])[:16]
+    prompts = sorted({one.prompt for one in comparisons})
+    return digest([prompts, evaluation.num_samples, evaluation.seed, settings, judge])[:16]
 
 
 # ---- the result that is kept
@@ -181,14 +184,14 @@ def record_sweep(result: SweepResult, workspace: str) -> None:
 def winner(result: SweepResult, points: Sequence[Point]) -> tuple[Point, PipelineResult] | None:
     """Return the best point and what it made, if the interval widened for all points is over the bar."""
     best = result.best()
-    if best is None or best.made is None or best.widened is None:
+    if best is None or best.made is None or best.proven is None:
         return None
     point = next(point for point in points if point.number == best.number)
     bar = point.config.promotion.min_win_rate
-    if best.widened.lower > bar:
+    if best.proven > bar:
         return point, best.made
     logger.info(
-        "not promoted: the best point's interval, widened for %d points, begins at %.3f, which is not over %.3f",
-        len(result.ranking), best.widened.lower, bar,
+        "not promoted: the best point's lower bound, widened for %d points, is %.3f, which is not over %.3f",
+        len(result.ranking), best.proven, bar,
     )  # fmt: skip
     return None

@@ -148,13 +148,14 @@ def _advice(run: Run, last: Row) -> list[str]:
     training, found = run.training, []
     moved = run.last("weights/moved")
     learns = last["rewards/accuracies"] > max(LEARNING, 0.5 + run.chance) and last["rewards/margins"] > 0
-    if moved is not None and moved <= MOVED:
+    stands_still = moved is not None and moved <= MOVED
+    if stands_still:
         found.append(
-            f"Only {moved:.0%} of the adapter's weights moved: raise learning_rate (now {training.learning_rate:g}) "
-            "tenfold."
+            f"Only {moved or 0:.0%} of the adapter's weights moved: raise learning_rate (now "
+            f"{training.learning_rate:g}) tenfold."
         )
     if not learns:
-        found += _not_learning(run, last)
+        found += _not_learning(run, last, stands_still)
     if last["rewards/chosen"] < UNLEARNING:
         ways = []
         if training.beta < 10:
@@ -166,7 +167,7 @@ def _advice(run: Run, last: Row) -> list[str]:
     return found
 
 
-def _not_learning(run: Run, last: Row) -> list[str]:
+def _not_learning(run: Run, last: Row, stands_still: bool) -> list[str]:
     training = run.training
     seen = f"accuracy {last['rewards/accuracies']:.2f}, margin {last['rewards/margins']:.3f}: not learning"
     beta = f"lower beta to {training.beta / 2:g}" if training.beta > 0.01 else f"beta is {training.beta:g} already"
@@ -179,7 +180,8 @@ def _not_learning(run: Run, last: Row) -> list[str]:
     ]
     if training.max_steps is None and training.num_train_epochs < 2:
         epochs, rate = training.num_train_epochs, training.learning_rate
-        found.append(f"Train 2-3 epochs (now {epochs:g}) at a learning rate of {rate / 5:g} (now {rate:g}).")
+        slower = "" if stands_still else f" at a learning rate of {rate / 5:g} (now {rate:g})"
+        found.append(f"Train 2-3 epochs (now {epochs:g}){slower}.")
     if run.steps and training.warmup_steps > max(1, run.steps // 10):
         found.append(
             f"Shorten the warm-up: {training.warmup_steps} of {run.steps} steps ran below the full learning rate; "

@@ -23,10 +23,11 @@ class InvariantError(PreflowError):
 def loss_at_margin_zero(training: TrainingConfig) -> float:
     """Return the DPO loss where policy and reference agree, without an added SFT term.
 
-    Sigmoid, robust and sigmoid_norm: ln 2 (Rafailov et al. 2023, eq. 7; label smoothing does not change it);
-    hinge: 1; ipo: (1 / (2 beta))^2 (Azar et al. 2023, eq. 17).
+    Sigmoid, robust and sigmoid_norm: ln 2 (Rafailov et al. 2023, eq. 7; label smoothing does not change it); hinge: 1;
+    apo_zero: 1 (D'Oosterlinck et al. 2024, eq. 7); ipo: (1 / (2 beta))^2 (Azar et al. 2023, eq. 17). The divergences
+    that are offered change none of them.
     """
-    if training.loss_type is LossType.HINGE:
+    if training.loss_type in (LossType.HINGE, LossType.APO_ZERO):
         return 1.0
     if training.loss_type is LossType.IPO:
         return (0.5 / training.beta) ** 2
@@ -49,14 +50,52 @@ def check_first_loss(measured: Mapping[str, float], training: TrainingConfig) ->
         raise InvariantError(
             "first-loss",
             f"the {training.loss_type.value} loss before the first update is {measured['loss']:.6f}, where it must be "
-            f"{expected:.6f}. The reference is not the SFT policy (the base model, or another adapter, stands in its "
-            "place), or dropout is on in one of the two. Check sft_adapter and the installed trl and peft versions.",
+            f"{expected:.6f}; policy and reference differ by {margin:.6f} in reward. {_what_it_is_not(margin)}",
         )
     if not margin <= MARGIN_TOLERANCE:
         raise InvariantError(
             "first-margin",
             f"policy and reference differ by {margin:.6f} in reward before the first update, where they must be equal. "
-            "The reference is not the SFT policy; check sft_adapter.",
+            + _what_it_is_not(margin),
+        )
+
+
+def _what_it_is_not(margin: float) -> str:
+    """Say what was checked before the first loss was, and no cause that was not."""
+    if margin <= MARGIN_TOLERANCE:
+        return (
+            "They agree, so something else than DPO is in the loss: check the installed trl version against "
+            "pyproject.toml."
+        )
+    if not math.isfinite(margin):
+        return (
+            "All weights of base and adapter are finite numbers, so their products are not: set bf16, or "
+            "bnb_4bit_compute_dtype bfloat16 or float32."
+        )
+    return (
+        "Both hold the SFT adapter's weights, by digest, and the base's are finite numbers; so they were computed "
+        "differently, or the reference log-probs are not of these pairs. Set cache_reference to false and run again: "
+        "if it starts then, delete the folder reference-logprobs of the workspace."
+    )
+
+
+def check_nothing_random(training_mode: float, evaluation_mode: float, named: str) -> None:
+    """Check that the model gives the same loss in training mode as in evaluation mode, weights being equal.
+
+    Args:
+        training_mode: loss of a micro-batch in training mode.
+        evaluation_mode: loss of the same in evaluation mode.
+        named: what was switched off, for the message.
+
+    Raises:
+        InvariantError: `nothing-random`.
+    """
+    if not abs(training_mode - evaluation_mode) <= FIRST_LOSS_TOLERANCE * max(1.0, abs(evaluation_mode)):
+        raise InvariantError(
+            "nothing-random",
+            f"the same pairs have the loss {training_mode:.6f} in training mode and {evaluation_mode:.6f} in evaluation"
+            f" mode, though dropout is off ({named}): the base model does something else while it trains. Give a base "
+            "without it, or set disable_dropout to false to train with it.",
         )
 
 
@@ -133,8 +172,9 @@ def check_gradient(norm: float, step: int) -> None:
     if not math.isfinite(norm):
         raise InvariantError(
             "finite-gradient",
-            f"the gradient of step {step} has norm {norm}. Lower learning_rate, or look for pairs with empty or "
-            "extremely long sides; the checkpoint before this step is unharmed.",
+            f"the gradient of step {step} has norm {norm}. Base and adapter held only finite numbers when they were "
+            "loaded. Lower learning_rate, or look for pairs with empty or extremely long sides; the checkpoint before "
+            "this step is unharmed.",
         )
 
 
@@ -151,9 +191,9 @@ def check_weights_moved(moved: float, step: int) -> None:
     if not moved > 0:
         raise InvariantError(
             "adapter-moves",
-            f"after step {step} not one weight of the adapter has changed: its parameters are not the ones that the "
-            "optimizer updates, or all gradients are zero. Check that the pairs have two different sides and that "
-            "learning_rate is not negligible.",
+            f"after step {step} not one weight of the adapter has changed: all gradients were zero, or learning_rate "
+            "is so small that fp32 cannot hold the updates. It would be the SFT adapter again, so it is not committed. "
+            "Check that the pairs have two different sides, and raise learning_rate.",
         )
 
 
@@ -168,5 +208,5 @@ def check_saved_logps(running: Mapping[str, float], saved: Mapping[str, float]) 
             raise InvariantError(
                 "saved-adapter",
                 f"{name} is {running[name]:.6f} with the trained adapter and {saved[name]:.6f} with the saved one, "
-                "loaded again. The adapter was not committed; run again, and check the disk if it happens twice.",
+                "loaded again. The adapter was not committed: run again; it goes on from its last checkpoint.",
             )

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import ReportTo, TrainingConfig
-from tasks.errors import PreflowError
+from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import choose_template, template_of, tokenizer_digests
-from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
+from tasks.store.workspace import DISK_FULL, MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
+from tasks.train.inputs import AdapterFiles, BaseFiles
 from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, TrainingSpec
 
 LOG = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-# What the safetensors library itself allows.
-LONGEST_HEADER = 100_000_000
+LOG_SECONDS = 10.0
 LOG_LINES_SHOWN = 30
 
 
@@ -69,15 +69,15 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
     """Return the configuration with `label_smoothing` from the pairs' quality report, where that is asked for.
 
     Two verdicts that are each wrong with probability p, independently, differ with f = 2 p (1 - p): so a measured flip
-    rate f gives p = (1 - sqrt(1 - 2 f)) / 2, the share of flipped pairs that the robust loss assumes (Chowdhury et al.
-    2024, eq. 12).
+    rate f gives p = (1 - sqrt(1 - 2 f)) / 2 (Chowdhury et al. 2024, eq. 12). A pair needs several such verdicts to
+    agree, so of the pairs fewer are wrong (`error_of_pairs`): that is the share of flipped pairs that the loss assumes.
 
     Raises:
         PreflowError: there is no flip rate, or it is that of coin flips.
     """
     if not training.measured_label_smoothing:
         return training
-    uri = preferences.sibling("quality.json")
+    uri, manifest = preferences.sibling("quality.json"), preferences.sibling(MANIFEST)
     store = Workspace.holding(uri)
     metrics = store.read_json(uri).get("metrics", []) if store.exists(uri) else []
     rate = next((metric["value"] for metric in metrics if metric["name"] == "flip_rate"), None)
@@ -86,7 +86,23 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
             f"measured_label_smoothing: {uri} shows a flip rate of {rate}, not one below 0.49. Judge in at least 2 "
             "orders with a judge that is better than chance, or give label_smoothing itself."
         )
-    return training.model_copy(update={"label_smoothing": (1 - math.sqrt(1 - 2 * rate)) / 2})
+    judged = store.read_json(manifest).get("config", {}) if store.exists(manifest) else {}
+    votes = judged.get("orders", 1) * (1 + len(judged.get("panel", [])))
+    needed = votes if judged.get("pair_policy", "unanimous") == "unanimous" else votes // 2 + 1
+    smoothing = error_of_pairs((1 - math.sqrt(1 - 2 * rate)) / 2, votes, needed)
+    return training.model_copy(update={"label_smoothing": smoothing})
+
+
+def error_of_pairs(error: float, votes: int, needed: int) -> float:
+    """Return the share of wrong pairs among those on which `needed` of `votes` agree, each wrong with this chance."""
+
+    def agree(chance: float) -> float:
+        return sum(
+            math.comb(votes, count) * chance**count * (1 - chance) ** (votes - count)
+            for count in range(needed, votes + 1)
+        )
+
+    return agree(error) / (agree(error) + agree(1 - error))
 
 
 def base_digest(training: TrainingConfig) -> str:
@@ -105,112 +121,52 @@ def _val_digest(preferences: PreferencesRef) -> str | None:
 
 
 def check_training_inputs(training: TrainingConfig, trains_here: bool = True) -> None:
-    """Check adapter, base and tokenizer by their files alone, before anything is spent.
+    """Check adapter, base and tokenizer by what can be seen without weights, before anything is spent.
 
     Args:
         training: the configuration.
-        trains_here: whether this machine trains, so that the experiment tracker must be installed here.
+        trains_here: whether this machine trains: then its packages count, and it must reach the hub.
 
     Raises:
         PreflowError: with what is wrong, where, and what to do.
     """
-    if trains_here:
-        _check_tracker(training.report_to)
-    adapter = _adapter_config(training.sft_adapter)
-    _check_adapter_kind(training.sft_adapter, adapter)
-    base = Path(training.base_model)
-    named = adapter.get("base_model_name_or_path")
-    if named and named != training.base_model and posixpath.basename(named) != posixpath.basename(str(base)):
-        LOG.warning("SFT adapter %s names the base model %s; base_model is %s", training.sft_adapter, named, base)
-    if base.is_dir():
+    tracker = training.report_to
+    if trains_here and tracker is not ReportTo.NONE and find_spec(tracker.value) is None:
+        raise PreflowError(f"report_to {tracker.value}: not installed here; pip install {tracker.value}, or set none")
+    adapter = AdapterFiles.read(training.sft_adapter)
+    adapter.check()
+    base = _find_base(training, trains_here)
+    if base is not None:
+        named = str(adapter.config.get("base_model_name_or_path") or base.name)
+        if posixpath.basename(named) != posixpath.basename(base.name):
+            LOG.warning("SFT adapter %s names the base model %s; base_model is %s", adapter.uri, named, base.name)
+        base.check(training.max_length, training.router_aux_loss_coef)
+        base.check_holds(adapter)
+        base.check_tokenizer(adapter.uri)
+        _ = template_of(training, base=str(base.folder)).around_answer
+
+
+def _find_base(training: TrainingConfig, trains_here: bool) -> BaseFiles | None:
+    name, folder = training.base_model, Path(training.base_model)
+    if folder.is_dir():
         if training.base_revision:
             raise PreflowError(
-                f"base_revision {training.base_revision}: base_model {base} is a folder, which has no revisions. Leave "
-                "base_revision empty, or give a hub name."
+                f"base_revision {training.base_revision}: base_model {folder} is a folder, which has no revisions. "
+                "Leave base_revision empty, or give a hub name."
             )
-        _check_base_folder(base)
-        _check_shapes(training.sft_adapter, adapter, json.loads((base / "config.json").read_text()))
-        _check_tokenizer(base, training.sft_adapter)
-        _ = template_of(training).around_answer
-    elif base.is_absolute():
-        raise PreflowError(f"base_model {training.base_model}: no such folder. Give a folder or a hub name.")
-
-
-def _check_tracker(tracker: ReportTo) -> None:
-    if tracker is not ReportTo.NONE and find_spec(tracker.value) is None:
-        raise PreflowError(f"report_to {tracker.value}: not installed here; pip install {tracker.value}, or set none")
-
-
-def _adapter_config(uri: str) -> dict[str, Any]:
-    store = Workspace.holding(uri)
-    names = {posixpath.basename(file) for file in store.list(uri)}
-    if "adapter_config.json" not in names:
-        raise PreflowError(
-            f"sft_adapter {uri}: no adapter_config.json there (found: {', '.join(sorted(names)) or 'nothing'}). Give "
-            "the folder that PEFT's save_pretrained() wrote."
-        )
-    folder_digest(uri)
-    config = store.read_json(posixpath.join(uri, "adapter_config.json"))
-    if not isinstance(config, dict):
-        raise PreflowError(f"{uri}/adapter_config.json: not a JSON object; save the adapter again")
-    return config
-
-
-def _check_adapter_kind(uri: str, config: dict[str, Any]) -> None:
-    kind, rank, bias = config.get("peft_type"), config.get("r"), config.get("bias", "none")
-    saved, targets = config.get("modules_to_save"), config.get("target_modules") or []
-    problems = [
-        (kind != "LORA", f"peft_type is {kind!r}; only LORA can be trained and served"),
-        (config.get("use_dora"), "it is a DoRA adapter (use_dora), which vLLM does not serve; train a plain LoRA"),
-        (saved, f"modules_to_save is {saved}, which vLLM does not serve; train the SFT adapter without"),
-        (bias != "none", f"bias is {bias!r}, which vLLM does not serve; train the SFT adapter with bias='none'"),
-        (not isinstance(rank, int) or rank < 1, f"its rank r is {rank!r}, not a positive number"),
-        ("lm_head" in targets, "it targets lm_head, which DPO would never train; train the SFT adapter without"),
-    ]
-    for present, problem in problems:
-        if present:
-            raise PreflowError(f"sft_adapter {uri}: {problem} (adapter_config.json)")
-
-
-def _check_base_folder(base: Path) -> None:
-    if not (base / "config.json").is_file():
-        raise PreflowError(f"base_model {base}: no config.json there. Give the folder of a transformers model.")
-    if not any(base.glob("*.safetensors")):
-        raise PreflowError(f"base_model {base}: no .safetensors there. Save the model with save_pretrained(folder).")
-
-
-def _check_shapes(uri: str, adapter: dict[str, Any], base: dict[str, Any]) -> None:
-    hidden = base.get("hidden_size")
-    if not isinstance(hidden, int):
-        return
-    for name, shape in _weight_shapes(uri).items():
-        if name.endswith("q_proj.lora_A.weight") and shape != [adapter["r"], hidden]:
-            raise PreflowError(
-                f"sft_adapter {uri}: its weight {name} has shape {shape}, the base model (hidden size {hidden}) needs "
-                f"[{adapter['r']}, {hidden}]. The adapter was trained on another base; give that one as base_model."
-            )
-
-
-def _weight_shapes(uri: str) -> dict[str, list[int]]:
-    """Read the header of a safetensors file: 8 bytes of length, then JSON."""
-    file = posixpath.join(uri, "adapter_model.safetensors")
-    store = Workspace.holding(file)
+        return BaseFiles.of_folder(folder)
+    if folder.is_absolute():
+        raise PreflowError(f"base_model {name}: no such folder. Give a folder or a hub name.")
     try:
-        length = int.from_bytes(store.read_ranges(file, [(0, 8)])[0], "little")
-        content = json.loads(store.read_ranges(file, [(8, 8 + min(length, LONGEST_HEADER))])[0])
-    except FileNotFoundError as error:
-        message = f"sft_adapter {uri}: no adapter_model.safetensors there. Save it with safe serialization."
-        raise PreflowError(message) from error
-    except ValueError as error:
-        raise PreflowError(f"{file}: damaged, its header cannot be read ({error}); copy the adapter again") from error
-    return {name: entry["shape"] for name, entry in content.items() if name != "__metadata__"}
-
-
-def _check_tokenizer(base: Path, adapter: str) -> None:
-    folders = [adapter, str(base)]
-    names = {posixpath.basename(file) for folder in folders for file in Workspace.holding(folder).list(folder)}
-    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
-        raise PreflowError(f"no tokenizer in {base} nor in {adapter}: save one there with tokenizer.save_pretrained()")
+        return BaseFiles.of_hub(name, training.base_revision or "main")
+    except OSError as error:
+        if trains_here:
+            raise PreflowError(
+                f"base_model {name}: the hub cannot be asked for it from here, and this machine's cache does not hold "
+                f"it ({error}). Check the network, HF_TOKEN and HF_HUB_OFFLINE, or give a folder."
+            ) from error
+        LOG.warning("base_model %s cannot be looked at from here (%s): the deployment that trains will", name, error)
+        return None
 
 
 def run_training(
@@ -244,22 +200,28 @@ def run_training(
         preferences=preferences, workspace=store.root, training=training, key=key,
         sft_sha256=folder_digest(training.sft_adapter), base_sha256=base_digest(training),
     )  # fmt: skip
-    desk = Path(tempfile.mkdtemp(prefix="preflow-desk-"))
-    log = Path(paths.file("train.log")) if store.is_local else desk.with_suffix(".log")
+    files = Path(tempfile.mkdtemp(prefix="preflow-worker-"))
+    log = Path(paths.file("train.log")) if store.is_local else files.with_suffix(".log")
     try:
-        (desk / "spec.json").write_text(spec.model_dump_json())
-        code = _supervise(_command(desk, training), log, desk, training, on_progress)
-        _raise_for(code, desk, log)
+        (files / "spec.json").write_text(spec.model_dump_json())
+        code = _supervise(_command(files, training), log, files, training, on_progress)
+        _raise_for(code, files, log)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise DiskFullError(
+            f"the disk is full ({error}): make room in {tempfile.gettempdir()} (TMPDIR) or the workspace; run again"
+        ) from error
     finally:
-        shutil.rmtree(desk, ignore_errors=True)
+        shutil.rmtree(files, ignore_errors=True)
     finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
     if finished is None:
         raise PreflowError(f"training ended without an adapter; see {log}")
     return finished
 
 
-def _command(desk: Path, training: TrainingConfig) -> list[str]:
-    worker = ["-m", "tasks.trainer.worker", str(desk)]
+def _command(files: Path, training: TrainingConfig) -> list[str]:
+    worker = ["-m", "tasks.trainer.worker", str(files)]
     if training.num_processes == 1:
         return [sys.executable, *worker]
     # accelerate's --multi_gpu is torchrun; without CUDA the workers find each other through gloo.
@@ -282,7 +244,7 @@ def _environment() -> dict[str, str]:
 
 
 def _supervise(
-    command: list[str], log: Path, desk: Path, training: TrainingConfig, on_progress: Callable[[Progress], None] | None
+    command: list[str], log: Path, files: Path, training: TrainingConfig, on_progress: Callable[[Progress], None] | None
 ) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -290,12 +252,12 @@ def _supervise(
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment(), start_new_session=True
         )
-    lines = _Tail(desk / "progress.jsonl")
+    lines, said = _Tail(files / "progress.jsonl"), ProgressLog()
     try:
         while child.poll() is None:
-            _relay(lines, on_progress)
+            _relay(lines, said, on_progress)
             time.sleep(POLL_SECONDS)
-        _relay(lines, on_progress)
+        _relay(lines, said, on_progress)
     except BaseException:
         _stop(child, training.grace_seconds)
         raise
@@ -305,12 +267,28 @@ def _supervise(
     return child.returncode
 
 
-def _relay(lines: Iterator[str | None], on_progress: Callable[[Progress], None] | None) -> None:
+class ProgressLog:
+    """Logs how a training goes: a line when there are new readings or another phase, and else every ten seconds."""
+
+    def __init__(self) -> None:
+        self._known: tuple[object, ...] = ()
+        self._next = 0.0
+
+    def say(self, progress: Progress) -> None:
+        """Log a sign of life, unless it repeats what the last line said."""
+        readings = (progress.phase, progress.message, progress.loss, progress.accuracy, progress.margin)
+        if readings == self._known and time.monotonic() < self._next and progress.step < progress.total:
+            return
+        self._known, self._next = readings, time.monotonic() + LOG_SECONDS
+        LOG.info("%s", progress.text())
+
+
+def _relay(lines: Iterator[str | None], said: ProgressLog, on_progress: Callable[[Progress], None] | None) -> None:
     for line in lines:
         if line is None:
             return
         progress = Progress.from_json(json.loads(line))
-        LOG.info("training: %s", progress.text())
+        said.say(progress)
         if on_progress is not None:
             on_progress(progress)
 
@@ -349,8 +327,8 @@ class _Tail(Iterator["str | None"]):
             return line
 
 
-def _raise_for(code: int, desk: Path, log: Path) -> None:
-    outcome = desk / "outcome.json"
+def _raise_for(code: int, files: Path, log: Path) -> None:
+    outcome = files / "outcome.json"
     message = ""
     if outcome.exists():
         told = json.loads(outcome.read_text())
@@ -361,7 +339,10 @@ def _raise_for(code: int, desk: Path, log: Path) -> None:
         raise Preempted(message or "the trainer was stopped")
     if code < 0:
         raise Preempted(f"the trainer was ended by {signal.Signals(-code).name} (SIGKILL: perhaps out of memory)")
-    if code in (ExitCode.INVARIANT, ExitCode.USER_ERROR):
+    if not message and (files / "progress.jsonl").exists():
+        # Of several processes the launcher hides the signal. One that ends by itself tells its outcome.
+        raise Preempted("a process of the trainer was ended by a signal (perhaps out of memory)")
+    if message and code in (ExitCode.INVARIANT, ExitCode.USER_ERROR):
         raise PreflowError(message)
     raise PreflowError(
         f"training failed with exit code {code} ({message or 'no message'}). Its log is {log}; it ends with:\n"

@@ -92,7 +92,8 @@ class Progress:
     def text(self) -> str:
         """Return one line for the terminal."""
         parts = [self.phase, f"step {self.step}/{self.total}" if self.total else "", self.message]
-        named = {"loss": self.loss, "accuracy": self.accuracy, "margin": self.margin}
+        # At the start policy and reference are equal: there is no margin, and an accuracy of 0 would look broken.
+        named = {"loss": self.loss} | ({"accuracy": self.accuracy, "margin": self.margin} if self.margin else {})
         parts += [f"{name} {value:.4f}" for name, value in named.items() if value is not None]
         if self.pairs_per_second is not None:
             parts.append(f"{self.pairs_per_second:.2f} pairs/s")

@@ -18,7 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.exceptions import PrefectException
 
-from tasks.batch.caching import cached, open_results
+from tasks.batch.caching import cached, mark_used, open_results
 from tasks.batch.progress import is_worth_retrying
 from tasks.config import TrainingConfig
 from tasks.report.plots import plot_metrics
@@ -40,6 +40,7 @@ async def train_adapter(preferences: PreferencesRef, workspace: str, training: T
         PreflowError: an input is wrong, or an invariant of DPO does not hold.
     """
     check_training_inputs(training)
+    mark_used(preferences, workspace)
     key = training_key(preferences, training)
     results = await open_results(workspace)
     # A synchronous task runs here, in the main thread: only there does Prefect's SIGTERM reach it.
@@ -87,7 +88,7 @@ class TrainingView:
         self._drawn = self._complained = -math.inf
 
     def show(self, progress: Progress) -> None:
-        """Move the bar; draw the page anew if the last one is `REFRESH_SECONDS` old."""
+        """Move the bar; draw the page again if the last one is `REFRESH_SECONDS` old."""
         with self._server_may_be_away():
             if progress.total:
                 self._move(100.0 * progress.step / progress.total)

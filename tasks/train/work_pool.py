@@ -36,6 +36,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from prefect.states import AwaitingRetry, Cancelling, Crashed
 from prefect.utilities.urls import url_for
 
+from tasks.batch.caching import mark_used
 from tasks.config import PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest
@@ -63,6 +64,7 @@ async def train_on_pool(preferences: PreferencesRef, config: PipelineConfig) -> 
     Raises:
         PreflowError: the training failed, was cancelled, or crashed more than `max_restarts` times.
     """
+    mark_used(preferences, config.workspace)
     return await obtain_adapter(TrainingOrder.of(preferences, config))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import posixpath
 import re
 import shutil
@@ -46,7 +47,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write the files into a local folder; the trainer's own state lies beside in transformers' format.
+        """Write the files into a local folder; the trainer's own state lies next to it in transformers' format.
 
         Raises:
             OSError: the disk is full, or cannot be written.
@@ -56,7 +57,7 @@ class Checkpoint:
             save_file(_on_cpu(self.policy), folder / POLICY)
             save_file(_on_cpu(self.optimizer), folder / OPTIMIZER)
         except SafetensorError as error:
-            raise OSError(f"{folder}: {error}") from error
+            raise os_error(error, folder) from error
         (folder / STATE).write_text(json.dumps(self.state))
         (folder / TRAINER_STATE).write_text(json.dumps(self.state["trainer_state"]))
 
@@ -76,6 +77,14 @@ class Checkpoint:
 
 def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def os_error(error: SafetensorError, folder: Path) -> OSError:
+    """Return the error of the disk that safetensors hides in its message ("... (os error 28)")."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(f"{folder}: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(folder))
 
 
 class CheckpointStore:
@@ -112,25 +121,25 @@ class CheckpointStore:
             with tempfile.TemporaryDirectory(dir=self._scratch) as name:
                 checkpoint.write(Path(name))
                 self._store.commit_folder(Path(name), uri, {"step": checkpoint.step})
-        self._prune()
+        self.prune()
         return time.monotonic() - started
 
     def _commit_in_place(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write beside and rename the whole folder: on a local disk a copy would double the time to save."""
+        """Write next to it and rename the whole folder: on a local disk a copy would double the time to save."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=BEING_WRITTEN, ignore_cleanup_errors=True) as name:
-            beside = Path(name) / folder.name
-            checkpoint.write(beside)
-            files = sorted(beside.iterdir())
+            written = Path(name) / folder.name
+            checkpoint.write(written)
+            files = sorted(written.iterdir())
             with ThreadPoolExecutor(len(files)) as pool:
                 digests = list(pool.map(file_sha256, files))
             facts = {
                 file.name: {"size": file.stat().st_size, "sha256": sha256}
                 for file, sha256 in zip(files, digests, strict=True)
             }
-            (beside / COMMITTED).write_text(json.dumps({"files": facts, "step": checkpoint.step}))
+            (written / COMMITTED).write_text(json.dumps({"files": facts, "step": checkpoint.step}))
             self._store.delete_folder(str(folder))  # and only the holder of the lease gets past here
-            beside.rename(folder)
+            written.rename(folder)
 
     def sweep(self) -> None:
         """Remove what a killed trainer was just writing."""
@@ -166,9 +175,10 @@ class CheckpointStore:
         names = [name for name in self._store.folders(self._folder) if re.fullmatch(r"step-\d{6,}", name)]
         return [posixpath.join(self._folder, name) for name in sorted(names, key=lambda name: int(name[5:]))]
 
-    def _prune(self) -> None:
+    def prune(self, kept: int = KEPT) -> None:
+        """Remove all but the newest `kept` whole checkpoints."""
         uris = self._uris()
         whole = [uri for uri in uris if self._store.exists(posixpath.join(uri, COMMITTED))]
         for uri in uris:
-            if uri not in whole[-KEPT:]:
+            if uri not in whole[-kept:]:
                 self._store.delete_folder(uri)

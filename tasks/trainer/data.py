@@ -21,6 +21,10 @@ LOG = logging.getLogger(__name__)
 MOST_UNLIKE = 0.01
 
 
+class NoUsablePairsError(PreflowError):
+    """Not one pair of a file can be trained on."""
+
+
 @dataclass(frozen=True)
 class TokenPair:
     """One pair in tokens; `line` is its line in the file, from 1, `sampled` which sides have the sampled tokens."""
@@ -243,7 +247,7 @@ def load_pairs(
     report.check(uri, reader.template)
     if not kept:
         line, reason = next(iter(report.refused.items()))
-        raise PreflowError(
+        raise NoUsablePairsError(
             f"{uri}: none of its {report.pairs} pairs can be trained on (line {line}: {reason}; max_length is "
             f"{max_length}). Raise max_length, or judge completions that differ."
         )

@@ -3,19 +3,26 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import use_adapter
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
+from tasks.trainer.checkpoints import os_error
 from tasks.trainer.data import TokenPair
 
 LOG = logging.getLogger(__name__)
@@ -58,8 +65,15 @@ def load_tokenizer(training: TrainingConfig, adapter: Path) -> PreTrainedTokeniz
 def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        LOG.info("no tokenizer in %s: %s", source, str(error).splitlines()[0] if str(error) else type(error).__name__)
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        names = {file.name for file in Path(source).iterdir()} if Path(source).is_dir() else {"on the hub"}
+        if names & {*TOKENIZER_FILES, "on the hub"} - {"chat_template.jinja"}:
+            raise PreflowError(
+                f"the tokenizer of {source} cannot be read ({type(error).__name__}: {cause}). Install the package that "
+                "it needs (sentencepiece, tiktoken), or save it again with tokenizer.save_pretrained(folder)."
+            ) from error
+        LOG.info("no tokenizer in %s", source)
         return None
 
 
@@ -68,13 +82,20 @@ def _check_same_vocabulary(
 ) -> None:
     ours, theirs = own.get_vocab(), base.get_vocab()  # each call builds a new dict: 25 ms for 49,152 tokens
     different = [token for token, number in ours.items() if theirs.get(token, number) != number]
-    missing = [token for token in theirs if token not in ours]
+    lacking = [token for token in theirs if token not in ours]
+    added = base.get_added_vocab()
+    missing = [token for token in lacking if token not in added]
     if different or missing:
         raise PreflowError(
             f"the tokenizer in {adapter} is not that of {base_model}: {len(different)} tokens have another number, "
             f"{len(missing)} are missing (e.g. {(different + missing)[0]!r}). The adapter belongs to another base; "
             "give that one as base_model."
         )
+    if lacking:
+        LOG.warning(
+            "the tokenizer in %s lacks %d special tokens of %s (e.g. %r): texts that spell one are read otherwise",
+            adapter, len(lacking), base_model, lacking[0],
+        )  # fmt: skip
 
 
 def load_base(training: TrainingConfig, device: int) -> Any:
@@ -87,31 +108,96 @@ def load_base(training: TrainingConfig, device: int) -> Any:
     Raises:
         PreflowError: the model is not there or cannot be loaded.
     """
-    dtype = torch.bfloat16 if training.bf16 and has_cuda() else torch.float32
-    options: dict[str, Any] = {"dtype": dtype}
-    if training.load_in_4bit:
+    config = _base_config(training)
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if training.bf16 and has_cuda() else torch.float32}
+    if getattr(config, "quantization_config", None):
+        LOG.warning("base_model %s is quantised already and stays as it is: %s", training.base_model, precision(config))
+    elif training.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=training.bnb_4bit_quant_type.value,
             bnb_4bit_compute_dtype=training.bnb_4bit_compute_dtype.value,
             bnb_4bit_use_double_quant=training.bnb_4bit_use_double_quant,
         )
+    if training.disable_dropout:
+        switch_off_dropout(config)
     if has_cuda():
         options["device_map"] = {"": device}
-    elif training.load_in_4bit:
+    elif training.load_in_4bit or getattr(config, "quantization_config", None):
         options["device_map"] = {"": "cpu"}
-    revision = training.base_revision or "main"
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            training.base_model, revision=revision, trust_remote_code=False, **options
-        )
-    except (OSError, ValueError) as error:
-        raise PreflowError(
-            f"base_model {training.base_model}: cannot be loaded ({error}). Give a hub name that this machine may "
-            "read (HF_TOKEN), or a folder with config.json and safetensors."
-        ) from error
+        base, found = AutoModelForCausalLM.from_pretrained(
+            training.base_model, config=config, revision=training.base_revision or "main", trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _cannot_be_loaded(training.base_model, error) from error
+    _check_every_weight_is_its_own(training.base_model, found)
+    _check_finite(f"base_model {training.base_model}", _float_weights(base))
     _keep_weights_as_quantised(base)
     return base
+
+
+def _base_config(training: TrainingConfig) -> Any:
+    try:
+        return AutoConfig.from_pretrained(
+            training.base_model, revision=training.base_revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_be_loaded(training.base_model, error) from error
+
+
+def _cannot_be_loaded(name: str, error: Exception) -> PreflowError:
+    if type(error).__name__ == "OutOfMemoryError":
+        raise error
+    return PreflowError(
+        f"base_model {name}: cannot be loaded ({str(error).strip().splitlines()[0]}). Give a hub name that this "
+        "machine may read (HF_TOKEN), or a folder with config.json and whole safetensors."
+    )
+
+
+def switch_off_dropout(config: Any) -> list[str]:
+    """Set every dropout of a base's configuration to 0, before its modules read it, and return what was set.
+
+    Half of the architectures call `functional.dropout` with a number from their configuration, where no module can be
+    replaced; mixtures of experts add noise (jitter) to their router in the same way.
+    """
+    names = [name for name in vars(config) if re.search(r"drop|jitter", name)]
+    found = [name for name in names if type(getattr(config, name)) in (int, float) and getattr(config, name) > 0]
+    for name in found:
+        setattr(config, name, 0.0)
+    for name in getattr(config, "sub_configs", {}):
+        found += switch_off_dropout(getattr(config, name))
+    return found
+
+
+def _check_every_weight_is_its_own(name: str, found: Mapping[str, Any]) -> None:
+    """Refuse a base of which transformers drew weights at random, or left weights out: it only prints a table."""
+    problems = [f"{weight} is missing" for weight in sorted(found["missing_keys"])]
+    problems += [f"{key[0]} has shape {tuple(key[1])}, not {tuple(key[2])}" for key in sorted(found["mismatched_keys"])]
+    problems += [f"{weight} has no place in it" for weight in sorted(found["unexpected_keys"])]
+    problems += [str(message) for message in found["error_msgs"]]
+    if problems:
+        raise PreflowError(
+            f"base_model {name}: its weights are not those of the model that its config.json describes: "
+            f"{'; '.join(problems[:3])} ({len(problems)} in all). Fetch or save the base again."
+        )
+
+
+def _float_weights(base: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all weights as numbers, a 4-bit one at a time."""
+    for name, weight in base.named_parameters():
+        if isinstance(weight, Params4bit):
+            yield name, dequantize_4bit(weight.data, weight.quant_state)
+        elif weight.is_floating_point():
+            yield name, weight.data
+
+
+def _check_finite(what: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for name, weight in weights:
+        if not torch.isfinite(weight.sum(dtype=torch.float32)):  # one pass, and no second tensor of its size
+            kind = "NaN" if torch.isnan(weight).any() else "infinite or overflowing numbers"
+            raise PreflowError(f"{what}: its weight {name} holds {kind}. Fetch or save it again.")
 
 
 def _keep_weights_as_quantised(base: Any) -> None:
@@ -143,7 +229,8 @@ def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) ->
             f"SFT adapter {adapter}: does not fit the base model {base.config.name_or_path} "
             f"({str(error).splitlines()[0]}). Give the base model that it was trained on."
         ) from error
-    sft = AdapterWeights(adapter)
+    sft = AdapterWeights(adapter, policy)
+    _check_finite(f"SFT adapter {adapter}", sft)
     sft.check_fits(policy, base.config.name_or_path)
     sft.copy_to(policy, "default")
     return policy
@@ -171,14 +258,25 @@ def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The weights file of an adapter folder, read tensor by tensor."""
+    """The weights of an adapter folder, under the names that they have in `model` (as in the file without one).
+
+    Older versions of transformers called the modules of some models differently; PEFT renames when it loads.
+    """
 
     folder: Path
+    model: Any = None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        with safe_open(self.folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            for name in sorted(file.keys()):
-                yield name, file.get_tensor(name)
+        yield from sorted(self._tensors.items())
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = load_file(self.folder / ADAPTER_WEIGHTS)
+        if self.model is None:
+            return found
+        config = self.model.peft_config["default"]
+        renamed: dict[str, torch.Tensor] = convert_peft_adapter_state_dict_for_transformers(self.model, config, found)
+        return renamed
 
     def digest(self) -> str:
         """Return `weights_digest` of the file."""
@@ -196,7 +294,8 @@ class AdapterWeights:
         for name in sorted(theirs.keys() ^ ours.keys()) or [n for n in theirs if theirs[n] != ours[n]]:
             raise PreflowError(
                 f"SFT adapter {self.folder}: its weight {name} {theirs.get(name, 'is missing')} does not fit the base "
-                f"model {base_name} ({ours.get(name, 'has no such place')}). Give the base that it was trained on."
+                f"model {base_name} with this adapter_config.json ({ours.get(name, 'no such place')}). Give the base "
+                "that it was trained on, and the configuration that it was saved with."
             )
 
     def copy_to(self, model: Any, name: str) -> None:
@@ -231,8 +330,14 @@ def save_adapter(model: Any, sft: Path, folder: Path) -> None:
     """Write the policy's adapter as PEFT and vLLM read it, without `ref` and without a model card.
 
     The configuration is the SFT adapter's own, keys sorted: PEFT writes its sets in a random order.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
     """
-    model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    try:
+        model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    except SafetensorError as error:
+        raise os_error(error, folder) from error
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((sft / ADAPTER_CONFIG).read_text())
     config["inference_mode"] = True
@@ -252,14 +357,26 @@ def probe_texts(pairs: Sequence[TokenPair]) -> list[list[int]]:
     return [ids[:MOST_TOKENS] for ids in sides]
 
 
-def record_probe(model: Any, sft: Path, texts: Sequence[list[int]], training: TrainingConfig) -> dict[str, Any]:
+def as_loaded(training: TrainingConfig, config: Any) -> TrainingConfig:
+    """Return the configuration as it came to be: a base that was quantised already has its own 4-bit settings."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return training
+    facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    names = [name for name in type(training).model_fields if name.startswith("bnb_4bit_") and name in facts]
+    loaded = {**training.model_dump(), **{name: facts[name] for name in names}}
+    if not facts.get("load_in_4bit"):
+        loaded |= {"load_in_4bit": False, "bnb_4bit_quant_type": "nf4"}
+    return TrainingConfig.model_validate(loaded | ({"load_in_4bit": True} if facts.get("load_in_4bit") else {}))
+
+
+def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> dict[str, Any]:
     """Compute the log-probs of `texts` under the trained adapter, the SFT adapter and the bare base.
 
     Args:
         model: the policy, with the trained adapter as `default`.
         sft: folder of the SFT adapter.
         texts: token ids.
-        training: says how the base was loaded.
 
     Returns:
         JSON-ready: `base_precision`, and `texts` with `token_ids` and, from the second token on, log-probs in nats
@@ -273,7 +390,7 @@ def record_probe(model: Any, sft: Path, texts: Sequence[list[int]], training: Tr
     finally:
         model.delete_adapter("probe-sft")
         model.train(was_training)
-    return {"base_precision": _precision(training), "texts": rows}
+    return {"base_precision": precision(model.get_base_model().config), "texts": rows}
 
 
 def _row(model: Any, ids: list[int]) -> dict[str, Any]:
@@ -292,7 +409,13 @@ def _log_probs(model: Any, ids: list[int]) -> list[float]:
     return [float(value) for value in found[:, 0]]
 
 
-def _precision(training: TrainingConfig) -> str:
-    if training.load_in_4bit:
-        return training.bnb_4bit_quant_type.value
-    return "bfloat16" if training.bf16 and has_cuda() else "float32"
+def precision(config: Any) -> str:
+    """Return how the weights of a loaded base are kept: fp4, nf4, another quantisation's name, or their type."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return str(config.dtype).removeprefix("torch.")
+    facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    if facts.get("load_in_4bit"):
+        return str(facts["bnb_4bit_quant_type"])
+    method = facts["quant_method"]
+    return str(getattr(method, "value", method))

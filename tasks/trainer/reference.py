@@ -4,7 +4,7 @@ import json
 import logging
 import posixpath
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,11 @@ class ReferenceLogps:
         return dataset.add_column("ref_chosen_logps", self.chosen).add_column("ref_rejected_logps", self.rejected)
 
 
-Compute = Callable[[Split], ReferenceLogps]
-
-
 def reference_key(splits: Sequence[Split], training: TrainingConfig, weights: dict[str, str]) -> str:
     """Return the digest of what determines the log-probs: tokens, micro-batches, base, adapter, precision.
 
-    Beta, loss, learning rate, epochs and seeds are not in it. The micro-batches are, since padding decides the last
-    bits.
+    Beta, loss (but for `ld_alpha`), learning rate, epochs and seeds are not in it. The micro-batches are, since padding
+    decides the last bits.
 
     Args:
         splits: the pairs.
@@ -58,7 +55,7 @@ def reference_key(splits: Sequence[Split], training: TrainingConfig, weights: di
         weights: digests of the base and of the SFT adapter, and the device's kind.
     """
     names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "bf16",
-             "max_length")  # fmt: skip
+             "max_length", "ld_alpha")  # fmt: skip
     identity = training.identity()
     return digest(
         {
@@ -98,7 +95,7 @@ class ReferenceCache:
             folder = self._store.fetch_folder(self._uri, self._scratch / "reference")
             found = self._verified(folder, splits)
         except (PreflowError, KeyError, ValueError, OSError) as error:
-            LOG.warning("cached reference log-probs are computed anew: %s", error)
+            LOG.warning("cached reference log-probs are computed again: %s", error)
             return None
         LOG.info("reference log-probs taken from %s", self._uri)
         return found

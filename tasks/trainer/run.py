@@ -1,6 +1,7 @@
 """One training from its spec to the committed adapter: the steps in order."""
 
 import logging
+import math
 import os
 import posixpath
 import time
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tasks.errors import PreflowError
+from tasks.config import TrainingConfig
+from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import template_of
 from tasks.store.workspace import (
     COMMITTED,
@@ -28,12 +30,15 @@ from tasks.store.workspace import (
     folder_digest,
 )
 from tasks.train.health import Run, assess
+from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
-from tasks.trainer.data import PairData, load_pairs, make_micro_batches
+from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
     AdapterWeights,
+    adapter_state,
+    as_loaded,
     has_cuda,
     load_base,
     load_policy,
@@ -138,12 +143,17 @@ class TrainingRun:
         self._train_data = load_pairs(preferences.uri, self._store, *options)
         val_uri = preferences.sibling("val.jsonl")
         has_val = self._store.exists(val_uri) and self._store.size(val_uri) > 0
-        self._val_data = load_pairs(val_uri, self._store, *options) if has_val else None
+        try:
+            self._val_data = load_pairs(val_uri, self._store, *options) if has_val else None
+        except NoUsablePairsError as error:
+            LOG.warning("training goes on without an evaluation: %s", error)
+            self._val_data = None
         lengths = [pair.length(training.max_length) for pair in self._train_data.pairs]
         batches = make_micro_batches(
             lengths, training.per_device_train_batch_size, training.group_by_length, training.seed
         )
         train = Split("train", self._train_data.pairs, batches)
+        self._training = with_fitting_warmup(training, len(batches))
         return train, self._val_split(self._val_data)
 
     def _val_split(self, data: PairData | None) -> Split | None:
@@ -158,9 +168,10 @@ class TrainingRun:
         torch.manual_seed(self._training.seed)
         with self._phases.phase("loading the base model"):
             base = load_base(self._training, int(_local_rank()))
+        self._training = as_loaded(self._training, base.config)
         with self._phases.phase("putting the SFT adapter onto it"):
             policy = load_policy(base, adapter, tokenizer)
-        parts = TrainerParts(policy, tokenizer, train, val, AdapterWeights(adapter), self._scratch)
+        parts = TrainerParts(policy, tokenizer, train, val, AdapterWeights(adapter, policy), self._scratch)
         with self._phases.phase("making the trainer"):
             trainer = ExactTrainer(parts, self._training, Hooks(self._save, self._write_rows, self._tell, self._stop))
         if self._training.cache_reference:
@@ -209,15 +220,21 @@ class TrainingRun:
     def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
         if trainer.state.global_step < trainer.state.max_steps:
             raise RuntimeError(f"training ended at step {trainer.state.global_step} of {trainer.state.max_steps}")
+        check_weights_moved(trainer.sft.movement(trainer.model)["weights/moved"], trainer.state.global_step)
         self._tell(Progress("saving", "checking and committing the adapter"))
         folder = self._scratch / "adapter"
-        save_adapter(trainer.model, adapter, folder)
-        (folder / "chat_template.jinja").write_text(self._template.text)
-        trainer.check_saved(folder, check)
-        if self._is_main:
-            probe = record_probe(trainer.model, adapter, probe_texts(check.pairs), self._training)
-            self._store.write_json(self._paths.file("probe.json"), probe)
-            self._commit(trainer, folder)
+        try:
+            save_adapter(trainer.model, adapter, folder)
+            (folder / "chat_template.jinja").write_text(self._template.text)
+            trainer.check_saved(folder, check)
+            if self._is_main:
+                self._store.write_json(
+                    self._paths.file("probe.json"), record_probe(trainer.model, adapter, probe_texts(check.pairs))
+                )
+                self._commit(trainer, folder)
+        except OSError:
+            trainer.save_boundary()  # the training is done, and is not done again when there is room
+            raise
 
     def _commit(self, trainer: ExactTrainer, folder: Path) -> None:
         rows: list[dict[str, Any]] = trainer.state.log_history
@@ -227,8 +244,14 @@ class TrainingRun:
         self._store.write_json(self._paths.file("health.json"), health.model_dump())
         self._store.write_json(self._paths.file("timing.json"), self._timing())
         self._store.delete_folder(self._paths.adapter)
-        self._store.commit_folder(folder, self._paths.adapter, {"step": trainer.state.global_step})
-        self._store.write_manifest(self._manifest(trainer.state.global_step, rows))
+        facts = {"step": trainer.state.global_step}
+        try:
+            self._store.commit_folder(folder, self._paths.adapter, facts)
+        except DiskFullError:
+            LOG.warning("no room for the finished adapter: all checkpoints but the newest are removed for it")
+            self._checkpoints.prune(kept=1)
+            self._store.commit_folder(folder, self._paths.adapter, facts)
+        self._store.write_manifest(self._manifest(trainer, rows))
 
     def _timing(self) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if has_cuda() else None
@@ -239,7 +262,7 @@ class TrainingRun:
             "peak_accelerator_bytes": peak,
         }
 
-    def _manifest(self, steps: int, rows: list[dict[str, Any]]) -> Manifest:
+    def _manifest(self, trainer: ExactTrainer, rows: list[dict[str, Any]]) -> Manifest:
         spec, store, adapter = self._spec, self._store, self._paths.adapter
         seconds = time.monotonic() - self._started
         files = {f"adapter/{name}": facts for name, facts in store.committed_files(adapter).items()}
@@ -258,7 +281,7 @@ class TrainingRun:
             stage="training",
             version=STAGE_VERSION,
             key=spec.key,
-            config=spec.training,
+            config=self._training,
             upstream=(
                 spec.preferences,
                 Origin(kind="sft_adapter", uri=spec.training.sft_adapter, sha256=spec.sft_sha256),
@@ -266,11 +289,34 @@ class TrainingRun:
                 Origin(kind="chat_template", uri=self._template.source, sha256=digest(self._template.text)),
             ),
             files=files,
-            counts={"steps": steps, **count_pairs("train", self._train_data), **count_pairs("val", self._val_data)},
+            counts={
+                "steps": trainer.state.global_step,
+                "lora_rank": highest_rank(trainer.model),
+                **count_pairs("train", self._train_data),
+                **count_pairs("val", self._val_data),
+            },
             figures={**summarise(rows), "exact_share": self._train_data.report.exact_share},
             cost=Cost(gpu_seconds=spec.training.num_processes * seconds if has_cuda() else 0.0),
             seconds=seconds,
         )
+
+
+def with_fitting_warmup(training: TrainingConfig, micro_batches: int) -> TrainingConfig:
+    """Return the configuration with a tenth of the steps as warm-up, where the warm-up would be all of the run."""
+    per_epoch = math.ceil(micro_batches / (training.gradient_accumulation_steps * training.num_processes))
+    steps = training.max_steps or math.ceil(per_epoch * training.num_train_epochs)
+    if training.warmup_steps < steps or training.warmup_steps == 0:
+        return training
+    LOG.warning(
+        "warmup_steps %d is not less than the %d optimizer steps of this run, which would never reach learning_rate: "
+        "the warm-up is shortened to %d", training.warmup_steps, steps, steps // 10,
+    )  # fmt: skip
+    return training.model_copy(update={"warmup_steps": steps // 10})
+
+
+def highest_rank(model: Any) -> int:
+    """Return the highest rank in the trained adapter, which a server must allow."""
+    return max(tensor.shape[0] for name, tensor in adapter_state(model).items() if ".lora_A." in name)
 
 
 def count_pairs(side: str, data: PairData | None) -> dict[str, int]:

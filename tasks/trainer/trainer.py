@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from tasks.config import TrainingConfig
+from tasks.errors import PreflowError
 from tasks.train import invariants
 from tasks.train.spec import Progress
 from tasks.trainer.checkpoints import Checkpoint
@@ -83,6 +84,10 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
         loss_type=[training.loss_type.value, "sft"] if weighted else [training.loss_type.value],
         loss_weights=[1.0, training.sft_weight] if weighted else None,
         label_smoothing=training.label_smoothing,
+        f_divergence_type=training.f_divergence.value,
+        ld_alpha=training.ld_alpha,
+        use_weighting=training.use_weighting,
+        router_aux_loss_coef=training.router_aux_loss_coef,
         max_length=training.max_length,
         disable_dropout=training.disable_dropout,
         learning_rate=training.learning_rate,
@@ -113,6 +118,13 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
     )
 
 
+# What is overridden or read of other libraries' insides; tests/unit/trainer/test_upstream.py holds it against the
+# installed versions, and fails when one of them changes its signature.
+#   trl 1.16: _prepare_dataset, compute_loss, evaluate, log, prediction_step, training_step, _save_checkpoint;
+#     the attributes _metrics, _total_train_tokens, aux_loss_enabled, precompute_ref_logps, use_weighting
+#   transformers 5.23: _get_grad_norm, _get_train_sampler, _load_from_checkpoint, _load_optimizer_and_scheduler,
+#     _load_rng_state, _load_scaler, _maybe_log_save_evaluate, _run_epoch;
+#     the attributes _globalstep_last_logged, _total_loss_scalar, _tr_loss
 class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     """DPO with cached or live reference log-probs, whose state between two steps can be saved and restored exactly.
 
@@ -139,6 +151,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         self._started = (time.monotonic(), 0)
         found = weights_digest(adapter_state(parts.policy))
         invariants.check_reference(found, parts.sft.digest(), "the policy that is to be trained")
+        _check_router_loss(parts.policy, training)
         super().__init__(
             model=parts.policy,
             args=dpo_config(training, parts.output_dir, parts.val is not None),
@@ -195,18 +208,18 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         return ReferenceLogps([chosen for _, chosen, _ in found], [rejected for _, _, rejected in found])
 
     def _live_reference(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        with self._in_eval_mode():
+        with self._in_mode(training=False):
             chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
         return chosen, rejected
 
     @contextmanager
-    def _in_eval_mode(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()
+    def _in_mode(self, training: bool) -> Iterator[None]:
+        before = self.model.training
+        self.model.train(training)
         try:
             yield
         finally:
-            self.model.train(training)
+            self.model.train(before)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -219,31 +232,38 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     # Measuring
 
-    def measure(self, batches: Sequence[Sequence[int]], split: Dataset, dpo_only: bool = False) -> dict[str, float]:
+    def measure(
+        self, batches: Sequence[Sequence[int]], split: Dataset, dpo_only: bool = False, training: bool = False
+    ) -> dict[str, float]:
         """Return loss, rewards and log-probs on the given rows as they are now, without touching any state.
 
         Args:
             batches: row numbers of each micro-batch.
             split: `train_dataset` or `eval_dataset`.
-            dpo_only: leave an added SFT loss out.
+            dpo_only: leave an added SFT loss, the router's loss and the weighting of pairs out.
+            training: in training mode, still without gradients.
         """
-        kept, types, weights = self._metrics, self.loss_types, self.loss_weights
-        self._metrics = {mode: copy.deepcopy(values) for mode, values in kept.items()}
-        self._metrics["eval"].clear()
+        mode = "train" if training else "eval"
+        touched = ("_metrics", "_total_train_tokens", "loss_types", "loss_weights", "aux_loss_enabled", "use_weighting")
+        kept = {name: getattr(self, name) for name in touched}
+        self._metrics = copy.deepcopy(self._metrics)
+        self._metrics[mode].clear()
         if dpo_only:
-            self.loss_types, self.loss_weights = types[:1], weights[:1]
+            self.loss_types, self.loss_weights = self.loss_types[:1], self.loss_weights[:1]
+            self.aux_loss_enabled = self.use_weighting = False
         try:
-            with _random_state_kept(), self._in_eval_mode(), torch.no_grad(), self.compute_loss_context_manager():
+            with _random_state_kept(), self._in_mode(training), torch.no_grad(), self.compute_loss_context_manager():
                 losses = [self._loss_of(batch, split) for batch in batches]
-            means = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+            means = {name: sum(values) / len(values) for name, values in self._metrics[mode].items()}
         finally:
-            self._metrics, self.loss_types, self.loss_weights = kept, types, weights
+            for name, value in kept.items():
+                setattr(self, name, value)
         return {"loss": sum(losses) / len(losses), **means}
 
     def _loss_of(self, batch: Sequence[int], split: Dataset) -> float:
         self._hooks.stop.check()
         columns = [name for name in split.column_names if name in _COLUMNS]
-        rows = [{name: split[row][name] for name in columns} for row in batch]
+        rows = [{name: row[name] for name in columns} for row in (split[number] for number in batch)]
         inputs = self._prepare_inputs(self.data_collator(rows))
         with self.accelerator.autocast():
             return float(self.compute_loss(self.model, inputs))
@@ -256,7 +276,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         return self._order.order(epoch)[within * size : (within + 1) * size]
 
     def check_saved(self, folder: Path, split: Split) -> None:
-        """Load the adapter in `folder` beside the trained one and compare their log-probs on a micro-batch of `split`.
+        """Load the adapter in `folder` next to the trained one and compare their log-probs on a micro-batch of `split`.
 
         Raises:
             InvariantError: `saved-adapter`.
@@ -296,13 +316,29 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         batches = self.next_batches(0)
         first = self.measure(batches, self.train_dataset, dpo_only=True)
         invariants.check_first_loss(first, self._training)
-        weight = self._training.sft_weight
-        added = f"; the losses from here on have {weight:g} times the SFT loss added" if weight > 0 else ""
+        if self._training.disable_dropout:
+            self._check_nothing_random(batches[:1])
         said = f"{self._training.loss_type.value} loss before the first update {first['loss']:.4f}, as it must be"
+        added = f"; the losses from here on have {self._more_in_the_loss()}" if self._more_in_the_loss() else ""
         self._hooks.progress(Progress("training", said + added))
-        if weight > 0:
+        if added:
             first = {**self.measure(batches, self.train_dataset), "dpo_loss": first["loss"]}
         self._first_row = {**first, "epoch": 0.0, "step": 0}
+
+    def _more_in_the_loss(self) -> str:
+        training = self._training
+        more = [
+            f"{training.sft_weight:g} times the SFT loss added" if training.sft_weight else "",
+            f"{training.router_aux_loss_coef:g} times the router's loss added" if training.router_aux_loss_coef else "",
+            "their pairs weighted" if training.use_weighting else "",
+        ]
+        return " and ".join(filter(None, more))
+
+    def _check_nothing_random(self, batches: Sequence[Sequence[int]]) -> None:
+        training, evaluating = (
+            self.measure(batches, self.train_dataset, dpo_only=True, training=mode)["loss"] for mode in (True, False)
+        )
+        invariants.check_nothing_random(training, evaluating, "modules and every number of the base's config.json")
 
     def begin(self) -> None:
         """Called when training begins: put back what transformers has just set to zero."""
@@ -534,6 +570,14 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             return
         assert self._restored is not None
         set_random_state(self._restored.state["ranks"][self.args.process_index]["random"])
+
+
+def _check_router_loss(policy: Any, training: TrainingConfig) -> None:
+    if training.router_aux_loss_coef and not hasattr(policy.config.get_text_config(), "output_router_logits"):
+        raise PreflowError(
+            f"router_aux_loss_coef {training.router_aux_loss_coef:g}: base_model {training.base_model} has no router. "
+            "Set it to 0, or give a mixture-of-experts base."
+        )
 
 
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")

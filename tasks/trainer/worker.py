@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Workspace
+from tasks.store.workspace import DISK_FULL, Workspace
 from tasks.train.invariants import InvariantError
 from tasks.train.spec import ExitCode, Progress, TrainingPaths, TrainingSpec
 from tasks.trainer.lease import Lease, LeaseLostError
@@ -25,8 +25,8 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Desk:
-    """The local folder through which child and parent talk: spec in, progress and outcome out."""
+class WorkerFiles:
+    """The local folder that parent and child share: the spec in it, progress and outcome out of it."""
 
     folder: Path
 
@@ -41,13 +41,13 @@ class Desk:
 
     def outcome(self, code: ExitCode, message: str) -> None:
         """Say how this process ended; the first process to fail is believed."""
-        beside = self.folder / f".outcome-{os.getpid()}"
-        beside.write_text(json.dumps({"code": code.value, "message": message}))
+        written = self.folder / f".outcome-{os.getpid()}"
+        written.write_text(json.dumps({"code": code.value, "message": message}))
         try:
-            os.link(beside, self.folder / "outcome.json")
+            os.link(written, self.folder / "outcome.json")
         except FileExistsError:
             LOG.info("another process of this training has told the outcome")
-        beside.unlink()
+        written.unlink()
 
 
 def is_main_process() -> bool:
@@ -73,14 +73,14 @@ def watch_parent(grace_seconds: float, stop: StopFlag) -> None:
 
 
 @contextmanager
-def holding_lease(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> Iterator[Workspace]:
+def holding_lease(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> Iterator[Workspace]:
     """Yield the workspace to write to; only the main process holds the lease and writes."""
     if not is_main_process():
         yield Workspace(spec.workspace)
         return
     root = Workspace(spec.workspace).root
     lease = Lease.at(TrainingPaths.of(root, spec.key).lease, spec.training.lease_seconds, stop.set)
-    lease.acquire(lambda text: desk.progress(Progress("waiting", text)))
+    lease.acquire(lambda text: files.progress(Progress("waiting", text)))
     LOG.info("lease taken, token %d", lease.token)
     try:
         yield Workspace(spec.workspace, guard=lease.check)
@@ -99,7 +99,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def collecting_no_garbage() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Import in here: half a million new objects live on, and looking through them again and again takes a quarter."""
     gc.disable()
     try:
@@ -109,19 +109,19 @@ def collecting_no_garbage() -> Iterator[None]:
         gc.enable()
 
 
-def train(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> None:
+def train(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> None:
     """Do the training that `spec` names, holding its lease."""
-    with holding_lease(spec, desk, stop) as store, scratch_folder() as scratch:
-        desk.progress(Progress("loading", "importing torch and trl"))
-        with collecting_no_garbage():
+    with holding_lease(spec, files, stop) as store, scratch_folder() as scratch:
+        files.progress(Progress("loading", "importing torch and trl"))
+        with gc_paused():
             from tasks.trainer.run import TrainingRun
-        TrainingRun(spec, store, scratch, desk.progress, stop).execute()
+        TrainingRun(spec, store, scratch, files.progress, stop).execute()
 
 
-def guarded(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> tuple[ExitCode, str]:
+def run_and_classify(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> tuple[ExitCode, str]:
     """Train, and translate every ending into an exit code and a message for the user."""
     try:
-        train(spec, desk, stop)
+        train(spec, files, stop)
     except StopTraining as reason:
         return ExitCode.PREEMPTED, str(reason)
     except LeaseLostError as error:
@@ -130,6 +130,14 @@ def guarded(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> tuple[ExitCode, s
         return ExitCode.INVARIANT, str(error)
     except PreflowError as error:
         return ExitCode.USER_ERROR, str(error)
+    except OSError as error:
+        LOG.exception("the trainer failed")
+        if error.errno in DISK_FULL:
+            return ExitCode.USER_ERROR, (
+                f"the disk is full ({error}). Make room in the workspace, and in {tempfile.gettempdir()} "
+                "(TMPDIR) for local files; then run again: it goes on from its newest checkpoint."
+            )
+        return ExitCode.DEFECT, f"{type(error).__name__}: {error}"
     except Exception as error:
         LOG.exception("the trainer failed")
         if type(error).__name__ == "OutOfMemoryError":
@@ -144,17 +152,17 @@ def guarded(spec: TrainingSpec, desk: Desk, stop: StopFlag) -> tuple[ExitCode, s
 def main(arguments: list[str]) -> int:
     """Run the child; `arguments` is the folder that holds spec.json."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    desk, stop = Desk(Path(arguments[0])), StopFlag()
-    spec = desk.read_spec()
+    files, stop = WorkerFiles(Path(arguments[0])), StopFlag()
+    spec = files.read_spec()
     try:
         stop.install()
         watch_parent(spec.training.grace_seconds, stop)
-        code, message = guarded(spec, desk, stop)
+        code, message = run_and_classify(spec, files, stop)
     except StopTraining as reason:
         code, message = ExitCode.PREEMPTED, str(reason)
     LOG.info("ending with %s: %s", code.name, message)
     if code is not ExitCode.DONE or is_main_process():
-        desk.outcome(code, message)
+        files.outcome(code, message)
     return code.value
 
 

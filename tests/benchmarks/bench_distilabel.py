@@ -53,7 +53,9 @@ async def run_preflow(url: str, prompts: Path, workspace: Path) -> dict[str, Any
 
     start = time.monotonic()
     sampling = GenerationConfig(endpoint=url, model="sampler", max_concurrency=WINDOW)
-    judging = JudgingConfig(endpoint=url, model="judge-hash", api_key=None, max_concurrency=WINDOW, orders=1)
+    judging = JudgingConfig(
+        endpoint=url, model="judge-hash", api_key=None, rubric="demo", max_concurrency=WINDOW, orders=1
+    )
     completions = await generate_completions(str(prompts), str(workspace), sampling)
     await judge_preferences(completions, str(workspace), judging)
     return {"seconds": time.monotonic() - start, "rows": completions.rows}

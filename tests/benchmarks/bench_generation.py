@@ -1,9 +1,11 @@
 """Generation and judging against a bare loop and against gathered batches, on one fake endpoint with real latencies.
 
     python -m tests.benchmarks.bench_generation --prompts prompts.jsonl
+    python -m tests.benchmarks.bench_generation --windows 32 256 1024
     python -m tests.benchmarks.bench_generation --scale 100000
 
-The first prints throughput, client CPU and the cached replay; the second CPU and peak memory as the prompts grow. Each
+The first prints throughput, client CPU and the cached replay; the second throughput and CPU against a raw aiohttp loop,
+the true limit, at several numbers of requests in flight; the third CPU and peak memory as the prompts grow. Each
 contender runs in a process of its own, one after the other, against the same endpoint.
 """
 
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import aiohttp
 import openai
 
 from tests.fakes import FakeOpenAI
@@ -34,7 +37,7 @@ Row = dict[str, Any]
 
 
 def bare_loop(order: Row) -> None:
-    """What anyone would write first: one client, a semaphore, rows written as they come. Killed, it begins anew."""
+    """What anyone would write first: one client, a semaphore, rows written as they come. Killed, it begins again."""
     with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
         asyncio.run(_bare_loop(order, prompts, out))
 
@@ -59,6 +62,27 @@ async def _bare_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
             await asyncio.gather(*done)
         pending.add(asyncio.create_task(one(json.loads(line))))
     await asyncio.gather(*pending)
+
+
+def raw_loop(order: Row) -> None:
+    """The least that can be done: aiohttp, a semaphore, and rows written as they come."""
+    with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
+        asyncio.run(_raw_loop(order, [json.loads(line) for line in prompts], out))
+
+
+async def _raw_loop(order: Row, rows: list[Row], out: TextIO) -> None:
+    window, url = asyncio.Semaphore(order["concurrency"]), f"{order['endpoint']}/chat/completions"
+    connector = aiohttp.TCPConnector(limit=order["concurrency"])
+    async with aiohttp.ClientSession(connector=connector) as session:
+
+        async def one(row: Row) -> None:
+            body = {"model": "sampler", "messages": row["prompt"], "n": COMPLETIONS, "seed": SEED, **SAMPLING}
+            async with window, session.post(url, json=body) as response:
+                answer = json.loads(await response.read())
+            texts = [choice["message"]["content"] for choice in answer["choices"]]
+            out.write(json.dumps({**row, "completions": texts}) + "\n")
+
+        await asyncio.gather(*(one(row) for row in rows))
 
 
 def gathered_batches(order: Row) -> None:
@@ -106,11 +130,12 @@ async def _preflow_judging(order: Row) -> None:
     common: Row = {"endpoint": order["endpoint"], "max_concurrency": order["concurrency"]}
     generation = GenerationConfig(model="sampler", **common)
     completions = await generate_completions(order["prompts"], order["workspace"], generation)
-    judging = JudgingConfig(model="judge-hash", api_key=None, **common)
+    judging = JudgingConfig(model="judge-hash", api_key=None, rubric="demo", **common)
     await judge_preferences(completions, order["workspace"], judging)
 
 
 CONTENDERS = {
+    "raw": raw_loop,
     "bare": bare_loop,
     "batches": gathered_batches,
     "preflow": preflow_stage,
@@ -205,6 +230,31 @@ def median(runs: list[Row], name: str) -> float:
     return statistics.median(float(row[name]) for row in runs)
 
 
+def windows(sizes: list[int], folder: Path, options: argparse.Namespace) -> None:
+    """Print throughput and CPU against the raw loop at several numbers of requests in flight."""
+    print("| in flight | prompts | way | seconds | against the raw loop | client CPU, ms a prompt |")
+    print("| ---: | ---: | --- | ---: | ---: | ---: |")
+    for size in sizes:
+        count = min(6000, max(1000, 8 * size))
+        prompts = synthetic_prompts(folder / f"prompts-{size}.jsonl", count)
+        plan = {"latency_ms": options.latency_ms, "latency_sigma": SIGMA}
+        with FakeOpenAI(plan, folder / f"fake-{size}") as fake:
+            order: Row = {
+                "endpoint": fake.url,
+                "prompts": str(prompts),
+                "concurrency": size,
+                "out": str(folder / "out"),
+            }
+            base = 0.0
+            for who in ("raw", "bare", "preflow"):
+                runs = [run(who, **order, workspace=str(folder / f"ws-{size}-{n}")) for n in range(options.rounds)]
+                seconds, cpu = median(runs, "seconds"), 1000 * median(runs, "cpu") / count
+                base = base or seconds
+                print(
+                    f"| {size:,} | {count:,} | {who} | {seconds:.1f} | {base / seconds:.3f} | {cpu:.2f} |", flush=True
+                )
+
+
 def scale(sizes: list[int], folder: Path, options: argparse.Namespace) -> None:
     """Print peak memory and client CPU as the prompts grow."""
     print("| prompts | way | seconds | client CPU, ms a prompt | peak RSS, MB |\n| ---: | --- | ---: | ---: | ---: |")
@@ -223,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_generation", description=__doc__)
     parser.add_argument("--prompts", type=Path, help="JSONL of prompts; without it 1,021 synthetic ones")
     parser.add_argument("--scale", type=int, help="measure memory and CPU at 1,000 and at this many synthetic prompts")
+    parser.add_argument("--windows", type=int, nargs="+", help="compare with a raw aiohttp loop at these windows")
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--latency-ms", type=float, help="median; default 1500, with --scale 20")
     parser.add_argument("--rounds", type=int, default=3)
@@ -240,7 +291,9 @@ def main() -> None:
             os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{server.port}/api"
             os.environ["PREFECT_HOME"] = str(folder / "prefect")
             options.latency_ms = options.latency_ms or (20 if options.scale else 1500)
-            if options.scale:
+            if options.windows:
+                windows(options.windows, folder, options)
+            elif options.scale:
                 scale([1000, options.scale], folder, options)
             else:
                 compare(options.prompts or synthetic_prompts(folder / "p.jsonl", 1021), folder, options)

@@ -73,7 +73,7 @@ async def run_stages(prompts: str, workspace: str, vllm: str, judge: str, sft: s
         ),
     )
     sampled = time.monotonic()
-    judging = JudgingConfig(endpoint=judge, model="judge-length", api_key=None)
+    judging = JudgingConfig(endpoint=judge, model="judge-length", api_key=None, rubric="demo")
     preferences = await judge_preferences(completions, workspace, judging)
     judged = time.monotonic()
     return {

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from tasks.config import DrillConfig
+from tasks.config import DrillConfig, TrainingConfig
 from tasks.drill.preemption import choose_target
 from tasks.drill.training import read_digests, train_in_the_storm
 from tasks.train import work_pool as remote
@@ -39,9 +39,8 @@ from tests.fakes.kubernetes.platform import (
 )  # fmt: skip
 from tests.fakes.tiny_training import TinyWorld
 
-STEPS = 80
 SLOW_ENOUGH = {
-    "max_steps": STEPS, "logging_steps": 1, "save_steps": 10, "eval_steps": 40, "gradient_accumulation_steps": 4,
+    "logging_steps": 1, "save_steps": 10, "eval_steps": 40, "gradient_accumulation_steps": 4,
     "lease_seconds": 4,
 }  # fmt: skip
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -52,7 +51,9 @@ pytestmark = pytest.mark.long  # a cluster that loses pods and nodes
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if "PREFLOW_TEST_KUBECONFIG" in os.environ:
-        yield RealCluster()
+        real = RealCluster()
+        yield real
+        real.close()
         return
     with FakeKubernetes(tmp_path_factory.mktemp("kubernetes"), DoubleCluster.settings()) as fake:
         yield DoubleCluster(fake)
@@ -70,9 +71,13 @@ class Platform:
     world: TinyWorld
     folder: Path
 
-    def train(self, name: str, steps: int = STEPS, **variables: Any) -> Training:
+    def training(self, steps: int | None = None) -> TrainingConfig:
+        """Return settings slow enough to be met in the middle."""
+        return self.world.config(**SLOW_ENOUGH, max_steps=steps or self.cluster.steps)
+
+    def train(self, name: str, steps: int | None = None, **variables: Any) -> Training:
         """Ask for a training in a workspace of its own."""
-        training = self.world.config(**SLOW_ENOUGH | {"max_steps": steps})
+        training = self.training(steps)
         return Training.start(self.server, self.cluster, self.world, self.folder / name, training, **variables)
 
     def cancel(self, run: Training) -> None:
@@ -148,9 +153,9 @@ def metrics_time(run: Training) -> int:
     return max((file.stat().st_mtime_ns for file in run.folder.glob("training/*/metrics.jsonl")), default=0)
 
 
-def reach(run: Training, step: int, steps: int = STEPS) -> None:
+def reach(run: Training, step: int) -> None:
     wait_until(lambda: run.step() >= step, what=f"step {step}")
-    assert run.step() < steps, "too late: it is over"
+    assert run.state()["state_type"] == "RUNNING", "too late: it is over"
 
 
 def wait_for_a_step(run: Training) -> None:
@@ -186,6 +191,19 @@ def strike(platform: Platform, run: Training, fault: Callable[[str], None]) -> f
     return time.monotonic() - struck
 
 
+def lose_and_give_up(platform: Platform, pod: str) -> None:
+    """Lose a pod's node: the pod stays Terminating, and no other comes, until somebody gives the node up."""
+    platform.cluster.lose_node(pod)
+
+    def terminating() -> Any:
+        return platform.kubernetes.pod(pod)["metadata"].get("deletionTimestamp")
+
+    wait_until(terminating, what="the pod's deletion")
+    time.sleep(5)
+    assert terminating(), "force or time do not help"
+    platform.cluster.give_node_up(pod)
+
+
 def test_a_run_that_loses_pods_and_nodes_ends_as_one_that_does_not(
     platform: Platform,
     calm: Training,
@@ -196,11 +214,11 @@ def test_a_run_that_loses_pods_and_nodes_ends_as_one_that_does_not(
     faults = {
         "preemption, 15 s grace": platform.cluster.preempt,
         "SIGKILL": platform.cluster.kill,
-        "node lost": platform.cluster.lose_node,
+        "node lost and given up": lambda pod: lose_and_give_up(platform, pod),
     }
     struck = []
     for number, (name, fault) in enumerate(faults.items(), 1):
-        reach(storm, 15 * number)
+        reach(storm, 15 * number * platform.cluster.steps // 80)
         try:
             seconds = strike(platform, storm, fault)
         except Unavailable as reason:
@@ -225,7 +243,7 @@ def test_the_calm_run_needed_one_pod(platform: Platform, calm: Training) -> None
     run = platform.end_of(calm)
     assert (run["state_type"], run["run_count"], calm.token()) == ("COMPLETED", 1, 1)
     steps = [row["step"] for row in calm.rows() if "loss" in row]
-    assert steps == list(range(STEPS + 1))
+    assert steps == list(range(platform.cluster.steps + 1))
     assert platform.end_of_job(calm)["status"]["succeeded"] == 1
     (pod,) = platform.kubernetes.pods(calm.id)
     assert pod["status"]["phase"] == "Succeeded"
@@ -258,11 +276,11 @@ async def test_the_drill_evicts_pods_and_the_result_is_the_same(
     await asyncio.to_thread(platform.end_of, calm)
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.5)
     order = TrainingOrder(
-        DEPLOYMENT, platform.world.preferences, str(calm.folder), platform.world.config(**SLOW_ENOUGH), max_restarts=0,
+        DEPLOYMENT, platform.world.preferences, str(calm.folder), platform.training(), max_restarts=0,
         job_variables=cluster.job_variables(),
     )  # fmt: skip
     drill = DrillConfig(
-        deployment=DEPLOYMENT, preemptions=2, max_steps=STEPS, kubeconfig=str(cluster.kubeconfig()),
+        deployment=DEPLOYMENT, preemptions=2, max_steps=cluster.steps, kubeconfig=str(cluster.kubeconfig()),
         namespace=cluster.namespace,
     )  # fmt: skip
     api = f"http://127.0.0.1:{platform.server.port}/api"
@@ -283,7 +301,7 @@ def test_a_run_that_is_cancelled_while_it_trains_ends_its_trainer(
     platform: Platform, record_property: Callable[[str, object], None]
 ) -> None:
     run = platform.train("endless", steps=100_000)
-    reach(run, 3, steps=100_000)
+    reach(run, 3)
     platform.cancel(run)
     cancelled = time.monotonic()
     assert platform.end_of(run)["state_type"] == "CANCELLED"

@@ -106,7 +106,7 @@ class World:
 
 
 @dataclass
-class Desk:
+class Side:
     """One workspace with endpoints of its own."""
 
     world: World
@@ -122,7 +122,7 @@ class Desk:
             for name, key in (("sampler", keys.sampler), ("judge", keys.judge))
         }
 
-    def __enter__(self) -> "Desk":
+    def __enter__(self) -> "Side":
         for endpoint in self.endpoints.values():
             endpoint.start()
         return self
@@ -142,8 +142,8 @@ class Desk:
         return folder
 
     def trainer_logs(self) -> str:
-        """What the trainers printed: beside a local workspace's artifacts, and for a bucket on this machine."""
-        logs = [*self.scratch.glob("preflow-desk-*.log"), *Path(self.mounted).glob("training/*/train.log")]
+        """What the trainers printed: next to a local workspace's artifacts, and for a bucket on this machine."""
+        logs = [*self.scratch.glob("preflow-worker-*.log"), *Path(self.mounted).glob("training/*/train.log")]
         return "".join(log.read_text() for log in logs)
 
     def start(self) -> ForkServerProcess:
@@ -166,7 +166,7 @@ class Desk:
         process.join(400)
         assert process.exitcode == 0, self.log.read_text()[-5000:]
 
-    def kill_once(self, condition: Callable[["Desk"], bool]) -> None:
+    def kill_once(self, condition: Callable[["Side"], bool]) -> None:
         """Start the pipeline, and kill -9 it and its trainer as soon as `condition` holds."""
         process = self.start()
         assert process.pid is not None
@@ -231,7 +231,7 @@ class Runs:
     world: World
     local: dict[str, bytes]
     bucket: dict[str, bytes]
-    desks: tuple[Desk, Desk]
+    sides: tuple[Side, Side]
     requests: list[dict[str, Any]]
     reader: Reader
 
@@ -258,21 +258,21 @@ def make_runs(world: World, gcs: FakeGcs) -> Runs:
         params = {"uploadType": "media", "name": f"sft/{file.name}"}
         httpx.post(url, params=params, content=file.read_bytes()).raise_for_status()
     place = world.folder / "workspace"
-    local = Desk(world, world.folder / "local", str(place), str(world.folder / "sft"), str(place))
+    local = Side(world, world.folder / "local", str(place), str(world.folder / "sft"), str(place))
     mounted = f"{gcs.healthy}/storage/v1/b/{BUCKET}/o/ws"
-    bucket = Desk(world, world.folder / "bucket", f"gs://{BUCKET}/ws", f"gs://{BUCKET}/sft", mounted)
+    bucket = Side(world, world.folder / "bucket", f"gs://{BUCKET}/ws", f"gs://{BUCKET}/sft", mounted)
     reader = Reader(gcs)
     with local, bucket:
-        undisturbed = local.start()
+        uninterrupted = local.start()
         reader.start()
-        bucket.kill_once(lambda desk: desk.asked("sampler") >= 15)
-        bucket.kill_once(lambda desk: desk.asked("judge") >= 30)
+        bucket.kill_once(lambda side: side.asked("sampler") >= 15)
+        bucket.kill_once(lambda side: side.asked("judge") >= 30)
         bucket.kill_once(lambda _: any("checkpoints/step-000002/COMMITTED" in name for name in gcs.sizes("ws/")))
         bucket.run_to_the_end()
         reader.end()
         reader.look()
-        undisturbed.join(400)
-        assert undisturbed.exitcode == 0, local.log.read_text()[-5000:]
+        uninterrupted.join(400)
+        assert uninterrupted.exitcode == 0, local.log.read_text()[-5000:]
     files = {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
     objects = {name.removeprefix("ws/"): content for name, content in gcs.objects("ws/").items()}
     return Runs(world, files, objects, (local, bucket), gcs.requests(), reader)
@@ -297,7 +297,7 @@ def test_killed_on_a_faulty_bucket_it_ends_in_the_bytes_of_a_folder(runs: Runs) 
 
 def test_every_fault_was_met_and_the_trainer_resumed(runs: Runs) -> None:
     assert {row["fault"] for row in runs.requests} >= set(FAULTS)
-    local, bucket = runs.desks
+    local, bucket = runs.sides
     assert "resuming from the checkpoint of step 2" in bucket.trainer_logs()
     asked = [local.asked("judge"), bucket.asked("judge")]
     assert asked[0] <= asked[1] <= asked[0] + 4 + 40, f"{asked}: judged again, though it was paid for"
@@ -346,7 +346,7 @@ def database_values(home: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def test_no_secret_is_printed(runs: Runs) -> None:
-    logs = [desk.log.read_bytes() for desk in runs.desks] + [desk.trainer_logs().encode() for desk in runs.desks]
+    logs = [side.log.read_bytes() for side in runs.sides] + [side.trainer_logs().encode() for side in runs.sides]
     logs += [path.read_bytes() for path in Path(os.environ["PREFECT_HOME"]).parent.rglob("*.log")]
     assert len(logs) > 4
     assert all(len(log) > 200 for log in logs)
@@ -358,19 +358,19 @@ def test_a_wrong_key_is_refused_without_being_shown(wrong: str, world: World, tm
     """The endpoint itself repeats the key that it was given in its answer."""
     given = Keys()
     place = tmp_path / "workspace"
-    desk = Desk(world, tmp_path / "desk", str(place), str(world.folder / "sft"), str(place))
+    side = Side(world, tmp_path / "side", str(place), str(world.folder / "sft"), str(place))
     world_with_wrong = World(world.folder, world.api, Keys(sampler=world.keys.sampler, judge=world.keys.judge))
     if wrong == "judge":
         world_with_wrong.keys.judge = given.judge
     else:
         Secret(value=given.sampler).save("planted-sampler-key", overwrite=True, _sync=True)  # type: ignore[call-arg]
-    with desk:
-        desk.world = world_with_wrong
-        process = desk.start()
+    with side:
+        side.world = world_with_wrong
+        process = side.start()
         process.join(300)
     try:
         assert process.exitcode == 1
-        log = desk.log.read_bytes()
+        log = side.log.read_bytes()
         assert b"API key provided: ***" in log
         assert given.found_in(log) == []
         wait_for_logs()

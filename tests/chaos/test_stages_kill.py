@@ -29,7 +29,7 @@ FINAL = ("completions.jsonl", "failures.jsonl", "verdicts.jsonl", "judged.jsonl"
 
 
 @dataclass
-class Desk:
+class Side:
     """One workspace with an endpoint of its own."""
 
     folder: Path
@@ -64,7 +64,7 @@ class Desk:
         return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-def make_desk(folder: Path, api: str) -> Desk:
+def make_side(folder: Path, api: str) -> Side:
     folder.mkdir()
     write_prompts(folder, PROMPTS)
     write_prompts(folder, 30, first=500)
@@ -72,33 +72,33 @@ def make_desk(folder: Path, api: str) -> Desk:
     adapter.mkdir(exist_ok=True)
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     (adapter / "adapter_config.json").write_text('{"r": 8}')
-    return Desk(folder, FakeOpenAI(PLAN, folder / "fake"), api, adapter)
+    return Side(folder, FakeOpenAI(PLAN, folder / "fake"), api, adapter)
 
 
-def run_to_the_end(desk: Desk) -> None:
-    process = desk.start()
+def run_to_the_end(side: Side) -> None:
+    process = side.start()
     process.join(200)
-    assert process.exitcode == 0, (desk.folder / "log").read_text()[-3000:]
+    assert process.exitcode == 0, (side.folder / "log").read_text()[-3000:]
 
 
-def kill_at(desk: Desk, request: int, delay: float) -> bool:
+def kill_at(side: Side, request: int, delay: float) -> bool:
     """Start the stages and kill -9 them `delay` seconds after the given request; False if they had ended by then."""
-    process = desk.start()
+    process = side.start()
     assert process.pid is not None
-    while process.is_alive() and desk.requests() < request:
+    while process.is_alive() and side.requests() < request:
         time.sleep(0.005)
     time.sleep(delay)
     was_alive = process.is_alive()
     if was_alive:
         os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert was_alive or process.exitcode == 0, (desk.folder / "log").read_text()[-3000:]
+    assert was_alive or process.exitcode == 0, (side.folder / "log").read_text()[-3000:]
     return was_alive
 
 
-def stage_bounds(desk: Desk) -> list[tuple[int, int]]:
-    """The first and the last request of each stage in an undisturbed run: sampling, judging, evaluating."""
-    models = [row["model"] for row in desk.fake.requests()]
+def stage_bounds(side: Side) -> list[tuple[int, int]]:
+    """The first and the last request of each stage in an uninterrupted run: sampling, judging, evaluating."""
+    models = [row["model"] for row in side.fake.requests()]
     judged = models.index("judge-hash")
     evaluated = next(i for i, model in enumerate(models) if i > judged and model != "judge-hash")
     return [(0, judged), (judged, evaluated), (evaluated, len(models))]
@@ -106,12 +106,12 @@ def stage_bounds(desk: Desk) -> list[tuple[int, int]]:
 
 @pytest.mark.timeout(1800)
 def test_killed_at_random_moments_the_stages_end_in_the_same_bytes(tmp_path: Path, prefect_server: str) -> None:
-    undisturbed, killed = (make_desk(tmp_path / name, prefect_server) for name in ("undisturbed", "killed"))
+    uninterrupted, killed = (make_side(tmp_path / name, prefect_server) for name in ("uninterrupted", "killed"))
     rng = random.Random(int(os.environ.get("PREFLOW_SEED", "0")))
-    with undisturbed.fake, killed.fake:
-        run_to_the_end(undisturbed)
+    with uninterrupted.fake, killed.fake:
+        run_to_the_end(uninterrupted)
         kills = 0
-        for first, last in stage_bounds(undisturbed):
+        for first, last in stage_bounds(uninterrupted):
             moments = sorted(rng.uniform(first, last + 1) for _ in range(KILLS))
             for moment in moments:
                 # What earlier kills had in flight is asked for again, and shifts this stage's requests.
@@ -119,15 +119,15 @@ def test_killed_at_random_moments_the_stages_end_in_the_same_bytes(tmp_path: Pat
                 kills += kill_at(killed, int(moment) + repeated, rng.uniform(0, 0.1))
         run_to_the_end(killed)
         assert kills >= 2 * KILLS, "most kills came too late"
-        expected, found = undisturbed.finals(), killed.finals()
+        expected, found = uninterrupted.finals(), killed.finals()
         assert {path.rpartition("/")[2] for path in expected} == set(FINAL)
         assert found.keys() == expected.keys()
         assert [path for path in expected if found[path] != expected[path]] == []
-        assert unique(killed) == unique(undisturbed) == undisturbed.requests()
+        assert unique(killed) == unique(uninterrupted) == uninterrupted.requests()
         repeats = killed.requests() - unique(killed)
         assert repeats <= kills * CONCURRENCY, f"{repeats} requests were repeated for {kills} kills"
         print(f"{kills} kills, {killed.requests()} requests, {repeats} repeated")
 
 
-def unique(desk: Desk) -> int:
-    return len(Counter(row["sha"] for row in desk.fake.requests()))
+def unique(side: Side) -> int:
+    return len(Counter(row["sha"] for row in side.fake.requests()))

@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path_factory.mktemp("desks"))
+    processes = TrainingProcesses(tmp_path_factory.mktemp("children"))
     yield processes
     processes.close()
 
@@ -39,11 +39,11 @@ def config(world: TinyWorld) -> TrainingConfig:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def uninterrupted(
     world: TinyWorld, processes: TrainingProcesses, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
     training = world.config(disable_dropout=False)
-    workspace = tmp_path_factory.mktemp("undisturbed")
+    workspace = tmp_path_factory.mktemp("uninterrupted")
     assert processes.run(world.preferences, workspace, training) == 0, processes.log()
     return results(workspace)
 
@@ -88,13 +88,13 @@ def test_a_kill_anywhere_changes_nothing(
     world: TinyWorld,
     processes: TrainingProcesses,
     config: TrainingConfig,
-    undisturbed: dict[str, bytes],
+    uninterrupted: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
     code = processes.run(world.preferences, tmp_path, config, kill)
     assert code == (PREEMPTED if kill.number == signal.SIGTERM else -kill.number), processes.log()
     assert not (training_folder(tmp_path) / "adapter" / "COMMITTED.json").exists()
-    assert finish(processes, world, tmp_path, config) == undisturbed
+    assert finish(processes, world, tmp_path, config) == uninterrupted
 
 
 def training_folder(workspace: Path) -> Path:
@@ -102,19 +102,19 @@ def training_folder(workspace: Path) -> Path:
     return folder
 
 
-@pytest.mark.long  # one kill and one full disk are shown by the tests beside it
+@pytest.mark.long  # one kill and one full disk are shown by the tests next to it
 def test_two_sigterms_save_once_and_lose_nothing(
     world: TinyWorld,
     processes: TrainingProcesses,
     config: TrainingConfig,
-    undisturbed: dict[str, bytes],
+    uninterrupted: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
     twice = Kill("training_step", 6), Kill("write", 1)
     assert processes.run(world.preferences, tmp_path, config, *twice) == PREEMPTED
     names = [folder.name for folder in (training_folder(tmp_path) / "checkpoints").iterdir()]
     assert names == ["step-000002"]  # the sixth micro-batch belongs to the third step
-    assert finish(processes, world, tmp_path, config) == undisturbed
+    assert finish(processes, world, tmp_path, config) == uninterrupted
 
 
 def test_sigterm_saves_the_last_complete_step_not_the_last_periodic_one(
@@ -125,31 +125,31 @@ def test_sigterm_saves_the_last_complete_step_not_the_last_periodic_one(
     assert "checkpoint_seconds" in processes.log()
 
 
-@pytest.mark.long  # one kill and one full disk are shown by the tests beside it
+@pytest.mark.long  # one kill and one full disk are shown by the tests next to it
 def test_a_full_disk_costs_a_checkpoint_but_not_the_training(
     world: TinyWorld,
     processes: TrainingProcesses,
     config: TrainingConfig,
-    undisturbed: dict[str, bytes],
+    uninterrupted: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
     kills = Kill("write", 2, full_disk=True), Kill("training_step", 21)
     assert processes.run(world.preferences, tmp_path, config, *kills) == PREEMPTED
     assert "No space left on device" in processes.log()
-    assert finish(processes, world, tmp_path, config) == undisturbed
+    assert finish(processes, world, tmp_path, config) == uninterrupted
 
 
 def test_a_full_disk_during_the_save_on_sigterm_falls_back_to_the_checkpoint_before(
     world: TinyWorld,
     processes: TrainingProcesses,
     config: TrainingConfig,
-    undisturbed: dict[str, bytes],
+    uninterrupted: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
     kills = Kill("training_step", 14), Kill("write", 2, full_disk=True)
     assert processes.run(world.preferences, tmp_path, config, *kills) == PREEMPTED
     assert "No space left on device" in processes.log()
-    assert finish(processes, world, tmp_path, config) == undisturbed
+    assert finish(processes, world, tmp_path, config) == uninterrupted
     assert "resuming from the checkpoint of step 4" in processes.log()
 
 
@@ -160,7 +160,7 @@ def test_a_torn_checkpoint_is_named_and_skipped(
     world: TinyWorld,
     processes: TrainingProcesses,
     config: TrainingConfig,
-    undisturbed: dict[str, bytes],
+    uninterrupted: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
     killed = Kill("training_step", 19, number=signal.SIGKILL)
@@ -170,7 +170,7 @@ def test_a_torn_checkpoint_is_named_and_skipped(
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert finish(processes, world, tmp_path, config) == undisturbed
+    assert finish(processes, world, tmp_path, config) == uninterrupted
     assert "checkpoint step-000008 is skipped" in processes.log()
     assert "resuming from the checkpoint of step 4" in processes.log()
 
@@ -183,20 +183,20 @@ def test_a_training_preempted_killed_and_moved_ends_in_the_same_bytes(
     """60 steps: 5 SIGTERMs and 5 kill -9 at random micro-batches, and 3 times the machine's local disk is gone."""
     training = world.config(disable_dropout=False, max_steps=60, save_steps=7, gradient_accumulation_steps=3)
     disk = tmp_path / "disk"
-    processes = TrainingProcesses(tmp_path / "desks", {"TMPDIR": str(disk)})
+    processes = TrainingProcesses(tmp_path / "children", {"TMPDIR": str(disk)})
     disk.mkdir()
-    assert processes.run(world.preferences, tmp_path / "calm", training) == 0, processes.log()
+    assert processes.run(world.preferences, tmp_path / "uninterrupted", training) == 0, processes.log()
     rng = random.Random(seed)
     numbers = [signal.SIGTERM] * 5 + [signal.SIGKILL] * 5
     rng.shuffle(numbers)
     lost = set(rng.sample(range(10), 3))
     for attempt, number in enumerate(numbers):
         kill = Kill("training_step", rng.randint(1, 24), number=number)
-        processes.run(world.preferences, tmp_path / "stormy", training, kill)
+        processes.run(world.preferences, tmp_path / "preempted", training, kill)
         if attempt in lost:
             shutil.rmtree(disk)
             disk.mkdir()
-    assert finish(processes, world, tmp_path / "stormy", training) == results(tmp_path / "calm")
+    assert finish(processes, world, tmp_path / "preempted", training) == results(tmp_path / "uninterrupted")
     processes.close()
 
 

@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path / "desks")
+    processes = TrainingProcesses(tmp_path / "children")
     yield processes
     processes.close()
 
@@ -77,6 +77,7 @@ def test_an_interrupted_task_lets_the_trainer_save_and_raises_on(world: TinyWorl
     assert not list(tmp_path.glob("training/*/adapter"))
 
 
+@pytest.mark.long  # the test before it sends the same signal from above
 def test_a_preempted_trainer_raises_preempted(world: TinyWorld, tmp_path: Path) -> None:
     training = world.config(**ENDLESS)
     sent = []
@@ -111,6 +112,7 @@ def test_a_launcher_that_is_killed_leaves_no_trainer_behind(world: TinyWorld, tm
     assert len(checkpoints(tmp_path)) == 1, "its last act was to save"
 
 
+@pytest.mark.long  # waits for a lease
 def test_a_second_trainer_waits_and_takes_what_the_first_made(
     world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_second_trainer_waits_and_takes_what_the_first_made(
     assert json.loads(next(tmp_path.glob("training/*/lease.json")).read_text())["token"] == 2
 
 
+@pytest.mark.long  # waits for a lease to run out
 def test_a_zombie_that_comes_back_cannot_commit(world: TinyWorld, processes: TrainingProcesses, tmp_path: Path) -> None:
     training: TrainingConfig = world.config(lease_seconds=3)
     zombie = processes.start(world.preferences, tmp_path, training, (Kill("training_step", 9, signal.SIGSTOP),))
@@ -132,7 +135,7 @@ def test_a_zombie_that_comes_back_cannot_commit(world: TinyWorld, processes: Tra
     os.kill(zombie, signal.SIGCONT)
     assert processes.wait(zombie) == 75
     assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in adapter.iterdir()} == before
-    logs = [log.read_text() for log in (tmp_path / "desks").glob("desk-*/log")]
+    logs = [log.read_text() for log in (tmp_path / "children").glob("child-*/log")]
     assert any("lost its lease to another" in log for log in logs)
 
 

@@ -37,9 +37,11 @@ def read_completions(prompt: str) -> list[str]:
     opening = re.search(r"^<<<SCENE ([0-9a-f]+)>>>$", prompt, re.MULTILINE)
     if opening is None:
         return []
-    nonce = opening.group(1)
+    _, _, rest = prompt.partition(f"\n<<<END SCENE {opening.group(1)}>>>")
+    first = re.search(r"^<<<COMPLETION 1 ([0-9a-f]+)>>>$", rest, re.MULTILINE)
+    mark = first.group(1) if first else "none"
     found = re.findall(
-        rf"^<<<COMPLETION (\d+) {nonce}>>>\n(.*?)\n?^<<<END COMPLETION \1 {nonce}>>>$", prompt, re.MULTILINE | re.DOTALL
+        rf"^<<<COMPLETION (\d+) {mark}>>>\n(.*?)\n?^<<<END COMPLETION \1 {mark}>>>$", rest, re.MULTILINE | re.DOTALL
     )
     if [int(number) for number, _ in found] != list(range(1, len(found) + 1)):
         return []

@@ -151,6 +151,8 @@ class TinyWorld:
         """Build everything below `root`."""
         base = build_base(root / "base")
         adapter = build_adapter(root / "sft", base)
+        for file in root.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, and a pod is another user
         rows = pairs(train, 3, learnable), pairs(val, 4, learnable)
         return cls(base, adapter, write_preferences(root / "preferences", *rows))
 

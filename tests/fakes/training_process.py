@@ -41,7 +41,7 @@ class Kill:
 class TrainingProcesses:
     """Client of the forking parent."""
 
-    desk: Path
+    root: Path
     environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,16 +56,16 @@ class TrainingProcesses:
         self, preferences: PreferencesRef, workspace: Path, training: TrainingConfig, kills: tuple[Kill, ...] = ()
     ) -> int:
         """Start one training process and return its pid."""
-        number = len(list(self.desk.glob("desk-*")))
-        desk = self.desk / f"desk-{number}"
-        desk.mkdir(parents=True)
+        number = len(list(self.root.glob("child-*")))
+        folder = self.root / f"child-{number}"
+        folder.mkdir(parents=True)
         spec = TrainingSpec(
             preferences=preferences, workspace=str(workspace), training=training,
             key=training_key(preferences, training), sft_sha256=folder_digest(training.sft_adapter),
             base_sha256=base_digest(training),
         )  # fmt: skip
-        (desk / "spec.json").write_text(spec.model_dump_json())
-        return int(self._ask({"start": str(desk), "kills": [asdict(kill) for kill in kills]}))
+        (folder / "spec.json").write_text(spec.model_dump_json())
+        return int(self._ask({"start": str(folder), "kills": [asdict(kill) for kill in kills]}))
 
     def wait(self, pid: int) -> int:
         """Return a process's exit code, negative for a signal."""
@@ -77,11 +77,15 @@ class TrainingProcesses:
 
     def log(self) -> str:
         """Return the newest process's log."""
-        return max(self.desk.glob("desk-*"), key=lambda desk: int(desk.name[5:])).joinpath("log").read_text()
+        return (
+            max(self.root.glob("child-*"), key=lambda folder: int(folder.name.removeprefix("child-")))
+            .joinpath("log")
+            .read_text()
+        )
 
     def outcome(self) -> dict[str, Any]:
         """Return what the newest process told its parent at its end."""
-        newest = max(self.desk.glob("desk-*"), key=lambda desk: int(desk.name[5:]))
+        newest = max(self.root.glob("child-*"), key=lambda folder: int(folder.name.removeprefix("child-")))
         value: dict[str, Any] = json.loads((newest / "outcome.json").read_text())
         return value
 
@@ -136,18 +140,18 @@ def _killing(original: Callable[..., Any], kill: Kill) -> Callable[..., Any]:
     return wrapped
 
 
-def _child(desk: Path, kills: list[Kill], lifeline: int) -> None:
+def _child(folder: Path, kills: list[Kill], lifeline: int) -> None:
     from tasks.trainer import worker
 
     os.setsid()
     os.dup2(lifeline, 0)
-    log = os.open(desk / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     _arm(kills)
     code = 1
     try:
-        code = worker.main([str(desk)])
+        code = worker.main([str(folder)])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

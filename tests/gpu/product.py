@@ -65,13 +65,13 @@ def watch(say: Say) -> None:
     _time(run, ("fetch_adapter", "load_tokenizer", "load_pairs", "load_base", "load_policy", "record_probe"), say)
     _time(ExactTrainer, ("__init__", "reference_logps", "_measure_start", "_check_resumed", "check_saved"), say)
     _time(CheckpointStore, ("save", "newest"), say)
-    told = worker.Desk.progress
+    told = worker.WorkerFiles.progress
 
-    def tell(desk: Any, progress: Any) -> None:
+    def tell(files: Any, progress: Any) -> None:
         say(asdict(progress))
-        told(desk, progress)
+        told(files, progress)
 
-    worker.Desk.progress = tell  # type: ignore[method-assign]
+    worker.WorkerFiles.progress = tell  # type: ignore[method-assign]
 
 
 def _time(owner: Any, names: Iterable[str], say: Say) -> None:

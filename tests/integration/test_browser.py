@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,9 +20,10 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
+from tasks.demo.up import Up
 from tests.browser import PrefectUi, open_browser
 from tests.deployed import process_worker, register, rest_client
-from tests.fakes.process import FakeOpenAI
+from tests.fakes.process import ROOT, FakeOpenAI
 from tests.fakes.tiny_training import build_adapter, build_base
 
 KEY = "a-key-for-the-judge"
@@ -177,16 +180,55 @@ def test_a_run_is_started_from_the_form_and_unchanged_fields_keep_their_defaults
     ui.field(titles["endpoint"]).fill(world.sampler.url)
     last = ui.field(titles["num_completions"])
     last.fill("4")
+    ui.field("Run Name").fill("my first run")
     ui.picture("form-filled")
     ui.press(ui.page.get_by_role("button", name="Submit"), last)
     (run,) = until(lambda: world.runs("generate-completions"))
     ui.open(f"/runs/flow-run/{run['id']}")
     ui.wait_for_state("Completed")
     ui.picture("run-of-a-stage")
+    assert world.get(f"/flow_runs/{run['id']}")["name"] == "my first run"
     given = run["parameters"]["generation"]
     assert (given["num_completions"], given["temperature"], given["max_tokens"]) == (4, 0.9, 256)
     (file,) = (world.folder / "form-workspace" / "completions").glob("*/completions.jsonl")
     assert [len(json.loads(line)["completions"]) for line in file.read_text().splitlines()] == [4] * 6
+
+
+def test_quick_run_starts_with_two_clicks(world: World) -> None:
+    """As `preflow up` serves it: nothing is typed, no form opens."""
+    up = Up(world.folder / "served")
+    up.run.mkdir(parents=True)
+    config = {**pipeline_config(world), "workspace": str(world.folder / "quick-workspace"), "approve_before": []}
+    (up.run / "serving.json").write_text(json.dumps({"name": "quick", "config": config, "sweep": {}}))
+    serving = subprocess.Popen([sys.executable, "-m", "preflow.serving", str(up.root)], cwd=ROOT)
+    try:
+        until(up.served.exists)
+        deployment = world.get("/deployments/name/generate-completions/quick-generate")
+        world.ui.open(f"/deployments/deployment/{deployment['id']}")
+        world.ui.page.get_by_role("button", name="Run", exact=True).click()
+        world.ui.page.get_by_role("menuitem", name="Quick run").click()
+        chosen = {"deployments": {"id": {"any_": [deployment["id"]]}}}
+        (run,) = until(lambda: world.post("/flow_runs/filter", chosen))
+        expect(world.ui.page.get_by_role("dialog")).to_have_count(0)
+        world.ui.picture("quick-run")
+        assert world.wait(run["id"], "COMPLETED")["name"] == "sample sft"
+    finally:
+        serving.terminate()
+        serving.wait(60)
+
+
+def test_a_key_typed_into_the_form_is_refused_and_stored_nowhere(world: World) -> None:
+    key = "sk-abcdefghijklmnopqrstuvwxyz123456"
+    open_form(world, "publish-adapter")
+    definitions = world.deployment("publish-adapter")["parameter_openapi_schema"]["definitions"]
+    world.ui.field(definitions["PublishingConfig"]["properties"]["token"]["title"]).fill(key)
+    world.ui.page.get_by_role("button", name="Submit").click()
+    expect(world.ui.page.get_by_text("does not match").first).to_be_visible()
+    assert world.runs("publish-adapter") == []
+    home = Path(os.environ["PREFECT_HOME"])
+    files = [file for file in (*home.parent.rglob("*"), *world.folder.rglob("*")) if file.is_file()]
+    assert any(file.name == "prefect.db" for file in files)
+    assert [str(file) for file in files if key.encode() in file.read_bytes()] == []
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import PrefectHTTPStatusError
 
 from tests.deployed import process_worker, register, rest_client
-from tests.fakes.process import FakeOpenAI
+from tests.fakes.process import ROOT, FakeOpenAI
 from tests.fakes.tiny_training import build_adapter, build_base
 
 KEY = "sk-abcdefghijklmnopqrstuvwxyz123456"
@@ -174,6 +174,56 @@ def test_an_error_of_the_user_is_one_message_in_the_log(world: World, case: str)
     assert re.search(said, error), run.text
     assert "Traceback" not in run.text
     assert "pydantic" not in run.text
+
+
+def preflow(world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command on the world's configuration, in another folder than the file's."""
+    command, *rest = arguments
+    file = world.folder / "config.yaml"
+    file.write_text(json.dumps(world.config()))  # JSON is YAML
+    return subprocess.run(
+        [sys.executable, "-m", "preflow", command, str(file), *rest], cwd="/", capture_output=True, text=True,
+        timeout=SECONDS, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_the_command_checks_runs_and_follows_to_the_verdict(world: World) -> None:
+    checked = preflow(world, "check")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert re.search(r"cost: about .*US\$", checked.stdout)
+    assert re.search(r"proof: 6 held-out prompts x 2 samples", checked.stdout)
+    change = ("--set", "training.seed=3")
+    followed = preflow(world, "run", "--on", "dpo-pipeline/local", *change)
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert "/v2/runs/flow-run/" in followed.stdout.splitlines()[0]
+    for pattern in (r"answers as sft", r"better: it wins .*% of the comparisons \[", r"report: .*report\.html"):
+        assert re.search(pattern, followed.stdout), followed.stdout
+    asked = len(world.judge.requests())
+    here = preflow(world, "run", *change)
+    assert here.returncode == 0, here.stdout + here.stderr
+    assert here.stdout.splitlines()[1:] == followed.stdout.splitlines()[-2:], "the verdict, and where the report is"
+    assert len(here.stdout.splitlines()) + len(here.stderr.splitlines()) <= 10, here.stdout + here.stderr
+    assert preflow(world, "report", *change).stdout.splitlines() == here.stdout.splitlines()[1:]
+    assert len(world.judge.requests()) == asked, "what was known was asked again"
+
+
+NO_FILE = ("--set", "prompts=/absent.jsonl")
+MISTAKES = {
+    r"there is no deployment 'dpo-pipeline/nowhere' here; there are: .*local": ("run", "--on", "dpo-pipeline/nowhere"),
+    r"(?s)/absent\.jsonl: no such prompts file.* ended as Failed": ("run", "--on", "dpo-pipeline/local", *NO_FILE),
+    r"/absent\.jsonl: no such prompts file": ("run", *NO_FILE),
+    r"judging\.orders \(10\) is more than": ("run", "--set", "judging.orders=10"),
+    r"no run with the settings of .* has finished": ("report", "--set", "training.seed=77"),
+    r"2 to fix; nothing was spent": ("check", "--set", "generation.model=nobody", *NO_FILE),
+}
+
+
+@pytest.mark.parametrize("said", MISTAKES)
+def test_what_a_person_can_fix_ends_with_2_and_no_traceback(world: World, said: str) -> None:
+    done = preflow(world, *MISTAKES[said])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(said, done.stdout + done.stderr), done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def plant(config: dict[str, Any], place: str) -> dict[str, Any]:

@@ -11,7 +11,10 @@ import pytest
 from tests.deployed import ask
 from tests.fakes.process import ROOT
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]  # the end-to-end run has a shorter one
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,6 @@ def drill(workspace: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.long  # two trainings, two preemptions; the end-to-end run has a drill of one
 def test_a_preempted_training_comes_out_the_same_and_the_table_says_what_it_cost(workspace: Path) -> None:
     done = drill(workspace, "--preemptions", "2", "--price-per-hour", "3600")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,7 +49,6 @@ def test_a_preempted_training_comes_out_the_same_and_the_table_says_what_it_cost
     assert page["data"].count("| SIG") == 2
 
 
-@pytest.mark.long  # a third training
 def test_a_difference_is_seen_and_named(workspace: Path) -> None:
     """The undisturbed training of the test before is taken as it is, so a change to it must be noticed."""
     (metrics,) = workspace.glob("drill/calm-*/training/*/metrics.jsonl")

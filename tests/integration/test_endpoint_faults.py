@@ -1,7 +1,6 @@
 """The client against a real server that fails in every way a provider does."""
 
 import asyncio
-import functools
 import json
 import logging
 import socket
@@ -11,15 +10,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import prefect  # noqa: F401 - else the first log line imports it, for seconds and in the middle of a timeout
 import pytest
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
-from tasks.llm import client as endpoint_module
-from tasks.llm import outage as outage_module
+from tasks.llm import limits, retries
 from tasks.llm import vllm_admin as served
 from tasks.llm.client import Answer, BudgetExceeded, Endpoint, EndpointDown, KeyRefused, RequestRefused, resolve_secret
-from tasks.llm.limits import PeriodCap
 from tests.fakes import FakeOpenAI
 from tests.fakes.plan import FAULTS
 
@@ -45,9 +43,9 @@ def texts(answers: list[Answer]) -> list[list[str]]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the waits; their growth and jitter stay."""
-    monkeypatch.setattr(outage_module, "FIRST_BACKOFF_SECONDS", 0.02)
-    monkeypatch.setattr(outage_module, "LONGEST_BACKOFF_SECONDS", 0.2)
-    monkeypatch.setattr(outage_module, "PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(retries, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(retries, "LONGEST_BACKOFF_SECONDS", 0.2)
+    monkeypatch.setattr(retries, "PING_SECONDS", 1.0)
 
 
 # ---- answers
@@ -133,7 +131,7 @@ async def test_an_outage_is_waited_out(kind: str, caplog: pytest.LogCaptureFixtu
 async def test_waiting_is_logged_at_every_heartbeat(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outage_module, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr(retries, "HEARTBEAT_SECONDS", 0.5)
     with FakeOpenAI({"outage": {"after": 1, "seconds": 2.2}}) as fake, caplog.at_level(logging.WARNING):
         async with Endpoint(config_for(fake, max_outage_seconds=20), None) as endpoint:
             await ask_all(endpoint, 5)
@@ -195,7 +193,7 @@ async def test_the_last_request_that_never_succeeds_is_not_taken_for_an_outage(s
             with pytest.raises(RequestRefused) as caught:
                 await endpoint.chat(prompt(1, "ALWAYS-FAILS"), **SAMPLING)
         assert caught.value.reason == "keeps_failing"
-        assert fake.requests()[-1]["status"] == 200  # the probe
+        assert fake.requests()[-1]["status"] == 200  # the ping
 
 
 @pytest.mark.parametrize(
@@ -203,8 +201,6 @@ async def test_the_last_request_that_never_succeeds_is_not_taken_for_an_outage(s
     [
         ("TOO-LONG-FOR-THE-CONTEXT", {}, {}, "context_length"),
         ("WITHHELD-BY-THE-FILTER", {}, {}, "content_filter"),
-        ("", {"reject_response_format": True}, {"response_format": {"type": "json_object"}}, "response_format"),
-        ("", {"samplers": ["other"]}, {}, "not_found"),
     ],
 )
 async def test_what_can_never_be_answered_is_refused_at_once(
@@ -217,6 +213,22 @@ async def test_what_can_never_be_answered_is_refused_at_once(
             assert endpoint.stats.refused == 1
         assert caught.value.reason == reason
         assert len(fake.requests()) == 1
+
+
+async def test_a_model_that_is_not_served_ends_the_stage_at_the_first_question() -> None:
+    with FakeOpenAI({"samplers": ["other"]}) as fake:
+        async with Endpoint(config_for(fake), None) as endpoint:
+            with pytest.raises(PreflowError, match=r"does not serve the model 'sampler'.*[Ss]et model"):
+                await endpoint.chat(prompt(1), **SAMPLING)
+        assert len(fake.requests()) == 1
+
+
+async def test_a_response_format_that_is_refused_is_left_out_from_then_on() -> None:
+    with FakeOpenAI({"reject_response_format": True}) as fake:
+        async with Endpoint(config_for(fake), None) as endpoint:
+            for number in range(3):
+                await endpoint.chat(prompt(number), **SAMPLING, response_format={"type": "json_object"})
+        assert [row["status"] for row in fake.requests()] == [400, 200, 200, 200]
 
 
 async def test_callers_that_go_away_leave_no_trace() -> None:
@@ -275,7 +287,7 @@ async def test_caps_per_minute_hold_in_every_window(monkeypatch: pytest.MonkeyPa
 
     The server's window is shorter by what a request may take on its way on a busy machine.
     """
-    monkeypatch.setattr(endpoint_module, "PeriodCap", functools.partial(PeriodCap, period=4.0))
+    monkeypatch.setattr(limits, "MINUTE", 4.0)
     with FakeOpenAI({"limit_requests": 11, "limit_seconds": 3.7, "latency_ms": 5}) as fake:
         async with Endpoint(config_for(fake, requests_per_minute=10), None) as endpoint:
             await ask_all(endpoint, 25)

@@ -56,7 +56,7 @@ def test_what_it_runs_is_there(flow: ReplayedImage) -> None:
     assert (
         "seinfeld"
         in flow.run(
-            "python", "-c", "from tasks.judge.asking import read_rubric; print(read_rubric('seinfeld'))"
+            "python", "-c", "from tasks.judge.prompt import read_rubric; print(read_rubric('seinfeld'))"
         ).lower()
     )
 

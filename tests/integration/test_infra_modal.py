@@ -69,6 +69,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long  # two processes that train
 def test_a_preempted_training_goes_on_from_its_checkpoint(volume: Volume) -> None:
     """Modal sends SIGINT to the process that runs the function, and then makes the same call again."""
     call = f"import app; print(app.train.local({PAIRS!r}, {volume.training()!r}, {str(volume.folder)!r}))"
@@ -93,6 +94,7 @@ def test_a_preempted_training_goes_on_from_its_checkpoint(volume: Volume) -> Non
     assert re.search(r"(resum|going on|goes on).*step", (folder / "train.log").read_text())
 
 
+@pytest.mark.long  # uses the training of the test before
 def test_what_was_trained_there_is_found_by_the_pipeline_here(volume: Volume, tmp_path: Path) -> None:
     """`modal volume get` brings the folder of the training; the key that names it is the same on every machine."""
     load_app().train.local(PAIRS, volume.training(), str(volume.folder))

@@ -34,10 +34,13 @@ from tests.models import demo_adapter, demo_base
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
 NAME = "live"
-CLIENTS = 50
+CLIENTS, SWITCHES = 50, 20
 PROMPT_TOKENS, ANSWER_TOKENS = 140, 6  # longer than a block of the prefix cache
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]  # the end-to-end run promotes without a load
 
 
 @dataclass
@@ -60,10 +63,9 @@ class Stage:
 
     async def promote(self, which: str) -> None:
         adapter = self.adapters[which]
-        won = EvaluationRef(
-            uri="win_rate.json", sha256="0" * 64, size=1, rows=800, adapter_sha256=adapter.sha256, win_rate=0.7,
-            lower=0.6, upper=0.8,
-        )  # fmt: skip
+        rate, uri = {"win_rate": 0.7, "lower": 0.6, "upper": 0.8}, f"{self.workspace}/win_rate.json"
+        Workspace(self.workspace).write_json(uri, rate)
+        won = EvaluationRef(uri=uri, sha256="0" * 64, size=1, rows=800, adapter_sha256=adapter.sha256, **rate)
         await promote_adapter.fn(adapter, won, self.workspace, self.promotion)
 
     def current(self) -> str | None:
@@ -184,15 +186,14 @@ class Traffic:
             self.right += 1
 
 
-@pytest.mark.parametrize("switches", [4, pytest.param(20, marks=pytest.mark.long)])
-async def test_switches_under_load_lose_and_mix_up_nothing(
-    stage: Stage, capsys: pytest.CaptureFixture[str], switches: int
+async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     traffic, seconds = Traffic(), []
     async with connected() as http:
         traffic.current = stage.current()
         clients = [asyncio.create_task(traffic.client(stage, http, number)) for number in range(CLIENTS)]
-        for number in range(switches):
+        for number in range(SWITCHES):
             await traffic.answered(CLIENTS // 2)
             other = "b" if stage.current() == "a" else "a"
             traffic.current, start = None, time.monotonic()
@@ -208,16 +209,16 @@ async def test_switches_under_load_lose_and_mix_up_nothing(
         await asyncio.gather(*clients)
     with capsys.disabled():
         print(
-            f"\n{CLIENTS} clients, {switches} switches: {traffic.right} right, {traffic.during} during a switch, "
+            f"\n{CLIENTS} clients, {SWITCHES} switches: {traffic.right} right, {traffic.during} during a switch, "
             f"{len(traffic.wrong)} wrong, {len(traffic.failed)} failed; "
             f"a switch takes {statistics.median(seconds):.2f} s in the median"
         )
     assert traffic.failed == []
     assert traffic.wrong == []
-    assert traffic.right >= switches * CLIENTS // 2
+    assert traffic.right >= SWITCHES * CLIENTS // 2
     pointer = read_pointer(stage.workspace, NAME)
     assert pointer is not None
-    assert len(pointer["history"]) >= switches
+    assert len(pointer["history"]) >= SWITCHES
 
 
 async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:

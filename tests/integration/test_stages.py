@@ -16,8 +16,8 @@ from flows.generate import generate_completions
 from flows.judge import judge_preferences
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
 from tasks.errors import PreflowError
-from tasks.judge.asking import build_messages, read_rubric
-from tasks.llm import outage
+from tasks.judge.prompt import build_messages, read_rubric
+from tasks.llm import retries
 from tasks.store.workspace import AdapterRef, CompletionsRef, Manifest, Origin, PreferencesRef, Workspace
 from tests.fakes import FakeOpenAI
 from tests.fakes.models import sample, text_sha
@@ -32,9 +32,9 @@ Row = dict[str, Any]
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the waits between attempts; their growth and jitter stay."""
-    monkeypatch.setattr(outage, "FIRST_BACKOFF_SECONDS", 0.02)
-    monkeypatch.setattr(outage, "LONGEST_BACKOFF_SECONDS", 0.2)
-    monkeypatch.setattr(outage, "PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(retries, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(retries, "LONGEST_BACKOFF_SECONDS", 0.2)
+    monkeypatch.setattr(retries, "PING_SECONDS", 1.0)
 
 
 @pytest.fixture

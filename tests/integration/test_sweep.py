@@ -35,7 +35,10 @@ from tests.fakes import FakeOpenAI
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import WORDS, build_adapter, build_base
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]  # the end-to-end run has a sweep of two
 
 PROMPTS, HELD_OUT, CONCURRENCY = 14, 5, 4
 BETAS, JUDGES = [0.05, 0.1, 0.2], ["judge-hash", "judge-length"]
@@ -261,7 +264,6 @@ def pool(bench: Bench) -> Iterator[str]:
         yield "sweep"
 
 
-@pytest.mark.long  # a worker, and two more points on it
 async def test_on_a_pool_points_train_at_once_and_nothing_is_asked_twice(
     bench: Bench, result: SweepResult, pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,7 +320,6 @@ def kill_when(bench: Bench, log: Path, reached: Callable[[], bool]) -> None:
     process.wait()
 
 
-@pytest.mark.long  # three starts of a sweep
 def test_killed_and_started_again_it_asks_nothing_twice_and_ends_the_same(bench: Bench, result: SweepResult) -> None:
     """Runs last: it starts over in the place where the others had their workspace, so that all paths are the same."""
     changes = [{"training.beta": beta} for beta in BETAS[:2]]

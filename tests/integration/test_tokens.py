@@ -15,6 +15,7 @@ from tasks.errors import PreflowError
 from tasks.generate.sampling import check_same_template
 from tasks.judge.pairs import make_preferences
 from tasks.llm.chat_template import ChatTemplate, choose_template
+from tasks.llm.client import Endpoint
 from tasks.store.records import CompletionsRow, PairRow, read_rows
 from tasks.store.workspace import CompletionsRef, Manifest, PreferencesRef, VerdictsRef, Workspace
 from tasks.trainer.data import load_pairs
@@ -108,6 +109,9 @@ async def test_a_server_that_speaks_with_another_template_is_refused(served: tup
     settings = GenerationConfig.model_validate({"endpoint": server.base_url, "model": "base"})
     own, other = FAMILIES[0], next(family for family in FAMILIES if family.name == "vicuna")
     special = tokenizer.special_tokens_map
-    await check_same_template(settings, ChatTemplate(own.file.read_text(), "a", special, settings), PROMPTS, None)
-    with pytest.raises(PreflowError, match="does not speak with the chat template of b and its tokenizer"):
-        await check_same_template(settings, ChatTemplate(other.file.read_text(), "b", special, settings), PROMPTS, None)
+    async with await Endpoint.connect(settings, "generation") as endpoint:
+        spoken = ChatTemplate(own.file.read_text(), "a", special, settings)
+        await check_same_template(endpoint, settings, spoken, PROMPTS)
+        foreign = ChatTemplate(other.file.read_text(), "b", special, settings)
+        with pytest.raises(PreflowError, match="does not speak with the chat template of b and its tokenizer"):
+            await check_same_template(endpoint, settings, foreign, PROMPTS)

@@ -148,7 +148,7 @@ def kill_group(run: FlowRun) -> None:
 
 @pytest.fixture(scope="module")
 def calm(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
-    """What an undisturbed training on this machine gives, without any deployment."""
+    """What an uninterrupted training on this machine gives, without any deployment."""
     workspace = tmp_path_factory.mktemp("calm")
     order = TrainingOrder.of(world.preferences, settings(world, workspace, **LONG))
     return run_training(world.preferences, order.workspace, order.training, order.key)
@@ -191,6 +191,7 @@ async def ended(run_id: UUID) -> FlowRun:
     return run
 
 
+@pytest.mark.long  # a training of 150 steps, twice
 async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
     world: TinyWorld, deployed_parent: str, calm: AdapterRef, tmp_path: Path
 ) -> None:

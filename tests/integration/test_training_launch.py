@@ -1,6 +1,7 @@
 """The training child as its launcher runs it: the whole way, its endings, and two processes at once."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from tasks.config import LossType
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
-from tasks.train.launch import run_training, training_key
+from tasks.train.launch import Preempted, run_training, training_key
 from tasks.train.spec import Progress
 from tests.fakes.tiny_training import TinyWorld
 from tests.fakes.training_process import TrainingProcesses
@@ -27,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path_factory.mktemp("desks"))
+    processes = TrainingProcesses(tmp_path_factory.mktemp("children"))
     yield processes
     processes.close()
 
@@ -183,6 +185,7 @@ def test_a_defect_shows_the_end_of_the_log_and_where_it_is(world: TinyWorld, tmp
     assert "train.log" in str(caught.value) or "cannot be loaded" in str(caught.value)
 
 
+@pytest.mark.long  # two processes on one core each
 def test_two_processes_train_what_one_trains_and_resume_exactly(
     world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
 ) -> None:
@@ -196,18 +199,43 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_training(world.preferences, str(tmp_path / "stormy"), training, key, interrupt)
-    stormy = Trained(world, tmp_path / "stormy", **changes)
-    assert "resuming from the checkpoint of step" in (stormy.folder / "train.log").read_text()
-    calm = Trained(world, tmp_path / "calm", **changes)
-    assert stormy.adapter.sha256 == calm.adapter.sha256
-    assert (stormy.folder / "metrics.jsonl").read_bytes() == (calm.folder / "metrics.jsonl").read_bytes()
+        run_training(world.preferences, str(tmp_path / "preempted"), training, key, interrupt)
+    preempted = Trained(world, tmp_path / "preempted", **changes)
+    assert "resuming from the checkpoint of step" in (preempted.folder / "train.log").read_text()
+    uninterrupted = Trained(world, tmp_path / "uninterrupted", **changes)
+    assert preempted.adapter.sha256 == uninterrupted.adapter.sha256
+    assert (preempted.folder / "metrics.jsonl").read_bytes() == (uninterrupted.folder / "metrics.jsonl").read_bytes()
 
     single = world.config(max_steps=6, eval_steps=6)
     assert processes.run(world.preferences, tmp_path / "single", single) == 0, processes.log()
     (adapter,) = tmp_path.glob("single/training/*/adapter/adapter_model.safetensors")
-    one, two = load_file(adapter), load_file(Path(calm.adapter.uri) / "adapter_model.safetensors")
+    one, two = load_file(adapter), load_file(Path(uninterrupted.adapter.uri) / "adapter_model.safetensors")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_a_killed_process_of_two_is_trained_on_like_a_killed_single_one(world: TinyWorld, tmp_path: Path) -> None:
+    """The launcher hides the signal behind exit code 1; the task starts again on what `Preempted` says."""
+    training = world.config(num_processes=2)
+    key, killed = training_key(world.preferences, training), []
+
+    def kill(progress: Progress) -> None:
+        if progress.step and not killed:
+            worker = next(process for process in psutil.process_iter(["cmdline"]) if _is_second_worker(process))
+            killed.append(worker.pid)
+            worker.kill()
+
+    with pytest.raises(Preempted):
+        run_training(world.preferences, str(tmp_path), training, key, kill)
+    assert killed
+    assert run_training(world.preferences, str(tmp_path), training, key).rows == 12
+
+
+def _is_second_worker(process: psutil.Process) -> bool:
+    try:
+        mine = any(parent.pid == os.getpid() for parent in process.parents())
+        return mine and process.environ().get("RANK") == "1"
+    except psutil.Error:
+        return False
 
 
 def test_starting_needs_no_torch() -> None:

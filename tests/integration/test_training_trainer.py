@@ -81,6 +81,10 @@ LOSSES: list[tuple[LossType, dict[str, Any], float]] = [
     (LossType.IPO, {}, 25.0),
     (LossType.ROBUST, {"label_smoothing": 0.2}, math.log(2)),
     (LossType.SIGMOID_NORM, {}, math.log(2)),
+    (LossType.APO_ZERO, {}, 1.0),
+    (LossType.SIGMOID, {"ld_alpha": 0.5}, math.log(2)),
+    (LossType.SIGMOID, {"use_weighting": True}, math.log(2)),
+    (LossType.SIGMOID, {"f_divergence": "js_divergence"}, math.log(2)),
 ]
 
 
@@ -315,7 +319,7 @@ def test_an_adapter_of_another_base_is_named(world: TinyWorld, tmp_path: Path) -
 
 
 class TestReferenceCache:
-    """The artifact: taken when everything matches, made anew when anything does not."""
+    """The artifact: taken when everything matches, made again when anything does not."""
 
     WEIGHTS = {"base": "b", "sft": "s", "device": "cpu"}  # noqa: RUF012
 
@@ -355,7 +359,7 @@ class TestReferenceCache:
         assert reference_key([fewer, bench.val], world.config(), self.WEIGHTS) != key
 
     @pytest.mark.parametrize("damage", ["cut", "changed", "removed", "other adapter", "row missing"])
-    def test_damage_is_seen_and_it_is_computed_anew(
+    def test_damage_is_seen_and_it_is_computed_again(
         self, world: TinyWorld, bench: Bench, found: dict[str, ReferenceLogps], tmp_path: Path, damage: str,
         caplog: pytest.LogCaptureFixture,
     ) -> None:  # fmt: skip
@@ -378,7 +382,7 @@ class TestReferenceCache:
         if damage == "other adapter":
             cache = self.cache(tmp_path, splits, world.config(), digest="another")
         assert cache.load(splits) is None
-        assert "computed anew" in caplog.text
+        assert "computed again" in caplog.text
 
     def test_wrong_cached_values_are_caught_at_the_start(self, bench: Bench, found: dict[str, ReferenceLogps]) -> None:
         wrong = ReferenceLogps([value + 5 for value in found["train"].chosen], found["train"].rejected)

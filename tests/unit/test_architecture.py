@@ -42,9 +42,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_tasks_import_no_flow() -> None:
-    for path in (ROOT / "tasks").rglob("*.py"):
-        assert not any(name.split(".")[0] == "flows" for name in imports(path)), path
+def test_tasks_import_no_flow_and_nothing_imports_the_command() -> None:
+    for package, above in (("tasks", {"flows", "preflow"}), ("flows", {"preflow"})):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not {name.split(".")[0] for name in imports(path)} & above, path
 
 
 def test_only_training_and_the_demo_import_torch() -> None:

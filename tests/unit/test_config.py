@@ -20,7 +20,8 @@ from tasks.config import (
     SweepConfig,
     TrainingConfig,
 )
-from tasks.evaluate.win_rate import win_rate
+from tasks.evaluate.comparisons import win_rate
+from tests.fakes.comparisons import compared
 
 MODELS: list[type[StageConfig]] = [
     EndpointConfig,
@@ -77,6 +78,32 @@ def test_every_title_is_made_of_words_and_says_its_unit(model: type[StageConfig]
         assert not re.search(r"_|\b(Sft|Api|Usd|Bnb|Lr|Num|Eval|Val|Bf16|4bit|Jsonl)\b", title), title
         for ending, unit in (("_seconds", "(s)"), ("_usd", "US$"), ("_price", "US$"), ("_steps", "optimizer step")):
             assert not name.endswith(ending) or unit.lower() in title.lower(), title
+
+
+@pytest.mark.parametrize("model", [*MODELS, SweepConfig])
+def test_every_bound_stands_in_the_help(model: type[StageConfig]) -> None:
+    """Made from the field by code, so that the two cannot differ."""
+    bounded = 0
+    for name, spec in model.model_json_schema()["properties"].items():
+        for kind in spec.get("anyOf", [spec]):
+            for bound in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+                if bound in kind:
+                    bounded += 1
+                    assert f"{kind[bound]:,}" in spec["description"], f"{model.__name__}.{name}"
+        assert {"type": "null"} not in spec.get("anyOf", []) or "empty:" not in spec["description"].lower(), name
+    assert bounded
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "said"),
+    [
+        (TrainingConfig, "beta", "lower moves further. Over 0, at most 10."),
+        (GenerationConfig, "temperature", "0 to 2."), (JudgingConfig, "val_ratio", "below 1."),
+        (EndpointConfig, "requests_per_minute", "None: no limit. At least 1."),
+    ],
+)  # fmt: skip
+def test_the_help_says_what_may_be_given(model: type[StageConfig], name: str, said: str) -> None:
+    assert model.model_json_schema()["properties"][name]["description"].endswith(said)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -202,10 +229,8 @@ def test_the_same_name_on_another_server_is_fine() -> None:
 def test_the_best_lower_bound_is_that_of_wilsons_interval() -> None:
     won = {str(i): [1.0] for i in range(50)}
     config = EvaluationConfig(max_prompts=50, num_samples=1)
-    assert config.best_lower_bound() == pytest.approx(win_rate(won, config.confidence).lower, abs=1e-9)
-    almost = {str(i): [1.0, 0.5 if i == 0 else 1.0] for i in range(50)}
-    config = EvaluationConfig(max_prompts=50, num_samples=2)
-    assert win_rate(almost, config.confidence).lower < config.best_lower_bound()
+    # For 50 prompts Student's quantile is a little over the normal one, which the config has, as it must load fast.
+    assert 0 < config.best_lower_bound() - win_rate(compared(won), config.confidence).lower < 0.005
 
 
 def test_addresses_keys_and_limits_do_not_identify_a_generation() -> None:

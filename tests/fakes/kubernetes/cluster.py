@@ -1,19 +1,21 @@
 """The cluster that tests use: the double, in a process of its own, or a real one that the environment names.
 
+On a real one the tests make a namespace and a persistent volume of their own and remove them at the end, so the
+kubeconfig must be an administrator's.
+
 PREFLOW_TEST_KUBECONFIG         kubeconfig of a real cluster; without it the double is started
-PREFLOW_TEST_NAMESPACE          namespace for Jobs (preflow)
 PREFLOW_TEST_IMAGE              the train image, as the cluster pulls it
-PREFLOW_TEST_WORKSPACE          folder of this machine that is a volume of the cluster, writable for uid 10001
-PREFLOW_TEST_WORKSPACE_VOLUME   that volume as JSON, named workspace: {"name": "workspace", "hostPath": {...}}
+PREFLOW_TEST_WORKSPACE          folder of this machine that the cluster's nodes see, writable for uid 10001
+PREFLOW_TEST_WORKSPACE_VOLUME   that folder as a volume source, in JSON: {"hostPath": {"path": "/srv/preflow-test"}}
 PREFLOW_TEST_API_URL            address of these tests' Prefect server as pods reach it, http://HOST:{port}/api
-PREFLOW_TEST_GKE                set: the nodes have GKE's labels for an L4 on a spot node
+PREFLOW_TEST_STEPS              optimizer steps of a training (600); worker and server start again meanwhile
 """
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 ADMIN = "admin"
+CLAIM = "workspace"
+WORKSPACE_VOLUME = {"name": "workspace", "persistentVolumeClaim": {"claimName": CLAIM}}
 
 
 def kubeconfig(file: Path, server: str, user: str, namespace: str) -> Path:
@@ -111,6 +115,10 @@ class Cluster(Protocol):
     namespace: str
     workspace: Path
     template: dict[str, Any]
+    steps: int
+
+    def close(self) -> None:
+        """Remove what was made on the cluster."""
 
     def kubeconfig(self, user: str = ADMIN) -> Path:
         """Return a kubeconfig; a real cluster has one for everybody."""
@@ -128,10 +136,13 @@ class Cluster(Protocol):
         """Announce the end of a pod's node: DisruptionTarget, SIGTERM, and 15 s."""
 
     def kill(self, pod: str) -> None:
-        """SIGKILL a pod's processes; raises Unavailable."""
+        """SIGKILL a pod's processes."""
 
     def lose_node(self, pod: str) -> None:
         """Let a pod's node vanish; raises Unavailable."""
+
+    def give_node_up(self, pod: str) -> None:
+        """Delete a lost node's object, or taint it as out of service; raises Unavailable."""
 
     def processes(self, pod: str) -> list[int]:
         """Return the pids of a pod's processes, as this machine counts them; raises Unavailable."""
@@ -151,19 +162,24 @@ class DoubleCluster:
 
     is_real = False
     server_host = "127.0.0.1"
+    steps = 80
 
     def __init__(self, fake: FakeKubernetes) -> None:
         self._fake = fake
         self.namespace = fake.namespace
-        self.workspace = fake.folder / "workspace"
+        self.workspace = fake.folder / "claims" / CLAIM
+        self.workspace.mkdir(parents=True, exist_ok=True)
         self.template = job_template()
+
+    def close(self) -> None:
+        """Nothing outlives the double."""
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """Return the double's settings: nodes as GKE labels them, and the worker held to its role."""
         labels = {"cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true"}
         roles = {"prefect-worker": str(ROOT / "infra" / "k8s" / "base" / "accounts.yaml")}
-        return {"node_labels": labels, "roles": roles, "backoff_seconds": 1.0}
+        return {"node_labels": labels, "roles": roles, "pod_security": True}
 
     def kubeconfig(self, user: str = ADMIN) -> Path:
         """Return a kubeconfig for a user."""
@@ -175,7 +191,7 @@ class DoubleCluster:
 
     def job_variables(self) -> dict[str, Any]:
         """Return the workspace as a volume."""
-        return {"workspace_volume": {"name": "workspace", "hostPath": {"path": str(self.workspace)}}}
+        return {"workspace_volume": WORKSPACE_VOLUME}
 
     def api_url(self, port: int) -> str:
         """Return the address on this machine."""
@@ -192,6 +208,10 @@ class DoubleCluster:
     def lose_node(self, pod: str) -> None:
         """Take a pod's node away."""
         self._order("lose-node", pod)
+
+    def give_node_up(self, pod: str) -> None:
+        """Delete a lost node's object."""
+        self._order("give-node-up", pod)
 
     def processes(self, pod: str) -> list[int]:
         """Return the pids of a pod's processes."""
@@ -214,12 +234,45 @@ class RealCluster:
 
     def __init__(self) -> None:
         self._kubeconfig = Path(os.environ["PREFLOW_TEST_KUBECONFIG"])
-        self.namespace = os.environ.get("PREFLOW_TEST_NAMESPACE", "preflow")
+        self.namespace = f"preflow-test-{uuid.uuid4().hex[:8]}"
         self.workspace = Path(os.environ["PREFLOW_TEST_WORKSPACE"])
         self.template = job_template()
-        for name in ("gpu_type", "spot"):  # GKE's labels; the docs take these defaults away elsewhere
-            if "PREFLOW_TEST_GKE" not in os.environ:
-                del self.template["variables"]["properties"][name]["default"]
+        self.steps = int(os.environ.get("PREFLOW_TEST_STEPS", "600"))
+        for item in self._objects():
+            self.kubectl("create", "--filename", "-", given=json.dumps(item))
+
+    def _objects(self) -> list[dict[str, Any]]:
+        """Return a namespace as strict as the product's, and the volume, which its pods may only claim."""
+        source = {key: value for key, value in json.loads(os.environ["PREFLOW_TEST_WORKSPACE_VOLUME"]).items()
+                  if key != "name"}  # fmt: skip
+        size, modes = {"storage": "1Gi"}, ["ReadWriteMany"]
+        claim = {"accessModes": modes, "storageClassName": "", "volumeName": self.namespace,
+                 "resources": {"requests": size}}  # fmt: skip
+        volume = {"accessModes": modes, "storageClassName": "", "capacity": size,
+                  "persistentVolumeReclaimPolicy": "Retain", **source}  # fmt: skip
+        namespace = yaml.safe_load((ROOT / "infra" / "k8s" / "base" / "namespace.yaml").read_text())
+        namespace["metadata"]["name"] = self.namespace
+        return [
+            namespace,
+            {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": self.namespace}, "spec": volume},
+            {
+                "apiVersion": "v1", "kind": "PersistentVolumeClaim", "spec": claim,
+                "metadata": {"name": CLAIM, "namespace": self.namespace},
+            },
+        ]  # fmt: skip
+
+    def close(self) -> None:
+        """Remove namespace and volume; the folder stays."""
+        for kind in ("namespace", "persistentvolume"):
+            self.kubectl("delete", kind, self.namespace, "--ignore-not-found", "--timeout=180s")
+
+    def kubectl(self, *arguments: str, given: str | None = None) -> str:
+        """Return what kubectl prints."""
+        command = ["kubectl", "--kubeconfig", str(self._kubeconfig), *arguments]
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+        return done.stdout
 
     def kubeconfig(self, user: str = ADMIN) -> Path:
         """Return the one kubeconfig."""
@@ -232,8 +285,7 @@ class RealCluster:
     def job_variables(self) -> dict[str, Any]:
         """Return image, volume and sizes for a training of a few thousand weights."""
         return {
-            "image": os.environ["PREFLOW_TEST_IMAGE"],
-            "workspace_volume": json.loads(os.environ["PREFLOW_TEST_WORKSPACE_VOLUME"]),
+            "image": os.environ["PREFLOW_TEST_IMAGE"], "workspace_volume": WORKSPACE_VOLUME,
             "namespace": self.namespace, "service_account_name": "default", "gpu_count": 0, "cpu": "1",
             "memory": "4Gi", "ephemeral_storage": "4Gi",
         }  # fmt: skip
@@ -244,24 +296,24 @@ class RealCluster:
 
     def preempt(self, pod: str) -> None:
         """Evict a pod: marked as a disruption, with its grace."""
-        body = {"metadata": {"name": pod, "namespace": self.namespace}, "deleteOptions": {"gracePeriodSeconds": 15}}
-
-        async def evict() -> None:
-            from kubernetes_asyncio import config
-            from kubernetes_asyncio.client import CoreV1Api
-
-            async with await config.new_client_from_config(str(self._kubeconfig)) as client:
-                await CoreV1Api(client).create_namespaced_pod_eviction(pod, self.namespace, body)
-
-        asyncio.run(evict())
+        body = {
+            "apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": self.namespace},
+            "deleteOptions": {"gracePeriodSeconds": 15},
+        }  # fmt: skip
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction"
+        self.kubectl("create", "--raw", path, "--filename", "-", given=json.dumps(body))
 
     def kill(self, pod: str) -> None:
-        """Refuse."""
-        raise Unavailable("the API cannot send SIGKILL without a grace and keep the pod")
+        """SIGKILL everything in a pod's container but its first process, which ends with them."""
+        self.kubectl("--namespace", self.namespace, "exec", pod, "--", "sh", "-c", "kill -KILL -1")
 
     def lose_node(self, pod: str) -> None:
         """Refuse."""
         raise Unavailable("a node cannot be lost through the API")
+
+    def give_node_up(self, pod: str) -> None:
+        """Refuse."""
+        raise Unavailable("no node was lost")
 
     def processes(self, pod: str) -> list[int]:
         """Refuse."""

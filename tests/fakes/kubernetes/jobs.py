@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from tests.fakes.kubernetes.kubelet import TERMINAL, Kubelet, has_condition, set_condition
+from tests.fakes.kubernetes.schema import pod_security_problems
 from tests.fakes.kubernetes.store import JOBS, PODS, SECRETS, ApiError, Object, Store, now, seconds_since
 
 LOG = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class JobController:
     store: Store
     kubelet: Kubelet
     backoff: Backoff
+    pod_security: bool = False
 
     async def work(self) -> None:
         """Look at all Jobs at every change, and at least five times a second."""
@@ -163,6 +165,12 @@ class JobController:
             "spec": template["spec"],
             "status": {"phase": "Pending", "qosClass": "BestEffort"},
         }  # fmt: skip
+        problems = pod_security_problems(pod["spec"]) if self.pod_security else []
+        if problems:
+            raise ApiError(
+                403, "Forbidden", f'pods "{metadata["name"]}" is forbidden: violates PodSecurity "restricted:latest": '
+                + ", ".join(problems),
+            )  # fmt: skip
         created = self.store.create(PODS, metadata["namespace"], pod)
         self.kubelet.accept(created)
         return created

@@ -16,6 +16,8 @@ from tests.fakes.kubernetes.store import PODS, SECRETS, ApiError, Object, Store,
 LOG = logging.getLogger(__name__)
 TERMINAL = ("Succeeded", "Failed")
 SPOT_GRACE_SECONDS = 15.0
+# A kubelet that is told a grace of 0 still sends SIGTERM and waits this long.
+LEAST_GRACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class Timing:
 
     schedule: float = 0.1
     node_lost: float = 2.0
-    pod_gc: float = 1.0
 
 
 @dataclass
@@ -134,13 +135,12 @@ class Kubelet:
         running.task = self._soon(self._follow(pod, running))
         self.change(pod, _started)
 
-    @staticmethod
-    def _mounts(pod: Object, folder: Path) -> dict[str, Path]:
+    def _mounts(self, pod: Object, folder: Path) -> dict[str, Path]:
         volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
         mounts = {}
         for mount in pod["spec"]["containers"][0].get("volumeMounts", []):
-            host = volumes[mount["name"]].get("hostPath")
-            place = Path(host["path"]) if host else folder / "volumes" / mount["name"]
+            claim = volumes[mount["name"]].get("persistentVolumeClaim")
+            place = self.folder / "claims" / claim["claimName"] if claim else folder / "volumes" / mount["name"]
             place.mkdir(parents=True, exist_ok=True)
             mounts[mount["mountPath"]] = place
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,10 +218,9 @@ class Kubelet:
     async def _end(self, running: Running, grace: float) -> None:
         if running.node_is_lost:
             return
-        if grace > 0:
-            running.container.terminate()
-            if running.task is not None:
-                await asyncio.wait([running.task], timeout=grace)
+        running.container.terminate()
+        if running.task is not None:
+            await asyncio.wait([running.task], timeout=max(grace, LEAST_GRACE_SECONDS))
         running.container.kill()
 
     # Faults.
@@ -265,12 +264,15 @@ class Kubelet:
         self._soon(self._declare_lost(pod))
 
     async def _declare_lost(self, pod: Object) -> None:
+        """Mark the pod for deletion; it stays Terminating until the node is given up, or comes back."""
         await asyncio.sleep(self.timing.node_lost)
         self.change(pod, lambda p: set_condition(p, "DisruptionTarget", "True", "DeletionByTaintManager",
                     "Taint manager: deleting due to NoExecute taint"))  # fmt: skip
         self.delete(pod)
-        await asyncio.sleep(self.timing.pod_gc)
-        failed = self.change(pod, lambda p: p["status"].update({"phase": "Failed", "reason": "NodeLost"}))
+
+    def give_node_up(self, pod: Object) -> None:
+        """Fail the pod of a lost node: its Node object was deleted, or tainted as out of service."""
+        failed = self.change(pod, lambda p: p["status"].update({"phase": "Failed"}))
         if failed is not None:
             self.remove_if_free(failed)
 

@@ -99,11 +99,13 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def _environment(self, entries: list[dict[str, Any]]) -> dict[str, str]:
-        values = {"prefect-auth": AUTH, "metadata.namespace": self._cluster.namespace}
+        ui = f"http://127.0.0.1:{self._server.port}"
+        values = {"prefect-auth": AUTH, "metadata.namespace": self._cluster.namespace, "PREFECT_UI_URL": ui}
         found = clean_environment() | {"HOME": str(self._folder), "KUBECONFIG": str(self._cluster.kubeconfig(WORKER))}
         for entry in entries:
             source = entry.get("valueFrom", {})
             name = source.get("secretKeyRef", {}).get("name") or source.get("fieldRef", {}).get("fieldPath")
+            name = name or source.get("configMapKeyRef", {}).get("key")
             found[entry["name"]] = values[name] if name else entry["value"]
         found["PREFECT_API_URL"] = self._cluster.api_url(self._server.port)
         found["PREFECT_WORKER_WEBSERVER_HOST"] = "127.0.0.1"
@@ -216,6 +218,15 @@ class Kubernetes:
                 self.cluster.namespace, label_selector=f"prefect.io/flow-run-id={run}"
             )
         )["items"]
+        return found
+
+    def pod(self, name: str) -> dict[str, Any]:
+        """Return a pod."""
+        from kubernetes_asyncio.client import CoreV1Api
+
+        found: dict[str, Any] = self._kubectl(
+            lambda client: CoreV1Api(client).read_namespaced_pod(name, self.cluster.namespace)
+        )
         return found
 
     def delete_job(self, name: str) -> None:

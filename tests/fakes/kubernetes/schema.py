@@ -156,36 +156,32 @@ def _pod_problems(pod: Object, path: str) -> list[str]:
             for entry in container.get("env", [])
             if not ENVIRONMENT.match(entry["name"])
         ]
-        problems += _resource_problems(container.get("resources", {}), where)
     return problems
 
 
-def _resource_problems(wanted: Object, where: str) -> list[str]:
-    requests, limits, problems = wanted.get("requests", {}), wanted.get("limits", {}), []
-    for name, limit in limits.items():
-        request = requests.get(name, limit)
-        if quantity(request) > quantity(limit):
-            problems.append(
-                f"{where}.resources.requests: Invalid value: {request!r}: must be less than or equal to {name} limit"
-            )
-        if "/" in name and quantity(request) != quantity(limit):
-            problems.append(f"{where}.resources.requests: Invalid value: {request!r}: must be equal to {name} limit")
+# The volumes that the standard `restricted` allows.
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+
+def pod_security_problems(pod: Object) -> list[str]:
+    """Return what the standard `restricted` forbids of a pod."""
+    security = pod.get("securityContext", {})
+    problems = [
+        f"restricted volume types (volume {volume['name']!r} uses {kind!r})"
+        for volume in pod.get("volumes", []) for kind in volume if kind not in VOLUMES | {"name"}
+    ]  # fmt: skip
+    for container in pod["containers"]:
+        name, own = container["name"], container.get("securityContext", {})
+        merged = {**security, **own}
+        if own.get("allowPrivilegeEscalation") is not False:
+            problems.append(f"allowPrivilegeEscalation != false (container {name!r})")
+        if own.get("capabilities", {}).get("drop") != ["ALL"]:
+            problems.append(f"unrestricted capabilities (container {name!r})")
+        if merged.get("runAsNonRoot") is not True:
+            problems.append(f"runAsNonRoot != true (container {name!r})")
+        if merged.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+            problems.append(f"seccompProfile (container {name!r})")
     return problems
-
-
-def quantity(text: object) -> float:
-    """Read an amount such as 500m, 24Gi or 1.
-
-    Raises:
-        ApiError: 400.
-    """
-    found = re.fullmatch(r"([0-9.]+)(m|k|M|G|T|Ki|Mi|Gi|Ti)?", str(text))
-    if not found:
-        raise ApiError(400, "BadRequest", f"quantities must match the regular expression, not {text!r}")
-    factor = {
-        None: 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
-    }  # fmt: skip
-    return float(found[1]) * factor[found[2]]
 
 
 def fill_in(resource: Resource, item: Object) -> None:
@@ -240,18 +236,3 @@ def _encode(secret: Object) -> None:
     for key, value in secret.pop("stringData", {}).items():
         data[key] = base64.b64encode(value.encode()).decode()
     secret.setdefault("type", "Opaque")
-
-
-def check_update(resource: Resource, before: Object, after: Object) -> None:
-    """Refuse a change of what must not change.
-
-    Raises:
-        ApiError: 422.
-    """
-    if resource is JOBS:
-        fixed = [name for name in ("template", "selector", "completions", "podFailurePolicy")
-                 if before["spec"].get(name) != after["spec"].get(name)]  # fmt: skip
-        if fixed:
-            raise invalid(resource, before, *(f"spec.{name}: Invalid value: field is immutable" for name in fixed))
-    if resource.kind == "Pod" and before["spec"] != after["spec"]:
-        raise ApiError(403, "Forbidden", "pod updates may not change fields other than `spec.containers[*].image`")

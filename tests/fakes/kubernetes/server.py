@@ -6,7 +6,6 @@ goes to a log, one JSON object a line. Faults are ordered under /_control, which
 
 import argparse
 import asyncio
-import base64
 import json
 import logging
 import re
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jsonpatch
 import yaml
 from aiohttp import web
 
@@ -40,7 +38,7 @@ from tests.fakes.kubernetes.store import (
 )  # fmt: skip
 
 BOOKMARK_SECONDS = 5.0
-VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+VERBS = {"POST": "create", "DELETE": "delete"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class Config:
         namespace: one that exists.
         node_labels: of every node.
         roles: user name to a file of manifests with the ServiceAccount's Role of that name; other users may do all.
-        backoff_seconds: delay after a Job's first failed pod; 10 on a real cluster.
+        backoff_seconds: delay after a Job's first failed pod.
+        pod_security: whether the namespace enforces the standard `restricted`.
         timing: fields of `kubelet.Timing`.
     """
 
@@ -62,7 +61,8 @@ class Config:
     namespace: str = "preflow"
     node_labels: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
-    backoff_seconds: float = 1.0
+    backoff_seconds: float = 10.0
+    pod_security: bool = False
     timing: dict[str, float] = field(default_factory=dict)
 
 
@@ -186,11 +186,9 @@ class Api:
         self.kubelet = Kubelet(
             self.store, folder, Image(Path(config.root)), config.node_labels, Timing(**config.timing)
         )
-        self._jobs = JobController(self.store, self.kubelet, Backoff(config.backoff_seconds))
+        self._jobs = JobController(self.store, self.kubelet, Backoff(config.backoff_seconds), config.pod_security)
         self._rules = {user: rules_of(Path(file), user) for user, file in config.roles.items()}
         self._log = (folder / "requests.jsonl").open("a", buffering=1)
-        self._outage_until = 0.0
-        self._epoch = 0
         self.store.create(NAMESPACES, "", {"metadata": {"name": config.namespace}, "status": {"phase": "Active"}})
         self._controller: asyncio.Task[None] | None = None
 
@@ -220,7 +218,6 @@ class Api:
     # Requests.
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
-        self._refuse_in_outage(request)
         asked = None
         try:
             asked = take_apart(request)
@@ -231,11 +228,6 @@ class Api:
             if asked is not None:
                 self._note(asked, error.code)
             return web.json_response(error.status, status=error.code)
-
-    def _refuse_in_outage(self, request: web.Request) -> None:
-        if time.monotonic() < self._outage_until and request.transport is not None:
-            request.transport.abort()
-            raise web.HTTPServiceUnavailable
 
     def _authorize(self, asked: Asked) -> None:
         rules = self._rules.get(asked.user)
@@ -258,8 +250,7 @@ class Api:
         if asked.verb == "watch":
             return await self._watch(request, asked)
         answers: dict[str, Callable[[web.Request, Asked], Awaitable[web.Response]]] = {
-            "list": self._list, "get": self._get, "create": self._create, "update": self._update,
-            "patch": self._patch, "delete": self._delete,
+            "list": self._list, "get": self._get, "create": self._create, "delete": self._delete,
         }  # fmt: skip
         return await answers[asked.verb](request, asked)
 
@@ -268,18 +259,11 @@ class Api:
 
     async def _list(self, request: web.Request, asked: Asked) -> web.Response:
         items = self.store.all(asked.resource, asked.namespace, self._selector(request))
-        begin = int(base64.b64decode(request.query.get("continue", "")) or 0)
-        end = begin + (int(request.query.get("limit", 0)) or len(items) or 1)
-        metadata: Object = {"resourceVersion": str(self.store.version)}
-        if end < len(items):
-            metadata |= {
-                "continue": base64.b64encode(str(end).encode()).decode(),
-                "remainingItemCount": len(items) - end,
-            }
+        metadata = {"resourceVersion": str(self.store.version)}
         page = [{key: value for key, value in item.items() if key not in ("kind", "apiVersion")} for item in items]
         kind = asked.resource.kind + "List"
         return web.json_response(
-            {"kind": kind, "apiVersion": asked.resource.api_version, "metadata": metadata, "items": page[begin:end]}
+            {"kind": kind, "apiVersion": asked.resource.api_version, "metadata": metadata, "items": page}
         )
 
     @staticmethod
@@ -300,8 +284,6 @@ class Api:
         if asked.resource.namespaced:
             self.store.get(NAMESPACES, "", asked.namespace)
         warnings = self._admit(request, asked, given)
-        if request.query.get("dryRun") == "All":
-            return web.json_response(given, status=201, headers=warnings)
         created = self.store.create(
             asked.resource, asked.namespace, given, lambda item: schema.fill_in(asked.resource, item)
         )
@@ -337,31 +319,6 @@ class Api:
         schema.check(asked.resource, given)
         return {"Warning": ", ".join(f"299 - {json.dumps(text)}" for text in unknown)} if unknown else {}
 
-    async def _update(self, request: web.Request, asked: Asked) -> web.Response:
-        before = self.store.get(asked.resource, asked.namespace, asked.name)
-        return web.json_response(self._replace(asked, before, await self._body(request)))
-
-    async def _patch(self, request: web.Request, asked: Asked) -> web.Response:
-        before = self.store.get(asked.resource, asked.namespace, asked.name)
-        patch = json.loads(await request.text())
-        try:
-            after = jsonpatch.apply_patch(before, patch) if isinstance(patch, list) else _merged(before, patch)
-        except jsonpatch.JsonPatchException as error:
-            raise ApiError(422, "Invalid", f"the patch does not apply: {error}") from error
-        return web.json_response(self._replace(asked, before, after))
-
-    def _replace(self, asked: Asked, before: Object, after: Object) -> Object:
-        if asked.subresource == "status":
-            after = {**before, "status": after.get("status", {})}
-        else:
-            after = {**after, "kind": before["kind"], "apiVersion": before["apiVersion"]}
-            if "status" in before:
-                after["status"] = before["status"]
-            schema.prune(asked.resource, after)
-            schema.check_update(asked.resource, before, after)
-        after["metadata"].setdefault("namespace", before["metadata"].get("namespace", ""))
-        return self.store.update(asked.resource, after)
-
     async def _delete(self, request: web.Request, asked: Asked) -> web.Response:
         item = self.store.get(asked.resource, asked.namespace, asked.name)
         options = json.loads(await request.text() or "{}") or {}
@@ -388,15 +345,13 @@ class Api:
         since, initial = self._beginning(query.get("resourceVersion", ""), asked, selector)
         response = await _open_stream(request, "application/json")
         watch = Watch(self.store, asked, selector, since, response)
-        epoch, deadline = self._epoch, time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         with suppress(ConnectionResetError):
             await watch.send_initial(initial, is_set(request, "sendInitialEvents"))
-            while time.monotonic() < deadline and epoch == self._epoch and await watch.send_changes():
+            while time.monotonic() < deadline and await watch.send_changes():
                 await self.store.wait(min(BOOKMARK_SECONDS, deadline - time.monotonic()))
                 if is_set(request, "allowWatchBookmarks"):
                     await watch.send_bookmark()
-            if epoch != self._epoch and request.transport is not None:
-                request.transport.abort()
         return response
 
     def _beginning(self, version: str, asked: Asked, selector: Selector) -> tuple[int, list[Object]]:
@@ -407,13 +362,7 @@ class Api:
 
     async def _send_log(self, request: web.Request, asked: Asked) -> web.StreamResponse:
         pod = self.store.get(PODS, asked.namespace, asked.name)
-        if is_set(request, "previous"):
-            raise ApiError(400, "BadRequest", f'previous terminated container in pod "{asked.name}" not found')
         container = pod["spec"]["containers"][0]["name"]
-        if request.query.get("container", container) != container:
-            raise ApiError(
-                400, "BadRequest", f"container {request.query['container']} is not valid for pod {asked.name}"
-            )
         try:
             log = self.kubelet.log_of(pod)
         except ApiError:
@@ -422,8 +371,6 @@ class Api:
             ) from None
         text = log.read_bytes()
         position = len(text)
-        if "tailLines" in request.query:
-            text = b"".join(text.splitlines(keepends=True)[-int(request.query["tailLines"]) :])
         response = await _open_stream(request, "text/plain")
         if text:  # an empty chunk would end the stream
             await response.write(text)
@@ -445,7 +392,6 @@ class Api:
     # What is there, and what goes wrong.
 
     async def _discover(self, request: web.Request) -> web.StreamResponse:
-        self._refuse_in_outage(request)
         answers: dict[str, Object] = {
             "/healthz": {},
             "/version": {"major": "1", "minor": "33", "gitVersion": "v1.33.0-double"},
@@ -461,26 +407,13 @@ class Api:
         )
 
     async def _control(self, request: web.Request) -> web.Response:
-        """Order a fault: preempt, kill, lose-node, outage, compact; or read the pids of a pod: processes."""
+        """Order a fault: preempt, kill, lose-node, give-node-up; or read the pids of a pod: processes."""
         given = dict(request.query)
         fault = request.match_info["fault"]
         try:
-            if fault == "outage":
-                self._outage_until = time.monotonic() + float(given["seconds"])
-                self._cut_watches()
-            elif fault == "compact":
-                self.store.compact()
-            elif fault == "cut-watches":
-                self._cut_watches()
-            else:
-                return web.json_response(self._on_pod(fault, given))
+            return web.json_response(self._on_pod(fault, given))
         except ApiError as error:
             return web.json_response(error.status, status=error.code)
-        return web.json_response({})
-
-    def _cut_watches(self) -> None:
-        self._epoch += 1
-        self.store.wake()
 
     def _on_pod(self, fault: str, given: dict[str, str]) -> Any:
         pod = self.store.get(PODS, given["namespace"], given["pod"])
@@ -492,6 +425,8 @@ class Api:
             self.kubelet.kill(pod)
         elif fault == "lose-node":
             self.kubelet.lose_node(pod)
+        elif fault == "give-node-up":
+            self.kubelet.give_node_up(pod)
         else:
             raise ApiError(404, "NotFound", f"no such fault: {fault}")
         return {}
@@ -551,13 +486,6 @@ async def _open_stream(request: web.Request, kind: str) -> web.StreamResponse:
     response.enable_chunked_encoding()
     await response.prepare(request)
     return response
-
-
-def _merged(before: Any, patch: Any) -> Any:
-    if not isinstance(patch, dict) or not isinstance(before, dict):
-        return patch
-    result = {**before, **{key: _merged(before.get(key), value) for key, value in patch.items()}}
-    return {key: value for key, value in result.items() if value is not None}
 
 
 def _group(name: str) -> Object:

@@ -49,10 +49,10 @@ class Resource:
 
 
 NAMESPACES = Resource("", "namespaces", "Namespace", namespaced=False)
-PODS = Resource("", "pods", "Pod", subresources=("log", "eviction", "status"))
+PODS = Resource("", "pods", "Pod", subresources=("log", "eviction"))
 SECRETS = Resource("", "secrets", "Secret")
 EVENTS = Resource("", "events", "Event")
-JOBS = Resource("batch", "jobs", "Job", subresources=("status",))
+JOBS = Resource("batch", "jobs", "Job")
 RESOURCES = (NAMESPACES, PODS, SECRETS, EVENTS, JOBS)
 
 
@@ -82,7 +82,6 @@ class Store:
 
     def __init__(self) -> None:
         self.version = 1000
-        self.compacted = 0
         self._objects: dict[tuple[Resource, str, str], Object] = {}
         self._history: list[Change] = []
         self._changed = asyncio.Event()
@@ -194,13 +193,7 @@ class Store:
             return
 
     def since(self, version: int, resource: Resource, namespace: str) -> list[Change]:
-        """Return what happened to objects of a kind after `version`.
-
-        Raises:
-            ApiError: 410 where that is forgotten.
-        """
-        if version < self.compacted:
-            raise ApiError(410, "Expired", f"too old resource version: {version} ({self.compacted})")
+        """Return what happened to objects of a kind after `version`."""
         return [
             change
             for change in self._history
@@ -208,10 +201,3 @@ class Store:
             and change.resource is resource
             and namespace in ("", change.object["metadata"].get("namespace", ""))
         ]
-
-    def compact(self) -> None:
-        """Forget the history, as etcd does every five minutes."""
-        self.version += 1
-        self.compacted = self.version
-        self._history.clear()
-        self.wake()

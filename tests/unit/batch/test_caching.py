@@ -13,9 +13,17 @@ from prefect import task
 from prefect.results import ResultRecord, ResultRecordMetadata
 from prefect.serializers import JSONSerializer, PickleSerializer, Serializer
 
-from tasks.batch.caching import SERIALIZER, WorkspaceResults, cached
+from tasks.batch.caching import SERIALIZER, WorkspaceResults, cached, find_finished, mark_used
 from tasks.errors import PreflowError
-from tasks.store.workspace import Reference, Workspace, stage_key
+from tasks.store.workspace import (
+    CompletionsRef,
+    Manifest,
+    PreferencesRef,
+    Reference,
+    VerdictsRef,
+    Workspace,
+    stage_key,
+)
 
 
 class Bomb:
@@ -166,3 +174,32 @@ def spoil(file: Path, damage: str) -> None:
         file.unlink()
     else:
         file.write_bytes(b'{"a": 2}\n' if damage == "changed" else b"")
+
+
+# ---- what is finished
+
+
+def make_stage(store: Workspace, kind: str, key: str, counts: dict[str, int], *upstream: Reference) -> Reference:
+    folder = store.uri(kind, key)
+    with store.writing(f"{folder}/rows.jsonl") as out:
+        out.write_row({"a": 1})
+    kinds: dict[str, type[Reference]] = {"completions": CompletionsRef, "verdicts": VerdictsRef}
+    made = kinds.get(kind, PreferencesRef)
+    found = made(uri=f"{folder}/rows.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
+    manifest = {"artifact": found, "stage": kind, "version": 1, "key": key, "counts": counts, "upstream": upstream}
+    store.write_manifest(Manifest.model_validate({**manifest, "files": {"rows.jsonl": out.file}}))
+    return found
+
+
+def test_a_stage_with_failures_that_may_pass_is_finished_only_when_a_training_has_begun_on_it(tmp_path: Path) -> None:
+    store = Workspace(tmp_path)
+    completions = make_stage(store, "completions", "c", {"failed": 3, "passing": 1})
+    verdicts = make_stage(store, "verdicts", "v", {"failed j": 2, "passing j": 0, "passing k": 2}, completions)
+    preferences = make_stage(store, "preferences", "p", {}, verdicts)
+    final = make_stage(store, "completions", "d", {"failed": 3, "passing": 0})
+    assert find_finished(store, store.uri("completions", "c"), CompletionsRef) is None
+    assert find_finished(store, store.uri("verdicts", "v"), VerdictsRef) is None
+    assert find_finished(store, store.uri("completions", "d"), CompletionsRef) == final
+    mark_used(preferences, str(tmp_path))
+    assert find_finished(store, store.uri("completions", "c"), CompletionsRef) == completions
+    assert find_finished(store, store.uri("verdicts", "v"), VerdictsRef) == verdicts

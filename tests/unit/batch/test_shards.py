@@ -5,6 +5,7 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def journals(folder: Path) -> list[Path]:
 class Maker:
     """Makes units and remembers which; numbers in `bad` fail for good, those in `broken` raise."""
 
-    def __init__(self, bad: set[int] = frozenset(), broken: set[int] = frozenset()) -> None:  # type: ignore[assignment]
-        self.bad, self.broken = set(bad), set(broken)
+    def __init__(self, bad: Iterable[int] = (), broken: Iterable[int] = (), final: bool = False) -> None:
+        self.bad, self.broken, self.final = set(bad), set(broken), final or None
         self.made: Counter[int] = Counter()
 
     async def work(self, row: Row) -> Outcome:
@@ -49,7 +50,7 @@ class Maker:
         if row["number"] in self.broken:
             raise ConnectionError(f"broken at {row['number']}")
         if row["number"] in self.bad:
-            return Outcome(error={"id": row["id"], "reason": "bad"}, usage={"requests": 1})
+            return Outcome(final=self.final, error={"id": row["id"], "reason": "bad"}, usage={"requests": 1})
         return Outcome(row={"id": row["id"], "square": row["number"] ** 2}, usage={"requests": 1})
 
 
@@ -265,11 +266,21 @@ async def test_a_shard_damaged_before_the_merge_is_refused(tmp_path: Path) -> No
 # ---- failures, stopping, preparing
 
 
-async def test_failures_are_remembered_until_they_are_forgotten(tmp_path: Path) -> None:
-    source, maker = make_source(tmp_path, 30), Maker(bad={3, 4})
+async def test_a_failure_that_may_pass_is_made_again_at_the_next_start(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 30), Maker(bad={3, 4, 15})
     shards = await run_all(tmp_path, maker, source)
-    assert [shard.failed for shard in shards] == [2, 0, 0]
+    assert [(shard.failed, shard.passing) for shard in shards] == [(2, 2), (1, 1), (0, 0)]
     assert dict(merged(tmp_path, source, shards))[3] is None
+    again = Maker()
+    shards = await run_all(tmp_path, again, source)
+    assert sorted(again.made) == [3, 4, 15]
+    assert merged(tmp_path, source, shards) == [(n, n * n) for n in range(30)]
+
+
+async def test_a_final_failure_is_remembered_until_it_is_forgotten(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 30), Maker(bad={3, 4}, final=True)
+    shards = await run_all(tmp_path, maker, source)
+    assert [(shard.failed, shard.passing) for shard in shards] == [(2, 0), (0, 0), (0, 0)]
     again = Maker()
     await run_all(tmp_path, again, source)
     assert not again.made

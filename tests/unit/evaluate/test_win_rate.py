@@ -1,17 +1,31 @@
 """The win rate and its interval: right on average, and as sure as it says."""
 
+import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tasks.config import EvaluationConfig, GenerationConfig
+from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig
 from tasks.errors import PreflowError
-from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, outcome_of, pair_samples, win_rate
+from tasks.evaluate.comparisons import Comparison, join_samples, outcome_of, read_comparison, win_rate
+from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, judge_adapter, pair_samples
 from tasks.judge.quality.counters import wilson_interval
+from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, CompletionsRef, Workspace
+from tests.fakes.comparisons import (
+    LENGTH_JUDGES,
+    Taste,
+    better_wins,
+    compared,
+    draw_groups,
+    draw_opinions,
+    draw_texts,
+)
 
 Row = dict[str, Any]
 
@@ -25,7 +39,7 @@ def votes(*best: int | None, judge: str = "j") -> list[Row]:
     ]  # fmt: skip
 
 
-def compared(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
+def comparison(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
     return {"completions": list(texts), "votes": votes(*best)}
 
 
@@ -35,21 +49,22 @@ def compared(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
 @pytest.mark.parametrize(
     ("row", "outcome"),
     [
-        (compared(1, 1), 1.0),
-        (compared(0, 0), 0.0),
-        (compared(0, 1), 0.5),
-        (compared(1, 0), 0.5),
-        (compared(1, None), 0.5),
-        (compared(None, None), 0.5),
-        (compared(texts=("a", "a")), 0.5),
-        (compared(texts=("a", "")), 0.0),
-        (compared(texts=(" ", "b")), 1.0),
-        (compared(texts=("", " ")), 0.5),
+        (comparison(1, 1), 1.0),
+        (comparison(0, 0), 0.0),
+        (comparison(0, 1), 0.5),
+        (comparison(1, 0), 0.5),
+        (comparison(1, None), None),
+        (comparison(None, None), None),
+        (comparison(texts=("a", "a")), 0.5),
+        (comparison(texts=("a", "")), 0.0),
+        (comparison(texts=(" ", "b")), 1.0),
+        (comparison(texts=("", " ")), 0.5),
         ({"completions": ["a", "b"], "votes": votes(1, 1) + votes(0, 0, judge="k")}, 0.5),
         ({"completions": ["a", "b"], "votes": votes(1, 1) + votes(0, 1, judge="k")}, 0.75),
+        ({"completions": ["a", "b"], "votes": votes(1, 1) + votes(0, None, judge="k")}, 1.0),
     ],
 )
-def test_a_comparison_is_worth(row: Row, outcome: float) -> None:
+def test_a_comparison_is_worth(row: Row, outcome: float | None) -> None:
     assert outcome_of(row) == outcome
 
 
@@ -63,15 +78,15 @@ def test_a_judge_that_follows_the_position_decides_nothing() -> None:
 def test_one_sample_a_prompt_gives_wilson_s_interval() -> None:
     for wins, total in [(0, 40), (7, 40), (40, 40), (300, 520)]:
         outcomes = {str(i): [float(i < wins)] for i in range(total)}
-        found = win_rate(outcomes, 0.95)
+        found = win_rate(compared(outcomes), 0.95)
         low, high = wilson_interval(wins, total)
         assert found.win_rate == pytest.approx(wins / total)
-        assert (found.lower, found.upper) == pytest.approx((low, high), abs=0.004)
+        assert (found.lower, found.upper) == pytest.approx((low, high), abs=0.006)
 
 
 def test_equal_samples_of_a_prompt_count_as_one() -> None:
-    alone = win_rate({str(i): [float(i % 3 > 0)] for i in range(300)}, 0.95)
-    copied = win_rate({str(i): [float(i % 3 > 0)] * 8 for i in range(300)}, 0.95)
+    alone = win_rate(compared({str(i): [float(i % 3 > 0)] for i in range(300)}), 0.95)
+    copied = win_rate(compared({str(i): [float(i % 3 > 0)] * 8 for i in range(300)}), 0.95)
     assert copied.samples == 2400
     assert copied.effective_samples == pytest.approx(300, rel=0.02)
     assert (copied.lower, copied.upper) == pytest.approx((alone.lower, alone.upper), abs=0.003)
@@ -79,7 +94,7 @@ def test_equal_samples_of_a_prompt_count_as_one() -> None:
 
 def test_independent_samples_of_a_prompt_count_each() -> None:
     rng = random.Random(0)
-    found = win_rate({str(i): [float(rng.random() < 0.6) for _ in range(8)] for i in range(500)}, 0.95)
+    found = win_rate(compared({str(i): [float(rng.random() < 0.6) for _ in range(8)] for i in range(500)}), 0.95)
     assert found.effective_samples > 3200
 
 
@@ -90,7 +105,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(true_rate: float, alik
     runs = 400
     for _ in range(runs):
         outcomes = {str(i): draw_prompt(rng, true_rate, alike, ties) for i in range(120)}
-        found = win_rate(outcomes, 0.95)
+        found = win_rate(compared(outcomes), 0.95)
         covered += found.lower <= true_rate <= found.upper
         below += found.lower > true_rate
     # 95 % of 400 is 380, standard deviation 4.4; ties make the interval wider than it need be, never narrower.
@@ -112,13 +127,13 @@ def draw_prompt(rng: random.Random, rate: float, alike: float, ties: float) -> l
 
 
 def test_bounds_stay_within_0_and_1_and_nothing_is_an_error() -> None:
-    every = win_rate({"a": [1.0, 1.0], "b": [1.0]}, 0.95)
+    every = win_rate(compared({"a": [1.0, 1.0], "b": [1.0]}), 0.95)
     assert (every.win_rate, every.upper) == (1.0, 1.0)
-    assert every.lower < 0.6
-    assert win_rate({"a": [0.5]}, 0.95).ties == 1.0
+    assert every.lower < 0.7
+    assert win_rate(compared({"a": [0.5]}), 0.95).ties == 1.0
     with pytest.raises(PreflowError, match="no comparison"):
-        win_rate({}, 0.95)
-    assert fmean([win_rate({"a": [0.0]}, 0.95).lower]) == 0.0
+        win_rate(compared({}), 0.95)
+    assert fmean([win_rate(compared({"a": [0.0]}), 0.95).lower]) == 0.0
 
 
 # ---- draws and pairing
@@ -143,8 +158,6 @@ def write_completions(store: Workspace, name: str, rows: dict[str, list[str]]) -
 
 
 def test_samples_are_paired_by_prompt_and_number_whatever_the_order(tmp_path: Path) -> None:
-    import json
-
     store = Workspace(tmp_path)
     a = write_completions(store, "a.jsonl", {"p": ["p0", "p1"], "q": ["q0", "q1"], "r": ["r0", "r1"]})
     b = write_completions(store, "b.jsonl", {"q": ["Q0", "Q1"], "p": ["P0", "P1"]})
@@ -155,3 +168,116 @@ def test_samples_are_paired_by_prompt_and_number_whatever_the_order(tmp_path: Pa
     ]  # fmt: skip
     with pytest.raises(PreflowError, match="share no prompt"):
         pair_samples(a, write_completions(store, "c.jsonl", {"x": ["x"]}), str(tmp_path))
+
+
+def test_samples_are_paired_once_and_what_the_new_adapter_failed_on_is_lost(tmp_path: Path) -> None:
+    store = Workspace(tmp_path)
+    a = write_completions(store, "a/a.jsonl", {"p": ["p0", "p1"], "q": ["q0", "q1"], "r": ["r0", "r1"]})
+    b = write_completions(store, "b/b.jsonl", {"p": ["P0", ""], "r": ["R0", "R1"]})
+    store.write_bytes(store.uri("b/failures.jsonl"), b'{"id": "q", "reason": "context_length"}\n')
+    paired = pair_samples(a, b, str(tmp_path))
+    rows = [json.loads(line) for line in Path(paired.uri).read_text().splitlines()]
+    assert [row["completions"] for row in rows] == [
+        ["p0", "P0"], ["p1", ""], ["q0", ""], ["q1", ""], ["r0", "R0"], ["r1", "R1"],
+    ]  # fmt: skip
+    won = [read_comparison({**row, "votes": votes(1, 1)}) for row in rows]
+    assert [one.outcome for one in won] == [1, 0, 0, 0, 1, 1]
+    found = win_rate(won, 0.95)
+    assert (found.win_rate, found.silent, found.prompts) == (0.5, 3, 3)
+    before = Path(paired.uri).stat().st_mtime_ns
+    assert pair_samples(a, b, str(tmp_path)) == paired
+    assert Path(paired.uri).stat().st_mtime_ns == before, "finished pairs are found, not written again"
+
+
+def test_joining_holds_only_rows_that_wait_for_their_partner() -> None:
+    read: list[int] = []
+
+    def rows(side: str) -> Iterator[Row]:
+        for number in range(50):
+            if side == "new":
+                read.append(number)
+            yield {"id": str(number), "prompt": [], "completions": [side]}
+
+    joined = join_samples(rows("old"), rows("new"), failed={"7"})
+    for number, row in enumerate(joined):
+        assert row["completions"] == ["old", "" if number == 7 else "new"]
+        assert len(read) <= number + 2
+
+
+# ---- groups, length, other judges
+
+
+def test_the_interval_of_ten_alike_groups_holds_the_truth() -> None:
+    """Ten groups of 20 prompts at a correlation of 0.05: with prompts as clusters the interval held in 72 % only."""
+    rng = np.random.default_rng(3)
+    runs = [win_rate(draw_groups(rng, 10, 20, 0.05), 0.95) for _ in range(300)]
+    assert runs[0].clusters == 10
+    # 95 % of 300 is 285, standard deviation 3.8.
+    assert sum(run.holds(0.5) for run in runs) >= 277
+    assert sum(run.lower > 0.5 for run in runs) <= 15
+
+
+def test_an_empty_group_is_no_group() -> None:
+    row = {"prompt_id": "p", "completions": ["a", "b"], "votes": []}
+    assert read_comparison({**row, "group": ""}).cluster == read_comparison(row).cluster == "p"
+    assert read_comparison({**row, "group": "p"}).cluster != "p"
+
+
+@pytest.mark.parametrize("taste", LENGTH_JUDGES)
+@pytest.mark.parametrize("longer", [0.3, 0.8])
+def test_a_judge_that_likes_length_only_promotes_nothing(taste: Taste, longer: float) -> None:
+    rng = np.random.default_rng(1)
+    runs = [measured(draw_texts(rng, taste, longer)) for _ in range(8)]
+    rates = [run.length_controlled.win_rate for run in runs if run.length_controlled]
+    assert min(run.win_rate for run in runs) >= 0.58
+    assert fmean(rates) == pytest.approx(0.5, abs=0.015)
+    assert all(abs(rate - 0.5) < 0.06 for rate in rates)
+    assert sum(run.refusal(0.5) is None for run in runs) <= 1
+    assert "length taken out" in (runs[0].refusal(0.5) or "")
+
+
+def test_an_honest_win_stays_one_without_length() -> None:
+    found = measured(draw_texts(np.random.default_rng(2), better_wins, longer=0.2, merit=0.3))
+    assert found.length_controlled is not None
+    assert found.length_controlled.win_rate == pytest.approx(found.win_rate, abs=0.02)
+    assert found.refusal(0.5) is None
+
+
+def test_where_every_sample_is_longer_nothing_tells_length_from_merit() -> None:
+    found = measured(draw_texts(np.random.default_rng(4), better_wins, longer=3.0, merit=0.3))
+    assert found.lower > 0.5
+    assert "length taken out" in (found.refusal(0.5) or "")
+
+
+def test_a_second_judge_sees_no_quirk_and_confirms_what_is_honest() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(5):
+        honest, planted = (measured(*draw_opinions(rng, *drawn)).second for drawn in ((0.4, 0.0), (0.0, 0.6)))
+        assert honest is not None
+        assert planted is not None
+        assert (honest.transfer or 0) > 0.7
+        assert (planted.transfer or 0) < 0.3
+    assert planted.judges == ("other",)
+
+
+def test_no_gain_has_no_share_that_another_judge_sees() -> None:
+    rng = np.random.default_rng(6)
+    second = measured(*draw_opinions(rng, -0.3, 0.0)).second
+    assert second is not None
+    assert second.transfer is None
+
+
+def test_a_sound_null_test_is_called_false_in_one_of_a_hundred() -> None:
+    rng = np.random.default_rng(7)
+    failed = sum(not measured(better, null=draw_groups(rng, 100, 1, 0.0)).null_holds for better in [BETTER] * 400)
+    assert failed <= 10
+
+
+BETTER = compared({str(number): [float(number % 3 > 0)] for number in range(300)})
+
+
+def measured(
+    first: list[Comparison], second: list[Comparison] | None = None, null: list[Comparison] | None = None
+) -> Evaluation:
+    evaluation = EvaluationConfig(judges=(JudgeConfig(model="other"),))
+    return judge_adapter("0" * 64, first, second or [], null, evaluation)

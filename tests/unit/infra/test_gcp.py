@@ -2,18 +2,16 @@
 
 import json
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 
 from tests.fakes.process import ROOT
-from tests.fakes.terraform_provider import PROJECT_NUMBER, TABLE, google_provider
 
 GCP = ROOT / "infra" / "gcp"
+TABLE = json.loads((ROOT / "tests" / "fakes" / "google_provider.json").read_text())
 TEXT = "\n".join(path.read_text() for path in sorted(GCP.glob("*.tf")))
 
 
@@ -61,7 +59,6 @@ def test_every_reference_has_its_resource() -> None:
         assert reference in known or f"data.{reference}" in TEXT, reference
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 META = {"count", "for_each", "depends_on"}  # Terraform's own, in every resource
 Body = dict[str, Any]
 
@@ -119,72 +116,6 @@ def test_a_wrong_argument_is_seen(change: Body, message: str) -> None:
     broken = {**pool, "node_config": [{**pool["node_config"][0], **change}]}
     with pytest.raises(AssertionError, match=re.escape(message)):
         check_arguments(broken, TABLE["google_container_node_pool"], "pool")
-
-
-@pytest.fixture(scope="module")
-def terraform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Terraform on a copy of the files, with a stand-in for the provider; gives back how it ended."""
-    if shutil.which("terraform") is None:
-        pytest.skip("there is no terraform here")
-    folder = tmp_path_factory.mktemp("gcp")
-    for file in GCP.glob("*.tf"):
-        shutil.copy(file, folder)
-    with google_provider() as environment:
-
-        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-            command = ["terraform", f"-chdir={folder}", *arguments]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-        yield run
-
-
-def planned(terraform: Run, **variables: str) -> tuple[dict[str, Body], dict[str, Any]]:
-    """Return the resources of a plan by address, and the outputs that are known before it is applied."""
-    given = [f"-var={name}={value}" for name, value in {"project_id": "my-project", **variables}.items()]
-    done = terraform("plan", "-input=false", "-no-color", "-out=plan", *given)
-    assert done.returncode == 0, done.stdout + done.stderr
-    values = json.loads(terraform("show", "-json", "plan").stdout)["planned_values"]
-    resources = {item["address"]: item["values"] for item in values["root_module"]["resources"]}
-    return resources, {name: output.get("value") for name, output in values["outputs"].items()}
-
-
-def test_terraform_finds_the_configuration_valid(terraform: Run) -> None:
-    done = terraform("validate", "-no-color")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_plan_is_what_is_documented(terraform: Run) -> None:
-    resources, outputs = planned(terraform)
-    (spot,) = resources["google_container_node_pool.l4_spot"]["node_config"]
-    assert (spot["spot"], spot["machine_type"], spot["kubelet_config"]) == (True, "g2-standard-8", [])
-    assert resources["google_storage_bucket.workspace"]["name"] == "my-project-preflow"
-    member = resources['google_storage_bucket_iam_member.flows["preflow-train"]']["member"]
-    pool = f"projects/{PROJECT_NUMBER}/locations/global/workloadIdentityPools/my-project.svc.id.goog"
-    assert member == f"principal://iam.googleapis.com/{pool}/subject/ns/preflow/sa/preflow-train"
-    assert "google_billing_budget.this[0]" not in resources
-    assert outputs["workspace"] == "gs://my-project-preflow/runs"
-    assert "TRAIN_IMAGE=europe-west4-docker.pkg.dev/my-project/preflow/train:latest\n" in outputs["cluster_settings"]
-
-
-def test_the_variables_arrive_in_the_plan(terraform: Run) -> None:
-    resources, outputs = planned(
-        terraform, billing_account="AAAAAA-BBBBBB-CCCCCC", extended_grace="true", image_tag="abc",
-        admin_cidrs='["203.0.113.7/32","198.51.100.0/24"]',
-    )  # fmt: skip
-    (grace,) = resources["google_container_node_pool.l4_spot"]["node_config"][0]["kubelet_config"]
-    assert grace["shutdown_grace_period_seconds"] - grace["shutdown_grace_period_critical_pods_seconds"] == 100
-    (admins,) = resources["google_container_cluster.this"]["master_authorized_networks_config"]
-    assert [block["cidr_block"] for block in admins["cidr_blocks"]] == ["203.0.113.7/32", "198.51.100.0/24"]
-    budget = resources["google_billing_budget.this[0]"]
-    assert [rule["threshold_percent"] for rule in budget["threshold_rules"]] == [0.5, 0.9, 1]
-    assert budget["amount"][0]["specified_amount"][0]["units"] == "50"
-    assert outputs["cluster_settings"].count(":abc\n") == 3
-
-
-def test_a_project_that_is_none_is_refused_with_the_reason(terraform: Run) -> None:
-    done = terraform("plan", "-input=false", "-no-color", "-var=project_id=My Project")
-    assert done.returncode != 0
-    assert "project_id is the project's id" in done.stderr
 
 
 def test_the_extended_grace_has_a_provider_that_knows_it() -> None:

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Iterator
 from copy import deepcopy
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import jsonschema
 import pytest
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import Flow, FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from tests.fakes.process import ROOT
@@ -17,14 +19,17 @@ from tests.fakes.process import ROOT
 TEMPLATE = json.loads((ROOT / "deployments" / "l4-spot.job-template.json").read_text())
 VARIABLES = TEMPLATE["variables"]["properties"]
 RUN = FlowRun(id=UUID(int=1), flow_id=UUID(int=2), name="brave-fox")
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 KUBERNETES = "1.33"
 
 
-async def render(template: dict[str, Any] = TEMPLATE, **values: Any) -> dict[str, Any]:
-    """Return the Job for a flow run; the variables hold no reference, so no server is asked."""
+async def render(deployment: str = "l4-spot", **values: Any) -> dict[str, Any]:
+    """Return the Job for a run of train-dpo/DEPLOYMENT, as the worker makes it; no server is asked."""
     client = PrefectClient("http://127.0.0.1:9/api")
-    configuration = await KubernetesWorkerJobConfiguration.from_template_and_values(template, values, client=client)
-    configuration.prepare_for_flow_run(RUN)
+    configuration = await KubernetesWorkerJobConfiguration.from_template_and_values(TEMPLATE, values, client=client)
+    flow = Flow(id=RUN.flow_id, name="train-dpo")
+    found = DeploymentResponse(id=UUID(int=3), flow_id=RUN.flow_id, name=deployment, created=NOW, updated=NOW)
+    configuration.prepare_for_flow_run(RUN, deployment=found, flow=flow)
     job: dict[str, Any] = configuration.job_manifest
     return job
 

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from base64 import b64decode
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,12 +18,13 @@ import yaml
 from kubernetes_asyncio.client import ApiClient, BatchV1Api
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_AUTH_STRING, Settings, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_UI_URL, Settings, temporary_settings
 from prefect.settings.legacy import _get_valid_setting_names
 from prefect_kubernetes.settings import KubernetesSettings
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
 from tests.fakes.process import ROOT
+from tests.unit.infra.test_job_template import render
 
 K8S = ROOT / "infra" / "k8s"
 KUBERNETES = "1.33"
@@ -268,7 +271,7 @@ def who_reaches(labels: Object, port: int) -> list[Object]:
 
 
 def test_adapters_are_loaded_from_inside_only() -> None:
-    vllm = {"app.kubernetes.io/name": "vllm"}
+    vllm = {"preflow.dev/component": "vllm"}
     assert who_reaches(vllm, 8000) == [{"podSelector": {"matchLabels": {"preflow.dev/flow": "true"}}}]
     assert who_reaches(vllm, 8080) == [
         {"namespaceSelector": {}, "podSelector": {"matchLabels": {"preflow.dev/client": "true"}}}
@@ -284,20 +287,74 @@ def test_adapters_are_loaded_from_inside_only() -> None:
 
 
 def test_the_database_is_the_servers_alone() -> None:
-    peers = who_reaches({"app.kubernetes.io/name": "postgres"}, 5432)
-    assert peers == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "prefect-server"}}}]
+    peers = who_reaches({"preflow.dev/component": "postgres"}, 5432)
+    assert peers == [{"podSelector": {"matchLabels": {"preflow.dev/component": "prefect-server"}}}]
 
 
-def test_training_jobs_reach_what_they_need() -> None:
-    """The pods of the job template carry the labels that the policies let out."""
-    template = json.loads((ROOT / "deployments" / "l4-spot.job-template.json").read_text())
-    labels = template["job_configuration"]["job_manifest"]["spec"]["template"]["metadata"]["labels"]
-    policies = {
-        item["metadata"]["name"] for item in objects("gke") if item["kind"] == "NetworkPolicy" and selects(item, labels)
+def policies_of(labels: Object) -> list[Object]:
+    return [item for item in objects("gke") if item["kind"] == "NetworkPolicy" and selects(item, labels)]
+
+
+def leads_to(labels: Object) -> set[int]:
+    """Return the ports anywhere outside that the policies let these pods reach."""
+    return {
+        item["port"]
+        for policy in policies_of(labels)
+        for rule in policy["spec"].get("egress", [])
+        if any(peer.get("ipBlock", {}).get("cidr") == "0.0.0.0/0" for peer in rule["to"])
+        for item in rule["ports"]
     }
-    assert policies == {"default-deny", "dns", "flows", "metadata-server"}
-    account = template["variables"]["properties"]["service_account_name"]["default"]
-    assert find("gke", "ServiceAccount", account)
+
+
+# Names that a deployment of the pool may have; Prefect's worker makes them the pods' app.kubernetes.io/name.
+@pytest.mark.parametrize("deployment", ["l4-spot", "vllm", "postgres", "prefect-server", "prefect-worker", "mine"])
+async def test_training_pods_reach_what_they_need_whatever_their_deployment_is_called(deployment: str) -> None:
+    job = await render(deployment=deployment)
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/name"] == deployment, "the worker writes over what the template says"
+    names = {policy["metadata"]["name"] for policy in policies_of(labels)}
+    assert names == {"default-deny", "dns", "flows", "outside-endpoint", "metadata-server"}
+    assert leads_to(labels) == {443, 8000}
+    for service in (item for item in objects("gke") if item["kind"] == "Service"):
+        selector = service["spec"]["selector"]
+        assert not selector.items() <= labels.items(), f"{service['metadata']['name']} would lead to a training"
+    assert find("gke", "ServiceAccount", job["spec"]["template"]["spec"]["serviceAccountName"])
+
+
+def test_the_server_reaches_whom_it_notifies() -> None:
+    assert leads_to({"preflow.dev/component": "prefect-server"}) == {443}
+
+
+def test_the_port_of_an_outside_endpoint_is_a_setting(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    settings = tmp_path / "k8s" / "base" / "settings.env"
+    settings.write_text(settings.read_text().replace("8000", "30080"))
+    made = yaml.safe_load_all(build(tmp_path / "k8s" / "overlays" / "local"))
+    (policy,) = (item for item in made if item["metadata"]["name"] == "outside-endpoint")
+    assert policy["spec"]["egress"][0]["ports"] == [{"port": 30080, "protocol": "TCP"}]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_probe_may_take_longer_than_a_second(overlay: str) -> None:
+    for name, _, pod in workloads(overlay):
+        for container in containers(pod):
+            for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+                assert container.get(kind, {}).get("timeoutSeconds", 5) >= 5, f"{name}: {kind}"
+                assert kind not in container or "timeoutSeconds" in container[kind], f"{name}: {kind}"
+
+
+@pytest.mark.parametrize("name", ["flow-worker", "prefect-worker"])
+def test_links_lead_to_where_people_open_the_ui(name: str) -> None:
+    reference = environment("gke", name, "worker")["PREFECT_UI_URL"]["configMapKeyRef"]
+    config = find("gke", "ConfigMap", reference["name"])["data"]
+    assert config[reference["key"]] + "/api" == config["PREFECT_SERVER_UI_API_URL"] == "http://localhost:4200/api"
+
+
+async def test_jobs_inherit_the_address_of_the_ui() -> None:
+    with temporary_settings({PREFECT_UI_URL: "https://prefect.example"}):
+        job = await render()
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert {"name": "PREFECT_UI_URL", "value": "https://prefect.example"} in container["env"]
 
 
 def test_the_server_is_not_drained_by_chance() -> None:
@@ -307,37 +364,137 @@ def test_the_server_is_not_drained_by_chance() -> None:
     assert (budget["minAvailable"], server["replicas"]) == (1, 1)
 
 
+KUBECTL = """#!{python}
+import base64, pathlib, subprocess, sys, yaml
+folder, arguments = pathlib.Path("{folder}"), sys.argv[1:]
+with (folder / "commands").open("a") as log:
+    print(*arguments, file=log)
+if arguments[0] == "apply":
+    if arguments[-1] == "-":
+        made = yaml.safe_load(sys.stdin)
+        (folder / "secrets" / made["metadata"]["name"]).write_text(yaml.safe_dump(made))
+elif arguments[2] == "get":
+    if (folder / "outage").exists():
+        sys.exit("The connection to the server 10.0.0.1:6443 was refused - did you specify the right host or port?")
+    file, output = folder / "secrets" / arguments[4], arguments[-1]
+    if not file.exists():
+        if "--ignore-not-found" in arguments:
+            sys.exit(0)
+        sys.exit(f'Error from server (NotFound): secrets "{{arguments[4]}}" not found')
+    data = yaml.safe_load(file.read_text()).get("data", {{}})
+    if output.startswith("jsonpath="):
+        print(data.get(output.removeprefix("jsonpath={{.data.").removesuffix("}}"), ""), end="")
+    else:
+        key = output.split('"')[1]
+        if key not in data:  # on stdout, as kubectl does
+            print(f'error: error executing template "{{output}}": at <base64decode>: wrong type for value')
+            sys.exit(1)
+        print(base64.b64decode(data[key]).decode(), end="")
+else:
+    sys.exit(subprocess.run(["{real}", *arguments]).returncode)
+"""
+
+
 @pytest.fixture
 def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A kubectl that keeps what is applied in a file and gives it back; the rest is the real one's."""
-    applied = tmp_path / "applied.yaml"
-    real = shutil.which("kubectl")
+    """A kubectl that keeps Secrets in a folder and reads them as the real one does; the rest is the real one's."""
     (tmp_path / "bin").mkdir()
+    (tmp_path / "secrets").mkdir()
     script = tmp_path / "bin" / "kubectl"
-    script.write_text(f"""#!/bin/bash
-echo "$@" >> {tmp_path}/commands
-case "$1 $3" in
-    "apply -") {{ cat; echo ---; }} >> {applied} ;;
-    "apply "*) true ;;
-    "--namespace get") exit 1 ;;
-    *) exec {real} "$@" ;;
-esac
-""")
+    script.write_text(KUBECTL.format(python=sys.executable, folder=tmp_path, real=shutil.which("kubectl")))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
-    return applied
+    for name in ("OPENAI_API_KEY", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def run_secrets(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(K8S / "secrets.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+
+
+def secrets_in(folder: Path) -> dict[str, dict[str, str]]:
+    made = [yaml.safe_load(file.read_text()) for file in sorted((folder / "secrets").iterdir())]
+    return {
+        item["metadata"]["name"]: {key: b64decode(value).decode() for key, value in item.get("data", {}).items()}
+        for item in made
+    }
 
 
 def test_the_script_makes_every_secret_that_is_referred_to(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "planted-judge-key")
     monkeypatch.setenv("HF_TOKEN", "planted-token")
-    done = subprocess.run([K8S / "secrets.sh"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = run_secrets()
     assert done.returncode == 0, done.stderr
-    made = {item["metadata"]["name"]: item["data"] for item in yaml.safe_load_all(kubectl.read_text()) if item}
+    made = secrets_in(kubectl)
     for _, _, pod in workloads("gke"):
         for name, key, optional in secret_references(pod):
             assert optional or key in made[name], f"{name}: {key}"
-    assert set(made["preflow-flow"]) == {"OPENAI_API_KEY"}
-    assert set(made["preflow-train"]) == {"HF_TOKEN"}
-    spoken = done.stdout + done.stderr + (kubectl.parent / "commands").read_text()
+    assert made["preflow-flow"] == {"OPENAI_API_KEY": "planted-judge-key"}
+    assert made["preflow-train"] == {"HF_TOKEN": "planted-token"}
+    spoken = done.stdout + done.stderr + (kubectl / "commands").read_text()
     assert "planted" not in spoken, "a key is shown, or stands in a command line"
+
+
+def test_a_second_run_keeps_what_is_there_and_adds_only_what_was_missing(
+    kubectl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_secrets().returncode == 0
+    first = secrets_in(kubectl)
+    assert first["preflow-flow"] == first["preflow-train"] == {}, "no key was given, and an error text is none"
+    monkeypatch.setenv("OPENAI_API_KEY", "given-later")
+    assert run_secrets().returncode == 0
+    assert secrets_in(kubectl) == {**first, "preflow-flow": {"OPENAI_API_KEY": "given-later"}}
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    assert run_secrets().returncode == 0
+    assert secrets_in(kubectl)["preflow-flow"] == {"OPENAI_API_KEY": "given-later"}
+
+
+def test_a_password_that_cannot_be_read_is_not_replaced(kubectl: Path) -> None:
+    assert run_secrets().returncode == 0
+    before = secrets_in(kubectl)
+    (kubectl / "outage").touch()
+    done = run_secrets()
+    assert done.returncode != 0
+    assert "was refused" in done.stderr
+    assert secrets_in(kubectl) == before
+
+
+GCLOUD = """#!/bin/bash
+# Secret Manager: a file a secret; an error is on stderr, and what gcloud printed before it on stdout.
+folder={folder}/manager
+case "$3" in
+    access)
+        [ ! -e {folder}/outage ] || {{ echo "ERROR: (gcloud.secrets) PERMISSION_DENIED" >&2; exit 1; }}
+        [ -e "$folder/$8" ] || {{ echo "half an answer"; echo "ERROR: NOT_FOUND: no version" >&2; exit 1; }}
+        cat "$folder/$8" ;;
+    add) cat >"$folder/$4" ;;
+    *) exit 2 ;;
+esac
+"""
+
+
+def test_secret_manager_keeps_the_values_and_the_cluster_gets_a_copy(
+    kubectl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kubectl / "manager").mkdir()
+    script = kubectl / "bin" / "gcloud"
+    script.write_text(GCLOUD.format(folder=kubectl))
+    script.chmod(0o755)
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    done = run_secrets("project", "preflow")
+    assert done.returncode == 0, done.stderr
+    kept = {file.name: file.read_text() for file in (kubectl / "manager").iterdir()}
+    assert set(kept) == {
+        f"preflow-{name}" for name in ("prefect-auth", "postgres-password", "vllm-api-key", "hf-token")
+    }
+    made = secrets_in(kubectl)
+    assert made["prefect-auth"]["auth-string"] == kept["preflow-prefect-auth"]
+    assert made["preflow-train"] == {"HF_TOKEN": "planted-token"}
+    assert made["preflow-flow"] == {}
+    assert run_secrets("project", "preflow").returncode == 0
+    assert secrets_in(kubectl) == made
+    (kubectl / "outage").touch()
+    assert run_secrets("project", "preflow").returncode != 0
+    assert secrets_in(kubectl) == made

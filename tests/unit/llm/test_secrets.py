@@ -63,7 +63,7 @@ def test_a_literal_key_is_refused_and_not_shown(model: type[BaseModel], name: st
 
 @pytest.mark.parametrize(("model", "name"), FIELDS, ids=[f"{model.__name__}.{name}" for model, name in FIELDS])
 def test_the_name_of_a_secret_is_taken(model: type[BaseModel], name: str) -> None:
-    for good in ("env:OPENAI_API_KEY", "my-judge-key"):
+    for good in ("env:OPENAI_API_KEY", "my-judge-key", "gemini25flashprodkey", "llmjudgekey2025prod", "gpt4o2judge"):
         assert getattr(model.model_validate({name: good}), name) == good
 
 

@@ -51,6 +51,17 @@ def test_what_a_person_can_fix_is_said_without_a_traceback(tmp_path: Path, argum
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_ctrl_c_says_what_to_do(tmp_path: Path) -> None:
+    """In the middle of a sub-command: cyclopts would leave without a word."""
+    code = "import preflow.commands.schema as s, signal, os\n"
+    code += "def schema(): os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "s.schema = schema; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from preflow.cli import main; raise SystemExit(main(['schema']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == Exit.INTERRUPTED
+    assert done.stderr.splitlines() == ["stopped; run it again, and it continues where it was"]
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [

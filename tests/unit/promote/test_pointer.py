@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from tasks.promote.pointer import (
     check_gate,
     choose_rollback,
     find_promotion,
+    find_rollback,
     install_adapter,
     move_pointer,
     read_pointer,
@@ -34,18 +37,37 @@ def adapter(folder: Path, content: str) -> AdapterRef:
     return AdapterRef(uri=uri, sha256=sha256, size=len(content), rows=1)
 
 
-def evaluation(of: AdapterRef, lower: float) -> EvaluationRef:
-    return EvaluationRef(
-        uri="win_rate.json", sha256="0" * 64, size=1, rows=800, adapter_sha256=of.sha256, win_rate=0.6, lower=lower,
-        upper=0.7,
-    )  # fmt: skip
+def evaluation(of: AdapterRef, lower: float, **found: Any) -> EvaluationRef:
+    uri, rate = f"{of.uri}/../win_rate.json", {"win_rate": 0.6, "lower": lower, "upper": 0.7}
+    Workspace.holding(uri).write_json(uri, {**rate, **found})
+    return EvaluationRef(uri=uri, sha256="0" * 64, size=1, rows=800, adapter_sha256=of.sha256, **rate)
 
 
 def test_the_lower_bound_must_be_over_the_bar(tmp_path: Path) -> None:
     new = adapter(tmp_path, "new")
     check_gate(new, evaluation(new, lower=0.51), bar=0.5)
-    with pytest.raises(PromotionRefused, match=r"interval \[0\.500, 0\.700\]"):
+    with pytest.raises(PromotionRefused, match=r"60\.0 % \(50\.0-70\.0 %\).*What was served before is still served"):
         check_gate(new, evaluation(new, lower=0.5), bar=0.5)
+
+
+def test_a_win_by_length_alone_and_a_null_test_that_fails_are_refused(tmp_path: Path) -> None:
+    new, even = adapter(tmp_path, "new"), {"win_rate": 0.5, "lower": 0.47, "upper": 0.53}
+    with pytest.raises(PromotionRefused, match="with length taken out"):
+        check_gate(new, evaluation(new, lower=0.57, length_controlled=even), bar=0.5)
+    uneven = {"win_rate": 0.61, "lower": 0.57, "upper": 0.65, "confidence": 0.99}
+    with pytest.raises(PromotionRefused, match=r"two draws of the SFT adapter come out at 61\.0 %.*99%"):
+        check_gate(new, evaluation(new, lower=0.58, null=uneven), bar=0.5)
+    check_gate(new, evaluation(new, lower=0.58, null=even, length_controlled={**even, "lower": 0.51}), bar=0.5)
+
+
+def test_the_gate_reads_what_was_found_not_what_the_reference_says(tmp_path: Path) -> None:
+    new = adapter(tmp_path, "new")
+    claimed = evaluation(new, lower=0.4).model_copy(update={"lower": 0.9})
+    with pytest.raises(PromotionRefused, match=r"40\.0-70\.0 %"):
+        check_gate(new, claimed, bar=0.5)
+    Path(claimed.uri).unlink()
+    with pytest.raises(PromotionRefused, match=r"win_rate\.json: not there.*run evaluate-adapter again"):
+        check_gate(new, claimed, bar=0.5)
 
 
 def test_another_adapters_evaluation_does_not_count(tmp_path: Path) -> None:
@@ -147,13 +169,14 @@ def test_a_pipeline_that_runs_again_does_not_undo_a_rollback(tmp_path: Path) -> 
     first, second = promoted(tmp_path, "first", "second")
     assert find_promotion(first, workspace, PROMOTION) is None, "an older adapter that won again may be promoted"
     roll_back(tmp_path)
-    found = find_promotion(second, workspace, PROMOTION)
-    assert found is not None
-    assert found.adapter_sha256 == first.sha256
+    assert find_promotion(second, workspace, PROMOTION) is None, "what is served is another adapter"
+    assert re.match(r"it was rolled back at 20.*run promote-adapter", find_rollback(second, workspace, PROMOTION) or "")
+    assert find_rollback(first, workspace, PROMOTION) is None
     move_pointer(second, evaluation(second, 0.6), "uri", workspace, PROMOTION)
     found = find_promotion(second, workspace, PROMOTION)
     assert found is not None
     assert found.adapter_sha256 == second.sha256
+    assert find_rollback(second, workspace, PROMOTION) is None
 
 
 def test_a_rollback_to_what_is_not_there_says_what_is(tmp_path: Path) -> None:

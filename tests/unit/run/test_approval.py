@@ -10,7 +10,7 @@ from tasks.judge.asking import plan_judging
 from tasks.run.approval import count_comparisons, estimate_judging
 from tasks.store.workspace import CompletionsRef, Workspace
 
-PRICES = {"prompt_price": 1.0, "completion_price": 10.0, "max_tokens": 100, "shard_size": 100}
+PRICES = {"prompt_price": 1.0, "completion_price": 10.0, "max_tokens": 100, "shard_size": 100, "rubric": "seinfeld"}
 
 
 def make(folder: Path, **judging: object) -> tuple[PipelineConfig, CompletionsRef]:

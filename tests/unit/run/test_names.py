@@ -20,10 +20,11 @@ def name_of(given: str) -> str:
         FlowRunContext.__var__.reset(token)
 
 
-@pytest.mark.parametrize("given", ["my beta 0.03 run", "beta-test", "lean", "try-2"])
+@pytest.mark.parametrize("given", ["my beta 0.03 run", "beta-test", "lean", "try-2", "Small-try with lr 1e-6"])
 def test_a_name_that_was_typed_stays(given: str) -> None:
     assert name_of(given) == given
 
 
 def test_a_name_that_was_made_up_does_not() -> None:
     assert {name_of(generate_slug(2)) for _ in range(100)} == {"dpo: beta 0.1"}
+    assert {name_of(name) for name in ("Rustic-Pizza", "Tasty-Arepas")} == {"dpo: beta 0.1"}

@@ -19,6 +19,7 @@ def config(tmp_path: Path) -> PipelineConfig:
     return PipelineConfig(
         prompts=str(tmp_path / "prompts.jsonl"),
         workspace=str(tmp_path / "workspace"),
+        judging=JudgingConfig(rubric="seinfeld"),
         training=TrainingConfig(sft_adapter=str(tmp_path / "sft")),
     )
 
@@ -31,7 +32,7 @@ def test_what_changes_the_outcome_makes_another_run(config: PipelineConfig, tmp_
     other = str(tmp_path / "other")
     keys = [
         run_key(config),
-        changed(config, judging=JudgingConfig(model="stronger")),
+        changed(config, judging=JudgingConfig(model="stronger", rubric="seinfeld")),
         changed(config, judging=JudgingConfig(rubric="demo")),
         changed(config, training=config.training.model_copy(update={"beta": 0.2})),
         changed(config, training=config.training.model_copy(update={"sft_adapter": other})),
@@ -46,8 +47,8 @@ def test_what_changes_the_outcome_makes_another_run(config: PipelineConfig, tmp_
 
 
 def test_addresses_keys_and_limits_do_not(config: PipelineConfig) -> None:
-    moved = {"endpoint": "http://elsewhere:1/v1", "max_concurrency": 3, "api_key": "env:OTHER"}
-    assert run_key(config) == changed(config, judging=JudgingConfig(**moved))
+    moved: dict[str, Any] = {"endpoint": "http://elsewhere:1/v1", "max_concurrency": 3, "api_key": "env:OTHER"}
+    assert run_key(config) == changed(config, judging=JudgingConfig(rubric="seinfeld", **moved))
     assert run_key(config) == changed(config, generation=GenerationConfig(**moved))
     written_out = EvaluationConfig(judging=JudgingConfig(**moved))
     assert run_key(config) == changed(config, evaluation=written_out)

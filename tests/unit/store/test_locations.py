@@ -17,7 +17,7 @@ from tasks.config import (
     resolve_location,
 )
 from tasks.errors import PreflowError
-from tasks.judge.asking import read_rubric
+from tasks.judge.prompt import read_rubric
 from tasks.run.inputs import PreferencesInput
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import Manifest, PreferencesRef, Workspace, folder_digest

@@ -18,7 +18,7 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.errors import PreflowError
-from tasks.evaluate.win_rate import win_rate
+from tasks.evaluate.comparisons import win_rate
 from tasks.run.preflight import my_turn, taking_turns
 from tasks.store.measures import WinRate
 from tasks.sweep.estimate import SweepPlan, Work, check_budget
@@ -26,6 +26,7 @@ from tasks.sweep.page import plan_section, ranking_section
 from tasks.sweep.points import expand_points, parameter_names
 from tasks.sweep.prepare import prepare_points, trainings_at_once
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
+from tests.fakes.comparisons import compared
 
 
 def points(base: PipelineConfig | None = None, **sweep: Any) -> list[tuple[str, PipelineConfig]]:
@@ -203,7 +204,9 @@ def test_with_the_widened_confidence_all_intervals_hold_together() -> None:
         rates = []
         for _ in range(count):
             outcomes = {str(prompt): [float(rng.random() < 0.5)] for prompt in range(200)}
-            rates.append((win_rate(outcomes, confidence), win_rate(outcomes, sidak(confidence, count))))
+            rates.append(
+                (win_rate(compared(outcomes), confidence), win_rate(compared(outcomes), sidak(confidence, count)))
+            )
         best = max(rates, key=lambda pair: pair[0].win_rate)
         alone += best[0].lower > 0.5
         together += best[1].lower > 0.5

@@ -101,6 +101,12 @@ def test_beta_is_not_advised_below_what_is_sensible() -> None:
     assert "beta is 0.01 already" in "\n".join(assess(run(FIRST, beta=0.01)).advice)
 
 
+def test_advice_on_the_learning_rate_goes_one_way() -> None:
+    advice = " ".join(assess(run(FIRST)).advice)  # 5 % of its weights had moved
+    assert "raise learning_rate" in advice
+    assert "at a learning rate of" not in advice
+
+
 def test_no_advice_is_given_that_is_followed_already() -> None:
     falling = [trained(10), evaluation(58, 0.9, -0.2, -1.0, 0.6)]
     health = assess(run(falling, sft_weight=1.0, beta=10.0, num_train_epochs=3))

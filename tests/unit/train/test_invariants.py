@@ -18,6 +18,7 @@ ZERO = {"rewards/margins": 0.0, "rewards/chosen": 0.0, "rewards/rejected": 0.0}
         (LossType.ROBUST, 0.1, math.log(2)),
         (LossType.SIGMOID_NORM, 0.5, math.log(2)),
         (LossType.HINGE, 0.1, 1.0),
+        (LossType.APO_ZERO, 0.1, 1.0),
         (LossType.IPO, 0.1, 25.0),
         (LossType.IPO, 0.5, 1.0),
     ],
@@ -26,8 +27,23 @@ def test_first_loss_is_held_against_the_value_at_margin_zero(loss_type: LossType
     smoothing = 0.1 if loss_type is LossType.ROBUST else 0.0
     training = TrainingConfig(loss_type=loss_type, beta=beta, label_smoothing=smoothing)
     invariants.check_first_loss({"loss": expected + 9e-4, **ZERO}, training)
-    with pytest.raises(InvariantError, match=r"invariant first-loss: .*reference is not the SFT policy"):
+    with pytest.raises(InvariantError, match=r"invariant first-loss: .*They agree, so something else than DPO"):
         invariants.check_first_loss({"loss": expected * 1.05, **ZERO}, training)
+
+
+@pytest.mark.parametrize(("margin", "named"), [(0.3, "computed differently"), (math.nan, "weights .* are finite")])
+def test_a_first_loss_names_no_cause_that_was_not_checked(margin: float, named: str) -> None:
+    measured = {"loss": 0.7, "rewards/margins": margin, "rewards/chosen": margin, "rewards/rejected": 0.0}
+    with pytest.raises(InvariantError, match=named) as raised:
+        invariants.check_first_loss(measured, TrainingConfig())
+    assert "is not the SFT policy" not in str(raised.value)
+
+
+def test_a_model_that_is_random_while_it_trains_stops() -> None:
+    invariants.check_nothing_random(0.6931, 0.6932, "modules")
+    for value in (0.71, math.nan):
+        with pytest.raises(InvariantError, match=r"nothing-random: .*0\.693100 in evaluation mode"):
+            invariants.check_nothing_random(value, 0.6931, "modules")
 
 
 def test_first_margin_is_zero() -> None:

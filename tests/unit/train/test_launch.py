@@ -10,7 +10,7 @@ import pytest
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.train.launch import check_training_inputs, training_key, with_measured_smoothing
-from tests.fakes.tiny_training import TinyWorld, build_adapter, build_base, pairs, write_preferences
+from tests.fakes.tiny_training import Shape, TinyWorld, build_adapter, build_base, pairs, write_preferences
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,18 @@ def test_another_base_in_the_adapters_config_is_a_warning(world: TinyWorld, capl
     assert "names the base model someone/other-model" in caplog.text
 
 
-def test_shapes_that_contradict_the_base_are_an_error(world: TinyWorld) -> None:
-    config = json.loads((world.base / "config.json").read_text()) | {"hidden_size": 128}
-    (world.base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PreflowError, match=r"shape \[4, 64\], the base model \(hidden size 128\) needs \[4, 128\]"):
-        check_training_inputs(world.config())
+def test_shapes_that_contradict_the_base_are_an_error(world: TinyWorld, tmp_path: Path) -> None:
+    build_base(tmp_path / "wider", shape=Shape(hidden=128))
+    with pytest.raises(
+        PreflowError, match=r"of sizes \[64, \d+\], base_model .*wider has \[128, \d+\]. The adapter was"
+    ):
+        check_training_inputs(world.config(base_model=str(tmp_path / "wider")))
+
+
+def test_an_adapter_of_a_deeper_base_is_an_error(world: TinyWorld, tmp_path: Path) -> None:
+    build_base(tmp_path / "shallow", shape=Shape(layers=1))
+    with pytest.raises(PreflowError, match=r"layers\.1\..* has no such module"):
+        check_training_inputs(world.config(base_model=str(tmp_path / "shallow")))
 
 
 def test_damaged_weights_are_an_error(world: TinyWorld) -> None:
@@ -120,8 +127,9 @@ def test_the_key_depends_on_content_and_settings_only(world: TinyWorld, tmp_path
     operational = {"save_steps": 3, "cache_reference": False, "grace_seconds": 5, "lease_seconds": 9}
     assert training_key(world.preferences, world.config(**operational)) == key
     shutil.copytree(world.adapter, tmp_path / "elsewhere")
-    moved = world.config(sft_adapter=str(tmp_path / "elsewhere"))
-    assert training_key(world.preferences, moved) == key
+    shutil.copytree(world.base, tmp_path / "moved-base")
+    for moved in ({"sft_adapter": str(tmp_path / "elsewhere")}, {"base_model": str(tmp_path / "moved-base")}):
+        assert training_key(world.preferences, world.config(**moved)) == key
     for change in ({"beta": 0.2}, {"seed": 1}, {"sft_weight": 1.0}, {"max_steps": 13}):
         assert training_key(world.preferences, world.config(**change)) != key
 
@@ -155,6 +163,21 @@ class TestMeasuredSmoothing:
     @pytest.mark.parametrize(("rate", "smoothing"), [(0.0, 0.0), (0.32, 0.2), (0.42, 0.3)])
     def test_it_is_the_share_of_wrong_verdicts(self, world: TinyWorld, rate: float, smoothing: float) -> None:
         self.report(world, rate)
+        assert with_measured_smoothing(world.preferences, self.config()).label_smoothing == pytest.approx(smoothing)
+
+    @pytest.mark.parametrize(
+        ("judged", "smoothing"),
+        [
+            ({"orders": 2, "panel": [], "pair_policy": "unanimous"}, 0.04 / 0.68),
+            ({"orders": 3, "panel": [], "pair_policy": "majority"}, 0.104),
+            ({"orders": 2, "panel": [{}], "pair_policy": "unanimous"}, 0.0016 / 0.4112),
+        ],
+    )
+    def test_pairs_on_which_verdicts_agree_are_wrong_less_often(
+        self, world: TinyWorld, judged: dict[str, Any], smoothing: float
+    ) -> None:
+        self.report(world, 0.32)  # each verdict is wrong with probability 0.2
+        (Path(world.preferences.uri).parent / "manifest.json").write_text(json.dumps({"config": judged}))
         assert with_measured_smoothing(world.preferences, self.config()).label_smoothing == pytest.approx(smoothing)
 
     @pytest.mark.parametrize("rate", [None, 0.5, 0.7])

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from tasks.config import ChatSettings, ComputeType, LossType, QuantType, ReportTo, Schedule, TrainingConfig
+from tasks.config import ChatSettings, ComputeType, Divergence, LossType, QuantType, ReportTo, Schedule, TrainingConfig
 from tasks.trainer import model
 from tasks.trainer.trainer import dpo_config
 
@@ -15,6 +16,10 @@ REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
     "beta": (0.37, "beta", 0.37),
     "loss_type": (LossType.IPO, "loss_type", ["ipo"]),
     "sft_weight": (0.5, "loss_weights", [1.0, 0.5]),
+    "f_divergence": (Divergence.JS, "f_divergence_type", "js_divergence"),
+    "ld_alpha": (0.3, "ld_alpha", 0.3),
+    "use_weighting": (True, "use_weighting", True),
+    "router_aux_loss_coef": (0.01, "router_aux_loss_coef", 0.01),
     "label_smoothing": (0.2, "label_smoothing", 0.2),
     "learning_rate": (3e-4, "learning_rate", 3e-4),
     "num_train_epochs": (2.5, "num_train_epochs", 2.5),
@@ -79,11 +84,13 @@ def test_bf16_is_for_cuda_only(cuda: bool, tmp_path: Path, monkeypatch: pytest.M
 def test_the_base_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def load(name: str, **options: Any) -> torch.nn.Module:
+    def load(name: str, **options: Any) -> tuple[torch.nn.Module, dict[str, Any]]:
         seen.update(name=name, **options)
-        return torch.nn.Linear(1, 1)
+        found = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return torch.nn.Linear(1, 1), found
 
     monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(model.AutoConfig, "from_pretrained", lambda name, **options: LlamaConfig())
     training = TrainingConfig(
         base_model="a/b", base_revision="abc", bnb_4bit_quant_type=QuantType.FP4,
         bnb_4bit_compute_dtype=ComputeType.FLOAT16, bnb_4bit_use_double_quant=False,
@@ -105,6 +112,7 @@ def test_the_base_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> No
         ({"measured_label_smoothing": True, "loss_type": "hinge"}, "measured_label_smoothing .*loss_type .*hinge"),
         ({"loss_type": "robust"}, "loss_type robust .*label_smoothing"),
         ({"load_in_4bit": False, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type fp4 .*load_in_4bit"),
+        ({"loss_type": "apo_zero", "f_divergence": "forward_kl"}, "apo_zero .*f_divergence reverse_kl, not forward_kl"),
         ({"max_steps": 10, "warmup_steps": 11}, r"warmup_steps \(11\) .*max_steps \(10\)"),
     ],
 )

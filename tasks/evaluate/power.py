@@ -1,0 +1,156 @@
+"""Power before price: what an evaluation can show, and how many held-out prompts it takes to show more."""
+
+import math
+from dataclasses import dataclass, replace
+from statistics import median
+
+from pydantic import ValidationError
+
+from tasks.config import EvaluationConfig
+from tasks.errors import PreflowError
+from tasks.evaluate.intervals import quantile, spread
+from tasks.store.measures import Evaluation, WinRate
+from tasks.store.workspace import Workspace
+
+# The share of runs in which an adapter that is truly so good passes the gate.
+POWER = 0.8
+# Where the workspace holds no evaluation yet: in two orders a third of the comparisons tie, as judges of close texts
+# do, and two samples of a prompt agree by 0.3 more than chance.
+TIES, ALIKE = 0.3, 0.3
+MOST_PROMPTS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Design:
+    """What decides how surely an evaluation measures.
+
+    Attributes:
+        prompts: held-out prompts.
+        samples: of each prompt and adapter.
+        ties: share of the comparisons that count half.
+        design_effect: how many times more comparisons it takes than if all were independent (Kish 1965).
+        per_cluster: comparisons that are alike: samples of a prompt, or of all prompts of a group.
+    """
+
+    prompts: int
+    samples: int
+    ties: float
+    design_effect: float
+    per_cluster: float
+
+    def standard_error(self, rate: float) -> float:
+        """Return the standard error of the win rate, if that is truly `rate`."""
+        ties = min(self.ties, 2 * rate, 2 * (1 - rate))
+        return math.sqrt(self.design_effect * spread(rate, ties) / (self.prompts * self.samples))
+
+    def power(self, rate: float, bar: float, confidence: float) -> float:
+        """Return the probability that an adapter whose true win rate is `rate` gets a lower bound over `bar`.
+
+        Wilson's bound is over the bar where the measured rate is over `bar` + q sqrt(bar (1 - bar) / n), with n the
+        effective samples; what is measured scatters by the standard error, which is itself estimated from the
+        clusters: a noncentral t distribution, which for many clusters is the normal one.
+        """
+        from scipy.stats import nct, norm
+
+        error, clusters = self.standard_error(rate), self.prompts * self.samples / self.per_cluster
+        if error == 0:
+            return float(rate > bar)
+        q = quantile(confidence, clusters)
+        wilson = math.sqrt(bar * (1 - bar) / max(1e-9, rate * (1 - rate)))
+        needed, shift = q * wilson, (rate - bar) / error
+        if clusters > 100:
+            return float(norm.sf(needed - shift))
+        return float(nct.sf(needed, max(1.0, clusters - 1), shift))
+
+
+def smallest_detectable(design: Design, bar: float = 0.5, confidence: float = 0.95, power: float = POWER) -> float:
+    """Return the smallest true win rate that passes the gate in a share `power` of runs; 1.0 if none does."""
+    low, high = bar, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if design.power(middle, bar, confidence) >= power else (middle, high)
+    return round(high, 4)
+
+
+def prompts_needed(
+    design: Design, rate: float, bar: float = 0.5, confidence: float = 0.95, power: float = POWER
+) -> int:
+    """Return the held-out prompts it takes to pass an adapter of true win rate `rate` in a share `power` of runs.
+
+    Raises:
+        PreflowError: no number of prompts does, as `rate` is not over the bar.
+    """
+    if rate <= bar:
+        raise PreflowError(f"a win rate of {rate:g} is never over a bar of {bar:g}, whatever the number of prompts")
+    low, high = 1, MOST_PROMPTS
+    while low < high:
+        middle = (low + high) // 2
+        enough = replace(design, prompts=middle).power(rate, bar, confidence) >= power
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return low
+
+
+def design_of(measured: Evaluation, prompts: int | None = None, samples: int | None = None) -> Design:
+    """Return the design that an evaluation turned out to have, or that of another number of prompts or samples.
+
+    The gate looks at the lower of two bounds; the less sure of the two rates decides.
+    """
+    rates = [rate for rate in (measured, measured.length_controlled) if rate is not None]
+    effect = max(_design_effect(rate) for rate in rates)
+    had = measured.samples / max(1, measured.prompts)
+    per_cluster = measured.samples / max(1, measured.clusters)
+    samples, prompts = samples or max(1, round(had)), prompts or max(1, measured.prompts)
+    grown = per_cluster * samples / had
+    alike = (effect - 1) / (per_cluster - 1) if per_cluster > 1 else ALIKE
+    return Design(prompts, samples, measured.ties, 1 + max(0.0, grown - 1) * alike, grown)
+
+
+def _design_effect(rate: WinRate) -> float:
+    independent = rate.win_rate * (1 - rate.win_rate) / max(1e-9, rate.effective_samples)
+    return max(1.0, rate.samples * independent / max(1e-9, spread(rate.win_rate, rate.ties)))
+
+
+def plan_design(workspace: str, evaluation: EvaluationConfig, held_out: int) -> Design:
+    """Return the design of an evaluation that is yet to be made, going by those in the workspace, or by defaults."""
+    store = Workspace(workspace)
+    prompts, samples = min(held_out, evaluation.max_prompts), evaluation.num_samples
+    uris = [store.uri("evaluations", name, "win_rate.json") for name in store.folders(store.uri("evaluations"))]
+    designs = [design_of(found, prompts, samples) for uri in uris if (found := _read(store, uri))]
+    if not designs:
+        return Design(prompts, samples, TIES, 1 + (samples - 1) * ALIKE, samples)
+    return Design(
+        prompts,
+        samples,
+        median(design.ties for design in designs),
+        median(design.design_effect for design in designs),
+        median(design.per_cluster for design in designs),
+    )
+
+
+def _read(store: Workspace, uri: str) -> Evaluation | None:
+    """Return an evaluation; None where there is none, or one of another version."""
+    try:
+        return Evaluation.model_validate(store.read_json(uri))
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def describe_power(design: Design, bar: float, confidence: float, usd_per_prompt: float = 0.0) -> str:
+    """Say what an evaluation can show, and what it takes to show half the gain, with the price of both."""
+    least = smallest_detectable(design, bar, confidence)
+    if least >= 1:
+        return (
+            f"{design.prompts:,} held-out prompts x {design.samples} samples are too few for any adapter to pass in "
+            f"{POWER:.0%} of runs: give more prompts."
+        )
+    smaller = (least + bar) / 2
+    more = prompts_needed(design, smaller, bar, confidence)
+    return (
+        f"{design.prompts:,} held-out prompts x {design.samples} samples{_price(design.prompts, usd_per_prompt)}: an "
+        f"adapter that truly wins {least:.1%} passes in {POWER:.0%} of runs. To show {smaller:.1%} takes {more:,} "
+        f"prompts{_price(more, usd_per_prompt)}."
+    )
+
+
+def _price(prompts: int, usd_per_prompt: float) -> str:
+    return f" (about {prompts * usd_per_prompt:,.2f} US$)" if usd_per_prompt else ""

@@ -1,0 +1,150 @@
+"""Reading a judge's verdict, strictly: never out of its thinking, and never out of a text that it quotes."""
+
+import json
+import math
+import re
+from typing import Any
+
+from json_repair import repair_json
+from pydantic import BaseModel
+
+# Objects in an answer that are tried as the verdict, from its end.
+MOST_OBJECTS = 50
+_CLOSING = re.compile(r"[<\[]/(?:think(?:ing)?|thought|reasoning)[>\]]|<\|channel\|>final<\|message\|>", re.IGNORECASE)
+_OPENING = re.compile(r"[<\[](?:think(?:ing)?|thought|reasoning)[>\]]|<\|channel\|>analysis", re.IGNORECASE)
+_FENCE = re.compile(r"\s*(?:```\w*\s*)?")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
+
+
+class Verdict(BaseModel):
+    """A verdict in positions, 0-based, as shown."""
+
+    best: int
+    worst: int
+    confidence: int | None = None
+
+
+class UnreadableVerdict(Exception):
+    """The judge's answer holds no usable verdict; the message says why."""
+
+
+def verdict_format(n: int) -> dict[str, Any]:
+    """Return the `response_format` that forces a verdict over `n` completions.
+
+    The numbers are strings: some endpoints take no enum of integers.
+    """
+    number = {"type": "string", "enum": [str(number) for number in range(1, n + 1)]}
+    confidence = {"type": "string", "enum": ["1", "2", "3", "4", "5"]}
+    schema = {
+        "type": "object",
+        "properties": {"best": number, "worst": number, "confidence": confidence},
+        "required": ["best", "worst", "confidence"],
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+
+
+def read_verdict(text: str, n: int, cut: bool = False) -> Verdict:
+    """Read a verdict over `n` completions from whatever the judge wrote around it.
+
+    An answer that is one JSON object is that object. Else fences, text before and after, trailing commas and numbers as
+    strings are accepted; of several objects the last with a `best` counts.
+
+    Args:
+        text: the judge's answer.
+        n: how many completions it was shown.
+        cut: the answer was cut at its token limit: what it began with counts, the rest may be thinking.
+
+    Raises:
+        UnreadableVerdict: nothing of the kind is there, a number is out of range, or best equals worst.
+    """
+    whole = _load(text.strip())
+    visible = text if isinstance(whole, dict) else _OPENING.split(_CLOSING.split(text)[-1])[0]
+    if not visible.strip():
+        raise UnreadableVerdict("empty answer")
+    found = [value for value in _objects(visible, cut) if "best" in value]
+    if not found:
+        raise UnreadableVerdict("no JSON object with a `best`")
+    return _check_verdict(found[0] if cut else found[-1], n)
+
+
+def _objects(text: str, cut: bool) -> list[dict[str, Any]]:
+    """Return the objects in a text from left to right; what stands inside one is not looked at by itself."""
+    openings = [found.start() for found in re.finditer(r"\{", text)]
+    if cut:
+        start = _FENCE.match(text)
+        openings = openings[:1] if start and openings and openings[0] == start.end() else []
+    objects, end = [], 0
+    for opening in openings[-MOST_OBJECTS:]:
+        if opening >= end:
+            value, length = _read_object(text, opening, cut)
+            end = opening + length
+            objects += _verdicts_in(value)
+    return objects
+
+
+def _read_object(text: str, opening: int, cut: bool) -> tuple[Any, int]:
+    """Return the object that opens at `opening`, repaired if it must be, and its length; length 0 if there is none."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, opening)
+        return value, end - opening
+    except (ValueError, RecursionError):
+        broken = _span(text, opening) or _match(r"\{[^{}]*\}" if cut else r"\{[^{}]*\}?", text, opening)
+    try:
+        value = repair_json(broken, return_objects=True) if broken else None
+    except (ValueError, RecursionError):
+        return None, 0
+    return (value, len(broken)) if isinstance(value, dict) else (None, 0)
+
+
+def _span(text: str, opening: int) -> str:
+    """Return the text up to the brace that closes the one at `opening`, passing over strings; "" if none does."""
+    depth = 0
+    for token in _TOKEN.finditer(text, opening):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0 or depth > MOST_OBJECTS:
+            return text[opening : token.end()] if depth == 0 else ""
+    return ""
+
+
+def _match(pattern: str, text: str, opening: int) -> str:
+    found = re.compile(pattern).match(text, opening)
+    return found[0] if found else ""
+
+
+def _load(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _verdicts_in(value: Any, depth: int = 3) -> list[dict[str, Any]]:
+    """Return `value` if it has a `best`, else those of the objects in it that have one."""
+    if not isinstance(value, dict):
+        return []
+    if "best" in value or not depth:
+        return [value]
+    return [found for inner in value.values() for found in _verdicts_in(inner, depth - 1)]
+
+
+def _check_verdict(value: dict[str, Any], n: int) -> Verdict:
+    best, worst, confidence = (_whole_number(value.get(name)) for name in ("best", "worst", "confidence"))
+    if best is None or worst is None:
+        raise UnreadableVerdict("best or worst is not a number")
+    if not (1 <= best <= n and 1 <= worst <= n):
+        raise UnreadableVerdict(f"best or worst is not between 1 and {n}")
+    if best == worst:
+        raise UnreadableVerdict(f"best and worst are both {best}")
+    if confidence is not None and not 1 <= confidence <= 5:
+        confidence = None
+    return Verdict(best=best - 1, worst=worst - 1, confidence=confidence)
+
+
+def _whole_number(value: Any) -> int | None:
+    if isinstance(value, str):
+        found = re.findall(r"-?\d+(?:\.\d+)?", value)
+        value = float(found[0]) if len(found) == 1 and len(found[0]) < 9 else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if math.isfinite(value) and value == int(value) else None

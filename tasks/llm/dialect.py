@@ -1,0 +1,129 @@
+"""What an endpoint takes of a chat request: found out once, from what it refuses by name, and said."""
+
+import logging
+import re
+from typing import Any
+
+from tasks.llm.responses import PERMANENT, RequestRefused, Transient
+
+log = logging.getLogger(__name__)
+
+# What a request can do without, and the words that endpoints have for it besides its own name.
+OPTIONAL = {
+    "temperature": r"temperature",
+    "top_p": r"top_?p",
+    "frequency_penalty": r"frequency_?penalty",
+    "seed": r"seed",
+    "return_token_ids": r"return_token_ids",
+    "chat_template_kwargs": r"chat_template_kwargs",
+    # vLLM's words without --trust-request-chat-template.
+    "chat_template": r"chat[_ -]template(?!_kwargs)",
+    "reasoning_effort": r"reasoning[_.]?effort|thinking[_ ]?(budget|level)",
+    "response_format": r"response_?(format|schema)|json_?schema|structured output|guided|grammar|additionalProperties",
+    "n": r"[`'\"]n[`'\"]|\bn:? (must|should|has to|is|>|=)|only one (completion )?choice|candidate_?count"
+    r"|(multiple|number of) (candidates|choices|completions)",
+}
+_LIMIT = re.compile(r"max_?(completion_?|output_?|new_?)?tokens", re.IGNORECASE)
+_SYSTEM = re.compile(
+    r"(system|developer) (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate", re.IGNORECASE
+)
+FEWEST_TOKENS = 16
+# A response_format that was never answered is left out once after so many failures of the server (status 5xx).
+FORMAT_FAILURES = 3
+
+
+class Dialect:
+    """How a chat request must look for one endpoint: a setting it refuses is left out from then on."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self.dropped: set[str] = set()
+        self.most_tokens: int | None = None
+        self._limit_name = "max_tokens"
+        self._system_role = True
+        self._format_taken = False
+
+    def shape(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return `body` as the endpoint takes it."""
+        shaped = {name: value for name, value in body.items() if name not in self.dropped and name != "max_tokens"}
+        if limit := body.get("max_tokens"):
+            shaped[self._limit_name] = self.allowed_tokens(limit)
+        if not self._system_role:
+            shaped["messages"] = _without_system(body["messages"])
+        return shaped
+
+    def allowed_tokens(self, wanted: int) -> int:
+        """Return `wanted`, or the most completion tokens that the endpoint allows."""
+        return min(wanted, self.most_tokens or wanted)
+
+    def took(self, sent: dict[str, Any]) -> None:
+        """Note that a request was answered."""
+        self._format_taken = self._format_taken or "response_format" in sent
+
+    def blames_format(self, sent: dict[str, Any], failure: Transient, failures: int) -> bool:
+        """Tell whether a server's failure is put down to the response_format: it says so, or goes on."""
+        says_so = re.search(OPTIONAL["response_format"], str(failure), re.IGNORECASE)
+        return failure.status >= 500 and self.doubts_format(sent) and bool(says_so or failures >= FORMAT_FAILURES)
+
+    def doubts_format(self, sent: dict[str, Any]) -> bool:
+        """Tell whether a failure may be due to the response_format: no request that has it was answered yet."""
+        return "response_format" in sent and not self._format_taken
+
+    def learned_since(self, body: dict[str, Any], sent: dict[str, Any]) -> bool:
+        """Tell whether `body` would be sent otherwise by now: the refusal of another request has told more."""
+        now = self.shape(body)
+        return any(now.get(name) != value for name, value in sent.items())
+
+    def learn(self, refused: RequestRefused, sent: dict[str, Any]) -> bool:
+        """Change what a refusal of `sent` asks to change; False if it names nothing that can be changed."""
+        text = refused.text
+        if refused.reason in PERMANENT or refused.reason in ("not_found", "cut", "keeps_failing") or "greedy" in text:
+            return False
+        if "max_completion_tokens" in text and "max_tokens" in sent and self._limit_name == "max_tokens":
+            self._limit_name = "max_completion_tokens"
+            return self._say("wants max_tokens by the name max_completion_tokens")
+        if self._system_role and _SYSTEM.search(text) and sent["messages"][0]["role"] == "system":
+            self._system_role = False
+            return self._say("takes no system role: its text opens the user's message")
+        limit = sent.get(self._limit_name)
+        if limit and limit > FEWEST_TOKENS and (_LIMIT.search(refused.param) or _LIMIT.search(text)):
+            return self._lower(limit, text)
+        return self._drop(refused, sent)
+
+    def _lower(self, limit: int, text: str) -> bool:
+        told = [number for number in map(int, re.findall(r"\b\d{2,9}\b", text)) if FEWEST_TOKENS <= number < limit]
+        self.most_tokens = max(told, default=max(FEWEST_TOKENS, limit // 2))
+        return self._say(f"allows at most {self.most_tokens} completion tokens")
+
+    def _drop(self, refused: RequestRefused, sent: dict[str, Any]) -> bool:
+        for text in filter(None, (refused.param, refused.text)):
+            named = [name for name, words in OPTIONAL.items() if name in sent and _names(name, words, text)]
+            if named:
+                # Of temperature and top_p together some take either: the first is the one that matters.
+                name = "top_p" if "top_p" in named and "temperature" in named else named[0]
+                return self.drop(name)
+        return False
+
+    def drop(self, name: str) -> bool:
+        """Leave `name` out from now on."""
+        self.dropped.add(name)
+        return self._say({"n": "gives one completion a request: one is asked for each"}.get(name, f"takes no {name}"))
+
+    def _say(self, what: str) -> bool:
+        log.warning("%s %s (found out from its refusal; so for the rest of this run)", self._model, what)
+        return True
+
+
+def _names(name: str, words: str, text: str) -> bool:
+    return text.strip() == name or re.search(words, text, re.IGNORECASE) is not None
+
+
+def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return messages whose system texts stand at the beginning of the first user message."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    others = [dict(message) for message in messages if message["role"] != "system"]
+    first = next((message for message in others if message["role"] == "user"), None)
+    if first is None:
+        return [{"role": "user", "content": "\n\n".join(system)}, *others]
+    first["content"] = "\n\n".join([*system, first["content"]])
+    return others

@@ -1,0 +1,360 @@
+"""What can be seen of adapter, base and tokenizer without weights: configurations, vocabularies, headers."""
+
+import json
+import logging
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from tasks.errors import PreflowError
+from tasks.store.workspace import Workspace, folder_digest
+
+LOG = logging.getLogger(__name__)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What the safetensors library itself allows.
+LONGEST_HEADER = 100_000_000
+# The largest --max-lora-rank of vLLM 0.32 (vllm/config/lora.py).
+HIGHEST_RANK = 512
+# The exponent bits of each type of number: all set means infinite or NaN.
+EXPONENTS = {
+    "F64": ("u8", 0x7FF << 52),
+    "F32": ("u4", 0xFF << 23),
+    "F16": ("u2", 0x1F << 10),
+    "BF16": ("u2", 0xFF << 7),
+}
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a safetensors header: type, shape, and where its bytes lie in the file."""
+
+    dtype: str
+    shape: list[int]
+    start: int
+    end: int
+
+
+def read_header(uri: str) -> dict[str, Tensor]:
+    """Read the header of a safetensors file (8 bytes of length, then JSON); the file must be as long as it says.
+
+    Raises:
+        PreflowError: the file is damaged or cut off.
+    """
+    store = Workspace.holding(uri)
+    try:
+        length = int.from_bytes(store.read_ranges(uri, [(0, 8)])[0], "little")
+        content = json.loads(store.read_ranges(uri, [(8, 8 + min(length, LONGEST_HEADER))])[0])
+        entries = {name: entry for name, entry in content.items() if name != "__metadata__"}
+        found = {
+            name: Tensor(entry["dtype"], entry["shape"], *(8 + length + at for at in entry["data_offsets"]))
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PreflowError(f"{uri}: damaged, its header cannot be read ({error}); copy the file again") from error
+    expected, size = max((tensor.end for tensor in found.values()), default=0), store.size(uri)
+    if size < expected:
+        raise PreflowError(f"{uri}: cut off, it has {size:,} bytes of {expected:,}; copy the file again")
+    return found
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter folder's configuration and header."""
+
+    uri: str
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, uri: str) -> "AdapterFiles":
+        """Read the configuration.
+
+        Raises:
+            PreflowError: a file is missing, or the configuration is no JSON.
+        """
+        store = Workspace.holding(uri)
+        names = {posixpath.basename(file) for file in store.list(uri)}
+        if "adapter_config.json" not in names:
+            raise PreflowError(
+                f"sft_adapter {uri}: no adapter_config.json there (found: {', '.join(sorted(names)) or 'nothing'}). "
+                "Give the folder that PEFT's save_pretrained() wrote."
+            )
+        folder_digest(uri)
+        if ADAPTER_WEIGHTS not in names:
+            raise PreflowError(f"sft_adapter {uri}: no {ADAPTER_WEIGHTS} there. Save it with safe serialization.")
+        return cls(uri, read_json(posixpath.join(uri, "adapter_config.json"), "save the adapter again"))
+
+    @cached_property
+    def header(self) -> dict[str, Tensor]:
+        """The weights' types and shapes, by name."""
+        return read_header(posixpath.join(self.uri, ADAPTER_WEIGHTS))
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the configuration gives a module, as PEFT looks it up."""
+        patterns: dict[str, int] = self.config.get("rank_pattern") or {}
+        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        return int(patterns[key] if key else self.config["r"])
+
+    def check(self) -> None:
+        """Check that this is an adapter that DPO can train and vLLM can serve.
+
+        Raises:
+            PreflowError: with what it is instead.
+        """
+        for problem in [*self._kind_problems(), *self._weight_problems()]:
+            raise PreflowError(f"sft_adapter {self.uri}: {problem}")
+        self._check_finite()
+
+    def _kind_problems(self) -> Iterator[str]:
+        config = self.config
+        kind, rank, bias, init = (config.get(name) for name in ("peft_type", "r", "bias", "init_lora_weights"))
+        targets = config.get("target_modules") or []
+        unserved = "which vLLM does not serve; train the SFT adapter without"
+        problems = {
+            f"peft_type is {kind!r}; only LORA can be trained and served": kind != "LORA",
+            "it is a DoRA adapter (use_dora), which vLLM does not serve; train a plain LoRA": config.get("use_dora"),
+            f"bias is {bias!r}, {unserved}": (bias or "none") != "none",
+            f"its rank r is {rank!r}, not a positive number": not isinstance(rank, int) or rank < 1,
+            f"init_lora_weights is {init!r}, which changes the base when it is loaded; convert it to a plain LoRA with "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)": re.match(
+                "pissa|olora|corda|loftq|lora_ga", str(init), re.IGNORECASE
+            ),
+            "it targets lm_head, which vLLM does not serve; train the SFT adapter without": (
+                re.fullmatch(targets, "lm_head") if isinstance(targets, str) else "lm_head" in targets
+            ),
+        }
+        for name in ("modules_to_save", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
+                     "layer_replication"):  # fmt: skip
+            problems[f"{name} is {config.get(name)}, {unserved}"] = config.get(name)
+        return (f"{problem} (adapter_config.json)" for problem, present in problems.items() if present)
+
+    def _weight_problems(self) -> Iterator[str]:
+        for name, tensor in self.header.items():
+            module, found, side = name.rpartition(".lora_")
+            if not found or side not in ("A.weight", "B.weight"):
+                yield (
+                    f"{ADAPTER_WEIGHTS} holds {name}, no LoRA weight of a linear layer. PEFT adds embeddings when the "
+                    "vocabulary was resized or embed_tokens is a target; vLLM does not serve them. Train the SFT "
+                    "adapter without new tokens and without that target; where the embeddings are the base's own, save "
+                    "it again with save_embedding_layers=False"
+                )
+            elif side == "A.weight" and tensor.shape[0] != self.rank(module):
+                yield (
+                    f"its weight {name} has rank {tensor.shape[0]}, where adapter_config.json says {self.rank(module)} "
+                    "(r, rank_pattern). Configuration and weights are of two adapters: copy both again"
+                )
+            elif side == "A.weight" and tensor.shape[0] > HIGHEST_RANK:
+                yield f"its rank {tensor.shape[0]} is over {HIGHEST_RANK}, vLLM's highest; train a smaller one"
+
+    def _check_finite(self) -> None:
+        file = posixpath.join(self.uri, ADAPTER_WEIGHTS)
+        if not Workspace.holding(file).is_local:
+            return  # the trainer, which fetches it, sees it
+        content = numpy.memmap(file, mode="r")
+        for name, tensor in self.header.items():
+            if tensor.dtype in EXPONENTS:
+                kind, mask = EXPONENTS[tensor.dtype]
+                if ((content[tensor.start : tensor.end].view(kind) & mask) == mask).any():
+                    raise PreflowError(
+                        f"sft_adapter {self.uri}: its weight {name} holds NaN or infinite numbers. Its training "
+                        "diverged, or the file is damaged: give an earlier checkpoint, or train it again."
+                    )
+
+
+def read_json(uri: str, remedy: str) -> dict[str, Any]:
+    """Read a JSON object from a file that is the user's own.
+
+    Raises:
+        PreflowError: it holds something else.
+    """
+    try:
+        found = json.loads(Workspace.holding(uri).read_bytes(uri))
+    except ValueError as error:
+        raise PreflowError(f"{uri}: not JSON ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise PreflowError(f"{uri}: not a JSON object; {remedy}")
+    return found
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base model's folder, or the small files of one on the hub and, where they can be read, its weights' shapes.
+
+    Attributes:
+        name: base_model, for messages.
+        folder: where the files lie.
+        shapes: of the weights, by name; empty where they are not known.
+    """
+
+    name: str
+    folder: Path
+    shapes: Mapping[str, list[int]]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "BaseFiles":
+        """Read a folder.
+
+        Raises:
+            PreflowError: a file is missing or damaged.
+        """
+        if not (folder / "config.json").is_file():
+            raise PreflowError(f"base_model {folder}: no config.json there. Give the folder of a transformers model.")
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise PreflowError(
+                f"base_model {folder}: no .safetensors there. Save the model with save_pretrained(folder)."
+            )
+        index = folder / "model.safetensors.index.json"
+        named = set(read_json(str(index), "copy it again")["weight_map"].values()) if index.is_file() else set()
+        for missing in sorted(named - {file.name for file in files}):
+            raise PreflowError(f"base_model {folder}: {missing} is missing, which {index.name} names; copy it again.")
+        shapes = {name: tensor.shape for file in files for name, tensor in read_header(str(file)).items()}
+        return cls(str(folder), folder, shapes)
+
+    @classmethod
+    def of_hub(cls, name: str, revision: str) -> "BaseFiles":
+        """Read the small files of a base on the hub, from the cache of this machine or from the hub.
+
+        Raises:
+            PreflowError: there is no such model or revision, or it may not be read.
+            OSError: the hub cannot be reached and the cache does not hold it.
+        """
+        from huggingface_hub import get_safetensors_metadata, snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            NotASafetensorsRepoError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        try:
+            found = snapshot_download(
+                name, revision=revision, allow_patterns=SMALL_FILES, cache_dir=os.environ.get("HF_HUB_CACHE")
+            )
+            folder = Path(found)
+            if any(folder.glob("*.safetensors")):
+                return cls(name, folder, cls.of_folder(folder).shapes)
+            metadata = get_safetensors_metadata(name, revision=revision)
+        except NotASafetensorsRepoError as error:
+            raise PreflowError(f"base_model {name}: holds no .safetensors. Give a base that has them.") from error
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+            raise PreflowError(
+                f"base_model {name}, revision {revision}: not on the hub, or not for this machine's HF_TOKEN "
+                f"({str(error).strip().splitlines()[-1]}). Correct the name, accept the model's terms, or give a "
+                "folder."
+            ) from error
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise OSError(str(error).strip().splitlines()[0]) from error
+        shapes = {key: info.shape for file in metadata.files_metadata.values() for key, info in file.tensors.items()}
+        return cls(name, folder, shapes)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration; of a model with several parts the one of its text."""
+        found = read_json(str(self.folder / "config.json"), "copy the base again")
+        return {**found, **found.get("text_config", {})}
+
+    def check(self, max_length: int, router_aux_loss_coef: float) -> None:
+        """Hold the training's settings against the base.
+
+        Raises:
+            PreflowError: one cannot work with it.
+        """
+        if quantised := self.config.get("quantization_config"):
+            kind = (
+                quantised.get("bnb_4bit_quant_type") if quantised.get("load_in_4bit") else quantised.get("quant_method")
+            )
+            LOG.warning(
+                "base_model %s is quantised already (%s): it is trained on, and recorded, as it is", self.name, kind
+            )
+        name = next((name for name in ("max_position_embeddings", "n_positions") if self.config.get(name)), None)
+        scaling = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
+        stretched = scaling.get("rope_type", scaling.get("type")) in ("yarn", "linear", "dynamic")
+        positions = int(self.config[name] * (scaling.get("factor") or 1 if stretched else 1)) if name else max_length
+        if max_length > positions:
+            raise PreflowError(
+                f"max_length {max_length} is more than the {positions} positions of base_model {self.name} ({name} in "
+                f"its config.json). Set max_length to {positions} or less."
+            )
+        if router_aux_loss_coef and not any("expert" in name for name in self.config):
+            raise PreflowError(
+                f"router_aux_loss_coef {router_aux_loss_coef:g}: base_model {self.name} has no experts. Set it to 0."
+            )
+
+    def check_holds(self, adapter: AdapterFiles) -> None:
+        """Check that every module of the adapter is in the base, with its sizes.
+
+        Names are compared from the layer's number on: what stands before it changes with transformers' versions.
+
+        Raises:
+            PreflowError: naming the first weight without a place.
+        """
+        if self.config.get("quantization_config"):
+            return  # packed, so shapes say nothing
+        places: dict[str, list[list[int]]] = {}
+        for name, shape in self.shapes.items():
+            places.setdefault(_tail(name.removesuffix(".weight")), []).append(sorted(shape))
+        kinds = {place.rpartition(".")[2] for place in places}
+        for name, tensor in adapter.header.items():
+            module = name.removesuffix(".lora_A.weight")
+            other = adapter.header.get(f"{module}.lora_B.weight")
+            if module == name or other is None or module.rpartition(".")[2] not in kinds:
+                continue
+            sizes = sorted([tensor.shape[1], other.shape[0]])
+            if sizes not in places.get(_tail(module), []):
+                there = " or ".join(map(str, places.get(_tail(module), []))) or "no such module"
+                raise PreflowError(
+                    f"sft_adapter {adapter.uri}: its weight {name} is for a module of sizes {sizes}, base_model "
+                    f"{self.name} has {there}. The adapter was trained on another base; give that one as base_model."
+                )
+
+    def check_tokenizer(self, adapter: str) -> None:
+        """Check that there are a tokenizer and a chat template, and that the adapter's tokenizer is the base's.
+
+        Raises:
+            PreflowError: naming what is missing, or the first token that differs.
+        """
+        folders = [adapter, str(self.folder)]
+        names = {posixpath.basename(file) for folder in folders for file in Workspace.holding(folder).list(folder)}
+        if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+            raise PreflowError(
+                f"no tokenizer in {self.name} nor in {adapter}: save one there with tokenizer.save_pretrained()"
+            )
+        own, base = (_vocabulary(posixpath.join(folder, "tokenizer.json")) for folder in folders)
+        rows = int(self.config.get("vocab_size") or 0)
+        for token, number in own.items():
+            if rows and number >= rows:
+                raise PreflowError(
+                    f"sft_adapter {adapter}: its tokenizer has the token {token!r} with number {number}, base_model "
+                    f"{self.name} has rows for {rows} tokens. Tokens were added in the SFT training, whose embeddings "
+                    "vLLM does not serve: train the SFT adapter without new tokens."
+                )
+            if base and base.get(token, number) != number:
+                raise PreflowError(
+                    f"sft_adapter {adapter}: its tokenizer gives {token!r} the number {number}, that of base_model "
+                    f"{self.name} {base[token]}. The adapter belongs to another base; give that one as base_model."
+                )
+
+
+def _tail(module: str) -> str:
+    return ".".join(module.split(".")[-4:])
+
+
+def _vocabulary(file: str) -> dict[str, int]:
+    """Return the tokens of a tokenizer.json by number; nothing where there is none."""
+    if not Workspace.holding(file).exists(file):
+        return {}
+    content = read_json(file, "save the tokenizer again")
+    tokens = content["model"].get("vocab", {})
+    found = dict(tokens) if isinstance(tokens, dict) else {entry[0]: number for number, entry in enumerate(tokens)}
+    return found | {token["content"]: token["id"] for token in content.get("added_tokens", [])}

@@ -1,0 +1,118 @@
+"""Comparisons whose truth is known: by their outcomes, by groups that are alike, by judges with a planted taste."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from tasks.evaluate.comparisons import Comparison
+
+Taste = Callable[[int, int, float], float]
+
+
+def compared(
+    outcomes: Mapping[str, Sequence[float | None]], groups: Mapping[str, str] | None = None
+) -> list[Comparison]:
+    """Return comparisons of texts of one length: of each prompt the outcomes of its samples."""
+    return [
+        Comparison(prompt=prompt, cluster=(groups or {}).get(prompt, prompt), outcome=outcome, lengths=(100, 100))
+        for prompt, values in outcomes.items()
+        for outcome in values
+    ]
+
+
+def draw_groups(
+    rng: np.random.Generator, groups: int, prompts: int, icc: float, rate: float = 0.5, ties: float = 0.0
+) -> list[Comparison]:
+    """Draw 4 samples a prompt whose mean is `rate`: groups are alike by `icc`, prompts of a group by 0.3."""
+    drawn = []
+    for group, mean in enumerate(_scattered(rng, rate, icc, groups)):
+        for prompt, chance in enumerate(_scattered(rng, mean, 0.3, prompts)):
+            name = f"{group}.{prompt}"
+            for _ in range(4):
+                outcome = 0.5 if rng.random() < ties else float(rng.random() < chance)
+                drawn.append(Comparison(name, f"g{group}" if icc else name, outcome, (100, 100)))
+    return drawn
+
+
+def _scattered(rng: np.random.Generator, mean: float, icc: float, count: int) -> list[float]:
+    """Draw rates with a mean and an intra-class correlation: a beta distribution."""
+    if not icc:
+        return [mean] * count
+    mean, scale = min(1 - 1e-6, max(1e-6, mean)), (1 - icc) / icc
+    return [float(value) for value in rng.beta(mean * scale, (1 - mean) * scale, count)]
+
+
+def draw_texts(
+    rng: np.random.Generator, taste: Taste, longer: float = 0.3, merit: float = 0.0, prompts: int = 250
+) -> list[Comparison]:
+    """Draw 4 comparisons a prompt, judged by `taste` from both lengths and the merit of the new sample over the old.
+
+    Args:
+        rng: the source of chance.
+        taste: returns the probability that the new sample wins, or 0.5 for a tie.
+        longer: how much longer the new adapter writes, in logarithms of the length.
+        merit: mean of the merit's difference, in units of its scatter.
+        prompts: held-out prompts.
+    """
+    drawn = []
+    for prompt, usual in enumerate(rng.normal(5, 0.5, prompts)):
+        shift = longer + rng.normal(0, 0.1)
+        for _ in range(4):
+            old, new = round(math.exp(usual + rng.normal(0, 0.3))), round(math.exp(usual + shift + rng.normal(0, 0.3)))
+            chance = taste(max(1, old), max(1, new), merit + rng.normal())
+            outcome = 0.5 if chance == 0.5 else float(rng.random() < chance)
+            drawn.append(Comparison(str(prompt), str(prompt), outcome, (max(1, old), max(1, new))))
+    return drawn
+
+
+# ---- planted judges
+
+
+def longer_wins(old: int, new: int, merit: float) -> float:
+    """Prefer the longer one, always."""
+    return 0.5 if old == new else float(new > old)
+
+
+def longer_wins_mostly(old: int, new: int, merit: float) -> float:
+    """Prefer the longer one in four of five."""
+    return 0.5 if old == new else 0.2 + 0.6 * (new > old)
+
+
+def much_longer_wins(old: int, new: int, merit: float) -> float:
+    """Prefer the longer one if it is longer by a fifth, else toss a coin."""
+    return 0.499 if max(old, new) < 1.2 * min(old, new) else float(new > old)
+
+
+def longer_wins_by_degrees(old: int, new: int, merit: float) -> float:
+    """Prefer the longer one, the more so the longer it is."""
+    return 1 / (1 + math.exp(-(new - old) / 40))
+
+
+def better_wins(old: int, new: int, merit: float) -> float:
+    """Prefer the better one, whatever its length."""
+    return float(merit > 0)
+
+
+LENGTH_JUDGES = (longer_wins, longer_wins_mostly, much_longer_wins, longer_wins_by_degrees)
+
+
+def draw_opinions(
+    rng: np.random.Generator, merit: float, quirk: float, prompts: int = 250
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Draw what two judges say of the same samples: both see the merit, only the first one (of the labels) the quirk.
+
+    Args:
+        rng: the source of chance.
+        merit: mean of the merit's difference between new and old sample.
+        quirk: how much more often the new sample has what only the first judge likes.
+        prompts: held-out prompts, of 4 samples each.
+    """
+    first, second = [], []
+    for prompt in range(prompts):
+        for _ in range(4):
+            worth, liked = merit + rng.normal(), quirk + rng.normal()
+            for judged, seen in ((first, worth + 2 * liked if quirk else worth), (second, worth)):
+                outcome = float(seen + 0.5 * rng.normal() > 0)
+                judged.append(Comparison(str(prompt), str(prompt), outcome, (100, 100)))
+    return first, second

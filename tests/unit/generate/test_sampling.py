@@ -1,0 +1,81 @@
+"""Sampling's parts that need no server."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from tasks.config import GenerationConfig
+from tasks.errors import PreflowError
+from tasks.generate.sampling import Sampler, adapter_loaded
+from tasks.llm.client import Answer, Choice, EndpointDown, RequestRefused, Usage
+
+CONFIG = GenerationConfig(model="candidate", serve_from="/adapters/a", num_completions=2)
+PROMPT = {"id": "a" * 64, "prompt": [{"role": "user", "content": "Hello?"}]}
+
+
+class AdapterServer:
+    """Stands in for a vLLM that loads an adapter, and does not unload it if it has gone away."""
+
+    def __init__(self, gone: bool) -> None:
+        self.gone, self.calls = gone, list[str]()
+
+    async def load_adapter(self, name: str, path: str, replace: bool) -> None:
+        self.calls.append(f"load {name}")
+
+    async def unload_adapter(self, name: str) -> None:
+        self.calls.append(f"unload {name}")
+        if self.gone:
+            raise PreflowError("did not unload the adapter candidate: check that the server is up")
+
+
+async def test_what_ended_the_sampling_is_not_hidden_by_the_clean_up(caplog: pytest.LogCaptureFixture) -> None:
+    server: Any = AdapterServer(gone=True)
+    with pytest.raises(EndpointDown, match="Everything answered so far is kept"), caplog.at_level(logging.WARNING):
+        async with adapter_loaded(server, CONFIG):
+            raise EndpointDown("Everything answered so far is kept: run again")
+    assert server.calls == ["load candidate", "unload candidate"]
+    assert "did not unload the adapter" in caplog.text
+
+
+async def test_an_adapter_that_stays_loaded_is_an_error_where_nothing_else_is() -> None:
+    server: Any = AdapterServer(gone=True)
+    with pytest.raises(PreflowError, match="did not unload"):
+        async with adapter_loaded(server, CONFIG):
+            pass
+
+
+class OneAnswer:
+    """Stands in for the client: the HTTP side of it is tested with the fake server."""
+
+    def __init__(self, answer: Answer | Exception) -> None:
+        self.answer = answer
+
+    async def chat(self, messages: list[dict[str, str]], **settings: Any) -> Answer:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "detail", "final"),
+    [
+        (
+            Answer([Choice("", "stop", "the model only thought"), Choice(" ", "stop", "the model wrote nothing")],
+                   Usage(requests=1), "m"),
+            "empty_completions", "the model only thought; the model wrote nothing", None,
+        ),
+        (RequestRefused(200, "content_filter", "no", usage=Usage(requests=1)), "content_filter", "no", True),
+        (RequestRefused(502, "keeps_failing", "502", usage=Usage(requests=1)), "keeps_failing", "502", None),
+    ],
+)  # fmt: skip
+async def test_a_prompt_without_completions_says_why(
+    answer: Answer | Exception, reason: str, detail: str, final: bool | None
+) -> None:
+    endpoint: Any = OneAnswer(answer)
+    outcome = await Sampler(endpoint, CONFIG).sample(PROMPT)
+    assert outcome.error is not None
+    assert outcome.error["reason"] == reason
+    assert detail in outcome.error["detail"]
+    assert outcome.final is final
+    assert outcome.usage["requests"] == 1

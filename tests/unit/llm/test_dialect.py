@@ -1,0 +1,107 @@
+"""What an endpoint takes is found out from the words that providers refuse with."""
+
+from typing import Any
+
+import pytest
+
+from tasks.llm.dialect import Dialect
+from tasks.llm.responses import RequestRefused
+
+MESSAGES = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "This."}]
+BODY: dict[str, Any] = {
+    "model": "m", "messages": MESSAGES, "temperature": 0.0, "top_p": 0.9, "seed": 7, "n": 3, "max_tokens": 1024,
+    "response_format": {"type": "json_schema"}, "reasoning_effort": "low",
+}  # fmt: skip
+
+
+def refusal(text: str, param: str = "") -> RequestRefused:
+    return RequestRefused(400, "bad_request", text, param)
+
+
+@pytest.mark.parametrize(
+    ("text", "param", "dropped"),
+    [
+        ("Unsupported parameter: 'temperature' is not supported.", "temperature", "temperature"),
+        ("Unsupported value: 'temperature' does not support 0. Only the default (1) is.", "", "temperature"),
+        ("body.seed extra fields not permitted", "", "seed"),
+        ("Extra inputs are not permitted", "seed", "seed"),
+        ("`temperature` and `top_p` cannot both be specified for this model", "", "top_p"),
+        ("Invalid JSON payload: Unknown name \"additionalProperties\" at 'generation_config.response_schema'", "",
+         "response_format"),
+        ("This response_format type is unavailable now", "", "response_format"),
+        ("json_schema is not supported", "response_format.type", "response_format"),
+        ("Failed to parse grammar", "", "response_format"),
+        ("Only one completion choice is allowed", "", "n"),
+        ("'n' must be 1", "", "n"),
+        ("candidateCount must be in the range of 1 to 1", "", "n"),
+        ("Unrecognized request argument supplied: reasoning_effort", "", "reasoning_effort"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_refused_by_name_is_left_out(text: str, param: str, dropped: str) -> None:
+    dialect = Dialect("m")
+    assert dialect.learn(refusal(text, param), dialect.shape(BODY))
+    assert set(BODY) - set(dialect.shape(BODY)) == {dropped}
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        refusal("Invalid request"),
+        refusal("messages: at least one message is required"),
+        refusal("n must be 1 when using greedy sampling"),
+        RequestRefused(400, "context_length", "max_tokens: 8000 tokens in all"),
+        RequestRefused(404, "not_found", "The model `n` does not exist"),
+        RequestRefused(400, "content_filter", "seed"),
+    ],
+)
+def test_other_refusals_change_nothing(refused: RequestRefused) -> None:
+    dialect = Dialect("m")
+    assert not dialect.learn(refused, dialect.shape(BODY))
+    assert dialect.shape(BODY) == BODY
+
+
+def test_a_refusal_that_goes_on_after_all_was_left_out_ends() -> None:
+    dialect = Dialect("m")
+    learned = 0
+    while dialect.learn(refusal("temperature, top_p, seed and max_tokens are refused"), dialect.shape(BODY)):
+        learned += 1
+        assert learned < 30
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        ("max_tokens is too large: 1024. This model supports at most 512 completion tokens.", 512),
+        ("max_tokens: 1024 > 400, which is the maximum allowed number of output tokens", 400),
+        ("Invalid max_tokens value, the valid range of max_tokens is [1, 800]", 800),
+        ("maxOutputTokens value of 1024 but the supported range is from 1 (inclusive) to 1000 (exclusive)", 1000),
+        ("max_tokens is too large", 512),
+    ],
+)
+def test_a_limit_that_is_too_high_is_lowered_to_what_is_allowed(text: str, most: int) -> None:
+    dialect = Dialect("m")
+    assert dialect.learn(refusal(text), dialect.shape(BODY))
+    assert dialect.shape(BODY)["max_tokens"] == dialect.allowed_tokens(4000) == most
+
+
+def test_max_tokens_has_another_name_for_newer_models() -> None:
+    dialect = Dialect("m")
+    text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    assert dialect.learn(refusal(text, "max_tokens"), dialect.shape(BODY))
+    assert dialect.shape(BODY)["max_completion_tokens"] == 1024
+    assert "max_tokens" not in dialect.shape(BODY)
+    assert dialect.learn(refusal("max_completion_tokens is too large: at most 300"), dialect.shape(BODY))
+    assert dialect.shape(BODY)["max_completion_tokens"] == 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["System role not supported", "Developer instruction is not enabled for models/gemma-3-27b-it",
+     "Conversation roles must alternate user/assistant", "system messages are not allowed"],
+)  # fmt: skip
+def test_without_a_system_role_its_text_opens_the_user_s_message(text: str) -> None:
+    dialect = Dialect("m")
+    assert dialect.learn(refusal(text), dialect.shape(BODY))
+    assert dialect.shape(BODY)["messages"] == [{"role": "user", "content": "Judge.\n\nThis."}]
+    assert MESSAGES[1]["content"] == "This."
+    assert not dialect.learn(refusal(text), dialect.shape(BODY))

@@ -1,0 +1,190 @@
+"""Whole trainings of a few steps in this process: bases and adapters of many kinds, and runs that are very short."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from tasks.config import TrainingConfig
+from tasks.errors import DiskFullError, PreflowError
+from tasks.store.workspace import PreferencesRef, Workspace, folder_digest
+from tasks.train.launch import base_digest, check_training_inputs, training_key
+from tasks.train.spec import TrainingSpec
+from tasks.trainer.run import TrainingRun
+from tasks.trainer.stopping import StopFlag
+from tests.fakes.tiny_training import build_adapter, build_base, pairs, write_preferences
+
+QV = ["q_proj", "v_proj"]
+SIZES = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
+}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": {**SIZES, **EXPERTS, "num_local_experts": 4},
+    "qwen3_moe": {**SIZES, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "llama": {**SIZES, "attention_dropout": 0.3},
+    "opt": {"vocab_size": 128, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "max_position_embeddings": 512, "word_embed_proj_dim": 32, "dropout": 0.2, "init_std": 0.1},
+}  # fmt: skip
+
+
+class Run:
+    """One training below a folder; `base` takes the place of the tiny Llama."""
+
+    def __init__(self, root: Path, train: int = 6, val: list[dict[str, Any]] | None = None) -> None:
+        self.root, self.base, self.sft = root, root / "base", root / "sft"
+        self.preferences: PreferencesRef = write_preferences(
+            root / "preferences", pairs(train, 3), pairs(2, 4) if val is None else val
+        )
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(build_base(self.base))
+
+    def use(self, kind: str, **changes: Any) -> None:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**MODELS[kind], **changes})
+        (self.base / "model.safetensors").unlink()
+        AutoModelForCausalLM.from_config(config).save_pretrained(self.base)
+
+    def train(self, **changes: Any) -> "Run":
+        settings: dict[str, Any] = {
+            "base_model": str(self.base), "sft_adapter": str(self.sft), "load_in_4bit": False, "learning_rate": 1e-2,
+            "warmup_steps": 0, "max_steps": 2, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 2,
+            "max_length": 128, "gradient_checkpointing": False,
+        }  # fmt: skip
+        self.training = TrainingConfig(**{**settings, **changes})
+        check_training_inputs(self.training)
+        key = training_key(self.preferences, self.training)
+        self.folder = self.root / "workspace" / "training" / key
+        spec = TrainingSpec(
+            preferences=self.preferences, workspace=str(self.root / "workspace"), training=self.training, key=key,
+            sft_sha256=folder_digest(str(self.sft)), base_sha256=base_digest(self.training),
+        )  # fmt: skip
+        scratch = self.root / "scratch"
+        scratch.mkdir(exist_ok=True)
+        TrainingRun(spec, Workspace(spec.workspace), scratch, lambda _: None, StopFlag()).execute()
+        return self
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").open()]
+
+    def manifest(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
+        return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_trains_without_its_routers_loss(run: Run, kind: str) -> None:
+    run.use(kind)
+    build_adapter(run.sft, run.base, target_modules=QV)
+    first, second, *_ = run.train().rows()
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert second["loss"] == pytest.approx(0.6931472, abs=1e-5)
+
+
+def test_a_routers_loss_that_is_asked_for_is_added_and_no_part_of_the_invariant(run: Run) -> None:
+    run.use("mixtral")
+    build_adapter(run.sft, run.base, target_modules=QV)
+    first = run.train(router_aux_loss_coef=0.5).rows()[0]
+    assert first["dpo_loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert first["loss"] > 0.6931472 + 0.5  # the router's loss is 1 where experts are evenly used, at the least
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_dropout_that_is_no_module_is_off(run: Run, kind: str) -> None:
+    run.use(kind)
+    build_adapter(run.sft, run.base, target_modules=QV)
+    rows = run.train().rows()
+    assert [row["loss"] for row in rows[:2]] == pytest.approx([0.6931472] * 2, abs=1e-5)
+
+
+def test_an_adapter_with_the_names_of_an_older_transformers_is_taken(run: Run) -> None:
+    config = AutoConfig.for_model("gemma3", text_config={**SIZES, "head_dim": 16, "sliding_window": 16})
+    config.vision_config.update({"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                                 "num_attention_heads": 2, "image_size": 28, "patch_size": 14})  # fmt: skip
+    config.mm_tokens_per_image, config.image_token_index = 1, 100
+    (run.base / "model.safetensors").unlink()
+    AutoModelForImageTextToText.from_config(config).save_pretrained(run.base)
+    build_adapter(run.sft, run.base, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    file = run.sft / "adapter_model.safetensors"
+    prefixes = ("base_model.model.model.language_model.", "base_model.model.language_model.model.")
+    old = {name.replace(*prefixes): weight for name, weight in load_file(file).items()}
+    assert all(name.startswith(prefixes[1]) for name in old)
+    save_file(old, file, metadata={"format": "pt"})
+    assert run.train().rows()[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_ranks_that_differ_by_module_are_trained_and_the_highest_is_recorded(run: Run) -> None:
+    build_adapter(run.sft, run.base, target_modules=QV, rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 32})
+    counts = run.train().manifest()["counts"]
+    assert counts["lora_rank"] == 8
+
+
+def test_a_run_shorter_than_its_warm_up_moves_and_says_so(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    build_adapter(run.sft, run.base)
+    run.train(warmup_steps=20, max_steps=None, gradient_accumulation_steps=8)
+    assert run.rows()[-1]["step"] == 1
+    assert "warmup_steps 20 is not less than the 1 optimizer steps" in caplog.text
+    assert run.manifest()["config"]["warmup_steps"] == 0
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (run.sft, run.folder / "adapter"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_adapter_that_did_not_move_is_not_committed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_adapter(run.sft, run.base)
+    monkeypatch.setattr("torch.optim.lr_scheduler.LambdaLR.get_lr", lambda scheduler: [0.0] * 2)
+    with pytest.raises(PreflowError, match=r"adapter-moves.*not committed"):
+        run.train()
+    assert not (run.folder / "adapter").exists()
+
+
+def test_validation_pairs_that_are_too_long_stop_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (long,) = pairs(1, 9)
+    long["prompt"][0]["content"] = " ".join(["w1"] * 200)
+    run = Run(tmp_path, val=[long])
+    build_adapter(run.sft, run.base)
+    assert run.train().rows()[-1]["step"] == 2
+    assert "goes on without an evaluation" in caplog.text
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_full_disk_at_the_end_costs_old_checkpoints_but_no_training(
+    run: Run, failures: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where removing them is not enough, the last step is kept, and the next start only commits."""
+    build_adapter(run.sft, run.base)
+    original: Callable[..., str] = Workspace.commit_folder
+    left = [failures]
+
+    def commit(store: Workspace, local: Path, uri: str, *more: Any) -> str:
+        if uri.endswith("adapter") and left[0]:
+            left[0] -= 1
+            raise DiskFullError(f"{uri}: the disk is full")
+        return original(store, local, uri, *more)
+
+    monkeypatch.setattr(Workspace, "commit_folder", commit)
+    if failures == 2:
+        with pytest.raises(DiskFullError):
+            run.train(max_steps=3, save_steps=1)
+        assert [folder.name for folder in (run.folder / "checkpoints").iterdir()] == ["step-000003"]
+        caplog.set_level(logging.INFO)
+    run.train(max_steps=3, save_steps=1)
+    assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert ("resuming from the checkpoint of step 3" in caplog.text) == (failures == 2)
+    assert "no room for the finished adapter" in caplog.text
