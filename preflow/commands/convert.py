@@ -26,12 +26,14 @@ def convert(file: str, /, *, kind: Kind = "prompts", show: int = 1) -> None:
         Rows to print.
     """
     from tasks.config import resolve_location
-    from tasks.store.records import CompletionsRow, PairRow, PromptRow, number_rows
+    from tasks.store.records import CompletionsRow, KeepingRow, PairRow, PromptRow, number_rows
     from tasks.store.workspace import Workspace
 
     uri, forms = resolve_location(file), Counter[str]()
-    model = {"prompts": PromptRow, "completions": CompletionsRow, "preferences": PairRow}[kind]
-    rows = number_rows(model, uri, Workspace.holding(uri), forms)
+    models: dict[Kind, type[KeepingRow]] = {
+        "prompts": PromptRow, "completions": CompletionsRow, "preferences": PairRow,
+    }  # fmt: skip
+    rows = number_rows(models[kind], uri, Workspace.holding(uri), forms)
     for place, row in islice(rows, show):
         print(place)
         print(json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False, indent=1))

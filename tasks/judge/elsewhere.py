@@ -8,6 +8,7 @@ from tasks.config import JudgingConfig, resolve_location
 from tasks.errors import PreflowError
 from tasks.judge.pairs import is_validation, write_quality
 from tasks.judge.quality import audit_preferences
+from tasks.store.prompts import source_digest
 from tasks.store.records import CompletionsRow, PairRow, number_rows, prompt_id
 from tasks.store.workspace import CompletionsRef, Manifest, Origin, PreferencesRef, Workspace, stage_key
 
@@ -27,7 +28,7 @@ def import_completions(source: str, workspace: str) -> CompletionsRef:
     """
     source = resolve_location(source)
     origin, store = Workspace.holding(source), Workspace(workspace)
-    file = Origin(kind="file", uri=source, sha256=_digest(origin, source))
+    file = Origin(kind="file", uri=source, sha256=source_digest(source))
     key = stage_key("completions-elsewhere", VERSION, source=file.sha256)
     folder, forms = store.uri("completions", key), Counter[str]()
     if known := store.find_finished(f"{folder}/manifest.json", CompletionsRef):
@@ -67,7 +68,7 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
     """
     source = resolve_location(source)
     origin, store = Workspace.holding(source), Workspace(workspace)
-    file = Origin(kind="file", uri=source, sha256=_digest(origin, source))
+    file = Origin(kind="file", uri=source, sha256=source_digest(source))
     key = stage_key(
         "preferences-elsewhere", VERSION, source=file.sha256, val_ratio=judging.val_ratio, seed=judging.seed
     )
@@ -96,12 +97,6 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
         )
     )  # fmt: skip
     return artifact
-
-
-def _digest(origin: Workspace, source: str) -> str:
-    if not origin.exists(source):
-        raise PreflowError(f"{source}: no such file. Give the path of a JSONL file, one JSON object a line.")
-    return origin.sha256(source)
 
 
 def _listed(counts: dict[str, int] | Counter[str]) -> str:

@@ -67,15 +67,22 @@ def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
 
 def _text(uri: str, store: Workspace) -> str:
     content = store.read_bytes(uri)
-    if content.startswith(b"\x1f\x8b"):
-        content = gzip.decompress(content)
+    text = decode_text(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content, uri)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """Return text that is UTF-8, or UTF-16 with its byte order mark, without the mark.
+
+    Raises:
+        PreflowError: it is neither; names the line.
+    """
     encoding = next((name for bom, name in ENCODINGS if content.startswith(bom)), "utf-8")
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise PreflowError(f"{uri}:{line}: not {encoding} text ({error.reason}). Save the file as UTF-8.") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        raise PreflowError(f"{where}:{line}: not {encoding} text ({error.reason}). Save the file as UTF-8.") from error
 
 
 def _read_lines(uri: str, lines: Iterable[str | bytes]) -> Iterator[tuple[int, Any]]:

@@ -28,9 +28,7 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     """
     source = resolve_location(source)
     origin, store = Workspace.holding(source), Workspace(workspace)
-    if not origin.exists(source) and not origin.list(source):
-        raise PreflowError(f"{source}: no such prompts file. Give a JSONL file with a `prompt` in each row.")
-    content = origin.sha256(source) if origin.exists(source) else digest(origin.digests(source, (".arrow", ".parquet")))
+    content = source_digest(source)
     trained = store.sha256(exclude) if exclude else None
     key = stage_key("prompts", VERSION, source=content, limit=limit, exclude=trained)
     folder = store.uri("prompts", key)
@@ -61,6 +59,20 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
         )
     )  # fmt: skip
     return artifact
+
+
+def source_digest(source: str) -> str:
+    """Return the digest of a file of rows, or of the data files of a folder that `datasets` saved.
+
+    Raises:
+        PreflowError: there is neither.
+    """
+    origin = Workspace.holding(source)
+    if origin.exists(source):
+        return origin.sha256(source)
+    if shards := origin.digests(source, (".arrow", ".parquet")):
+        return digest(shards)
+    raise PreflowError(f"{source}: no such file. Give a JSONL file with one row in each line.")
 
 
 def _copy_prompts(

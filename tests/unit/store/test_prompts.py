@@ -52,7 +52,7 @@ def test_a_bad_row_anywhere_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PreflowError, match=r"nowhere.jsonl: no such prompts file"):
+    with pytest.raises(PreflowError, match=r"nowhere.jsonl: no such file"):
         import_prompts(str(tmp_path / "nowhere.jsonl"), str(tmp_path / "ws"))
 
 
