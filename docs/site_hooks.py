@@ -23,7 +23,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     sources = {target: source for source, target in PAGES.items()}
     source = PurePosixPath(sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
-    def mend(link: re.Match[str]) -> str:
+    def fixed(link: re.Match[str]) -> str:
         path = (ROOT / source.parent / link[1]).resolve()
         if not path.exists():
             return link[0]  # the build says that it leads nowhere
@@ -34,4 +34,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return f"]({name.removeprefix('docs/')}{link[2] or ''})"
         return f"](https://github.com/preflow/preflow/blob/main/{name})"
 
-    return LINK.sub(mend, markdown)
+    return LINK.sub(fixed, markdown)

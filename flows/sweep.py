@@ -7,7 +7,7 @@ from flows.pipeline import improve, promote_if_better
 from tasks.batch.shards import settle
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.run.names import named
-from tasks.run.preflight import taking_turns
+from tasks.run.preflight import sharing_endpoints
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.estimate import check_budget, plan_sweep
 from tasks.sweep.page import conclude, report_plan, report_sweep
@@ -43,7 +43,7 @@ async def run_points(points: tuple[Point, ...], sweep: SweepConfig, duplicates: 
     await report_plan(plan, points, sweep, duplicates)
     check_budget(plan, sweep)
     unready = await find_unready(points, plan)
-    async with taking_turns():
+    async with sharing_endpoints():
         runs = (attempt(point, run_point, unready.get(point.number)) for point in points)
         return rank(points, await settle(runs, trainings_at_once(points, sweep)))
 

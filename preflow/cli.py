@@ -4,6 +4,7 @@ A sub-command is a function in a file of its own below preflow/commands and a li
 is called, so that `preflow --help` needs neither Prefect nor torch. It returns an exit code, or None for 0.
 """
 
+import os
 import sys
 import traceback
 from enum import IntEnum
@@ -66,6 +67,7 @@ def make_app() -> App:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command and return the exit code; errors are one line on standard error."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # else Prefect counts its users, and says so in the middle of a run
     try:
         code = make_app()(arguments, exit_on_error=False, result_action="return_value")
         return int(code or Exit.DONE)

@@ -97,7 +97,7 @@ class Display(logging.Handler):
     def _warn(self, record: logging.LogRecord, message: str) -> None:
         # An error is what the run ends with, and the command says it then.
         if record.levelno < logging.ERROR:
-            self._print(Text("warning: ", "yellow") + Text(message))
+            self._console.print(Text.assemble(("warning: ", "yellow"), message))
 
     def _begin(self, flow: str, run: str) -> None:
         if flow in self._stages and all(other == flow for other, _ in self._open):
@@ -107,8 +107,9 @@ class Display(logging.Handler):
     def _end(self, flow: str, run: str, state: str) -> None:
         stage = self._open.pop((flow, run), None)
         if stage is not None:
-            mark = Text("done ", "green") if state in ("Completed", "Cached") else Text(f"{state.lower()} ", "red")
-            self._print(mark + Text(f"{stage.title:<9} {stage.elapsed():>12}  ", "bold") + Text(_last(stage.said)))
+            mark = ("done ", "green") if state in ("Completed", "Cached") else (f"{state.lower()} ", "red")
+            took = (f"{stage.title:<9} {stage.elapsed():>12}  ", "bold")
+            self._console.print(Text.assemble(mark, took, _last(stage.said)))
             self._waiting = Stage("")
 
     def _tell(self, message: str) -> None:
@@ -116,10 +117,7 @@ class Display(logging.Handler):
         stage.said = message
         if not self._console.is_terminal and time.monotonic() - stage.shown > PLAIN_SECONDS:
             stage.shown = time.monotonic()
-            self._print(Text(f"{stage.title}: {_last(message)}"))
-
-    def _print(self, text: Text) -> None:
-        self._console.print(text)
+            self._console.print(Text(f"{stage.title}: {_last(message)}"))
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 1))

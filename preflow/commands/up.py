@@ -24,14 +24,14 @@ def up(file: Path | None = None, /, *, folder: Folder = Path(".demo")) -> None:
     running, ports = Up(root), Ports.from_environment()
     if api := running.api():
         print("it runs already:")
-        show(api, file)
+        show(running, api)
         return
     running.stop()  # what one that was killed has left
     if file:
         start_for(running, file, ports)
     else:
         start_demo(running, ports)
-    show(ports.api, file)
+    show(running, ports.api)
 
 
 def start_for(running: Up, file: Path, ports: Ports) -> None:
@@ -94,9 +94,10 @@ def flow_server(running: Up, ports: Ports) -> Any:
     return Service("deployments", command, 0, "", running.logs / "deployments.log", environment)
 
 
-def show(api: str, file: Path | None) -> None:
+def show(running: Up, api: str) -> None:
     """Say where to look and what to press."""
-    ui, name = api.removesuffix("/api"), "demo" if file is None else "the name under promotion.name"
-    print(f"Prefect UI:  {ui}/v2/deployments: choose {name} (dpo-pipeline), then Run > Quick run")
-    print(f"Terminal:    export PREFECT_API_URL={api}; preflow run CONFIG --on dpo-pipeline/NAME")
+    name = json.loads((running.run / "serving.json").read_text())["name"]
+    print(f"Prefect UI:  {api.removesuffix('/api')}/v2/deployments: choose {name} (dpo-pipeline), then Run > Quick run")
+    print(f"Terminal:    export PREFECT_API_URL={api}; preflow run CONFIG --on dpo-pipeline/{name}")
+    print(f"Logs:        {running.logs}")
     print("`preflow chat` talks to what is served; `preflow down` ends it all.")

@@ -115,15 +115,15 @@ def find_finished(store: Workspace, folder: str, kind: type[RefT]) -> RefT | Non
     One with failures that may pass is not finished: they are asked for again, unless a training has begun on what there
     is.
     """
-    manifest = f"{folder}/manifest.json"
-    found = store.find_finished(manifest, kind)
-    if found is None or store.exists(f"{folder}/{USED}"):
-        return found
-    counts = store.read_manifest(manifest).counts  # one of each kind, or one for each judge
-    passing = sum(count for name, count in counts.items() if name.startswith("passing"))
-    if passing:
+    found = store.find_manifest(f"{folder}/manifest.json")
+    if found is None or not isinstance(found.artifact, kind):
+        return None
+    # One count of each kind, or one for each judge.
+    passing = sum(count for name, count in found.counts.items() if name.startswith("passing"))
+    if passing and not store.exists(f"{folder}/{USED}"):
         logger.info("%s: %d requests failed for a reason that may pass, and are asked again", folder, passing)
-    return None if passing else found
+        return None
+    return found.artifact
 
 
 def mark_used(reference: Reference, workspace: str) -> None:

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
-from tasks.llm.responses import Usage
 from tasks.store.workspace import Cost, Workspace
 
 COLUMNS = ("requests", "prompt tokens", "completion tokens", "thinking tokens", "GPU", "time", "US$")
@@ -95,34 +94,25 @@ ConfigT = TypeVar("ConfigT", bound=EndpointConfig)
 logger = logging.getLogger(__name__)
 
 
-class Attempt(BaseModel):
-    """What one process used of one model for an artifact, failed requests and lost answers included."""
+class CostLog:
+    """What was used for one artifact of one model: a small file for each process, in the artifact's folder.
 
-    model_config = ConfigDict(frozen=True)
-
-    model: str
-    usage: Usage = Usage()
-    usd: float = 0.0
-    seconds: float = 0.0
-
-
-class Spending:
-    """The attempts at one artifact with one model: one small file each, in the artifact's folder."""
+    Failed requests and lost answers are in it too.
+    """
 
     def __init__(self, workspace: str, folder: str, model: str) -> None:
         self._store, self._folder, self._model = Workspace(workspace), f"{folder}/attempts", model
         self._uri = f"{self._folder}/{uuid.uuid4().hex}.json"
         self._start = time.monotonic()
-        self.earlier = sum(a.usd for a in read_attempts(self._store, self._folder) if a.model == model)
+        self.earlier = sum(cost.usd for of, cost, _ in read_log(self._store, self._folder) if of == model)
 
-    def note(self, usage: Usage, usd: float) -> None:
+    def note(self, used: Cost) -> None:
         """Write down what this process has used so far."""
         seconds = round(time.monotonic() - self._start, 3)
-        attempt = Attempt(model=self._model, usage=usage, usd=round(usd, 9), seconds=seconds)
-        self._store.write_json(self._uri, attempt.model_dump())
+        self._store.write_json(self._uri, {"model": self._model, "cost": used.model_dump(), "seconds": seconds})
 
     def left_of(self, config: ConfigT) -> ConfigT:
-        """Return `config` with what earlier attempts have left of its budget.
+        """Return `config` with what earlier processes have left of its budget.
 
         Raises:
             PreflowError: they have left nothing.
@@ -138,13 +128,14 @@ class Spending:
         return config.model_copy(update={"budget_usd": left})
 
 
-def read_attempts(store: Workspace, folder: str) -> list[Attempt]:
-    """Return the attempts that were noted in a folder."""
-    return [Attempt.model_validate(store.read_json(uri)) for uri in store.list(folder)]
+def read_log(store: Workspace, folder: str) -> list[tuple[str, Cost, float]]:
+    """Return what was noted in a folder: model, cost and seconds of each process."""
+    noted = map(store.read_json, store.list(folder))
+    return [(str(one["model"]), Cost.model_validate(one["cost"]), float(one["seconds"])) for one in noted]
 
 
 def write_cost(store: Workspace, folder: str, stage: str, rows: Cost) -> StageCost:
-    """Write `cost.json`: what the attempts at an artifact used, and what its rows had cost before them.
+    """Write `cost.json`: what was used for an artifact, and what its rows had cost before that.
 
     Args:
         store: the workspace.
@@ -152,15 +143,15 @@ def write_cost(store: Workspace, folder: str, stage: str, rows: Cost) -> StageCo
         stage: the stage's name in the ledger.
         rows: what all rows of the artifact cost, whoever made them.
     """
-    attempts = read_attempts(store, f"{folder}/attempts")
-    used = sum((Cost(**attempt.usage.model_dump(), usd=attempt.usd) for attempt in attempts), Cost())
+    noted = read_log(store, f"{folder}/attempts")
+    used = sum((cost for _, cost, _ in noted), Cost())
     saved = {name: max(0, value - getattr(used, name)) for name, value in rows.model_dump().items()}
     by_model: dict[str, float] = defaultdict(float)
-    for attempt in attempts:
-        by_model[attempt.model] += attempt.seconds
-    # Judges of a panel work side by side.
-    seconds = max(by_model.values(), default=0.0)
-    cost = StageCost(stage=stage, used=used, cached=Cost(**saved), seconds=seconds)
+    for model, _, seconds in noted:
+        by_model[model] += seconds
+    # Judges of a panel work at the same time.
+    longest = max(by_model.values(), default=0.0)
+    cost = StageCost(stage=stage, used=used, cached=Cost(**saved), seconds=longest)
     store.write_json(f"{folder}/cost.json", cost.model_dump())
     return cost
 
@@ -180,9 +171,3 @@ def say_prices(config: EndpointConfig) -> str:
     if not (config.prompt_price or config.completion_price):
         return "no prices set: its cost is not counted"
     return f"{config.prompt_price:g} and {config.completion_price:g} US$ a million prompt and completion tokens"
-
-
-def price(usage: dict[str, int], config: EndpointConfig) -> Cost:
-    """Return what `usage` costs at the prices of `config`."""
-    found = Usage(**usage)
-    return Cost(**found.model_dump(), usd=found.cost(config))

@@ -15,12 +15,12 @@ from prefect.tasks import exponential_backoff
 from prefect.utilities.annotations import opaque
 
 from tasks.batch.caching import cached, open_results
-from tasks.batch.costs import Spending, format_seconds, format_usd
+from tasks.batch.costs import CostLog, format_seconds, format_usd
 from tasks.batch.rows import Outcome, ShardRef, Slice
 from tasks.batch.shards import ShardWorker, Tally, TooManyFailures, open_shards, settle
 from tasks.errors import PreflowError
-from tasks.llm.client import Endpoint, Usage
-from tasks.llm.responses import shorten
+from tasks.llm.client import Endpoint
+from tasks.llm.responses import price, shorten
 
 LOG_SECONDS = 10.0
 ARTIFACT_SECONDS = 5.0
@@ -74,7 +74,7 @@ class Plan(Protocol):
 
 
 async def run_shards(
-    shell: Task[..., Any], plan: Plan, worker: ShardWorker, endpoint: Endpoint, spending: Spending
+    shell: Task[..., Any], plan: Plan, worker: ShardWorker, endpoint: Endpoint, costs: CostLog
 ) -> list[ShardRef]:
     """Run every shard as a cached task, with as many open as keep the window of requests full.
 
@@ -83,7 +83,7 @@ async def run_shards(
             finished is kept.
     """
     results = await open_results(plan.workspace)
-    monitor = Monitor(f"{shell.name} ({endpoint.config.model})", worker.tally, endpoint, spending)
+    monitor = Monitor(f"{shell.name} ({endpoint.config.model})", worker.tally, endpoint, costs)
     worker.watch = monitor.count
 
     async def run_one(part: Slice) -> ShardRef:
@@ -121,11 +121,11 @@ async def try_question(stage: str, endpoint: Endpoint, answering: Awaitable[Outc
             f"{stage}: {config.endpoint} (model {config.model}) did not answer a trial question: "
             f"{outcome.error.get('reason')}: {str(outcome.error.get('detail'))[:300]}. Nothing else was asked."
         )
-    usage = Usage.model_validate(outcome.usage)
+    usage = price(outcome.usage, config)
     logger.info(
         "%s: %s answers; the trial question took %d prompt and %d completion tokens (%d of thinking), %s US$",
         stage, config.model, usage.prompt_tokens, usage.completion_tokens, usage.thinking_tokens,
-        format_usd(usage.cost(config)),
+        format_usd(usage.usd),
     )  # fmt: skip
 
 
@@ -148,8 +148,8 @@ def refuse_failures(plan: Plan, worker: ShardWorker, allowed: float) -> PreflowE
 class Monitor:
     """Shows how far a stage is and what it costs, and stops one that is going to cost far more than its budget."""
 
-    def __init__(self, name: str, tally: Tally, endpoint: Endpoint, spending: Spending) -> None:
-        self._name, self._tally, self._endpoint, self._spending = name, tally, endpoint, spending
+    def __init__(self, name: str, tally: Tally, endpoint: Endpoint, costs: CostLog) -> None:
+        self._name, self._tally, self._endpoint, self._costs = name, tally, endpoint, costs
         self._start = time.monotonic()
         self._made = 0
         self._per_unit: float | None = None
@@ -230,7 +230,7 @@ class Monitor:
     def _note(self) -> None:
         stats = self._endpoint.stats
         if stats.sent:
-            self._spending.note(stats.usage, stats.spent_usd)
+            self._costs.note(stats.usage.model_copy(update={"usd": round(stats.spent_usd, 9)}))
 
     def describe(self) -> str:
         """Return one line: done of all, rate, failures, time to go and cost."""

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Reference, Workspace, digest
+from tasks.store.workspace import Cost, Reference, Workspace, digest
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Outcome(BaseModel):
     final: bool | None = None
     error: dict[str, Any] | None = None
     row: Row | None = None
-    usage: dict[str, int] = {}
+    usage: Cost = Cost()
 
 
 def writable(text: str) -> str:
@@ -129,7 +129,7 @@ _HEAD = len(b'{"key":"') + 64 + len(b'","sha256":"') + 64 + len(b'","outcome":')
 
 
 def _encode(key: str, outcome: Outcome) -> bytes:
-    body = json.dumps(outcome.model_dump(exclude_none=True), ensure_ascii=False).encode()
+    body = json.dumps(outcome.model_dump(exclude_none=True, exclude_defaults=True), ensure_ascii=False).encode()
     checksum = hashlib.sha256(key.encode() + body).hexdigest()
     return b'{"key":"%s","sha256":"%s","outcome":%s}\n' % (key.encode(), checksum.encode(), body)
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from tasks.batch.rows import Journal, Outcome, Row, RowStore, ShardRef, Slice, read_slice
 from tasks.errors import PreflowError
+from tasks.store.workspace import Cost
 
 # The first units are made one at a time until one succeeds, or so many have failed: an endpoint that refuses all of
 # them is found out by a few requests and not by a window full of them.
@@ -259,7 +260,7 @@ class MergeCounts(BaseModel):
     units: int = 0
     failed: int = 0
     passing: int = 0
-    usage: dict[str, int] = {}
+    usage: Cost = Cost()
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Count one input row's outcomes."""
@@ -268,8 +269,7 @@ class MergeCounts(BaseModel):
             self.units += 1
             self.failed += outcome.error is not None
             self.passing += outcome.error is not None and not outcome.final
-            for name, value in outcome.usage.items():
-                self.usage[name] = self.usage.get(name, 0) + value
+            self.usage += outcome.usage
 
 
 def merge_shards(
@@ -304,7 +304,7 @@ def merge_shards(
             outcomes = [fit(unit, known[key]) for key, unit in units.items()]
             for place, key in enumerate(units):
                 if hash(key) in counted:
-                    outcomes[place] = outcomes[place].model_copy(update={"usage": {}})
+                    outcomes[place] = outcomes[place].model_copy(update={"usage": Cost()})
             counted.update(map(hash, units))
             wanted |= units.keys()
             yield row, outcomes

@@ -19,9 +19,10 @@ from prefect.client.schemas.objects import FlowRun
 from tasks.config import DrillConfig
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
+from tasks.train.deployment import read_deployment
 from tasks.train.launch import Preempted, run_training
 from tasks.train.spec import TrainingPaths
-from tasks.train.work_pool import TrainingOrder, obtain_adapter, read_deployment
+from tasks.train.work_pool import TrainingOrder, obtain_adapter
 from tasks.trainer.lease import is_dead
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from tasks.errors import PreflowError
 from tasks.report.page import Cell, ReportSection, Table
 from tasks.report.render import render_markdown, render_text_table
 from tasks.store.workspace import COMMITTED, AdapterRef, PreferencesRef, Workspace, digest
+from tasks.train.deployment import check_deployment
 from tasks.train.spec import TrainingPaths
-from tasks.train.work_pool import TrainingOrder, check_deployment
+from tasks.train.work_pool import TrainingOrder
 
 logger = logging.getLogger(__name__)
 

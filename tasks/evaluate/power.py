@@ -6,10 +6,11 @@ from statistics import median
 
 from pydantic import ValidationError
 
-from tasks.config import EvaluationConfig
+from tasks.config import EvaluationConfig, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.intervals import quantile, spread
 from tasks.store.measures import Evaluation, WinRate
+from tasks.store.prompts import import_prompts
 from tasks.store.workspace import Workspace
 
 # The share of runs in which an adapter that is truly so good passes the gate.
@@ -58,7 +59,7 @@ class Design:
         q = quantile(confidence, clusters)
         wilson = math.sqrt(bar * (1 - bar) / max(1e-9, rate * (1 - rate)))
         needed, shift = q * wilson, (rate - bar) / error
-        if clusters > 100:
+        if clusters > 100 or abs(needed - shift) > 8:
             return float(norm.sf(needed - shift))
         return float(nct.sf(needed, max(1.0, clusters - 1), shift))
 
@@ -135,20 +136,37 @@ def _read(store: Workspace, uri: str) -> Evaluation | None:
         return None
 
 
+def power_before_price(config: PipelineConfig, usd_per_verdict: float = 0.0) -> str:
+    """Say what the evaluation of a run can show, and what showing half the gain takes, with the price of both.
+
+    Args:
+        config: the run's.
+        usd_per_verdict: what a verdict costs, of all judges together; 0 where no price is set.
+    """
+    evaluation = config.evaluation
+    held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows
+    if config.eval_prompts is None:  # the others become training pairs
+        held_out = round(held_out * config.judging.val_ratio)
+    design = plan_design(config.workspace, evaluation, max(1, held_out))
+    draws = 2 if evaluation.null_test else 1
+    price = 2 * draws * evaluation.num_samples * usd_per_verdict
+    return describe_power(design, config.promotion.min_win_rate, evaluation.confidence, price)
+
+
 def describe_power(design: Design, bar: float, confidence: float, usd_per_prompt: float = 0.0) -> str:
     """Say what an evaluation can show, and what it takes to show half the gain, with the price of both."""
     least = smallest_detectable(design, bar, confidence)
     if least >= 1:
         return (
             f"{design.prompts:,} held-out prompts x {design.samples} samples are too few for any adapter to pass in "
-            f"{POWER:.0%} of runs: give more prompts."
+            f"{100 * POWER:.0f} % of runs: give more prompts."
         )
     smaller = (least + bar) / 2
     more = prompts_needed(design, smaller, bar, confidence)
     return (
         f"{design.prompts:,} held-out prompts x {design.samples} samples{_price(design.prompts, usd_per_prompt)}: an "
-        f"adapter that truly wins {least:.1%} passes in {POWER:.0%} of runs. To show {smaller:.1%} takes {more:,} "
-        f"prompts{_price(more, usd_per_prompt)}."
+        f"adapter that truly wins {100 * least:.1f} % passes in {100 * POWER:.0f} % of runs. To show "
+        f"{100 * smaller:.1f} % takes {more:,} prompts{_price(more, usd_per_prompt)}."
     )
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 
 from tasks.batch.caching import find_finished
-from tasks.batch.costs import Spending, log_cost, price, write_cost
+from tasks.batch.costs import CostLog, log_cost, write_cost
 from tasks.batch.progress import SHARD_POLICY, run_shards, try_question
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
@@ -23,7 +23,7 @@ from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
 from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
 from tasks.llm.client import Answer, Endpoint, RequestRefused, Template
-from tasks.llm.responses import PERMANENT
+from tasks.llm.responses import PERMANENT, price
 from tasks.store.workspace import (
     CompletionsRef,
     FileFacts,
@@ -143,9 +143,9 @@ class Sampler:
         except RequestRefused as refused:
             error = {"id": prompt["id"], "reason": refused.reason, "detail": str(refused)}
             final = refused.reason in PERMANENT or None
-            return Outcome(final=final, error=error, usage=refused.usage.model_dump())
+            return Outcome(final=final, error=error, usage=refused.usage)
         texts = [self._kept(choice.text) for choice in answer.choices]
-        usage = answer.usage.model_dump()
+        usage = answer.usage
         if not config.keep_empty and not any(text.strip() for text in texts):
             error = {"id": prompt["id"], "reason": "empty_completions", "detail": self._say_empty(answer)}
             return Outcome(error=error, usage=usage)
@@ -189,9 +189,9 @@ async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
             or has too small a context; later: it is down for too long, the budget is used up, or too much failed.
     """
     config = plan.generation
-    spending = Spending(plan.workspace, plan.folder, config.model)
+    costs = CostLog(plan.workspace, plan.folder, config.model)
     async with AsyncExitStack() as stack:
-        endpoint = await stack.enter_async_context(await Endpoint.connect(spending.left_of(config), "generation"))
+        endpoint = await stack.enter_async_context(await Endpoint.connect(costs.left_of(config), "generation"))
 
         async def prepare() -> None:
             await stack.enter_async_context(adapter_loaded(endpoint, config))
@@ -205,7 +205,7 @@ async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
             concurrency=config.max_concurrency,
             prepare=prepare,
         )
-        return await run_shards(generate_shard, plan, worker, endpoint, spending)
+        return await run_shards(generate_shard, plan, worker, endpoint, costs)
 
 
 def prompt_unit(prompt: Row) -> dict[str, Row]:
@@ -246,7 +246,7 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
     config, store = plan.generation, Workspace(plan.workspace)
     info = await endpoint.check_model()
     template = choose_template(config, config.adapter)
-    if template is not None:
+    if template is not None and template.is_complete:
         check_prompts(plan.prompts.uri, template)
     longest = longest_prompts(store, plan.prompts)
     counted = await asyncio.gather(*(endpoint.tokenize(p["prompt"], **template_settings(config)) for p in longest))
@@ -257,7 +257,7 @@ async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
                 f"it does not fit {info.id}'s context of {info.max_model_len}. Lower max_tokens, drop the longest "
                 "prompts, or serve the model with a larger --max-model-len."
             )
-    if template is not None:
+    if template is not None and template.is_complete:
         await check_same_template(endpoint, config, template, [prompt["prompt"] for prompt in longest])
 
 

@@ -9,15 +9,15 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from tasks.batch.caching import find_finished
-from tasks.batch.costs import Spending, log_cost, price, say_prices, write_cost
+from tasks.batch.costs import CostLog, log_cost, say_prices, write_cost
 from tasks.batch.progress import SHARD_POLICY, run_shards, try_question
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, settle
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.judge.prompt import INSTRUCTIONS, MARKS, build_messages, distinct_completions, orders_for, read_rubric
 from tasks.judge.verdict import UnreadableVerdict, Verdict, read_verdict, verdict_format
-from tasks.llm.client import Choice, Endpoint, RequestRefused, Usage
-from tasks.llm.responses import PERMANENT
+from tasks.llm.client import Choice, Endpoint, RequestRefused
+from tasks.llm.responses import PERMANENT, price
 from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, VerdictsRef, Workspace, digest, stage_key
 
 VERSION = 3
@@ -179,7 +179,7 @@ class Judge:
     async def judge(self, question: Question) -> Outcome:
         """Return the vote on a row's completions in one order, or what kept it from being read, with what it used."""
         messages, n = build_messages(self._rubric, question.row, question.order), len(question.order)
-        budget, plain, usage = self._config.max_tokens, False, Usage()
+        budget, plain, usage = self._config.max_tokens, False, Cost()
         reason = raw = ""
         final = False
         for _ in range(self._config.max_attempts):
@@ -210,9 +210,9 @@ class Judge:
                 # A grammar can run off in white space up to any limit, or keep a model from ending its thinking.
                 plain = not choice.text.strip() or (cut and self._endpoint.allowed_tokens(budget) == allowed)
             else:
-                return Outcome(row=_make_vote(question.order, verdict), usage=usage.model_dump())
+                return Outcome(row=_make_vote(question.order, verdict), usage=usage)
         failure = {"id": question.row["id"], "order": question.order, "reason": reason, "detail": writable(raw)[:2000]}
-        return Outcome(final=final or None, error=failure, usage=usage.model_dump())
+        return Outcome(final=final or None, error=failure, usage=usage)
 
 
 def _reminded(messages: list[dict[str, str]], reason: str) -> list[dict[str, str]]:
@@ -245,12 +245,12 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
             key; later: it is down for too long, the budget is used up, or too much failed.
     """
     judge, judging = plan.judge, plan.judging
-    spending = Spending(plan.workspace, plan.folder, judge.model)
+    costs = CostLog(plan.workspace, plan.folder, judge.model)
     logger.info(
         "judging with %s: rubric %s, %d orders, %s", judge.model, judging.judging.rubric, judging.judging.orders,
         say_prices(judge),
     )  # fmt: skip
-    async with await Endpoint.connect(spending.left_of(judge), f"judging ({judge.model})") as endpoint:
+    async with await Endpoint.connect(costs.left_of(judge), f"judging ({judge.model})") as endpoint:
         worker = ShardWorker(
             rows=plan.rows(),
             units_of=judging.units_of,
@@ -259,7 +259,7 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
             concurrency=judge.max_concurrency,
             prepare=endpoint.check_model,
         )
-        return await run_shards(judge_shard, plan, worker, endpoint, spending)
+        return await run_shards(judge_shard, plan, worker, endpoint, costs)
 
 
 # Two answers that anyone can tell apart.

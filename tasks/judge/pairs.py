@@ -24,7 +24,7 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-VERSION = 3
+VERSION = 4
 APPLIED = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "seed"}
 TOKENS = {"prompt_token_ids", "token_ids"}
 CUT = "a side was cut at max_tokens"

@@ -40,11 +40,18 @@ class TemplateRefused(PreflowError):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and what it is handed; `source` says where it comes from."""
+    """A chat template and what it is handed.
+
+    Attributes:
+        text: the template.
+        source: where it comes from.
+        special_tokens: the tokenizer's, by name; one that it has not is None.
+        settings: what else it is handed.
+    """
 
     text: str
     source: str
-    special_tokens: Mapping[str, str]
+    special_tokens: Mapping[str, str | None]
     settings: ChatSettings
 
     def render(self, messages: Messages, prompt: bool = False) -> str:
@@ -59,7 +66,8 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=prompt,
-                **{**self.special_tokens, **self.settings.template_kwargs()},
+                **{name: token for name, token in self.special_tokens.items() if token is not None},
+                **self.settings.template_kwargs(),
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -79,6 +87,11 @@ class ChatTemplate:
         prompt = self.render(question, prompt=True)
         lead = before.removeprefix(prompt)
         return (lead if before.startswith(prompt) and lead.isspace() else ""), end
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the special tokens that it writes are known: an adapter without a tokenizer does not tell them."""
+        return set(re.findall(r"\b(?:bos|eos|pad|unk)_token\b", self.text)) <= set(self.special_tokens)
 
     @property
     def has_clock(self) -> bool:
@@ -172,14 +185,14 @@ def template_of(training: TrainingConfig, adapter: str | None = None, base: str 
     return found
 
 
-def _special_tokens(folders: Sequence[str], read: Any) -> dict[str, str]:
+def _special_tokens(folders: Sequence[str], read: Any) -> dict[str, str | None]:
     """Return the special tokens of the first folder that has a tokenizer, by name (`bos_token`, ...)."""
     owner = next((folder for folder in folders if read(folder, CONFIG)), None)
     if owner is None:
         return {}
     entries = {**json.loads(read(owner, "special_tokens_map.json") or "{}"), **json.loads(read(owner, CONFIG))}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str | None)}
 
 
 def fast_tokenizer(training: TrainingConfig) -> Tokenizer | None:

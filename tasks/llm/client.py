@@ -27,12 +27,13 @@ from tasks.llm.responses import (
     RequestRefused,
     StageStopped,
     Transient,
-    Usage,
     classify,
+    price,
     read_answer,
 )
 from tasks.llm.retries import Attempts, RetryPolicy
 from tasks.llm.secrets import resolve_secret
+from tasks.store.refs import Cost
 
 __all__ = [
     "Answer",
@@ -46,7 +47,6 @@ __all__ = [
     "QuotaUsedUp",
     "RequestRefused",
     "Stats",
-    "Usage",
     "resolve_secret",
 ]
 
@@ -89,7 +89,7 @@ class Stats:
     window: int = 0
     waited_seconds: float = 0.0
     spent_usd: float = 0.0
-    usage: Usage = field(default_factory=Usage)
+    usage: Cost = field(default_factory=Cost)
 
 
 class _Request:
@@ -106,7 +106,9 @@ class _Request:
         completion_tokens = (settings.get("max_tokens") or UNBOUNDED_COMPLETION) * (settings.get("n") or 1)
         self.tokens = self.prompt_bytes // 3 + completion_tokens
         # A byte-level tokenizer makes at most one token of a byte; the chat template adds some.
-        self.most_usd = Usage(prompt_tokens=self.prompt_bytes + 64, completion_tokens=completion_tokens).cost(config)
+        self.most_usd = price(
+            Cost(prompt_tokens=self.prompt_bytes + 64, completion_tokens=completion_tokens), config
+        ).usd
 
 
 class Endpoint:
@@ -197,7 +199,7 @@ class Endpoint:
         return answer
 
     async def _chat(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
-        wanted, given = sampling.get("n") or 1, Answer([], Usage(), "")
+        wanted, given = sampling.get("n") or 1, Answer([], Cost(), "")
         if wanted == 1 or "n" not in self._dialect.dropped:
             given = await self._ask(_Request(self.config, messages, sampling))
             if wanted > 1 and len(given.choices) == 1 and "n" not in self._dialect.dropped:
@@ -208,7 +210,7 @@ class Endpoint:
             singles = [sampling | Sampling(n=None, seed=None if first is None else first + place) for place in missing]
             answers += await _all(self._ask(_Request(self.config, messages, single)) for single in singles)
         choices = [choice for answer in answers for choice in answer.choices[:wanted]][:wanted]
-        usage = sum((answer.usage for answer in answers), Usage())
+        usage = sum((answer.usage for answer in answers), Cost())
         if all(choice.finish_reason == "content_filter" for choice in choices):
             raise RequestRefused(200, "content_filter", choices[0].note, usage=usage)
         return Answer(choices, usage, answers[-1].model, answers[-1].prompt_token_ids)
@@ -242,7 +244,7 @@ class Endpoint:
                 counted = await self._gate.admit(request.tokens)
                 cost = None
                 answer = await self._send(request, body, attempts)
-                cost = answer.usage.cost(self.config)
+                cost = price(answer.usage, self.config).usd
                 self._gate.settle(counted, answer.usage.prompt_tokens + answer.usage.completion_tokens)
             except (Transient, RequestRefused, StageStopped) as failure:
                 if not getattr(failure, "maybe_billed", False):

@@ -17,7 +17,7 @@ OPTIONAL = {
     "return_token_ids": r"return_token_ids",
     "chat_template_kwargs": r"chat_template_kwargs",
     # vLLM's words without --trust-request-chat-template.
-    "chat_template": r"chat[_ -]template(?!_kwargs)",
+    "chat_template": r"chat_template(?!_kwargs)|trust-request-chat-template",
     "reasoning_effort": r"reasoning[_.]?effort|thinking[_ ]?(budget|level)",
     "response_format": r"response_?(format|schema)|json_?schema|structured output|guided|grammar|additionalProperties",
     "n": r"[`'\"]n[`'\"]|\bn:? (must|should|has to|is|>|=)|only one (completion )?choice|candidate_?count"

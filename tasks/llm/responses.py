@@ -20,13 +20,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
-
-from pydantic import BaseModel, ConfigDict
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
+from tasks.store.refs import Cost
 
 # 409 is sent by some gateways for a lock conflict, 529 by some for an overload.
 RETRIED = frozenset({408, 409, 425, 429})
@@ -77,28 +76,10 @@ _WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", r
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 
-class Usage(BaseModel):
-    """Tokens that were billed; completion tokens include the thinking tokens."""
-
-    model_config = ConfigDict(frozen=True)
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    thinking_tokens: int = 0
-
-    def __add__(self, other: Self) -> Self:
-        return type(self)(
-            requests=self.requests + other.requests,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-            thinking_tokens=self.thinking_tokens + other.thinking_tokens,
-        )
-
-    def cost(self, config: EndpointConfig) -> float:
-        """Return what this usage costs at the prices of `config`, in US$."""
-        prompt = self.prompt_tokens * config.prompt_price
-        return (prompt + self.completion_tokens * config.completion_price) / 1e6
+def price(cost: Cost, config: EndpointConfig) -> Cost:
+    """Return a cost with the US$ that its tokens take at the prices of `config`."""
+    usd = (cost.prompt_tokens * config.prompt_price + cost.completion_tokens * config.completion_price) / 1e6
+    return cost.model_copy(update={"usd": usd})
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +97,7 @@ class Answer:
     """The completions of one request, in the order of the endpoint's indices."""
 
     choices: list[Choice]
-    usage: Usage
+    usage: Cost
     model: str
     prompt_token_ids: list[int] | None = None
 
@@ -139,9 +120,9 @@ class RequestRefused(Exception):
     billed all the same.
     """
 
-    def __init__(self, status: int, reason: str, text: str, param: str = "", usage: Usage | None = None) -> None:
+    def __init__(self, status: int, reason: str, text: str, param: str = "", usage: Cost | None = None) -> None:
         super().__init__(status, reason, text, param, usage)
-        self.status, self.reason, self.text, self.param, self.usage = status, reason, text, param, usage or Usage()
+        self.status, self.reason, self.text, self.param, self.usage = status, reason, text, param, usage or Cost()
 
     def __str__(self) -> str:
         return f"refused ({self.status}, {self.reason}): {self.text}"
@@ -280,7 +261,7 @@ def _is_thinking(part: Mapping[str, Any] | str) -> bool:
     return isinstance(part, Mapping) and str(part.get("type")) not in ("text", "output_text", "None")
 
 
-def _read_usage(data: Any, prompt_bytes: int, completion_length: int) -> Usage:
+def _read_usage(data: Any, prompt_bytes: int, completion_length: int) -> Cost:
     """Return the usage; a count that is missing or no count is estimated where that is possible."""
     data = data if isinstance(data, dict) else {}
     prompt, completion, total = (_count(data.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
@@ -289,7 +270,7 @@ def _read_usage(data: Any, prompt_bytes: int, completion_length: int) -> Usage:
     # OpenAI counts thinking among the completion tokens; Gemini leaves it out of them and shows it in the total only.
     hidden = max(0, (total or 0) - prompt - completion) if prompt is not None and completion is not None else 0
     completion = completion_length // 4 + 1 if completion is None else completion + hidden
-    return Usage(
+    return Cost(
         requests=1,
         prompt_tokens=prompt_bytes // 4 + 1 if prompt is None else prompt,
         completion_tokens=completion,

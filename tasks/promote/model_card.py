@@ -185,10 +185,12 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{pinned}), "{repo}")
 ```
 
-With vLLM (ask for the model `{name}`; it was trained on up to {length} tokens):
+With vLLM (ask for the model `{name}`; it was trained on up to {length} tokens, with the chat template that lies here):
 
 ```sh
-vllm serve {base}{flag} --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}
+hf download {repo} chat_template.jinja --local-dir .
+vllm serve {base}{flag} --chat-template chat_template.jinja \\
+    --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}
 ```"""
 
 

@@ -17,7 +17,7 @@ SHOWN_METRICS = (
     "pair_yield",
     "position_best",
     "flip_rate",
-    "longer_chosen_tokens",
+    "longer_chosen",
     "parse_failures",
 )
 SHOWN_READINGS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "weights/moved")

@@ -8,6 +8,7 @@ twice for what was approved, whichever process is killed meanwhile.
 
 import logging
 import posixpath
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,15 +28,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
+from tasks.evaluate.power import power_before_price
 from tasks.judge.asking import VERDICT_TOKENS, JudgePlan, plan_judging
-from tasks.llm.responses import Usage
+from tasks.llm.responses import price
 from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
 from tasks.report.run import evaluation_page
 from tasks.run.preflight import run_folder
 from tasks.store.prompts import import_prompts
-from tasks.store.workspace import CompletionsRef, EvaluationRef, PromotionRef, Workspace
+from tasks.store.workspace import CompletionsRef, Cost, EvaluationRef, PromotionRef, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,8 @@ async def approve_judging(config: PipelineConfig, completions: CompletionsRef) -
         logger.info("every verdict is known: there is nothing to approve before judging")
         return
     page = approval_section([estimate.model_dump() for estimate in estimates], count_comparisons(config))
+    each = sum(estimate.usd / estimate.requests for estimate in estimates if estimate.requests)
+    page = replace(page, notes=(power_before_price(config, each), *page.notes))
     answer = await _answer(config, point, completions.sha256, page)
     if answer.refusal:
         raise NotApproved(f"{answer.refusal}. The completions are kept; run again to be asked again.")
@@ -201,8 +205,8 @@ def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> lis
 def _estimate(plan: JudgePlan) -> JudgeEstimate:
     remaining, judge = plan.remaining(), plan.judge
     asked, tokens = remaining.to_ask, remaining.prompt_tokens
-    expected = Usage(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
-    most = Usage(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
+    expected = Cost(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
+    most = Cost(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
     return JudgeEstimate(
         model=judge.model,
         requests=asked,
@@ -210,8 +214,8 @@ def _estimate(plan: JudgePlan) -> JudgeEstimate:
         prompt_tokens=expected.prompt_tokens,
         completion_tokens=expected.completion_tokens,
         most_completion_tokens=most.completion_tokens,
-        usd=expected.cost(judge),
-        most_usd=most.cost(judge),
+        usd=price(expected, judge).usd,
+        most_usd=price(most, judge).usd,
     )
 
 
@@ -220,4 +224,5 @@ def count_comparisons(config: PipelineConfig) -> int:
     evaluation, judging = config.evaluation, config.evaluation.judging or config.judging
     held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows
     draws = 2 if evaluation.null_test else 1
-    return 2 * draws * evaluation.num_samples * min(held_out, evaluation.max_prompts) * len(judging.judges())
+    verdicts = draws * len(judging.judges()) + len(evaluation.judges)
+    return 2 * verdicts * evaluation.num_samples * min(held_out, evaluation.max_prompts)

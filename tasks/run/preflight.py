@@ -4,7 +4,7 @@ import asyncio
 import logging
 import posixpath
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 
@@ -18,7 +18,7 @@ from tasks.store.workspace import PipelineResult, Workspace, stage_key
 
 VERSION = 3
 logger = logging.getLogger(__name__)
-_turn: ContextVar[asyncio.Lock | None] = ContextVar("turn", default=None)
+_lock: ContextVar[asyncio.Lock | None] = ContextVar("lock", default=None)
 
 
 def run_key(config: PipelineConfig) -> str:
@@ -137,21 +137,17 @@ async def find_problems(config: PipelineConfig) -> list[str]:
 
 
 @asynccontextmanager
-async def taking_turns() -> AsyncIterator[None]:
-    """Have runs that are under way at once in the block ask endpoints one after another (see `my_turn`)."""
-    token = _turn.set(asyncio.Lock())
+async def sharing_endpoints() -> AsyncIterator[None]:
+    """Have the runs that are under way at once in the block take `endpoint_lock` one after another."""
+    token = _lock.set(asyncio.Lock())
     try:
         yield
     finally:
-        _turn.reset(token)
+        _lock.reset(token)
 
 
 @asynccontextmanager
-async def my_turn() -> AsyncIterator[None]:
-    """Wait until no run beside this one asks endpoints: what it asked is kept then and found, not asked again."""
-    lock = _turn.get()
-    if lock is None:
-        yield
-        return
-    async with lock:
+async def endpoint_lock() -> AsyncIterator[None]:
+    """Serialise sampling and judging across the points of a sweep: later points find what earlier ones have asked."""
+    async with _lock.get() or nullcontext():
         yield

@@ -15,8 +15,8 @@ from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
 from tasks.llm.client import Endpoint
 from tasks.store.prompts import import_prompts, source_digest
 from tasks.store.workspace import Workspace, digest, folder_digest
+from tasks.train.deployment import check_deployment
 from tasks.train.launch import base_digest, check_training_inputs, token_identity
-from tasks.train.work_pool import check_deployment
 
 logger = logging.getLogger(__name__)
 # Asks an endpoint one question, as the stage will; raises PreflowError if the answer is of no use.
@@ -80,9 +80,10 @@ def _training_checks(config: PipelineConfig) -> list[Callable[[], object]]:
 
 def _find_template(training: TrainingConfig) -> ChatTemplate | None:
     found = choose_template(training, training.sft_adapter, training.base_model, training.base_revision)
-    if found is None:
-        logger.warning("no chat template of %s can be read here: prompts are not checked", training.base_model)
-    return found
+    if found is not None and found.is_complete:
+        return found
+    logger.warning("chat template or tokenizer of %s cannot be read here: prompts are not checked", training.base_model)
+    return None
 
 
 def _check_prompts(config: PipelineConfig) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from pathlib import Path
 from typing import IO, Any
 
 import httpx
@@ -52,6 +53,7 @@ PARALLEL_DELETES = 16
 SPOOLED = 8 << 20
 # Ranges that lie nearer to each other than this are read in one request, and up to this many bytes in one.
 NEAR, BLOCK = 1 << 18, 8 << 20
+_blocks: dict[str, str] = {}
 LISTED = "items(name,size,generation,metadata),prefixes,nextPageToken"
 
 
@@ -143,9 +145,19 @@ def _as_file_errors(uri: str) -> Iterator[None]:
 
 
 class GcsWorkspace(Workspace):
-    """A prefix of a bucket: one object a file, replaced in one step, no rename."""
+    """A prefix of a bucket: one object a file, replaced in one step, no rename.
+
+    gs://BLOCK@bucket/prefix takes the credentials of a GcpCredentials block. All of this process that is in the same
+    bucket takes them too: what was made there under an address without the block can be read.
+    """
 
     is_local = False
+
+    def __init__(self, address: str | Path, *args: Any, **options: Any) -> None:
+        super().__init__(address, *args, **options)
+        block, _, bucket = self.root.split("/")[2].rpartition("@")
+        if block:
+            _blocks[bucket] = block
 
     def stat(self, uri: str) -> Stat | None:
         """Return the facts of an object, or None."""
@@ -281,7 +293,7 @@ def _parts(uri: str) -> tuple[Any, str]:
     authority, _, name = uri.removeprefix("gs://").partition("/")
     block, _, bucket = authority.rpartition("@")
     with _as_file_errors(uri):
-        client = _client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"), block)
+        client = _client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"), block or _blocks.get(bucket, ""))
     return client.bucket(bucket), name.rstrip("/")
 
 

@@ -115,9 +115,10 @@ class LocalWorkspace(Workspace):
 
 
 def _stat(uri: str, found: os.stat_result) -> Stat:
-    """Return a file's facts. Its time tells two contents apart only once it is older than any clock's step."""
-    settled = time.time() - found.st_mtime > SETTLED_SECONDS
-    return Stat(uri, found.st_size, version=(found.st_ino, found.st_mtime_ns) if settled else None)
+    """Return a file's facts. Its times tell two contents apart only once they are older than any clock's step."""
+    settled = time.time() - found.st_ctime > SETTLED_SECONDS
+    version = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns) if settled else None
+    return Stat(uri, found.st_size, version=version)
 
 
 def _scan(uri: str) -> list["os.DirEntry[str]"]:

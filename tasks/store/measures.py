@@ -41,7 +41,6 @@ class QualityReport(BaseModel):
     pairs: int
     statuses: dict[str, int]
     reasons: dict[str, int]
-    degenerate: int
     metrics: list[Metric]
     detail: dict[str, Any] = {}
 
@@ -157,18 +156,18 @@ class Evaluation(WinRate):
         if self.null is not None and not self.null_holds:
             return (
                 f"two draws of the SFT adapter come out at {self.null.text()} against each other, where the interval "
-                f"({self.null.confidence:.0%}) must hold 50 %: no win rate of this judge can be believed. Look at the "
-                "judge's positions in the quality report; take another judging.model, or more held-out prompts."
+                f"({100 * self.null.confidence:.3g} %) must hold 50 %: no win rate of this judge can be believed. Look "
+                "at its positions in the quality report; take another judging.model, or more held-out prompts."
             )
         if self.lower <= bar:
             return (
-                f"win rate {self.text()}; the interval's lower bound must be over min_win_rate ({bar:.1%}). More "
-                "held-out prompts narrow the interval; a lower training.beta moves the adapter further."
+                f"win rate {self.text()}; the interval's lower bound must be over min_win_rate ({100 * bar:.3g} %). "
+                "More held-out prompts narrow the interval; a lower training.beta moves the adapter further."
             )
         if self.length_controlled is not None and self.proven <= bar:
             return (
                 f"win rate {self.text()}, but {self.length_controlled.text()} with length taken out; both lower bounds "
-                f"must be over min_win_rate ({bar:.1%}). The new adapter may have won by length alone: say in "
+                f"must be over min_win_rate ({100 * bar:.3g} %). The new adapter may have won by length alone: say in "
                 "judging.rubric that length does not count, or lower generation.max_tokens."
             )
         return None

@@ -10,6 +10,9 @@ from tasks.errors import PreflowError
 from tasks.store.forms import WrongForm, read_table, to_completions, to_pair, to_prompt
 from tasks.store.workspace import Workspace, digest
 
+# Of a file with many wrong lines: enough to see what they have in common.
+PROBLEMS_SHOWN = 5
+
 
 class Message(BaseModel):
     """One chat message."""
@@ -166,13 +169,31 @@ def read_rows(model: type[Row], uri: str, store: Workspace | None = None) -> Ite
     """Yield the rows of a file in any form of `tasks.store.forms`; JSONL is streamed, blank lines are skipped.
 
     Raises:
-        PreflowError: the file is missing or empty, or a line is wrong (file, line and field are named).
+        PreflowError: the file is missing or empty, or lines are wrong (the first few, by file, line and field).
     """
     store = store or Workspace.holding(uri)
+<<<<<<< HEAD
     empty = True
     for _, row in number_rows(model, uri, store):
         empty = False
         yield row
+=======
+    if not store.exists(uri):
+        raise PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
+    empty, problems = True, list[str]()
+    for number, line in enumerate(store.lines(uri), 1):
+        if not line.strip() or len(problems) == PROBLEMS_SHOWN:
+            continue
+        try:
+            empty, row = False, parse_row(model, line, f"{uri}:{number}")
+        except PreflowError as problem:
+            problems.append(str(problem))
+        else:
+            if not problems:
+                yield row
+    if problems:
+        raise PreflowError("\n".join(problems))
+>>>>>>> main
     if empty:
         raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one row.")
 

@@ -8,6 +8,7 @@ import logging
 import os
 import posixpath
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,7 +132,8 @@ class Workspace:
     @classmethod
     def holding(cls, uri: str) -> "Workspace":
         """Return a workspace through which the single file or folder at `uri` can be read."""
-        return Workspace(posixpath.dirname(resolve_location(uri)))
+        location = resolve_location(uri)
+        return Workspace(location if "://" in location else posixpath.dirname(location))
 
     def uri(self, *parts: str) -> str:
         """Join `parts` to the root."""
@@ -384,7 +386,7 @@ class Workspace:
             list(pool.map(lambda file: self._get(file, local / posixpath.basename(file)), self.list(uri)))
         return local
 
-    def verify_folder(self, uri: str) -> dict[str, Any]:
+    def verify_folder(self, uri: str) -> Any:
         """Check a committed folder against its `COMMITTED.json` and return that.
 
         On a bucket the digests are those that the objects carry, so that nothing is read.
@@ -392,24 +394,21 @@ class Workspace:
         Raises:
             PreflowError: naming the first file that is missing, cut or changed.
         """
-        return self._verify(uri)[1]
+        committed = self._read_committed(uri)[1]
+        there = self.tree(uri)
+        for name, facts in committed["files"].items():
+            file, stat = posixpath.join(uri, name), there.get(name)
+            if stat is None:
+                raise PreflowError(_missing(file))
+            if not self._is_as(stat, FileFacts(**facts)):
+                raise PreflowError(_damaged(file))
+        return committed
 
     def committed_files(self, uri: str) -> dict[str, FileFacts]:
         """Return size and sha256 of the files of a committed folder, with `COMMITTED.json` itself."""
         content, committed = self._read_committed(uri)
         marker = FileFacts(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         return {COMMITTED: marker, **{name: FileFacts(**facts) for name, facts in committed["files"].items()}}
-
-    def _verify(self, uri: str) -> tuple[bytes, dict[str, Any]]:
-        content, committed = self._read_committed(uri)
-        there = self.tree(uri)
-        for name, expected in committed["files"].items():
-            file, stat = posixpath.join(uri, name), there.get(name)
-            if stat is None:
-                raise PreflowError(_missing(file))
-            if stat.size != expected["size"] or self._sha256_of(stat) != expected["sha256"]:
-                raise PreflowError(_damaged(file))
-        return content, committed
 
     def _read_committed(self, uri: str) -> tuple[bytes, dict[str, Any]]:
         marker = posixpath.join(uri, COMMITTED)
@@ -455,7 +454,7 @@ class Workspace:
         if reference.manifest is None:
             stat = self.stat(reference.uri)
             return stat is not None and self._is_as(stat, FileFacts(size=reference.size, sha256=reference.sha256))
-        manifest = self._find_manifest(reference.manifest)
+        manifest = self.find_manifest(reference.manifest)
         return manifest is not None and manifest.artifact.sha256 == reference.sha256
 
     def _is_as(self, stat: Stat, facts: FileFacts) -> bool:
@@ -463,11 +462,11 @@ class Workspace:
 
     def find_finished(self, manifest: str, kind: type[RefT]) -> RefT | None:
         """Return the artifact of a manifest if that was written, which happens last, and all its files are intact."""
-        found = self._find_manifest(manifest)
+        found = self.find_manifest(manifest)
         return found.artifact if found is not None and isinstance(found.artifact, kind) else None
 
-    def _find_manifest(self, uri: str) -> Manifest | None:
-        """Return a manifest all of whose files are as it says."""
+    def find_manifest(self, uri: str) -> Manifest | None:
+        """Return a manifest if it was written, which happens last, and all its files are as it says."""
         try:
             manifest = self.read_manifest(uri)
         except PreflowError as error:
@@ -599,7 +598,9 @@ def server_path(uri: str, workspace: str, adapter_root: str | None) -> str:
     """
     store = Workspace(workspace)
     if adapter_root is not None:
-        return posixpath.join(adapter_root, posixpath.relpath(uri, store.root))
+        # The name of a block of credentials (gs://BLOCK@bucket) is part of an address, not of a path.
+        place, root = (re.sub("^gs://[^/@]*@", "gs://", address) for address in (uri, store.root))
+        return posixpath.join(adapter_root, posixpath.relpath(place, root))
     if not store.is_local:
         raise PreflowError(
             f"vLLM cannot read {uri}: mount the bucket there (Cloud Storage FUSE) and give the folder as adapter_root"

@@ -1,16 +1,14 @@
-"""Training on a work pool, as a run of a deployment: started once, found again, revived, and followed to its end."""
+"""Training on a work pool, as a run of a deployment: started once, found again, rescheduled, followed to its end."""
 
 import asyncio
 import logging
 import math
-import posixpath
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -26,13 +24,12 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
     FlowRunFilterIdempotencyKey,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus, WorkPool
-from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run as this_run
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import AwaitingRetry, Cancelling, Crashed
 from prefect.utilities.urls import url_for
 
@@ -40,13 +37,14 @@ from tasks.batch.caching import mark_used
 from tasks.config import PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest
+from tasks.train.deployment import FLOW
 from tasks.train.launch import training_key
+from tasks.train.pods import PodWatch
 from tasks.train.spec import TrainingPaths
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FLOW = "train-dpo"
 POLL_SECONDS = 5.0
 OUTAGE_SECONDS = 5.0
 SILENT_SECONDS, SILENT_LEASES = 600.0, 10
@@ -74,7 +72,7 @@ async def obtain_adapter(order: "TrainingOrder") -> AdapterRef:
     if adapter is not None:
         logger.info("the adapter is finished: %s asks nobody", order.deployment)
         return adapter
-    run = await patiently(order.start_or_join)
+    run = await retry_while_api_is_down(order.start_or_join)
     with _cancelled_together(run):
         return await _follow(run, order)
 
@@ -175,7 +173,7 @@ async def count_crashes(run: FlowRun) -> int:
     return crashes
 
 
-async def patiently(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+async def retry_while_api_is_down(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     """Return what the call returns, calling again for as long as the Prefect server does not answer."""
     since: float | None = None
     while True:
@@ -201,18 +199,23 @@ def _is_outage(error: Exception) -> bool:
 
 
 async def _follow(run: FlowRun, order: TrainingOrder) -> AdapterRef:
-    """Wait until the adapter is there; show the run's states and progress as this run's own, and revive it."""
-    view, pulse = await patiently(_RunView.open, run, order.deployment), _Pulse(order)
+    """Wait until the adapter is there; show the run's states and progress as this run's own."""
+    view = await retry_while_api_is_down(_RunView.open, run, order.deployment)
+    pool = await retry_while_api_is_down(_read_pool, run)
+    heartbeat, pods = _HeartbeatMonitor(order), PodWatch.of(run.id, pool, order.job_variables)
     while True:
-        run = await patiently(_read, run.id)
+        run = await retry_while_api_is_down(_read, run.id)
         await view.show(run)
-        if pulse.has_stopped(_state(run)):
-            await patiently(_bury, run)
+        quiet = heartbeat.quiet_seconds(_state(run))
+        if pods is not None and not _state(run).is_final():
+            await pods.say(quiet)
+        if pool is not None and pool.type == "process" and _state(run).is_running() and quiet > heartbeat.limit:
+            await retry_while_api_is_down(_mark_crashed, run)
         elif _state(run).is_final():
             adapter = order.find_adapter()
             if adapter is not None:
                 return adapter
-            await patiently(_revive, run, order)
+            await retry_while_api_is_down(_reschedule, run, order)
         await asyncio.sleep(POLL_SECONDS)
 
 
@@ -226,24 +229,27 @@ async def _read(run_id: UUID) -> FlowRun:
             ) from error
 
 
-class _Pulse:
-    """Whether a training that is shown as running gives signs of life: its lease's beat, by this process's clock."""
+async def _read_pool(run: FlowRun) -> WorkPool | None:
+    async with get_client() as client:
+        return await client.read_work_pool(run.work_pool_name) if run.work_pool_name else None
+
+
+class _HeartbeatMonitor:
+    """How long nothing was heard of a training: no new state, no beat of its lease, by this process's clock."""
 
     def __init__(self, order: TrainingOrder) -> None:
         self._store = Workspace(order.workspace)
         self._lease = TrainingPaths.of(self._store.root, order.key).lease
-        self._limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
+        self.limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
         self._seen: object = None
         self._since = time.monotonic()
 
-    def has_stopped(self, state: State[Any]) -> bool:
-        """Tell whether a running training has been silent for too long."""
-        if not state.is_running():
-            return False
-        seen = state.id, self._beat()
+    def quiet_seconds(self, state: State[Any]) -> float:
+        """Return the seconds since the last sign of life."""
+        seen = state.id, self._beat() if state.is_running() else None
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
-        return time.monotonic() - self._since > self._limit
+        return time.monotonic() - self._since
 
     def _beat(self) -> object:
         try:
@@ -253,19 +259,17 @@ class _Pulse:
             return object()
 
 
-async def _bury(run: FlowRun) -> None:
+async def _mark_crashed(run: FlowRun) -> None:
     """Report a silent run as crashed, since nobody else will: its worker is gone with it.
 
     Not on Kubernetes: there a lost pod is replaced, however long that takes.
     """
     async with get_client() as client:
-        pool = await client.read_work_pool(run.work_pool_name) if run.work_pool_name else None
-        if pool is not None and pool.type == "process":
-            reason = "No sign of life: its machine, or its worker and its process, are gone."
-            await client.set_flow_run_state(run.id, Crashed(message=reason))
+        reason = "No sign of life: its machine, or its worker and its process, are gone."
+        await client.set_flow_run_state(run.id, Crashed(message=reason))
 
 
-async def _revive(run: FlowRun, order: TrainingOrder) -> None:
+async def _reschedule(run: FlowRun, order: TrainingOrder) -> None:
     """Have a crashed run executed again, from its last checkpoint.
 
     Raises:
@@ -304,10 +308,10 @@ def _what_happened(run: FlowRun, order: TrainingOrder, crashes: int) -> str:
     if state.is_crashed():
         return (
             f"the training on {order.deployment} crashed {crashes} times, over max_restarts ({order.max_restarts}); "
-            f"the last time: {state.message} {where}. Mend the cause, or raise max_restarts, and {again}."
+            f"the last time: {state.message} {where}. Fix the cause, or raise max_restarts, and {again}."
         )
     reason = str(state.message).removeprefix("Flow run encountered an exception: ").removeprefix("PreflowError: ")
-    return f"the training on {order.deployment} failed: {reason}\n{where}. Mend the cause and {again}."
+    return f"the training on {order.deployment} failed: {reason}\n{where}. Fix the cause and {again}."
 
 
 class _RunView:
@@ -370,13 +374,13 @@ def _cancelled_together(run: FlowRun) -> Iterator[None]:
         raise
     except BaseException:
         try:
-            _pass_on(run, mine)
+            _cancel_if_this_is(run, mine)
         except (httpx.HTTPError, PrefectException) as error:
             logger.warning("the training run %s goes on: the Prefect server does not answer (%s)", run.id, error)
         raise
 
 
-def _pass_on(run: FlowRun, mine: set[UUID]) -> None:
+def _cancel_if_this_is(run: FlowRun, mine: set[UUID]) -> None:
     """Cancel a run if one of `mine` is; a preempted process has little time, and perhaps no event loop any more."""
     with (
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
@@ -388,72 +392,3 @@ def _pass_on(run: FlowRun, mine: set[UUID]) -> None:
             return
         client.set_flow_run_state(run.id, Cancelling(message="The run that waits for the adapter was cancelled."))
         logger.warning("cancelled, and the training with it: %s", url_for(run) or run.id)
-
-
-# Where the pools of type kubernetes mount a volume, and the only local folder that means anything there.
-MOUNT = "/workspace"
-
-
-async def check_deployment(name: str, workspace: str, training: TrainingConfig) -> None:
-    """See that the deployment that shall train exists, takes runs and can reach what it needs.
-
-    Raises:
-        PreflowError: with what is wrong, where, and what to do.
-    """
-    deployment = await read_deployment(name)
-    if deployment.paused:
-        raise PreflowError(f"deployment {name} is paused: resume it in the Prefect UI")
-    if deployment.work_pool_name is not None:
-        async with get_client() as client:
-            pool = await client.read_work_pool(deployment.work_pool_name)
-            workers = await client.read_workers_for_work_pool(pool.name)
-        _check_pool(pool, [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE])
-        _check_reach(workspace, training, pool)
-
-
-async def read_deployment(name: str) -> DeploymentResponse:
-    """Return a deployment of the training.
-
-    Raises:
-        PreflowError: there is none of this name; says which there are.
-    """
-    async with get_client() as client:
-        try:
-            return await client.read_deployment_by_name(name)
-        except ObjectNotFound as error:
-            found = await client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])))
-            names = ", ".join(sorted(f"{FLOW}/{deployment.name}" for deployment in found)) or "none"
-            raise PreflowError(
-                f"deployment {name}: there is no such deployment on {PREFECT_API_URL.value()} (found: {names}). "
-                "Make all of them with deployments/register.sh, or leave the field empty to train here."
-            ) from error
-
-
-def _check_pool(pool: WorkPool, online: list[str]) -> None:
-    if pool.is_paused:
-        raise PreflowError(f"work pool {pool.name} is paused, so nothing would train: resume it in the Prefect UI")
-    if not online and not (pool.is_push_pool or pool.is_managed_pool):
-        logger.warning(
-            "no worker of the work pool %s is online: the training will wait for one (prefect worker start --pool %s)",
-            pool.name, pool.name,
-        )  # fmt: skip
-
-
-def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> None:
-    """Refuse paths that mean nothing where the pool's runs are executed."""
-    base = training.base_model
-    is_folder = base.startswith((".", "/", "~")) or Path(base).is_dir()
-    if is_folder and not posixpath.isabs(base):
-        raise PreflowError(f"training.base_model {base}: give the whole path, {pool.name} runs in another folder")
-    if pool.type != "kubernetes":
-        return
-    paths = {"workspace": workspace, "training.sft_adapter": training.sft_adapter}
-    if is_folder:
-        paths["training.base_model"] = base
-    for name, path in paths.items():
-        if "://" not in path and not Path(path).is_relative_to(MOUNT):
-            raise PreflowError(
-                f"{name} {path}: a pod of the work pool {pool.name} cannot see it. Give a gs:// address, or a path "
-                f"below {MOUNT} if the pool mounts a volume there (workspace_volume, see infra/README.md)"
-                + (", or a model's name on the hub." if path == base else ".")
-            )

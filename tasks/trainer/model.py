@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
+# What older models keep among their weights and newer code computes: masks and positions.
+BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.inv_freq$|\.position_ids$")
 
 
 def has_cuda() -> bool:
@@ -66,12 +68,11 @@ def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase 
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         names = {file.name for file in Path(source).iterdir()} if Path(source).is_dir() else {"on the hub"}
         if names & {*TOKENIZER_FILES, "on the hub"} - {"chat_template.jinja"}:
             raise PreflowError(
-                f"the tokenizer of {source} cannot be read ({type(error).__name__}: {cause}). Install the package that "
-                "it needs (sentencepiece, tiktoken), or save it again with tokenizer.save_pretrained(folder)."
+                f"the tokenizer of {source} cannot be read ({_cause(error)}). Install the package that it needs "
+                "(sentencepiece, tiktoken), or save it again with tokenizer.save_pretrained(folder)."
             ) from error
         LOG.info("no tokenizer in %s", source)
         return None
@@ -148,12 +149,17 @@ def _base_config(training: TrainingConfig) -> Any:
 
 
 def _cannot_be_loaded(name: str, error: Exception) -> PreflowError:
-    if type(error).__name__ == "OutOfMemoryError":
-        raise error
     return PreflowError(
-        f"base_model {name}: cannot be loaded ({str(error).strip().splitlines()[0]}). Give a hub name that this "
-        "machine may read (HF_TOKEN), or a folder with config.json and whole safetensors."
+        f"base_model {name}: cannot be loaded ({_cause(error)}). Give a hub name that this machine may read "
+        "(HF_TOKEN), or a folder with config.json and whole safetensors."
     )
+
+
+def _cause(error: Exception) -> str:
+    """Return an error's first line; one of memory stays what it is."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def switch_off_dropout(config: Any) -> list[str]:
@@ -175,7 +181,8 @@ def _check_every_weight_is_its_own(name: str, found: Mapping[str, Any]) -> None:
     """Refuse a base of which transformers drew weights at random, or left weights out: it only prints a table."""
     problems = [f"{weight} is missing" for weight in sorted(found["missing_keys"])]
     problems += [f"{key[0]} has shape {tuple(key[1])}, not {tuple(key[2])}" for key in sorted(found["mismatched_keys"])]
-    problems += [f"{weight} has no place in it" for weight in sorted(found["unexpected_keys"])]
+    unexpected = sorted(weight for weight in found["unexpected_keys"] if not BUFFERS.search(weight))
+    problems += [f"{weight} has no place in it" for weight in unexpected]
     problems += [str(message) for message in found["error_msgs"]]
     if problems:
         raise PreflowError(
@@ -227,7 +234,7 @@ def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) ->
     except (ValueError, RuntimeError, KeyError) as error:
         raise PreflowError(
             f"SFT adapter {adapter}: does not fit the base model {base.config.name_or_path} "
-            f"({str(error).splitlines()[0]}). Give the base model that it was trained on."
+            f"({_cause(error)}). Give the base model that it was trained on."
         ) from error
     sft = AdapterWeights(adapter, policy)
     _check_finite(f"SFT adapter {adapter}", sft)
@@ -364,10 +371,9 @@ def as_loaded(training: TrainingConfig, config: Any) -> TrainingConfig:
         return training
     facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
     names = [name for name in type(training).model_fields if name.startswith("bnb_4bit_") and name in facts]
-    loaded = {**training.model_dump(), **{name: facts[name] for name in names}}
-    if not facts.get("load_in_4bit"):
-        loaded |= {"load_in_4bit": False, "bnb_4bit_quant_type": "nf4"}
-    return TrainingConfig.model_validate(loaded | ({"load_in_4bit": True} if facts.get("load_in_4bit") else {}))
+    is_4bit = bool(facts.get("load_in_4bit"))
+    its_own = {name: facts[name] for name in names} if is_4bit else {"bnb_4bit_quant_type": "nf4"}
+    return TrainingConfig.model_validate({**training.model_dump(), **its_own, "load_in_4bit": is_4bit})
 
 
 def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import pytest
 
 from tasks.config import TrainingConfig
 from tasks.store.workspace import Workspace
-from tests.fakes.tiny_training import TinyWorld
+from tests.fakes.tiny_training import CHAT_TEMPLATE, TinyWorld
 from tests.fakes.training_process import Kill, TrainingProcesses
 
-PREEMPTED = 75
+PREEMPTED, USER_ERROR = 75, 2
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +207,23 @@ def test_a_part_of_a_training_never_yields_an_adapter(
     assert processes.run(world.preferences, tmp_path, training, Kill("training_step", 9)) == PREEMPTED
     assert not (training_folder(tmp_path) / "adapter").exists()
     assert (training_folder(tmp_path) / "checkpoints" / "step-000004").exists()
+
+
+def test_a_resume_on_other_tokens_is_refused_by_name(
+    world: TinyWorld,
+    processes: TrainingProcesses,
+    config: TrainingConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The key holds what decides the tokens: only what is not in it, another version of a package, could do this."""
+    monkeypatch.setattr("tests.fakes.training_process.training_key", lambda *_: "k" * 64)
+    assert processes.run(world.preferences, tmp_path, config, Kill("training_step", 14)) == PREEMPTED
+    other = tmp_path / "other.jinja"
+    other.write_text(CHAT_TEMPLATE.replace("message['content']", "'w1 ' + message['content']"))
+    changed = config.model_copy(update={"chat_template": str(other)})
+    assert processes.run(world.preferences, tmp_path, changed) == USER_ERROR
+    message = processes.outcome()["message"]
+    assert "the checkpoint of step 6 was trained on other tokens than the pairs give now" in message
+    assert str(other) in message
+    assert processes.run(world.preferences, tmp_path, config) == 0, processes.log()

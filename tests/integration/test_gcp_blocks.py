@@ -155,6 +155,7 @@ async def test_a_workspace_takes_the_credentials_of_its_block(blocks: str, token
         assert list(store.tree(store.root)) == ["a/b.json", "plain.json"]
         assert plain.read_json(plain.uri("a", "b.json")) == {"x": 1}
         assert store.sha256(store.uri("plain.json")) == plain.sha256(plain.uri("plain.json"))
+        assert tokens.asked == 1, "what is in the bucket is read with the block's credentials, however it is addressed"
 
 
 def test_a_workspace_whose_block_is_missing_is_refused_by_name(blocks: str, tmp_path: Path) -> None:

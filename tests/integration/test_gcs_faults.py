@@ -18,7 +18,7 @@ from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote.pointer import install_adapter, move_pointer, read_pointer
 from tasks.store import gcs
-from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, Stat, Workspace, folder_digest
+from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, Workspace, folder_digest
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.fakes.gcs_plan import FAULTS
 from tests.fakes.process import ROOT
@@ -230,4 +230,6 @@ def test_what_is_listed_is_what_is_there(store: Workspace) -> None:
     assert store.folders(store.uri("a")) == ["b"]
     assert store.folders(store.root) == ["a", "ab"]
     assert store.stat(store.uri("a")) is None
-    assert store.stat(store.uri("a/one")) == Stat(store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())
+    stat = store.stat(store.uri("a/one"))
+    assert stat is not None
+    assert (stat.uri, stat.size, stat.sha256) == (store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())

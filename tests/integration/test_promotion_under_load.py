@@ -21,7 +21,7 @@ from flows import promote as promotion_flow
 from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
-from tasks.config import PromotionConfig, TrainingConfig
+from tasks.config import PromotionConfig
 from tasks.demo.services import Service
 from tasks.demo.serving import vllm_server
 from tasks.errors import PreflowError
@@ -102,7 +102,7 @@ def finished_training(folder: Path, base: Path, sft: Path, adapter: Path, name: 
     training = folder / "workspace" / "training" / name
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     texts = [random_text(row, 60) for row in range(4)]
-    probe = record_probe(model, sft, texts, TrainingConfig(load_in_4bit=False, bf16=False))
+    probe = record_probe(model, sft, texts)
     store = Workspace(folder / "workspace")
     store.write_json(str(training / "probe.json"), probe)
     sha256 = store.commit_folder(adapter, str(training / "adapter"))

@@ -59,8 +59,8 @@ def promote(root: Path, weights: bytes) -> None:
     models = [Origin(kind="sft_adapter", uri="sft", sha256="b" * 64)]
     models += [Origin(kind="base_model", uri="base", sha256="c" * 64)]
     training = {"base_model": "/home/someone/base", "beta": 0.1, "learning_rate": 5e-6, "loss_type": "sigmoid",
-                "max_length": 2048, "seed": 42}  # fmt: skip
-    counts = {"steps": 60, "train_used": 189, "train_mean": 128, "val_used": 25, "val_mean": 130}
+                "max_length": 2048, "seed": 42, "base_revision": "v1.2"}  # fmt: skip
+    counts = {"steps": 60, "lora_rank": 96, "train_used": 189, "train_mean": 128, "val_used": 25, "val_mean": 130}
     figures = {"first_loss": 0.693147, "eval_loss": 0.4, "eval_rewards/accuracies": 0.92, "eval_rewards/margins": 0.81}
     store.write_manifest(
         Manifest(artifact=adapter, stage="training", config=training, upstream=(pairs, *models), counts=counts,
@@ -101,8 +101,9 @@ async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> No
     for fact in (
         "0.700 [0.650, 0.750]", "0.506 [0.471, 0.540]", "| preference pairs, training | 189 |", "judge-1, judge-2",
         "house.md", "| beta | 0.1 |", "| learning_rate | 5e-06 |", "| first loss | 0.6931 |", "b" * 64,
-        done.adapter_sha256, "trl 1.16.0", 'AutoModelForCausalLM.from_pretrained("lab/base-3b"), "lab/better")',
-        "--lora-modules better=lab/better",
+        done.adapter_sha256, "trl 1.16.0",
+        'AutoModelForCausalLM.from_pretrained("lab/base-3b", revision="v1.2"), "lab/better")',
+        "lab/base-3b --revision v1.2 --enable-lora --max-lora-rank 128 --lora-modules better=lab/better",
     ):  # fmt: skip
         assert fact in card, fact
     assert "/home/someone" not in card

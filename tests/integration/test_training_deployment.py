@@ -29,8 +29,9 @@ from tasks.errors import PreflowError
 from tasks.run.preflight import prepare_run
 from tasks.store.workspace import AdapterRef
 from tasks.train import work_pool as remote
+from tasks.train.deployment import check_deployment
 from tasks.train.launch import run_training
-from tasks.train.work_pool import TrainingOrder, check_deployment, count_crashes
+from tasks.train.work_pool import TrainingOrder, count_crashes
 from tests.deployed import Worker, ask, process_worker
 from tests.fakes.pool_parent import RESTART_SECONDS, pool_parent
 from tests.fakes.process import ROOT

@@ -62,34 +62,24 @@ def _p_text(p_value: float) -> str:
 
 def _plot_lengths(axes: Any, report: QualityReport) -> None:
     axes.set_title("Length of chosen and rejected")
-    histogram = report.detail.get("lengths", {}).get("tokens")
+    histogram = report.detail.get("lengths")
     if not histogram:
         axes.text(0.5, 0.5, "there are no pairs", ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
     edges = histogram["edges"]
     for side, colour in (("chosen", BLUE), ("rejected", ORANGE)):
-        counts = histogram[side]
-        middle = _median(edges, counts)
+        counts, middle = histogram[side], histogram["medians"][side]
         axes.stairs(counts, edges, color=colour, alpha=0.2, fill=True)
-        axes.stairs(counts, edges, color=colour, linewidth=1.8, label=f"{side} (median about {middle:.0f})")
+        axes.stairs(counts, edges, color=colour, linewidth=1.8, label=f"{side} (median {middle:.0f})")
         axes.axvline(middle, color=colour, linestyle=":", linewidth=1.5)
-    longer = report.metric("longer_chosen_tokens")
+    longer = report.metric("longer_chosen")
     if longer.value is not None:
         low, high = longer.detail["interval"]
         label = f"longer is chosen: {100 * longer.value:.1f} % ({100 * low:.1f}-{100 * high:.1f} %)"
         axes.plot([], [], " ", label=label)
-    axes.set_xlabel("length in tokens (last bin: that and longer)")
+    axes.set_xlabel("length in characters (last bin: that and longer)")
     axes.set_ylabel("pairs")
     axes.set_ylim(0, 1.05 * max(*histogram["chosen"], *histogram["rejected"], 1))
     axes.set_xlim(edges[0], edges[-1])
     legend_below(axes, 3)
-
-
-def _median(edges: Sequence[float], counts: Sequence[int]) -> float:
-    half, passed = sum(counts) / 2, 0
-    for k, count in enumerate(counts):
-        if count and passed + count >= half:
-            return edges[k] + (edges[k + 1] - edges[k]) * (half - passed) / count
-        passed += count
-    return edges[-1]

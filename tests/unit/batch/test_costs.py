@@ -3,24 +3,24 @@
 import pytest
 from pydantic import ValidationError
 
-from tasks.batch.costs import Ledger, StageCost, format_seconds, format_usd, price
+from tasks.batch.costs import Ledger, StageCost, format_seconds, format_usd
 from tasks.config import EndpointConfig
-from tasks.llm.responses import Usage
+from tasks.llm.responses import price
 from tasks.store.workspace import Cost
 
 PRICES = EndpointConfig(prompt_price=0.3, completion_price=2.5)
-JUDGED = Usage(requests=2042, prompt_tokens=3_000_000, completion_tokens=400_000, thinking_tokens=350_000)
+JUDGED = Cost(requests=2042, prompt_tokens=3_000_000, completion_tokens=400_000, thinking_tokens=350_000)
 
 
 def make_ledger() -> Ledger:
     ledger = Ledger()
     ledger = ledger.plus(StageCost(stage="generate", used=Cost(requests=1021), seconds=1200))
-    ledger = ledger.plus(StageCost(stage="judge", used=price(JUDGED.model_dump(), PRICES), seconds=300))
+    ledger = ledger.plus(StageCost(stage="judge", used=price(JUDGED, PRICES), seconds=300))
     return ledger.plus(StageCost(stage="train", used=Cost(gpu_seconds=2 * 900, usd=0.18), seconds=900))
 
 
 def test_usage_is_priced_per_million_tokens() -> None:
-    assert price(JUDGED.model_dump(), PRICES).usd == pytest.approx(3 * 0.3 + 0.4 * 2.5)
+    assert price(JUDGED, PRICES).usd == pytest.approx(3 * 0.3 + 0.4 * 2.5)
 
 
 def test_ledger_adds_up_over_stages() -> None:
@@ -44,7 +44,7 @@ def test_costs_of_one_stage_go_to_one_line() -> None:
 def test_what_the_cache_saved_is_shown_apart_and_not_charged() -> None:
     ledger = make_ledger()
     assert [row[0] for row in ledger.rows()] == ["stage", "generate", "judge", "train", "total"]
-    cached = ledger.plus(StageCost(stage="judge", cached=price(JUDGED.model_dump(), PRICES)))
+    cached = ledger.plus(StageCost(stage="judge", cached=price(JUDGED, PRICES)))
     assert cached.total().used == ledger.total().used
     assert cached.rows()[-1] == ["saved by the cache", "2,042", "3,000,000", "400,000", "350,000", "-", "-", "1.90"]
 

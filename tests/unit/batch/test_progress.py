@@ -20,7 +20,7 @@ class Notes:
     def __init__(self) -> None:
         self.written = 0
 
-    def note(self, usage: Any, usd: float) -> None:
+    def note(self, used: Any) -> None:
         self.written += 1
         if self.written % 2:
             raise OSError("the disk is full")

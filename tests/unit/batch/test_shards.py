@@ -447,7 +447,7 @@ async def test_equal_units_are_made_once_and_every_row_gets_them(tmp_path: Path,
         row={"number": row["number"], **(outcome.row or {})}, usage=outcome.usage)))  # fmt: skip
     assert [row["number"] for row, _ in found] == list(range(25))
     assert all(made[0].row and made[0].row["square"] == (row["number"] % 3) ** 2 for row, made in found)
-    assert sum(made[0].usage.get("requests", 0) for _, made in found) == 3
+    assert sum(made[0].usage.requests for _, made in found) == 3
 
 
 async def test_a_unit_that_fails_fails_for_the_shard_that_waits_for_it_too(tmp_path: Path) -> None:

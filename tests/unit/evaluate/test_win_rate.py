@@ -14,7 +14,7 @@ from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import Comparison, join_samples, outcome_of, read_comparison, win_rate
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, judge_adapter, pair_samples
-from tasks.judge.quality.counters import wilson_interval
+from tasks.judge.quality.metrics import wilson_interval
 from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, CompletionsRef, Workspace
 from tests.fakes.comparisons import (

@@ -8,7 +8,8 @@ import pytest
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
 from tasks.generate.sampling import Sampler, adapter_loaded
-from tasks.llm.client import Answer, Choice, EndpointDown, RequestRefused, Usage
+from tasks.llm.client import Answer, Choice, EndpointDown, RequestRefused
+from tasks.store.workspace import Cost
 
 CONFIG = GenerationConfig(model="candidate", serve_from="/adapters/a", num_completions=2)
 PROMPT = {"id": "a" * 64, "prompt": [{"role": "user", "content": "Hello?"}]}
@@ -62,11 +63,11 @@ class OneAnswer:
     [
         (
             Answer([Choice("", "stop", "the model only thought"), Choice(" ", "stop", "the model wrote nothing")],
-                   Usage(requests=1), "m"),
+                   Cost(requests=1), "m"),
             "empty_completions", "the model only thought; the model wrote nothing", None,
         ),
-        (RequestRefused(200, "content_filter", "no", usage=Usage(requests=1)), "content_filter", "no", True),
-        (RequestRefused(502, "keeps_failing", "502", usage=Usage(requests=1)), "keeps_failing", "502", None),
+        (RequestRefused(200, "content_filter", "no", usage=Cost(requests=1)), "content_filter", "no", True),
+        (RequestRefused(502, "keeps_failing", "502", usage=Cost(requests=1)), "keeps_failing", "502", None),
     ],
 )  # fmt: skip
 async def test_a_prompt_without_completions_says_why(
@@ -78,4 +79,4 @@ async def test_a_prompt_without_completions_says_why(
     assert outcome.error["reason"] == reason
     assert detail in outcome.error["detail"]
     assert outcome.final is final
-    assert outcome.usage["requests"] == 1
+    assert outcome.usage.requests == 1

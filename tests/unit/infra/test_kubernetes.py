@@ -81,7 +81,7 @@ def test_every_pod_is_locked_down(overlay: str) -> None:
     for name, _, pod in workloads(overlay):
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
-        assert pod["automountServiceAccountToken"] is (name == "prefect-worker"), name
+        assert pod["automountServiceAccountToken"] is (name in ("prefect-worker", "flow-worker")), name
         for container in containers(pod):
             security = container["securityContext"]
             assert security["allowPrivilegeEscalation"] is False, name
@@ -184,6 +184,13 @@ def test_the_worker_has_the_rights_it_uses_and_no_others() -> None:
     assert not [item for item in objects("gke") if item["kind"].startswith("ClusterRole")]
     (subject,) = find("gke", "RoleBinding", "prefect-worker")["subjects"]
     assert (subject["kind"], subject["name"]) == ("ServiceAccount", "prefect-worker")
+
+
+def test_the_flow_worker_may_read_what_a_training_waits_for_and_change_nothing() -> None:
+    rules = find("gke", "Role", "preflow-flow")["rules"]
+    assert {verb for rule in rules for verb in rule["verbs"]} == {"list"}
+    assert {name for rule in rules for name in rule["resources"]} == {"jobs", "pods", "events"}
+    assert leads_to({"preflow.dev/component": "flow-worker"}) >= {443, 6443}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

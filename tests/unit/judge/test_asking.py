@@ -16,8 +16,8 @@ from tasks.errors import PreflowError
 from tasks.judge.asking import Judge, JudgingPlan, Question, as_asked
 from tasks.judge.prompt import build_messages, distinct_completions, orders_for, read_rubric
 from tasks.judge.verdict import UnreadableVerdict, read_verdict, verdict_format
-from tasks.llm.client import Answer, Choice, RequestRefused, Usage
-from tasks.store.workspace import Reference
+from tasks.llm.client import Answer, Choice, RequestRefused
+from tasks.store.workspace import Cost, Reference
 from tests.fakes.models import read_completions
 
 SCENE = [{"role": "system", "content": "You write scenes."}, {"role": "user", "content": "[ANN] So.\n[BOB] So what?"}]
@@ -315,7 +315,7 @@ class ScriptedEndpoint:
         text, finish = answer if isinstance(answer, tuple) else (answer, "stop")
         return Answer(
             [Choice(text, finish, "" if text.strip() else "the model wrote nothing")],
-            Usage(requests=1, prompt_tokens=10, completion_tokens=2),
+            Cost(requests=1, prompt_tokens=10, completion_tokens=2),
             "m",
         )
 
@@ -331,7 +331,7 @@ QUESTION = Question(make_row("a", "b", "c"), [2, 0, 1])
 async def test_a_vote_is_in_indexes_and_not_in_positions() -> None:
     outcome = await make_judge(ScriptedEndpoint(V)).judge(QUESTION)
     assert outcome.row == {"order": [2, 0, 1], "best": 0, "worst": 1, "confidence": 4}
-    assert outcome.usage["requests"] == 1
+    assert outcome.usage.requests == 1
 
 
 async def test_a_cut_verdict_is_asked_for_again_with_twice_the_tokens() -> None:
@@ -339,7 +339,7 @@ async def test_a_cut_verdict_is_asked_for_again_with_twice_the_tokens() -> None:
     outcome = await make_judge(endpoint).judge(QUESTION)
     assert [asked["max_tokens"] for asked in endpoint.asked] == [100, 200, 400]
     assert outcome.row is not None
-    assert outcome.usage == {"requests": 3, "prompt_tokens": 30, "completion_tokens": 6, "thinking_tokens": 0}
+    assert outcome.usage == Cost(requests=3, prompt_tokens=30, completion_tokens=6)
 
 
 async def test_a_grammar_that_ran_off_is_left_out_the_next_time() -> None:
@@ -366,7 +366,7 @@ async def test_what_stays_unreadable_is_recorded_with_the_judge_s_words() -> Non
     assert outcome.error == {
         "id": "a" * 64, "order": [2, 0, 1], "reason": "no JSON object with a `best`", "detail": "never?",
     }  # fmt: skip
-    assert outcome.usage["requests"] == 3
+    assert outcome.usage.requests == 3
 
 
 async def test_a_refused_question_is_asked_once() -> None:
@@ -396,11 +396,11 @@ async def test_an_answer_that_the_provider_refuses_as_cut_is_asked_for_with_more
 
 
 async def test_only_what_the_question_is_to_blame_for_is_final() -> None:
-    refused = RequestRefused(200, "content_filter", "refused", usage=Usage(requests=1, prompt_tokens=5))
+    refused = RequestRefused(200, "content_filter", "refused", usage=Cost(requests=1, prompt_tokens=5))
     for answers, final in (([refused], True), (["no"] * 3, None), ([RequestRefused(400, "bad_request", "x")], None)):
         outcome = await make_judge(ScriptedEndpoint(*answers)).judge(QUESTION)
         assert outcome.final is final
-        assert outcome.usage["requests"] == (0 if "bad_request" in str(answers) else len(answers))
+        assert outcome.usage.requests == (0 if "bad_request" in str(answers) else len(answers))
 
 
 # ---- what identifies a verdict

@@ -17,8 +17,8 @@ import pytest
 from matplotlib import image
 
 from tasks.errors import PreflowError
-from tasks.judge.quality import audit_preferences, measure_judgements, plot_quality
-from tasks.judge.quality.counters import Agreement, wilson_interval
+from tasks.judge.quality import measure_judgements, measure_pairs, plot_quality
+from tasks.judge.quality.metrics import wilson_interval
 from tasks.store.measures import QualityReport
 
 WORDS = [a + b for a in ("lan", "ket", "mar", "sil", "tun", "vel") for b in ("tern", "tle", "ble", "ver", "nel", "vet")]
@@ -104,7 +104,7 @@ def test_audit_says_that_a_judge_preferred_late_positions(tmp_path: Path) -> Non
     # Best at 201/390/430 and worst at 536/249/236 of 1,021.
     counts = {(0, 1): 100, (0, 2): 101, (1, 0): 255, (1, 2): 135, (2, 0): 281, (2, 1): 149}
     places = [place for place, count in counts.items() for _ in range(count)]
-    report = audit_preferences(*make_audit(tmp_path, places, val=102))
+    report = measure_pairs(*make_audit(tmp_path, places, val=102))
 
     assert report.pairs == 1021
     assert report.statuses == {"train": 919, "val": 102}
@@ -125,7 +125,7 @@ def test_audit_says_that_a_judge_preferred_late_positions(tmp_path: Path) -> Non
 
 def test_audit_of_a_fair_judge_finds_nothing(tmp_path: Path) -> None:
     places = [(a, b) for a in range(3) for b in range(3) if a != b] * 100
-    report = audit_preferences(*make_audit(tmp_path, places))
+    report = measure_pairs(*make_audit(tmp_path, places))
     assert report.problems() == []
     assert report.metric("position_best").detail["tendency"] == "none"
 
@@ -139,7 +139,7 @@ def test_audit_counts_what_it_cannot_place(tmp_path: Path) -> None:
     twin = next(row for row in rows if row["prompt"] == pairs[2]["prompt"])
     twin["completions"] = [pairs[2]["chosen"][0]["content"]] * 2 + [pairs[2]["rejected"][0]["content"]]
     pairs[3]["chosen"][0]["content"] += "\n  "
-    report = audit_preferences(write_jsonl(tmp_path / "train.jsonl", pairs), val, write_jsonl(Path(completions), rows))
+    report = measure_pairs(write_jsonl(tmp_path / "train.jsonl", pairs), val, write_jsonl(Path(completions), rows))
 
     assert report.reasons == {
         "prompt not among the completions": 1,
@@ -158,7 +158,7 @@ def test_audit_finds_a_doubled_completions_row_and_prompts_on_both_sides(tmp_pat
         file.write(json.dumps({**first, "completions": ["[ANN] x", "[BOB] y", "[CYD] z"]}) + "\n")
     with Path(val).open("a") as file:
         file.write(Path(train).read_text().splitlines()[0] + "\n")
-    report = audit_preferences(train, val, completions)
+    report = measure_pairs(train, val, completions)
     assert report.metric("unmatched_pairs").value == 0
     shared = report.metric("shared_prompts")
     assert (shared.value, shared.ok) == (1, False)
@@ -166,29 +166,34 @@ def test_audit_finds_a_doubled_completions_row_and_prompts_on_both_sides(tmp_pat
 
 def test_audit_without_completions_says_nothing_about_positions(tmp_path: Path) -> None:
     train, _, _ = make_audit(tmp_path, [(0, 1)] * 10)
-    names = {metric.name for metric in audit_preferences(train).metrics}
-    assert not names & {"position_best", "unmatched_pairs", "distinct_2"}
-    assert "longer_chosen_tokens" in names
+    names = {metric.name for metric in measure_pairs(train).metrics}
+    assert not names & {"position_best", "unmatched_pairs"}
+    assert "longer_chosen" in names
 
 
 def test_audit_reads_confidence_and_refuses_what_is_none(tmp_path: Path) -> None:
     train, val, _ = make_audit(tmp_path, [(0, 1)] * 30)
     pairs = [json.loads(line) for line in Path(train).read_text().splitlines()]
     graded = [{**pair, "confidence": number % 3 + 2.0} for number, pair in enumerate(pairs)]
-    report = audit_preferences(write_jsonl(tmp_path / "graded.jsonl", graded), val)
+    report = measure_pairs(write_jsonl(tmp_path / "graded.jsonl", graded), val)
     assert set(report.metric("confidence").detail["histogram"]) == {"2", "3", "4"}
     for bad, message in (("high", r"broken\.jsonl, row 3: confidence"), (float("nan"), r"broken\.jsonl:3: .*NaN")):
         broken = write_jsonl(tmp_path / "broken.jsonl", [*pairs[:2], {**pairs[2], "confidence": bad}])
         with pytest.raises(PreflowError, match=message):
-            audit_preferences(broken, val)
+            measure_pairs(broken, val)
 
 
 def test_audit_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     train, val, _ = make_audit(tmp_path, [(0, 1)] * 5)
     with Path(train).open("a") as file:
         file.write('{"prompt": [{"role": "user", "content": "x"}]}\n')
+<<<<<<< HEAD
     with pytest.raises(PreflowError, match=r"train\.jsonl:4: no chosen and rejected"):
         audit_preferences(train, val)
+=======
+    with pytest.raises(PreflowError, match=r"train\.jsonl:4: chosen"):
+        measure_pairs(train, val)
+>>>>>>> main
 
 
 def test_judge_that_follows_the_position_gives_no_pair_and_is_named() -> None:
@@ -238,16 +243,24 @@ def test_same_order_twice_is_no_flip_and_judges_are_kept_apart() -> None:
 
 
 @pytest.mark.parametrize("raters", [2, 3, 5])
-def test_streamed_alpha_is_krippendorffs(raters: int) -> None:
+def test_agreement_is_krippendorffs_alpha_of_the_votes(raters: int) -> None:
     rng = np.random.default_rng(raters)
     truth = rng.integers(0, 4, 200)
     votes = np.where(rng.random((raters, 200)) < 0.6, truth, rng.integers(0, 4, (raters, 200))).astype(float)
     votes[rng.random(votes.shape) < 0.15] = np.nan
-    agreement = Agreement()
-    for unit in votes.T:
-        agreement.add([int(value) for value in unit if not np.isnan(value)])
+    rows = [
+        make_judged(
+            number,
+            [make_vote([0, 1, 2, 3], int(best), (int(best) + 1) % 4, judge=f"{k}") for k, best in enumerate(unit)
+             if not np.isnan(best)],
+            ["a", "b", "c", "d"],
+            status="dropped",
+        )
+        for number, unit in enumerate(votes.T)
+        if not np.isnan(unit).all()
+    ]  # fmt: skip
     expected = krippendorff.alpha(reliability_data=votes, level_of_measurement="nominal")
-    assert agreement.alpha() == pytest.approx(expected, abs=1e-12)
+    assert measure_judgements(rows).metric("agreement").value == pytest.approx(expected, abs=1e-5)
 
 
 def test_wilson_interval_is_the_published_one() -> None:
@@ -256,23 +269,21 @@ def test_wilson_interval_is_the_published_one() -> None:
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
 
 
-def test_longer_is_chosen_is_seen_in_characters_and_tokens() -> None:
+def test_longer_is_chosen_is_seen_in_characters() -> None:
     rows = []
     for k in range(200):
         texts = [make_text(random.Random(k), 3), make_text(random.Random(-k - 1), 5)]
         best = int(k % 10 != 0)
         rows.append(make_judged(k, [make_vote([0, 1], best, 1 - best)], texts))
     report = measure_judgements(rows)
-    for unit in ("characters", "tokens"):
-        metric = report.metric(f"longer_chosen_{unit}")
-        assert metric.value == pytest.approx(0.9)
-        assert metric.ok is False
-        assert metric.advice is not None
-        assert "prefers the longer" in metric.advice
-    fixed = measure_judgements(rows, count_tokens=lambda text: 7).metric("longer_chosen_tokens")
-    assert fixed.value is None
-    histogram = report.detail["lengths"]["tokens"]
+    metric = report.metric("longer_chosen")
+    assert metric.value == pytest.approx(0.9)
+    assert metric.ok is False
+    assert metric.advice is not None
+    assert "prefers the longer" in metric.advice
+    histogram = report.detail["lengths"]
     assert sum(histogram["chosen"]) == sum(histogram["rejected"]) == 200
+    assert histogram["medians"]["chosen"] > histogram["medians"]["rejected"]
     assert len(histogram["edges"]) == len(histogram["chosen"]) + 1
 
 
@@ -290,8 +301,8 @@ def test_equal_completions_advise_a_higher_temperature() -> None:
     ]
     report = measure_judgements(rows)
     assert report.metric("distinct_2").ok is False
-    assert report.degenerate == 5
-    assert report.metric("degenerate_pairs").ok is False
+    degenerate = report.metric("degenerate_pairs")
+    assert (degenerate.value, degenerate.ok) == (5, False)
 
 
 def test_speakers_that_are_chosen_for_themselves_are_found() -> None:
@@ -315,16 +326,15 @@ def test_speakers_are_left_out_where_texts_are_no_scenes() -> None:
         report.metric("speaker_balance")
 
 
-def test_failures_cuts_and_usage_are_counted() -> None:
-    usage = {"requests": 1, "prompt_tokens": 900, "completion_tokens": 100, "thinking_tokens": 80}
-    good = make_vote([0, 1], 0, 1, usage=usage)
-    cut: Row = {"judge": "j", "order": [1, 0], "error": "cut at 1024 tokens", "raw": "", "usage": usage}
+def test_failures_and_cuts_are_counted() -> None:
+    good = make_vote([0, 1], 0, 1)
+    cut: Row = {"judge": "j", "order": [1, 0], "error": "cut at 1024 tokens", "raw": ""}
     cut_later = {**cut, "error": "cut at 2048 tokens"}
     refused: Row = {"judge": "j", "order": [1, 0], "error": "refused: content_filter", "raw": ""}
     more = {"finish_reasons": ["length", "stop"]}
     rows = [
         make_judged(k, [good, vote], ["a b c", "d e f"], **more)
-        for k, vote in enumerate([cut, cut_later, refused, make_vote([1, 0], 0, 1, usage=usage)])
+        for k, vote in enumerate([cut, cut_later, refused, make_vote([1, 0], 0, 1)])
     ]
     rows[0] |= {"status": "failed"}
     report = measure_judgements(rows)
@@ -336,12 +346,9 @@ def test_failures_cuts_and_usage_are_counted() -> None:
     assert "judging.max_tokens" in parse.advice
     assert report.metric("failed_prompts").value == pytest.approx(1 / 4)
     assert report.metric("cut_by_length").value == pytest.approx(0.5)
-    tokens = report.metric("tokens_per_verdict")
-    assert tokens.value == pytest.approx(7 * 1000 / 5)
-    assert tokens.detail["thinking"] == 7 * 80
 
 
-def test_usage_of_the_whole_stage_stands_in_for_that_of_the_votes() -> None:
+def test_tokens_of_a_verdict_are_those_of_the_whole_stage() -> None:
     rows = list(judged_by_content(10))
     assert measure_judgements(rows).metric("tokens_per_verdict").value is None
     usage = {"requests": 20, "prompt_tokens": 4000, "completion_tokens": 400, "thinking_tokens": 0}
@@ -384,13 +391,12 @@ def peak_memory(rows: int) -> int:
     return found
 
 
-@pytest.mark.slow  # 12,000 rows in a process of its own
-def test_memory_does_not_grow_with_the_rows() -> None:
+def test_of_a_row_only_a_few_numbers_are_kept() -> None:
     """Measured in a process of its own: here a thread that another test has left may allocate something meanwhile."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
         # The first call fills caches. Fewer rows than 1,000 leave less garbage than the collector waits for.
         _, few, many = alone.map(peak_memory, (1000, 1000, 10_000))
-    assert many - few < 8 * (10_000 - 1000), "not one pointer for each row"
+    assert many - few < 500 * (10_000 - 1000), "a row's texts alone are 500 bytes and more"
 
 
 def test_names_from_data_cannot_fill_the_memory() -> None:

@@ -117,6 +117,20 @@ def test_a_template_that_drops_the_answer_is_refused() -> None:
         _ = ChatTemplate(FRENCH, "f", {}, ChatSettings()).around_answer
 
 
+def test_a_template_without_its_tokenizer_is_not_held_against_a_server(tmp_path: Path) -> None:
+    """A trained adapter brings its template, and not always a tokenizer: rendered without <s>, no prompt is right."""
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    found = choose_template(ChatSettings(), str(tmp_path))
+    assert found is not None
+    assert not found.is_complete
+    for value, rendered in (("<s>", "<s>a"), (None, "a")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": value}))
+        found = choose_template(ChatSettings(), str(tmp_path))
+        assert found is not None
+        assert found.is_complete
+        assert found.render([{"role": "user", "content": "a"}]) == rendered
+
+
 def test_thinking_and_white_space_are_no_words() -> None:
     assert same_words("a <think>\nb</think>\n\nc", "ac ")
     assert not same_words("a b", "a c")

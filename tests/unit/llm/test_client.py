@@ -21,11 +21,11 @@ from tasks.llm.client import (
     KeyRefused,
     QuotaUsedUp,
     RequestRefused,
-    Usage,
     resolve_secret,
 )
 from tasks.llm.limits import Budget, Gate, Window, per_minute
-from tasks.llm.responses import Transient, classify, read_answer, shorten
+from tasks.llm.responses import Transient, classify, price, read_answer, shorten
+from tasks.store.workspace import Cost
 
 # ---- the window
 
@@ -338,10 +338,10 @@ def test_an_error_inside_a_200_counts_as_what_it_is(error: Any, kind: type[Excep
 
 def test_usage_adds_up_and_costs_per_million() -> None:
     config = EndpointConfig(prompt_price=0.3, completion_price=2.5)
-    usage = Usage(requests=1, prompt_tokens=1_000_000, completion_tokens=400_000, thinking_tokens=100_000)
+    usage = Cost(requests=1, prompt_tokens=1_000_000, completion_tokens=400_000, thinking_tokens=100_000)
     assert (usage + usage).thinking_tokens == 200_000
     assert (usage + usage).requests == 2
-    assert usage.cost(config) == pytest.approx(0.3 + 1.0)
+    assert price(usage, config).usd == pytest.approx(0.3 + 1.0)
 
 
 # ---- errors

@@ -10,7 +10,8 @@ from tasks.llm.responses import RequestRefused
 MESSAGES = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "This."}]
 BODY: dict[str, Any] = {
     "model": "m", "messages": MESSAGES, "temperature": 0.0, "top_p": 0.9, "seed": 7, "n": 3, "max_tokens": 1024,
-    "response_format": {"type": "json_schema"}, "reasoning_effort": "low",
+    "response_format": {"type": "json_schema"}, "reasoning_effort": "low", "return_token_ids": True,
+    "chat_template": "{{ messages }}", "chat_template_kwargs": {"date_string": "26 Jul 2024"},
 }  # fmt: skip
 
 
@@ -35,6 +36,10 @@ def refusal(text: str, param: str = "") -> RequestRefused:
         ("'n' must be 1", "", "n"),
         ("candidateCount must be in the range of 1 to 1", "", "n"),
         ("Unrecognized request argument supplied: reasoning_effort", "", "reasoning_effort"),
+        ("Unrecognized request argument supplied: return_token_ids", "", "return_token_ids"),
+        ("body.chat_template_kwargs: Extra inputs are not permitted", "", "chat_template_kwargs"),
+        ("Chat template is passed with request, but --trust-request-chat-template is not set. Refused request with "
+         "untrusted chat template.", "", "chat_template"),
     ],
 )  # fmt: skip
 def test_a_setting_that_is_refused_by_name_is_left_out(text: str, param: str, dropped: str) -> None:
@@ -47,6 +52,7 @@ def test_a_setting_that_is_refused_by_name_is_left_out(text: str, param: str, dr
     "refused",
     [
         refusal("Invalid request"),
+        refusal("An error in the chat template: the first message must be the user's"),
         refusal("messages: at least one message is required"),
         refusal("n must be 1 when using greedy sampling"),
         RequestRefused(400, "context_length", "max_tokens: 8000 tokens in all"),

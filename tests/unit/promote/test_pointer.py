@@ -55,7 +55,7 @@ def test_a_win_by_length_alone_and_a_null_test_that_fails_are_refused(tmp_path: 
     with pytest.raises(PromotionRefused, match="with length taken out"):
         check_gate(new, evaluation(new, lower=0.57, length_controlled=even), bar=0.5)
     uneven = {"win_rate": 0.61, "lower": 0.57, "upper": 0.65, "confidence": 0.99}
-    with pytest.raises(PromotionRefused, match=r"two draws of the SFT adapter come out at 61\.0 %.*99%"):
+    with pytest.raises(PromotionRefused, match=r"two draws of the SFT adapter come out at 61\.0 %.*99 %"):
         check_gate(new, evaluation(new, lower=0.58, null=uneven), bar=0.5)
     check_gate(new, evaluation(new, lower=0.58, null=even, length_controlled={**even, "lower": 0.51}), bar=0.5)
 

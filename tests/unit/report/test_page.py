@@ -89,7 +89,6 @@ def make_report(rows: int = 60) -> QualityReport:
                 "best": order[-1],
                 "worst": order[0],
                 "confidence": 4,
-                "usage": {"requests": 1, "prompt_tokens": 90, "completion_tokens": 9},
             }
             for order in ([0, 1, 2], [1, 2, 0])
         ]
@@ -105,7 +104,8 @@ def make_report(rows: int = 60) -> QualityReport:
                 "worst": 1,
             }
         )
-    return measure_judgements(judged)
+    usage = {"requests": 2 * rows, "prompt_tokens": 180 * rows, "completion_tokens": 18 * rows}
+    return measure_judgements(judged, usage)
 
 
 WIN_RATE: dict[str, Any] = {
@@ -282,12 +282,13 @@ def test_evaluation_that_passes_and_one_that_does_not() -> None:
     passed = evaluation_section(evaluated(null=NULL))
     assert "61.0 % (58.0-64.0 %)" in passed.summary
     assert "58.0 %, over the bar of 50 %" in passed.summary
-    assert passed.advice == ()
+    assert [text.partition(":")[0] for text in passed.advice] == ["No other judge was asked"]
     assert [row[1] for row in passed.tables[0].rows] == [True, True]
 
     by_length = evaluation_section(evaluated(length_controlled={**NULL, "lower": 0.46}))
     assert "46.0 %, not over the bar" in by_length.summary
     assert [row[1] for row in by_length.tables[0].rows] == [True, False]
+    assert by_length.advice[0].startswith("With length taken out the win rate is 50.0 % (46.0-")
     small = evaluation_section(evaluated(lower=0.47, samples=120, detectable=0.7))
     assert "47.0 %, not over the bar" in small.summary
     assert "evaluation.num_samples" in small.advice[0]

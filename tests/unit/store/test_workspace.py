@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
+from tasks.store import local
 from tasks.store.local import LocalWorkspace
 from tasks.store.workspace import (
     AdapterRef,
@@ -230,6 +231,8 @@ def test_a_reference_is_plain_json() -> None:
 def test_the_server_sees_the_workspace_where_it_is_mounted() -> None:
     assert server_path("/ws/adapters/a", "/ws", "/mnt/bucket") == "/mnt/bucket/adapters/a"
     assert server_path("/ws/adapters/a", "/ws", None) == "/ws/adapters/a"
+    for uri, root in (("gs://b/ws/a", "gs://team@b/ws"), ("gs://team@b/ws/a", "gs://b/ws")):
+        assert server_path(uri, root, "/mnt") == "/mnt/a"
     with pytest.raises(PreflowError, match="mount the bucket there"):
         server_path("gs://b/ws/adapters/a", "gs://b/ws", None)
 
@@ -244,8 +247,7 @@ def test_a_settled_file_is_read_once_for_its_digest_and_again_when_it_changes(
     opened = LocalWorkspace.open
     monkeypatch.setattr(LocalWorkspace, "open", lambda self, uri: read.append(uri) or opened(self, uri))
     base = make_adapter(tmp_path / "base")
-    for path in base.iterdir():
-        os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr(local, "SETTLED_SECONDS", -1)
     first = folder_digest(str(base))
     assert len(read) == len(list(base.iterdir()))
     assert folder_digest(str(base)) == first
@@ -253,6 +255,7 @@ def test_a_settled_file_is_read_once_for_its_digest_and_again_when_it_changes(
     assert len(read) == len(list(base.iterdir()))
     weights = base / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[::-1])
+    os.utime(weights, (1, 1))
     assert folder_digest(str(base)) != first
 
 

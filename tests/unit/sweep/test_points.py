@@ -19,7 +19,7 @@ from tasks.config import (
 )
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import win_rate
-from tasks.run.preflight import my_turn, taking_turns
+from tasks.run.preflight import endpoint_lock, sharing_endpoints
 from tasks.store.measures import WinRate
 from tasks.sweep.estimate import SweepPlan, Work, check_budget
 from tasks.sweep.page import plan_section, ranking_section
@@ -254,13 +254,13 @@ async def test_runs_beside_each_other_ask_one_after_another_and_only_in_a_sweep(
 
     async def run() -> None:
         nonlocal asking, most
-        async with my_turn():
+        async with endpoint_lock():
             asking += 1
             most = max(most, asking)
             await asyncio.sleep(0)
             asking -= 1
 
-    async with taking_turns():
+    async with sharing_endpoints():
         await asyncio.gather(*(run() for _ in range(5)))
     assert most == 1
     await asyncio.gather(*(run() for _ in range(5)))

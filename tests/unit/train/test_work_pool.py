@@ -41,7 +41,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_an_outage_is_waited_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tasks.train.work_pool")
     port = free_port()
-    asked = asyncio.create_task(remote.patiently(ask, f"http://127.0.0.1:{port}/200"))
+    asked = asyncio.create_task(remote.retry_while_api_is_down(ask, f"http://127.0.0.1:{port}/200"))
     while not caplog.records:  # noqa: ASYNC110  the record is written in a call that nobody else sees
         await asyncio.sleep(0.05)
     server = ThreadingHTTPServer(("127.0.0.1", port), Api)
@@ -62,6 +62,6 @@ async def test_a_refusal_is_not_waited_for() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
     Thread(target=server.serve_forever, daemon=True).start()
     with pytest.raises(httpx.HTTPStatusError, match="403"):
-        await remote.patiently(ask, f"http://127.0.0.1:{server.server_port}/403")
+        await remote.retry_while_api_is_down(ask, f"http://127.0.0.1:{server.server_port}/403")
     server.shutdown()
     assert Api.asked == 2

@@ -48,6 +48,24 @@ def test_a_base_with_wrong_weights_is_refused_by_name(base: Path, change: Callab
         load_base(settings(base), 0)
 
 
+def test_masks_and_positions_that_newer_code_computes_are_no_weights(base: Path) -> None:
+    kept = ("h.0.attn.bias", "h.0.attn.masked_bias", "layers.0.self_attn.rotary_emb.inv_freq", "x.position_ids")
+    edit(base, lambda weights: weights.update({name: torch.zeros(3) for name in kept}))
+    load_base(settings(base), 0)
+    edit(base, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}))
+    with pytest.raises(PreflowError, match=r"q_proj\.bias has no place in it \(1 in all\)"):
+        load_base(settings(base), 0)
+
+
+def test_out_of_memory_is_not_called_a_base_that_does_not_fit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_base(settings(base), 0)
+
+
 def test_a_base_that_is_cut_off_is_no_traceback(base: Path) -> None:
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

@@ -1,0 +1,134 @@
+"""What a quality report is computed from: columns of numbers and a few counts, filled in one pass over the rows."""
+
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WORD = re.compile(r"\w+|[^\w\s]")
+SPEAKER = re.compile(r"^\[([^\]\n]{1,40})\]", re.MULTILINE)
+NGRAMS = (1, 2, 3)
+# Beyond so many prompts the share of distinct n-grams costs time and does not move.
+DIVERSITY_PROMPTS = 2000
+# A counter whose keys come from data takes no more than these; the rest is counted together.
+MAX_KEYS = 200
+OTHER = "(other)"
+
+
+def _ints() -> "array[int]":
+    return array("i")
+
+
+@dataclass
+class Tally:
+    """Columns and counts of judged rows.
+
+    Attributes:
+        rows: all of them, by status and by the reason why there is no pair.
+        chosen: lengths of the pairs' chosen sides, in characters; `rejected` likewise.
+        degenerate: pairs whose sides are equal or empty.
+        best_at: position, as shown, of the best in each verdict; `worst_at` likewise; `sizes`: how many were shown.
+        unit: number of the row that each verdict is on; `best` and `worst`: which completions it names.
+        compared: pairs of verdicts of one judge on one row in two orders; `flipped`: those with another best or worst.
+        distinct: summed shares of distinct n-grams of `scored` prompts.
+    """
+
+    rows: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    chosen: "array[int]" = field(default_factory=_ints)
+    rejected: "array[int]" = field(default_factory=_ints)
+    degenerate: int = 0
+    best_at: "array[int]" = field(default_factory=_ints)
+    worst_at: "array[int]" = field(default_factory=_ints)
+    sizes: "array[int]" = field(default_factory=_ints)
+    unit: "array[int]" = field(default_factory=_ints)
+    best: "array[int]" = field(default_factory=_ints)
+    worst: "array[int]" = field(default_factory=_ints)
+    compared: int = 0
+    flipped: Counter[str] = field(default_factory=Counter)
+    scored: int = 0
+    distinct: dict[int, float] = field(default_factory=lambda: dict.fromkeys(NGRAMS, 0.0))
+    scenes: int = 0
+    speakers: dict[str, Counter[str]] = field(default_factory=lambda: {"chosen": Counter(), "rejected": Counter()})
+    confidence: Counter[int] = field(default_factory=Counter)
+    votes: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    usage: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs so far."""
+        return len(self.chosen)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count one row of `judged.jsonl`."""
+        self.rows += 1
+        self.statuses[row["status"]] += 1
+        if row.get("reason"):
+            _count(self.reasons, _without_numbers(row["reason"]))
+        for reason in row.get("finish_reasons") or ():
+            _count(self.finish_reasons, str(reason))
+        self._add_diversity(row["completions"])
+        self._add_votes(row["votes"])
+        if row["status"] == "pair":
+            self._add_pair(row["completions"][row["best"]], row["completions"][row["worst"]])
+
+    def _add_votes(self, votes: Sequence[Mapping[str, Any]]) -> None:
+        self.votes += len(votes)
+        by_judge: dict[str, dict[tuple[int, ...], Mapping[str, Any]]] = defaultdict(dict)
+        for vote in votes:
+            if "error" in vote:
+                _count(self.errors, _without_numbers(str(vote["error"])))
+                continue
+            order = vote["order"]
+            for column, value in (
+                (self.best_at, order.index(vote["best"])), (self.worst_at, order.index(vote["worst"])),
+                (self.sizes, len(order)), (self.unit, self.rows), (self.best, vote["best"]),
+                (self.worst, vote["worst"]),
+            ):  # fmt: skip
+                column.append(value)
+            if vote.get("confidence") is not None:
+                self.confidence[round(vote["confidence"])] += 1
+            by_judge[vote["judge"]][tuple(order)] = vote
+        for orders in by_judge.values():
+            self._add_flips(list(orders.values()))
+
+    def _add_flips(self, votes: Sequence[Mapping[str, Any]]) -> None:
+        pairs = len(votes) * (len(votes) - 1) // 2
+        self.compared += pairs
+        for side in ("best", "worst"):
+            named = Counter(vote[side] for vote in votes)
+            self.flipped[side] += pairs - sum(count * (count - 1) // 2 for count in named.values())
+
+    def _add_pair(self, chosen: str, rejected: str) -> None:
+        self.chosen.append(len(chosen))
+        self.rejected.append(len(rejected))
+        self.degenerate += not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip()
+        named = {"chosen": SPEAKER.findall(chosen), "rejected": SPEAKER.findall(rejected)}
+        self.scenes += all(named.values())
+        for side, names in named.items():
+            for name in names:
+                _count(self.speakers[side], name)
+
+    def _add_diversity(self, completions: Sequence[str]) -> None:
+        """Add distinct over all n-grams of the first two completions: of more, the figure falls with their number."""
+        if self.scored >= DIVERSITY_PROMPTS:
+            return
+        self.scored += 1
+        words = [WORD.findall(text.lower()) for text in completions[:2]]
+        for n in NGRAMS:
+            grams = [gram for text in words for gram in zip(*(text[i:] for i in range(n)), strict=False)]
+            self.distinct[n] += len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _without_numbers(text: str) -> str:
+    """Make one key of messages that differ in their figures only."""
+    return re.sub(r"\d+(\.\d+)?", "n", text)[:120]
+
+
+def _count(counter: Counter[str], key: str) -> None:
+    counter[key if key in counter or len(counter) < MAX_KEYS else OTHER] += 1

@@ -1,0 +1,86 @@
+"""Checks of a deployment that trains, before anything is spent."""
+
+import logging
+import posixpath
+from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import WorkerStatus, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+
+from tasks.config import TrainingConfig
+from tasks.errors import PreflowError
+
+logger = logging.getLogger(__name__)
+
+FLOW = "train-dpo"
+# Where the pools of type kubernetes mount a volume, and the only local folder that means anything there.
+MOUNT = "/workspace"
+
+
+async def check_deployment(name: str, workspace: str, training: TrainingConfig) -> None:
+    """See that the deployment that is to train exists, takes runs and can reach what it needs.
+
+    Raises:
+        PreflowError: with what is wrong, where, and what to do.
+    """
+    deployment = await read_deployment(name)
+    if deployment.paused:
+        raise PreflowError(f"deployment {name} is paused: resume it in the Prefect UI")
+    if deployment.work_pool_name is not None:
+        async with get_client() as client:
+            pool = await client.read_work_pool(deployment.work_pool_name)
+            workers = await client.read_workers_for_work_pool(pool.name)
+        _check_pool(pool, [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE])
+        _check_reach(workspace, training, pool)
+
+
+async def read_deployment(name: str) -> DeploymentResponse:
+    """Return a deployment of the training.
+
+    Raises:
+        PreflowError: there is none of this name; says which there are.
+    """
+    async with get_client() as client:
+        try:
+            return await client.read_deployment_by_name(name)
+        except ObjectNotFound as error:
+            found = await client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])))
+            names = ", ".join(sorted(f"{FLOW}/{deployment.name}" for deployment in found)) or "none"
+            raise PreflowError(
+                f"deployment {name}: there is no such deployment on {PREFECT_API_URL.value()} (found: {names}). "
+                "Make all of them with deployments/register.sh, or leave the field empty to train here."
+            ) from error
+
+
+def _check_pool(pool: WorkPool, online: list[str]) -> None:
+    if pool.is_paused:
+        raise PreflowError(f"work pool {pool.name} is paused, so nothing would train: resume it in the Prefect UI")
+    if not online and not (pool.is_push_pool or pool.is_managed_pool):
+        logger.warning(
+            "no worker of the work pool %s is online: the training will wait for one (prefect worker start --pool %s)",
+            pool.name, pool.name,
+        )  # fmt: skip
+
+
+def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> None:
+    """Refuse paths that mean nothing where the pool's runs are executed."""
+    base = training.base_model
+    is_folder = base.startswith((".", "/", "~")) or Path(base).is_dir()
+    if is_folder and not posixpath.isabs(base):
+        raise PreflowError(f"training.base_model {base}: give the whole path, {pool.name} runs in another folder")
+    if pool.type != "kubernetes":
+        return
+    paths = {"workspace": workspace, "training.sft_adapter": training.sft_adapter}
+    if is_folder:
+        paths["training.base_model"] = base
+    for name, path in paths.items():
+        if "://" not in path and not Path(path).is_relative_to(MOUNT):
+            raise PreflowError(
+                f"{name} {path}: a pod of the work pool {pool.name} cannot see it. Give a gs:// address, or a path "
+                f"below {MOUNT} if the pool mounts a volume there (workspace_volume, see infra/README.md)"
+                + (", or a model's name on the hub." if path == base else ".")
+            )
