@@ -13,13 +13,8 @@ from tasks.promote.pointer import find_promotion, find_rollback
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.run.names import named
-<<<<<<< HEAD
-from tasks.run.preflight import my_turn, prepare_run, record_result
-from tasks.store.workspace import AdapterRef, CompletionsRef, PipelineResult, PreferencesRef
-=======
 from tasks.run.preflight import endpoint_lock, prepare_run, record_result
-from tasks.store.workspace import AdapterRef, PipelineResult, PreferencesRef
->>>>>>> main
+from tasks.store.workspace import AdapterRef, CompletionsRef, PipelineResult, PreferencesRef
 from tasks.train.work_pool import train_on_pool
 
 NAME = named("{config.promotion.name}: beta {config.training.beta:g}, {now:%d %b %H:%M}")
@@ -41,24 +36,12 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
 
 async def improve(config: PipelineConfig) -> PipelineResult:
     """Make a new adapter and measure how often it wins; nothing is promoted."""
-<<<<<<< HEAD
-    async with my_turn():
+    async with endpoint_lock():
         completions, preferences = await label(config)
     adapter = await train(preferences, config)
     held_out, bar = config.eval_prompts or config.prompts, config.promotion.min_win_rate
-    async with my_turn():
+    async with endpoint_lock():
         evaluation = await evaluate_adapter(adapter, held_out, config.workspace, config.evaluation, bar)
-=======
-    workspace = config.workspace
-    async with endpoint_lock():
-        completions = await generate_completions(config.prompts, workspace, config.generation)
-        await approve_judging(config, completions)
-        preferences = await judge_preferences(completions, workspace, config.judging)
-    adapter = await train(preferences, config)
-    held_out, bar = config.eval_prompts or config.prompts, config.promotion.min_win_rate
-    async with endpoint_lock():
-        evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation, bar)
->>>>>>> main
     return PipelineResult(completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation)
 
 

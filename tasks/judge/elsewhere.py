@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from tasks.config import JudgingConfig, resolve_location
 from tasks.errors import PreflowError
 from tasks.judge.pairs import is_validation, write_quality
-from tasks.judge.quality import audit_preferences
+from tasks.judge.quality import measure_pairs
 from tasks.store.prompts import source_digest
 from tasks.store.records import CompletionsRow, PairRow, number_rows, prompt_id
 from tasks.store.workspace import CompletionsRef, Manifest, Origin, PreferencesRef, Workspace, stage_key
@@ -85,7 +85,7 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
         raise PreflowError(f"{source}: no pair to train on ({val.rows} are held out). Give more, or lower val_ratio.")
     counts = {"train": train.rows, "val": val.rows}
     logger.info("%s: %s; its rows were %s", source, _listed(counts), _listed(forms))
-    quality = audit_preferences(f"{folder}/train.jsonl", f"{folder}/val.jsonl" if val.rows else None)
+    quality = measure_pairs(f"{folder}/train.jsonl", f"{folder}/val.jsonl" if val.rows else None)
     files = {"train.jsonl": train.file, "val.jsonl": val.file, **write_quality(store, folder, quality)}
     artifact = PreferencesRef(
         uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()

@@ -141,7 +141,6 @@ def prompt_id(messages: list[dict[str, str]]) -> str:
 
 
 Row = TypeVar("Row", bound=BaseModel)
-MOST_WRONG = 5
 CONVERT: dict[type[BaseModel], Callable[[Any], tuple[dict[str, Any], str]]] = {
     PromptRow: to_prompt,
     CompletionsRow: to_completions,
@@ -172,28 +171,10 @@ def read_rows(model: type[Row], uri: str, store: Workspace | None = None) -> Ite
         PreflowError: the file is missing or empty, or lines are wrong (the first few, by file, line and field).
     """
     store = store or Workspace.holding(uri)
-<<<<<<< HEAD
     empty = True
     for _, row in number_rows(model, uri, store):
         empty = False
         yield row
-=======
-    if not store.exists(uri):
-        raise PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
-    empty, problems = True, list[str]()
-    for number, line in enumerate(store.lines(uri), 1):
-        if not line.strip() or len(problems) == PROBLEMS_SHOWN:
-            continue
-        try:
-            empty, row = False, parse_row(model, line, f"{uri}:{number}")
-        except PreflowError as problem:
-            problems.append(str(problem))
-        else:
-            if not problems:
-                yield row
-    if problems:
-        raise PreflowError("\n".join(problems))
->>>>>>> main
     if empty:
         raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one row.")
 
@@ -217,7 +198,7 @@ def number_rows(
                 used[form] += 1
             if not wrong:
                 yield place, row
-        if len(wrong) == MOST_WRONG:
+        if len(wrong) == PROBLEMS_SHOWN:
             break
     if wrong:
         wanted = f"\nA row that is right: {WANTED[model]}" if model in WANTED else ""

@@ -187,13 +187,8 @@ def test_audit_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     train, val, _ = make_audit(tmp_path, [(0, 1)] * 5)
     with Path(train).open("a") as file:
         file.write('{"prompt": [{"role": "user", "content": "x"}]}\n')
-<<<<<<< HEAD
     with pytest.raises(PreflowError, match=r"train\.jsonl:4: no chosen and rejected"):
-        audit_preferences(train, val)
-=======
-    with pytest.raises(PreflowError, match=r"train\.jsonl:4: chosen"):
         measure_pairs(train, val)
->>>>>>> main
 
 
 def test_judge_that_follows_the_position_gives_no_pair_and_is_named() -> None:
