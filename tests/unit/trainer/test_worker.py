@@ -1,0 +1,45 @@
+"""How a training's ending is classified: every error gets a code, and a message that says what to do."""
+
+import errno
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from tasks.config import TrainingConfig
+from tasks.store.workspace import PreferencesRef
+from tasks.train.spec import ExitCode, TrainingSpec
+from tasks.trainer import worker
+from tasks.trainer.checkpoints import os_error
+from tasks.trainer.stopping import StopFlag, StopTraining
+
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ExitCode.USER_ERROR, r"the disk is full .*TMPDIR"),
+        (os_error(SafetensorError(FULL), Path("/scratch")), ExitCode.USER_ERROR, r"the disk is full .*/scratch"),
+        (OSError(errno.EIO, "Input/output error"), ExitCode.DEFECT, "OSError: .*Input/output error"),
+        (os_error(SafetensorError("bad header"), Path("/scratch")), ExitCode.DEFECT, "/scratch: bad header"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ExitCode.USER_ERROR, "out of memory on the accelerator"),
+        (StopTraining("asked to stop"), ExitCode.PREEMPTED, "asked to stop"),
+        (KeyError("x"), ExitCode.DEFECT, "KeyError: 'x'"),
+    ],
+)
+def test_an_ending_has_a_code_and_a_message(
+    error: BaseException, code: ExitCode, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "train", fail)
+    pairs = PreferencesRef(uri="train.jsonl", sha256="0", size=0, rows=0)
+    spec = TrainingSpec(preferences=pairs, workspace=str(tmp_path), training=TrainingConfig(), key="k", sft_sha256="0",
+                        base_sha256="0")  # fmt: skip
+    found, said = worker.run_and_classify(spec, worker.WorkerFiles(tmp_path), StopFlag())
+    assert found is code
+    assert re.search(message, said), said
