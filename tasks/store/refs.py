@@ -65,10 +65,10 @@ class VerdictsRef(Reference):
 
 
 class PreferencesRef(Reference):
-    """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie beside it."""
+    """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie next to it."""
 
     kind: Literal["preferences"] = Field("preferences", description="What the artifact is.")
-    val_rows: int = Field(0, description="Pairs in val.jsonl beside it, held out of the training.")
+    val_rows: int = Field(0, description="Pairs in val.jsonl next to it, held out of the training.")
 
 
 class AdapterRef(Reference):
@@ -78,7 +78,7 @@ class AdapterRef(Reference):
 
 
 class EvaluationRef(Reference):
-    """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies beside it."""
+    """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies next to it."""
 
     kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
     adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
