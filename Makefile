@@ -13,7 +13,7 @@ help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
 	@echo "             MODEL=smollm2: with a real language model of 135M parameters (up to 30 minutes)"
 	@echo "make setup   both environments; \`source .venv/bin/activate\`, then \`preflow --help\`"
-	@echo "make up      Prefect with its UI, vLLM and a judge in the background: press Run in the UI"
+	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
 	@echo "make drill   preempt a training on purpose and compare its bytes (2 minutes); on a cluster: preflow drill --help"
 	@echo "make down    end what make up started"
 	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
