@@ -128,7 +128,7 @@ def pipeline_config(world: World) -> dict[str, Any]:
         "workspace": str(world.folder / "workspace"),
         "generation": {"endpoint": world.sampler.url, "model": "sft", "max_tokens": 64},
         "judging": {
-            "endpoint": world.judge.url, "model": "judge-oracle", "api_key": "env:BROWSER_JUDGE_KEY",
+            "endpoint": world.judge.url, "model": "judge-oracle", "api_key": "env:BROWSER_JUDGE_KEY", "rubric": "neutral",
             "prompt_price": 0.3, "completion_price": 2.5,
         },
         "training": {
