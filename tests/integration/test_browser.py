@@ -128,8 +128,8 @@ def pipeline_config(world: World) -> dict[str, Any]:
         "workspace": str(world.folder / "workspace"),
         "generation": {"endpoint": world.sampler.url, "model": "sft", "max_tokens": 64},
         "judging": {
-            "endpoint": world.judge.url, "model": "judge-oracle", "api_key": "env:BROWSER_JUDGE_KEY", "rubric": "neutral",
-            "prompt_price": 0.3, "completion_price": 2.5,
+            "endpoint": world.judge.url, "model": "judge-oracle", "api_key": "env:BROWSER_JUDGE_KEY",
+            "rubric": "neutral", "prompt_price": 0.3, "completion_price": 2.5,
         },
         "training": {
             "base_model": str(world.folder / "base"), "sft_adapter": str(world.folder / "sft"), "load_in_4bit": False,

@@ -44,7 +44,10 @@ class World:
             "eval_prompts": str(self.folder / "held-out.jsonl"),
             "workspace": self.workspace,
             "generation": {"endpoint": self.sampler.url, "model": "sft", "max_tokens": 64},
-            "judging": {"endpoint": self.judge.url, "model": "judge-oracle", "api_key": None, "prompt_price": 0.3, "rubric": "neutral"},
+            "judging": {
+                "endpoint": self.judge.url, "model": "judge-oracle", "api_key": None, "rubric": "neutral",
+                "prompt_price": 0.3,
+            },
             "training": {
                 "base_model": str(self.folder / "base"), "sft_adapter": str(self.folder / "sft"), "load_in_4bit": False,
                 "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-3, "max_steps": 4,
