@@ -47,6 +47,7 @@ COMMANDS = {
     "drill": (SERVICE, "Preempt a training on purpose and compare its bytes."),
     "schema": (FILES, "Print the JSON schema of config.yaml, for editors."),
     "params": (FILES, "Print a config.yaml as a deployment's parameters."),
+    "convert": (FILES, "Show how a file of prompts, completions or pairs is read."),
 }
 
 

@@ -46,7 +46,7 @@ def find_result(config: PipelineConfig) -> PipelineResult | None:
     try:
         result = PipelineResult.model_validate(store.read_json(uri))
     except ValidationError:
-        logger.warning("%s was written by another version of preflow: the run's stages are looked up anew", uri)
+        logger.warning("%s was written by another version of preflow: the run's stages are looked up one by one", uri)
         return None
     return result if all(store.is_intact(ref) for ref in result.references()) else None
 
