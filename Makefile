@@ -11,13 +11,9 @@ JOBS ?= 2
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
-<<<<<<< HEAD
-	@echo "make setup   both environments; \`source .venv/bin/activate\`, then \`preflow --help\`"
-	@echo "make up      Prefect with its UI, vLLM and a judge in the background: press Run in the UI"
-=======
 	@echo "             MODEL=smollm2: with a real language model of 135M parameters (up to 30 minutes)"
+	@echo "make setup   both environments; \`source .venv/bin/activate\`, then \`preflow --help\`"
 	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
->>>>>>> main
 	@echo "make down    end what make up started"
 	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
 	@echo "make site    the documentation as a site, in .site"

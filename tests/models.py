@@ -26,16 +26,17 @@ def demo_adapter(out: Path, seed: int, learning_rate: float = 2e-3) -> Path:
     recipe = Recipe(rows=100, steps=10, batch_size=8, learning_rate=learning_rate)
 
     def make(folder: Path) -> None:
-        base = demo_base(folder.with_name(f"{folder.name}-base"))
+        # The adapter's config names its base by the folder, which is `base` wherever the two are laid down.
+        base = demo_base(folder.with_name(f"{folder.name}-for") / "base")
         build_sft_adapter(base, folder, seed, recipe)
-        shutil.rmtree(base)
+        shutil.rmtree(base.parent)
 
     return _copy(out, make, (BASE, seed, recipe))
 
 
 def _copy(out: Path, make: Callable[[Path], None], recipe: object) -> Path:
     """Copy a folder that `make` fills, which it is asked to do only once; other processes wait."""
-    sources = [file_sha256(Path(str(path))) for path in (corpus.__file__, material.FILE, model.__file__)]
+    sources = [file_sha256(Path(str(path))) for path in (__file__, corpus.__file__, material.FILE, model.__file__)]
     key = digest([sources, [version(name) for name in ("torch", "transformers", "peft")], repr(recipe)])
     folder = KEPT / key[:16]
     KEPT.mkdir(parents=True, exist_ok=True)

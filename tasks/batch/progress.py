@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 async def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Tell whether a failed task may succeed next time: not after an error that the user must mend."""
+    """Tell whether a failed task may succeed next time: not after an error that the user must fix."""
     error = await state.aresult(raise_on_failure=False)
     return not isinstance(error, PreflowError)
 
@@ -79,7 +79,7 @@ async def run_shards(
     """Run every shard as a cached task, with as many open as keep the window of requests full.
 
     Raises:
-        PreflowError: a shard failed for a reason that the user can mend, or too much failed for good; what was
+        PreflowError: a shard failed for a reason that the user can fix, or too much failed for good; what was
             finished is kept.
     """
     results = await open_results(plan.workspace)
@@ -140,7 +140,7 @@ def refuse_failures(plan: Plan, worker: ShardWorker, allowed: float) -> PreflowE
     detail = str(first.get("detail"))[:300]
     return PreflowError(
         f"{tally.failed} of {tally.total} requests failed for good, over max_failure_ratio ({allowed:.1%}); the first: "
-        f"{first.get('reason')}: {detail}. All of them are in {where}. What succeeded is kept. Mend the "
+        f"{first.get('reason')}: {detail}. All of them are in {where}. What succeeded is kept. Fix the "
         "cause and run again, only the others are asked for; or raise max_failure_ratio to go on without them."
     )
 

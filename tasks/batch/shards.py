@@ -46,7 +46,7 @@ class Tally:
     stopped: PreflowError | None = None
 
     def begin(self, part: Slice, units: int, known: Iterable[Outcome]) -> None:
-        """Count a shard's units that are known already; a shard that is tried again is counted anew."""
+        """Count a shard's units that are known already; a shard that is tried again is counted again from zero."""
         self.shards[part.index] = Count(rows=part.rows, units=units)
         for outcome in known:
             self._count(part, outcome)

@@ -187,13 +187,13 @@ def judge_adapter(
     Args:
         sha256: of the adapter.
         comparisons: with the SFT adapter, by the judges that made the labels.
-        second: the same by other judges; empty without any.
+        second: the same by other judges; empty without any. Where none could be read there is no second opinion.
         null: the SFT adapter against itself; None if it was not tested.
         evaluation: the confidence, and the names of the other judges.
     """
     found = win_rate(comparisons, evaluation.confidence)
     opinion = None
-    if second:
+    if any(one.outcome is not None for one in second):
         rate = win_rate(second, evaluation.confidence)
         gain = found.win_rate - 0.5
         share = round((rate.win_rate - 0.5) / gain, 4) if gain > SMALLEST_GAIN else None

@@ -314,7 +314,7 @@ async def try_sampler(endpoint: Endpoint, generation: GenerationConfig) -> None:
     Raises:
         PreflowError: there are none.
     """
-    plain = generation.model_copy(update={"keep_lines": None})
+    plain = generation.model_copy(update={"keep_lines": None, "keep_empty": True})  # silence is an answer too
     await try_question("generation", endpoint, Sampler(endpoint, plain).sample(TRIAL))
 
 

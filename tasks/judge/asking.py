@@ -99,7 +99,7 @@ class JudgePlan(BaseModel):
 
     @functools.cached_property
     def settings_key(self) -> str:
-        """The key of what determines the judge's answers, besides the messages."""
+        """The key of what determines the judge's answers, apart from the messages."""
         settings = {name: value for name, value in self.judge.identity().items() if name != "max_attempts"}
         return stage_key("judging", VERSION, settings=settings)
 
@@ -286,7 +286,7 @@ async def judge_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str,
 
 
 def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> VerdictsRef:
-    """Put all judges' votes beside the completions they are about, in input order, as `verdicts.jsonl` with a manifest.
+    """Put all judges' votes next to the completions, in input order, as `verdicts.jsonl` with a manifest.
 
     Args:
         plan: the judging.

@@ -323,7 +323,7 @@ class Endpoint:
             remedy = f"check the key and its account, and export {name.removeprefix('env:')}=... where the flow runs"
         else:
             remedy = f"check the key and its account, and change the Prefect Secret block {name!r}"
-        return KeyRefused(f"{self.config.endpoint} refused {which} for {self.config.model}: {stopped}; {remedy}")
+        return type(stopped)(f"{self.config.endpoint} refused {which} for {self.config.model}: {stopped}; {remedy}")
 
     async def ping(self) -> Answer:
         """Send one short request, once; raise what became of it."""

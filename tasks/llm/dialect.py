@@ -8,7 +8,7 @@ from tasks.llm.responses import PERMANENT, RequestRefused, Transient
 
 log = logging.getLogger(__name__)
 
-# What a request can do without, and the words that endpoints have for it besides its own name.
+# What a request can do without, and the words that endpoints have for it.
 OPTIONAL = {
     "temperature": r"temperature",
     "top_p": r"top_?p",

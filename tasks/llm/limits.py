@@ -87,8 +87,8 @@ class Window:
 def per_minute(limit: int | None) -> AsyncLimiter | None:
     """Return a limiter that lets at most `limit` units through in any minute, or None.
 
-    A leaky bucket lets its burst through besides what leaks: the burst is a second's worth. It is taken off the rate
-    twice, for `Gate` may owe requests as much again.
+    A leaky bucket lets its burst through on top of what leaks: the burst is a second's worth. It is taken off the
+    rate twice, for `Gate` may owe requests as much again.
     """
     if limit is None:
         return None

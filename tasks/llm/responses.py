@@ -136,6 +136,10 @@ class KeyRefused(StageStopped):
     """The endpoint does not accept the key."""
 
 
+class NotPermitted(KeyRefused):
+    """The key is known, and may not do this."""
+
+
 class CreditUsedUp(KeyRefused):
     """The key's account has no money left."""
 
@@ -249,7 +253,7 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
 
 
 def _read_content(content: Any) -> tuple[str, bool]:
-    """Return the text in a message's content, and whether thinking stands beside it: text, or a list of parts."""
+    """Return the text in a message's content, and whether there is thinking too: text, or a list of parts."""
     if isinstance(content, str):
         return content, False
     parts = [part for part in content if isinstance(part, dict | str)] if isinstance(content, list) else []
@@ -315,7 +319,7 @@ class ServerError:
             status = int(inner) if inner is not None and 400 <= inner < 600 else 502
         fields = list(_walk(data))
         text = _message(error) or _message(data)
-        text = shorten(text.replace(hide, "***") if hide else text)
+        text = shorten(text.replace(hide, "***") if hide else text).rstrip(".")
         named = (value for name, value in fields if name == "param" and isinstance(value, str))
         return cls(
             status=status,
@@ -341,7 +345,7 @@ def _walk(data: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 
 def _message(data: Any) -> str:
-    """Return an error's words: never the input, which servers repeat beside them and which may hold any words."""
+    """Return an error's words: never the input, which servers repeat and which may hold any words."""
     if isinstance(data, str):
         return data
     if isinstance(data, list):
@@ -384,7 +388,7 @@ def classify_error(error: ServerError) -> Failure:
     if rated:
         return Transient(f"{status}: {text}", status=429, retry_after=error.wait)
     if status == 403 and reason != "content_filter":
-        return KeyRefused(text)
+        return NotPermitted(text)
     if status in RETRIED or (status >= 500 and reason not in ("context_length", "content_filter")):
         billed = status in (408, 504)
         return Transient(f"{status}: {text}", status=status, retry_after=error.wait, maybe_billed=billed)

@@ -106,12 +106,13 @@ class RetryPolicy:
             text = f"failed {attempts.failures} times, and is the cause itself: {failure}"
             raise RequestRefused(failure.status, "keeps_failing", text)
         self.say(str(failure))
+        if failure.retry_after:
+            self._pause(failure.retry_after)
 
     def _wait(self, state: RetryCallState) -> float:
         failure = _failure(state)
         if failure.retry_after:
-            self._pause(failure.retry_after)  # it holds for every request, this one too
-            return 0.0
+            return 0.0  # the pause holds for every request, this one too
         return float(min(max(self._left(), FIRST_BACKOFF_SECONDS), self._backoff(state)))
 
     async def _sleep(self, seconds: float) -> None:

@@ -10,7 +10,7 @@ import httpx2
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
-from tasks.llm.responses import KeyRefused, ModelInfo, RequestRefused, Transient
+from tasks.llm.responses import KeyRefused, ModelInfo, NotPermitted, RequestRefused, Transient
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ async def check_model(call: Call, config: EndpointConfig, ping: Callable[[], Awa
     """
     try:
         models = await _list_patiently(call)
-    except KeyRefused as refused:  # there are keys that may ask and may not list
+    except NotPermitted as refused:  # there are keys that may ask and may not list
         return await _try_unlisted(config, ping, f"did not list its models ({refused})")
     except Transient as failure:
         raise PreflowError(
@@ -65,7 +65,7 @@ async def check_model(call: Call, config: EndpointConfig, ping: Callable[[], Awa
         if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
             return model
     names = ", ".join(sorted(model.id for model in models)[:30]) or "none at all"
-    return await _try_unlisted(config, ping, f"lists other models ({names})")
+    return await _try_unlisted(config, ping, f"lists other models: {names}")
 
 
 async def _try_unlisted(config: EndpointConfig, ping: Callable[[], Awaitable[object]], why: str) -> ModelInfo:
@@ -82,10 +82,8 @@ async def _try_unlisted(config: EndpointConfig, ping: Callable[[], Awaitable[obj
 
 def not_served(config: EndpointConfig, refused: RequestRefused, why: str = "") -> PreflowError:
     """Return the error for a model that the endpoint does not answer for, listed or not."""
-    return PreflowError(
-        f"{config.endpoint} does not serve the model {config.model!r}: {refused}. Set model to one it has, and check "
-        f"the address (it usually ends in /v1){'; it ' + why if why else ''}"
-    )
+    remedy = f"set model to one it has: it {why}" if why else "set model to one it has, and check the address"
+    return PreflowError(f"{config.endpoint} does not serve the model {config.model!r}: {refused}; {remedy}")
 
 
 async def _list_patiently(call: Call) -> list[ModelInfo]:

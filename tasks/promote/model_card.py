@@ -103,8 +103,11 @@ def write_card(provenance: Provenance, publishing: PublishingConfig) -> str:
 def _result(provenance: Provenance) -> str:
     found = provenance.win_rate
     rows = [("the adapter against its SFT adapter", _rate(found))]
+    if "length_controlled" in found:
+        rows.append(("the same, with length taken out", _rate(found["length_controlled"])))
     if "null" in found:
-        rows.append(("the SFT adapter against itself (the null)", _rate(found["null"])))
+        confidence = found["null"].get("confidence", found["confidence"])
+        rows.append((f"the SFT adapter against itself (the null), at {confidence:.0%}", _rate(found["null"])))
     counts = f"{found['samples']:,} samples of {found['prompts']:,} held-out prompts"
     return (
         f"## Does it write better text?\n\nThe same judge compared {counts}, each pair in both orders; ties count "

@@ -13,6 +13,8 @@ from tasks.store.measures import Evaluation, Health, Metric, QualityReport, WinR
 from tasks.store.workspace import Manifest
 
 EXAMPLES = 20
+# Raw and length-controlled win rate differ by so much only where length decides.
+LENGTH_EXPLAINS = 0.02
 TRAINING_FIGURES = (
     ("loss", "Training loss"),
     ("eval_loss", "Held-out loss"),
@@ -268,19 +270,31 @@ def _evaluation_advice(found: Evaluation, passed: bool) -> Iterator[str]:
             f"Two draws of the SFT adapter come out at {found.null.text()}, where it must be near 50 %: do not trust "
             "this win rate. Look at the judge's positions, and take more evaluation.num_samples."
         )
-    if passed:
-        return
-    if found.upper > 0.5 and found.detectable is not None and found.win_rate < found.detectable:
+    if (controlled := found.length_controlled) and abs(controlled.win_rate - found.win_rate) > LENGTH_EXPLAINS:
         yield (
+            f"With length taken out the win rate is {controlled.text()}: the samples of both adapters differ in length "
+            "(see the table), and the judge decides by it. Say in judging.rubric that length does not count."
+        )
+    if not passed:
+        yield _why_not(found)
+    if found.second is None:
+        yield (
+            "No other judge was asked: a taste of the judge that made the labels cannot be told from a gain. Name "
+            "another model in evaluation.judges; the samples are there, only its verdicts are paid."
+        )
+
+
+def _why_not(found: Evaluation) -> str:
+    if found.upper > 0.5 and found.detectable is not None and found.win_rate < found.detectable:
+        return (
             f"This evaluation finds a true win rate of {100 * found.detectable:.1f} % or more in 4 runs of 5, and a "
             "smaller one seldom: raise evaluation.num_samples or max_prompts, or give more held-out prompts."
         )
-    else:
-        yield (
-            "The adapter is not better, so it is not promoted. In this order: fix what is out of range under "
-            "Preferences, try a higher training.learning_rate with training.sft_weight 1, a lower training.beta, a "
-            "stronger judging.model, more generation.num_completions, more prompts."
-        )
+    return (
+        "The adapter is not better, so it is not promoted. In this order: fix what is out of range under "
+        "Preferences, try a higher training.learning_rate with training.sft_weight 1, a lower training.beta, a "
+        "stronger judging.model, more generation.num_completions, more prompts."
+    )
 
 
 def _comparison(number: int, row: Row) -> Example:

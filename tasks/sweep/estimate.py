@@ -12,7 +12,7 @@ from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import GenerationPlan, plan_generation
 from tasks.judge.asking import CHARACTERS_PER_TOKEN, VERDICT_TOKENS, plan_judging
-from tasks.judge.pairs import find_preferences
+from tasks.judge.pairs import APPLIED, find_preferences
 from tasks.judge.prompt import INSTRUCTIONS, read_rubric
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
@@ -319,8 +319,8 @@ class _Planner:
         """Plan a training; return what stands for its adapter, and the adapter if it is there."""
         training, adapter = config.training, None
         if preferences is None:
-            applied = config.judging.model_dump(mode="json", include={"pair_policy", "min_confidence", "val_ratio"})
-            key = digest([judged, applied, training.identity(), training.sft_adapter])
+            applied = config.judging.model_dump(mode="json", include=APPLIED)
+            key = digest([judged, applied, training.identity(), training.sft_adapter, training.base_model])
         else:
             key = training_key(preferences, training)
             adapter = self._store.find_finished(self._store.uri("training", key, MANIFEST), AdapterRef)

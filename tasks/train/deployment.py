@@ -77,6 +77,8 @@ def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> No
     paths = {"workspace": workspace, "training.sft_adapter": training.sft_adapter}
     if is_folder:
         paths["training.base_model"] = base
+    if training.chat_template:
+        paths["generation.chat_template"] = training.chat_template
     for name, path in paths.items():
         if "://" not in path and not Path(path).is_relative_to(MOUNT):
             raise PreflowError(

@@ -157,10 +157,15 @@ async def test_an_outage_that_lasts_too_long_ends_the_stage(kind: str) -> None:
 
 async def test_a_wish_to_wait_longer_than_the_longest_outage_is_not_granted() -> None:
     with FakeOpenAI({"faults": {"rate_limit_after": 1.0}, "retry_after": 3600}) as fake:
-        async with Endpoint(config_for(fake, max_outage_seconds=60), None) as endpoint:
+        async with Endpoint(config_for(fake, max_outage_seconds=60, max_concurrency=2), None) as endpoint:
             with pytest.raises(EndpointDown, match="asks to wait 3600 s, and max_outage_seconds is 60"):
                 await endpoint.chat(prompt(1), **SAMPLING)
-        assert len(fake.requests()) == 1
+            assert len(fake.requests()) == 1
+            async with asyncio.timeout(20):  # nobody waits for what was not granted
+                answers = await asyncio.gather(
+                    *(endpoint.chat(prompt(number), **SAMPLING) for number in range(6)), return_exceptions=True
+                )
+        assert all(isinstance(answer, EndpointDown) for answer in answers)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -218,7 +223,7 @@ async def test_what_can_never_be_answered_is_refused_at_once(
 async def test_a_model_that_is_not_served_ends_the_stage_at_the_first_question() -> None:
     with FakeOpenAI({"samplers": ["other"]}) as fake:
         async with Endpoint(config_for(fake), None) as endpoint:
-            with pytest.raises(PreflowError, match=r"does not serve the model 'sampler'.*[Ss]et model"):
+            with pytest.raises(PreflowError, match=r"does not serve the model 'sampler'.*set model"):
                 await endpoint.chat(prompt(1), **SAMPLING)
         assert len(fake.requests()) == 1
 

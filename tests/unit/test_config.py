@@ -210,6 +210,12 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
         {"evaluation": {"max_prompts": 2, "num_samples": 1}},
         r"promotion.min_win_rate \(0.5\) .*max_prompts \(2\) .*num_samples \(1\).*0.342",
     ),
+    "a second opinion of the labelling judge": (
+        PipelineConfig,
+        {"judging": {"model": "m"}, "evaluation": {"judges": [{"model": "m"}]}},
+        "evaluation.judges: m made the labels",
+    ),
+    "a second opinion twice": (EvaluationConfig, {"judges": [{"model": "m"}, {"model": "m"}]}, "judges: m .*another"),
     "own place": (PipelineConfig, {"promotion": {"name": "sft"}}, "promotion.name and generation.model"),
     "failures": (JudgingConfig, {"max_failure_ratio": 1.5}, "max_failure_ratio"),
 }

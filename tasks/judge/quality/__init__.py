@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tasks.judge.quality.audit import audit_preferences
+from tasks.judge.quality.audit import measure_pairs
 from tasks.judge.quality.metrics import JUDGE, TEXTS, make_report
 from tasks.judge.quality.plot import plot_quality
 from tasks.judge.quality.tally import Tally
 from tasks.store.measures import QualityReport
 
-__all__ = ["audit_preferences", "measure_judgements", "plot_quality"]
+__all__ = ["measure_judgements", "measure_pairs", "plot_quality"]
 
 
 def measure_judgements(rows: Iterable[Mapping[str, Any]], usage: Mapping[str, int] | None = None) -> QualityReport:

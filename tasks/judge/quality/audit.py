@@ -18,7 +18,7 @@ POSITIONS = tuple(spec for spec in JUDGE if spec.name.startswith("position"))
 CONFIDENCE = tuple(spec for spec in JUDGE if spec.name == "confidence")
 
 
-def audit_preferences(train: str, val: str | None = None, completions: str | None = None) -> QualityReport:
+def measure_pairs(train: str, val: str | None = None, completions: str | None = None) -> QualityReport:
     """Measure preference pairs that something else made.
 
     Pairs hold no positions, so these are recovered from the completions: rows are joined by the prompt's id, and the

@@ -267,6 +267,10 @@ def test_no_gain_has_no_share_that_another_judge_sees() -> None:
     assert second.transfer is None
 
 
+def test_a_second_judge_that_nobody_can_read_is_no_opinion() -> None:
+    assert measured(BETTER, compared({"a": [None, None]})).second is None
+
+
 def test_a_sound_null_test_is_called_false_in_one_of_a_hundred() -> None:
     rng = np.random.default_rng(7)
     failed = sum(not measured(better, null=draw_groups(rng, 100, 1, 0.0)).null_holds for better in [BETTER] * 400)

@@ -17,7 +17,7 @@ import pytest
 from matplotlib import image
 
 from tasks.errors import PreflowError
-from tasks.judge.quality import audit_preferences, measure_judgements, plot_quality
+from tasks.judge.quality import measure_judgements, measure_pairs, plot_quality
 from tasks.judge.quality.metrics import wilson_interval
 from tasks.store.measures import QualityReport
 
@@ -104,7 +104,7 @@ def test_audit_says_that_a_judge_preferred_late_positions(tmp_path: Path) -> Non
     # Best at 201/390/430 and worst at 536/249/236 of 1,021.
     counts = {(0, 1): 100, (0, 2): 101, (1, 0): 255, (1, 2): 135, (2, 0): 281, (2, 1): 149}
     places = [place for place, count in counts.items() for _ in range(count)]
-    report = audit_preferences(*make_audit(tmp_path, places, val=102))
+    report = measure_pairs(*make_audit(tmp_path, places, val=102))
 
     assert report.pairs == 1021
     assert report.statuses == {"train": 919, "val": 102}
@@ -125,7 +125,7 @@ def test_audit_says_that_a_judge_preferred_late_positions(tmp_path: Path) -> Non
 
 def test_audit_of_a_fair_judge_finds_nothing(tmp_path: Path) -> None:
     places = [(a, b) for a in range(3) for b in range(3) if a != b] * 100
-    report = audit_preferences(*make_audit(tmp_path, places))
+    report = measure_pairs(*make_audit(tmp_path, places))
     assert report.problems() == []
     assert report.metric("position_best").detail["tendency"] == "none"
 
@@ -139,7 +139,7 @@ def test_audit_counts_what_it_cannot_place(tmp_path: Path) -> None:
     twin = next(row for row in rows if row["prompt"] == pairs[2]["prompt"])
     twin["completions"] = [pairs[2]["chosen"][0]["content"]] * 2 + [pairs[2]["rejected"][0]["content"]]
     pairs[3]["chosen"][0]["content"] += "\n  "
-    report = audit_preferences(write_jsonl(tmp_path / "train.jsonl", pairs), val, write_jsonl(Path(completions), rows))
+    report = measure_pairs(write_jsonl(tmp_path / "train.jsonl", pairs), val, write_jsonl(Path(completions), rows))
 
     assert report.reasons == {
         "prompt not among the completions": 1,
@@ -158,7 +158,7 @@ def test_audit_finds_a_doubled_completions_row_and_prompts_on_both_sides(tmp_pat
         file.write(json.dumps({**first, "completions": ["[ANN] x", "[BOB] y", "[CYD] z"]}) + "\n")
     with Path(val).open("a") as file:
         file.write(Path(train).read_text().splitlines()[0] + "\n")
-    report = audit_preferences(train, val, completions)
+    report = measure_pairs(train, val, completions)
     assert report.metric("unmatched_pairs").value == 0
     shared = report.metric("shared_prompts")
     assert (shared.value, shared.ok) == (1, False)
@@ -166,7 +166,7 @@ def test_audit_finds_a_doubled_completions_row_and_prompts_on_both_sides(tmp_pat
 
 def test_audit_without_completions_says_nothing_about_positions(tmp_path: Path) -> None:
     train, _, _ = make_audit(tmp_path, [(0, 1)] * 10)
-    names = {metric.name for metric in audit_preferences(train).metrics}
+    names = {metric.name for metric in measure_pairs(train).metrics}
     assert not names & {"position_best", "unmatched_pairs"}
     assert "longer_chosen" in names
 
@@ -175,20 +175,20 @@ def test_audit_reads_confidence_and_refuses_what_is_none(tmp_path: Path) -> None
     train, val, _ = make_audit(tmp_path, [(0, 1)] * 30)
     pairs = [json.loads(line) for line in Path(train).read_text().splitlines()]
     graded = [{**pair, "confidence": number % 3 + 2.0} for number, pair in enumerate(pairs)]
-    report = audit_preferences(write_jsonl(tmp_path / "graded.jsonl", graded), val)
+    report = measure_pairs(write_jsonl(tmp_path / "graded.jsonl", graded), val)
     assert set(report.metric("confidence").detail["histogram"]) == {"2", "3", "4"}
     for bad, message in (("high", r"broken\.jsonl, row 3: confidence"), (float("nan"), r"broken\.jsonl:3: .*NaN")):
         broken = write_jsonl(tmp_path / "broken.jsonl", [*pairs[:2], {**pairs[2], "confidence": bad}])
         with pytest.raises(PreflowError, match=message):
-            audit_preferences(broken, val)
+            measure_pairs(broken, val)
 
 
 def test_audit_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     train, val, _ = make_audit(tmp_path, [(0, 1)] * 5)
     with Path(train).open("a") as file:
         file.write('{"prompt": [{"role": "user", "content": "x"}]}\n')
-    with pytest.raises(PreflowError, match=r"train\.jsonl:4: chosen"):
-        audit_preferences(train, val)
+    with pytest.raises(PreflowError, match=r"train\.jsonl:4: no chosen and rejected"):
+        measure_pairs(train, val)
 
 
 def test_judge_that_follows_the_position_gives_no_pair_and_is_named() -> None:

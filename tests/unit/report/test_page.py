@@ -282,12 +282,13 @@ def test_evaluation_that_passes_and_one_that_does_not() -> None:
     passed = evaluation_section(evaluated(null=NULL))
     assert "61.0 % (58.0-64.0 %)" in passed.summary
     assert "58.0 %, over the bar of 50 %" in passed.summary
-    assert passed.advice == ()
+    assert [text.partition(":")[0] for text in passed.advice] == ["No other judge was asked"]
     assert [row[1] for row in passed.tables[0].rows] == [True, True]
 
     by_length = evaluation_section(evaluated(length_controlled={**NULL, "lower": 0.46}))
     assert "46.0 %, not over the bar" in by_length.summary
     assert [row[1] for row in by_length.tables[0].rows] == [True, False]
+    assert by_length.advice[0].startswith("With length taken out the win rate is 50.0 % (46.0-")
     small = evaluation_section(evaluated(lower=0.47, samples=120, detectable=0.7))
     assert "47.0 %, not over the bar" in small.summary
     assert "evaluation.num_samples" in small.advice[0]

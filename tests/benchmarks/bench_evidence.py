@@ -1,0 +1,100 @@
+"""How far the gate can be believed: coverage, power, length, a second judge. Prints the tables of docs/evidence.md.
+
+Run `python -m tests.benchmarks.bench_evidence` (about five minutes on one core; `--runs 200` for a glance).
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+
+import numpy as np
+from scipy.stats import norm
+
+from tasks.config import EvaluationConfig, JudgeConfig
+from tasks.evaluate.comparisons import Comparison, length_controlled, win_rate
+from tasks.evaluate.power import design_of
+from tasks.evaluate.win_rate import judge_adapter
+from tasks.store.measures import Evaluation
+from tests.fakes.comparisons import LENGTH_JUDGES, better_wins, draw_groups, draw_opinions, draw_texts
+
+Rows = Iterator[tuple[object, ...]]
+
+
+def measure(comparisons: Sequence[Comparison]) -> Evaluation:
+    """Return the two win rates that the gate looks at."""
+    raw = win_rate(comparisons, 0.95)
+    return Evaluation(**raw.model_dump(), adapter_sha256="", length_controlled=length_controlled(comparisons, 0.95))
+
+
+def table(title: str, columns: tuple[str, ...], rows: Rows) -> None:
+    print(f"\n**{title}**\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for row in rows:
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row)
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def coverage(rng: np.random.Generator, runs: int) -> Rows:
+    for groups, prompts, icc in ((200, 1, 0.0), (10, 20, 0.0), (10, 20, 0.05), (10, 20, 0.1), (4, 50, 0.05)):
+        found = [win_rate(draw_groups(rng, groups, prompts, icc), 0.95) for _ in range(runs)]
+        held, over = (fmean(map(test, found)) for test in (lambda f: f.holds(0.5), lambda f: f.lower > 0.5))
+        yield f"{groups} x {prompts}", icc, float(held), float(over)
+
+
+def power(rng: np.random.Generator, runs: int) -> Rows:
+    def groups(count: int, prompts: int, icc: float, rate: float, ties: float) -> Callable[[int], list[Comparison]]:
+        chance = (rate - ties / 2) / (1 - ties)
+        return lambda times: draw_groups(rng, count * times, prompts, icc, chance, ties)
+
+    def texts(longer: float, rate: float) -> Callable[[int], list[Comparison]]:
+        return lambda times: draw_texts(rng, better_wins, longer, float(norm.ppf(rate)), 150 * times)
+
+    cases = (
+        ("100 prompts, no ties", 0.58, 100, groups(100, 1, 0.0, 0.58, 0.0)),
+        ("200 prompts, 30 % ties", 0.55, 200, groups(200, 1, 0.0, 0.55, 0.3)),
+        ("10 groups x 20, ICC 0.05", 0.62, 200, groups(10, 20, 0.05, 0.62, 0.0)),
+        ("150 prompts, new ones longer by 20 %", 0.56, 150, texts(0.2, 0.56)),
+        ("150 prompts, new ones longer by 65 %", 0.56, 150, texts(0.5, 0.56)),
+    )
+    for name, rate, prompts, draw in cases:
+        predicted = design_of(measure(draw(20)), prompts, 4).power(rate, 0.5, 0.95)
+        passed = fmean(measure(draw(1)).refusal(0.5) is None for _ in range(runs))
+        yield name, rate, predicted, passed
+
+
+def length(rng: np.random.Generator, runs: int) -> Rows:
+    for taste in (*LENGTH_JUDGES, better_wins):
+        for longer in (0.3, 0.8):
+            merit = 0.3 if taste is better_wins else 0.0
+            found = [measure(draw_texts(rng, taste, longer, merit)) for _ in range(runs)]
+            raw = fmean(one.win_rate for one in found)
+            controlled = fmean(one.length_controlled.win_rate for one in found if one.length_controlled)
+            wins, passes = fmean(one.lower > 0.5 for one in found), fmean(one.proven > 0.5 for one in found)
+            yield taste.__name__, f"{100 * (np.exp(longer) - 1):.0f} %", raw, controlled, wins, passes
+
+
+def opinions(rng: np.random.Generator, runs: int) -> Rows:
+    evaluation = EvaluationConfig(judges=(JudgeConfig(model="other"),))
+    for name, merit, quirk in (("honest", 0.4, 0.0), ("quirk of the labelling judge", 0.0, 0.6), ("both", 0.2, 0.3)):
+        found = [judge_adapter("", *draw_opinions(rng, merit, quirk), None, evaluation) for _ in range(runs)]
+        shares = sorted(one.second.transfer for one in found if one.second and one.second.transfer is not None)
+        yield name, fmean(one.win_rate for one in found), fmean(shares), shares[0], shares[-1]
+
+
+def main() -> None:
+    """Print every table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=2000, help="simulated gates of each row")
+    runs, rng = parser.parse_args().runs, np.random.default_rng(13)
+    table("Coverage of the 95 % interval", ("groups x prompts", "ICC", "holds the truth", "lower bound over it"),
+          coverage(rng, runs))  # fmt: skip
+    table("Power, predicted and simulated", ("held out", "true win rate", "predicted", "simulated"), power(rng, runs))
+    table(
+        "Planted judges of length, and an honest one",
+        ("judge", "new ones longer by", "raw", "length-controlled", "passes by the raw rate", "passes the gate"),
+        length(rng, runs // 20),
+    )
+    table("A second judge", ("adapter", "win rate", "transfer", "lowest", "highest"), opinions(rng, runs // 20))
+
+
+if __name__ == "__main__":
+    main()
