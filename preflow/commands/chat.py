@@ -50,10 +50,10 @@ def chat(
     python = VLLM_PYTHON if VLLM_PYTHON.exists() else Path(sys.executable)
     print(GREETING.format(model=chosen, endpoint=address), flush=True)
     command = [str(python), "-c", START, "chat", "--url", address, "--model-name", chosen]
-    if key:
-        command += ["--api-key", key]
+    # Not as an argument, which every user of the machine can read; and never the key of another service.
+    environment = {**os.environ, "OPENAI_API_KEY": key or "none", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
     try:
-        os.execv(command[0], command)
+        os.execve(command[0], command, environment)
     except OSError as error:
         raise PreflowError(f"{python} cannot be run: {error.strerror}; `pip install vllm` has `vllm chat`") from error
 
