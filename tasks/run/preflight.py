@@ -126,6 +126,9 @@ async def find_problems(config: PipelineConfig) -> list[str]:
             check()
         except PreflowError as problem:
             found.append(str(problem))
+        except FileNotFoundError:  # a check before has named that file
+            if not found:
+                raise
     secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
     questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config)]
     for ask in questions:
@@ -133,6 +136,9 @@ async def find_problems(config: PipelineConfig) -> list[str]:
             await ask()
         except PreflowError as problem:
             found.append(str(problem))
+        except FileNotFoundError:
+            if not found:
+                raise
     return list(dict.fromkeys(found))
 
 

@@ -118,12 +118,14 @@ Artifact = Annotated[SerializeAsAny[Reference], BeforeValidator(_by_kind)]
 class PipelineResult(BaseModel):
     """What a pipeline run made; `promotion` is None if the adapter did not win by enough, or was `declined`.
 
+    `completions` is None for a run that began with pairs.
+
     `others` is what stages made that are not named here, by the stage.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    completions: CompletionsRef
+    completions: CompletionsRef | None = None
     preferences: PreferencesRef
     adapter: AdapterRef
     evaluation: EvaluationRef
@@ -133,7 +135,8 @@ class PipelineResult(BaseModel):
 
     def references(self) -> list[Reference]:
         """Return everything that a finished run must still have."""
-        return [self.completions, self.preferences, self.adapter, self.evaluation, *self.others.values()]
+        made = (self.completions, self.preferences, self.adapter, self.evaluation, *self.others.values())
+        return [reference for reference in made if reference is not None]
 
 
 class FileFacts(BaseModel):

@@ -129,7 +129,7 @@ def pipeline_config(world: World) -> dict[str, Any]:
         "generation": {"endpoint": world.sampler.url, "model": "sft", "max_tokens": 64},
         "judging": {
             "endpoint": world.judge.url, "model": "judge-oracle", "api_key": "env:BROWSER_JUDGE_KEY",
-            "prompt_price": 0.3, "completion_price": 2.5,
+            "rubric": "neutral", "prompt_price": 0.3, "completion_price": 2.5,
         },
         "training": {
             "base_model": str(world.folder / "base"), "sft_adapter": str(world.folder / "sft"), "load_in_4bit": False,
