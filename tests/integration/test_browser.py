@@ -312,7 +312,7 @@ def test_the_report_opens_from_the_disk(world: World) -> None:
     page = world.ui.page
     page.goto(report.as_uri())
     expect(page.get_by_role("heading", name="At a glance")).to_be_visible()
-    assert len(world.ui.pictures_shown()) == 2
+    assert len(world.ui.pictures_shown()) == 3
     assert all(width > 0 for width in world.ui.pictures_shown())
     world.ui.picture("report")
     page.set_viewport_size({"width": 390, "height": 844})
