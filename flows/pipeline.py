@@ -8,12 +8,13 @@ from flows.judge import judge_preferences
 from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
+from tasks.judge.elsewhere import import_completions, import_preferences
 from tasks.promote.pointer import find_promotion, find_rollback
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.run.names import named
 from tasks.run.preflight import endpoint_lock, prepare_run, record_result
-from tasks.store.workspace import AdapterRef, PipelineResult, PreferencesRef
+from tasks.store.workspace import AdapterRef, CompletionsRef, PipelineResult, PreferencesRef
 from tasks.train.work_pool import train_on_pool
 
 NAME = named("{config.promotion.name}: beta {config.training.beta:g}, {now:%d %b %H:%M}")
@@ -35,16 +36,26 @@ async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
 
 async def improve(config: PipelineConfig) -> PipelineResult:
     """Make a new adapter and measure how often it wins; nothing is promoted."""
-    workspace = config.workspace
     async with endpoint_lock():
-        completions = await generate_completions(config.prompts, workspace, config.generation)
-        await approve_judging(config, completions)
-        preferences = await judge_preferences(completions, workspace, config.judging)
+        completions, preferences = await label(config)
     adapter = await train(preferences, config)
     held_out, bar = config.eval_prompts or config.prompts, config.promotion.min_win_rate
     async with endpoint_lock():
-        evaluation = await evaluate_adapter(adapter, held_out, workspace, config.evaluation, bar)
+        evaluation = await evaluate_adapter(adapter, held_out, config.workspace, config.evaluation, bar)
     return PipelineResult(completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation)
+
+
+async def label(config: PipelineConfig) -> tuple[CompletionsRef | None, PreferencesRef]:
+    """Return the pairs: those that are given, or the judge's choice among completions that are given or sampled."""
+    workspace = config.workspace
+    if config.preferences is not None:
+        return None, import_preferences(config.preferences, workspace, config.judging)
+    if config.completions is not None:
+        completions = import_completions(config.completions, workspace)
+    else:
+        completions = await generate_completions(config.prompts, workspace, config.generation)
+    await approve_judging(config, completions)
+    return completions, await judge_preferences(completions, workspace, config.judging)
 
 
 async def train(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:

@@ -6,6 +6,7 @@ is called, so that `preflow --help` needs neither Prefect nor torch. It returns 
 
 import os
 import sys
+import tempfile
 import traceback
 from enum import IntEnum
 from importlib.metadata import version
@@ -46,6 +47,7 @@ COMMANDS = {
     "drill": (SERVICE, "Preempt a training on purpose and compare its bytes."),
     "schema": (FILES, "Print the JSON schema of config.yaml, for editors."),
     "params": (FILES, "Print a config.yaml as a deployment's parameters."),
+    "convert": (FILES, "Show how a file of prompts, completions or pairs is read."),
 }
 
 
@@ -79,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; run it again, and it continues where it was", file=sys.stderr)
         return Exit.INTERRUPTED
     except Exception as error:  # noqa: BLE001  # the last place: a person gets one line, and the traceback in a file
-        log = Path("preflow-error.log").absolute()
+        log = Path(tempfile.gettempdir()) / "preflow-error.log"
         log.write_text(traceback.format_exc())
         print(f"a defect of preflow: {type(error).__name__}: {error}. The traceback is in {log}", file=sys.stderr)
         return Exit.DEFECT

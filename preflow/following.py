@@ -52,10 +52,10 @@ def start(client: SyncPrefectClient, name: str, parameters: dict[str, object]) -
         deployment = client.read_deployment_by_name(name)
         return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
     except ObjectNotFound as error:
-        known = sorted(item.name for item in client.read_deployments())
-        raise PreflowError(
-            f"there is no deployment {name!r} on {client.api_url}; it has: {', '.join(known)}"
-        ) from error
+        flow = name.partition("/")[0]
+        known = [f"{client.read_flow(item.flow_id).name}/{item.name}" for item in client.read_deployments()]
+        near = [other for other in known if other.startswith(f"{flow}/")] or known
+        raise PreflowError(f"there is no deployment {name!r} here; there are: {', '.join(sorted(near))}") from error
     except PrefectHTTPStatusError as error:
         raise PreflowError(f"{name} does not take these parameters: {error.response.text[:1000]}") from error
 

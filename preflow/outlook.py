@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from tasks.batch.costs import format_seconds, format_usd
 from tasks.config import PipelineConfig, SweepConfig
-from tasks.evaluate.power import describe_power, plan_design
-from tasks.store.prompts import import_prompts
+from tasks.evaluate.power import power_before_price
 from tasks.sweep.estimate import plan_sweep
 from tasks.sweep.points import expand_points
 
@@ -28,7 +27,4 @@ def cost_lines(config: PipelineConfig) -> Iterator[str]:
 
 def power_line(config: PipelineConfig) -> str:
     """Say how good the adapter must be for the run to prove it."""
-    held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows
-    share = 1.0 if config.eval_prompts else config.judging.val_ratio
-    design = plan_design(config.workspace, config.evaluation, max(1, int(held_out * share)))
-    return f"proof: {describe_power(design, config.promotion.min_win_rate, config.evaluation.confidence)}"
+    return f"proof: {power_before_price(config)}"

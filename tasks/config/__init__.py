@@ -2,7 +2,6 @@
 
 from tasks.config.base import OPERATIONAL, Location, SecretName, StageConfig, field_title, resolve_location
 from tasks.config.chat import ChatSettings
-from tasks.config.drill import DrillConfig
 from tasks.config.endpoint import EndpointConfig
 from tasks.config.evaluation import EvaluationConfig
 from tasks.config.generation import GenerationConfig
@@ -18,7 +17,6 @@ __all__ = [
     "ChatSettings",
     "ComputeType",
     "Divergence",
-    "DrillConfig",
     "EndpointConfig",
     "EvaluationConfig",
     "GenerationConfig",

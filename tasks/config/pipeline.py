@@ -29,6 +29,14 @@ class PipelineConfig(StageConfig):
         None,
         description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from.",
     )
+    completions: MaybeLocation = Field(
+        None, description="Completions that something else sampled, to begin at judging. Empty: sample them."
+    )
+    preferences: MaybeLocation = Field(
+        None,
+        description="Preference pairs that something else made, to begin at training; `prompts` are then the held-out "
+        "ones. Empty: sample and judge.",
+    )
     workspace: Location = Field(
         "workspace",
         description="Where everything is kept: a folder or gs://bucket/prefix. gs://BLOCK@bucket/prefix takes the "

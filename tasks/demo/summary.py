@@ -20,7 +20,7 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
     if short:
         return verdict
     return [
-        ("prompts", f"{result.completions.rows}"),
+        ("prompts", f"{result.completions.rows if result.completions else 0}"),
         ("pairs", f"{pairs['train']} to train, {pairs['val']} held out"),
         ("position lift", _position_lift(store.read_json(result.preferences.sibling("quality.json")))),
         ("first loss", f"{training['first_loss']:.4f} (ln 2 = 0.6931)"),

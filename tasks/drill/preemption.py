@@ -6,33 +6,34 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, cast
 
+from aiohttp import ClientError
 from kubernetes_asyncio import client as kubernetes
-from kubernetes_asyncio import config as kubernetes_config
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from kubernetes_asyncio.stream import WsApiClient
 
-from tasks.config import DrillConfig
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
-from tasks.train.deployment import read_deployment
 from tasks.train.launch import Preempted, run_training
+from tasks.train.pods import OVER, cluster_settings
 from tasks.train.spec import TrainingPaths
 from tasks.train.work_pool import TrainingOrder, obtain_adapter
 from tasks.trainer.lease import is_dead
 
 logger = logging.getLogger(__name__)
+C = TypeVar("C", bound=kubernetes.ApiClient)
 
-GONE_SECONDS = 0.05
-POD_SECONDS = 1.0
+POLL_SECONDS, POD_SECONDS = 0.05, 1.0
+# Everything in the container but its first process, which no signal from inside kills, and which ends with its child.
+KILL_ALL = ["sh", "-c", "kill -KILL -1"]
 
 
 class Kind(StrEnum):
-    """How a machine is taken away."""
+    """How a training is interrupted."""
 
     NOTICE = "SIGTERM"
     AT_ONCE = "SIGKILL"
@@ -45,45 +46,26 @@ class Target(Protocol):
         """Train to the end, going on after every preemption."""
 
     async def preempt(self, order: TrainingOrder, kind: Kind) -> None:
-        """Take the machine away; returns when nothing of the training runs any more."""
+        """Interrupt the training; returns when nothing of it runs any more."""
 
 
-async def choose_target(drill: DrillConfig) -> Target:
-    """Return where the drill trains, by the type of the deployment's work pool.
+@dataclass
+class ProcessTarget:
+    """A training in a child of this process, or as a run of a process worker on this machine."""
 
-    Raises:
-        PreflowError: runs of such a pool cannot be preempted from here.
-    """
-    if drill.deployment is None:
-        return LocalTarget(drill.grace_seconds)
-    deployment = await read_deployment(drill.deployment)
-    async with get_client() as client:
-        pool = await client.read_work_pool(deployment.work_pool_name) if deployment.work_pool_name else None
-    if pool is not None and pool.type == "process":
-        return ProcessPoolTarget(drill.grace_seconds)
-    if pool is not None and pool.type == "kubernetes":
-        await kubernetes_config.load_config(config_file=drill.kubeconfig)
-        return PodTarget(drill.namespace, drill.grace_seconds)
-    kind = pool.type if pool else "no work pool"
-    raise PreflowError(f"deployment {drill.deployment} runs on {kind}; the drill preempts process and kubernetes pools")
-
-
-class LocalTarget:
-    """A training in a child process of this one."""
-
-    def __init__(self, grace_seconds: float) -> None:
-        self._grace_seconds = grace_seconds
-        self._over = threading.Event()
+    grace_seconds: float
+    is_deployed: bool
+    _over: threading.Event = field(default_factory=threading.Event)
 
     async def train(self, order: TrainingOrder) -> AdapterRef:
-        """Train in a thread, which starts the child again whenever it was preempted."""
+        """Train as the pipeline does, or in a thread that starts the child again after every preemption."""
+        if self.is_deployed:
+            return await obtain_adapter(order)
         try:
             return await asyncio.to_thread(self._train, order)
         except asyncio.CancelledError:
             self._over.set()
-            trainer = find_trainer(order)
-            if trainer is not None:
-                _signal_group(trainer, signal.SIGTERM)
+            _signal([find_trainer(order)], signal.SIGTERM)
             raise
 
     def _train(self, order: TrainingOrder) -> AdapterRef:
@@ -96,106 +78,102 @@ class LocalTarget:
                 logger.info("preempted (%s); started again", reason)
 
     async def preempt(self, order: TrainingOrder, kind: Kind) -> None:
-        """Signal the trainer."""
-        trainer = _trainer(order)
+        """Signal the run's process, or the trainer where there is no run; both if they are to vanish at once."""
+        trainer = find_trainer(order)
+        if trainer is None:
+            raise PreflowError("no trainer holds the lease on this machine: the work pool's worker must run here, too")
+        processes = [trainer]
+        if self.is_deployed:
+            processes.insert(0, int(str((await order.runs())[-1].infrastructure_pid).rpartition(":")[2]))
         if kind is Kind.NOTICE:
-            _signal_group(trainer, signal.SIGTERM)
-            await _gone(lambda: not _lives(trainer), self._grace_seconds)
-        _signal_group(trainer, signal.SIGKILL)
-        await _gone(lambda: not _lives(trainer))
+            _signal(processes[:1], signal.SIGTERM)
+            await _gone(processes, self.grace_seconds)
+        _signal(processes, signal.SIGKILL)
+        await _gone(processes)
 
 
-class ProcessPoolTarget:
-    """A training as a run of a process worker on this machine."""
-
-    def __init__(self, grace_seconds: float) -> None:
-        self._grace_seconds = grace_seconds
-
-    async def train(self, order: TrainingOrder) -> AdapterRef:
-        """Train as the pipeline does, which revives the run after every crash."""
-        return await obtain_adapter(order)
-
-    async def preempt(self, order: TrainingOrder, kind: Kind) -> None:
-        """Signal the run's process, and its trainer if it is to vanish at once."""
-        trainer = _trainer(order)
-        engine = int(str((await _newest_run(order)).infrastructure_pid).rpartition(":")[2])
-        if kind is Kind.NOTICE:
-            _signal_group(engine, signal.SIGTERM)
-            await _gone(lambda: not (_lives(engine) or _lives(trainer)), self._grace_seconds)
-        for process in (engine, trainer):
-            _signal_group(process, signal.SIGKILL)
-        await _gone(lambda: not (_lives(engine) or _lives(trainer)))
-
-
+@dataclass(frozen=True)
 class PodTarget:
-    """A training as a pod on Kubernetes; it is evicted as a spot node's pods are, and its Job starts another one."""
+    """A training as a pod on Kubernetes, evicted as a spot node's pods are, or killed; its Job starts another one."""
 
-    def __init__(self, namespace: str, grace_seconds: float) -> None:
-        self._namespace = namespace
-        self._grace_seconds = grace_seconds
+    grace_seconds: float
+    namespace: str
 
     async def train(self, order: TrainingOrder) -> AdapterRef:
         """Train as the pipeline does; the Job brings a new pod by itself."""
         return await obtain_adapter(order)
 
     async def preempt(self, order: TrainingOrder, kind: Kind) -> None:
-        """Evict the run's pod, with the grace or with none, and wait until it is gone."""
-        run = await _newest_run(order)
-        seconds = int(self._grace_seconds) if kind is Kind.NOTICE else 0
-        async with kubernetes.ApiClient() as connection:
+        """Evict the run's pod with its grace, or kill all processes in its container; wait until it is over."""
+        run = (await order.runs())[-1]
+        async with self._cluster(kubernetes.ApiClient) as connection:
             api = kubernetes.CoreV1Api(connection)
-            pod = await self._running_pod(api, run)
-            name, uid = pod.metadata.name, pod.metadata.uid
-            eviction = kubernetes.V1Eviction(
-                metadata=kubernetes.V1ObjectMeta(name=name, namespace=self._namespace),
-                delete_options=kubernetes.V1DeleteOptions(grace_period_seconds=seconds),
-            )
-            await api.create_namespaced_pod_eviction(name, self._namespace, eviction)
-            logger.info("evicted pod %s with %d s of grace", name, seconds)
-            while await self._is_there(api, name, uid):  # noqa: ASYNC110  a pod sets no event
+            pod = await self._running_pod(api, f"prefect.io/flow-run-id={run.id}")
+            if kind is Kind.NOTICE:
+                await self._evict(api, pod)
+            else:
+                await self._kill(pod)
+            while await self._is_there(api, pod):  # noqa: ASYNC110  a pod sets no event
                 await asyncio.sleep(POD_SECONDS)
 
-    async def _running_pod(self, api: kubernetes.CoreV1Api, run: FlowRun) -> kubernetes.V1Pod:
-        selector = f"prefect.io/flow-run-id={run.id}"
-        pods = await api.list_namespaced_pod(self._namespace, label_selector=selector)
-        running = [pod for pod in pods.items if pod.status.phase == "Running" and not pod.metadata.deletion_timestamp]
-        if not running:
-            raise PreflowError(
-                f"no running pod with {selector} in namespace {self._namespace}: is that the work pool's namespace, "
-                "and may this user list pods there?"
-            )
-        return running[0]
+    async def _evict(self, api: kubernetes.CoreV1Api, pod: str) -> None:
+        eviction = kubernetes.V1Eviction(
+            metadata=kubernetes.V1ObjectMeta(name=pod, namespace=self.namespace),
+            delete_options=kubernetes.V1DeleteOptions(grace_period_seconds=int(self.grace_seconds)),
+        )
+        await api.create_namespaced_pod_eviction(pod, self.namespace, eviction)
 
-    async def _is_there(self, api: kubernetes.CoreV1Api, name: str, uid: str) -> bool:
+    async def _kill(self, pod: str) -> None:
+        async with self._cluster(WsApiClient) as connection:
+            # The annotation knows one word; the websocket client takes a list and the API wants one.
+            await kubernetes.CoreV1Api(connection).connect_get_namespaced_pod_exec(
+                pod, self.namespace, command=cast(str, KILL_ALL), stderr=True, stdin=False, stdout=True, tty=False,
+            )  # fmt: skip
+
+    @asynccontextmanager
+    async def _cluster(self, kind: type[C]) -> AsyncIterator[C]:
+        """Yield a connection to the cluster; what it refuses becomes a message."""
         try:
-            pod = await api.read_namespaced_pod(name, self._namespace)
+            async with kind(await cluster_settings()) as connection:
+                yield connection
+        except (ClientError, kubernetes.ApiException, OSError) as error:
+            raise PreflowError(
+                f"the cluster does not do what the drill asks in namespace {self.namespace}: {_reason(error)}. It "
+                "lists and reads pods, and creates pods/eviction and pods/exec: see `kubectl auth can-i` and KUBECONFIG"
+            ) from error
+
+    async def _running_pod(self, api: kubernetes.CoreV1Api, selector: str) -> str:
+        pods = await api.list_namespaced_pod(self.namespace, label_selector=selector)
+        for pod in pods.items:
+            if pod.status.phase == "Running" and not pod.metadata.deletion_timestamp:
+                return str(pod.metadata.name)
+        raise PreflowError(
+            f"no running pod with {selector} in namespace {self.namespace}: is that the work pool's namespace?"
+        )
+
+    async def _is_there(self, api: kubernetes.CoreV1Api, pod: str) -> bool:
+        try:
+            return (await api.read_namespaced_pod(pod, self.namespace)).status.phase not in OVER
         except kubernetes.ApiException as error:
-            if error.status != 404:
-                raise
-            return False
-        return bool(pod.metadata.uid == uid and pod.status.phase not in ("Failed", "Succeeded"))
+            if error.status == 404:
+                return False
+            raise
+
+
+def _reason(error: Exception) -> str:
+    status = getattr(error, "status", None)
+    return f"{status} {getattr(error, 'reason', None) or getattr(error, 'message', '')}" if status else str(error)
 
 
 def find_trainer(order: TrainingOrder) -> int | None:
     """Return the pid of the process that holds the training's lease, if it lives on this machine."""
     store = Workspace(order.workspace)
     lease = TrainingPaths.of(store.root, order.key).lease
-    holder = store.read_json(lease) if store.exists(lease) else {}
+    holder: dict[str, Any] = store.read_json(lease) if store.exists(lease) else {}
     process = str(holder.get("process", ""))
     if holder.get("released", True) or process.count("/") != 3 or is_dead(process):
         return None
     return int(process.split("/")[2])
-
-
-def _trainer(order: TrainingOrder) -> int:
-    trainer = find_trainer(order)
-    if trainer is None:
-        raise PreflowError("no trainer holds the lease on this machine: the work pool's worker must run here, too")
-    return trainer
-
-
-async def _newest_run(order: TrainingOrder) -> FlowRun:
-    return (await order.runs())[-1]
 
 
 def _lives(pid: int) -> bool:
@@ -206,12 +184,15 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def _signal_group(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(os.getpgid(pid), number)
+def _signal(processes: list[int] | list[int | None], number: int) -> None:
+    """Signal the process groups of these processes."""
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            if pid is not None:
+                os.killpg(os.getpgid(pid), number)
 
 
-async def _gone(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+async def _gone(processes: list[int], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:  # noqa: ASYNC110  nor does another process
-        await asyncio.sleep(GONE_SECONDS)
+    while any(map(_lives, processes)) and time.monotonic() < deadline:  # noqa: ASYNC110  nor does another process
+        await asyncio.sleep(POLL_SECONDS)

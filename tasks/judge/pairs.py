@@ -13,7 +13,16 @@ from tasks.errors import PreflowError
 from tasks.judge.quality import measure_judgements, plot_quality
 from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
-from tasks.store.workspace import DigestWriter, FileFacts, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
+from tasks.store.workspace import (
+    CompletionsRef,
+    DigestWriter,
+    FileFacts,
+    Manifest,
+    PreferencesRef,
+    VerdictsRef,
+    Workspace,
+    stage_key,
+)
 
 VERSION = 4
 APPLIED = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "seed"}
@@ -33,6 +42,20 @@ def find_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
     store = Workspace(workspace)
     manifest = store.uri("preferences", preferences_key(verdicts, judging), "manifest.json")
     return store.find_finished(manifest, PreferencesRef)
+
+
+def check_groups(completions: CompletionsRef, workspace: str, judging: JudgingConfig) -> None:
+    """Refuse completions of one group before the judge is paid: none of their pairs could be held out.
+
+    Raises:
+        PreflowError: all rows have the same group, and `val_ratio` holds some out.
+    """
+    groups = {row.get("group") or row["id"] for row in Workspace(workspace).read_rows(completions.uri)}
+    if judging.val_ratio and len(groups) == 1 and completions.rows > 1:
+        raise PreflowError(
+            f"{completions.uri}: all {completions.rows} rows have the same `group`, so that val_ratio "
+            f"({judging.val_ratio:g}) holds out all or none. Give groups that differ, none, or val_ratio 0."
+        )
 
 
 def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
@@ -97,6 +120,11 @@ def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, 
     cost = store.read_manifest(verdicts).cost if verdicts.manifest else None
     usage = cost.model_dump(exclude={"usd", "gpu_seconds"}) if cost else None
     quality = measure_judgements(store.read_rows(f"{folder}/judged.jsonl"), usage=usage)
+    return write_quality(store, folder, quality)
+
+
+def write_quality(store: Workspace, folder: str, quality: QualityReport) -> dict[str, FileFacts]:
+    """Write what was measured of the pairs in a folder, `quality.json` and `quality.png`."""
     with store.writing(f"{folder}/quality.png") as picture:
         picture.write(plot_quality(quality))
     with store.writing(f"{folder}/quality.json") as measured:
@@ -180,7 +208,7 @@ def _agreement(votes: Sequence[Vote]) -> float:
 
 def is_validation(identity: str, group: str | None, seed: int, val_ratio: float) -> bool:
     """Tell whether a prompt lies on the validation side: by its group if it has one, and never by its neighbours."""
-    drawn = hashlib.sha256(f"{seed}:{group if group is not None else identity}".encode()).digest()[:8]
+    drawn = hashlib.sha256(f"{seed}:{group or identity}".encode()).digest()[:8]
     return int.from_bytes(drawn, "big") / 2**64 < val_ratio
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tasks.batch.rows import Row
 from tasks.errors import PreflowError
+from tasks.store.forms import decode_text
 from tasks.store.workspace import digest
 
 RUBRICS = Path(__file__).parent / "rubrics"
@@ -43,7 +44,10 @@ def read_rubric(name: str | None) -> str:
     path = RUBRICS / f"{name}.md" if re.fullmatch(r"[\w-]+", name) else Path(name).expanduser()
     if not path.is_file():
         raise PreflowError(f"judging.rubric: {name!r} is neither a rubric of ours ({known}) nor a file")
-    return path.read_text(encoding="utf-8").strip()
+    text = decode_text(path.read_bytes(), f"judging.rubric: {path}").strip()
+    if not text:
+        raise PreflowError(f"judging.rubric: {path} is empty: it tells the judge what a good answer is")
+    return text
 
 
 def orders_for(identity: str, distinct: Sequence[int], orders: int, seed: int) -> list[list[int]]:

@@ -94,7 +94,7 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     is_priced = any(judge.prompt_price or judge.completion_price for judge in config.judging.judges())
     facts = (
         ("New adapter", result.adapter.sha256[:12]),
-        ("Prompts sampled", f"{result.completions.rows:,}"),
+        ("Prompts sampled", f"{result.completions.rows:,}" if result.completions else "none: pairs were given"),
         ("Preference pairs", f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"),
         ("Time of all stages", format_seconds(ledger.total().seconds)),
         ("Cost of everything, US$", cost_text(ledger, is_priced)),

@@ -30,7 +30,7 @@ def find_reference(kind: type[Reference], value: object) -> object:
 
 
 def _manifest_of(text: str, wanted: str) -> str:
-    """Return the manifest in the folder `text`, or beside the file or folder `text`."""
+    """Return the manifest in the folder `text`, or next to the file or folder `text`."""
     uri = resolve_location(text)
     candidates = [f"{uri}/manifest.json", f"{posixpath.dirname(uri)}/manifest.json"]
     if uri.endswith("manifest.json"):

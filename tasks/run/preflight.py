@@ -46,7 +46,7 @@ def find_result(config: PipelineConfig) -> PipelineResult | None:
     try:
         result = PipelineResult.model_validate(store.read_json(uri))
     except ValidationError:
-        logger.warning("%s was written by another version of preflow: the run's stages are looked up anew", uri)
+        logger.warning("%s was written by another version of preflow: the run's stages are looked up one by one", uri)
         return None
     return result if all(store.is_intact(ref) for ref in result.references()) else None
 
@@ -126,6 +126,9 @@ async def find_problems(config: PipelineConfig) -> list[str]:
             check()
         except PreflowError as problem:
             found.append(str(problem))
+        except FileNotFoundError:  # a check before has named that file
+            if not found:
+                raise
     secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
     questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config)]
     for ask in questions:
@@ -133,6 +136,9 @@ async def find_problems(config: PipelineConfig) -> list[str]:
             await ask()
         except PreflowError as problem:
             found.append(str(problem))
+        except FileNotFoundError:
+            if not found:
+                raise
     return list(dict.fromkeys(found))
 
 

@@ -9,10 +9,11 @@ from typing import Any
 from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
 from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity, try_sampler
 from tasks.judge.asking import try_judge
+from tasks.judge.elsewhere import import_completions, import_preferences
 from tasks.judge.prompt import read_rubric
 from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template, fast_tokenizer
 from tasks.llm.client import Endpoint
-from tasks.store.prompts import import_prompts
+from tasks.store.prompts import import_prompts, source_digest
 from tasks.store.workspace import Workspace, digest, folder_digest
 from tasks.train.deployment import check_deployment
 from tasks.train.launch import base_digest, check_training_inputs, token_identity
@@ -43,6 +44,21 @@ class Stage:
 
 def _prompts(config: PipelineConfig) -> list[str]:
     return [config.prompts, *([config.eval_prompts] if config.eval_prompts else [])]
+
+
+def _given(config: PipelineConfig) -> list[str]:
+    """Return the digest of the completions or pairs that a run begins with; nothing if it samples."""
+    return [source_digest(uri) for uri in (config.preferences or config.completions,) if uri]
+
+
+def _given_checks(config: PipelineConfig) -> list[Callable[[], object]]:
+    if config.preferences:
+        return [partial(import_preferences, config.preferences, config.workspace, config.judging)]
+    return [partial(import_completions, config.completions, config.workspace)] if config.completions else []
+
+
+def _generation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, Trial]]:
+    return [] if _given(config) else [(config.generation, partial(_try_generation, config=config))]
 
 
 def _judge(judging: JudgingConfig) -> dict[str, Any]:
@@ -117,19 +133,22 @@ def _evaluation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, 
 STAGES = (
     Stage(
         "prompts",
-        identity=lambda config: [Workspace.holding(uri).sha256(uri) for uri in _prompts(config)],
+        identity=lambda config: [source_digest(uri) for uri in _prompts(config)],
         checks=lambda config: [partial(import_prompts, uri, config.workspace) for uri in _prompts(config)],
     ),
     Stage(
         "generation",
-        identity=lambda config: sampling_identity(config.generation),
-        endpoints=lambda config: [(config.generation, partial(_try_generation, config=config))],
+        identity=lambda config: _given(config) or sampling_identity(config.generation),
+        checks=_given_checks,
+        endpoints=lambda config: (
+            [] if _given(config) else [(config.generation, partial(_try_generation, config=config))]
+        ),
     ),
     Stage(
         "judging",
         identity=lambda config: _judge(config.judging),
         checks=lambda config: [partial(read_rubric, config.judging.rubric)],
-        endpoints=lambda config: _judges(config.judging),
+        endpoints=lambda config: [] if config.preferences else _judges(config.judging),
     ),
     Stage(
         "training",

@@ -82,7 +82,7 @@ POLICY: dict[str, Any] = {"retry": RETRY, "timeout": TIMEOUT_SECONDS}
 def _download(blob: Any, out: IO[bytes], start: int | None = None, end: int | None = None) -> int:
     """Write an object, or the bytes from `start` to and including `end`, to `out`; return the object's generation.
 
-    A download that is cut starts anew: the client would resume it in the old generation, which may be gone by then.
+    A download that is cut starts again: the client would resume it in the old generation, which may be gone by then.
     """
 
     def attempt() -> int:
@@ -297,9 +297,9 @@ def _parts(uri: str) -> tuple[Any, str]:
     return client.bucket(bucket), name.rstrip("/")
 
 
-def _stat(beside: str, blob: Any) -> Stat:
-    """Return the facts of an object; `beside` is an address in the same bucket."""
-    root = "/".join(beside.split("/", 3)[:3])
+def _stat(neighbour: str, blob: Any) -> Stat:
+    """Return the facts of an object; `neighbour` is an address in the same bucket."""
+    root = "/".join(neighbour.split("/", 3)[:3])
     return Stat(f"{root}/{blob.name}", int(blob.size), (blob.metadata or {}).get("sha256"), blob.generation)
 
 

@@ -1,4 +1,4 @@
-"""A workspace on a local disk: files are written beside their place and renamed, compared and swapped under a lock."""
+"""A workspace on a local disk: files are written next to their place and renamed, compared and swapped under a lock."""
 
 import fcntl
 import os

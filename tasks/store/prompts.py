@@ -8,7 +8,7 @@ from typing import Any
 from tasks.config.base import resolve_location
 from tasks.errors import PreflowError
 from tasks.store.records import PromptRow, read_rows
-from tasks.store.workspace import DigestWriter, Manifest, Origin, PromptsRef, Workspace, stage_key
+from tasks.store.workspace import DigestWriter, Manifest, Origin, PromptsRef, Workspace, digest, stage_key
 
 VERSION = 2
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     """Check every row of a prompts file and keep its prompts in the workspace.
 
     Args:
-        source: JSONL of `{prompt: [...]}` or SFT rows; a path or gs:// address.
+        source: prompts or SFT rows in any form of `tasks.store.forms`; a path or gs:// address.
         workspace: where to keep them.
         limit: keep at most this many, the first in file order.
         exclude: address of training pairs; rows that share an id or a group with one are left out.
@@ -28,10 +28,9 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     """
     source = resolve_location(source)
     origin, store = Workspace.holding(source), Workspace(workspace)
-    if not origin.exists(source):
-        raise PreflowError(f"{source}: no such prompts file. Give a JSONL file with a `prompt` in each row.")
+    content = source_digest(source)
     trained = store.sha256(exclude) if exclude else None
-    key = stage_key("prompts", VERSION, source=origin.sha256(source), limit=limit, exclude=trained)
+    key = stage_key("prompts", VERSION, source=content, limit=limit, exclude=trained)
     folder = store.uri("prompts", key)
     manifest_uri = f"{folder}/manifest.json"
     if known := store.find_finished(manifest_uri, PromptsRef):
@@ -44,9 +43,14 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
                 f"{source}: no prompt is left to evaluate on: all {counts['read']} occur in training pairs. "
                 "Give held-out prompts with `eval_prompts`, or raise judging.val_ratio."
             )
+        if counts.pop("groups") == 1 and out.rows > 1 and limit is None and exclude is None:
+            raise PreflowError(
+                f"{source}: all {out.rows} rows have the same `group`, so that none can be held out of the others' "
+                "training. Take the field out, or give the rows groups that differ."
+            )
     artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
     logger.info("%s: %d prompts; of the rows %s", source, out.rows, counts)
-    upstream = [Origin(kind="file", uri=source, sha256=origin.sha256(source))]
+    upstream = [Origin(kind="file", uri=source, sha256=content)]
     upstream += [Origin(kind="preferences", uri=exclude, sha256=trained)] if exclude and trained else []
     store.write_manifest(
         Manifest(
@@ -57,12 +61,28 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     return artifact
 
 
+def source_digest(source: str) -> str:
+    """Return the digest of a file of rows, or of the data files of a folder that `datasets` saved.
+
+    Raises:
+        PreflowError: there is neither.
+    """
+    origin = Workspace.holding(source)
+    if origin.exists(source):
+        return origin.sha256(source)
+    if shards := origin.digests(source, (".arrow", ".parquet")):
+        return digest(shards)
+    raise PreflowError(f"{source}: no such file. Give a JSONL file with one row in each line.")
+
+
 def _copy_prompts(
     prompts: Iterable[PromptRow], out: DigestWriter, left_out: tuple[set[bytes], set[str]], limit: int | None
 ) -> dict[str, int]:
     """Write each prompt once, except those whose id or group is left out; all rows are read, to the last."""
     counts = {"read": 0, "duplicates": 0, "in_training": 0}
     seen: set[bytes] = set()
+    # Of rows without a group each is one of its own.
+    found_groups: set[str | bytes] = set()
     ids, groups = left_out
     for prompt in prompts:
         identity = bytes.fromhex(prompt.id)
@@ -73,8 +93,9 @@ def _copy_prompts(
             counts["duplicates"] += 1
         elif limit is None or out.rows < limit:
             seen.add(identity)
+            found_groups.add(prompt.group if prompt.group is not None else identity)
             out.write_row(prompt.model_dump(exclude_none=True))
-    return counts
+    return {**counts, "groups": len(found_groups)}
 
 
 def _read_trained(store: Workspace, pairs: str | None) -> tuple[set[bytes], set[str]]:

@@ -1,13 +1,13 @@
 """The rows that travel, and reading them with errors that name file, line and field."""
 
-import json
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import PreflowError
+from tasks.store.forms import WrongForm, read_table, to_completions, to_pair, to_prompt
 from tasks.store.workspace import Workspace, digest
 
 # Of a file with many wrong lines: enough to see what they have in common.
@@ -44,15 +44,14 @@ class PromptRow(KeepingRow):
     def _keep_source_id(cls, row: Any) -> Any:
         if not isinstance(row, dict) or "id" not in row:
             return row
-        given = row["id"]
         rest = {name: value for name, value in row.items() if name != "id"}
-        is_ours = isinstance(given, str) and re.fullmatch(r"[0-9a-f]{64}", given)
-        return rest if is_ours else {"source_id": given, **rest}
+        is_ours = isinstance(row.get("prompt"), list) and row["id"] == prompt_id(row["prompt"])
+        return rest if is_ours else {"source_id": row["id"], **rest}
 
     @model_validator(mode="after")
     def _check(self) -> "PromptRow":
-        if self.prompt[-1].role == "assistant":
-            raise ValueError("prompt: the last message is the assistant's own; it must be the user's")
+        if (last := self.prompt[-1].role) != "user":
+            raise ValueError(f"prompt: the last message is the {last}'s; it must be the user's")
         if not any(message.content.strip() for message in self.prompt):
             raise ValueError("prompt: every message is empty")
         self.id = prompt_id([message.model_dump() for message in self.prompt])
@@ -142,28 +141,18 @@ def prompt_id(messages: list[dict[str, str]]) -> str:
 
 
 Row = TypeVar("Row", bound=BaseModel)
-
-
-def parse_row(model: type[Row], line: bytes, where: str) -> Row:
-    """Parse one JSONL line.
-
-    Raises:
-        PreflowError: naming `where` (file:line) and each wrong field.
-    """
-    try:
-        value = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise PreflowError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
-    if not isinstance(value, dict):
-        raise PreflowError(f"{where}: a JSON {type(value).__name__}, not an object with a `prompt`")
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise PreflowError(f"{where}: {_explain(error, value)}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+CONVERT: dict[type[BaseModel], Callable[[Any], tuple[dict[str, Any], str]]] = {
+    PromptRow: to_prompt,
+    CompletionsRow: to_completions,
+    PairRow: to_pair,
+}
+_PROMPT = '"prompt": [{"role": "user", "content": "..."}]'
+_ANSWER = '[{"role": "assistant", "content": "..."}]'
+WANTED: dict[type[BaseModel], str] = {
+    PromptRow: f"{{{_PROMPT}}}",
+    CompletionsRow: f'{{{_PROMPT}, "completions": ["...", "..."]}}',
+    PairRow: f'{{{_PROMPT}, "chosen": {_ANSWER}, "rejected": {_ANSWER}}}',
+}
 
 
 def _explain(error: ValidationError, value: dict[str, Any]) -> str:
@@ -176,33 +165,47 @@ def _explain(error: ValidationError, value: dict[str, Any]) -> str:
 
 
 def read_rows(model: type[Row], uri: str, store: Workspace | None = None) -> Iterator[Row]:
-    """Yield the rows of a JSONL file, streaming; blank lines are skipped.
+    """Yield the rows of a file in any form of `tasks.store.forms`; JSONL is streamed, blank lines are skipped.
 
     Raises:
         PreflowError: the file is missing or empty, or lines are wrong (the first few, by file, line and field).
     """
     store = store or Workspace.holding(uri)
-    if not store.exists(uri):
-        raise PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
-    empty, problems = True, list[str]()
-    for number, line in enumerate(store.lines(uri), 1):
-        if not line.strip() or len(problems) == PROBLEMS_SHOWN:
-            continue
-        try:
-            empty, row = False, parse_row(model, line, f"{uri}:{number}")
-        except PreflowError as problem:
-            problems.append(str(problem))
-        else:
-            if not problems:
-                yield row
-    if problems:
-        raise PreflowError("\n".join(problems))
+    empty = True
+    for _, row in number_rows(model, uri, store):
+        empty = False
+        yield row
     if empty:
         raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one row.")
 
 
-def number_rows(model: type[Row], uri: str, store: Workspace) -> Iterator[tuple[str, Row]]:
-    """Yield each row with its place, `file:line`; see `read_rows`."""
-    for number, line in enumerate(store.lines(uri), 1):
-        if line.strip():
-            yield f"{uri}:{number}", parse_row(model, line, f"{uri}:{number}")
+def number_rows(
+    model: type[Row], uri: str, store: Workspace, used: Counter[str] | None = None
+) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its place, `file:line`; `used` counts the forms that the rows had. See `read_rows`."""
+    convert, wrong = CONVERT.get(model), []
+    for number, value in read_table(uri, store):
+        place = f"{uri}:{number}"
+        try:
+            value, form = convert(value) if convert else (_object(value), "")
+            row = model.model_validate(value)
+        except WrongForm as error:
+            wrong.append(f"{place}: {error}")
+        except ValidationError as error:
+            wrong.append(f"{place}: {_explain(error, value)}")
+        else:
+            if used is not None:
+                used[form] += 1
+            if not wrong:
+                yield place, row
+        if len(wrong) == PROBLEMS_SHOWN:
+            break
+    if wrong:
+        wanted = f"\nA row that is right: {WANTED[model]}" if model in WANTED else ""
+        raise PreflowError("\n".join(wrong) + wanted)
+
+
+def _object(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise WrongForm(f"a JSON {type(value).__name__}, not an object")
+    return value

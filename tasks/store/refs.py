@@ -65,10 +65,10 @@ class VerdictsRef(Reference):
 
 
 class PreferencesRef(Reference):
-    """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie beside it."""
+    """The training pairs, `train.jsonl`; `val.jsonl`, `judged.jsonl` and `quality.json` lie next to it."""
 
     kind: Literal["preferences"] = Field("preferences", description="What the artifact is.")
-    val_rows: int = Field(0, description="Pairs in val.jsonl beside it, held out of the training.")
+    val_rows: int = Field(0, description="Pairs in val.jsonl next to it, held out of the training.")
 
 
 class AdapterRef(Reference):
@@ -78,7 +78,7 @@ class AdapterRef(Reference):
 
 
 class EvaluationRef(Reference):
-    """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies beside it."""
+    """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies next to it."""
 
     kind: Literal["evaluation"] = Field("evaluation", description="What the artifact is.")
     adapter_sha256: str = Field(description="Digest of the adapter that was evaluated.")
@@ -118,12 +118,14 @@ Artifact = Annotated[SerializeAsAny[Reference], BeforeValidator(_by_kind)]
 class PipelineResult(BaseModel):
     """What a pipeline run made; `promotion` is None if the adapter did not win by enough, or was `declined`.
 
+    `completions` is None for a run that began with pairs.
+
     `others` is what stages made that are not named here, by the stage.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    completions: CompletionsRef
+    completions: CompletionsRef | None = None
     preferences: PreferencesRef
     adapter: AdapterRef
     evaluation: EvaluationRef
@@ -133,7 +135,8 @@ class PipelineResult(BaseModel):
 
     def references(self) -> list[Reference]:
         """Return everything that a finished run must still have."""
-        return [self.completions, self.preferences, self.adapter, self.evaluation, *self.others.values()]
+        made = (self.completions, self.preferences, self.adapter, self.evaluation, *self.others.values())
+        return [reference for reference in made if reference is not None]
 
 
 class FileFacts(BaseModel):

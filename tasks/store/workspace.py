@@ -519,7 +519,7 @@ def _parse_json(uri: str, content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise PreflowError(
-            f"{uri}: damaged, not JSON ({error}); delete it and run again, it will be made anew"
+            f"{uri}: damaged, not JSON ({error}); delete it and run again, it will be made again"
         ) from error
 
 

@@ -22,6 +22,8 @@ def prepare_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
             "config.approve_before: a sweep does not wait for a person at every point. Leave it empty, and let "
             "sweep.budget_usd say what may be spent"
         )
+    if config.completions or config.preferences:
+        raise PreflowError("a sweep samples and judges: leave config.completions and config.preferences empty")
     expanded = expand_points(config, sweep)
     Workspace(config.workspace).check_writable()
     checked: set[str] = set()

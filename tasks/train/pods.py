@@ -16,6 +16,8 @@ from kubernetes_asyncio.config import ConfigException, load_config
 from prefect.client.schemas.objects import WorkPool
 from prefect_kubernetes.diagnostics import diagnose_k8s_pod
 
+from tasks.errors import PreflowError
+
 logger = logging.getLogger(__name__)
 
 QUIET_SECONDS, LOOK_SECONDS = 300.0, 60.0
@@ -116,16 +118,28 @@ def _time_of(event: dict[str, Any]) -> str:
     return str(event.get("lastTimestamp") or event.get("eventTime") or "")
 
 
-async def look(run_id: UUID, namespace: str) -> Sight:
-    """Return what the cluster shows of a flow run; this process's kubeconfig, or its pod's account, says which cluster.
+async def cluster_settings() -> kubernetes.Configuration:
+    """Return how to reach the cluster: as the kubeconfig says, or the account of the pod that this runs in.
 
     Raises:
-        ConfigException, ClientError, kubernetes.ApiException: there is no cluster, no answer, no right to read.
+        PreflowError: there is neither.
     """
     settings = kubernetes.Configuration()
-    with warnings.catch_warnings(action="ignore"):  # about there being no kubeconfig, which is so in every pod
-        await load_config(client_configuration=settings)
-    async with kubernetes.ApiClient(settings) as connection:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about there being no kubeconfig, which is so in every pod
+            await load_config(client_configuration=settings)
+    except ConfigException as error:
+        raise PreflowError(f"no way to a Kubernetes cluster ({error}): set KUBECONFIG to your kubeconfig") from error
+    return settings
+
+
+async def look(run_id: UUID, namespace: str) -> Sight:
+    """Return what the cluster shows of a flow run.
+
+    Raises:
+        PreflowError, ClientError, kubernetes.ApiException: there is no cluster, no answer, no right to read.
+    """
+    async with kubernetes.ApiClient(await cluster_settings()) as connection:
         core, labels = kubernetes.CoreV1Api(connection), f"prefect.io/flow-run-id={run_id}"
         found = (
             await kubernetes.BatchV1Api(connection).list_namespaced_job(namespace, label_selector=labels),
@@ -133,6 +147,12 @@ async def look(run_id: UUID, namespace: str) -> Sight:
             await core.list_namespaced_event(namespace),
         )
         return Sight(*(connection.sanitize_for_serialization(answer)["items"] for answer in found))
+
+
+def namespace_of(pool: WorkPool) -> str:
+    """Return the namespace of a pool's Jobs."""
+    variables = pool.base_job_template.get("variables", {}).get("properties", {})
+    return str(variables.get("namespace", {}).get("default") or "default")
 
 
 @dataclass
@@ -149,8 +169,7 @@ class PodWatch:
         """Return the watch of a run on a pool of type kubernetes; None on another one."""
         if pool is None or pool.type != "kubernetes":
             return None
-        default = pool.base_job_template.get("variables", {}).get("properties", {}).get("namespace", {}).get("default")
-        return cls(run_id, str(variables.get("namespace") or default or "default"))
+        return cls(run_id, variables.get("namespace") or namespace_of(pool))
 
     async def say(self, quiet_seconds: float) -> None:
         """Log what it waits for if that is new; the cluster is asked once a minute."""
@@ -159,7 +178,7 @@ class PodWatch:
         self._looked = time.monotonic()
         try:
             text = " ".join((await look(self.run_id, self.namespace)).explain(datetime.now(UTC)))
-        except (ConfigException, ClientError, kubernetes.ApiException, OSError) as error:
+        except (PreflowError, ClientError, kubernetes.ApiException, OSError) as error:
             text = (
                 f"What it waits for cannot be read from here ({type(error).__name__}); ask the cluster: kubectl -n "
                 f"{self.namespace} describe pods -l prefect.io/flow-run-id={self.run_id}"

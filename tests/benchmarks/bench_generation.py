@@ -48,10 +48,14 @@ async def _bare_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
     window = asyncio.Semaphore(order["concurrency"])
 
     async def one(row: Row) -> None:
-        async with window:
-            answer = await client.chat.completions.create(
-                model="sampler", messages=row["prompt"], n=COMPLETIONS, seed=SEED, **SAMPLING
-            )
+        try:
+            async with window:
+                answer = await client.chat.completions.create(
+                    model="sampler", messages=row["prompt"], n=COMPLETIONS, seed=SEED, **SAMPLING
+                )
+        except openai.APIConnectionError as error:  # with many in flight its transport cannot connect in time
+            print(f"a row is lost: {error}", file=sys.stderr)
+            return
         texts = [choice.message.content for choice in answer.choices]
         out.write(json.dumps({**row, "completions": texts}) + "\n")
 

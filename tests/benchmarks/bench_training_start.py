@@ -69,7 +69,7 @@ def write_pairs(root: Path, count: int) -> Any:
         sides = {side: [{"role": "assistant", "content": text(40)}] for side in ("chosen", "rejected")}
         return {"prompt": [{"role": "user", "content": text(30)}], **sides}
 
-    return write_preferences(root / "preferences", [row() for _ in range(count)], [row() for _ in range(100)])
+    return write_preferences(root / "preferences", [row() for _ in range(count)], [row()])
 
 
 def main() -> None:

@@ -19,9 +19,8 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from tasks.config import DrillConfig, TrainingConfig
-from tasks.drill.preemption import choose_target
-from tasks.drill.training import read_digests, train_in_the_storm
+from tasks.config import TrainingConfig
+from tasks.drill.drill import Drill, choose_target, read_digests, train_with_preemptions
 from tasks.train import work_pool as remote
 from tasks.train.work_pool import TrainingOrder
 from tests.fakes.kubernetes.cluster import ROOT, Cluster, DoubleCluster, FakeKubernetes, RealCluster, Unavailable
@@ -267,7 +266,7 @@ def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Tra
     assert metrics_of(run) == metrics_of(calm)
 
 
-async def test_the_drill_evicts_pods_and_the_result_is_the_same(
+async def test_the_drill_evicts_and_kills_and_the_result_is_the_same(
     platform: Platform, calm: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = platform.cluster
@@ -275,26 +274,27 @@ async def test_the_drill_evicts_pods_and_the_result_is_the_same(
         pytest.skip("the drill watches the workspace, which here has another path than in a pod")
     await asyncio.to_thread(platform.end_of, calm)
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.5)
-    order = TrainingOrder(
-        DEPLOYMENT, platform.world.preferences, str(calm.folder), platform.training(), max_restarts=0,
-        job_variables=cluster.job_variables(),
-    )  # fmt: skip
-    drill = DrillConfig(
-        deployment=DEPLOYMENT, preemptions=2, max_steps=cluster.steps, kubeconfig=str(cluster.kubeconfig()),
-        namespace=cluster.namespace,
-    )  # fmt: skip
+    monkeypatch.setattr("kubernetes_asyncio.config.KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig()))
+    monkeypatch.setattr("kubernetes_asyncio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig()))
+    drill = Drill(str(platform.folder), DEPLOYMENT, preemptions=2, steps=cluster.steps)
     api = f"http://127.0.0.1:{platform.server.port}/api"
     with temporary_settings({PREFECT_API_URL: api, PREFECT_API_AUTH_STRING: AUTH}):
-        lost, digests = await train_in_the_storm(order, await choose_target(drill), drill)
-        (storm,) = platform.folder.glob("storm-*")
-        (run,) = await replace(order, workspace=str(storm)).runs()
+        target, variables = await choose_target(drill)
+        order = TrainingOrder(
+            DEPLOYMENT, platform.world.preferences, str(calm.folder), platform.training(), max_restarts=0,
+            job_variables=cluster.job_variables() | variables,
+        )  # fmt: skip
+        lost, digests = await train_with_preemptions(order, target, drill)
+        (preempted,) = platform.folder.glob("preempted-*")
+        (run,) = await replace(order, workspace=str(preempted)).runs()
     assert digests == read_digests(order)
     assert [preemption.kind.value for preemption in lost] == ["SIGTERM", "SIGKILL"]
     assert lost[0].resumed_from >= lost[0].at_step, "within its grace the trainer saves"
+    assert lost[1].resumed_from % 10 == 0 or lost[1].resumed_from == lost[0].resumed_from, "a killed one saves nothing"
     assert all(preemption.seconds_lost > 0 for preemption in lost)
-    assert run.run_count == 3, "the Job brought every pod by itself, and nobody had to revive the run"
+    assert run.run_count == 3, "the Job brought every pod by itself, and nobody had to reschedule the run"
     (job,) = await asyncio.to_thread(platform.kubernetes.jobs, str(run.id))
-    assert job["status"].get("failed", 0) == 0, "an eviction uses up no retry"
+    assert job["status"].get("failed", 0) == 1, "an eviction uses up no retry, a killed container does"
 
 
 def test_a_run_that_is_cancelled_while_it_trains_ends_its_trainer(

@@ -129,7 +129,7 @@ def pipeline_config(world: World) -> dict[str, Any]:
         "generation": {"endpoint": world.sampler.url, "model": "sft", "max_tokens": 64},
         "judging": {
             "endpoint": world.judge.url, "model": "judge-oracle", "api_key": "env:BROWSER_JUDGE_KEY",
-            "prompt_price": 0.3, "completion_price": 2.5,
+            "rubric": "neutral", "prompt_price": 0.3, "completion_price": 2.5,
         },
         "training": {
             "base_model": str(world.folder / "base"), "sft_adapter": str(world.folder / "sft"), "load_in_4bit": False,
@@ -312,7 +312,7 @@ def test_the_report_opens_from_the_disk(world: World) -> None:
     page = world.ui.page
     page.goto(report.as_uri())
     expect(page.get_by_role("heading", name="At a glance")).to_be_visible()
-    assert len(world.ui.pictures_shown()) == 2
+    assert len(world.ui.pictures_shown()) == 3
     assert all(width > 0 for width in world.ui.pictures_shown())
     world.ui.picture("report")
     page.set_viewport_size({"width": 390, "height": 844})

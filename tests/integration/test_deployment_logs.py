@@ -44,7 +44,10 @@ class World:
             "eval_prompts": str(self.folder / "held-out.jsonl"),
             "workspace": self.workspace,
             "generation": {"endpoint": self.sampler.url, "model": "sft", "max_tokens": 64},
-            "judging": {"endpoint": self.judge.url, "model": "judge-oracle", "api_key": None, "prompt_price": 0.3},
+            "judging": {
+                "endpoint": self.judge.url, "model": "judge-oracle", "api_key": None, "rubric": "neutral",
+                "prompt_price": 0.3,
+            },
             "training": {
                 "base_model": str(self.folder / "base"), "sft_adapter": str(self.folder / "sft"), "load_in_4bit": False,
                 "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-3, "max_steps": 4,
@@ -209,7 +212,11 @@ def test_the_command_checks_runs_and_follows_to_the_verdict(world: World) -> Non
 
 NO_FILE = ("--set", "prompts=/absent.jsonl")
 MISTAKES = {
-    r"there is no deployment 'dpo-pipeline/nowhere' here; there are: .*local": ("run", "--on", "dpo-pipeline/nowhere"),
+    r"there is no deployment 'dpo-pipeline/nowhere' here; there are: dpo-pipeline/local": (
+        "run",
+        "--on",
+        "dpo-pipeline/nowhere",
+    ),
     r"(?s)/absent\.jsonl: no such prompts file.* ended as Failed": ("run", "--on", "dpo-pipeline/local", *NO_FILE),
     r"/absent\.jsonl: no such prompts file": ("run", *NO_FILE),
     r"judging\.orders \(10\) is more than": ("run", "--set", "judging.orders=10"),

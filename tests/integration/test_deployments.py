@@ -20,7 +20,7 @@ NAMES = {
     "dpo-pipeline/local", "dpo-sweep/local", "generate-completions/local", "judge-preferences/local", "train-dpo/local",
     "train-dpo/l4-spot", "evaluate-adapter/local", "promote-adapter/local", "rollback-adapter/local",
     "audit-preferences/local",
-    "reconcile-served/local", "publish-adapter/local", "preemption-drill/local",
+    "reconcile-served/local", "publish-adapter/local",
 }  # fmt: skip
 IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
 

@@ -23,7 +23,7 @@ import pytest
 import pytest_asyncio
 import torch
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import StateType
 
 from flows.pipeline import dpo_pipeline
@@ -274,17 +274,6 @@ async def test_what_is_served_is_published(bench: Bench, result: PipelineResult)
     files = bench.hub.repos["lab/better"].files
     assert files["adapter_model.safetensors"] == Path(result.adapter.uri, "adapter_model.safetensors").read_bytes()
     assert f"{result.evaluation.win_rate:.3f}" in files["README.md"].decode()
-
-
-async def test_the_drill_preempts_what_it_trains(bench: Bench) -> None:
-    drill = {"preemptions": 1, "max_steps": 6, "save_steps": 2}
-    run = await run_to_the_end("preemption-drill/local", workspace=str(bench.workspace), drill=drill)
-    chosen = ArtifactFilter(key=ArtifactFilterKey(any_=["preemption-drill"]))
-    async with get_client() as client:
-        (page,) = await client.read_artifacts(artifact_filter=chosen)
-    assert page.flow_run_id == run.id
-    assert "byte for byte" in str(page.description)
-    assert str(page.data).count("| SIG") == 1
 
 
 def _prompt_ids(bench: Bench, result: PipelineResult) -> list[int]:

@@ -22,9 +22,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.states import AwaitingRetry, Cancelling
 
-from tasks.config import DrillConfig, GenerationConfig, PipelineConfig, TrainingConfig
-from tasks.drill.preemption import choose_target
-from tasks.drill.training import read_digests, train_in_the_storm
+from tasks.config import GenerationConfig, PipelineConfig, TrainingConfig
+from tasks.drill.drill import Drill, choose_target, read_digests, train_with_preemptions
 from tasks.errors import PreflowError
 from tasks.run.preflight import prepare_run
 from tasks.store.workspace import AdapterRef
@@ -288,15 +287,15 @@ async def test_the_drill_preempts_runs_of_the_process_pool(
     world: TinyWorld, worker: Worker, calm: AdapterRef, tmp_path: Path
 ) -> None:
     order = TrainingOrder.of(world.preferences, settings(world, tmp_path / "order", **LONG))
-    drill = DrillConfig(deployment=DEPLOYMENT, preemptions=2, max_steps=LONG["max_steps"])
-    target = await choose_target(drill)
-    lost, digests = await train_in_the_storm(order, target, drill)
+    drill = Drill(str(tmp_path), DEPLOYMENT, preemptions=2, steps=LONG["max_steps"])
+    target, _ = await choose_target(drill)
+    lost, digests = await train_with_preemptions(order, target, drill)
     assert digests == read_digests(replace(order, workspace=str(Path(calm.uri).parents[2])))
     assert [preemption.kind.value for preemption in lost] == ["SIGTERM", "SIGKILL"]
     assert lost[0].resumed_from >= lost[0].at_step, "on SIGTERM the trainer saves"
     assert lost[1].resumed_from % LONG["save_steps"] == 0 or lost[1].resumed_from == lost[0].resumed_from
     assert all(preemption.seconds_lost > 0 for preemption in lost)
-    (storm,) = tmp_path.glob("storm-*")
+    (storm,) = tmp_path.glob("preempted-*")
     (training,) = await replace(order, workspace=str(storm)).runs()
     # On a loaded machine the worker's second report of a killed process may come late enough to cost an execution.
     assert training.run_count >= 3

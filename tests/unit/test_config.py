@@ -8,7 +8,6 @@ from prefect.utilities.schema_tools.validation import validate
 from pydantic import ValidationError
 
 from tasks.config import (
-    DrillConfig,
     EndpointConfig,
     EvaluationConfig,
     GenerationConfig,
@@ -32,7 +31,6 @@ MODELS: list[type[StageConfig]] = [
     EvaluationConfig,
     PromotionConfig,
     PipelineConfig,
-    DrillConfig,
 ]
 KEYS = [
     "sk-proj-abcdefghijklmnop",
@@ -165,8 +163,6 @@ def test_nor_does_the_schema_of_a_sweep_take_one(key: str) -> None:
 WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "another flow's deployment": (PipelineConfig, {"training_deployment": "judge-preferences/local"}, "train-dpo"),
     "a deployment without its flow": (PipelineConfig, {"training_deployment": "l4-spot"}, "train-dpo"),
-    "more preemptions than steps": (DrillConfig, {"preemptions": 9, "max_steps": 12}, "raise max_steps"),
-    "half of a drill's materials": (DrillConfig, {"base_model": "org/base"}, "sft_adapter and pairs"),
     "temperature": (GenerationConfig, {"temperature": 2.1}, "temperature"),
     "no completion": (GenerationConfig, {"num_completions": 0}, "num_completions"),
     "equal completions": (GenerationConfig, {"temperature": 0}, r"temperature 0 .*num_completions \(3\)"),

@@ -49,7 +49,7 @@ class Resource:
 
 
 NAMESPACES = Resource("", "namespaces", "Namespace", namespaced=False)
-PODS = Resource("", "pods", "Pod", subresources=("log", "eviction"))
+PODS = Resource("", "pods", "Pod", subresources=("log", "eviction", "exec"))
 SECRETS = Resource("", "secrets", "Secret")
 EVENTS = Resource("", "events", "Event")
 JOBS = Resource("batch", "jobs", "Job")

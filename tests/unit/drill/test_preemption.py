@@ -1,16 +1,14 @@
-"""Eviction of a training's pod, against an HTTP server that speaks as much Kubernetes as that takes."""
+"""Interrupting a training's pod, against a server that speaks as much Kubernetes as that takes."""
 
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import parse_qs, urlparse
 from uuid import UUID
 
 import pytest
+import pytest_asyncio
 import yaml
+from aiohttp import web
 from kubernetes_asyncio import config as kubernetes_config
 from prefect.client.schemas.objects import FlowRun
 
@@ -21,6 +19,7 @@ from tasks.train.work_pool import TrainingOrder
 
 RUN = UUID(int=7)
 POLLS_UNTIL_GONE = 2
+PODS = "/api/v1/namespaces/preflow/pods"
 
 
 def pod(name: str, phase: str = "Running", run: UUID = RUN, leaving: bool = False) -> dict[str, Any]:
@@ -31,75 +30,77 @@ def pod(name: str, phase: str = "Running", run: UUID = RUN, leaving: bool = Fals
 
 
 class Cluster:
-    """Pods, the evictions asked for, and an API that takes an evicted pod away after a few questions."""
+    """Pods, what was done to them, and an API that takes a pod away after a few questions."""
 
     def __init__(self) -> None:
         self.pods: dict[str, dict[str, Any]] = {}
-        self.evictions: list[tuple[str, int]] = []
+        self.evicted: list[tuple[str, int]] = []
+        self.executed: list[tuple[str, list[str]]] = []
         self.asked = 0
-        cluster = self
+        self.forbidden = False
 
-        class Api(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path = urlparse(self.path)
-                name = path.path.partition("/namespaces/preflow/pods")[2].strip("/")
-                if name:
-                    self._answer(*cluster.read(name))
-                    return
-                key, _, value = parse_qs(path.query)["labelSelector"][0].partition("=")
-                items = [item for item in cluster.pods.values() if item["metadata"]["labels"].get(key) == value]
-                self._answer(200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items})
+    def application(self) -> web.Application:
+        application = web.Application()
+        application.router.add_get(PODS, self.list)
+        application.router.add_get(PODS + "/{name}", self.read)
+        application.router.add_get(PODS + "/{name}/exec", self.execute)
+        application.router.add_post(PODS + "/{name}/eviction", self.evict)
+        return application
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                assert self.path.endswith(f"/namespaces/preflow/pods/{body['metadata']['name']}/eviction"), self.path
-                cluster.evictions.append((body["metadata"]["name"], body["deleteOptions"]["gracePeriodSeconds"]))
-                self._answer(201, {"apiVersion": "v1", "kind": "Status", "status": "Success"})
+    async def list(self, request: web.Request) -> web.Response:
+        key, _, value = request.query["labelSelector"].partition("=")
+        items = [item for item in self.pods.values() if item["metadata"]["labels"].get(key) == value]
+        return web.json_response({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items})
 
-            def _answer(self, status: int, body: dict[str, Any]) -> None:
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def read(self, name: str) -> tuple[int, dict[str, Any]]:
+    async def read(self, request: web.Request) -> web.Response:
         self.asked += 1
         if self.asked > POLLS_UNTIL_GONE:
-            return 404, {"apiVersion": "v1", "kind": "Status", "status": "Failure", "code": 404}
-        return 200, self.pods[name]
+            return web.json_response({"kind": "Status", "code": 404}, status=404)
+        return web.json_response(self.pods[request.match_info["name"]])
+
+    async def evict(self, request: web.Request) -> web.Response:
+        if self.forbidden:
+            return web.json_response({"kind": "Status", "code": 403}, status=403)
+        body = await request.json()
+        self.evicted.append((request.match_info["name"], body["deleteOptions"]["gracePeriodSeconds"]))
+        return web.json_response({"kind": "Status", "status": "Success"}, status=201)
+
+    async def execute(self, request: web.Request) -> web.StreamResponse:
+        if self.forbidden:
+            return web.json_response({"kind": "Status", "code": 403}, status=403)
+        self.executed.append((request.match_info["name"], request.query.getall("command")))
+        stream = web.WebSocketResponse(protocols=["v4.channel.k8s.io"])
+        await stream.prepare(request)
+        await stream.close()
+        return stream
 
     def add(self, *pods: dict[str, Any]) -> None:
         self.pods |= {item["metadata"]["name"]: item for item in pods}
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    yield cluster
-    cluster.server.shutdown()
+def use_kubeconfig(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (kubernetes_config, kubernetes_config.kube_config):
+        monkeypatch.setattr(module, "KUBE_CONFIG_DEFAULT_LOCATION", str(file))
 
 
-@pytest.fixture
-async def target(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PodTarget:
-    """The target as the drill makes it, through a kubeconfig."""
+@pytest_asyncio.fixture
+async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
+    """A cluster that the kubeconfig names."""
     monkeypatch.setattr(preemption, "POD_SECONDS", 0.01)
+    cluster = Cluster()
+    runner = web.AppRunner(cluster.application(), access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
     kubeconfig = {
         "apiVersion": "v1", "kind": "Config", "current-context": "here", "users": [{"name": "me", "user": {}}],
         "contexts": [{"name": "here", "context": {"cluster": "fake", "user": "me"}}],
-        "clusters": [{"name": "fake", "cluster": {"server": f"http://127.0.0.1:{cluster.server.server_port}"}}],
+        "clusters": [{"name": "fake", "cluster": {"server": f"http://127.0.0.1:{runner.addresses[0][1]}"}}],
     }  # fmt: skip
     file = tmp_path / "kubeconfig"
     file.write_text(yaml.safe_dump(kubeconfig))
-    await kubernetes_config.load_config(config_file=str(file))
-    return PodTarget("preflow", 15)
+    use_kubeconfig(file, monkeypatch)
+    yield cluster
+    await runner.cleanup()
 
 
 class Order:
@@ -110,21 +111,40 @@ class Order:
 
 
 ORDER = cast(TrainingOrder, Order())
+TARGET = PodTarget(15, "preflow")
 
 
-@pytest.mark.parametrize(("kind", "grace"), [(Kind.NOTICE, 15), (Kind.AT_ONCE, 0)])
-async def test_the_running_pod_of_the_newest_run_is_evicted(
-    cluster: Cluster, target: PodTarget, kind: Kind, grace: int
+@pytest.mark.parametrize(
+    ("kind", "evicted", "executed"),
+    [(Kind.NOTICE, [("wanted", 15)], []), (Kind.AT_ONCE, [], [("wanted", ["sh", "-c", "kill -KILL -1"])])],
+)
+async def test_the_running_pod_of_the_newest_run_is_evicted_or_killed(
+    cluster: Cluster, kind: Kind, evicted: list[Any], executed: list[Any]
 ) -> None:
     cluster.add(
         pod("failed", phase="Failed"), pod("leaving", leaving=True), pod("other", run=UUID(int=6)), pod("wanted")
     )
-    await target.preempt(ORDER, kind)
-    assert cluster.evictions == [("wanted", grace)]
+    await TARGET.preempt(ORDER, kind)
+    assert (cluster.evicted, cluster.executed) == (evicted, executed)
     assert cluster.asked == POLLS_UNTIL_GONE + 1, "it is waited for until the pod is gone"
 
 
-async def test_without_a_running_pod_it_is_said_where_one_was_looked_for(cluster: Cluster, target: PodTarget) -> None:
+async def test_without_a_running_pod_it_is_said_where_one_was_looked_for(cluster: Cluster) -> None:
     cluster.add(pod("failed", phase="Failed"))
     with pytest.raises(PreflowError, match=f"flow-run-id={RUN} in namespace preflow"):
-        await target.preempt(ORDER, Kind.NOTICE)
+        await TARGET.preempt(ORDER, Kind.NOTICE)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+async def test_a_right_that_is_missing_is_named(cluster: Cluster, kind: Kind) -> None:
+    cluster.forbidden = True
+    cluster.add(pod("wanted"))
+    with pytest.raises(PreflowError, match=r"namespace preflow: 403 .*pods/exec"):
+        await TARGET.preempt(ORDER, kind)
+
+
+async def test_without_a_cluster_it_is_said_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kubeconfig(tmp_path / "none", monkeypatch)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(PreflowError, match="set KUBECONFIG"):
+        await TARGET.preempt(ORDER, Kind.NOTICE)

@@ -146,7 +146,7 @@ def test_the_settings_of_the_overlay_are_all_written() -> None:
 
 def test_gpus_are_spot_and_cost_nothing_while_idle() -> None:
     (autoscaling,) = resources()["google_container_node_pool.l4_spot"]["autoscaling"]
-    assert autoscaling["min_node_count"] == 0
+    assert autoscaling["total_min_node_count"] == 0
     pool = resources()["google_container_node_pool.l4_spot"]
     (node,) = pool["node_config"]
     assert pool["initial_node_count"] == 0
@@ -156,6 +156,19 @@ def test_gpus_are_spot_and_cost_nothing_while_idle() -> None:
     (accelerator,) = node["guest_accelerator"]
     assert accelerator["type"].strip('"') == "nvidia-l4"
     assert '"kubelet_config"' in {key for block in node["dynamic"] for key in block}
+
+
+def test_gpus_come_up_in_any_zone_and_on_demand_where_a_run_asks_for_it() -> None:
+    for name, spot in (("l4_spot", True), ("l4_on_demand", None)):
+        pool = resources()[f"google_container_node_pool.{name}"]
+        (node,), (autoscaling,) = pool["node_config"], pool["autoscaling"]
+        assert (pool["initial_node_count"], autoscaling["total_min_node_count"]) == (0, 0)
+        assert not {"min_node_count", "max_node_count"} & set(autoscaling), "a limit for each zone excludes one for all"
+        assert pool["node_locations"] == "${var.gpu_zones}"
+        assert node.get("spot") is spot
+        assert ("taint" in node) is bool(spot), "runs that accept either need no toleration for it"
+    zones = named("variable")["gpu_zones"]["default"]
+    assert len({str(zone).strip('"') for zone in zones}) >= 2
 
 
 def test_what_is_lost_can_be_got_back_and_nothing_is_public() -> None:
@@ -173,7 +186,7 @@ def test_workload_identity_is_given_to_accounts_that_exist() -> None:
         assert f"name: {account}\n" in accounts
     members = resources()["google_storage_bucket_iam_member.flows"]
     assert members["role"].strip('"') == "roles/storage.objectUser"
-    for pool in ("cpu", "l4_spot"):
+    for pool in ("cpu", "l4_spot", "l4_on_demand"):
         (node,) = resources()[f"google_container_node_pool.{pool}"]["node_config"]
         assert node["workload_metadata_config"][0]["mode"].strip('"') == "GKE_METADATA"
 

@@ -124,6 +124,14 @@ async def test_spot_on_demand_or_either(avoid: str, spot: bool, on_demand: bool)
     assert "nodeSelector" not in pod
 
 
+async def test_where_either_will_do_spot_is_taken_first() -> None:
+    (preferred,) = pod_of(await render(avoid_nodes="none"))["affinity"]["nodeAffinity"][
+        "preferredDuringSchedulingIgnoredDuringExecution"
+    ]
+    (rule,) = preferred["preference"]["matchExpressions"]
+    assert (rule["key"], rule["operator"], rule["values"]) == ("cloud.google.com/gke-provisioning", "In", ["spot"])
+
+
 async def test_outside_gke_the_gpu_request_alone_chooses_the_node() -> None:
     assert may_run_on(pod_of(await render()), {"kubernetes.io/os": "linux"})
 

@@ -221,6 +221,16 @@ def test_the_server_writes_in_batches_and_its_ui_to_a_writable_folder() -> None:
     assert str(Path(config["PREFECT_SERVER_UI_STATIC_DIRECTORY"]).parent) in writable
 
 
+def test_prefect_can_read_every_setting_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that cannot be read keeps the server from starting."""
+    for line in (K8S / "base" / "server.env").read_text().splitlines():
+        monkeypatch.setenv(*line.split("=", 1))
+    server = Settings().server
+    assert server.events.retention_period.days == 7
+    assert server.services.db_vacuum.enabled_vacuum_types == {"events", "flow_runs", "orphans"}
+    assert server.services.db_vacuum.retention_period.days == 90
+
+
 @pytest.fixture
 def worker_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings that the worker's container gives it."""
@@ -466,6 +476,41 @@ def test_a_password_that_cannot_be_read_is_not_replaced(kubectl: Path) -> None:
     assert done.returncode != 0
     assert "was refused" in done.stderr
     assert secrets_in(kubectl) == before
+
+
+DATABASE = """#!/bin/bash
+# A cluster whose database is a file; what is asked of it is noted.
+echo "$@" >>{folder}/commands
+case "$*" in
+    *pg_dump*) [ ! -e {folder}/broken ] || {{ echo half; exit 1; }}; cat {folder}/database ;;
+    *"pg_restore --list"*) grep -q rows || exit 1 ;;
+    *pg_restore*) [ ! -e {folder}/broken ] || exit 1; cat >{folder}/database ;;
+esac
+"""
+
+
+def run_database(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "bin" / "kubectl"
+    script.write_text(DATABASE.format(folder=folder))
+    return subprocess.run([str(K8S / "database.sh"), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_a_backup_is_whole_or_absent_and_a_restore_starts_everything_again(kubectl: Path) -> None:
+    save, database = kubectl / "save", kubectl / "database"
+    database.write_text("rows of today")
+    assert run_database(kubectl, "backup", str(save)).returncode == 0
+    database.write_text("rows of tomorrow")
+    assert run_database(kubectl, "restore", str(save)).returncode == 0
+    assert database.read_text() == "rows of today"
+    (kubectl / "broken").touch()
+    assert run_database(kubectl, "backup", str(kubectl / "other")).returncode != 0
+    assert not list(kubectl.glob("other*")), "half a backup is none"
+    assert run_database(kubectl, "restore", str(save)).returncode != 0
+    scaled = re.findall(r"scale .* --replicas (\d)", (kubectl / "commands").read_text())
+    assert scaled == ["0", "1", "0", "1"], "also after a restore that failed"
+    save.write_text("no backup")
+    assert run_database(kubectl, "restore", str(save)).returncode != 0
+    assert len(re.findall("replicas", (kubectl / "commands").read_text())) == 4, "nothing was stopped for it"
 
 
 GCLOUD = """#!/bin/bash

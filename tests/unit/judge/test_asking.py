@@ -468,3 +468,22 @@ def test_an_equal_question_s_vote_is_about_the_texts_and_not_about_their_indexes
     assert found.row["order"] == order
     failed = as_asked(Question(make_row(*texts, identity="b" * 64), order), Outcome(error={"id": "a", "reason": "x"}))
     assert failed.error == {"id": "b" * 64, "reason": "x", "order": order}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("Prefer déjà vu.".encode("cp1252"), r"judging.rubric: .*r.md:1: not utf-8 text .* Save the file as UTF-8"),
+        (b" \n", r"judging.rubric: .*r.md is empty"),
+    ],
+)
+def test_a_rubric_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "r.md").write_bytes(content)
+    with pytest.raises(PreflowError, match=said):
+        read_rubric(str(tmp_path / "r.md"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_not_sent_to_the_judge(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "r.md").write_bytes("Prefer déjà vu.".encode(encoding))
+    assert read_rubric(str(tmp_path / "r.md")) == "Prefer déjà vu."

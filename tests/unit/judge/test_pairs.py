@@ -9,9 +9,17 @@ import pytest
 
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
-from tasks.judge.pairs import Decision, check_yield, decide, is_validation, make_preferences, preference_pair
+from tasks.judge.pairs import (
+    Decision,
+    check_groups,
+    check_yield,
+    decide,
+    is_validation,
+    make_preferences,
+    preference_pair,
+)
 from tasks.store.records import VerdictsRow, Vote
-from tasks.store.workspace import Cost, Manifest, PreferencesRef, VerdictsRef, Workspace, digest
+from tasks.store.workspace import CompletionsRef, Cost, Manifest, PreferencesRef, VerdictsRef, Workspace, digest
 
 Row = dict[str, Any]
 ORDERS = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
@@ -110,9 +118,26 @@ def test_a_larger_share_only_adds_to_the_validation_side() -> None:
 
 
 def test_a_group_is_never_divided() -> None:
-    for group in ("s01e01", "s09e24", ""):
+    for group in ("s01e01", "s09e24"):
         sides = {is_validation(digest(number), group, 42, 0.5) for number in range(100)}
         assert len(sides) == 1
+    # An empty cell of a table is no group.
+    assert len({is_validation(digest(number), "", 42, 0.5) for number in range(100)}) == 2
+
+
+def test_one_group_for_all_is_refused_before_the_judge_is_paid(tmp_path: Path) -> None:
+    store = Workspace(str(tmp_path))
+    for group, said in (("book", "all 3 rows have the same `group`"), ("", None)):
+        with store.writing(store.uri(f"c{group}.jsonl")) as out:
+            for number in range(3):
+                out.write_row({"id": f"{number}", "group": group, "completions": ["a", "b"]})
+        completions = CompletionsRef(uri=store.uri(f"c{group}.jsonl"), **out.facts())
+        if said is None:
+            check_groups(completions, str(tmp_path), JudgingConfig(rubric="demo"))
+            continue
+        with pytest.raises(PreflowError, match=said):
+            check_groups(completions, str(tmp_path), JudgingConfig(rubric="demo"))
+        check_groups(completions, str(tmp_path), JudgingConfig(rubric="demo", val_ratio=0))
 
 
 def test_a_pair_has_trl_s_form() -> None:

@@ -187,7 +187,7 @@ def test_audit_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     train, val, _ = make_audit(tmp_path, [(0, 1)] * 5)
     with Path(train).open("a") as file:
         file.write('{"prompt": [{"role": "user", "content": "x"}]}\n')
-    with pytest.raises(PreflowError, match=r"train\.jsonl:4: chosen"):
+    with pytest.raises(PreflowError, match=r"train\.jsonl:4: no chosen and rejected"):
         measure_pairs(train, val)
 
 

@@ -80,7 +80,7 @@ def test_errors_are_one_line_and_have_their_code(
 
         return app
 
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(cli, "make_app", failing)
     assert main([]) == code
     shown = capsys.readouterr().err

@@ -11,7 +11,7 @@ from tasks.demo.local import Places, demo_config
 from tasks.demo.materials import Materials
 from tests.fakes.process import ROOT
 
-NOT_SERVED = {"publish_adapter", "preemption_drill", "audit_preferences"}
+NOT_SERVED = {"publish_adapter", "audit_preferences"}
 
 
 def test_the_defaults_of_every_deployment_pass_the_check_of_its_form(tmp_path: Path) -> None:

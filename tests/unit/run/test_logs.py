@@ -1,6 +1,7 @@
 """Log lines for people."""
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -9,13 +10,16 @@ from tasks.run.logs import set_up_logs
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     set_up_logs()
     set_up_logs()
-    for name in ("prefect.task_runs", "prefect.flow_runs", "tasks"):
-        logging.getLogger(name).addHandler(caplog.handler)
+    loggers = [logging.getLogger(name) for name in ("prefect.task_runs", "prefect.flow_runs", "tasks")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO)
-    return caplog
+    yield caplog
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
 
 
 def log_error(error: Exception) -> None:

@@ -7,7 +7,6 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tasks.config import (
-    DrillConfig,
     GenerationConfig,
     JudgingConfig,
     Location,
@@ -69,8 +68,6 @@ def test_defaults_are_resolved_too_and_empty_means_none(home: Path) -> None:
     assert config.workspace == str(home / "workspace")
     assert config.training.sft_adapter == str(home / "adapters" / "sft")
     assert PipelineConfig(eval_prompts="").eval_prompts is None
-    given = DrillConfig(base_model="~/a b", sft_adapter="~/a b", pairs="file:///pairs")
-    assert (given.sft_adapter, given.pairs) == (str(home / "a b"), "/pairs")
     with pytest.raises(ValidationError):
         TypeAdapter(Location).validate_python("")
 

@@ -45,14 +45,14 @@ def test_order_is_kept_and_duplicates_are_dropped_and_counted(tmp_path: Path) ->
 
 
 def test_a_bad_row_anywhere_leaves_nothing_behind(tmp_path: Path) -> None:
-    source = write(tmp_path / "p.jsonl", [*(prompt(n) for n in range(50)), {"prompt": "x"}])
+    source = write(tmp_path / "p.jsonl", [*(prompt(n) for n in range(50)), {"prompt": ["x"]}])
     with pytest.raises(PreflowError, match=r"p.jsonl:51: prompt"):
         import_prompts(source, str(tmp_path / "ws"))
     assert not list((tmp_path / "ws").rglob("*.jsonl"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PreflowError, match=r"nowhere.jsonl: no such prompts file"):
+    with pytest.raises(PreflowError, match=r"nowhere.jsonl: no such file"):
         import_prompts(str(tmp_path / "nowhere.jsonl"), str(tmp_path / "ws"))
 
 

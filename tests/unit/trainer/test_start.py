@@ -9,11 +9,11 @@ import pytest
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
-from tasks.train import launch, phases
+from tasks.train import phases
 from tasks.train.phases import Phases
 from tasks.train.spec import Progress
 from tasks.trainer.model import load_tokenizer
-from tests.fakes.tiny_training import build_base, large_tokenizer
+from tests.fakes.tiny_training import large_tokenizer
 
 
 def test_a_vocabulary_of_128k_tokens_is_compared_in_seconds(tmp_path: Path) -> None:
@@ -33,18 +33,6 @@ def test_a_token_with_another_number_is_named_among_128k(tmp_path: Path) -> None
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(PreflowError, match=r"2 tokens have another number, 0 are missing \(e.g. 'w[12]000'\)"):
         load_tokenizer(training, tmp_path / "sft")
-
-
-def test_the_base_is_read_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    original = launch.folder_digest
-    monkeypatch.setattr(launch, "folder_digest", lambda uri: read.append(uri) or original(uri))
-    training = TrainingConfig(base_model=str(build_base(tmp_path / "base")))
-    first = launch.base_digest(training)
-    assert [launch.base_digest(training) for _ in range(4)] == [first] * 4
-    assert len(read) == 1
-    build_base(tmp_path / "base", seed=1)
-    assert launch.base_digest(training) != first
 
 
 def test_a_long_phase_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

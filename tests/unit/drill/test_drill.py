@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.config import DrillConfig, TrainingConfig
+from tasks.config import TrainingConfig
 from tasks.demo.tiny import pair_rows
+from tasks.drill import drill
+from tasks.drill.drill import Drill, DrillResult, Preemption, TrainingWatch, make_order, read_pairs
 from tasks.drill.preemption import Kind
-from tasks.drill.training import DrillResult, Preemption, TrainingWatch, plan_preemptions, read_pairs
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, PreferencesRef
 from tasks.train.work_pool import TrainingOrder
@@ -18,9 +19,9 @@ ADAPTER = AdapterRef(uri="/a", sha256="0", size=0, rows=0)
 
 
 def test_the_plan_is_that_of_its_seed_and_alternates() -> None:
-    plan = plan_preemptions(DrillConfig(preemptions=5, max_steps=40))
-    assert plan == plan_preemptions(DrillConfig(preemptions=5, max_steps=40))
-    assert plan != plan_preemptions(DrillConfig(preemptions=5, max_steps=40, seed=1))
+    plan = Drill("w", preemptions=5).plan()
+    assert plan == Drill("w", preemptions=5).plan()
+    assert plan != Drill("w", preemptions=5, seed=1).plan()
     steps = [step for step, _ in plan]
     assert steps == sorted(set(steps))
     assert steps[0] >= 1
@@ -30,34 +31,45 @@ def test_the_plan_is_that_of_its_seed_and_alternates() -> None:
 
 @pytest.mark.parametrize("steps", [4, 5, 7, 100])
 def test_as_many_preemptions_as_are_allowed_can_be_planned(steps: int) -> None:
-    drill = DrillConfig(preemptions=steps // 2 if steps < 100 else 50, max_steps=steps)
-    assert len(plan_preemptions(drill)) == drill.preemptions
+    assert len(Drill("w", preemptions=steps // 2, steps=steps).plan()) == steps // 2
+    for preemptions in (0, steps // 2 + 1):
+        with pytest.raises(PreflowError, match="take more steps"):
+            Drill("w", preemptions=preemptions, steps=steps).plan()
 
 
-def result(stormy: dict[str, str]) -> DrillResult:
-    lost = (
-        Preemption(kind=Kind.NOTICE, at_step=7, resumed_from=8, seconds_lost=9.04),
-        Preemption(kind=Kind.AT_ONCE, at_step=19, resumed_from=10, seconds_lost=27.0),
-    )
-    return DrillResult(preemptions=lost, calm={"adapter": "a", "metrics": "m"}, stormy=stormy, price_per_hour=0.36)
+def result(preempted: dict[str, str]) -> DrillResult:
+    lost = [Preemption(Kind.NOTICE, 7, 8, 9.04), Preemption(Kind.AT_ONCE, 19, 10, 27.0)]
+    return DrillResult(lost, preempted, {"adapter": "a", "metrics": "m"})
 
 
 def test_the_table_says_what_each_preemption_cost() -> None:
-    table = result({"adapter": "a", "metrics": "m"}).table()
-    assert table.rows == (
-        (1, "SIGTERM", 7, 8, 0, 9.0, 0.000904, True),
-        (2, "SIGKILL", 19, 10, 9, 27.0, 0.0027, True),
-        ("all", None, None, None, 9, 36.0, 0.003604, True),
-    )
+    rows = [line.split() for line in result({}).text().splitlines() if "SIG" in line]
+    assert rows == [["1", "SIGTERM", "7", "8", "0", "9"], ["2", "SIGKILL", "19", "10", "9", "27"]]
 
 
 def test_the_verdict_names_what_differs() -> None:
     same, other = result({"adapter": "a", "metrics": "m"}), result({"adapter": "a", "metrics": "n"})
     assert same.is_exact
-    assert "byte for byte: adapter, metrics" in same.verdict()
+    assert "byte for byte: adapter, metrics" in same.text()
     assert not other.is_exact
-    assert other.verdict().endswith("DIFFER from those of the undisturbed training: metrics.")
+    assert other.text().endswith("DIFFER from those of the uninterrupted training: metrics.")
     assert not result({"adapter": "a"}).is_exact
+
+
+def test_without_torch_it_is_said_where_the_drill_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_torch(folder: Path) -> None:
+        raise ModuleNotFoundError("No module named 'torch'")
+
+    monkeypatch.setattr(drill, "make_tiny_materials", without_torch)
+    with pytest.raises(PreflowError, match=r"torch, which is not installed here .*--pairs"):
+        make_order(Drill(str(tmp_path)), {})
+
+
+def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    given = Drill(str(tmp_path), pairs=str(tmp_path / "train.jsonl"), training={"beta": -1, "nonsense": 1})
+    with pytest.raises(PreflowError, match=r"(?s)beta: .*nonsense: "):
+        make_order(given, {})
 
 
 @pytest.fixture
@@ -90,10 +102,10 @@ async def test_a_training_is_seen_by_its_metrics_and_whole_checkpoints(order: Tr
     await watch.until(12)
 
 
-async def test_being_back_means_having_written_anew(order: TrainingOrder, tmp_path: Path) -> None:
+async def test_being_back_means_having_written_since(order: TrainingOrder, tmp_path: Path) -> None:
     write_steps(tmp_path, 0, 1, 2)
     training = asyncio.create_task(asyncio.sleep(60, ADAPTER))
-    back = asyncio.create_task(TrainingWatch(order, training).until(2, anew=True))
+    back = asyncio.create_task(TrainingWatch(order, training).until(2, again=True))
     await asyncio.sleep(0.3)
     assert not back.done(), "these are the rows of the trainer that was preempted"
     write_steps(tmp_path, 0, 1)
@@ -108,7 +120,7 @@ async def test_a_training_that_ends_too_early_or_fails_is_no_preemption(order: T
     async def fail() -> AdapterRef:
         raise PreflowError("out of memory")
 
-    with pytest.raises(PreflowError, match="ended before step 5 was preempted: raise max_steps"):
+    with pytest.raises(PreflowError, match="ended before step 5 was preempted: raise --steps"):
         await TrainingWatch(order, asyncio.create_task(asyncio.sleep(0, ADAPTER))).until(5)
     with pytest.raises(PreflowError, match="out of memory"):
         await TrainingWatch(order, asyncio.create_task(fail())).until(5)

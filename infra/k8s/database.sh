@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Back up the Prefect server's database (runs, logs, artifacts, blocks, automations), or put a backup in its place.
+#   database.sh backup FILE    while everything runs; the file appears whole or not at all
+#   database.sh restore FILE   server and workers are stopped meanwhile; trainings on the GPU nodes go on
+# The workspace holds what runs have made; without the database the same settings find it again.
+set -euo pipefail
+action=${1:?backup or restore} file=${2:?name the file}
+namespace=preflow
+users=(deploy/prefect-server deploy/prefect-worker deploy/flow-worker)
+
+in_database() { kubectl --namespace "$namespace" exec --stdin statefulset/postgres -- "$@"; }
+
+scale() { kubectl --namespace "$namespace" scale "${users[@]}" --replicas "$1"; }
+
+case "$action" in
+    backup)
+        trap 'rm -f "$file.partial"' EXIT
+        in_database pg_dump --username=prefect --format=custom prefect </dev/null >"$file.partial"
+        mv "$file.partial" "$file"
+        ;;
+    restore)
+        in_database pg_restore --list <"$file" >/dev/null # a file that is none is seen before anything stops
+        trap 'scale 1' EXIT
+        scale 0
+        kubectl --namespace "$namespace" wait --for=delete pod --selector preflow.dev/component=prefect-server --timeout=120s
+        in_database pg_restore --username=prefect --dbname=prefect --clean --if-exists --single-transaction <"$file"
+        ;;
+    *)
+        echo "database.sh: $action is neither backup nor restore" >&2
+        exit 2
+        ;;
+esac

@@ -1,0 +1,370 @@
+"""Data as people have it, read as preflow's rows: files of many formats, prompts and preference pairs of many forms.
+
+    files          JSONL (also .gz, UTF-8 with a BOM, UTF-16), a JSON array, CSV, TSV, parquet, a `datasets` folder
+    prompts        prompt (messages or text), messages (OpenAI), conversations (ShareGPT), instruction/input (Alpaca),
+                   question or query, a plain string; with a `system` or `system_prompt` column
+    pairs          TRL's explicit and implicit prompt, as messages or as text; UltraFeedback; HH-RLHF ("\n\nHuman: ...")
+    completions    a prompt of any form with completions, responses, outputs or generations
+
+The first of `PROMPT_FORMS` that fits decides. What fits none is refused, with the row that is wanted.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from tasks.errors import PreflowError
+from tasks.store.workspace import Workspace
+
+Row = dict[str, Any]
+Messages = list[dict[str, str]]
+Columns = Iterable[tuple[int, Any]]
+
+ROLES = {
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
+    "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "system": "system", "developer": "system",
+}  # fmt: skip
+SAMPLES = ("completions", "responses", "outputs", "generations")
+ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+class WrongForm(ValueError):
+    """A row fits no form, or not whole; says what is wrong."""
+
+
+# ---- files
+
+
+def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a file with their line (or row) numbers from 1; JSONL is streamed, the other formats are read.
+
+    Raises:
+        PreflowError: a line is no row of its format; names the file and the line.
+    """
+    head = next(iter(store.lines(uri)), b"") if store.exists(uri) else b""
+    if head.startswith(b"PAR1") or not store.exists(uri):
+        yield from enumerate(_read_arrow(uri, store), 1)
+    elif uri.endswith((".csv", ".tsv")):
+        yield from _read_csv(_text(uri, store), "\t" if uri.endswith(".tsv") else ",")
+    elif head.startswith((b"\x1f\x8b", *(bom for bom, _ in ENCODINGS))) or b"\r" in head.rstrip(b"\r\n"):
+        yield from _read_lines(uri, _text(uri, store).splitlines())
+    elif head.lstrip().startswith(b"["):
+        yield from _read_array(uri, _text(uri, store))
+    else:
+        yield from _read_lines(uri, store.lines(uri))
+
+
+def _text(uri: str, store: Workspace) -> str:
+    content = store.read_bytes(uri)
+    text = decode_text(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content, uri)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """Return text that is UTF-8, or UTF-16 with its byte order mark, without the mark.
+
+    Raises:
+        PreflowError: it is neither; names the line.
+    """
+    encoding = next((name for bom, name in ENCODINGS if content.startswith(bom)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise PreflowError(f"{where}:{line}: not {encoding} text ({error.reason}). Save the file as UTF-8.") from error
+
+
+def _read_lines(uri: str, lines: Iterable[str | bytes]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, parse_json(line, f"{uri}:{number}")
+
+
+def parse_json(line: str | bytes, where: str) -> Any:
+    """Return the value of one line of JSON.
+
+    Raises:
+        PreflowError: it is not JSON, or holds what does not survive being written again: a key twice, a number too
+            large for a float, half a surrogate pair.
+    """
+    try:
+        value = json.loads(line, parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half, field = f"\\u{ord(error.object[error.start]):04x}", _field_with(error.object[error.start], value)
+        raise PreflowError(f"{where}: {field}half a character ({half}). Write the text again as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise PreflowError(f"{where}: not usable JSON ({error}). Each line must be one JSON object.") from error
+    return value
+
+
+def _field_with(character: str, row: Any) -> str:
+    fields = row.items() if isinstance(row, dict) else ()
+    return next((f"{name}: " for name, value in fields if character in json.dumps(value, ensure_ascii=False)), "")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text} is too large")
+    return value
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
+    return row
+
+
+def _read_array(uri: str, text: str) -> Iterator[tuple[int, Any]]:
+    rows = parse_json(text, uri)
+    if not isinstance(rows, list):
+        raise PreflowError(f"{uri}: a JSON {type(rows).__name__}, not a list of rows")
+    yield from enumerate(rows, 1)
+
+
+def _read_csv(text: str, delimiter: str) -> Iterator[tuple[int, Row]]:
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    for row in reader:
+        yield reader.line_num, {name: value for name, value in row.items() if name and value != ""}
+
+
+def _read_arrow(uri: str, store: Workspace) -> Iterator[Row]:
+    """Yield the rows of a parquet file, or of a folder saved by `datasets` (one split)."""
+    try:
+        from pyarrow import ArrowException, ipc, parquet
+    except ImportError as error:
+        raise PreflowError(
+            f"{uri}: reading this takes pyarrow: pip install pyarrow, or save the data as JSONL"
+        ) from error
+    files = [uri] if store.exists(uri) else store.list(uri)
+    if any(file.endswith("dataset_dict.json") for file in files):
+        splits = ", ".join(sorted(store.folders(uri)))
+        raise PreflowError(f"{uri}: a folder of several splits ({splits}); give one of them, such as {uri}/train")
+    shards = [file for file in files if file == uri or file.endswith((".arrow", ".parquet"))]
+    if not shards:
+        raise PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
+    for file in shards:
+        content = io.BytesIO(store.read_bytes(file))
+        try:
+            table = ipc.open_stream(content).read_all() if file.endswith(".arrow") else parquet.read_table(content)
+        except ArrowException as error:
+            raise PreflowError(f"{file}: damaged, or not what its name says ({error}). Write it again.") from error
+        yield from _plain(file, table.to_pylist())
+
+
+def _plain(uri: str, rows: Iterable[Row]) -> Iterator[Row]:
+    """Return rows as JSON holds them: dates as text, and no number that JSON has not."""
+    for number, row in enumerate(rows, 1):
+        try:
+            yield json.loads(json.dumps(row, default=str, allow_nan=False))
+        except ValueError as error:
+            raise PreflowError(f"{uri}, row {number}: {error}. Replace it by an empty value.") from error
+
+
+# ---- forms
+
+
+def to_prompt(row: Any) -> tuple[Row, str]:
+    """Return a row with its `prompt` as messages, and the form that it had; other fields are kept.
+
+    Raises:
+        WrongForm: it has no prompt in a known form.
+    """
+    if isinstance(row, str):
+        return {"prompt": _user(row)}, "plain text"
+    if not isinstance(row, dict):
+        raise WrongForm(f"a JSON {type(row).__name__}, not an object")
+    for name, field, read in PROMPT_FORMS:
+        if row.get(field) not in (None, ""):
+            rest = {key: value for key, value in row.items() if key not in (field, "system", "system_prompt")}
+            converted = read(row, rest)
+            system = row.get("system") or row.get("system_prompt")
+            if isinstance(system, str) and converted and converted[0]["role"] != "system":
+                converted = [{"role": "system", "content": system}, *converted]
+            return {**_without_empty_group(rest), "prompt": converted}, name
+    if {"chosen", "rejected"} <= row.keys():  # pairs, of which only the prompt is wanted
+        pair, form = to_pair(row)
+        return {name: value for name, value in pair.items() if name not in ("chosen", "rejected")}, form
+    raise WrongForm(f"no prompt in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
+
+
+def _without_empty_group(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "group" or value not in (None, "")}
+
+
+def _user(text: str) -> Messages:
+    return [{"role": "user", "content": text}]
+
+
+def _from_prompt(row: Row, rest: Row) -> Messages:
+    prompt = row["prompt"]
+    return _user(prompt) if isinstance(prompt, str) else messages(prompt, "prompt")
+
+
+def _from_messages(row: Row, rest: Row) -> Messages:
+    """Split a conversation into the prompt and the assistant's last answer, which is kept as `completion`."""
+    field = next(name for name in ("messages", "conversations", "conversation") if row.get(name))
+    found = messages(row[field], field)
+    if found and found[-1]["role"] == "assistant":
+        rest["completion"] = found.pop()["content"]
+    return found
+
+
+def _from_instruction(row: Row, rest: Row) -> Messages:
+    given = rest.pop("input", None)
+    if (answer := rest.pop("output", None)) is not None:
+        rest["completion"] = answer
+    return _user(f"{row['instruction']}\n\n{given}" if given else str(row["instruction"]))
+
+
+def _from_question(row: Row, rest: Row) -> Messages:
+    return _user(str(row.get("question") or row["query"]))
+
+
+PROMPT_FORMS: tuple[tuple[str, str, Callable[[Row, Row], Messages]], ...] = (
+    ("prompt", "prompt", _from_prompt),
+    ("messages (OpenAI)", "messages", _from_messages),
+    ("conversations (ShareGPT)", "conversations", _from_messages),
+    ("conversation", "conversation", _from_messages),
+    ("instruction (Alpaca)", "instruction", _from_instruction),
+    ("question", "question", _from_question),
+    ("query", "query", _from_question),
+)
+
+
+def messages(value: Any, field: str) -> Messages:
+    """Return chat messages in OpenAI's or ShareGPT's form as {role, content}; parts of text are joined.
+
+    Raises:
+        WrongForm: a message has no known role, or content that is not text.
+    """
+    if not isinstance(value, list):
+        raise WrongForm(f"{field}: a {type(value).__name__}, not a list of messages or a text")
+    return [_message(item, f"{field}[{number}]") for number, item in enumerate(value)]
+
+
+def _message(item: Any, where: str) -> dict[str, str]:
+    if not isinstance(item, dict):
+        raise WrongForm(f"{where}: not a message with role and content")
+    role = item.get("role", item.get("from"))
+    if role not in ROLES:
+        raise WrongForm(f"{where}: the role {role!r} is not system, user or assistant")
+    content = item.get("content", item.get("value"))
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise WrongForm(f"{where}: its content is not text")
+    known = {"role", "from", "content", "value", "weight"}
+    if lost := sorted(name for name, value in item.items() if name not in known and value not in (None, [], "")):
+        raise WrongForm(f"{where}.{lost[0]}: a message has role and content; this field would be lost")
+    return {"role": ROLES[role], "content": content}
+
+
+def to_completions(row: Any) -> tuple[Row, str]:
+    """Return a row with its prompt as messages and its `completions` as texts, and the form that it had.
+
+    Raises:
+        WrongForm: it has no prompt or no completions in a known form.
+    """
+    if not isinstance(row, dict):
+        raise WrongForm(f"a JSON {type(row).__name__}, not an object")
+    field = next((name for name in SAMPLES if isinstance(row.get(name), list)), None)
+    if field is None:
+        raise WrongForm(f"no list of completions in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
+    converted, form = to_prompt({name: value for name, value in row.items() if name != field})
+    return {**converted, "completions": [_sample(item, f"{field}[{n}]") for n, item in enumerate(row[field])]}, form
+
+
+def _sample(item: Any, where: str) -> str:
+    if isinstance(item, dict):
+        item = item.get("response", item.get("content", item.get("text")))
+    if isinstance(item, list):
+        turns = messages(item, where)
+        item = turns[-1]["content"] if turns and turns[-1]["role"] == "assistant" else None
+    if not isinstance(item, str):
+        raise WrongForm(f"{where}: not the text of a completion")
+    return item
+
+
+def to_pair(row: Any) -> tuple[Row, str]:
+    """Return a row as TRL's conversational preference pair, and the form that it had.
+
+    The prompt is what both sides begin with, turn by turn; what is left must be one answer of the assistant each.
+
+    Raises:
+        WrongForm: it has no two sides in a known form, or they differ before the last answer.
+    """
+    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
+        has = ", ".join(sorted(row)) if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+        raise WrongForm(f"no chosen and rejected in it (the row has: {has or 'no fields'})")
+    rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    prompt: Messages = []
+    if any(row.get(field) not in (None, "") for _, field, _ in PROMPT_FORMS):
+        rest, _ = to_prompt(rest)
+        prompt = rest["prompt"]
+    sides, form = _sides(row, prompt)
+    whole = [prompt + side if side[0]["role"] == "assistant" else side for side in sides]
+    shared = _shared(whole)
+    answers = [side[len(shared) :] for side in whole]
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if [turn["role"] for turn in answer] != ["assistant"]:
+            roles = ", ".join(turn["role"] for turn in answer) or "nothing"
+            raise WrongForm(f"{name}: after what both sides share it holds {roles}, not one answer of the assistant")
+    return {**rest, "prompt": shared, "chosen": answers[0], "rejected": answers[1]}, form
+
+
+def _sides(row: Row, prompt: Messages) -> tuple[list[Messages], str]:
+    given = [row["chosen"], row["rejected"]]
+    if all(isinstance(side, list) and side for side in given):
+        sides = [messages(side, name) for side, name in zip(given, ("chosen", "rejected"), strict=True)]
+        has_prompt = sides[0][0]["role"] != "assistant"
+        return sides, "implicit prompt" if not prompt else "UltraFeedback" if has_prompt else "explicit prompt"
+    if not all(isinstance(side, str) for side in given):
+        raise WrongForm("chosen and rejected: both must be texts, or both lists of messages")
+    if all(HH_TURN.match(side) for side in given):
+        return [_hh_turns(side) for side in given], "HH-RLHF"
+    if prompt:
+        return [[{"role": "assistant", "content": side}] for side in given], "explicit prompt, text"
+    start = _text_prefix(*given)
+    if not given[0][:start].strip():
+        raise WrongForm("no prompt in it, and chosen and rejected do not begin alike")
+    return [
+        [*_user(side[:start].rstrip()), {"role": "assistant", "content": side[start:]}] for side in given
+    ], "implicit prompt, text"  # fmt: skip
+
+
+def _hh_turns(text: str) -> Messages:
+    _, *parts = HH_TURN.split(text)
+    roles = ("user" if name == "Human" else "assistant" for name in parts[::2])
+    return [{"role": role, "content": content.strip()} for role, content in zip(roles, parts[1::2], strict=True)]
+
+
+def _text_prefix(a: str, b: str) -> int:
+    """Return where two texts part, at the last blank before that, as TRL's `extract_prompt` does."""
+    end = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return end if end and a[end - 1].isspace() else a[:end].rfind(" ") + 1
+
+
+def _shared(sides: Sequence[Messages]) -> Messages:
+    """Return the turns that both sides begin with, but never a last answer of both."""
+    most = min(len(side) for side in sides) - 1
+    count = next((n for n in range(most) if sides[0][n] != sides[1][n]), most)
+    return sides[0][:count]

@@ -1,0 +1,61 @@
+"""Completions and pairs that something else made become artifacts: kept once, split by prompt, measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.config import JudgingConfig
+from tasks.errors import PreflowError
+from tasks.judge.elsewhere import import_completions, import_preferences
+from tasks.store.measures import QualityReport
+from tasks.store.workspace import Workspace
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    """UltraFeedback's form is that of TRL's explicit prompt as text, but for the lists."""
+    return [{"prompt": f"q {n}", "chosen": f"good and long {n}", "rejected": f"bad {n}"} for n in range(count)]
+
+
+def test_completions_are_kept_once_a_prompt_with_their_ids(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"q {n % 3}", "responses": [f"a {n}", f"b {n}"], "finish_reasons": ["stop"] * 2} for n in range(5)
+    ]
+    source = write(tmp_path / "c.jsonl", rows)
+    made = import_completions(source, str(tmp_path / "ws"))
+    store = Workspace(str(tmp_path / "ws"))
+    found = list(store.read_rows(made.uri))
+    assert [row["completions"] for row in found] == [["a 0", "b 0"], ["a 1", "b 1"], ["a 2", "b 2"]]
+    assert len({row["id"] for row in found}) == 3
+    assert store.read_manifest(made).counts == {"prompts": 3, "duplicates": 2}
+    assert import_completions(source, str(tmp_path / "ws")) == made
+
+
+def test_pairs_are_split_by_prompt_and_measured(tmp_path: Path) -> None:
+    source = write(tmp_path / "p.jsonl", pairs(200) + pairs(200))
+    judging = JudgingConfig(rubric="demo", val_ratio=0.2)
+    made = import_preferences(source, str(tmp_path / "ws"), judging)
+    store = Workspace(str(tmp_path / "ws"))
+    assert made.rows + made.val_rows == 400
+    assert 40 < made.val_rows < 120
+    train, val = (
+        {row["id"] for row in store.read_rows(uri)} for uri in (made.uri, made.sibling("val.jsonl"))
+    )  # fmt: skip
+    assert not train & val
+    quality = QualityReport.model_validate(store.read_json(made.sibling("quality.json")))
+    assert {metric.value for metric in quality.metrics if metric.name.startswith("longer_chosen")} == {1.0}
+    assert store.read_bytes(made.sibling("quality.png")).startswith(b"\x89PNG")
+    assert import_preferences(source, str(tmp_path / "ws"), judging) == made
+
+
+def test_what_is_wrong_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = write(tmp_path / "p.jsonl", [*pairs(3), {"chosen": "x"}])
+    with pytest.raises(PreflowError, match=r"p.jsonl:4: no chosen and rejected"):
+        import_preferences(source, str(tmp_path / "ws"), JudgingConfig(rubric="demo"))
+    assert not list((tmp_path / "ws").rglob("*.jsonl"))

@@ -1,0 +1,173 @@
+"""Data as people have it: what each public form is read as, and what is refused with a name."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import PreflowError
+from tasks.store.forms import WrongForm, to_completions, to_pair, to_prompt
+from tasks.store.prompts import import_prompts
+from tasks.store.records import PairRow, PromptRow, number_rows, read_rows
+from tasks.store.workspace import Workspace
+
+HELLO = [{"role": "user", "content": "Hello"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "Hi"}
+
+PROMPTS: dict[str, tuple[Any, list[dict[str, str]]]] = {
+    "messages": ({"prompt": HELLO}, HELLO),
+    "text": ({"prompt": "Hello"}, HELLO),
+    "plain string": ("Hello", HELLO),
+    "system column": ({"prompt": "Hello", "system": "Be brief."}, [SYSTEM, *HELLO]),
+    "system_prompt, OpenAI": ({"messages": [*HELLO, ANSWER], "system_prompt": "Be brief."}, [SYSTEM, *HELLO]),
+    "developer is system": ({"messages": [{**SYSTEM, "role": "developer"}, *HELLO]}, [SYSTEM, *HELLO]),
+    "ShareGPT": (
+        {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hello"},
+                           {"from": "gpt", "value": "Hi"}]},
+        [SYSTEM, *HELLO],
+    ),
+    "Alpaca": ({"instruction": "Translate.", "input": "Hallo", "output": "Hello"},
+               [{"role": "user", "content": "Translate.\n\nHallo"}]),
+    "Alpaca without input": ({"instruction": "Hello", "input": "", "output": "Hi"}, HELLO),
+    "question": ({"question": "Hello", "answer": "Hi"}, HELLO),
+    "parts of text": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}, HELLO),
+    "of pairs": ({"chosen": "\n\nHuman: Hello\n\nAssistant: a", "rejected": "\n\nHuman: Hello\n\nAssistant: b"}, HELLO),
+    "columns of nothing": ({"prompt": [{**HELLO[0], "name": None, "tool_calls": None}]}, HELLO),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts(name: str) -> None:
+    row, wanted = PROMPTS[name]
+    assert to_prompt(row)[0]["prompt"] == wanted
+
+
+def test_an_sft_rows_answer_and_other_fields_are_carried_along() -> None:
+    row, form = to_prompt({"messages": [*HELLO, ANSWER], "episode": 7, "group": ""})
+    assert (row, form) == ({"prompt": HELLO, "completion": "Hi", "episode": 7}, "messages (OpenAI)")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content is not text"),
+        ({"prompt": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
+        ({"messages": [{**HELLO[0], "tool_calls": [1]}]}, "tool_calls"),
+        ({"prompt": 3}, "not a list of messages"),
+        ({"txt": "x"}, "the row has: txt"),
+    ],
+)
+def test_what_would_be_lost_or_guessed_is_refused(row: Any, said: str) -> None:
+    with pytest.raises(WrongForm, match=said):
+        to_prompt(row)
+
+
+GOOD, BAD = [{"role": "assistant", "content": "good"}], [{"role": "assistant", "content": "bad"}]
+HH = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: More\n\nAssistant:"
+TURNS = [*HELLO, ANSWER, {"role": "user", "content": "More"}]
+PAIRS: dict[str, tuple[Any, list[dict[str, str]], str]] = {
+    "TRL, explicit": ({"prompt": HELLO, "chosen": GOOD, "rejected": BAD}, HELLO, "explicit prompt"),
+    "TRL, explicit text": ({"prompt": "Hello", "chosen": "good", "rejected": "bad"}, HELLO, "explicit prompt, text"),
+    "TRL, implicit": ({"chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]}, HELLO, "implicit prompt"),
+    "TRL, implicit text": ({"chosen": "Hello good", "rejected": "Hello bad"}, HELLO, "implicit prompt, text"),
+    "UltraFeedback": (
+        {"prompt": "Hello", "chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD], "score_chosen": 8.0}, HELLO,
+        "UltraFeedback",
+    ),
+    "HH-RLHF": ({"chosen": f"{HH} good", "rejected": f"{HH} bad"}, TURNS, "HH-RLHF"),
+    "Orca": (
+        {"system": "Be brief.", "question": "Hello", "chosen": "good", "rejected": "bad"}, [SYSTEM, *HELLO],
+        "explicit prompt, text",
+    ),
+    "prompt of several turns": ({"prompt": TURNS, "chosen": GOOD, "rejected": BAD}, TURNS, "explicit prompt"),
+    "equal sides": ({"prompt": HELLO, "chosen": GOOD, "rejected": GOOD}, HELLO, "explicit prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name: str) -> None:
+    row, prompt, form = PAIRS[name]
+    pair, found = to_pair(row)
+    assert (pair["prompt"], found) == (prompt, form)
+    assert pair["chosen"] == GOOD
+    assert pair["rejected"] == (GOOD if name == "equal sides" else BAD)
+
+
+def test_sides_that_part_before_the_last_answer_are_not_taken_for_equal_or_cut() -> None:
+    sides = [[*HELLO, {"role": "assistant", "content": text}, TURNS[2], *GOOD] for text in ("a", "b")]
+    with pytest.raises(WrongForm, match="chosen: after what both sides share it holds assistant, user, assistant"):
+        to_pair({"chosen": sides[0], "rejected": sides[1]})
+
+
+def test_completions_made_elsewhere() -> None:
+    row, _ = to_completions({"instruction": "Hello", "responses": ["a", {"response": "b"}, [*HELLO, ANSWER]]})
+    assert (row["prompt"], row["completions"]) == (HELLO, ["a", "b", "Hi"])
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+ROWS = [{"prompt": "Grüß Gott"}, {"prompt": "日本"}, {"prompt": "c"}]
+FILES: dict[str, tuple[str, bytes]] = {
+    "jsonl": ("p.jsonl", lines(*ROWS).encode()),
+    "gzip": ("p.jsonl.gz", gzip.compress(lines(*ROWS).encode())),
+    "UTF-8 with BOM": ("p.jsonl", b"\xef\xbb\xbf" + lines(*ROWS).encode()),
+    "UTF-16": ("p.jsonl", lines(*ROWS).encode("utf-16")),
+    "array": ("p.json", json.dumps(ROWS, indent=1).encode()),
+    "Windows lines": ("p.jsonl", lines(*ROWS).replace("\n", "\r\n").encode()),
+    "CR alone": ("p.jsonl", lines(*ROWS).replace("\n", "\r").encode()),
+    "CSV": ("p.csv", b"prompt,group\n" + "".join(f"{row['prompt']},\n" for row in ROWS).encode()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(tmp_path: Path, name: str) -> None:
+    file, content = FILES[name]
+    (tmp_path / file).write_bytes(content)
+    found = [row.prompt[0].content for row in read_rows(PromptRow, str(tmp_path / file))]
+    assert found == [row["prompt"] for row in ROWS]
+
+
+def test_parquet_and_a_folder_of_datasets(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the extra train brings it")
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list(ROWS)
+    data.to_parquet(str(tmp_path / "p.parquet"))
+    DatasetDict({"train": data}).save_to_disk(str(tmp_path / "saved"))
+    for place in ("p.parquet", "saved/train"):
+        imported = import_prompts(str(tmp_path / place), str(tmp_path / "ws"))
+        assert imported.rows == 3
+    with pytest.raises(PreflowError, match=r"several splits \(train\); give one of them"):
+        list(read_rows(PromptRow, str(tmp_path / "saved")))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="the extra train brings it")
+    (tmp_path / "p.parquet").write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(PreflowError, match=r"p.parquet: damaged"):
+        list(read_rows(PromptRow, str(tmp_path / "p.parquet")))
+
+
+def test_the_forms_are_counted_and_text_that_is_none_is_named_by_its_line(tmp_path: Path) -> None:
+    file, used = tmp_path / "pairs.jsonl", Counter[str]()
+    file.write_text(lines(*(row for row, _, _ in PAIRS.values())))
+    assert len(list(number_rows(PairRow, str(file), Workspace.holding(str(file)), used))) == len(PAIRS)
+    assert used["explicit prompt"] == 3
+    (tmp_path / "latin.csv").write_bytes("prompt\na\nGrüße\n".encode("cp1252"))
+    with pytest.raises(PreflowError, match=r"latin.csv:3: not utf-8 text .* Save the file as UTF-8"):
+        list(read_rows(PromptRow, str(tmp_path / "latin.csv")))
+
+
+def test_one_group_for_all_rows_is_refused_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    one, none = tmp_path / "one.jsonl", tmp_path / "none.jsonl"
+    one.write_text(lines(*({**row, "group": "all"} for row in ROWS)))
+    none.write_text(lines(*({**row, "group": ""} for row in ROWS)))
+    with pytest.raises(PreflowError, match="all 3 rows have the same `group`"):
+        import_prompts(str(one), str(tmp_path / "ws"))
+    assert import_prompts(str(none), str(tmp_path / "ws")).rows == 3
