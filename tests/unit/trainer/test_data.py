@@ -155,12 +155,21 @@ def test_where_sampling_ended_at_other_texts_no_end_of_turn_is_made_up(tmp_path:
         assert tokenizer.decode(data.pairs[0].chosen_ids) == ended
 
 
-def test_the_whole_conversation_on_each_side_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_the_whole_conversation_on_each_side_is_the_same_pair(tmp_path: Path) -> None:
+    """UltraFeedback's form: what both sides begin with is the prompt, and only the answers are trained on."""
+    plain, whole = conversation("cat", "dog"), conversation("cat", "dog")
+    whole |= {side: whole["prompt"] + whole[side] for side in ("chosen", "rejected")}
+    _, data = load_as(QWEN, tmp_path, [plain, whole])
+    first, second = data.pairs
+    assert (first.prompt_ids, first.chosen_ids, first.rejected_ids) == (
+        second.prompt_ids, second.chosen_ids, second.rejected_ids,
+    )  # fmt: skip
+
+
+def test_a_side_that_is_no_answer_is_refused_with_its_line(tmp_path: Path) -> None:
     row = conversation("cat", "dog")
-    row["chosen"] = row["prompt"] + row["chosen"]
-    with pytest.raises(
-        PreflowError, match=r"train\.jsonl:2: chosen: .*one message of the assistant, not user, assistant"
-    ):
+    row["chosen"] = [{"role": "user", "content": "cat"}]
+    with pytest.raises(PreflowError, match=r"train\.jsonl:2: chosen: .* not one answer of the assistant"):
         load_as(QWEN, tmp_path, [conversation("cat", "dog"), row])
 
 
