@@ -241,7 +241,8 @@ async def test_the_pairs_are_audited_by_the_deployment_for_that(bench: Bench, st
     async with get_client() as client:
         shown = await client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
     (page,) = [artifact for artifact in shown if artifact.key == "preferences"]
-    assert "longer" in str(page.data)
+    rows = len((pairs / "train.jsonl").read_text().splitlines())
+    assert f"{rows} pairs of {rows} rows" in str(page.data)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
