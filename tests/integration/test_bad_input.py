@@ -48,8 +48,13 @@ def settings(
         "prompts": str(tmp_path / "prompts.jsonl"),
         "workspace": str(tmp_path / "workspace"),
         "generation": {"endpoint": endpoint.url, "model": "sampler", "api_key": "env:RIGHT_KEY"},
-        "judging": {"endpoint": endpoint.url, "model": "judge-hash", "api_key": "env:RIGHT_KEY"},
-        "training": {"base_model": str(model / "base"), "sft_adapter": str(model / "sft"), "load_in_4bit": False},
+        "judging": {"endpoint": endpoint.url, "model": "judge-hash", "api_key": "env:RIGHT_KEY", "rubric": "neutral"},
+        "training": {
+            "base_model": str(model / "base"),
+            "sft_adapter": str(model / "sft"),
+            "load_in_4bit": False,
+            "max_length": 512,
+        },
         "promotion": {"endpoint": None},
     }
 
@@ -73,22 +78,22 @@ def _row(**fields: Any) -> str:
 
 
 CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "no file": (_set("prompts", "absent.jsonl"), r"absent\.jsonl: no such prompts file"),
-    "not json": (_prompts('{"prompt": [}\n'), r"prompts\.jsonl:1: not JSON"),
-    "no prompt": (_prompts(_row(text="hello")), r"prompts\.jsonl:2: prompt: Field required.*the row has: text"),
+    "no file": (_set("prompts", "absent.jsonl"), r"absent\.jsonl: no such file"),
+    "not json": (_prompts('{"prompt": [}\n'), r"prompts\.jsonl:1: not usable JSON"),
+    "no prompt": (_prompts(_row(text="hello")), r"prompts\.jsonl:2: no prompt in it \(the row has: text\)"),
     "empty file": (_prompts(""), r"prompts\.jsonl: has no rows"),
     "unknown role": (
         _prompts(_row(prompt=[{"role": "narrator", "content": "x"}])),
-        r"prompts\.jsonl:2: prompt\[0\]\.role: .*'system', 'user' or 'assistant'",
+        r"prompts\.jsonl:2: prompt\[0\]: the role 'narrator' is not system, user or assistant",
     ),
     "wrong endpoint": (_set("generation.endpoint", "http://127.0.0.1:9/v1"), r"http://127\.0\.0\.1:9/v1"),
     "unknown model": (_set("generation.model", "nobody"), r"nobody.*sampler"),
     "unknown judge": (_set("judging.model", "nobody"), r"nobody.*judge-hash"),
     "no adapter": (_set("training.sft_adapter", "absent/adapter"), r"absent/adapter"),
-    "no base": (_set("training.base_model", "./absent-base"), r"base_model \./absent-base: no such folder"),
+    "no base": (_set("training.base_model", "./absent-base"), r"base_model /.*/absent-base: no such folder"),
     "missing key": (_set("judging.api_key", "env:NO_SUCH_KEY"), r"judging\.api_key names env:NO_SUCH_KEY.*export"),
     "wrong key": (_set("judging.api_key", "env:WRONG_KEY"), r"env:WRONG_KEY"),
-    "no rubric": (_set("judging.rubric", "absent.md"), r"judging\.rubric: 'absent\.md'"),
+    "no rubric": (_set("judging.rubric", "absent.md"), r"judging\.rubric: '/.*/absent\.md'"),
     "workspace": (_set("workspace", "/proc/preflow"), r"workspace /proc/preflow: cannot be written"),
 }
 
