@@ -101,9 +101,10 @@ async def check_services(config: PipelineConfig) -> None:
 
 
 def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[object]]]:
+    for stage in STAGES:  # before any endpoint, for a question to a model costs something
+        yield from stage.service_checks(config)
     asked: set[tuple[str, str, str | None]] = set()
     for stage in STAGES:
-        yield from stage.service_checks(config)
         for settings, trial in stage.endpoints(config):
             who = (settings.endpoint, settings.model, settings.api_key)
             if who not in asked:

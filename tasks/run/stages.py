@@ -140,9 +140,7 @@ STAGES = (
         "generation",
         identity=lambda config: _given(config) or sampling_identity(config.generation),
         checks=_given_checks,
-        endpoints=lambda config: (
-            [] if _given(config) else [(config.generation, partial(_try_generation, config=config))]
-        ),
+        endpoints=_generation_endpoints,
     ),
     Stage(
         "judging",

@@ -68,14 +68,11 @@ def _check_pool(pool: WorkPool, online: list[str]) -> None:
 
 def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> None:
     """Refuse paths that mean nothing where the pool's runs are executed."""
-    base = training.base_model
-    is_folder = base.startswith((".", "/", "~")) or Path(base).is_dir()
-    if is_folder and not posixpath.isabs(base):
-        raise PreflowError(f"training.base_model {base}: give the whole path, {pool.name} runs in another folder")
     if pool.type != "kubernetes":
         return
+    base = training.base_model
     paths = {"workspace": workspace, "training.sft_adapter": training.sft_adapter}
-    if is_folder:
+    if posixpath.isabs(base):  # as the configuration writes every folder's path; all else is a name on the hub
         paths["training.base_model"] = base
     if training.chat_template:
         paths["generation.chat_template"] = training.chat_template

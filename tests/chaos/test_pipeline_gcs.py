@@ -116,7 +116,8 @@ class Side:
     mounted: str
 
     def __post_init__(self) -> None:
-        keys, common = self.world.keys, {"mounts": {MOUNT: self.mounted}, "latency_ms": 10}
+        keys, base = self.world.keys, str(self.world.folder / "base")
+        common = {"mounts": {MOUNT: self.mounted}, "latency_ms": 10, "base": base}
         self.endpoints = {
             name: FakeOpenAI({**common, "key": key}, self.folder / name)
             for name, key in (("sampler", keys.sampler), ("judge", keys.judge))

@@ -264,10 +264,9 @@ class Server:
             case "/v1/models" if self.plan.list_models:
                 return Reply(200, {"object": "list", "data": list(self._models())})
             case "/tokenize":
-                messages = request.body.get("messages") or [{"content": request.body["prompt"]}]
-                count = sum(len(message["content"]) for message in messages) // 4 + 1
-                tokens = {"count": count, "tokens": list(range(count))}
-                return Reply(200, {**tokens, "max_model_len": self.plan.max_model_len})
+                tokens = self.plan.tokens(request.body)
+                length = {"count": len(tokens), "max_model_len": self.plan.max_model_len}
+                return Reply(200, {**length, "tokens": tokens})
             case "/v1/load_lora_adapter" if self.plan.runtime_lora:
                 return self._load(request.body)
             case "/v1/unload_lora_adapter" if self.plan.runtime_lora:

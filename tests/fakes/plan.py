@@ -7,6 +7,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,6 +55,7 @@ class Plan:
     seed: int = 0
     samplers: tuple[str, ...] = ("sampler", "sft", "dpo")
     max_model_len: int = 8192
+    base: str | None = None  # folder of the served model, whose tokenizer and chat template /tokenize speaks with
     key: str | None = None  # the only accepted API key; None: any or none
     latency_ms: float = 0.0  # median of a log-normal
     latency_sigma: float = 0.5
@@ -96,6 +98,29 @@ class Plan:
         if "samplers" in values:
             values["samplers"] = tuple(values["samplers"])
         return cls(**values)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `base`, None without one; read when first asked for, so the folder may be written later."""
+        if self.base is None:
+            return None
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.base)
+
+    def tokens(self, body: Mapping[str, Any]) -> list[int]:
+        """Return what vLLM's /tokenize answers to messages or a text; without `base`, something of a likely length."""
+        messages = body.get("messages")
+        if self.tokenizer is None:
+            contents = [message["content"] for message in messages or [{"content": body["prompt"]}]]
+            return list(range(sum(len(content) for content in contents) // 4 + 1))
+        text = body.get("prompt")
+        if messages:
+            settings = body.get("chat_template_kwargs") or {}
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=body["add_generation_prompt"], **settings
+            )
+        return list(self.tokenizer.encode(text, add_special_tokens=body.get("add_special_tokens", False)))
 
     def read_mounted(self, path: str) -> bytes | None:
         """Return the content of a file that the server sees at `path`, or None if there is none."""

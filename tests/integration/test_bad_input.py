@@ -21,8 +21,8 @@ GOOD_ROW = {"prompt": [{"role": "user", "content": "w1 w2 w3"}]}
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI({"key": "right"}) as server:
+def endpoint(model: Path) -> Iterator[FakeOpenAI]:
+    with FakeOpenAI({"key": "right", "base": str(model / "base")}) as server:
         yield server
 
 

@@ -102,7 +102,7 @@ def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
     register()
     with (
         pytest.MonkeyPatch.context() as environment,
-        FakeOpenAI({"oracle_every": 3}, folder / "sampler") as sampler,
+        FakeOpenAI({"oracle_every": 3, "base": str(folder / "base")}, folder / "sampler") as sampler,
         FakeOpenAI({"key": KEY}, folder / "judge") as judge,
     ):
         environment.setenv("BROWSER_JUDGE_KEY", KEY)

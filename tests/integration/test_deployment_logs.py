@@ -100,7 +100,7 @@ def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
     register()
     with (
         pytest.MonkeyPatch.context() as environment,
-        FakeOpenAI({"oracle_every": 3}, folder / "sampler") as sampler,
+        FakeOpenAI({"oracle_every": 3, "base": str(folder / "base")}, folder / "sampler") as sampler,
         FakeOpenAI({}, folder / "judge") as judge,
     ):
         environment.setenv("PREFECT_LOGGING_TO_API_ENABLED", "true")

@@ -174,6 +174,7 @@ def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
         "COMMITTED.json",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
     ]
     assert result.promotion is not None
     assert bench.served() == result.adapter.sha256

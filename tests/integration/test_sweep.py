@@ -99,7 +99,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, empty_prefect_server: str) -
             for number in range(first, first + count)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with FakeOpenAI(PLAN, folder / "fake") as fake:
+    with FakeOpenAI({**PLAN, "base": str(folder / "base")}, folder / "fake") as fake:
         yield Bench(folder, fake, empty_prefect_server)
 
 

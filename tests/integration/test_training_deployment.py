@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.states import AwaitingRetry, Cancelling
 
-from tasks.config import GenerationConfig, PipelineConfig, TrainingConfig
+from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, TrainingConfig
 from tasks.drill.drill import Drill, choose_target, read_digests, train_with_preemptions
 from tasks.errors import PreflowError
 from tasks.run.preflight import prepare_run
@@ -84,6 +84,7 @@ def settings(world: TinyWorld, workspace: Path, max_restarts: int = 5, **trainin
     return PipelineConfig(
         workspace=str(workspace),
         generation=GenerationConfig(max_tokens=64),
+        judging=JudgingConfig(rubric="neutral"),
         training=world.config(**training),
         training_deployment=DEPLOYMENT,
         max_restarts=max_restarts,
@@ -354,9 +355,9 @@ async def pods(deployed: None) -> str:
             {"workspace": "/data/workspace"},
             r"workspace /data/workspace: a pod of the work pool pods cannot see it.*gs://",
         ),
-        ({"training": {"sft_adapter": "sft"}}, r"training\.sft_adapter sft: a pod"),
+        ({"training": {"sft_adapter": "sft"}}, r"training\.sft_adapter /.*/sft: a pod"),
         ({"training": {"base_model": "/models/base"}}, r"training\.base_model /models/base: a pod.*on the hub"),
-        ({"training": {"base_model": "./base"}}, r"training\.base_model \./base: give the whole path"),
+        ({"training": {"base_model": "./base"}}, r"training\.base_model /.*/base: a pod.*on the hub"),
     ],
 )
 async def test_what_a_pod_cannot_see_is_refused(pods: str, changes: dict[str, Any], said: str) -> None:
