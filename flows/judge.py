@@ -23,8 +23,8 @@ async def judge_preferences(
         judging: The judge, and when two completions become a pair.
     """
     Workspace(workspace).check_writable()
-    check_groups(completions, workspace, judging)
     plan = plan_judging(completions, workspace, judging)
+    check_groups(plan)
     verdicts = await collect_verdicts(plan)
     preferences = make_preferences(verdicts, workspace, judging)
     await report_preferences(preferences, workspace)

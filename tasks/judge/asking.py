@@ -61,8 +61,9 @@ class JudgingPlan(BaseModel):
         """Where the finished artifact lies."""
         return Workspace(self.workspace).uri("verdicts", self.key)
 
-    def find_finished(self) -> VerdictsRef | None:
-        """Return the verdicts if an equal judging has finished."""
+    @functools.cached_property
+    def finished(self) -> VerdictsRef | None:
+        """The verdicts, if an equal judging had finished when this was first asked for."""
         return find_finished(Workspace(self.workspace), self.folder, VerdictsRef)
 
     def units_of(self, row: Row) -> dict[str, "Question"]:
@@ -231,7 +232,7 @@ def _make_vote(order: Sequence[int], verdict: Verdict) -> Vote:
 
 async def collect_verdicts(plan: JudgingPlan) -> VerdictsRef:
     """Return the verdicts on every row, asking for those that are not known yet."""
-    if known := plan.find_finished():
+    if known := plan.finished:
         logger.info("verdicts: %d rows are judged already, in %s", known.rows, known.uri)
         return known
     return merge_verdicts(plan, await settle(judge_shards(judge) for judge in plan.judges))

@@ -10,15 +10,16 @@ from pydantic import BaseModel
 
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
+from tasks.judge.asking import JudgingPlan
 from tasks.judge.quality import measure_judgements, plot_quality
 from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import (
-    CompletionsRef,
     DigestWriter,
     FileFacts,
     Manifest,
     PreferencesRef,
+    Reference,
     VerdictsRef,
     Workspace,
     stage_key,
@@ -44,18 +45,24 @@ def find_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
     return store.find_finished(manifest, PreferencesRef)
 
 
-def check_groups(completions: CompletionsRef, workspace: str, judging: JudgingConfig) -> None:
-    """Refuse completions of one group before the judge is paid: none of their pairs could be held out.
+def check_groups(plan: JudgingPlan) -> None:
+    """Refuse completions of one group before the judge is paid; verdicts that are there are looked at with the pairs.
 
     Raises:
         PreflowError: all rows have the same group, and `val_ratio` holds some out.
     """
-    groups = {row.get("group") or row["id"] for row in Workspace(workspace).read_rows(completions.uri)}
-    if judging.val_ratio and len(groups) == 1 and completions.rows > 1:
-        raise PreflowError(
-            f"{completions.uri}: all {completions.rows} rows have the same `group`, so that val_ratio "
-            f"({judging.val_ratio:g}) holds out all or none. Give groups that differ, none, or val_ratio 0."
-        )
+    if plan.finished is None and plan.judging.val_ratio:
+        groups = (row.get("group") or row["id"] for row in Workspace(plan.workspace).read_rows(plan.source.uri))
+        first = next(groups, None)
+        if plan.source.rows > 1 and all(group == first for group in groups):
+            raise _one_group(plan.source, plan.judging)
+
+
+def _one_group(source: Reference, judging: JudgingConfig) -> PreflowError:
+    return PreflowError(
+        f"{source.uri}: all {source.rows} rows have the same `group`, so that val_ratio ({judging.val_ratio:g}) holds "
+        "out all or none. Give groups that differ, none, or val_ratio 0."
+    )
 
 
 def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
@@ -89,12 +96,15 @@ def _write_pairs(
 ) -> tuple[dict[str, DigestWriter], Counter[str]]:
     """Decide on every row, and return the files and how many rows came to what."""
     counts: Counter[str] = Counter(cut_pairs=0)
+    groups: set[str] = set()
     with (
         store.writing(f"{folder}/judged.jsonl") as judged,
         store.writing(f"{folder}/train.jsonl") as train,
         store.writing(f"{folder}/val.jsonl") as val,
     ):
         for row in read_rows(VerdictsRow, verdicts.uri, store):
+            if len(groups) < 2:
+                groups.add(row.group or row.id)
             decision = decide(row.votes, judging.pair_policy, judging.min_confidence)
             if is_cut(row, decision):
                 counts["cut_pairs"] += 1
@@ -105,6 +115,8 @@ def _write_pairs(
             if decision.status == "pair":
                 held_out = is_validation(row.id, row.group, judging.seed, judging.val_ratio)
                 (val if held_out else train).write_row(preference_pair(row, decision).model_dump(exclude_none=True))
+        if judging.val_ratio and verdicts.rows > 1 and len(groups) == 1:
+            raise _one_group(verdicts, judging)
     return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, counts
 
 

@@ -276,7 +276,7 @@ class _Planner:
         """Plan a judging by each of its judges, and return what stands for it."""
         key = digest([samples.key, judging.verdict_identity(), read_rubric(judging.rubric)])
         plan = plan_judging(samples.ref, self._workspace, judging) if samples.ref else None
-        verdicts = plan.find_finished() if plan else None
+        verdicts = plan.finished if plan else None
         for place, judge in enumerate(judging.judges()):
             piece, is_new = self._open(f"{stage} {key} {place}", number, stage, judge.model)
             if not is_new:
@@ -308,7 +308,7 @@ class _Planner:
     def _find_preferences(self, samples: _Samples, judging: JudgingConfig) -> PreferencesRef | None:
         if samples.ref is None:
             return None
-        verdicts = plan_judging(samples.ref, self._workspace, judging).find_finished()
+        verdicts = plan_judging(samples.ref, self._workspace, judging).finished
         return find_preferences(verdicts, self._workspace, judging) if verdicts else None
 
     # ---- training

@@ -17,6 +17,7 @@ from tests.fakes.hub import FakeHub
 
 TOKEN = "hf_" + "t0ken" * 6
 PUBLISHING = PublishingConfig(repo="lab/better", base_model="lab/base-3b", license="apache-2.0")
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 RATE = {"win_rate": 0.7, "lower": 0.65, "upper": 0.75, "samples": 800, "prompts": 200}
 
 
@@ -45,6 +46,7 @@ def promote(root: Path, weights: bytes) -> None:
     made.mkdir(exist_ok=True)
     (made / "adapter_model.safetensors").write_bytes(weights)
     (made / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/someone/base", "r": 16}))
+    (made / "chat_template.jinja").write_text(TEMPLATE)
     uri = store.uri("training/k/adapter")
     sha256 = store.commit_folder(made, uri)
     store.write_json(store.uri("training/k/probe.json"), {"texts": ["rows of the data"]})
@@ -85,7 +87,8 @@ async def test_the_adapter_arrives_with_its_card_and_nothing_else(workspace: str
     assert repo.private
     assert done.commit == repo.commits[-1]
     assert done.url == f"{hub.url}/lab/better"
-    assert set(repo.files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(repo.files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
+    assert repo.files["chat_template.jinja"].decode() == TEMPLATE
     assert repo.files["adapter_model.safetensors"] == b"weights"
     assert json.loads(repo.files["adapter_config.json"]) == {"base_model_name_or_path": "lab/base-3b", "r": 16}
 
@@ -103,7 +106,9 @@ async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> No
         "house.md", "| beta | 0.1 |", "| learning_rate | 5e-06 |", "| first loss | 0.6931 |", "b" * 64,
         done.adapter_sha256, "trl 1.16.0",
         'AutoModelForCausalLM.from_pretrained("lab/base-3b", revision="v1.2"), "lab/better")',
-        "lab/base-3b --revision v1.2 --enable-lora --max-lora-rank 128 --lora-modules better=lab/better",
+        "hf download lab/better chat_template.jinja --local-dir .\n"
+        "vllm serve lab/base-3b --revision v1.2 --chat-template chat_template.jinja \\\n"
+        "    --enable-lora --max-lora-rank 128 --lora-modules better=lab/better",
     ):  # fmt: skip
         assert fact in card, fact
     assert "/home/someone" not in card
@@ -136,7 +141,7 @@ async def test_a_hub_that_stays_away_leaves_nothing_half_done(workspace: str, hu
     assert hub.repos["lab/better"].files == {}
     hub.faults = {}
     await published(workspace)
-    assert len(hub.repos["lab/better"].files) == 3
+    assert len(hub.repos["lab/better"].files) == 4
     assert sum(method == "PUT" for method, _ in hub.asked) == 1, "what had arrived was sent again"
 
 

@@ -325,7 +325,7 @@ async def test_a_judge_that_cannot_be_used_is_refused_before_the_first_request(
 async def test_a_bad_row_is_refused_before_the_first_request(tmp_path: Path, fake: FakeOpenAI) -> None:
     prompts = write_prompts(tmp_path, 20)
     prompts.write_text(prompts.read_text() + '{"prompt": [{"role": "wizard", "content": "x"}]}\n')
-    with pytest.raises(PreflowError, match=r"prompts-0-20.jsonl:21: prompt\[0\]\.role"):
+    with pytest.raises(PreflowError, match=r"prompts-0-20\.jsonl:21: prompt\[0\]: the role 'wizard' is not system"):
         await generate_completions(str(prompts), str(tmp_path / "ws"), generation(fake))
     assert fake.requests(None) == []
 

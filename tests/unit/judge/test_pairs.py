@@ -9,6 +9,7 @@ import pytest
 
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
+from tasks.judge.asking import plan_judging
 from tasks.judge.pairs import (
     Decision,
     check_groups,
@@ -127,17 +128,34 @@ def test_a_group_is_never_divided() -> None:
 
 def test_one_group_for_all_is_refused_before_the_judge_is_paid(tmp_path: Path) -> None:
     store = Workspace(str(tmp_path))
-    for group, said in (("book", "all 3 rows have the same `group`"), ("", None)):
-        with store.writing(store.uri(f"c{group}.jsonl")) as out:
-            for number in range(3):
+
+    def check(name: str, groups: list[str], **settings: Any) -> None:
+        with store.writing(store.uri(f"{name}.jsonl")) as out:
+            for number, group in enumerate(groups):
                 out.write_row({"id": f"{number}", "group": group, "completions": ["a", "b"]})
-        completions = CompletionsRef(uri=store.uri(f"c{group}.jsonl"), **out.facts())
-        if said is None:
-            check_groups(completions, str(tmp_path), JudgingConfig(rubric="demo"))
-            continue
-        with pytest.raises(PreflowError, match=said):
-            check_groups(completions, str(tmp_path), JudgingConfig(rubric="demo"))
-        check_groups(completions, str(tmp_path), JudgingConfig(rubric="demo", val_ratio=0))
+        completions = CompletionsRef(uri=store.uri(f"{name}.jsonl"), **out.facts())
+        check_groups(plan_judging(completions, store.root, JudgingConfig(rubric="demo", **settings)))
+
+    with pytest.raises(PreflowError, match="all 3 rows have the same `group`"):
+        check("one", ["book"] * 3)
+    check("one", ["book"] * 3, val_ratio=0)
+    check("single", ["book"])
+    check("none", [""] * 3)
+    check("two", ["book", "book", "film"])
+
+
+def test_one_group_is_refused_where_verdicts_are_there_already(tmp_path: Path) -> None:
+    store = Workspace(str(tmp_path))
+    with store.writing(store.uri("verdicts.jsonl")) as out:
+        for number in range(3):
+            prompt = [{"role": "user", "content": f"p{number}"}]
+            row = {"id": f"{number}", "prompt": prompt, "group": "book", "completions": ["a", "b", "c"]}
+            out.write_row({**row, "votes": [vote(0, 1)]})
+    verdicts = VerdictsRef(uri=store.uri("verdicts.jsonl"), **out.facts())
+    with pytest.raises(PreflowError, match="all 3 rows have the same `group`"):
+        make_preferences(verdicts, store.root, JudgingConfig(rubric="demo"))
+    assert not list(tmp_path.rglob("train.jsonl"))
+    assert make_preferences(verdicts, store.root, JudgingConfig(rubric="demo", val_ratio=0)).rows == 3
 
 
 def test_a_pair_has_trl_s_form() -> None:
