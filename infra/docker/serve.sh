@@ -12,7 +12,8 @@ set -eu
 here=$(dirname "$0")
 choose="$here/choose_template.py"
 [ -f "$choose" ] || choose="$here/../../tasks/llm/choose_template.py"
-: "${CHAT_TEMPLATE:=$(python3 "$choose" "${SFT_ADAPTER:-}")}"
+# An assignment, not `: "${...:=...}"`: where this fails, vLLM must not start in other words than the training's.
+CHAT_TEMPLATE=${CHAT_TEMPLATE:-$(python3 "$choose" "${SFT_ADAPTER:-}")}
 : "${MODEL:?name the base model}"
 loras=$(python3 "$here/served_adapters.py" "${ADAPTERS:-}" "${SFT_ADAPTER:-}")
 # A name or path with a space in it would not come through; names have none, and paths are ours.

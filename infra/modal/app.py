@@ -42,6 +42,7 @@ serve_image = (
     .entrypoint([])
     .env(SERVE_ENV)
     .add_local_dir(DOCKER, "/opt/preflow")
+    .add_local_file(ROOT / "tasks/llm/choose_template.py", "/opt/preflow/choose_template.py")
 )
 
 

@@ -8,6 +8,12 @@ from pydantic import Field
 from tasks.config.base import MaybeLocation, StageConfig, secrets_by_name
 
 
+def _in_lists(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an object as one whose every value is a list."""
+    named = {name: {**values, "type": "array"} for name, values in schema["patternProperties"].items()}
+    return {"patternProperties": named, "additionalProperties": {**schema["additionalProperties"], "type": "array"}}
+
+
 class Preset(StrEnum):
     """Points that are usually worth a try, the most promising first; docs/sweeps.md says what each changes and why."""
 
@@ -29,13 +35,13 @@ class SweepConfig(StageConfig):
     grid: dict[str, list[Any]] = Field(
         {},
         description='Values by dotted name, e.g. {"training.beta": [0.05, 0.1]}; every combination is a point.',
-        json_schema_extra=secrets_by_name(),
+        json_schema_extra=_in_lists(secrets_by_name()),
     )
     changes: list[dict[str, Any]] = Field(
         [],
         description='One point each, e.g. {"training.num_train_epochs": 3, "training.learning_rate": 1e-6}; {} is the '
         "configuration as it is.",
-        json_schema_extra={"items": secrets_by_name()},
+        json_schema_extra={"items": {**secrets_by_name(), "type": "object"}},
     )
     stronger_judge: str | None = Field(
         None, min_length=1, description="For the preset judge: a model at the judge's endpoint, such as a larger one."

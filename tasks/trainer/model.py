@@ -69,6 +69,8 @@ def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase 
         return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
         names = {file.name for file in Path(source).iterdir()} if Path(source).is_dir() else {"on the hub"}
+        if "config.json" in names:
+            _config_of(source, revision)  # read for the tokenizer too: where it is wrong, it is what must be named
         if names & {*TOKENIZER_FILES, "on the hub"} - {"chat_template.jinja"}:
             raise PreflowError(
                 f"the tokenizer of {source} cannot be read ({_cause(error)}). Install the package that it needs "
@@ -109,7 +111,7 @@ def load_base(training: TrainingConfig, device: int) -> Any:
     Raises:
         PreflowError: the model is not there or cannot be loaded.
     """
-    config = _base_config(training)
+    config = _config_of(training.base_model, training.base_revision)
     options: dict[str, Any] = {"dtype": torch.bfloat16 if training.bf16 and has_cuda() else torch.float32}
     if getattr(config, "quantization_config", None):
         LOG.warning("base_model %s is quantised already and stays as it is: %s", training.base_model, precision(config))
@@ -139,13 +141,11 @@ def load_base(training: TrainingConfig, device: int) -> Any:
     return base
 
 
-def _base_config(training: TrainingConfig) -> Any:
+def _config_of(source: str, revision: str | None) -> Any:
     try:
-        return AutoConfig.from_pretrained(
-            training.base_model, revision=training.base_revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_be_loaded(training.base_model, error) from error
+        return AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    except Exception as error:  # every architecture checks its own fields, with errors of its own
+        raise _cannot_be_loaded(source, error) from error
 
 
 def _cannot_be_loaded(name: str, error: Exception) -> PreflowError:

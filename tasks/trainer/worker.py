@@ -23,6 +23,9 @@ from tasks.trainer.stopping import StopFlag, StopTraining
 
 LOG = logging.getLogger(__name__)
 
+# What gloo and NCCL say when the process at the other end is no more.
+PEER_GONE = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exit")
+
 
 @dataclass(frozen=True)
 class WorkerFiles:
@@ -140,6 +143,9 @@ def run_and_classify(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> 
         return ExitCode.DEFECT, f"{type(error).__name__}: {error}"
     except Exception as error:
         LOG.exception("the trainer failed")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(words in str(error) for words in PEER_GONE):
+            # One that failed by itself has told so before it went, and is believed.
+            return ExitCode.PREEMPTED, "another process of this training was ended by a signal (perhaps out of memory)"
         if type(error).__name__ == "OutOfMemoryError":
             return ExitCode.USER_ERROR, (
                 f"out of memory on the accelerator ({str(error).splitlines()[0]}). Set gradient_checkpointing, or "

@@ -23,7 +23,12 @@ import pytest
 import pytest_asyncio
 import torch
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
 from prefect.client.schemas.objects import StateType
 
 from flows.pipeline import dpo_pipeline
@@ -225,6 +230,18 @@ async def test_an_adapter_is_evaluated_by_the_deployment_for_that(bench: Bench, 
     (made,) = bench.made("evaluations") - before
     rate = json.loads((made / "win_rate.json").read_text())
     assert rate["samples"] == 10, "one for each held-out prompt"
+
+
+async def test_the_pairs_are_audited_by_the_deployment_for_that(bench: Bench, stages: set[Path]) -> None:
+    (pairs,) = bench.made("preferences") & stages
+    (completions,) = bench.made("completions") & stages
+    run = await run_to_the_end(
+        "audit-preferences/local", pairs=str(pairs / "train.jsonl"), completions=str(completions / "completions.jsonl")
+    )
+    async with get_client() as client:
+        shown = await client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
+    (page,) = [artifact for artifact in shown if artifact.key == "preferences"]
+    assert "longer" in str(page.data)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

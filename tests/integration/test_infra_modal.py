@@ -137,6 +137,10 @@ def test_it_is_the_image_and_the_model_server_of_the_cluster() -> None:
     assert f'from_registry("{base}"' in APP.read_text()
     set_there = dict(pair.split("=", 1) for value in values("serve", "ENV") for pair in shlex.split(value))
     assert set(set_there.items()) - app.SERVE_ENV.items() == {("HOME", "/home/preflow")}
+    # All of infra/docker is put there, and what the image has from elsewhere must be named.
+    (scripts,) = [value for value in values("serve", "COPY") if "serve.sh" in value]
+    for source in scripts.split()[:-1]:
+        assert Path(source).parent == Path("infra/docker") or f'"{source}"' in APP.read_text(), source
     assert "infra/docker/train.Dockerfile" in repr(app.train_image)
     assert APP.read_text().count('gpu="L4"') == 2
 

@@ -150,12 +150,15 @@ def test_the_schema_refuses_a_key_too_so_that_no_server_stores_it(key: str) -> N
 
 
 @pytest.mark.parametrize("key", KEYS[:4])
-def test_nor_does_the_schema_of_a_sweep_take_one(key: str) -> None:
+def test_nor_does_the_schema_of_a_sweep_take_one_or_another_form_of_settings(key: str) -> None:
     schema = SweepConfig.model_json_schema()
     for name in ("judging.api_key", "judging.panel"):
         value = [{"model": "m", "api_key": key}] if name.endswith("panel") else key
         assert validate({"grid": {name: [value]}}, schema)
         assert validate({"changes": [{name: value}]}, schema)
+    assert validate({"grid": {"training.beta": 0.1}}, schema), "one value is no list"
+    assert validate({"grid": {"judging.api_key": "env:A"}}, schema)
+    assert validate({"changes": ["training.beta"]}, schema)
     assert not validate({"grid": {"judging.api_key": ["env:A", "judge-key", None], "training.beta": [0.1]}}, schema)
     assert not validate({"changes": [{"judging.panel": [{"model": "m", "api_key": "env:A"}], "x": 1e-6}, {}]}, schema)
 

@@ -202,6 +202,21 @@ def test_vllm_speaks_with_the_chat_template_of_the_training(tmp_path: Path) -> N
     assert given[given.index("--chat-template") + 1] == "/other.jinja"
 
 
+@pytest.mark.parametrize("broken", ["no chooser", "bad adapter"])
+def test_vllm_is_not_started_where_the_template_cannot_be_chosen(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "tokenizer_config.json").write_text("{" if broken == "bad adapter" else "{}")
+    script = DOCKER / "serve.sh"
+    if broken == "no chooser":
+        script = Path(shutil.copy(script, tmp_path))
+        shutil.copy(DOCKER / "served_adapters.py", tmp_path)
+    environment = stand_in(tmp_path, "print('started')\n") | {"MODEL": "base", "SFT_ADAPTER": str(tmp_path / "sft")}
+    done = subprocess.run(["sh", script], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "started" not in done.stdout
+    assert ("choose_template.py" if broken == "no chooser" else "JSONDecodeError") in done.stderr
+
+
 DRAINING = """
 def drain(*_):
     os.write(1, b"draining %d" % os.getpid())

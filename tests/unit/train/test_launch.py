@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
-from tasks.train.launch import check_training_inputs, training_key, with_measured_smoothing
+from tasks.train import launch
+from tasks.train.launch import Preempted, check_training_inputs, run_training, training_key, with_measured_smoothing
 from tests.fakes.tiny_training import Shape, TinyWorld, build_adapter, build_base, pairs, write_preferences
 
 
@@ -197,3 +199,26 @@ class TestMeasuredSmoothing:
             keys.append(training_key(world.preferences, world.config(
                 loss_type="robust", measured_label_smoothing=True)))  # fmt: skip
         assert keys[0] != keys[1]
+
+
+TOLD = "open(folder + '/outcome.json', 'w').write(json.dumps({'code': 1, 'message': 'KeyError: x'})); "
+BEGUN = "open(folder + '/progress.jsonl', 'w').close(); "
+
+
+@pytest.mark.parametrize(
+    ("child", "ending", "message"),
+    [
+        (TOLD + "sys.exit(1)", PreflowError, r"exit code 1 \(KeyError: x\).* is .*log; it ends with:\nlast words"),
+        ("sys.exit(3)", PreflowError, r"exit code 3 \(no message\).* is .*log; it ends with:\nlast words"),
+        (BEGUN + "os.kill(os.getpid(), 9)", Preempted, "ended by SIGKILL"),
+        (BEGUN + "sys.exit(1)", Preempted, "a process of the trainer was ended by a signal"),
+    ],
+)
+def test_how_a_trainer_ends_decides_whether_it_is_run_again(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: str, ending: type[Exception], message: str
+) -> None:
+    code = f"import json, os, sys; folder = sys.argv[1]; print('last words', flush=True); {child}"
+    monkeypatch.setattr(launch, "_command", lambda files, _: [sys.executable, "-c", code, str(files)])
+    key = training_key(world.preferences, world.config())
+    with pytest.raises(ending, match=message):
+        run_training(world.preferences, str(tmp_path / "workspace"), world.config(), key)

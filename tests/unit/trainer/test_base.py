@@ -1,5 +1,6 @@
 """The base that was asked for: every weight its own and finite, nothing random in it, quantised as it is."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ def test_dropout_of_a_part_of_the_model_is_switched_off_too() -> None:
     config.text_config.attention_dropout = config.vision_config.attention_dropout = 0.1
     assert switch_off_dropout(config) == ["attention_dropout", "attention_dropout"]
     assert config.text_config.attention_dropout == config.vision_config.attention_dropout == 0.0
+
+
+def test_a_configuration_that_is_wrong_is_not_taken_for_a_tokenizer_that_is(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+    with pytest.raises(PreflowError, match=r"base_model .*: cannot be loaded \(StrictDataclass"):
+        load_tokenizer(settings(base), base)
+    with pytest.raises(PreflowError, match=r"base_model .*: cannot be loaded \(StrictDataclass"):
+        load_base(settings(base), 0)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_not_called_absent(base: Path) -> None:

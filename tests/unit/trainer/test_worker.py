@@ -33,13 +33,33 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
 def test_an_ending_has_a_code_and_a_message(
     error: BaseException, code: ExitCode, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    found, said = ending(error, tmp_path, monkeypatch)
+    assert found is code
+    assert re.search(message, said), said
+
+
+def ending(error: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ExitCode, str]:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(worker, "train", fail)
     pairs = PreferencesRef(uri="train.jsonl", sha256="0", size=0, rows=0)
-    spec = TrainingSpec(preferences=pairs, workspace=str(tmp_path), training=TrainingConfig(), key="k", sft_sha256="0",
+    spec = TrainingSpec(preferences=pairs, workspace=str(folder), training=TrainingConfig(), key="k", sft_sha256="0",
                         base_sha256="0")  # fmt: skip
-    found, said = worker.run_and_classify(spec, worker.WorkerFiles(tmp_path), StopFlag())
+    return worker.run_and_classify(spec, worker.WorkerFiles(folder), StopFlag())
+
+
+LOST = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:18309: Connection reset by peer. This is typically"
+
+
+@pytest.mark.parametrize(
+    ("processes", "code", "message"),
+    [(1, ExitCode.DEFECT, "Connection reset"), (2, ExitCode.PREEMPTED, "another process of this training")],
+)
+def test_a_process_whose_neighbour_was_killed_has_no_defect(
+    processes: int, code: ExitCode, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    found, said = ending(RuntimeError(LOST), tmp_path, monkeypatch)
     assert found is code
-    assert re.search(message, said), said
+    assert message in said
