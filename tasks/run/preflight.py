@@ -101,8 +101,11 @@ async def check_services(config: PipelineConfig) -> None:
 
 
 def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[object]]]:
-    for stage in STAGES:  # before any endpoint, for a question to a model costs something
+    # Before any question to a model, which costs something: the deployment, and every endpoint's secrets.
+    for stage in STAGES:
         yield from stage.service_checks(config)
+        for settings, _ in stage.endpoints(config):
+            yield partial(Endpoint.connect, settings, stage.name)
     asked: set[tuple[str, str, str | None]] = set()
     for stage in STAGES:
         for settings, trial in stage.endpoints(config):

@@ -34,7 +34,7 @@ class Bench:
             "prompts": str(folder / "prompts.jsonl"),
             "workspace": str(folder / "workspace"),
             "training": {"sft_adapter": str(folder / "sft")},
-            "judging": {"prompt_price": 1.0, "completion_price": 10.0, "max_tokens": 100},
+            "judging": {"rubric": "neutral", "prompt_price": 1.0, "completion_price": 10.0, "max_tokens": 100},
             "evaluation": {"num_samples": 2, "null_test": False},
             "approve_before": ["judging", "promotion"],
         }
@@ -54,7 +54,7 @@ class Bench:
         row = {"id": "a#0", "prompt": [{"role": "user", "content": "s"}], "completions": ["old", "new"], "outcome": 1.0}
         self.store.write_bytes(self.store.uri("evaluations", "comparisons.jsonl"), (json.dumps(row) + "\n").encode())
         rate: dict[str, Any] = {"win_rate": 0.7, "lower": 0.6, "upper": 0.8}
-        found = {**rate, "confidence": 0.95, "samples": 90, "prompts": 30, "ties": 0.0}
+        found = {**rate, "confidence": 0.95, "samples": 90, "prompts": 30, "ties": 0.0, "adapter_sha256": "0" * 64}
         uri = self.store.uri("evaluations", "win_rate.json")
         self.store.write_json(uri, found)
         return EvaluationRef(uri=uri, sha256=self.store.sha256(uri), size=1, rows=1, adapter_sha256="0" * 64, **rate)
