@@ -46,6 +46,11 @@ class WrongForm(ValueError):
 # ---- files
 
 
+def no_such_file(uri: str) -> PreflowError:
+    """Return the error for a file of rows that is not there."""
+    return PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
+
+
 def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a file with their line (or row) numbers from 1; JSONL is streamed, the other formats are read.
 
@@ -160,7 +165,7 @@ def _read_arrow(uri: str, store: Workspace) -> Iterator[Row]:
         raise PreflowError(f"{uri}: a folder of several splits ({splits}); give one of them, such as {uri}/train")
     shards = [file for file in files if file == uri or file.endswith((".arrow", ".parquet"))]
     if not shards:
-        raise PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
+        raise no_such_file(uri)
     for file in shards:
         content = io.BytesIO(store.read_bytes(file))
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tasks.config.base import resolve_location
 from tasks.errors import PreflowError
+from tasks.store.forms import no_such_file
 from tasks.store.records import PromptRow, read_rows
 from tasks.store.workspace import DigestWriter, Manifest, Origin, PromptsRef, Workspace, digest, stage_key
 
@@ -72,7 +73,7 @@ def source_digest(source: str) -> str:
         return origin.sha256(source)
     if shards := origin.digests(source, (".arrow", ".parquet")):
         return digest(shards)
-    raise PreflowError(f"{source}: no such file. Give a JSONL file with one row in each line.")
+    raise no_such_file(source)
 
 
 def _copy_prompts(

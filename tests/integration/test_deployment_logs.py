@@ -112,14 +112,14 @@ def test_the_pipeline_tells_its_progress_its_spending_and_its_verdict(world: Wor
     run = world.run("dpo-pipeline/local", name="my run with all defaults", config=world.config())
     assert run.state == "COMPLETED", run.text
     assert run.name == "my run with all defaults", "the name that was typed is gone"
-    for pattern in (r"answers as sft", r"The whole report: .*report\.html"):
+    for pattern in (r"sft answers", r"The whole report: .*report\.html"):
         assert re.search(pattern, run.text), run.text
     assert run.errors == []
 
 
 STAGES = {
     "generate-completions/local": (["prompts"], "generation", r"24 prompts|generation.*done|100 %"),
-    "judge-preferences/local": (["completions"], "judging", r"(?s)48 requests.*US\$.*preferences: pair \d+"),
+    "judge-preferences/local": (["completions"], "judging", r"(?s)48 requests.*US\$.*preferences: .*pair \d+"),
     "train-dpo/local": (["preferences"], "training", r"step \d+/4"),
 }
 
@@ -161,7 +161,7 @@ def test_serving_tells_from_what_to_what(world: World) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a combination that cannot be": ({"judging": {"orders": 10}}, r"judging\.orders \(10\) is more than"),
-    "a file that is not there": ({"prompts": "/absent.jsonl"}, r"/absent\.jsonl: no such prompts file"),
+    "a file that is not there": ({"prompts": "/absent.jsonl"}, r"/absent\.jsonl: no such file"),
 }
 
 
@@ -199,7 +199,7 @@ def test_the_command_checks_runs_and_follows_to_the_verdict(world: World) -> Non
     followed = preflow(world, "run", "--on", "dpo-pipeline/local", *change)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert "/v2/runs/flow-run/" in followed.stdout.splitlines()[0]
-    for pattern in (r"answers as sft", r"better: it wins .*% of the comparisons \[", r"report: .*report\.html"):
+    for pattern in (r"sft answers", r"better: it wins .*% of the comparisons \[", r"report: .*report\.html"):
         assert re.search(pattern, followed.stdout), followed.stdout
     asked = len(world.judge.requests())
     here = preflow(world, "run", *change)
@@ -217,8 +217,8 @@ MISTAKES = {
         "--on",
         "dpo-pipeline/nowhere",
     ),
-    r"(?s)/absent\.jsonl: no such prompts file.* ended as Failed": ("run", "--on", "dpo-pipeline/local", *NO_FILE),
-    r"/absent\.jsonl: no such prompts file": ("run", *NO_FILE),
+    r"(?s)/absent\.jsonl: no such file.* ended as Failed": ("run", "--on", "dpo-pipeline/local", *NO_FILE),
+    r"/absent\.jsonl: no such file": ("run", *NO_FILE),
     r"judging\.orders \(10\) is more than": ("run", "--set", "judging.orders=10"),
     r"no run with the settings of .* has finished": ("report", "--set", "training.seed=77"),
     r"2 to fix; nothing was spent": ("check", "--set", "generation.model=nobody", *NO_FILE),
