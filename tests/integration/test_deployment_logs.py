@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,14 @@ class World:
         found = run_deployment(
             deployment, parameters=parameters, timeout=SECONDS, poll_interval=0.5, flow_run_name=name, as_subflow=False
         )
+        chosen = {"logs": {"flow_run_id": {"any_": [str(found.id)]}}, "sort": "TIMESTAMP_ASC"}
+        patience = time.monotonic() + 20
         with rest_client(self.url) as client:
-            chosen = {"logs": {"flow_run_id": {"any_": [str(found.id)]}}, "sort": "TIMESTAMP_ASC"}
-            lines = client.post("/logs/filter", json=chosen).raise_for_status().json()
+            while True:  # the run's process sends its last lines after its state
+                lines = client.post("/logs/filter", json=chosen).raise_for_status().json()
+                if any("Finished in state" in line["message"] for line in lines) or time.monotonic() > patience:
+                    break
+                time.sleep(0.5)
         return Run(found.name, found.state.type.value, [(line["level"], line["message"]) for line in lines])
 
 
