@@ -104,6 +104,7 @@ def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[o
     # Before any question to a model, which costs something: the deployment, and every endpoint's secrets.
     for stage in STAGES:
         yield from stage.service_checks(config)
+    for stage in STAGES:
         for settings, _ in stage.endpoints(config):
             yield partial(Endpoint.connect, settings, stage.name)
     asked: set[tuple[str, str, str | None]] = set()
