@@ -3,7 +3,7 @@
     served_adapters.py ADAPTERS SFT_ADAPTER        either may be empty
 
 ADAPTERS is <workspace>/adapters as this machine sees it. A CURRENT.json names its adapter by an address in the
-workspace; the last part of it is the adapter's folder beside that file. Standard library only.
+workspace; the last part of it is the adapter's folder next to that file. Standard library only.
 """
 
 import json

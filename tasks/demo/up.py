@@ -5,6 +5,7 @@ it; processes are known by a mark in their environment, which those that they st
 """
 
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -25,6 +26,8 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from tasks.demo.services import Service, require_free
 from tasks.errors import PreflowError
+
+logger = logging.getLogger(__name__)
 
 MARK = "PREFLOW_UP"
 START_SECONDS = 900.0
@@ -159,8 +162,8 @@ class Up:
         try:
             ServerProxy("http://127.0.0.1", transport=transport).supervisor.shutdown()
             psutil.wait_procs([process for process in self.leftovers() if _is_supervisord(process)], END_SECONDS)
-        except (OSError, Fault):
-            pass  # it does not run; something of it may
+        except (OSError, Fault) as error:
+            logger.info("supervisord does not answer (%s): what is left of it is ended by process", error)
         for process in self.leftovers():
             process.terminate()
         for process in psutil.wait_procs(self.leftovers(), 10)[1]:

@@ -66,7 +66,7 @@ def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
 def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
     """Copy a finished adapter to `adapters/<name>/<digest>/` and return that uri; a copy that is whole is kept.
 
-    The log-probs by which it is known, which training left beside it, lie in the copy as `probe.json`.
+    The log-probs by which it is known, which training left next to it, lie in the copy as `probe.json`.
     """
     store = Workspace(workspace)
     target = store.uri("adapters", name, adapter.sha256[:16])

@@ -107,7 +107,7 @@ def _mean_distance(left: list[float], right: list[float]) -> float:
 
 
 def read_probe(folder: str) -> Probe | None:
-    """Return the probe beside an installed adapter; None for one whose training recorded none."""
+    """Return the probe next to an installed adapter; None for one whose training recorded none."""
     store = Workspace.holding(folder)
     uri = f"{folder}/{PROBE}"
     if not store.exists(uri):

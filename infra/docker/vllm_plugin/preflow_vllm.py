@@ -3,10 +3,10 @@
 vLLM (0.32) gives the new adapter the number of the old one and marks every later request `load_inplace`. So each engine
 step reads the adapter from disk again, and whichever request came last decides whose weights all of them get: requests
 in flight at the switch pull the old adapter back in, under requests that came after it, and what they leave in the
-prefix cache is wrong from then on. With a number of its own the new adapter is loaded once, beside the old one;
+prefix cache is wrong from then on. With a number of its own the new adapter is loaded once, next to the old one;
 requests in flight finish on the adapter they began with.
 
-vLLM finds the plugin through the entry point beside this file when the folder is on PYTHONPATH.
+vLLM finds the plugin through the entry point next to this file when the folder is on PYTHONPATH.
 """
 
 from itertools import count
