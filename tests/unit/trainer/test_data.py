@@ -43,7 +43,7 @@ def test_tokens_are_those_of_trl(tokenizer: Any) -> None:
     config = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=128)
     theirs = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, config, "train")
     reader = PairTokenizer(tokenizer)
-    ours = as_dataset([reader.tokenize(PairRow(**row), 1, LengthReport()) for row in rows])
+    ours = as_dataset(reader.tokenize([("f:1", PairRow(**row)) for row in rows], LengthReport()))
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert list(ours[name]) == list(theirs[name])
 
@@ -115,7 +115,7 @@ def test_sampled_tokens_are_trained_on_as_they_are(family: Family, tmp_path: Pat
 
 def test_a_side_cut_at_max_length_is_not_exact(tokenizer: Any) -> None:
     report, pair = LengthReport(), TokenPair(1, "", [1] * 4, [1] * 4, [2] * 5, (True, True))
-    report.use(pair, max_length=8)
+    report.add(pair, max_length=8)
     assert report.exact_share == 0.5
 
 
