@@ -97,6 +97,20 @@ def test_rendered_pairs_are_prompt_text_and_end_of_turn(family: Family, text: st
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_texts_together_give_the_tokens_of_each_alone(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [conversation(text, f"{text} dog", chosen_finish_reason="length") for text in (*TEXTS, *TEXTS[::-1])]
+    tokenizer, together = load_as(family, tmp_path, rows)
+    monkeypatch.setattr(
+        PairTokenizer, "_encode", lambda _, texts: [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    )
+    _, alone = load_as(family, tmp_path, rows)
+    assert together == alone
+    assert len(together.pairs) == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_sampled_tokens_are_trained_on_as_they_are(family: Family, tmp_path: Path) -> None:
     tokenizer = family.build_tokenizer(tmp_path / "model")
     end = tokenizer.convert_tokens_to_ids(family.eos)
