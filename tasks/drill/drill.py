@@ -17,7 +17,7 @@ from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 
 from tasks.config import TrainingConfig
-from tasks.demo.tiny import make_tiny_materials
+from tasks.demo.materials import make_tiny_materials
 from tasks.drill.preemption import Kind, PodTarget, ProcessTarget, Target
 from tasks.errors import PreflowError
 from tasks.report.page import Cell
@@ -149,13 +149,13 @@ def make_order(drill: Drill, variables: Mapping[str, Any]) -> TrainingOrder:
                 "For a bucket give --pairs, and base_model (a name on the hub) and sft_adapter with --set."
             )
         try:
-            materials = make_tiny_materials(Path(store.root, "drill", "materials"))
+            made, pairs = make_tiny_materials(Path(store.root, "drill", "materials"))
         except ImportError as error:
             raise PreflowError(
                 f"the drill's own tiny model is made with torch, which is not installed here ({error}). Run the drill "
                 "where preflow[train] is, or give --pairs, and base_model and sft_adapter with --set."
             ) from error
-        settings, pairs = materials.settings() | settings, str(materials.pairs)
+        settings = made | settings
     own = {"max_steps": drill.steps, "save_steps": max(1, drill.steps // 4), "eval_steps": drill.steps,
            "logging_steps": 1, "warmup_steps": 2, "lease_seconds": 10}  # fmt: skip
     try:

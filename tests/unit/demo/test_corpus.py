@@ -17,8 +17,8 @@ from tasks.demo.corpus import (
     system_message,
     training_prompts,
 )
-from tasks.demo.material import CHARACTERS, TOPICS
 from tasks.demo.rules import score
+from tasks.demo.world import CHARACTERS, TOPICS
 
 
 def words(text: str) -> set[str]:
@@ -65,7 +65,7 @@ def test_sft_rows_hold_good_and_flawed_scenes() -> None:
     rows = sft_rows(400, seed=0)
     marks = [score(row["prompt"][0]["content"] + row["prompt"][1]["content"], _said(row)) for row in rows]
     perfect = sum(mark.total == 1.0 for mark in marks) / len(marks)
-    valid = sum(mark.is_valid_format for mark in marks) / len(marks)
+    valid = sum(mark.form == 1.0 for mark in marks) / len(marks)
     assert 0.05 < perfect < 0.4
     assert 0.85 < valid < 0.99
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tasks.demo import watchdog
-from tasks.demo.serving import VllmOptions, vllm_server
+from tasks.demo.services import VllmOptions, vllm_server
 from tasks.errors import PreflowError
 
 # Answers /health, and has a child of its own that ignores SIGTERM, as an engine process in trouble would.
@@ -31,7 +31,7 @@ http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
 PARENT = """
 import sys, time
 from pathlib import Path
-from tasks.demo.serving import vllm_server
+from tasks.demo.services import vllm_server
 server = vllm_server(python=Path(sys.argv[1]), model=Path(sys.argv[2]), log=Path(sys.argv[3]))
 server.start()
 server.wait_ready(60)
