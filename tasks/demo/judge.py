@@ -99,10 +99,10 @@ def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
     decision = verdict(scene, completions)
     content = f"```json\n{json.dumps(decision)}\n```"
     asked = _estimate_tokens("".join(str(message["content"]) for message in body["messages"]))
-    said = _estimate_tokens(content)
-    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
-    message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    answered = _estimate_tokens(content)
+    usage = {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
+    said = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}
     completion = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
     response = JSONResponse({**completion, "model": MODEL, "choices": [choice], "usage": usage})
     return response, {**decision, "completions": len(completions), "usage": usage}
