@@ -173,7 +173,8 @@ class Evaluation(WinRate):
             return (
                 f"two draws of the SFT adapter come out at {self.null.text()} against each other, where the interval "
                 f"({percent(self.null.confidence, '.3g')}) must hold 50 %: no win rate of this judge can be "
-                "believed. Look at its positions in the quality report; take another judging.model, or more held-out prompts."
+                "believed. Look at its positions in the quality report; take another judging.model, or more held-out "
+                "prompts."
             )
         if self.lower <= bar:
             return (
