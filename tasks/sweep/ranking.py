@@ -20,8 +20,8 @@ class PointResult(BaseModel):
     """What came of one point: what it made and how often that won, or the error it ended with.
 
     `widened` is the interval that holds for all points of the sweep at once, and `proven` its lower bound or that with
-    length taken out, the lower one; `null` is SFT against itself; `measured_with` is the digest of prompts, sampling
-    settings and judge.
+    length taken out, the lower one; `null` is SFT against itself; `evaluation_fingerprint` is the digest of what the
+    win rate was measured with: prompts, sampling settings and judge.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,7 +35,7 @@ class PointResult(BaseModel):
     widened: WinRate | None = None
     proven: float | None = None
     null: WinRate | None = None
-    measured_with: str | None = None
+    evaluation_fingerprint: str | None = None
 
 
 class SweepResult(BaseModel):
@@ -127,7 +127,7 @@ def _measure(store: Workspace, point: Point, result: PointResult, widened: float
             "widened": raw,
             "proven": min(raw.lower, controlled.lower),
             "null": found.null,
-            "measured_with": digest([prompts, evaluation.num_samples, evaluation.seed, sampled, judge])[:16],
+            "evaluation_fingerprint": digest([prompts, evaluation.num_samples, evaluation.seed, sampled, judge])[:16],
         }
     )
 

@@ -245,14 +245,14 @@ def test_with_the_widened_confidence_all_intervals_hold_together() -> None:
     assert (sidak(0.95, 1), sidak(0.95, 6)) == (0.95, pytest.approx(0.991487, abs=1e-6))
 
 
-def _result(number: int, rate: float | None, measured_with: str = "one") -> PointResult:
+def _result(number: int, rate: float | None, measured: str = "one") -> PointResult:
+    name = f"n{number}"
     if rate is None:
-        return PointResult(number=number, change={}, name=f"n{number}", error="judge down")
-    found = [WinRate(win_rate=rate, lower=rate - half, upper=rate + half) for half in (0.03, 0.05)]
+        return PointResult(number=number, change={}, name=name, error="judge down")
     # What was made is not shown here, so a failed point is told by its error alone.
-    return PointResult(
-        number=number, change={}, name=f"n{number}", rate=found[0], widened=found[1], measured_with=measured_with
-    )
+    alone, widened = (WinRate(win_rate=rate, lower=rate - half, upper=rate + half) for half in (0.03, 0.05))
+    about = {"number": number, "change": {}, "name": name, "evaluation_fingerprint": measured}
+    return PointResult(rate=alone, widened=widened, **about)
 
 
 def test_the_ranking_is_honest() -> None:
