@@ -3,6 +3,7 @@
 import base64
 import copy
 import dataclasses
+import json
 import logging
 import random
 import time
@@ -281,14 +282,15 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             InvariantError: an invariant does not hold.
         """
         self._restored = checkpoint
+        state = Path(self.args.output_dir, "trainer_state.json")
         if checkpoint is None:
             self._measure_start()
-        else:
-            checkpoint.write(Path(self.args.output_dir) / "resume")
+        else:  # transformers reads its own state from a file; everything else is put back by the overrides below
+            state.write_text(json.dumps(checkpoint.state["trainer_state"]))
         self._started = (time.monotonic(), checkpoint.step if checkpoint else 0)
         try:
             with self._hooks.stop.deferred():
-                self.train(resume_from_checkpoint=str(Path(self.args.output_dir) / "resume") if checkpoint else None)
+                self.train(resume_from_checkpoint=str(state.parent) if checkpoint else None)
         except StopTraining:
             self.save_boundary()
             raise

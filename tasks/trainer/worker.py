@@ -82,7 +82,7 @@ def holding_lease(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> Ite
         yield Workspace(spec.workspace)
         return
     root = Workspace(spec.workspace).root
-    lease = Lease.at(TrainingPaths.of(root, spec.key).lease, spec.training.lease_seconds, stop.set)
+    lease = Lease(TrainingPaths.of(root, spec.key).lease, spec.training.lease_seconds, stop.set)
     lease.acquire(lambda text: files.progress(Progress("waiting", text)))
     LOG.info("lease taken, token %d", lease.token)
     try:
