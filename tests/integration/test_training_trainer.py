@@ -26,7 +26,7 @@ from tasks.trainer.data import load_pairs, make_micro_batches
 from tasks.trainer.model import AdapterWeights, adapter_state, load_base, load_policy, load_tokenizer, save_adapter
 from tasks.trainer.reference import ReferenceCache, ReferenceLogps, Split, reference_key
 from tasks.trainer.stopping import StopFlag
-from tasks.trainer.trainer import ExactTrainer, Hooks, TrainerParts
+from tasks.trainer.trainer import ExactTrainer, Hooks
 from tests.fakes.tiny_training import TinyWorld, build_adapter
 
 
@@ -46,8 +46,10 @@ class Bench:
         self.train = self._split(world, "train", tokenizer, training)
         self.val = self._split(world, "val", tokenizer, training)
         policy = policy or load_policy(load_base(training, 0), world.adapter, tokenizer)
-        parts = TrainerParts(policy, tokenizer, self.train, self.val, AdapterWeights(world.adapter), scratch)
-        self.trainer = ExactTrainer(parts, training, Hooks(self._save, self._keep, self.signs.append, StopFlag()))
+        hooks, splits = Hooks(self._save, self._keep, self.signs.append, StopFlag()), [self.train, self.val]
+        scratch.mkdir(exist_ok=True)
+        sft = AdapterWeights(world.adapter)
+        self.trainer = ExactTrainer(policy, sft, tokenizer, splits, training, scratch, hooks)
 
     def _save(self, checkpoint: Checkpoint) -> float:
         self.saved.append(copy.deepcopy(checkpoint))  # its tensors are those in training
