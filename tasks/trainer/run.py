@@ -32,7 +32,7 @@ from tasks.store.workspace import (
 from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
-from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec
+from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec, is_main_process
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
@@ -82,7 +82,7 @@ class TrainingRun:
 
     def execute(self) -> None:
         """Train, check, and commit the adapter; after a `StopTraining` what could be saved is saved."""
-        if self._is_main:
+        if is_main_process():
             self._sweep()
         phase = self._phases.phase
         with phase("reading the SFT adapter"):
@@ -166,12 +166,8 @@ class TrainingRun:
         return trainer
 
     def _tell(self, progress: Progress) -> None:
-        if self._is_main:
+        if is_main_process():
             self._progress(progress)
-
-    @property
-    def _is_main(self) -> bool:
-        return os.environ.get("RANK", "0") == "0"
 
     def _use_cached_reference(self, trainer: ExactTrainer, splits: list[Split]) -> None:
         weights = {
@@ -184,7 +180,7 @@ class TrainingRun:
             count = sum(len(split.pairs) for split in splits)
             self._tell(Progress("reference", f"computing the reference log-probs of {count} pairs"))
             found = {split.name: trainer.reference_logps(split) for split in splits}
-            if self._is_main:
+            if is_main_process():
                 cache.save(splits, found, weights)
         trainer.use_cached_reference(found["train"], found.get("val"))
 
@@ -197,7 +193,7 @@ class TrainingRun:
     def _write_rows(self, rows: list[dict[str, Any]], is_last: bool = False) -> None:
         """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
         started = time.monotonic()
-        if self._is_main and (is_last or started >= self._rows_due):
+        if is_main_process() and (is_last or started >= self._rows_due):
             content = b"".join(canonical_json(row) + b"\n" for row in rows)
             self._store.write_bytes(self._paths.file("metrics.jsonl"), content)
             self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
@@ -212,7 +208,7 @@ class TrainingRun:
             save_adapter(trainer.model, adapter, folder)
             (folder / "chat_template.jinja").write_text(self._template.text)
             trainer.check_saved(folder, check)
-            if self._is_main:
+            if is_main_process():
                 self._store.write_json(
                     self._paths.file("probe.json"), record_probe(trainer.model, adapter, probe_texts(check.pairs))
                 )
