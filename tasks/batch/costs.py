@@ -157,13 +157,21 @@ def write_cost(store: Workspace, folder: str, stage: str, rows: Cost) -> StageCo
 
 
 def log_cost(cost: StageCost) -> None:
-    """Say what a stage has used, and what the rows that were known before had cost."""
-    tokens = [spent.prompt_tokens + spent.completion_tokens for spent in (cost.used, cost.cached)]
+    """Say what a stage has used, over all attempts at it, and what rows of other runs had cost, if there were any."""
     logger.info(
-        "%s: %s requests, %s tokens, %s US$ in %s; rows known before saved %s tokens, %s US$",
-        cost.stage, f"{cost.used.requests:,}", f"{tokens[0]:,}", format_usd(cost.used.usd),
-        format_seconds(cost.seconds), f"{tokens[1]:,}", format_usd(cost.cached.usd),
+        "%s: %s US$ for %s requests and %s tokens in %s, all attempts together",
+        cost.stage, format_usd(cost.used.usd), f"{cost.used.requests:,}", f"{_tokens(cost.used):,}",
+        format_seconds(cost.seconds),
     )  # fmt: skip
+    if cost.cached.requests:
+        logger.info(
+            "%s: rows that other runs had paid for saved %s US$ and %s tokens",
+            cost.stage, format_usd(cost.cached.usd), f"{_tokens(cost.cached):,}",
+        )  # fmt: skip
+
+
+def _tokens(cost: Cost) -> int:
+    return cost.prompt_tokens + cost.completion_tokens
 
 
 def say_prices(config: EndpointConfig) -> str:

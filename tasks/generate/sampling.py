@@ -38,6 +38,8 @@ from tasks.store.workspace import (
 VERSION = 3
 # So many of the longest prompts are held against the model's context.
 LONGEST = 5
+# As the pairs' quality page has it: more cut completions than this are worth a word.
+MOST_CUT = 0.1
 logger = logging.getLogger(__name__)
 
 
@@ -355,6 +357,12 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
         "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
         out.rows, plan.generation.num_completions, counts.failed, total, counts.cut, counts.empty,
     )  # fmt: skip
+    if counts.cut > MOST_CUT * total:
+        logger.warning(
+            "%.0f %% of the completions are cut at generation.max_tokens (%d): such a side is trained on without an "
+            "end of turn. Raise it, or leave these pairs out with judging.leave_out_cut",
+            100 * counts.cut / total, plan.generation.max_tokens,
+        )  # fmt: skip
     _write_manifest(plan, artifact, counts, files)
     return artifact
 

@@ -37,7 +37,10 @@ NOBODY: Worker = ("", 0.0)
 
 
 class Work(BaseModel):
-    """One piece of work of a sweep, done once for all `points`; tokens, minutes and money are those still to come."""
+    """One piece of work of a sweep, done once for all `points`; tokens, minutes and money are those still to come.
+
+    `is_measured`: by what this workspace holds of the same kind, not by limits and the speed of an L4.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -49,6 +52,7 @@ class Work(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     gpu_minutes: float = 0.0
+    is_measured: bool = False
     usd: float | None = 0.0
     most_usd: float = 0.0
     finished: bool = False
@@ -76,6 +80,10 @@ class SweepPlan(BaseModel):
     def is_priced(self) -> bool:
         """Whether everything that is still to come has a price."""
         return all(work.usd is not None for work in self.work)
+
+    def points(self) -> set[int]:
+        """Return the points that the work is for."""
+        return {number for work in self.work for number in work.points}
 
     def unfinished_points(self) -> set[int]:
         """Return the points for which something is still to be done."""
@@ -197,7 +205,8 @@ class _Planner:
         return Work(
             stage=piece.stage, who=piece.who, points=tuple(piece.points), requests=piece.requests, known=known,
             prompt_tokens=round(prompt), completion_tokens=round(completion), gpu_minutes=minutes,
-            usd=usd if all(priced) else None, most_usd=usd + more * piece.prices[1] / 1e6, finished=piece.finished,
+            is_measured=piece.writer in self._measured, usd=usd if all(priced) else None,
+            most_usd=usd + more * piece.prices[1] / 1e6, finished=piece.finished,
         )  # fmt: skip
 
     def _each(self, worker: Worker) -> float:

@@ -23,7 +23,7 @@ from tasks.evaluate.comparisons import win_rate
 from tasks.run.preflight import endpoint_lock, sharing_endpoints
 from tasks.store.measures import WinRate
 from tasks.sweep.estimate import SweepPlan, Work, check_budget, plan_sweep
-from tasks.sweep.page import plan_section, ranking_section
+from tasks.sweep.page import plan_lines, plan_section, ranking_section
 from tasks.sweep.points import apply_change, expand_points, parameter_names
 from tasks.sweep.prepare import prepare_points, trainings_at_once
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
@@ -186,6 +186,13 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     assert rows[2][7:] == ("13 min 24 s", "0.08")
     assert rows[3][4] == "finished"
     assert rows[-1][-1] == "about 2.58 US$, at most 20.08 and what has no price set"
+    assert list(plan_lines(SweepPlan(work=WORK))) == [
+        "  sample completions (sft, points 1-3, 5): 60 requests (40 more known), about 6,000 + 9,000 tokens, "
+        "no price set",
+        "  judge preferences (judge, points 1-2): 200 requests, about 0 + 0 tokens, 2.50 US$",
+        "  train (beta 0.1, points 1): about 13 min 24 s on an L4",
+        "cost: about 2.58 US$, at most 20.08 and what has no price set",
+    ]
 
 
 def test_work_that_points_share_is_planned_once(tmp_path: Path) -> None:
