@@ -76,7 +76,7 @@ def plan_lines(plan: SweepPlan) -> Iterator[str]:
     for work in plan.work:
         points = f", points {_span(work.points)}" if len(plan.points()) > 1 else ""
         if work.to_ask:
-            tokens = f"{work.prompt_tokens:,} + {work.completion_tokens:,} tokens"
+            tokens = f"{work.prompt_tokens:,.0f} + {work.completion_tokens:,.0f} tokens"
             known = f" ({work.known:,} more known)" if work.known else ""
             price = format_price(work.usd) + (" US$" if work.usd is not None else "")
             yield f"  {work.stage} ({work.who}{points}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
@@ -90,7 +90,7 @@ def _work_row(work: Work, money: str) -> tuple[Cell, ...]:
     known = "finished" if work.finished else f"{work.known:,}" if work.requests else None
     return (
         work.stage, work.who or None, _span(work.points) or None, work.requests or None, known,
-        work.prompt_tokens or None, work.completion_tokens or None,
+        round(work.prompt_tokens) or None, round(work.completion_tokens) or None,
         format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None, money,
     )  # fmt: skip
 
