@@ -17,8 +17,9 @@ import pytest
 from matplotlib import image
 
 from tasks.errors import PreflowError
-from tasks.judge.quality import measure_judgements, measure_pairs, plot_quality
-from tasks.judge.quality.metrics import wilson_interval
+from tasks.judge.quality.audit import measure_pairs
+from tasks.judge.quality.metrics import measure_judgements, wilson_interval
+from tasks.judge.quality.plot import plot_quality
 from tasks.store.measures import QualityReport
 
 WORDS = [a + b for a in ("lan", "ket", "mar", "sil", "tun", "vel") for b in ("tern", "tle", "ble", "ver", "nel", "vet")]
