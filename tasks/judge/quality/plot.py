@@ -27,9 +27,10 @@ def plot_quality(report: QualityReport) -> bytes:
 
 def _draw_positions(axes: Any, report: QualityReport) -> bool:
     found = {metric.name: metric.detail for metric in report.metrics if "positions" in metric.detail}
+    if not found:
+        return False
     for side, colour, offset in (("best", BLUE, -0.2), ("worst", ORANGE, 0.2)):
-        if (detail := found.get(f"position_{side}")) is None:
-            return False
+        detail = found[f"position_{side}"]
         table = detail["positions"]
         error = [[100 * abs(row["rate"] - row["interval"][k]) for row in table] for k in (0, 1)]
         axes.bar(
