@@ -93,17 +93,6 @@ def test_the_provider_knows_every_argument() -> None:
                 check_arguments(body, TABLE[f"data.{kind.strip(chr(34))}"], kind)
 
 
-def test_the_extended_grace_has_a_provider_that_knows_it() -> None:
-    """7.39 brought the two fields; the whole may be 0, 30 or 120 s, and the part of critical pods is below it."""
-    (version,) = re.findall(r'version = ">= 7\.(\d+), < 8\.0"', (GCP / "versions.tf").read_text())
-    assert int(version) >= 39
-    whole, critical = (
-        int(seconds) for seconds in re.findall(r"shutdown_grace_period_(?:critical_pods_)?seconds\s+= (\d+)", TEXT)
-    )
-    assert whole in (30, 120)
-    assert critical < whole
-
-
 def test_the_settings_of_the_overlay_are_all_written() -> None:
     given = set(re.findall(r"^\s*([A-Z_]+)=", named("output")["cluster_settings"]["value"], re.MULTILINE))
     example = (ROOT / "infra/k8s/overlays/gke/settings.env").read_text()

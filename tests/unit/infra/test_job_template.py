@@ -1,7 +1,7 @@
 """The Job that the worker makes of the pool's template, rendered by the worker's own classes."""
 
 import json
-from collections.abc import Iterator
+import re
 from copy import deepcopy
 from datetime import UTC, datetime
 from typing import Any
@@ -59,19 +59,7 @@ def test_every_variable_is_typed_described_and_used() -> None:
         assert f'"{{{{ {name} }}}}' in text, f"nothing reads {name}"
         if "default" in variable:
             jsonschema.validate(variable["default"], variable)
-
-
-def test_every_placeholder_is_a_variable() -> None:
-    def placeholders(value: object) -> Iterator[str]:
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list):
-            for item in value:
-                yield from placeholders(item)
-        elif isinstance(value, str) and "{{" in value:
-            yield value.split("{{")[1].split("}}")[0].strip()
-
-    assert set(placeholders(TEMPLATE["job_configuration"])) == set(VARIABLES)
+    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == set(VARIABLES)
 
 
 async def test_a_preemption_is_a_pause() -> None:
@@ -223,11 +211,3 @@ def check_schema(job: dict[str, Any]) -> None:
     job = deepcopy(job)
     assert (pod_of(job).pop("parallelism"), pod_of(job).pop("completions")) == (1, 1)
     kubernetes_validate.validate(job, KUBERNETES, strict=True)
-
-
-async def test_kubernetes_knows_every_field() -> None:
-    job = await render()
-    check_schema(job)
-    pod_of(job)["tolerations"][0]["operater"] = "Exists"
-    with pytest.raises(Exception, match="operater"):
-        check_schema(job)
