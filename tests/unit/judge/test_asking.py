@@ -306,6 +306,7 @@ class ScriptedEndpoint:
             [Choice(text, finish, "" if text.strip() else "the model wrote nothing")],
             Cost(requests=1, prompt_tokens=10, completion_tokens=2),
             "m",
+            refused=("temperature",),
         )
 
 
@@ -320,7 +321,7 @@ QUESTION = Question(make_row("a", "b", "c"), [2, 0, 1])
 async def test_a_vote_is_in_indexes_and_not_in_positions() -> None:
     outcome = await make_judge(ScriptedEndpoint(V)).judge(QUESTION)
     assert outcome.row == {"order": [2, 0, 1], "best": 0, "worst": 1, "confidence": 4}
-    assert outcome.usage.requests == 1
+    assert (outcome.usage.requests, outcome.refused) == (1, ("temperature",))
 
 
 async def test_a_cut_verdict_is_asked_for_again_with_twice_the_tokens() -> None:
