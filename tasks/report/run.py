@@ -29,7 +29,7 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
-from tasks.store.measures import Evaluation, Health, QualityReport
+from tasks.store.measures import Health, QualityReport, read_evaluation
 from tasks.store.workspace import (
     MANIFEST,
     AdapterRef,
@@ -63,9 +63,8 @@ async def report_evaluation(evaluation: EvaluationRef, workspace: str, bar: floa
 
 async def report_run(config: PipelineConfig, result: PipelineResult, folder: str) -> str:
     """Write the page of a whole run into its folder, show it in the UI, and return its uri."""
-    store, uri = Workspace(config.workspace), posixpath.join(folder, "report.html")
     sections = run_sections(config, result)
-    store.write_bytes(uri, render_html(f"preflow run for {config.promotion.name}", sections).encode())
+    uri = write_report(config, sections, folder)
     for section in sections:
         if section.title in ("Cost", "Lineage"):  # the others are pages of their stages already
             await publish(section)
@@ -77,17 +76,25 @@ async def report_run(config: PipelineConfig, result: PipelineResult, folder: str
     return uri
 
 
+def write_report(config: PipelineConfig, sections: Sequence[ReportSection], folder: str) -> str:
+    """Write the page of a whole run into its folder, and return its uri."""
+    uri = posixpath.join(folder, "report.html")
+    page = render_html(f"preflow run for {config.promotion.name}", sections)
+    Workspace(config.workspace).write_bytes(uri, page.encode())
+    return uri
+
+
 def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
     """Return every page on a run: first the verdict, then what shows it, then how it came about."""
     store = Workspace(config.workspace)
-    manifests, bar = gather_manifests(store, result), config.promotion.min_win_rate
+    manifests, bar = gather_manifests(store, *result.references()), config.promotion.min_win_rate
     ledger = add_up(manifests)
     shown = [
         evaluation_page(result.evaluation, config.workspace, bar),
         *preference_sections(result.preferences, config.workspace),
         training_page(result.adapter, config.workspace),
     ]
-    found, quality = read_evaluation(store, result.evaluation), read_quality(store, result.preferences)
+    found, quality = read_evaluation(result.evaluation), read_quality(store, result.preferences)
     trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
     figures = run_figures(found, bar, quality, read_health(store, result.adapter), trained)
     glance = glance_section(found, bar, what_is_served(result), figures, shown)
@@ -148,11 +155,6 @@ def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport
     return QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
 
 
-def read_evaluation(store: Workspace, evaluation: EvaluationRef) -> Evaluation:
-    """Return what the comparisons came to."""
-    return Evaluation.model_validate(store.read_json(evaluation.uri))
-
-
 def read_health(store: Workspace, adapter: AdapterRef) -> Health:
     """Return the readings of a training."""
     return Health.model_validate(store.read_json(adapter.sibling("health.json")))
@@ -170,11 +172,11 @@ def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> Re
     """Return the section on the win rate."""
     store, lengths = Workspace(workspace), SampleLengths()
     comparisons = sample_rows(lengths.watch(store.read_rows(evaluation.sibling("comparisons.jsonl"))))
-    return evaluation_section(read_evaluation(store, evaluation), comparisons, bar, lengths)
+    return evaluation_section(read_evaluation(evaluation), comparisons, bar, lengths)
 
 
-def gather_manifests(store: Workspace, *results: PipelineResult) -> list[Manifest]:
-    """Return the manifests of everything that runs were made of, each once, and after those of what it was made of."""
+def gather_manifests(store: Workspace, *references: Origin) -> list[Manifest]:
+    """Return the manifests of artifacts and of all that these were made of, each once, what was made first coming first."""
     found: dict[str, Manifest] = {}
     seen: set[str] = set()
 
@@ -188,7 +190,7 @@ def gather_manifests(store: Workspace, *results: PipelineResult) -> list[Manifes
             visit(upstream)
         found[uri] = _with_origin(store, manifest) if manifest.stage == "prompts" else manifest
 
-    for reference in (reference for result in results for reference in result.references()):
+    for reference in references:
         visit(reference)
     return list(found.values())
 
