@@ -147,6 +147,7 @@ def measure_agreement(
         samples=len(read),
         prompts=len({one.prompt for _, _, one in read}),
         clusters=int(clusters.max()) + 1,
+        ties=float((human[labelled] == 0.5).mean()),
     )
     return Agreement(labels=int(labelled.sum()), share=share, kappa=kappa, corrected=corrected)
 

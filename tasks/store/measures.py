@@ -10,6 +10,21 @@ from tasks.store.workspace import Workspace
 AGREEMENT = "agreement.json"
 
 
+def percent(share: float, form: str = ".1f") -> str:
+    """Return a share in percent; with `.3g` a bound that a person chose, as short as it was written."""
+    return f"{100 * share:{form}} %"
+
+
+def percent_range(low: float, high: float) -> str:
+    """Return an interval in percent."""
+    return f"{100 * low:.1f}-{100 * high:.1f} %"
+
+
+def p_text(p_value: float) -> str:
+    """Return a p-value as it is read."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
 class Metric(BaseModel):
     """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with.
 
@@ -33,7 +48,7 @@ class Metric(BaseModel):
         if self.value is None:
             return self.meaning or None
         if (self.unit or "").startswith("share"):
-            return f"{100 * self.value:.1f} %"
+            return percent(self.value)
         return f"{self.value:,.3g} {self.unit or ''}".strip()
 
 
@@ -106,7 +121,7 @@ class WinRate(BaseModel):
 
     def text(self) -> str:
         """Return the rate with its interval, in percent."""
-        return f"{100 * self.win_rate:.1f} % ({100 * self.lower:.1f}-{100 * self.upper:.1f} %)"
+        return f"{percent(self.win_rate)} ({percent_range(self.lower, self.upper)})"
 
     def holds(self, value: float) -> bool:
         """Tell whether the interval holds `value`."""
@@ -140,7 +155,7 @@ class Interval(BaseModel):
 
     def text(self) -> str:
         """Return the figure with its interval, in percent."""
-        return f"{100 * self.value:.1f} % ({100 * self.lower:.1f}-{100 * self.upper:.1f} %)"
+        return f"{percent(self.value)} ({percent_range(self.lower, self.upper)})"
 
 
 class Agreement(BaseModel):
@@ -197,22 +212,24 @@ class Evaluation(WinRate):
             bar: what the lower bounds of the win rates must be over.
             min_agreement: what that of the judge's agreement with a person must be over; 0: no labels are needed.
         """
+        wanted = f"must be over min_win_rate ({percent(bar, '.3g')})"
         if self.null is not None and not self.null_holds:
             return (
                 f"two draws of the SFT adapter come out at {self.null.text()} against each other, where the interval "
-                f"({100 * self.null.confidence:.3g} %) must hold 50 %: no win rate of this judge can be believed. Look "
-                "at its positions in the quality report; take another judging.model, or more held-out prompts."
+                f"({percent(self.null.confidence, '.3g')}) must hold 50 %: no win rate of this judge can be "
+                "believed. Look at its positions in the quality report; take another judging.model, or more held-out "
+                "prompts."
             )
         if self.lower <= bar:
             return (
-                f"win rate {self.text()}; the interval's lower bound must be over min_win_rate ({100 * bar:.3g} %). "
+                f"win rate {self.text()}; the interval's lower bound {wanted}. "
                 "More held-out prompts narrow the interval; a lower training.beta moves the adapter further."
             )
         if self.length_controlled is not None and self.proven <= bar:
             return (
                 f"win rate {self.text()}, but {self.length_controlled.text()} with length taken out; both lower bounds "
-                f"must be over min_win_rate ({100 * bar:.3g} %). The new adapter may have won by length alone: say in "
-                "judging.rubric that length does not count, or lower generation.max_tokens."
+                f"{wanted}. The new adapter may have won by length alone: say in judging.rubric "
+                "that length does not count, or lower generation.max_tokens."
             )
         return self.disagreement(min_agreement)
 
@@ -222,13 +239,13 @@ class Evaluation(WinRate):
             return None
         if self.agreement is None:
             return (
-                f"promotion.min_agreement is {100 * min_agreement:.3g} %, and nobody has labelled comparisons of this "
-                "run yet: `preflow label` takes 15 minutes. Then run it again; nothing is paid twice."
+                f"promotion.min_agreement is {percent(min_agreement, '.3g')}, and nobody has labelled comparisons of "
+                "this run yet: `preflow label` takes 15 minutes. Then run it again; nothing is paid twice."
             )
         if self.agreement.share.lower <= min_agreement:
             return (
                 f"the judge agrees with a person in {self.agreement.share.text()} of {self.agreement.labels} "
-                f"comparisons; the interval's lower bound must be over min_agreement ({100 * min_agreement:.3g} %). "
+                f"comparisons; the lower bound must be over min_agreement ({percent(min_agreement, '.3g')}). "
                 "Sharpen judging.rubric, or take another judging.model; more labels narrow the interval."
             )
         return None

@@ -127,7 +127,7 @@ def _advice(result: SweepResult) -> Iterator[str]:
     if failed := result.failed():
         numbers = _span([point.number for point in failed])
         yield f"Points {numbers} failed, see the table; start the sweep again and only they are run."
-    if len({point.ruler for point in ranked}) > 1:
+    if len({point.evaluation_fingerprint for point in ranked}) > 1:
         yield (
             "The points were not all measured on the same prompts with the same settings and judge, so their win rates "
             "compare only roughly. Give eval_prompts that no training prompt is in, and sweep nothing of evaluation."

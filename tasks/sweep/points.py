@@ -81,7 +81,7 @@ def expand_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
     if not changes:
         raise PreflowError(f"the sweep has no points: give sweep.presets, sweep.grid (such as {EXAMPLE}) or .changes")
     _check_names(name for change in changes for name in change)
-    base, found, problems = _with_one_ruler(config), list[Point](), list[str]()
+    base, found, problems = _pin_evaluation_settings(config), list[Point](), list[str]()
     for number, change in enumerate(changes, 1):
         try:
             found.append(Point(number=number, change=change, config=apply_change(base, change)))
@@ -135,7 +135,7 @@ def apply_change(base: PipelineConfig, change: Change) -> PipelineConfig:
     return PipelineConfig.model_validate(values).filled()
 
 
-def _with_one_ruler(config: PipelineConfig) -> PipelineConfig:
+def _pin_evaluation_settings(config: PipelineConfig) -> PipelineConfig:
     """Write the evaluation out before anything is changed: all points are measured by one judge on like samples."""
     return config.model_copy(update={"evaluation": config.filled().evaluation})
 

@@ -12,7 +12,7 @@ from tasks.store.measures import Evaluation, WinRate
 from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Workspace, digest, stage_key
 from tasks.sweep.points import Change, Point
 
-VERSION = 1
+VERSION = 2
 logger = logging.getLogger(__name__)
 
 
@@ -20,8 +20,8 @@ class PointResult(BaseModel):
     """What came of one point: what it made and how often that won, or the error it ended with.
 
     `widened` is the interval that holds for all points of the sweep at once, and `proven` its lower bound or that with
-    length taken out, the lower one; `null` is SFT against itself; `ruler` is
-    the digest of what the win rate was measured with: prompts, sampling settings and judge.
+    length taken out, the lower one; `null` is SFT against itself; `evaluation_fingerprint` is the digest of what the
+    win rate was measured with: prompts, sampling settings and judge.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,7 +35,7 @@ class PointResult(BaseModel):
     widened: WinRate | None = None
     proven: float | None = None
     null: WinRate | None = None
-    ruler: str | None = None
+    evaluation_fingerprint: str | None = None
 
 
 class SweepResult(BaseModel):
@@ -122,7 +122,7 @@ def _measure(store: Workspace, point: Point, result: PointResult, widened: float
             "widened": raw,
             "proven": min(raw.lower, controlled.lower),
             "null": found.null,
-            "ruler": _ruler(point, comparisons),
+            "evaluation_fingerprint": _evaluation_fingerprint(point, comparisons),
         }
     )
 
@@ -132,7 +132,7 @@ def _read_comparisons(store: Workspace, evaluation: EvaluationRef, judges: set[s
     return [read_comparison(row, judges) for row in rows]
 
 
-def _ruler(point: Point, comparisons: Sequence[Comparison]) -> str:
+def _evaluation_fingerprint(point: Point, comparisons: Sequence[Comparison]) -> str:
     evaluation = point.config.evaluation
     settings = evaluation.generation.identity() if evaluation.generation else None
     judge = evaluation.comparison_judge().verdict_identity()

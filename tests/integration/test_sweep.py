@@ -168,7 +168,7 @@ def test_the_result_is_ranked_and_shown(bench: Bench, result: SweepResult) -> No
         assert point.rate is not None
         assert point.widened is not None
         assert point.widened.lower <= point.rate.lower <= point.rate.win_rate <= point.rate.upper <= point.widened.upper
-    assert len({point.ruler for point in result.points}) == 1
+    assert len({point.evaluation_fingerprint for point in result.points}) == 1
     assert len({(point.null.win_rate, point.null.lower) for point in result.points if point.null}) == 1
     (shown,) = artifacts(bench, "sweep")
     assert "data:image/png;base64," in shown["data"]

@@ -72,7 +72,7 @@ def test_every_parameter_can_be_named(name: str) -> None:
 
 
 def test_all_points_are_measured_by_one_judge_on_like_samples() -> None:
-    base = PipelineConfig(judging=JudgingConfig(model="ruler"), generation=GenerationConfig(temperature=0.8))
+    base = PipelineConfig(judging=JudgingConfig(model="labeller"), generation=GenerationConfig(temperature=0.8))
     grid = {"judging.model": ["a", "b"], "generation.temperature": [0.8, 1.1]}
     for _, config in points(base, grid=grid):
         assert config.evaluation.judging == base.judging
@@ -219,12 +219,14 @@ def test_the_widened_confidence() -> None:
     assert sidak(0.95, 6) == pytest.approx(0.991487, abs=1e-6)
 
 
-def _result(number: int, rate: float | None, ruler: str = "one") -> PointResult:
+def _result(number: int, rate: float | None, fingerprint: str = "one") -> PointResult:
     if rate is None:
         return PointResult(number=number, change={}, name=f"n{number}", error="judge down")
     found = [WinRate(win_rate=rate, lower=rate - half, upper=rate + half) for half in (0.03, 0.05)]
     # What was made is not shown here, so a failed point is told by its error alone.
-    return PointResult(number=number, change={}, name=f"n{number}", rate=found[0], widened=found[1], ruler=ruler)
+    return PointResult(
+        number=number, change={}, name=f"n{number}", rate=found[0], widened=found[1], evaluation_fingerprint=fingerprint
+    )
 
 
 def test_the_ranking_is_honest() -> None:
