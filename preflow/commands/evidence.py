@@ -22,7 +22,7 @@ def evidence(run: Run = "config.yaml", /, *, to: Path = Path("evidence.json"), c
     from tasks.errors import PreflowError
     from tasks.evaluate.evidence import collect_evidence
 
-    config, result = find_run(run, changes)
+    config, result, _ = find_run(run, changes)
     text = collect_evidence(result.evaluation, config.promotion).text()
     try:
         to.write_bytes(text)

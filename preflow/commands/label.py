@@ -36,14 +36,13 @@ def label(
     from preflow.labelling import serve
     from tasks.evaluate.labels import Labelling, record_agreement
     from tasks.report.run import run_sections, write_report
-    from tasks.run.preflight import run_folder
 
     def started(address: str) -> None:
         print(f"{len(labelling.missing)} of {labelling.total} comparisons to judge: {address}", flush=True)
         if not quiet:
             webbrowser.open(address)
 
-    config, result = find_run(run, changes)
+    config, result, folder = find_run(run, changes)
     labelling = Labelling(result.evaluation, pairs)
     if labelling.missing:
         try:
@@ -56,4 +55,4 @@ def label(
         return
     print(f"you and the judge agree in {found.share.text()} of {found.labels} comparisons (50 % is chance)")
     print(f"win rate, corrected for the judge's errors: {found.corrected.text()}")
-    print(f"report: {write_report(config, run_sections(config, result), run_folder(config))}")
+    print(f"report: {write_report(config, run_sections(config, result), folder)}")

@@ -25,12 +25,12 @@ def verify(file: Path, /) -> int:
     if differences:
         print(f"{file} does not hold: {len(differences)} differences")
         return Exit.WRONG
-    found, gate = evidence.verdict, evidence.gate
+    found = evidence.verdict
     count = len(evidence.comparisons)
     null = f", {len(evidence.null):,} of SFT against itself" if evidence.null is not None else ""
     print(f"holds: adapter {found.adapter_sha256[:12]} wins {found.text()}; {count:,} comparisons{null}")
     if (agreement := found.agreement) is not None:
         print(f"a person agrees in {agreement.share.text()}; corrected by that it wins {agreement.corrected.text()}")
-    print(f"it {'passes' if gate.passes else 'does not pass'} a bar of {gate.min_win_rate:.3g}")
+    print(f"it {'passes' if evidence.passes else 'does not pass'} a bar of {evidence.min_win_rate:.3g}")
     print(f"sha256 of {file}: {hashlib.sha256(file.read_bytes()).hexdigest()}")
     return Exit.DONE

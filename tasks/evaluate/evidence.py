@@ -5,20 +5,13 @@ import io
 import json
 import math
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
 
-from tasks.config import (
-    EvaluationConfig,
-    GenerationConfig,
-    JudgingConfig,
-    PromotionConfig,
-    StageConfig,
-    TrainingConfig,
-)
+from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig, PromotionConfig, StageConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import read_comparison
 from tasks.evaluate.labels import labelling_judges, measure_agreement, read_labels
@@ -91,7 +84,8 @@ class Evidence(BaseModel):
     Attributes:
         format: of this file.
         verdict: what was found, figure by figure.
-        gate: the bars, and whether the adapter passes them.
+        min_win_rate: the bar; likewise `min_agreement`.
+        passes: whether the adapter passes them.
         rubric: what the judge was told.
         labels: what comparisons were worth to the new adapter in a person's eyes, by their ids.
         made: every artifact, each after those of what it was made from; the evaluation last.
@@ -103,7 +97,9 @@ class Evidence(BaseModel):
 
     format: Literal["preflow evidence 1"] = "preflow evidence 1"
     verdict: Evaluation
-    gate: "Gate"
+    min_win_rate: float
+    min_agreement: float
+    passes: bool
     rubric: str
     labels: dict[str, float]
     made: tuple[Made, ...]
@@ -113,16 +109,6 @@ class Evidence(BaseModel):
     def text(self) -> bytes:
         """Return the file; equal runs give equal bytes."""
         return (json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n").encode()
-
-
-class Gate(BaseModel):
-    """What the lower bounds had to be over, and whether they are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    min_win_rate: float
-    min_agreement: float
-    passes: bool
 
 
 def public_settings(settings: StageConfig) -> dict[str, Any]:
@@ -148,10 +134,11 @@ def collect_evidence(evaluation: EvaluationRef, promotion: PromotionConfig) -> E
     try:
         found, manifest = read_evaluation(evaluation), store.read_manifest(evaluation)
         verdicts, *null = [origin for origin in manifest.upstream if origin.kind == "verdicts"]
-        gate = {"min_win_rate": promotion.min_win_rate, "min_agreement": promotion.min_agreement}
         return Evidence(
             verdict=found,
-            gate=Gate(**gate, passes=found.refusal(*gate.values()) is None),
+            min_win_rate=promotion.min_win_rate,
+            min_agreement=promotion.min_agreement,
+            passes=found.refusal(promotion.min_win_rate, promotion.min_agreement) is None,
             rubric=store.read_bytes(posixpath.join(posixpath.dirname(verdicts.uri), "rubric.md")).decode(),
             labels=read_labels(evaluation),
             made=tuple(map(Made.of, gather_manifests(store, evaluation))),
@@ -196,7 +183,8 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
     verdicts = [sha256 for kind, sha256 in made.upstream if kind == "verdicts"]
     given = [_file_digest(rows) for rows in (evidence.comparisons, evidence.null) if rows is not None]
     if given != verdicts:
-        yield f"comparisons, null: {_short(given)}, and the verdicts that were evaluated are {_short(verdicts)}"
+        names = (" and ".join(sha256[:16] for sha256 in digests) for digests in (given, verdicts))
+        yield "comparisons, null: {}, and the verdicts that were evaluated are {}".format(*names)
     judging = next((made for made in evidence.made if made.sha256 in verdicts[:1]), None)
     rubric = hashlib.sha256(evidence.rubric.encode()).hexdigest()
     if judging is None or judging.files.get("rubric.md") != rubric:
@@ -206,8 +194,9 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
         yield f"verdict: not what the run found (its digest is not {made.sha256[:16]})"
     found = recompute(evidence)
     yield from _differing("verdict", evidence.verdict.model_dump(mode="json"), found.model_dump(mode="json"))
-    passes = found.refusal(evidence.gate.min_win_rate, evidence.gate.min_agreement) is None
-    yield from _differing("gate", evidence.gate.model_dump(), {**evidence.gate.model_dump(), "passes": passes})
+    yield from _differing(
+        "passes", evidence.passes, found.refusal(evidence.min_win_rate, evidence.min_agreement) is None
+    )
 
 
 def recompute(evidence: Evidence) -> Evaluation:
@@ -227,15 +216,12 @@ def recompute(evidence: Evidence) -> Evaluation:
 
 
 def _changed(name: str, rows: Sequence[Judged]) -> Iterator[str]:
-    changed = [judged.row for judged in rows if digest(judged.row)[:16] != judged.sha256]
+    changed: list[Any] = [judged.row for judged in rows if digest(judged.row)[:16] != judged.sha256]
     for row in changed[:MOST_SHOWN]:
-        yield f"{name}: {row['id']} was changed after the judges left it: its votes are {_votes(row)}"
+        votes = [f"{vote['judge']} {vote.get('best', 'unreadable')}" for vote in row["votes"]]
+        yield f"{name}: {row['id']} was changed after the judges left it: its votes are {', '.join(votes) or 'none'}"
     if len(changed) > MOST_SHOWN:
         yield f"{name}: {len(changed) - MOST_SHOWN:,} more rows were changed"
-
-
-def _votes(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{vote['judge']} {vote.get('best', 'unreadable')}" for vote in row["votes"]) or "none"
 
 
 def _file_digest(rows: Iterable[Judged]) -> str:
@@ -244,10 +230,6 @@ def _file_digest(rows: Iterable[Judged]) -> str:
     for judged in rows:
         out.write_row(judged.row)
     return out.sha256
-
-
-def _short(digests: Sequence[str]) -> str:
-    return " and ".join(sha256[:16] for sha256 in digests) or "none"
 
 
 def _differing(name: str, stated: Any, found: Any) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Labelling:
     """
 
     def __init__(self, evaluation: EvaluationRef, pairs: int) -> None:
-        self._evaluation, self._uri = evaluation, labels_uri(evaluation)
+        self._uri, self._known = labels_uri(evaluation), read_labels(evaluation)
         self._store = Workspace.holding(self._uri)
         self._rows = choose_rows(list(self._store.read_rows(evaluation.sibling("comparisons.jsonl"))), pairs)
         if not self._rows:
@@ -69,8 +69,7 @@ class Labelling:
     @property
     def missing(self) -> list[int]:
         """The numbers of the pairs without an answer."""
-        known = read_labels(self._evaluation)
-        return [number for number, row in enumerate(self._rows) if row["id"] not in known]
+        return [number for number, row in enumerate(self._rows) if row["id"] not in self._known]
 
     def show(self, number: int) -> dict[str, Any]:
         """Return one pair as a person sees it, with how far the labelling is."""
@@ -84,7 +83,7 @@ class Labelling:
         identity = self._rows[number]["id"]
         left = {"1": 1.0, "2": 0.0, "0": 0.5}[choice]
         worth = left if new_is_left(identity) else 1 - left
-        self._store.update_json(self._uri, lambda known: {**(known or {}), identity: worth})
+        self._known = self._store.update_json(self._uri, lambda known: {**(known or {}), identity: worth})
 
 
 def choose_rows(rows: Iterable[Row], pairs: int) -> list[Row]:
