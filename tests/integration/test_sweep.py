@@ -197,7 +197,7 @@ async def test_a_sweep_of_known_points_costs_nothing(bench: Bench, result: Sweep
     config, sweep = bench.config(), SweepConfig(grid={"training.beta": BETAS[:2]})
     plan = plan_sweep(prepare_points(config, sweep).points, sweep)
     assert all(work.finished for work in plan.work)
-    assert sum(work.to_ask for work in plan.work) == plan.usd() == 0
+    assert (plan.total().to_ask, plan.total().usd) == (0, 0)
     asked = len(bench.asked())
     smaller = await swept(bench, grid=sweep.grid)
     assert [p.rate for p in smaller.points] == [result.points[0].rate, result.points[2].rate]
