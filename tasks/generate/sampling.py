@@ -351,8 +351,8 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
     )  # fmt: skip
     if counts.cut > MOST_CUT * total:
         logger.warning(
-            "%.0f %% of the completions are cut at generation.max_tokens (%d): such a side is trained on without an "
-            "end of turn. Raise it, or leave these pairs out with judging.leave_out_cut",
+            "%.0f %% of the completions are cut at generation.max_tokens (%d) and end in mid-sentence: raise it, or "
+            "leave out pairs with such a side (judging.leave_out_cut)",
             100 * counts.cut / total, plan.generation.max_tokens,
         )  # fmt: skip
     adapter = plan.generation.adapter
