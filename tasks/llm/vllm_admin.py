@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -123,14 +124,34 @@ def base_url(config: EndpointConfig) -> str:
     return config.endpoint.partition("?")[0].rstrip("/")
 
 
-def _admin_url(config: EndpointConfig, action: str) -> str:
-    return f"{base_url(config).removesuffix('/v1')}/v1/{action}_lora_adapter"
+async def replicas(endpoint: str) -> list[str]:
+    """Return the address of every server behind an endpoint's name; adapters are loaded into each of them.
+
+    A headless Service of Kubernetes has the addresses of all its pods. An https endpoint is one server: its name is in
+    its certificate.
+    """
+    url = httpx2.URL(endpoint)
+    if url.scheme != "http":
+        return [endpoint]
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(url.host, url.port or 80, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except OSError:  # whoever asks it next says so
+        return [endpoint]
+    hosts = sorted({str(address[0]) for *_, address in found})
+    return [str(url.copy_with(host=host)) for host in hosts] if len(hosts) > 1 else [endpoint]
+
+
+async def _admin_urls(config: EndpointConfig, action: str) -> list[str]:
+    servers = await replicas(base_url(config))
+    return [f"{server.removesuffix('/v1')}/v1/{action}_lora_adapter" for server in servers]
 
 
 async def load_adapter(call: Call, config: EndpointConfig, adapter: dict[str, str], replace: bool) -> None:
     """Have vLLM load `adapter` (`lora_name`, `lora_path`); see `Endpoint.load_adapter`."""
     try:
-        await call(_admin_url(config, "load"), {**adapter, "load_inplace": replace}, ADAPTER_SECONDS)
+        for url in await _admin_urls(config, "load"):
+            await call(url, {**adapter, "load_inplace": replace}, ADAPTER_SECONDS)
     except (Transient, RequestRefused) as failure:
         where = f"{config.endpoint} did not load the adapter {adapter['lora_name']} from {adapter['lora_path']}"
         raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
@@ -138,15 +159,15 @@ async def load_adapter(call: Call, config: EndpointConfig, adapter: dict[str, st
 
 async def unload_adapter(call: Call, config: EndpointConfig, name: str) -> None:
     """Have vLLM unload the adapter `name`; see `Endpoint.unload_adapter`."""
-    try:
-        await call(_admin_url(config, "unload"), {"lora_name": name}, ADAPTER_SECONDS)
-    except (Transient, RequestRefused) as failure:
-        if "cannot be found" in str(failure):
+    for url in await _admin_urls(config, "unload"):
+        try:
+            await call(url, {"lora_name": name}, ADAPTER_SECONDS)
+        except (Transient, RequestRefused) as failure:
+            if "cannot be found" not in str(failure):
+                raise PreflowError(
+                    f"{config.endpoint} did not unload the adapter {name}: {failure}. {_remedy(failure)}"
+                ) from failure
             log.info("%s does not serve the adapter %s: nothing to unload", config.endpoint, name)
-            return
-        raise PreflowError(
-            f"{config.endpoint} did not unload the adapter {name}: {failure}. {_remedy(failure)}"
-        ) from failure
 
 
 async def tokenize(
