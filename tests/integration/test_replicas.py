@@ -30,7 +30,8 @@ def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
             ask(f"{address}/load_lora_adapter", lora_name="live", lora_path=str(tmp_path / "old"))
 
         async def both(endpoint: str) -> list[str]:
-            return addresses if endpoint == first.url else [endpoint]
+            port, other = (address.split(":")[2].removesuffix("/v1") for address in addresses)
+            return [endpoint, endpoint.replace(port, other)] if port in endpoint else [endpoint]
 
         monkeypatch.setattr(vllm_admin, "replicas", both)
         monkeypatch.setattr(vllm, "replicas", both)
