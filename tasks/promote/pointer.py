@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote.vllm import PROBE, exchange, is_served
+from tasks.store import measures
 from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
 
@@ -29,11 +30,12 @@ class PromotionRefused(PreflowError):
     """The adapter did not win by enough; what was served before is still served."""
 
 
-def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> None:
+def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float, min_agreement: float = 0.0) -> None:
     """Refuse an adapter whose evaluation is not its own, or does not prove that it is better.
 
     Both lower bounds, the raw one and that with length taken out, must be over the bar, and the SFT adapter against
-    itself must come out even. What counts is what `win_rate.json` says, not the reference.
+    itself must come out even. Where `min_agreement` is not 0, a person's labels must agree with the judge. What counts
+    is what the evaluation's files say, not the reference.
 
     Raises:
         PromotionRefused: with the figures and what to try.
@@ -43,7 +45,7 @@ def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> No
             f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
             f"{adapter.sha256[:12]}: evaluate this adapter first"
         )
-    if refusal := read_evaluation(evaluation).refusal(bar):
+    if refusal := read_evaluation(evaluation).refusal(bar, min_agreement):
         raise PromotionRefused(f"not promoted: {refusal} What was served before is still served.")
 
 
@@ -54,8 +56,7 @@ def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
         PromotionRefused: its file is gone, or was written by another version of preflow.
     """
     try:
-        found = Workspace.holding(evaluation.uri).read_json(evaluation.uri)
-        return Evaluation.model_validate({"adapter_sha256": evaluation.adapter_sha256, **found})
+        return measures.read_evaluation(evaluation)
     except (FileNotFoundError, ValidationError) as error:
         raise PromotionRefused(
             f"{evaluation.uri}: not there, or not as this version writes it ({type(error).__name__}); run "
@@ -274,6 +275,13 @@ def find_rollback(adapter: AdapterRef, workspace: str, promotion: PromotionConfi
     if latest is None or "rolled_back_at" not in latest:
         return None
     return f"it was rolled back at {latest['rolled_back_at']}; run promote-adapter to serve it again"
+
+
+def find_disagreement(evaluation: EvaluationRef, promotion: PromotionConfig) -> str | None:
+    """Return why an adapter that won waits for a person's labels, or is refused by them; None if it does not."""
+    if not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
+        return None
+    return read_evaluation(evaluation).disagreement(promotion.min_agreement)
 
 
 def _now() -> str:

@@ -115,6 +115,7 @@ def test_a_finished_training_is_not_repeated(trained: Trained) -> None:
     assert trained.progress == []
 
 
+@pytest.mark.long  # another training
 def test_another_beta_takes_the_reference_log_probs_that_are_there(
     trained: Trained, world: TinyWorld, processes: TrainingProcesses
 ) -> None:
@@ -124,6 +125,7 @@ def test_another_beta_takes_the_reference_log_probs_that_are_there(
     assert len(list((trained.workspace / "reference-logprobs").iterdir())) == 1
 
 
+@pytest.mark.long  # another training
 def test_a_damaged_adapter_is_made_again(
     trained: Trained, world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -168,6 +170,7 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
+@pytest.mark.long  # another training
 def test_a_killed_process_of_two_is_trained_on_like_a_killed_single_one(world: TinyWorld, tmp_path: Path) -> None:
     """The launcher hides the signal behind exit code 1; the task starts again on what `Preempted` says."""
     training = world.config(num_processes=2)
@@ -193,6 +196,7 @@ def _is_second_worker(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.long  # another training
 def test_robust_loss_takes_the_measured_flip_rate(world: TinyWorld, tmp_path: Path) -> None:
     folder = tmp_path / "preferences"
     shutil.copytree(Path(world.preferences.uri).parent, folder)
