@@ -175,7 +175,7 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
     if not votes:
         return Decision(status="skipped", reason="one distinct completion")
     read = [vote for vote in votes if vote.error is None]
-    needed = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
+    needed = len(votes) if policy == "unanimous" else len(votes) // 2 + 1
     if len(read) < needed:
         failed = next(vote.error for vote in votes if vote.error is not None)
         return Decision(status="failed", reason=f"verdict unreadable: {failed}")
@@ -187,7 +187,7 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
     }
     if best is None or worst is None:
         which = "best" if best is None else "worst"
-        return Decision(status="dropped", reason=f"{which} not {policy.value}", **facts)
+        return Decision(status="dropped", reason=f"{which} not {policy}", **facts)
     if facts["confidence"] is not None and facts["confidence"] < min_confidence:
         reason = f"confidence {facts['confidence']:.1f} < {min_confidence}"
         return Decision(status="dropped", reason=reason, best=best, worst=worst, **facts)
@@ -195,13 +195,13 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
 
 
 def _choose(votes: Sequence[Vote], policy: PairPolicy) -> tuple[int | None, int | None]:
-    if policy is PairPolicy.BORDA:
+    if policy == "borda":
         # Borda count with three ranks: best +1, unnamed 0, worst -1; a tie at an end names nobody.
         scores: Counter[int | None] = Counter(dict.fromkeys(votes[0].order, 0))
         scores.update(vote.best for vote in votes)
         scores.subtract(vote.worst for vote in votes)
         return _only(scores, max(scores.values())), _only(scores, min(scores.values()))
-    share = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
+    share = len(votes) if policy == "unanimous" else len(votes) // 2 + 1
     chosen = [Counter(getattr(vote, name) for vote in votes).most_common(1)[0] for name in ("best", "worst")]
     best, worst = (index if count >= share else None for index, count in chosen)
     return (best, worst) if best != worst else (None, None)

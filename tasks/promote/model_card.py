@@ -138,7 +138,7 @@ def _judge(provenance: Provenance) -> str:
         ("judge", ", ".join(judge.model for judge in judging.judges())),
         ("rubric", posixpath.basename(judging.rubric or "")),
         ("orders in which each prompt was judged", str(judging.orders)),
-        ("a pair needs", judging.pair_policy.value),
+        ("a pair needs", judging.pair_policy),
     ]
     return "## Judge\n\n" + _table(("what", "value"), rows)
 

@@ -257,11 +257,11 @@ def _rounded(value: float) -> float:
 
 
 _PRESETS: dict[Preset, Callable[[PipelineConfig, SweepConfig], list[Change]]] = {
-    Preset.BETA: _lower_beta,
-    Preset.JUDGE: _stronger_judge,
-    Preset.COMPLETIONS: _more_completions,
-    Preset.TEMPERATURE: _higher_temperature,
-    Preset.MORE_DATA: _more_data,
-    Preset.EPOCHS: _more_epochs,
-    Preset.WARMUP: _shorter_warmup,
+    "beta": _lower_beta,
+    "judge": _stronger_judge,
+    "completions": _more_completions,
+    "temperature": _higher_temperature,
+    "more_data": _more_data,
+    "epochs": _more_epochs,
+    "warmup": _shorter_warmup,
 }

@@ -81,10 +81,10 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
     return DPOConfig(
         output_dir=str(output_dir),
         beta=training.beta,
-        loss_type=[training.loss_type.value, "sft"] if weighted else [training.loss_type.value],
+        loss_type=[training.loss_type, "sft"] if weighted else [training.loss_type],
         loss_weights=[1.0, training.sft_weight] if weighted else None,
         label_smoothing=training.label_smoothing,
-        f_divergence_type=training.f_divergence.value,
+        f_divergence_type=training.f_divergence,
         ld_alpha=training.ld_alpha,
         use_weighting=training.use_weighting,
         router_aux_loss_coef=training.router_aux_loss_coef,
@@ -93,7 +93,7 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
         learning_rate=training.learning_rate,
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps or -1,
-        lr_scheduler_type=training.lr_scheduler_type.value,
+        lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -112,7 +112,7 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
         eval_strategy="steps" if evaluate else "no",
         eval_steps=training.eval_steps,
         seed=training.seed,
-        report_to=training.report_to.value,
+        report_to=training.report_to,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
     )
@@ -318,7 +318,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         invariants.check_first_loss(first, self._training)
         if self._training.disable_dropout:
             self._check_nothing_random(batches[:1])
-        said = f"{self._training.loss_type.value} loss before the first update {first['loss']:.4f}, as it must be"
+        said = f"{self._training.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
         added = f"; the losses from here on have {self._more_in_the_loss()}" if self._more_in_the_loss() else ""
         self._hooks.progress(Progress("training", said + added))
         if added:

@@ -13,7 +13,6 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tasks.config import LossType
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
 from tasks.train.launch import Preempted, run_training, training_key
@@ -253,7 +252,7 @@ def test_robust_loss_takes_the_measured_flip_rate(
         (folder / name).write_bytes((Path(world.preferences.uri).parent / name).read_bytes())
     (folder / "quality.json").write_text(json.dumps({"metrics": [{"name": "flip_rate", "value": 0.32}]}))
     preferences = world.preferences.model_copy(update={"uri": str(folder / "train.jsonl")})
-    training = world.config(loss_type=LossType.ROBUST, measured_label_smoothing=True, max_steps=2)
+    training = world.config(loss_type="robust", measured_label_smoothing=True, max_steps=2)
     adapter = run_training(preferences, str(tmp_path), training, training_key(preferences, training))
     manifest = json.loads(Path(str(adapter.manifest)).read_text())
     assert manifest["config"]["label_smoothing"] == pytest.approx(0.2)

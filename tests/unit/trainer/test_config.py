@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tasks.config import ChatSettings, ComputeType, Divergence, LossType, QuantType, ReportTo, Schedule, TrainingConfig
+from tasks.config import ChatSettings, TrainingConfig
 from tasks.trainer import model
 from tasks.trainer.trainer import dpo_config
 
 # field: (a value that is not the default, attribute of DPOConfig, what it must be there)
 REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
     "beta": (0.37, "beta", 0.37),
-    "loss_type": (LossType.IPO, "loss_type", ["ipo"]),
+    "loss_type": ("ipo", "loss_type", ["ipo"]),
     "sft_weight": (0.5, "loss_weights", [1.0, 0.5]),
-    "f_divergence": (Divergence.JS, "f_divergence_type", "js_divergence"),
+    "f_divergence": ("js_divergence", "f_divergence_type", "js_divergence"),
     "ld_alpha": (0.3, "ld_alpha", 0.3),
     "use_weighting": (True, "use_weighting", True),
     "router_aux_loss_coef": (0.01, "router_aux_loss_coef", 0.01),
@@ -24,7 +24,7 @@ REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
     "learning_rate": (3e-4, "learning_rate", 3e-4),
     "num_train_epochs": (2.5, "num_train_epochs", 2.5),
     "max_steps": (77, "max_steps", 77),
-    "lr_scheduler_type": (Schedule.LINEAR, "lr_scheduler_type", "linear"),
+    "lr_scheduler_type": ("linear", "lr_scheduler_type", "linear"),
     "warmup_steps": (5, "warmup_steps", 5),
     "weight_decay": (0.03, "weight_decay", 0.03),
     "max_grad_norm": (0.4, "max_grad_norm", 0.4),
@@ -38,7 +38,7 @@ REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
     "save_steps": (13, "save_steps", 13),
     "logging_steps": (17, "logging_steps", 17),
     "seed": (5, "seed", 5),
-    "report_to": (ReportTo.TENSORBOARD, "report_to", ["tensorboard"]),
+    "report_to": ("tensorboard", "report_to", ["tensorboard"]),
 }
 # Tested below, or where the file names say: the loader, the launcher, the data, the lease, the cached reference.
 REACHES_OTHERS = {
@@ -55,7 +55,7 @@ def test_every_field_is_accounted_for() -> None:
 @pytest.mark.parametrize("field", REACHES_TRL)
 def test_a_field_reaches_trl(field: str, tmp_path: Path) -> None:
     value, attribute, expected = REACHES_TRL[field]
-    changes = {field: value} | ({"loss_type": LossType.ROBUST} if field == "label_smoothing" else {})
+    changes = {field: value} | ({"loss_type": "robust"} if field == "label_smoothing" else {})
     default = getattr(dpo_config(TrainingConfig(), tmp_path, evaluate=True), attribute)
     found = getattr(dpo_config(TrainingConfig(**changes), tmp_path, evaluate=True), attribute)
     assert found == expected
@@ -92,8 +92,8 @@ def test_the_base_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(model.AutoConfig, "from_pretrained", lambda name, **options: LlamaConfig())
     training = TrainingConfig(
-        base_model="a/b", base_revision="abc", bnb_4bit_quant_type=QuantType.FP4,
-        bnb_4bit_compute_dtype=ComputeType.FLOAT16, bnb_4bit_use_double_quant=False,
+        base_model="a/b", base_revision="abc", bnb_4bit_quant_type="fp4",
+        bnb_4bit_compute_dtype="float16", bnb_4bit_use_double_quant=False,
     )  # fmt: skip
     model.load_base(training, device=0)
     quantisation = seen["quantization_config"]
