@@ -10,23 +10,3 @@ from tasks.config.pipeline import ApprovalPoint, PipelineConfig
 from tasks.config.promotion import PromotionConfig, PublishingConfig
 from tasks.config.sweep import Preset, SweepConfig
 from tasks.config.training import TrainingConfig
-
-__all__ = [
-    "ApprovalPoint",
-    "ChatSettings",
-    "EndpointConfig",
-    "EvaluationConfig",
-    "GenerationConfig",
-    "JudgeConfig",
-    "JudgingConfig",
-    "Location",
-    "PairPolicy",
-    "PipelineConfig",
-    "Preset",
-    "PromotionConfig",
-    "PublishingConfig",
-    "StageConfig",
-    "SweepConfig",
-    "TrainingConfig",
-    "resolve_location",
-]

@@ -20,7 +20,6 @@ class LocalWorkspace(Workspace):
     """A folder on this machine, or on a disk that it shares."""
 
     def stat(self, uri: str) -> Stat | None:
-        """Return the facts of a file, or None."""
         try:
             found = os.stat(uri)
         except (FileNotFoundError, NotADirectoryError):
@@ -28,13 +27,11 @@ class LocalWorkspace(Workspace):
         return _stat(uri, found) if S_ISREG(found.st_mode) else None
 
     def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
-        """Return the bytes from `start` up to `end`."""
         with open(uri, "rb") as file:
             file.seek(start)
             return file.read() if end is None else file.read(end - start)
 
     def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """Return the bytes of each range."""
         found = []
         with open(uri, "rb") as file:
             for start, end in ranges:
@@ -43,15 +40,12 @@ class LocalWorkspace(Workspace):
         return found
 
     def open(self, uri: str) -> IO[bytes]:
-        """Open a file for reading."""
         return open(uri, "rb")
 
     def files(self, uri: str) -> list[Stat]:
-        """Return the files directly below a folder."""
         return [_stat(entry.path, entry.stat()) for entry in _scan(uri) if entry.is_file()]
 
     def folders(self, uri: str) -> Sequence[str]:
-        """Return the names of the folders directly below a folder."""
         return sorted(entry.name for entry in _scan(uri) if entry.is_dir())
 
     def tree(self, uri: str) -> dict[str, Stat]:

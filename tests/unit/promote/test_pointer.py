@@ -84,9 +84,9 @@ def test_the_pointer_moves_and_remembers(tmp_path: Path) -> None:
         made = move_pointer(new, evaluation(new, 0.6), uri, workspace, PROMOTION)
     pointer = read_pointer(workspace, "mine")
     assert pointer is not None
-    assert pointer["current"]["adapter_sha256"] == second.sha256
-    assert [old["adapter_sha256"] for old in pointer["history"]] == [first.sha256]
-    assert Path(pointer["current"]["uri"], "adapter_model.safetensors").read_text() == "second"
+    assert pointer.current.adapter_sha256 == second.sha256
+    assert [old.adapter_sha256 for old in pointer.history] == [first.sha256]
+    assert Path(pointer.current.uri, "adapter_model.safetensors").read_text() == "second"
     assert find_promotion(second, workspace, PROMOTION) == made
     assert find_promotion(first, workspace, PROMOTION) is None
 
@@ -154,14 +154,14 @@ def test_the_history_keeps_everything_with_its_times(tmp_path: Path) -> None:
     move_pointer(second, evaluation(second, 0.6), "uri", str(tmp_path / "workspace"), PROMOTION)
     pointer = read_pointer(str(tmp_path / "workspace"), "mine")
     assert pointer is not None
-    assert [entry["adapter_sha256"] for entry in (pointer["current"], *pointer["history"])] == [
+    assert [entry.adapter_sha256 for entry in (pointer.current, *pointer.history)] == [
         second.sha256, first.sha256, second.sha256, first.sha256,
     ]  # fmt: skip
-    restored, withdrawn, original = pointer["history"]
-    assert withdrawn["rolled_back_at"] == restored["restored_at"] >= withdrawn["promoted_at"]
-    assert restored["restored_from"] == second.sha256
-    assert "restored_at" not in original
-    assert "rolled_back_at" not in pointer["current"]
+    restored, withdrawn, original = pointer.history
+    assert withdrawn.rolled_back_at == restored.restored_at >= withdrawn.promoted_at
+    assert restored.restored_from == second.sha256
+    assert original.restored_at is None
+    assert pointer.current.rolled_back_at is None
 
 
 def test_a_pipeline_that_runs_again_does_not_undo_a_rollback(tmp_path: Path) -> None:

@@ -208,7 +208,8 @@ def test_a_folder_counts_once_it_is_committed_and_only_while_it_is_whole(tmp_pat
     with pytest.raises(PreflowError, match=r"has no COMMITTED.json"):
         store.verify_folder(target)
     sha256 = store.commit_folder(source, target, {"step": 3})
-    assert store.verify_folder(target)["step"] == 3
+    assert store.verify_folder(target)["adapter_config.json"].size == 8
+    assert store.read_json(f"{target}/COMMITTED.json")["step"] == 3
     files = {f"a/{name}": facts for name, facts in store.committed_files(target).items()}
     manifest = store.uri("adapters", "manifest.json")
     adapter = AdapterRef(uri=target, sha256=sha256, size=0, rows=0, manifest=manifest)
