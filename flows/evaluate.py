@@ -14,7 +14,7 @@ from tasks.evaluate.win_rate import (
     summarise_evaluation,
 )
 from tasks.judge.asking import collect_verdicts, plan_judging
-from tasks.report.run import report_evaluation
+from tasks.report.run import evaluation_page, publish
 from tasks.run.inputs import AdapterInput
 from tasks.run.names import named
 from tasks.store.workspace import CompletionsRef, EvaluationRef, VerdictsRef, Workspace
@@ -47,7 +47,7 @@ async def evaluate_adapter(
         again = await generate_completions(held_out, workspace, draw_settings(evaluation, NULL, workspace))
         null = await compare_samples(sft, again, workspace, evaluation.null_judge())
     result = summarise_evaluation(adapter, verdicts, null, workspace, evaluation)
-    await report_evaluation(result, workspace, min_win_rate)
+    await publish(evaluation_page(result, workspace, min_win_rate))
     return result
 
 

@@ -5,7 +5,7 @@ from prefect import flow
 from tasks.config import JudgingConfig, Location
 from tasks.judge.asking import collect_verdicts, plan_judging
 from tasks.judge.pairs import check_groups, check_yield, make_preferences
-from tasks.report.run import report_preferences
+from tasks.report.run import preference_sections, publish
 from tasks.run.inputs import CompletionsInput
 from tasks.run.names import named
 from tasks.store.workspace import PreferencesRef, Workspace
@@ -27,5 +27,5 @@ async def judge_preferences(
     check_groups(plan)
     verdicts = await collect_verdicts(plan)
     preferences = make_preferences(verdicts, workspace, judging)
-    await report_preferences(preferences, workspace)
+    await publish(*preference_sections(preferences, workspace))
     return check_yield(preferences, workspace)

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks.config import Location, TrainingConfig
-from tasks.report.run import report_training
+from tasks.report.run import publish, training_page
 from tasks.run.inputs import PreferencesInput
 from tasks.run.names import named
 from tasks.store.workspace import AdapterRef, Workspace
@@ -21,5 +21,5 @@ async def train_dpo(preferences: PreferencesInput, workspace: Location, training
     """
     Workspace(workspace).check_writable()
     adapter = await train_adapter(preferences, workspace, training)
-    await report_training(adapter, workspace)
+    await publish(training_page(adapter, workspace))
     return adapter

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from tasks.batch.costs import format_seconds, format_usd
+from tasks.batch.costs import format_seconds
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.evaluate.power import power_before_price
 from tasks.sweep.estimate import plan_sweep
+from tasks.sweep.page import format_price, money_text
 from tasks.sweep.points import expand_points
 
 
@@ -17,12 +18,11 @@ def cost_lines(config: PipelineConfig) -> Iterator[str]:
         if work.requests:
             tokens = f"{work.prompt_tokens:,} + {work.completion_tokens:,} tokens"
             known = f", {work.known:,} known" if work.known else ""
-            price = "price not set" if work.usd is None else f"{format_usd(work.usd)} US$"
+            price = format_price(work.usd) + (" US$" if work.usd is not None else "")
             yield f"  {work.stage} ({work.who}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
         elif not work.finished:
             yield f"  {work.stage} ({work.who}): about {format_seconds(60 * work.gpu_minutes)} on an L4"
-    unpriced = " and what has no price" if any(work.usd is None for work in plan.work) else ""
-    yield f"cost: about {format_usd(plan.usd())} US${unpriced}"
+    yield f"cost: {money_text(plan)}"
 
 
 def power_line(config: PipelineConfig) -> str:

@@ -15,13 +15,13 @@ def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
     from preflow.cli import Exit
     from preflow.outlook import cost_lines, power_line
     from preflow.settings import load_settings
-    from preflow.terminal import Display, log_file
+    from preflow.terminal import Display
     from tasks.demo.local import Places, prefect_api
     from tasks.run.preflight import find_problems
 
     settings = load_settings(file, changes)
     config = settings.config
-    with Display(log_file(settings.folder, "check")), ExitStack() as stack:
+    with Display(settings.folder / "logs" / "check.log"), ExitStack() as stack:
         if config.training_deployment is not None:
             stack.enter_context(prefect_api(Places(settings.folder)))
         problems = asyncio.run(find_problems(config))

@@ -32,7 +32,8 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
 
 
 def _rate(found: dict[str, float]) -> str:
-    return f"{found['win_rate']:.3f} [{found['lower']:.3f}, {found['upper']:.3f}] at 95 %"
+    interval = f"[{found['lower']:.3f}, {found['upper']:.3f}] at {100 * found['confidence']:.3g} %"
+    return f"{found['win_rate']:.3f} {interval}"
 
 
 def _position_lift(quality: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ Cell: TypeAlias = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Table:
-    """A table; every row has as many cells as there are columns."""
+    """A table; every row has as many cells as there are columns. One without rows is not shown."""
 
     caption: str
     columns: tuple[str, ...]
@@ -40,26 +40,17 @@ class Side(NamedTuple):
 
     label: str
     text: str
-    won: bool
+    won: bool = False
 
 
 @dataclass(frozen=True)
 class Example:
-    """Two texts on one prompt, side by side; `winner` is 0 for the left one, 1 for the right one, or None."""
+    """Two texts on one prompt, side by side."""
 
     title: str
     prompt: str
-    left_label: str
-    left: str
-    right_label: str
-    right: str
-    winner: int | None = None
+    sides: tuple[Side, Side]
     is_open: bool = False
-
-    def sides(self) -> tuple[Side, Side]:
-        """Return both texts, each with whether it won."""
-        left = Side(self.left_label, self.left, self.winner == 0)
-        return left, Side(self.right_label, self.right, self.winner == 1)
 
 
 @dataclass(frozen=True)

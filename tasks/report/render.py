@@ -48,7 +48,7 @@ def render_markdown(section: ReportSection) -> str:
     if section.advice:
         parts.append("**What to do**\n\n" + "\n".join(f"- {_markdown(text)}" for text in section.advice))
     parts += [f"![{_markdown(picture.caption)}]({picture.data_uri()})" for picture in section.pictures]
-    parts += [_markdown_table(table) for table in section.tables]
+    parts += [_markdown_table(table) for table in section.tables if table.rows]
     parts += [_markdown(text) for text in section.notes]
     parts += [_markdown_example(example) for example in section.examples]
     parts += [f"**{_markdown(title)}**\n\n{_markdown_code(text)}" for title, text in section.blocks]
@@ -125,15 +125,10 @@ def _markdown_quote(text: str) -> str:
 
 
 def _markdown_example(example: Example) -> str:
-    return "\n\n".join(
-        (
-            f"### {_markdown(example.title)}",
-            *(
-                f"**{_markdown(side.label)}**{' ✓ won' if side.won else ''}\n\n{_markdown_quote(side.text)}"
-                for side in example.sides()
-            ),
-        )
-    )
+    parts = [f"### {_markdown(example.title)}"]
+    for side in example.sides:
+        parts += [f"**{_markdown(side.label)}**{' ✓ won' if side.won else ''}", _markdown_quote(side.text)]
+    return "\n\n".join(parts)
 
 
 def _markdown_code(text: str) -> str:

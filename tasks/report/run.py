@@ -8,24 +8,18 @@ from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
 
-from tasks.batch.costs import Ledger, StageCost, format_seconds
+from tasks.batch.costs import Ledger, StageCost, format_seconds, format_usd
 from tasks.config import PipelineConfig, StageConfig
-from tasks.report.overview import (
-    glance_section,
-    inputs_section,
-    run_figures,
-)
+from tasks.report.overview import glance_section, inputs_section, run_figures
 from tasks.report.page import ReportSection, Table
-from tasks.report.plots import plot_metrics
 from tasks.report.render import render_html, render_markdown
 from tasks.report.sections import (
-    SampleLengths,
     cost_section,
-    cost_text,
     evaluation_section,
     lineage_section,
     pairs_section,
     quality_section,
+    sample_lengths,
     sample_rows,
     training_section,
 )
@@ -45,20 +39,11 @@ from tasks.store.workspace import (
 logger = logging.getLogger(__name__)
 
 
-async def report_preferences(preferences: PreferencesRef, workspace: str) -> None:
-    """Show in the UI what was measured about the judge, and pairs to read."""
-    for section in preference_sections(preferences, workspace):
-        await publish(section)
-
-
-async def report_training(adapter: AdapterRef, workspace: str) -> None:
-    """Show in the UI the curves of a training, its readings and the advice."""
-    await publish(training_page(adapter, workspace))
-
-
-async def report_evaluation(evaluation: EvaluationRef, workspace: str, bar: float = 0.5) -> None:
-    """Show in the UI whether the adapter won, and comparisons to read."""
-    await publish(evaluation_page(evaluation, workspace, bar))
+async def publish(*sections: ReportSection) -> None:
+    """Show sections in the UI, each as a markdown artifact named after its title."""
+    for section in sections:
+        key = section.title.lower().replace(" ", "-")
+        await acreate_markdown_artifact(key=key, markdown=render_markdown(section), description=section.summary)
 
 
 async def report_run(config: PipelineConfig, result: PipelineResult, folder: str) -> str:
@@ -66,9 +51,7 @@ async def report_run(config: PipelineConfig, result: PipelineResult, folder: str
     store, uri = Workspace(config.workspace), posixpath.join(folder, "report.html")
     sections = run_sections(config, result)
     store.write_bytes(uri, render_html(f"preflow run for {config.promotion.name}", sections).encode())
-    for section in sections:
-        if section.title in ("Cost", "Lineage"):  # the others are pages of their stages already
-            await publish(section)
+    await publish(*sections[-2:])  # cost and lineage; the others are pages of their stages already
     whole = "\n".join(render_markdown(replace(section, blocks=())) for section in sections)
     page = f"The same page, to keep or to print: `{uri}`\n\n{whole}"
     # Last, because the UI shows the newest page of a run first.
@@ -79,36 +62,37 @@ async def report_run(config: PipelineConfig, result: PipelineResult, folder: str
 
 def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
     """Return every page on a run: first the verdict, then what shows it, then how it came about."""
-    store = Workspace(config.workspace)
-    manifests, bar = gather_manifests(store, result), config.promotion.min_win_rate
-    ledger = add_up(manifests)
+    store, bar = Workspace(config.workspace), config.promotion.min_win_rate
+    manifests = gather_manifests(store, result)
     shown = [
-        evaluation_page(result.evaluation, config.workspace, bar),
-        *preference_sections(result.preferences, config.workspace),
-        training_page(result.adapter, config.workspace),
+        evaluation_page(result.evaluation, store.root, bar),
+        *preference_sections(result.preferences, store.root),
+        training_page(result.adapter, store.root),
     ]
-    found, quality = read_evaluation(store, result.evaluation), read_quality(store, result.preferences)
+    found = Evaluation.model_validate(store.read_json(result.evaluation.uri))
     trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
-    figures = run_figures(found, bar, quality, read_health(store, result.adapter), trained)
-    glance = glance_section(found, bar, what_is_served(result), figures, shown)
+    figures = run_figures(
+        found, bar, read_quality(store, result.preferences), read_health(store, result.adapter), trained
+    )
+    if result.promotion is not None:
+        served = f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
+    else:
+        served = f"It is not served: {result.declined or 'it did not win by enough'}."
+    glance = glance_section(found, bar, served, figures, shown)
+    ledger = add_up(manifests)
+    total = ledger.total()
     is_priced = any(judge.prompt_price or judge.completion_price for judge in config.judging.judges())
+    unknown = "not known: prompt_price and completion_price are not set"
     facts = (
         ("New adapter", result.adapter.sha256[:12]),
         ("Prompts sampled", f"{result.completions.rows:,}" if result.completions else "none: pairs were given"),
         ("Preference pairs", f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"),
-        ("Time of all stages", format_seconds(ledger.total().seconds)),
-        ("Cost of everything, US$", cost_text(ledger, is_priced)),
+        ("Time of all stages", format_seconds(total.seconds)),
+        ("Cost of everything, US$", format_usd(total.used.usd) if is_priced or total.used.usd else unknown),
     )
     glance = replace(glance, tables=(*glance.tables, Table("The run", ("what", "value"), facts)))
     inputs = inputs_section(manifests, changed_settings(config))
     return [glance, inputs, *shown, cost_section(ledger, is_priced), lineage_section(manifests, store.root)]
-
-
-def what_is_served(result: PipelineResult) -> str:
-    """Say what became of the new adapter."""
-    if result.promotion is not None:
-        return f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
-    return f"It is not served: {result.declined or 'it did not win by enough'}."
 
 
 def changed_settings(config: PipelineConfig) -> dict[str, Any]:
@@ -129,28 +113,17 @@ def _differences(prefix: str, given: StageConfig, defaults: StageConfig) -> Iter
             yield f"{prefix}{name}", given.model_dump(mode="json")[name]
 
 
-async def publish(section: ReportSection) -> None:
-    """Show a section in the UI, as a markdown artifact named after its title."""
-    key = section.title.lower().replace(" ", "-")
-    await acreate_markdown_artifact(key=key, markdown=render_markdown(section), description=section.summary)
-
-
 def preference_sections(preferences: PreferencesRef, workspace: str) -> list[ReportSection]:
     """Return the sections on the judge's quality and on the pairs."""
     store = Workspace(workspace)
-    quality = read_quality(store, preferences)
     picture = store.read_bytes(preferences.sibling("quality.png"))
-    return [quality_section(quality, picture), pairs_section(sample_rows(store.read_rows(preferences.uri)))]
+    pairs = sample_rows(store.read_rows(preferences.uri))
+    return [quality_section(read_quality(store, preferences), picture), pairs_section(pairs)]
 
 
 def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport:
     """Return what was measured about the judge and its pairs."""
     return QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
-
-
-def read_evaluation(store: Workspace, evaluation: EvaluationRef) -> Evaluation:
-    """Return what the comparisons came to."""
-    return Evaluation.model_validate(store.read_json(evaluation.uri))
 
 
 def read_health(store: Workspace, adapter: AdapterRef) -> Health:
@@ -159,37 +132,37 @@ def read_health(store: Workspace, adapter: AdapterRef) -> Health:
 
 
 def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
-    """Return the section on a training."""
+    """Return the section on a training: its curves, its readings and the advice."""
     store = Workspace(workspace)
     metrics = list(store.read_rows(adapter.sibling("metrics.jsonl")))
     counts = store.read_manifest(adapter).counts if adapter.manifest else {}
-    return training_section(read_health(store, adapter), metrics, plot_metrics(metrics), counts)
+    return training_section(read_health(store, adapter), metrics, counts)
 
 
 def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
-    """Return the section on the win rate."""
-    store, lengths = Workspace(workspace), SampleLengths()
-    comparisons = sample_rows(lengths.watch(store.read_rows(evaluation.sibling("comparisons.jsonl"))))
-    return evaluation_section(read_evaluation(store, evaluation), comparisons, bar, lengths)
+    """Return the section on the win rate, with comparisons to read."""
+    store, comparisons = Workspace(workspace), evaluation.sibling("comparisons.jsonl")
+    found = Evaluation.model_validate(store.read_json(evaluation.uri))
+    lengths = sample_lengths(store.read_rows(comparisons))
+    return evaluation_section(found, sample_rows(store.read_rows(comparisons)), bar, lengths)
 
 
 def gather_manifests(store: Workspace, *results: PipelineResult) -> list[Manifest]:
     """Return the manifests of everything that runs were made of, each once, and after those of what it was made of."""
     found: dict[str, Manifest] = {}
-    seen: set[str] = set()
 
     def visit(origin: Origin) -> None:
         uri = origin.manifest
-        if uri is None or uri in seen or not store.exists(uri):
+        if uri is None or uri in found or not store.exists(uri):
             return
-        seen.add(uri)
         manifest = store.read_manifest(uri)
         for upstream in manifest.upstream:
             visit(upstream)
         found[uri] = _with_origin(store, manifest) if manifest.stage == "prompts" else manifest
 
-    for reference in (reference for result in results for reference in result.references()):
-        visit(reference)
+    for result in results:
+        for reference in result.references():
+            visit(reference)
     return list(found.values())
 
 

@@ -5,6 +5,21 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
+def percent(share: float, form: str = ".1f") -> str:
+    """Return a share in percent; with `.3g` a bound that a person chose, as short as it was written."""
+    return f"{100 * share:{form}} %"
+
+
+def percent_range(low: float, high: float) -> str:
+    """Return an interval in percent."""
+    return f"{100 * low:.1f}-{100 * high:.1f} %"
+
+
+def p_text(p_value: float) -> str:
+    """Return a p-value as it is read."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
 class Metric(BaseModel):
     """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with.
 
@@ -28,7 +43,7 @@ class Metric(BaseModel):
         if self.value is None:
             return self.meaning or None
         if (self.unit or "").startswith("share"):
-            return f"{100 * self.value:.1f} %"
+            return percent(self.value)
         return f"{self.value:,.3g} {self.unit or ''}".strip()
 
 
@@ -101,7 +116,7 @@ class WinRate(BaseModel):
 
     def text(self) -> str:
         """Return the rate with its interval, in percent."""
-        return f"{100 * self.win_rate:.1f} % ({100 * self.lower:.1f}-{100 * self.upper:.1f} %)"
+        return f"{percent(self.win_rate)} ({percent_range(self.lower, self.upper)})"
 
     def holds(self, value: float) -> bool:
         """Tell whether the interval holds `value`."""
@@ -153,22 +168,24 @@ class Evaluation(WinRate):
 
     def refusal(self, bar: float) -> str | None:
         """Return why the adapter is not promoted over `bar`; None if it is."""
+        wanted = f"must be over min_win_rate ({percent(bar, '.3g')})"
         if self.null is not None and not self.null_holds:
             return (
                 f"two draws of the SFT adapter come out at {self.null.text()} against each other, where the interval "
-                f"({100 * self.null.confidence:.3g} %) must hold 50 %: no win rate of this judge can be believed. Look "
-                "at its positions in the quality report; take another judging.model, or more held-out prompts."
+                f"({percent(self.null.confidence, '.3g')}) must hold 50 %: no win rate of this judge can be "
+                "believed. Look at its positions in the quality report; take another judging.model, or more held-out "
+                "prompts."
             )
         if self.lower <= bar:
             return (
-                f"win rate {self.text()}; the interval's lower bound must be over min_win_rate ({100 * bar:.3g} %). "
+                f"win rate {self.text()}; the interval's lower bound {wanted}. "
                 "More held-out prompts narrow the interval; a lower training.beta moves the adapter further."
             )
         if self.length_controlled is not None and self.proven <= bar:
             return (
                 f"win rate {self.text()}, but {self.length_controlled.text()} with length taken out; both lower bounds "
-                f"must be over min_win_rate ({100 * bar:.3g} %). The new adapter may have won by length alone: say in "
-                "judging.rubric that length does not count, or lower generation.max_tokens."
+                f"{wanted}. The new adapter may have won by length alone: say in judging.rubric "
+                "that length does not count, or lower generation.max_tokens."
             )
         return None
 

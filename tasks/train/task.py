@@ -21,7 +21,6 @@ from prefect.exceptions import PrefectException
 from tasks.batch.caching import cached, mark_used, open_results
 from tasks.batch.progress import is_worth_retrying
 from tasks.config import TrainingConfig
-from tasks.report.plots import plot_metrics
 from tasks.report.render import render_markdown
 from tasks.report.sections import live_section
 from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace
@@ -119,7 +118,7 @@ class TrainingView:
         if not self._store.exists(self._metrics):
             return
         rows = [json.loads(line) for line in self._store.lines(self._metrics)]
-        page = render_markdown(live_section(summary, rows, plot_metrics(rows)))
+        page = render_markdown(live_section(summary, rows))
         self._publish(page)
         self._drawn = time.monotonic()
 

@@ -42,8 +42,7 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.demo.corpus import heldout_prompts, training_prompts
-from tasks.demo.services import Service, free_port, judge_server
-from tasks.demo.serving import vllm_server
+from tasks.demo.services import Service, free_port, judge_server, vllm_server
 from tasks.promote.pointer import PromotionRefused, read_pointer
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.ranking import SweepResult

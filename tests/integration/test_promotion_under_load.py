@@ -22,8 +22,7 @@ from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
 from tasks.config import PromotionConfig
-from tasks.demo.services import Service
-from tasks.demo.serving import vllm_server
+from tasks.demo.services import Service, vllm_server
 from tasks.errors import PreflowError
 from tasks.promote import pointer as promotion
 from tasks.promote import vllm as serving

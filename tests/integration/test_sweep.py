@@ -168,7 +168,7 @@ def test_the_result_is_ranked_and_shown(bench: Bench, result: SweepResult) -> No
         assert point.rate is not None
         assert point.widened is not None
         assert point.widened.lower <= point.rate.lower <= point.rate.win_rate <= point.rate.upper <= point.widened.upper
-    assert len({point.ruler for point in result.points}) == 1
+    assert len({point.evaluation_fingerprint for point in result.points}) == 1
     assert len({(point.null.win_rate, point.null.lower) for point in result.points if point.null}) == 1
     (shown,) = artifacts(bench, "sweep")
     assert "data:image/png;base64," in shown["data"]
@@ -197,7 +197,7 @@ async def test_a_sweep_of_known_points_costs_nothing(bench: Bench, result: Sweep
     config, sweep = bench.config(), SweepConfig(grid={"training.beta": BETAS[:2]})
     plan = plan_sweep(prepare_points(config, sweep).points, sweep)
     assert all(work.finished for work in plan.work)
-    assert sum(work.to_ask for work in plan.work) == plan.usd() == 0
+    assert (plan.total().to_ask, plan.total().usd) == (0, 0)
     asked = len(bench.asked())
     smaller = await swept(bench, grid=sweep.grid)
     assert [p.rate for p in smaller.points] == [result.points[0].rate, result.points[2].rate]

@@ -1,0 +1,331 @@
+"""The sections of a run's report: what was found, how sure that is, and what to do next."""
+
+from typing import Any
+
+import pytest
+
+from tasks.batch.costs import Ledger, StageCost
+from tasks.config import PipelineConfig
+from tasks.judge.quality import measure_judgements
+from tasks.report.overview import (
+    approval_section,
+    glance_section,
+    inputs_section,
+    rate_bars,
+    run_figures,
+    verdict,
+    win_rate_figures,
+)
+from tasks.report.page import Example, ReportSection, Side
+from tasks.report.plots import plot_metrics
+from tasks.report.render import render_markdown
+from tasks.report.run import changed_settings
+from tasks.report.sections import (
+    cost_section,
+    evaluation_section,
+    lineage_section,
+    pairs_section,
+    quality_section,
+    sample_lengths,
+    sample_rows,
+    training_section,
+)
+from tasks.store.measures import Evaluation, Health, Metric, QualityReport
+from tasks.store.workspace import AdapterRef, Artifact, CompletionsRef, Cost, Manifest, Origin, PromptsRef, VerdictsRef
+
+RATE: dict[str, Any] = {
+    "win_rate": 0.61, "lower": 0.58, "upper": 0.64, "samples": 2000, "prompts": 500, "ties": 0.3, "confidence": 0.95,
+    "adapter_sha256": "a" * 64,
+}  # fmt: skip
+EVEN = {**RATE, "win_rate": 0.5, "lower": 0.48, "upper": 0.52}
+NULL = {**EVEN, "confidence": 0.99}
+OFF = {**NULL, "win_rate": 0.6, "lower": 0.57, "upper": 0.63}
+LOST = {"win_rate": 0.45, "lower": 0.42, "upper": 0.48}
+FACTS: dict[str, Any] = {"size": 1, "rows": 10}
+
+
+def evaluated(**changes: Any) -> Evaluation:
+    return Evaluation.model_validate({**RATE, **changes})
+
+
+# ---- the first page
+
+
+@pytest.mark.parametrize(
+    ("change", "bar", "said"),
+    [
+        ({}, 0.5, "Better"),
+        ({"null": NULL}, 0.5, "Better"),
+        ({}, 0.6, "Better, but not by enough"),
+        ({"lower": 0.47}, 0.5, "Not shown to be better"),
+        ({"length_controlled": {**EVEN, "lower": 0.46}}, 0.5, "Not shown to be better"),
+        (LOST, 0.5, "Worse"),
+        ({"null": OFF}, 0.5, "Not to be trusted"),
+        # Whatever the bar is, fewer than half is not better.
+        (LOST, 0.0, "Worse"),
+    ],
+)
+def test_the_verdict_is_a_few_words_and_one_sentence(change: dict[str, Any], bar: float, said: str) -> None:
+    headline, sentence = verdict(evaluated(**change), bar)
+    assert headline == said
+    assert "95 % interval" in sentence
+    assert sentence.endswith((".", "%."))
+    assert sentence[0].isupper()
+
+
+def test_the_first_page_has_advice_only_where_nothing_is_proven() -> None:
+    sides = Side("before", "old"), Side("after", "new", won=True)
+    pages = [
+        ReportSection("Evaluation", "", ("more samples", "b", "c", "d"),
+                      examples=tuple(Example(f"{n}", "p", sides) for n in range(5))),
+        ReportSection("Training", "", ("less",)),
+    ]  # fmt: skip
+    found = evaluated(lower=0.47)
+    page = glance_section(found, 0.5, "It is not served.", list(win_rate_figures(found, 0.5)), pages)
+    assert page.advice == ("Evaluation: more samples", "Evaluation: b", "Evaluation: c", "Training: less")
+    assert page.summary.endswith("It is not served.")
+    assert (page.is_good, page.notes) == (False, ())
+
+    page = glance_section(evaluated(), 0.5, "", [], pages)
+    assert (page.headline, page.is_good, page.advice) == ("Better", True, ())
+    assert "Evaluation and Training" in page.notes[0]
+    assert [(example.title, example.is_open) for example in page.examples] == [("0", True), ("1", True), ("2", True)]
+    assert page.pictures[0].png.startswith(b"\x89PNG")
+
+
+def test_win_rates_are_shown_each_against_its_bar_and_drawn() -> None:
+    second = {"judges": ["other"], "rate": RATE, "transfer": 0.2}
+    found = evaluated(null=NULL, length_controlled=EVEN, second=second, silent=3, detectable=0.553)
+    rows = [(m.title, m.ok, m.text()) for m in win_rate_figures(found, 0.5)]
+    assert rows == [
+        ("New adapter against SFT", True, "61.0 % (58.0-64.0 %)"),
+        ("The same, length taken out", False, "50.0 % (48.0-52.0 %)"),
+        ("The same, by other", True, "61.0 % (58.0-64.0 %)"),
+        ("SFT against itself", True, "50.0 % (48.0-52.0 %)"),
+        ("Gain that the second judge sees too", False, "20 %"),
+        ("Lost because the new adapter wrote nothing", False, "3"),
+        ("Smallest true win rate that passes", None, "55.3 %"),
+    ]
+    bars, null = rate_bars(found)
+    assert [bar.name for bar in bars] == [row[0] for row in rows[:3]]
+    assert null is not None
+    assert (null.name, null.lower, null.upper) == ("SFT against itself", 0.48, 0.52)
+    assert rate_bars(evaluated())[1] is None
+
+
+def test_training_figures_are_those_that_tell() -> None:
+    names = ("rewards/accuracies", "logps/chosen", "weights/moved")
+    readings = tuple(Metric(name=name, title=name, value=1.0, healthy="> 0", ok=True) for name in names)
+    health, quality = Health(source="s", readings=readings), measure_judgements([])
+    trained = {"first_loss": 0.693147, "sampled_tokens_share": 0.5}
+    found = {metric.title: metric for metric in run_figures(evaluated(), 0.5, quality, health, trained)}
+    assert found["Loss before the first update"].text() == "0.6931"
+    assert found["Sides trained on exactly the sampled tokens"].ok is False
+    assert {"rewards/accuracies", "weights/moved"} <= set(found)
+    assert "logps/chosen" not in found
+
+
+def made(stage: str, artifact: Artifact, *upstream: Origin, **facts: Any) -> Manifest:
+    return Manifest(artifact=artifact, stage=stage, version=1, key="k", upstream=upstream, files={}, **facts)
+
+
+def test_what_went_in_names_files_counts_and_digests() -> None:
+    verdicts = VerdictsRef(uri="v", sha256="a" * 64, **FACTS)
+    models = (Origin(kind="base_model", uri="llama", sha256="c" * 64),
+              Origin(kind="sft_adapter", uri="sft", sha256="b" * 64))  # fmt: skip
+    counts = {"read": 12, "duplicates": 2, "in_training": 0}
+    judging = {"model": "j1", "rubric": "seinfeld"}
+    panel = {**judging, "panel": [{"model": "j2"}], "a field that is no more": 1}
+    file = Origin(kind="file", uri="/data/scenes.jsonl", sha256="c" * 64)
+    manifests = [
+        made("prompts", PromptsRef(uri="p", sha256="a" * 64, **FACTS), file, counts=counts),
+        made("judging", verdicts, config=panel),
+        made("judging", verdicts, config=judging),
+        made("training", AdapterRef(uri="a", sha256="a" * 64, **FACTS), *models),
+    ]
+    page = inputs_section(manifests, {"training.beta": 0.2, "judging.seed": None})
+    assert page.tables[0].rows == (("pairs", "scenes.jsonl", 12, 2, 0, 10, "a" * 12),)
+    assert page.tables[1].rows == (
+        ("judge", "j1", None),
+        ("judge", "j2", None),
+        ("rubric", "seinfeld", None),
+        ("base model", "llama", "c" * 12),
+        ("SFT adapter", "sft", "b" * 12),
+    )
+    assert page.tables[2].rows == (("training.beta", "0.2"), ("judging.seed", "empty"))
+
+
+def test_changed_settings_leave_out_what_was_only_written_out_and_what_is_of_this_run_alone() -> None:
+    config = PipelineConfig.model_validate({"training": {"beta": 0.2}, "judging": {"model": "strong"}}).filled()
+    assert changed_settings(config) == {"judging.model": "strong", "training.beta": 0.2}
+    judge = {"endpoint": "http://127.0.0.1:9/v1", "prompt_price": 3.0, "max_concurrency": 2, "temperature": 0.5}
+    assert changed_settings(PipelineConfig.model_validate({"judging": judge})) == {"judging.temperature": 0.5}
+
+
+def test_what_is_to_be_approved_has_requests_and_both_costs() -> None:
+    estimate = {
+        "model": "judge", "requests": 100, "known": 20, "prompt_tokens": 50_000, "completion_tokens": 3_000,
+        "most_completion_tokens": 102_400, "usd": 0.02, "most_usd": 0.3,
+    }  # fmt: skip
+    page = approval_section([estimate], 480)
+    assert "asked 100 questions (about 0.02 US$, at most 0.30)" in page.summary
+    assert "up to 480 verdicts more" in page.summary
+    assert page.tables[0].rows == (("judge", 100, 20, 50_000, 3_000, 102_400, "0.02", "0.30"),)
+    free = approval_section([{**estimate, "usd": 0.0, "most_usd": 0.0}], 0)
+    assert "no price is set" in free.summary
+    assert "judging.prompt_price" in free.advice[0]
+
+
+# ---- the stages
+
+
+def test_quality_section_says_what_is_wrong_and_what_to_do() -> None:
+    judged = []
+    for number in range(60):
+        votes = [
+            {"judge": "j", "order": order, "best": order[-1], "worst": order[0], "confidence": 4}
+            for order in ([0, 1, 2], [1, 2, 0])
+        ]
+        decision = {"status": "pair"} if number % 2 else {"status": "dropped", "reason": "best not unanimous"}
+        texts = [f"[ANN] {number} line\n[BOB] {n}" for n in range(3)]
+        judged.append({"id": f"{number}", "completions": texts, "votes": votes, "best": 0, "worst": 1, **decision})
+    report = measure_judgements(judged, {"requests": 120, "prompt_tokens": 10_800, "completion_tokens": 1_080})
+    section = quality_section(report, b"png")
+    assert section.summary.startswith("30 pairs of 60 rows;")
+    assert any(text.startswith("The judge prefers late positions") for text in section.advice)
+    measured = {row[0]: row for row in section.tables[0].rows}
+    assert measured["Prompts that gave a pair"][1:] == (True, "50.0 %", "at least 30 %")
+    assert measured["Best changes with the order"][2] == "100.0 %"
+    tables = {table.caption: table.rows for table in section.tables}
+    positions = tables["Best completion by position (chi-squared 240, p < 0.001)"]
+    assert positions[2] == (3, 120, "100.0 %", "96.9-100.0 %", "33.3 %", 3.0)
+    assert {"Lines by speaker", "Judge's confidence (1-5)", "Tokens of the judge"} <= set(tables)
+    assert tables["Why rows gave no pair"] == (("best not unanimous", 30),)
+    again = QualityReport.model_validate_json(report.model_dump_json())
+    assert render_markdown(quality_section(again, b"png")) == render_markdown(section)
+
+
+def test_pairs_are_shown_side_by_side() -> None:
+    pairs = [
+        {
+            "prompt": [{"role": "system", "content": "write"}, {"role": "user", "content": f"scene {k}"}],
+            "chosen": [{"role": "assistant", "content": f"good {k}"}],
+            "rejected": [{"role": "assistant", "content": f"bad {k}"}],
+            "confidence": 4.5 if k else None,
+        }
+        for k in range(25)
+    ]
+    section = pairs_section(pairs)
+    assert len(section.examples) == 20
+    assert section.examples[0].title == "1. scene 0"
+    sides = Side("chosen", "good 1"), Side("rejected", "bad 1")
+    assert section.examples[1] == Example(
+        "2. confidence 4.5: scene 1", "(system)\nwrite\n\n(user)\nscene 1", sides
+    )  # fmt: skip
+
+
+def test_training_section_shows_readings_their_advice_and_the_course() -> None:
+    accuracy = {"value": 0.612, "healthy": "> 0.55", "ok": True, "meaning": "learning"}
+    chosen = {"value": -0.2, "healthy": ">= -0.1", "ok": False, "meaning": "unlearns"}
+    readings = (
+        Metric(name="rewards/accuracies", title="rewards/accuracies", **accuracy),
+        Metric(name="rewards/chosen", title="rewards/chosen", **chosen),
+    )
+    health = Health(source="step 58", readings=readings, warnings=("first",), advice=("then",))
+    metrics = [{"step": 1, "loss": 0.7}, {"step": 2, "eval_loss": 0.6}, {"step": 3, "loss": 0.5}]
+    counts = {"train_pairs": 9, "train_used": 8, "train_refused": 1, "train_cut_sides": 2, "train_longest": 99}
+    section = training_section(health, metrics, {**counts, "train_exact": 12})
+    assert section.summary == "Needs attention: readings from step 58."
+    assert section.advice == ("first", "then")
+    readings_table, course, used = (table.rows for table in section.tables)
+    assert readings_table[1] == ("rewards/chosen", False, "-0.2", ">= -0.1", "unlearns")
+    assert course == (("Training loss", 0.7, 0.5, 0.5, 0.7), ("Held-out loss", 0.6, 0.6, 0.6, 0.6))
+    assert used == (("to train", 9, 8, 1, 2, 99, "0.750", 0),)
+    assert section.pictures[0].png == plot_metrics(metrics) != plot_metrics([])
+    empty = training_section(Health(source="step 0"), [])
+    assert [table.rows for table in empty.tables] == [(), (), ()]
+    assert empty.pictures[0].png.startswith(b"\x89PNG")
+
+
+def test_evaluation_that_passes_and_one_that_does_not() -> None:
+    passed = evaluation_section(evaluated(null=NULL))
+    assert "61.0 % (58.0-64.0 %)" in passed.summary
+    assert "58.0 %, over the bar of 50 %" in passed.summary
+    assert [text.partition(":")[0] for text in passed.advice] == ["No other judge was asked"]
+    assert [row[1:5] for row in passed.tables[0].rows] == [
+        (True, "61.0 %", "58.0-64.0 %", "95 %"),
+        (True, "50.0 %", "48.0-52.0 %", "99 %"),
+    ]
+    by_length = evaluation_section(evaluated(length_controlled={**EVEN, "lower": 0.46}))
+    assert "46.0 %, not over the bar" in by_length.summary
+    assert [row[1] for row in by_length.tables[0].rows] == [True, False]
+    assert by_length.advice[0].startswith("With length taken out the win rate is 50.0 % (46.0-")
+    small = evaluation_section(evaluated(lower=0.47, samples=120, detectable=0.7))
+    assert "47.0 %, not over the bar" in small.summary
+    assert "evaluation.num_samples" in small.advice[0]
+    assert "not promoted" in evaluation_section(evaluated(**LOST)).advice[0]
+    assert evaluation_section(evaluated(), bar=0.6).tables[0].rows[0][1] is False
+    assert "do not trust this win rate" in evaluation_section(evaluated(null=OFF)).advice[0]
+
+
+def test_comparisons_are_before_and_after() -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": "scene"}], "completions": ["old", "new one"], "outcome": outcome}
+        for outcome in (1.0, 0.0, 0.5, None)
+    ]
+    section = evaluation_section(evaluated(), rows, lengths=sample_lengths([*rows, {"completions": ["", "a b"]}]))
+    assert [(example.title.split(". ")[1], *(side.won for side in example.sides)) for example in section.examples] == [
+        ("the new adapter won: scene", False, True),
+        ("the SFT adapter won: scene", True, False),
+        ("undecided: scene", False, False),
+        ("undecided: scene", False, False),
+    ]
+    assert [(side.label, side.text) for side in section.examples[0].sides] == [
+        ("before (SFT)", "old"),
+        ("after (DPO)", "new one"),
+    ]
+    assert section.tables[1].rows == (("before (SFT)", 0.8, 1), ("after (DPO)", 2.0, 0))
+    assert sample_lengths([]).rows == ()
+
+
+def test_cost_section_sums_up_and_claims_no_money_without_prices() -> None:
+    ledger = Ledger().plus(StageCost(stage="judge", used=Cost(requests=10, usd=0.5), cached=Cost(usd=1.25)))
+    section = cost_section(ledger)
+    assert section.summary == (
+        "Making everything in this run cost 0.50 US$, whichever run made it. Results kept from earlier runs saved "
+        "another 1.25 US$."
+    )
+    assert [row[0] for row in section.tables[0].rows] == ["judge", "total", "saved by the cache"]
+    free = Ledger().plus(StageCost(stage="judge", used=Cost(requests=10)))
+    assert "not known" in cost_section(free, is_priced=False).summary
+    assert "cost 0.00 US$" in cost_section(free, is_priced=True).summary
+
+
+def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
+    prompts = PromptsRef(uri="/w/prompts.jsonl", sha256="a" * 64, **FACTS)
+    completions = CompletionsRef(uri=f"/w/{'e' * 64}/completions.jsonl", sha256="b" * 64, **FACTS)
+    verdicts = VerdictsRef(uri="/w/verdicts.jsonl", sha256="c" * 64, **FACTS)
+    manifests = [
+        made("prompts", prompts, Origin(kind="file", uri="p.jsonl", sha256="d" * 64), packages={}),
+        made("generation", completions, prompts, packages={"openai": "3.54.0"}, config={"seed": 42}),
+        made("judging", verdicts, completions, packages={"openai": "3.55.0"}),
+    ]
+    section = lineage_section(manifests, "/w")
+    assert section.tables[0].rows[1] == (
+        "generation", 10, "b" * 8, f"prompts {'a' * 8}", "eeeeeeee…/completions.jsonl",
+    )  # fmt: skip
+    assert section.tables[1].rows == (("openai", "3.54.0", "generation"), ("openai", "3.55.0", "judging"))
+    assert "different versions of openai" in section.advice[0]
+    assert section.blocks == (("Settings of generation, bbbbbbbbbbbb", '{\n  "seed": 42\n}'),)
+
+
+def test_sample_is_even_repeatable_and_in_order() -> None:
+    rows = [{"n": n} for n in range(1000)]
+    sample = sample_rows(iter(rows), 20)
+    numbers = [row["n"] for row in sample]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == 20
+    assert sample == sample_rows(iter(rows), 20)
+    assert sample_rows(iter(rows[:3]), 20) == rows[:3]
+    means = [sum(row["n"] for row in sample_rows(iter(rows), 20, seed)) / 20 for seed in range(200)]
+    assert sum(means) / len(means) == pytest.approx(499.5, abs=25)
