@@ -3,7 +3,6 @@
 import posixpath
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -83,11 +82,6 @@ class Progress:
     margin: float | None = None
     pairs_per_second: float | None = None
     eta_seconds: float | None = None
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Progress":
-        """Read a progress line back."""
-        return cls(**value)
 
     def text(self) -> str:
         """Return one line for the terminal."""

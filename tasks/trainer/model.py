@@ -46,7 +46,7 @@ def load_tokenizer(training: TrainingConfig, adapter: Path) -> PreTrainedTokeniz
     """Load the tokenizer that the SFT adapter was trained with: its own where it brings one, else the base's.
 
     Raises:
-        PreflowError: there is none, or the adapter's differs from the base's.
+        PreflowError: there is none, or it cannot be read.
     """
     base = _tokenizer_of(training.base_model, training.base_revision)
     own = _tokenizer_of(str(adapter), None) if (adapter / "tokenizer_config.json").is_file() else None
@@ -56,8 +56,6 @@ def load_tokenizer(training: TrainingConfig, adapter: Path) -> PreTrainedTokeniz
             f"base_model {training.base_model}: no tokenizer there, nor in the SFT adapter {adapter}. Save the "
             "tokenizer into one of the two with tokenizer.save_pretrained(folder)."
         )
-    if own is not None and base is not None:
-        _check_same_vocabulary(own, base, adapter, training.base_model)
     if tokenizer.pad_token is None:
         # Padding is masked everywhere: any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -78,27 +76,6 @@ def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase 
             ) from error
         LOG.info("no tokenizer in %s", source)
         return None
-
-
-def _check_same_vocabulary(
-    own: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, adapter: Path, base_model: str
-) -> None:
-    ours, theirs = own.get_vocab(), base.get_vocab()  # each call builds a new dict: 25 ms for 49,152 tokens
-    different = [token for token, number in ours.items() if theirs.get(token, number) != number]
-    lacking = [token for token in theirs if token not in ours]
-    added = base.get_added_vocab()
-    missing = [token for token in lacking if token not in added]
-    if different or missing:
-        raise PreflowError(
-            f"the tokenizer in {adapter} is not that of {base_model}: {len(different)} tokens have another number, "
-            f"{len(missing)} are missing (e.g. {(different + missing)[0]!r}). The adapter belongs to another base; "
-            "give that one as base_model."
-        )
-    if lacking:
-        LOG.warning(
-            "the tokenizer in %s lacks %d special tokens of %s (e.g. %r): texts that spell one are read otherwise",
-            adapter, len(lacking), base_model, lacking[0],
-        )  # fmt: skip
 
 
 def load_base(training: TrainingConfig, device: int) -> Any:

@@ -193,7 +193,7 @@ class TrainingRun:
             "base": self._spec.base_sha256, "sft": self._spec.sft_sha256, "device": "cuda" if has_cuda() else "cpu",
         }  # fmt: skip
         key = reference_key(splits, self._training, weights)
-        cache = ReferenceCache(self._store, key, trainer.sft.digest(), self._scratch)
+        cache = ReferenceCache(self._store, key, trainer.sft.digest())
         found = trainer.agree(cache.load(splits))
         if found is None:
             count = sum(len(split.pairs) for split in splits)

@@ -69,50 +69,35 @@ class Hooks:
     stop: StopFlag
 
 
+# The settings that TRL knows by the same name.
+SAME = {
+    "beta", "label_smoothing", "ld_alpha", "use_weighting", "router_aux_loss_coef", "max_length", "disable_dropout",
+    "learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "logging_steps", "save_steps", "eval_steps", "seed", "report_to",
+}  # fmt: skip
+
+
 def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DPOConfig:
     """Translate the configuration into TRL's; on a machine without CUDA everything is fp32.
 
-    Args:
-        training: the configuration.
-        output_dir: where trackers may write.
-        evaluate: whether there are pairs to evaluate on.
+    Trackers may write to `output_dir`; `evaluate` says whether there are pairs to evaluate on.
     """
     weighted = training.sft_weight > 0
     return DPOConfig(
+        **training.model_dump(mode="json", include=SAME),
         output_dir=str(output_dir),
-        beta=training.beta,
         loss_type=[training.loss_type, "sft"] if weighted else [training.loss_type],
         loss_weights=[1.0, training.sft_weight] if weighted else None,
-        label_smoothing=training.label_smoothing,
         f_divergence_type=training.f_divergence,
-        ld_alpha=training.ld_alpha,
-        use_weighting=training.use_weighting,
-        router_aux_loss_coef=training.router_aux_loss_coef,
-        max_length=training.max_length,
-        disable_dropout=training.disable_dropout,
-        learning_rate=training.learning_rate,
-        num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps or -1,
-        lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        per_device_eval_batch_size=training.per_device_eval_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        gradient_checkpointing=training.gradient_checkpointing,
         bf16=training.bf16 and has_cuda(),
         use_cpu=not has_cuda(),
         dataloader_pin_memory=has_cuda(),
         logging_strategy="steps",
-        logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=training.save_steps,
         eval_strategy="steps" if evaluate else "no",
-        eval_steps=training.eval_steps,
-        seed=training.seed,
-        report_to=training.report_to,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
     )
@@ -209,8 +194,8 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     def _live_reference(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         with self._in_mode(training=False):
-            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
-        return chosen, rejected
+            found: tuple[torch.Tensor, torch.Tensor] = self.compute_ref_log_probs(self.model, inputs)
+        return found
 
     @contextmanager
     def _in_mode(self, training: bool) -> Iterator[None]:
@@ -276,11 +261,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         return self._order.order(epoch)[within * size : (within + 1) * size]
 
     def check_saved(self, folder: Path, split: Split) -> None:
-        """Load the adapter in `folder` next to the trained one and compare their log-probs on a micro-batch of `split`.
-
-        Raises:
-            InvariantError: `saved-adapter`.
-        """
+        """Load the adapter in `folder` next to the trained one: on a micro-batch both must give the same log-probs."""
         rows = self.eval_dataset if split.name == "val" else self.train_dataset
         batch = split.micro_batches[:1]
         running = self.measure(batch, rows)
@@ -317,7 +298,12 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         first = self.measure(batches, self.train_dataset, dpo_only=True)
         invariants.check_first_loss(first, self._training)
         if self._training.disable_dropout:
-            self._check_nothing_random(batches[:1])
+            training, evaluating = (
+                self.measure(batches[:1], self.train_dataset, dpo_only=True, training=mode)["loss"]
+                for mode in (True, False)
+            )
+            named = "modules and every number of the base's config.json"
+            invariants.check_nothing_random(training, evaluating, named)
         said = f"{self._training.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
         added = f"; the losses from here on have {self._more_in_the_loss()}" if self._more_in_the_loss() else ""
         self._hooks.progress(Progress("training", said + added))
@@ -333,12 +319,6 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             "their pairs weighted" if training.use_weighting else "",
         ]
         return " and ".join(filter(None, more))
-
-    def _check_nothing_random(self, batches: Sequence[Sequence[int]]) -> None:
-        training, evaluating = (
-            self.measure(batches, self.train_dataset, dpo_only=True, training=mode)["loss"] for mode in (True, False)
-        )
-        invariants.check_nothing_random(training, evaluating, "modules and every number of the base's config.json")
 
     def begin(self) -> None:
         """Called when training begins: put back what transformers has just set to zero."""

@@ -158,6 +158,7 @@ def run_and_classify(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> 
 def main(arguments: list[str]) -> int:
     """Run the child; `arguments` is the folder that holds spec.json."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # of a resumed run it says the same for every batch
     files, stop = WorkerFiles(Path(arguments[0])), StopFlag()
     spec = files.read_spec()
     try:

@@ -331,8 +331,7 @@ class TestReferenceCache:
         return {split.name: bench.trainer.reference_logps(split) for split in (bench.train, bench.val)}
 
     def cache(self, root: Path, splits: list[Split], training: TrainingConfig, digest: str = "d") -> ReferenceCache:
-        (root / "scratch").mkdir(parents=True, exist_ok=True)
-        return ReferenceCache(Workspace(root), reference_key(splits, training, self.WEIGHTS), digest, root / "scratch")
+        return ReferenceCache(Workspace(root), reference_key(splits, training, self.WEIGHTS), digest)
 
     def test_what_was_saved_comes_back_to_the_last_bit(
         self, world: TinyWorld, bench: Bench, found: dict[str, ReferenceLogps], tmp_path: Path
@@ -357,7 +356,7 @@ class TestReferenceCache:
         fewer = Split("train", bench.train.pairs[1:], bench.train.micro_batches)
         assert reference_key([fewer, bench.val], world.config(), self.WEIGHTS) != key
 
-    @pytest.mark.parametrize("damage", ["cut", "changed", "removed", "other adapter", "row missing"])
+    @pytest.mark.parametrize("damage", ["cut", "changed", "no object", "other adapter", "row missing"])
     def test_damage_is_seen_and_it_is_computed_again(
         self, world: TinyWorld, bench: Bench, found: dict[str, ReferenceLogps], tmp_path: Path, damage: str,
         caplog: pytest.LogCaptureFixture,
@@ -370,14 +369,14 @@ class TestReferenceCache:
             cache.save([part, bench.val], {**found, "train": short}, self.WEIGHTS)
         else:
             cache.save(splits, found, self.WEIGHTS)
-        (rows,) = tmp_path.glob("reference-logprobs/*/logprobs.jsonl")
-        content = rows.read_bytes()
+        (file,) = tmp_path.glob("reference-logprobs/*.json")
+        content = file.read_bytes()
         if damage == "cut":
-            rows.write_bytes(content[:-20])
+            file.write_bytes(content[:-20])
         if damage == "changed":
-            rows.write_bytes(content.replace(b"1", b"2", 1))
-        if damage == "removed":
-            rows.unlink()
+            file.write_bytes(content.replace(b"-1", b"-2", 1))
+        if damage == "no object":
+            file.write_bytes(b"[]")
         if damage == "other adapter":
             cache = self.cache(tmp_path, splits, world.config(), digest="another")
         assert cache.load(splits) is None
