@@ -14,13 +14,14 @@ from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.run.names import named
 from tasks.run.preflight import endpoint_lock, prepare_run, record_result
+from tasks.run.versions import say_version_skew
 from tasks.store.workspace import AdapterRef, CompletionsRef, PipelineResult, PreferencesRef
 from tasks.train.work_pool import train_on_pool
 
 NAME = named("{config.promotion.name}: beta {config.training.beta:g}, {now:%d %b %H:%M}")
 
 
-@flow(name="dpo-pipeline", flow_run_name=NAME, on_failure=[cancel_if_refused])
+@flow(name="dpo-pipeline", flow_run_name=NAME, on_failure=[cancel_if_refused], on_running=[say_version_skew])
 async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """Sample completions, have them judged, train with DPO, prove that it is better, and serve it.
 

@@ -1,5 +1,6 @@
 """An OpenAI-compatible endpoint: address, limits, prices."""
 
+import os
 from typing import Any, Self
 
 from pydantic import Field, JsonValue, model_validator
@@ -7,6 +8,9 @@ from pydantic import Field, JsonValue, model_validator
 from tasks.config.base import ADDRESS, Operational, SecretName, StageConfig
 
 _SENT_IF_SET = frozenset({"extra_body", "reasoning_effort"})
+
+# On a cluster more than the ten minutes: there a model's node may be taken away, and a new one takes its time to come.
+OUTAGE_SECONDS = float(os.environ.get("PREFLOW_MAX_OUTAGE_SECONDS", "600"))
 
 
 class EndpointConfig(StageConfig):
@@ -30,7 +34,7 @@ class EndpointConfig(StageConfig):
         300, gt=0, le=3600, description="Time limit of one attempt, in seconds."
     )
     max_outage_seconds: Operational[float] = Field(
-        600,
+        OUTAGE_SECONDS,
         ge=0,
         le=86_400,
         description="How long an endpoint that is down or refuses with 429/5xx is waited for, in seconds.",

@@ -148,6 +148,8 @@ def prefect_server(home: Path, port: int | None = None) -> Service:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # SQLite waits so long for its lock; on a busy machine 10 s are not enough, and a run is refused.
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+        # Who holds a slot of a deployment's limit is kept: else a restart of the server ends those runs within minutes.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
     }
     log = home.parent / "logs" / "prefect.log"

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from tasks.config import JudgingConfig, resolve_location
 from tasks.errors import PreflowError
 from tasks.judge.pairs import is_validation, write_quality
-from tasks.judge.quality import measure_pairs
+from tasks.judge.quality.audit import measure_pairs
 from tasks.store.prompts import source_digest
 from tasks.store.records import CompletionsRow, PairRow, number_rows, prompt_id
 from tasks.store.workspace import CompletionsRef, Manifest, Origin, PreferencesRef, Workspace, stage_key

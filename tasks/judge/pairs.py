@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.asking import JudgingPlan
-from tasks.judge.quality import measure_judgements, plot_quality
+from tasks.judge.quality.metrics import measure_judgements
+from tasks.judge.quality.plot import plot_quality
 from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import (

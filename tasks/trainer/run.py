@@ -82,6 +82,7 @@ class TrainingRun:
         self._phases = Phases(self._tell)
         self._checkpoint_seconds: list[float] = []
         self._rows_due = 0.0
+        self._cost_before = Cost()
 
     def execute(self) -> None:
         """Train, check, and commit the adapter.
@@ -106,6 +107,7 @@ class TrainingRun:
             checkpoint = self._checkpoints.newest()
         if checkpoint is not None:
             self._check_tokens(checkpoint)
+            self._cost_before = Cost.model_validate(checkpoint.state.get("cost", {}))
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
         self._progress(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
@@ -204,7 +206,7 @@ class TrainingRun:
         trainer.use_cached_reference(found["train"], found.get("val"))
 
     def _save(self, checkpoint: Checkpoint) -> float:
-        checkpoint.state["tokens"] = self._tokens
+        checkpoint.state.update(tokens=self._tokens, cost=self._cost().model_dump())
         seconds = self._checkpoints.save(checkpoint)
         self._checkpoint_seconds.append(seconds)
         return seconds
@@ -253,6 +255,13 @@ class TrainingRun:
             self._store.commit_folder(folder, self._paths.adapter, facts)
         self._store.write_manifest(self._manifest(trainer, rows))
 
+    def _cost(self) -> Cost:
+        """Return what the GPUs have cost, earlier processes' share up to the checkpoint that this one went on from."""
+        if not has_cuda():
+            return self._cost_before
+        seconds = self._training.num_processes * (time.monotonic() - self._started)
+        return self._cost_before + Cost(gpu_seconds=seconds, usd=seconds / 3600 * gpu_usd_per_hour())
+
     def _timing(self) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if has_cuda() else None
         return {
@@ -296,9 +305,21 @@ class TrainingRun:
                 **count_pairs("val", self._val_data),
             },
             figures={**summarise(rows), "exact_share": self._train_data.report.exact_share},
-            cost=Cost(gpu_seconds=spec.training.num_processes * seconds if has_cuda() else 0.0),
+            cost=self._cost(),
             seconds=seconds,
         )
+
+
+def gpu_usd_per_hour() -> float:
+    """Return the price of this node's GPU: the first whose name is in the node's, as the job template gives them; or 0.
+
+    On GKE a node's name has its pool's in it, so spot and on demand have prices of their own.
+    """
+    node, prices = os.environ.get("PREFLOW_NODE", ""), os.environ.get("PREFLOW_GPU_USD_PER_HOUR", "")
+    for name, _, price in (part.partition("=") for part in prices.split(",") if part):
+        if name in node:
+            return float(price)
+    return 0.0
 
 
 def with_fitting_warmup(training: TrainingConfig, micro_batches: int) -> TrainingConfig:

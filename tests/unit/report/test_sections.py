@@ -6,7 +6,7 @@ import pytest
 
 from tasks.batch.costs import Ledger, StageCost
 from tasks.config import PipelineConfig
-from tasks.judge.quality import measure_judgements
+from tasks.judge.quality.metrics import measure_judgements
 from tasks.report.overview import (
     approval_section,
     glance_section,

@@ -22,8 +22,9 @@ from tasks.errors import DiskFullError, PreflowError
 from tasks.store.workspace import PreferencesRef, Workspace, folder_digest
 from tasks.train.launch import base_digest, check_training_inputs, training_key
 from tasks.train.spec import TrainingSpec
-from tasks.trainer.run import TrainingRun
+from tasks.trainer.run import TrainingRun, gpu_usd_per_hour
 from tasks.trainer.stopping import StopFlag
+from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import build_adapter, build_base, pairs, write_preferences
 
 QV = ["q_proj", "v_proj"]
@@ -188,3 +189,13 @@ def test_a_full_disk_at_the_end_costs_old_checkpoints_but_no_training(
     assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
     assert ("resuming from the checkpoint of step 3" in caplog.text) == (failures == 2)
     assert "no room for the finished adapter" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("node", "price"), [("gke-preflow-l4-spot-1f-x2", 0.4), ("gke-preflow-l4-on-demand-1f-x2", 1.0), ("worker-1", 0.0)]
+)
+def test_a_gpu_costs_what_its_kind_of_node_costs(node: str, price: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = json.loads((ROOT / "deployments" / "l4-spot.job-template.json").read_text())
+    monkeypatch.setenv("PREFLOW_GPU_USD_PER_HOUR", template["variables"]["properties"]["gpu_usd_per_hour"]["default"])
+    monkeypatch.setenv("PREFLOW_NODE", node)
+    assert gpu_usd_per_hour() == price
