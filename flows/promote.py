@@ -29,7 +29,7 @@ async def promote_adapter(
         promotion: The gate, and where it is served.
     """
     Workspace(workspace).check_writable()
-    check_gate(adapter, evaluation, promotion.min_win_rate)
+    check_gate(adapter, evaluation, promotion.min_win_rate, promotion.min_agreement)
     uri = install_adapter(adapter, workspace, promotion.name)
     await serve_adapter(uri, workspace, promotion)
     promoted = move_pointer(adapter, evaluation, uri, workspace, promotion)

@@ -51,6 +51,7 @@ TITLES = {
     "max_steps": "Optimizer steps in all",
     "max_tokens": "Longest answer (tokens)",
     "measured_label_smoothing": "Label smoothing as measured",
+    "min_agreement": "Bar for the agreement with a person",
     "min_confidence": "Confidence of a pair, at least (1-5)",
     "min_win_rate": "Bar for the win rate's lower bound",
     "name": "Name it is served under",

@@ -14,6 +14,13 @@ class PromotionConfig(StageConfig):
     min_win_rate: float = Field(
         0.5, ge=0, lt=1, description="Bar: the lower bound of the win rate's interval must be over it."
     )
+    min_agreement: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Bar for the judge's agreement with a person (preflow label): the lower bound of its interval must "
+        "be over it. 0.5 is chance; 0: no labels are needed.",
+    )
     endpoint: Operational[str | None] = Field(
         "http://127.0.0.1:8000/v1",
         pattern=ADDRESS,

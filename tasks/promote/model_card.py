@@ -9,7 +9,7 @@ from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.promote.pointer import Entry, read_evaluation
 from tasks.store.measures import Evaluation
-from tasks.store.workspace import MANIFEST, Manifest, Origin, Workspace
+from tasks.store.workspace import MANIFEST, EvaluationRef, Manifest, Origin, Workspace
 
 HYPER_PARAMETERS = (
     "beta", "loss_type", "sft_weight", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
@@ -36,17 +36,23 @@ class Provenance:
         Raises:
             PreflowError: a manifest is no longer there.
         """
-        store, win_rate = Workspace(workspace), entry.evaluation.uri
+        store = Workspace(workspace)
         try:
-            evaluation = store.read_manifest(posixpath.join(posixpath.dirname(win_rate), MANIFEST))
+            evaluation = store.read_manifest(posixpath.join(posixpath.dirname(entry.evaluation.uri), MANIFEST))
             training = store.read_manifest(_upstream(evaluation, "adapter"))
             preferences = store.read_manifest(_upstream(training, "preferences"))
-            return cls(read_evaluation(win_rate, entry.adapter_sha256), training, preferences)
+            return cls(_found(evaluation), training, preferences)
         except PreflowError as error:
             raise PreflowError(
                 f"the model card cannot say how the adapter was made: {error}. Publish from the workspace that it was "
                 "made in."
             ) from error
+
+
+def _found(manifest: Manifest) -> Evaluation:
+    if isinstance(manifest.artifact, EvaluationRef):
+        return read_evaluation(manifest.artifact)
+    raise PreflowError(f"{manifest.artifact.manifest}: is of no evaluation; run evaluate-adapter again")
 
 
 def _upstream(manifest: Manifest, kind: str) -> Origin:

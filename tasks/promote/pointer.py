@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote.vllm import PROBE, is_served, swap_adapter
+from tasks.store import measures
 from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
 
@@ -66,11 +67,12 @@ class Pointer(BaseModel):
     history: tuple[Entry, ...] = ()
 
 
-def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> None:
+def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float, min_agreement: float = 0.0) -> None:
     """Refuse an adapter whose evaluation is not its own, or does not prove that it is better.
 
     Both lower bounds, the raw one and that with length taken out, must be over the bar, and the SFT adapter against
-    itself must come out even. What counts is what `win_rate.json` says, not the reference.
+    itself must come out even. Where `min_agreement` is not 0, a person's labels must agree with the judge. What counts
+    is what the evaluation's files say, not the reference.
 
     Raises:
         PromotionRefused: with the figures and what to try.
@@ -80,22 +82,22 @@ def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> No
             f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
             f"{adapter.sha256[:12]}: evaluate this adapter first"
         )
-    if refusal := read_evaluation(evaluation.uri, adapter.sha256).refusal(bar):
+    if refusal := read_evaluation(evaluation).refusal(bar, min_agreement):
         raise PromotionRefused(f"not promoted: {refusal} What was served before is still served.")
 
 
-def read_evaluation(uri: str, adapter_sha256: str) -> Evaluation:
-    """Return what an evaluation of an adapter found.
+def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
+    """Return what an evaluation found.
 
     Raises:
         PromotionRefused: its file is gone, or was written by another version of preflow.
     """
     try:
-        return Evaluation.model_validate({"adapter_sha256": adapter_sha256, **Workspace.holding(uri).read_json(uri)})
+        return measures.read_evaluation(evaluation)
     except (FileNotFoundError, ValidationError) as error:
         raise PromotionRefused(
-            f"{uri}: not there, or not as this version writes it ({type(error).__name__}); run evaluate-adapter again: "
-            "everything that was paid for is kept"
+            f"{evaluation.uri}: not there, or not as this version writes it ({type(error).__name__}); run "
+            "evaluate-adapter again: everything that was paid for is kept"
         ) from error
 
 
@@ -320,6 +322,13 @@ def find_rollback(adapter: AdapterRef, workspace: str, promotion: PromotionConfi
     if latest is None or latest.rolled_back_at is None:
         return None
     return f"it was rolled back at {latest.rolled_back_at}; run promote-adapter to serve it again"
+
+
+def find_disagreement(evaluation: EvaluationRef, promotion: PromotionConfig) -> str | None:
+    """Return why an adapter that won waits for a person's labels, or is refused by them; None if it does not."""
+    if not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
+        return None
+    return read_evaluation(evaluation).disagreement(promotion.min_agreement)
 
 
 def _now() -> str:

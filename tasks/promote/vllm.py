@@ -10,6 +10,7 @@ from tasks.config import EndpointConfig, PromotionConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint, ModelInfo, RequestRefused, resolve_secret
 from tasks.llm.responses import Transient
+from tasks.llm.vllm_admin import replicas
 from tasks.store.workspace import Workspace, server_path
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,9 @@ async def swap_adapter(new: str, current: str | None, workspace: str, promotion:
         try:
             path = server_path(new, workspace, promotion.adapter_root)
             await server.load_adapter(promotion.name, path, replace=True)
-            await verify_served(server, new, promotion)
+            for one in await _each_replica(promotion):
+                async with await _server(one) as replica:
+                    await verify_served(replica, new, one)
         except PreflowError as error:
             outcome = await _restore_previous(server, current, workspace, promotion)
             raise type(error)(f"{promotion.name!r} was not exchanged: {error}. {outcome}") from error
@@ -150,6 +153,10 @@ async def _server(promotion: PromotionConfig) -> Endpoint:
         endpoint=str(promotion.endpoint), model=promotion.name, api_key=promotion.api_key, max_outage_seconds=60
     )
     return Endpoint(config, await resolve_secret(promotion.api_key, "promotion.api_key"))
+
+
+async def _each_replica(promotion: PromotionConfig) -> list[PromotionConfig]:
+    return [promotion.model_copy(update={"endpoint": address}) for address in await replicas(str(promotion.endpoint))]
 
 
 async def verify_served(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
@@ -211,6 +218,13 @@ async def _restore_previous(server: Endpoint, current: str | None, workspace: st
 
 async def is_served(uri: str, workspace: str, promotion: PromotionConfig) -> bool:
     """Tell whether vLLM serves the adapter in the folder `uri` under its name; asks for log-probs, changes nothing."""
+    for one in await _each_replica(promotion):
+        if not await _serves(uri, workspace, one):
+            return False
+    return True
+
+
+async def _serves(uri: str, workspace: str, promotion: PromotionConfig) -> bool:
     path = server_path(uri, workspace, promotion.adapter_root)
     async with await _server(promotion) as server:
         listed = (await _models(server)).get(promotion.name)

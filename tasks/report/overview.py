@@ -89,6 +89,12 @@ def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
         healthy = "about 1; a low one says that the first judge's taste was learned"
         yield _figure("Gain that the second judge sees too", percent(transfer, ".0f"), healthy,
                       transfer > LEAST_TRANSFER)  # fmt: skip
+    if (agreement := found.agreement) is not None:
+        healthy = f"over 50 %, which is chance; {agreement.labels} labels"
+        yield _figure("Judge and person agree", agreement.share.text(), healthy, agreement.share.lower > 0.5)
+        if (kappa := agreement.kappa) is not None:
+            value = f"{kappa.value:.2f} ({kappa.lower:.2f}-{kappa.upper:.2f})"
+            yield _figure("The same beyond chance, kappa", value, "over 0", kappa.lower > 0)
     if found.silent:
         yield _figure("Lost because the new adapter wrote nothing", f"{found.silent:,}", "0", False)
     if found.detectable is not None:

@@ -17,6 +17,7 @@ from tasks.run.stages import STAGES, Trial, fingerprint
 from tasks.store.workspace import PipelineResult, Workspace, stage_key
 
 VERSION = 3
+RESULT, CONFIG = "result.json", "config.json"
 logger = logging.getLogger(__name__)
 _lock: ContextVar[asyncio.Lock | None] = ContextVar("lock", default=None)
 
@@ -40,7 +41,7 @@ def report_uri(config: PipelineConfig) -> str:
 def find_result(config: PipelineConfig) -> PipelineResult | None:
     """Return the result of an equal run, if it finished and everything it made is still intact."""
     store = Workspace(config.workspace)
-    uri = posixpath.join(run_folder(config), "result.json")
+    uri = posixpath.join(run_folder(config), RESULT)
     if not store.exists(uri):
         return None
     try:
@@ -52,9 +53,10 @@ def find_result(config: PipelineConfig) -> PipelineResult | None:
 
 
 def record_result(config: PipelineConfig, result: PipelineResult) -> str:
-    """Keep a run's result under its key, and return the folder that all of the run is kept in."""
+    """Keep a run's configuration and result under its key, and return the folder that all of the run is kept in."""
     store, folder = Workspace(config.workspace), run_folder(config)
-    store.write_json(posixpath.join(folder, "result.json"), result.model_dump(mode="json"))
+    store.write_json(posixpath.join(folder, CONFIG), config.model_dump(mode="json"))
+    store.write_json(posixpath.join(folder, RESULT), result.model_dump(mode="json"))
     return folder
 
 

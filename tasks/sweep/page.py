@@ -197,7 +197,7 @@ async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
     workspace = points[0].config.workspace
     store, folder = Workspace(workspace), sweep_folder(workspace, result.key)
     made = [(point, found.made) for point, found in zip(points, result.points, strict=True) if found.made]
-    manifests = gather_manifests(store, *(run for _, run in made))
+    manifests = gather_manifests(store, *(reference for _, run in made for reference in run.references()))
     sections = [section, cost_section(add_up(manifests)), lineage_section(manifests, store.root)]
     store.write_bytes(f"{folder}/report.html", render_html("preflow: sweep", sections).encode())
     for point, run in made:
