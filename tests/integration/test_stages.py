@@ -44,10 +44,10 @@ def fake() -> Iterator[FakeOpenAI]:
         yield server
 
 
-def write_prompts(folder: Path, count: int) -> Path:
-    path = folder / f"prompts-{count}.jsonl"
+def write_prompts(folder: Path, count: int, first: int = 0) -> Path:
+    path = folder / f"prompts-{first}-{count}.jsonl"
     with path.open("w") as file:
-        for number in range(count):
+        for number in range(first, first + count):
             scene = f"Scene {number}. \n{sample('scene', number, None)}"
             messages = [{"role": "system", "content": "You go on with scenes."}, {"role": "user", "content": scene}]
             file.write(json.dumps({"prompt": messages, "group": f"episode {number % 40}"}) + "\n")
@@ -326,7 +326,7 @@ async def test_a_judge_that_cannot_be_used_is_refused_before_the_first_request(b
 async def test_a_bad_row_is_refused_before_the_first_request(bench: Bench, fake: FakeOpenAI) -> None:
     prompts = write_prompts(bench.folder, 20)
     prompts.write_text(prompts.read_text() + '{"prompt": [{"role": "wizard", "content": "x"}]}\n')
-    with pytest.raises(PreflowError, match=r"prompts-20\.jsonl:21: prompt\[0\]: the role 'wizard' is not system"):
+    with pytest.raises(PreflowError, match=r"prompts-0-20\.jsonl:21: prompt\[0\]: the role 'wizard' is not system"):
         await bench.sample(prompts)
     assert fake.requests(None) == []
 
