@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from pathlib import Path
 from typing import IO, Any
@@ -198,7 +198,7 @@ class GcsWorkspace(Workspace):
         with _object(uri) as (bucket, name):
             return int(POLICY["retry"](attempt)())
 
-    def _stage(self, uri: str) -> IO[bytes]:
+    def _stage(self, uri: str) -> AbstractContextManager[IO[bytes]]:
         return tempfile.SpooledTemporaryFile(SPOOLED)
 
     def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
@@ -208,9 +208,6 @@ class GcsWorkspace(Workspace):
             blob = bucket.blob(name)
             blob.metadata = {"sha256": sha256}
             blob.upload_from_file(staged, rewind=True, size=size, checksum="crc32c", **POLICY)
-
-    def _discard(self, staged: IO[bytes]) -> None:
-        staged.close()
 
     def files(self, uri: str) -> list[Stat]:
         return list(self._list(uri, delimiter="/")[0].values())

@@ -5,8 +5,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO
@@ -56,25 +56,22 @@ class LocalWorkspace(Workspace):
                 found[str(path.relative_to(uri))] = stat
         return found
 
-    def _stage(self, uri: str) -> IO[bytes]:
+    @contextmanager
+    def _stage(self, uri: str) -> Iterator[IO[bytes]]:
         folder = Path(uri).parent
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
-        os.close(handle)
-        return open(name, "wb")
+        # Closing it writes what is buffered, and may find the disk full.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as staged:
+            try:
+                yield staged
+            finally:
+                Path(staged.name).unlink(missing_ok=True)
 
     def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
         staged.flush()
         os.fsync(staged.fileno())
-        staged.close()
         os.chmod(staged.name, 0o644)
         os.replace(staged.name, uri)
-
-    def _discard(self, staged: IO[bytes]) -> None:
-        try:
-            staged.close()  # which writes what is buffered, and may find the disk full
-        finally:
-            Path(staged.name).unlink(missing_ok=True)
 
     def _remove(self, uri: str) -> None:
         Path(uri).unlink(missing_ok=True)
@@ -99,12 +96,9 @@ class LocalWorkspace(Workspace):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.read_versioned(uri)[1] != version:
                 return None
-            staged = self._stage(uri)
-            try:
+            with self._stage(uri) as staged:
                 staged.write(content)
                 self._publish(staged, uri, "")
-            finally:
-                self._discard(staged)
             return content
 
 

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -140,16 +140,12 @@ class Workspace:
         """Return all files below a folder by their name relative to it."""
         raise NotImplementedError
 
-    def _stage(self, uri: str) -> IO[bytes]:
-        """Return a file to write what is to lie at `uri`, to be published or discarded."""
+    def _stage(self, uri: str) -> AbstractContextManager[IO[bytes]]:
+        """Give a file to write what is to lie at `uri`; what is not published in the block is dropped at its end."""
         raise NotImplementedError
 
     def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
         """Have what was staged appear, in one step, in the place of what was there."""
-        raise NotImplementedError
-
-    def _discard(self, staged: IO[bytes]) -> None:
-        """Drop what was staged; after `_publish`, do nothing."""
         raise NotImplementedError
 
     def _remove(self, uri: str) -> None:
@@ -260,14 +256,11 @@ class Workspace:
     def writing(self, uri: str) -> Iterator["DigestWriter"]:
         """Stream a file: it appears under `uri` when the block ends without an error, and not at all otherwise."""
         try:
-            staged = self._stage(uri)
-            try:
+            with self._stage(uri) as staged:
                 out = DigestWriter(staged)
                 yield out
                 self._guard()
                 self._publish(staged, uri, out.sha256)
-            finally:
-                self._discard(staged)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise

@@ -14,7 +14,7 @@ from tasks.errors import PreflowError
 from tasks.llm import vllm_admin
 from tasks.llm.client import Endpoint
 from tasks.promote import vllm
-from tasks.promote.vllm import ProbeFailed, swap_adapter, is_served
+from tasks.promote.vllm import ProbeFailed, is_served, swap_adapter
 from tests.fakes.process import FakeOpenAI
 
 
@@ -53,12 +53,12 @@ async def test_both_servers_have_the_new_adapter_or_both_the_old_one(
 ) -> None:
     proved = []
 
-    async def prove(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
+    async def verify(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
         proved.append((server.config.endpoint, promotion.endpoint))
         if broken is not None and server.config.endpoint == servers[broken]:
             raise ProbeFailed("it is another adapter")
 
-    monkeypatch.setattr(vllm, "prove", prove)
+    monkeypatch.setattr(vllm, "verify_served", verify)
     promotion = PromotionConfig(name="live", endpoint=servers[0])
     given: tuple[Any, ...] = (str(tmp_path / "new"), str(tmp_path / "old"), str(tmp_path), promotion)
     if broken is None:
