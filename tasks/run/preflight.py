@@ -130,7 +130,8 @@ async def find_problems(config: PipelineConfig) -> list[str]:
     config, found = config.filled(), list[str]()
     secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
     checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
-    for check in [*checks, secret, *_service_checks(config)]:
+    checks += [secret, *_service_checks(config)]
+    for check in checks:
         try:
             if inspect.isawaitable(result := check()):
                 await result
