@@ -10,6 +10,7 @@ from tasks.config import EndpointConfig, PromotionConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint, ModelInfo, RequestRefused, resolve_secret
 from tasks.llm.responses import Transient
+from tasks.llm.vllm_admin import replicas
 from tasks.store.workspace import Workspace, server_path
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,13 @@ async def _server(promotion: PromotionConfig) -> Endpoint:
 async def _load_and_prove(server: Endpoint, uri: str, workspace: str, promotion: PromotionConfig) -> None:
     path = server_path(uri, workspace, promotion.adapter_root)
     await server.load_adapter(promotion.name, path, replace=True)
-    await prove(server, uri, promotion)
+    for one in await _each_replica(promotion):
+        async with await _server(one) as replica:
+            await prove(replica, uri, one)
+
+
+async def _each_replica(promotion: PromotionConfig) -> list[PromotionConfig]:
+    return [promotion.model_copy(update={"endpoint": address}) for address in await replicas(str(promotion.endpoint))]
 
 
 async def prove(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
@@ -204,7 +211,7 @@ async def _models(server: Endpoint) -> dict[str, ModelInfo]:
 
 async def _put_back(server: Endpoint, current: str | None, workspace: str, promotion: PromotionConfig) -> str:
     """Restore what was served and return what came of it, for the error."""
-    again = "When it is mended, promote again; until then CURRENT.json names what it named."
+    again = "When that is fixed, promote again; until then CURRENT.json names what it named."
     try:
         if current is None:
             await server.unload_adapter(promotion.name)
@@ -220,6 +227,13 @@ async def _put_back(server: Endpoint, current: str | None, workspace: str, promo
 
 async def is_served(uri: str, workspace: str, promotion: PromotionConfig) -> bool:
     """Tell whether vLLM serves the adapter in the folder `uri` under its name; asks for log-probs, changes nothing."""
+    for one in await _each_replica(promotion):
+        if not await _serves(uri, workspace, one):
+            return False
+    return True
+
+
+async def _serves(uri: str, workspace: str, promotion: PromotionConfig) -> bool:
     path = server_path(uri, workspace, promotion.adapter_root)
     async with await _server(promotion) as server:
         listed = (await _models(server)).get(promotion.name)

@@ -415,6 +415,8 @@ class Connection(asyncio.Protocol):
 async def serve(port: int, plan: Plan, log: Path | None) -> None:
     """Serve until the process is ended."""
     server = Server(plan, log)
+    if plan.base is not None:
+        _ = plan.tokenizer  # loaded now: while it is, nobody would be answered
     await server.listen(port)
     print(f"listening on http://127.0.0.1:{server.port}/v1", flush=True)
     await asyncio.Event().wait()

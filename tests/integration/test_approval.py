@@ -18,7 +18,8 @@ from tasks.errors import PreflowError
 from tasks.run.approval import NotApproved, approve_judging, approve_promotion, cancel_if_refused, read_answers
 from tasks.store.workspace import AdapterRef, CompletionsRef, EvaluationRef, PromotionRef, Workspace
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+# The browser asks, says yes and looks at what is shown.
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.long]
 
 
 class Bench:

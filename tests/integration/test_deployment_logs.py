@@ -114,6 +114,7 @@ def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
             yield World(folder, empty_prefect_server, sampler, judge)
 
 
+@pytest.mark.long  # a run through a worker
 def test_the_pipeline_tells_its_progress_its_spending_and_its_verdict(world: World) -> None:
     run = world.run("dpo-pipeline/local", name="my run with all defaults", config=world.config())
     assert run.state == "COMPLETED", run.text
@@ -130,6 +131,7 @@ STAGES = {
 }
 
 
+@pytest.mark.long  # a run through a worker
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_is_run_alone_tells_what_it_does(world: World, name: str) -> None:
     """It is loaded by its file's path, in a folder that is not the checkout."""
@@ -145,6 +147,7 @@ def test_a_stage_that_is_run_alone_tells_what_it_does(world: World, name: str) -
     assert not re.search(r"^\w+-\w+$", run.name), "a name that tells nothing"
 
 
+@pytest.mark.long  # a run through a worker
 def test_serving_tells_from_what_to_what(world: World) -> None:
     common = {"workspace": world.workspace, "promotion": world.config()["promotion"]}
     adapter = world.made("training")
@@ -171,6 +174,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.long  # a run through a worker
 @pytest.mark.parametrize("case", WRONG)
 def test_an_error_of_the_user_is_one_message_in_the_log(world: World, case: str) -> None:
     changes, said = WRONG[case]
@@ -196,6 +200,7 @@ def preflow(world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long  # a run through a worker
 def test_the_command_checks_runs_and_follows_to_the_verdict(world: World) -> None:
     checked = preflow(world, "check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -231,6 +236,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.long  # a run through a worker
 @pytest.mark.parametrize("said", MISTAKES)
 def test_what_a_person_can_fix_ends_with_2_and_no_traceback(world: World, said: str) -> None:
     done = preflow(world, *MISTAKES[said])

@@ -115,6 +115,7 @@ def test_a_finished_training_is_not_repeated(trained: Trained) -> None:
     assert trained.progress == []
 
 
+@pytest.mark.long  # another training
 def test_another_beta_takes_the_reference_log_probs_that_are_there(
     trained: Trained, world: TinyWorld, processes: TrainingProcesses
 ) -> None:
@@ -124,6 +125,7 @@ def test_another_beta_takes_the_reference_log_probs_that_are_there(
     assert len(list((trained.workspace / "reference-logprobs").iterdir())) == 1
 
 
+@pytest.mark.long  # another training
 def test_a_damaged_adapter_is_made_again(
     trained: Trained, world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_damaged_adapter_is_made_again(
     assert file.read_bytes() == content
 
 
+@pytest.mark.long  # another training
 def test_without_held_out_pairs_nothing_is_evaluated(
     world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
 ) -> None:
@@ -214,6 +217,7 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
+@pytest.mark.long  # another training
 def test_a_killed_process_of_two_is_trained_on_like_a_killed_single_one(world: TinyWorld, tmp_path: Path) -> None:
     """The launcher hides the signal behind exit code 1; the task starts again on what `Preempted` says."""
     training = world.config(num_processes=2)
@@ -244,6 +248,7 @@ def test_starting_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.long  # another training
 def test_robust_loss_takes_the_measured_flip_rate(
     world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def history(run: Path) -> list[dict[str, Any]]:
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
 
+@pytest.mark.long  # two trainings
 def test_an_offline_run_holds_the_losses_and_the_adapter_is_the_same(
     tmp_path: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
