@@ -183,20 +183,18 @@ def run_training(
         preferences=preferences, workspace=store.root, training=training, key=key,
         sft_sha256=folder_digest(training.sft_adapter), base_sha256=base_digest(training),
     )  # fmt: skip
-    files = Path(tempfile.mkdtemp(prefix="preflow-worker-"))
-    log = Path(paths.file("train.log")) if store.is_local else files.with_suffix(".log")
-    try:
-        (files / "spec.json").write_text(spec.model_dump_json())
-        code = _supervise(_command(files, training), log, files, training, on_progress)
-        _raise_for(code, files, log)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise DiskFullError(
-            f"the disk is full ({error}): make room in {tempfile.gettempdir()} (TMPDIR) or the workspace; run again"
-        ) from error
-    finally:
-        shutil.rmtree(files, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="preflow-worker-", ignore_cleanup_errors=True) as folder:
+        files = Path(folder)
+        log = Path(paths.file("train.log")) if store.is_local else files.with_suffix(".log")
+        try:
+            (files / "spec.json").write_text(spec.model_dump_json())
+            code = _supervise(_command(files, training), log, files, training, on_progress)
+            _raise_for(code, files, log)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            where = f"{tempfile.gettempdir()} (TMPDIR) or the workspace"
+            raise DiskFullError(f"the disk is full ({error}): make room in {where}; run again") from error
     finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
     if finished is None:
         raise PreflowError(f"training ended without an adapter; see {log}")
