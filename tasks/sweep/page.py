@@ -71,11 +71,26 @@ def money_text(plan: SweepPlan) -> str:
     return money + ("" if plan.is_priced else " and what has no price set")
 
 
+def plan_lines(plan: SweepPlan) -> Iterator[str]:
+    """Yield a line for each piece of work still to do, and one for what all of it costs, for logs and terminals."""
+    for work in plan.work:
+        points = f", points {_span(work.points)}" if len(plan.points()) > 1 else ""
+        if work.to_ask:
+            tokens = f"{work.prompt_tokens:,.0f} + {work.completion_tokens:,.0f} tokens"
+            known = f" ({work.known:,} more known)" if work.known else ""
+            price = format_price(work.usd) + (" US$" if work.usd is not None else "")
+            yield f"  {work.stage} ({work.who}{points}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
+        elif work.gpu_minutes:
+            by = "as measured here" if work.is_measured else "on an L4"
+            yield f"  {work.stage} ({work.who}{points}): about {format_seconds(60 * work.gpu_minutes)} {by}"
+    yield f"cost: {money_text(plan)}"
+
+
 def _work_row(work: Work, money: str) -> tuple[Cell, ...]:
     known = "finished" if work.finished else f"{work.known:,}" if work.requests else None
     return (
         work.stage, work.who or None, _span(work.points) or None, work.requests or None, known,
-        work.prompt_tokens or None, work.completion_tokens or None,
+        round(work.prompt_tokens) or None, round(work.completion_tokens) or None,
         format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None, money,
     )  # fmt: skip
 
@@ -185,13 +200,16 @@ def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, s
 async def report_plan(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> None:
     """Show what the sweep is going to do and cost, in the log and as an artifact."""
     section = plan_section(plan, points, sweep, duplicates)
-    await _show(section)
+    logger.info("%s\n%s", section.summary, "\n".join(plan_lines(plan)))
+    await publish(section)
 
 
 async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
     """Show the ranking, in the log and as an artifact, and write the pages of the sweep and of its points."""
     section = ranking_section(result, points)
-    await _show(section)
+    tables = (render_text_table([table.columns, *table.rows]) for table in section.tables)
+    logger.info("%s\n%s", section.summary, "\n".join(tables))
+    await publish(section)
     for advice in section.advice:
         logger.warning("%s", advice)
     workspace = points[0].config.workspace
@@ -206,13 +224,6 @@ async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
             page = render_html(f"preflow: point {point.number}, {point.name}", run_sections(point.config, run))
             store.write_bytes(uri, page.encode())
     logger.info("the pages of the sweep and of its points are in %s", folder)
-
-
-async def _show(section: ReportSection) -> None:
-    """Show a section in the log and as an artifact."""
-    tables = (render_text_table([table.columns, *table.rows]) for table in section.tables)
-    logger.info("%s\n%s", section.summary, "\n".join(tables))
-    await publish(section)
 
 
 def conclude(result: SweepResult, workspace: str) -> SweepResult | State[SweepResult]:

@@ -159,6 +159,7 @@ def test_with_a_block_they_are_on_and_one_turned_off_stays_off(client: SyncPrefe
     assert len(automations(client)) == 5
 
 
+@pytest.mark.long  # four runs
 def test_a_crashed_run_is_told_of_and_started_again_three_times(client: SyncPrefectClient, receiver: Receiver) -> None:
     run = make_run(client, "local")
     for attempt in (1, 2, 3, 4):

@@ -109,7 +109,7 @@ class Bench:
         """The digest of what the pointer says is served as `better`."""
         pointer = read_pointer(str(self.workspace), "better")
         assert pointer is not None
-        return str(pointer["current"]["adapter_sha256"])
+        return str(pointer.current.adapter_sha256)
 
     def made(self, stage: str) -> set[Path]:
         """The folders of a stage's finished artifacts."""
@@ -219,6 +219,7 @@ async def test_what_did_not_win_is_not_promoted(bench: Bench, result: PipelineRe
     assert "refused" not in _served_models(bench)
 
 
+@pytest.mark.long  # another run
 async def test_an_adapter_is_evaluated_by_the_deployment_for_that(bench: Bench, result: PipelineResult) -> None:
     config, before = bench.config().filled(), bench.made("evaluations")
     evaluation = config.evaluation.model_dump(mode="json") | {"num_samples": 1}
@@ -231,6 +232,7 @@ async def test_an_adapter_is_evaluated_by_the_deployment_for_that(bench: Bench, 
     assert rate["samples"] == 10, "one for each held-out prompt"
 
 
+@pytest.mark.long  # another run
 async def test_the_pairs_are_audited_by_the_deployment_for_that(bench: Bench, stages: set[Path]) -> None:
     (pairs,) = bench.made("preferences") & stages
     (completions,) = bench.made("completions") & stages
@@ -257,6 +259,7 @@ async def second(bench: Bench, result: PipelineResult) -> PipelineResult:
     return new.made
 
 
+@pytest.mark.long  # a second training
 def test_the_sweep_trained_another_adapter_and_promoted_none(
     bench: Bench, result: PipelineResult, second: PipelineResult
 ) -> None:
@@ -265,6 +268,7 @@ def test_the_sweep_trained_another_adapter_and_promoted_none(
     assert bench.served() == result.adapter.sha256
 
 
+@pytest.mark.long  # a second training
 async def test_one_is_promoted_rolled_back_and_served_again_after_a_restart(
     bench: Bench, result: PipelineResult, second: PipelineResult
 ) -> None:
@@ -286,6 +290,7 @@ async def test_one_is_promoted_rolled_back_and_served_again_after_a_restart(
     assert _served_log_probs(bench, "better", ids) == pytest.approx(first, abs=1e-3)
 
 
+@pytest.mark.long  # another run
 async def test_what_is_served_is_published(bench: Bench, result: PipelineResult) -> None:
     publishing = {"repo": "lab/better", "base_model": "lab/base"}
     await run_to_the_end("publish-adapter/local", workspace=str(bench.workspace), name="better", publishing=publishing)
@@ -336,6 +341,7 @@ def _requests_served(bench: Bench) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:request_success_total"))
 
 
+@pytest.mark.long  # two terminals
 def test_it_can_be_talked_to_in_a_terminal(bench: Bench, result: PipelineResult) -> None:
     with Terminal("--endpoint", bench.vllm.base_url) as terminal:
         terminal.expect("better at ", "Please enter a message", "> ")
@@ -345,6 +351,7 @@ def test_it_can_be_talked_to_in_a_terminal(bench: Bench, result: PipelineResult)
         terminal.exit_code()
 
 
+@pytest.mark.long  # two terminals
 def test_talking_to_what_is_not_there_says_what_to_do(bench: Bench) -> None:
     with Terminal("--endpoint", f"http://127.0.0.1:{free_port()}/v1") as terminal:
         terminal.expect("is not usable", "preflow up")
