@@ -111,7 +111,7 @@ class Bench:
         """The digest of what the pointer says is served as `better`."""
         pointer = read_pointer(str(self.workspace), "better")
         assert pointer is not None
-        return str(pointer["current"]["adapter_sha256"])
+        return str(pointer.current.adapter_sha256)
 
     def made(self, stage: str) -> set[Path]:
         """The folders of a stage's finished artifacts."""
