@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tasks.config import ReportTo, TrainingConfig
+from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import choose_template, template_of, tokenizer_digests
 from tasks.store.workspace import DISK_FULL, MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
@@ -119,8 +119,8 @@ def check_training_inputs(training: TrainingConfig, trains_here: bool = True) ->
     Where this machine trains, its packages count, and it must reach the hub.
     """
     tracker = training.report_to
-    if trains_here and tracker is not ReportTo.NONE and find_spec(tracker.value) is None:
-        raise PreflowError(f"report_to {tracker.value}: not installed here; pip install {tracker.value}, or set none")
+    if trains_here and tracker != "none" and find_spec(tracker) is None:
+        raise PreflowError(f"report_to {tracker}: not installed here; pip install {tracker}, or set none")
     adapter = AdapterFiles.read(training.sft_adapter)
     adapter.check()
     base = _find_base(training, trains_here)

@@ -83,8 +83,8 @@ def load_base(training: TrainingConfig, device: int) -> Any:
     elif training.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=training.bnb_4bit_quant_type.value,
-            bnb_4bit_compute_dtype=training.bnb_4bit_compute_dtype.value,
+            bnb_4bit_quant_type=training.bnb_4bit_quant_type,
+            bnb_4bit_compute_dtype=training.bnb_4bit_compute_dtype,
             bnb_4bit_use_double_quant=training.bnb_4bit_use_double_quant,
         )
     if training.disable_dropout:

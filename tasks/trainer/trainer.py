@@ -67,9 +67,9 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
     return DPOConfig(
         **training.model_dump(mode="json", include=SAME),
         output_dir=str(output_dir),
-        loss_type=[training.loss_type.value, "sft"] if weighted else [training.loss_type.value],
+        loss_type=[training.loss_type, "sft"] if weighted else [training.loss_type],
         loss_weights=[1.0, training.sft_weight] if weighted else None,
-        f_divergence_type=training.f_divergence.value,
+        f_divergence_type=training.f_divergence,
         max_steps=training.max_steps or -1,
         bf16=training.bf16 and has_cuda(),
         use_cpu=not has_cuda(),
@@ -298,7 +298,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             )
             named = "modules and every number of the base's config.json"
             invariants.check_nothing_random(training, evaluating, named)
-        said = f"{self._training.loss_type.value} loss before the first update {first['loss']:.4f}, as it must be"
+        said = f"{self._training.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
         added = f"; the losses from here on have {self._more_in_the_loss()}" if self._more_in_the_loss() else ""
         self._hooks.progress(Progress("training", said + added))
         if added:

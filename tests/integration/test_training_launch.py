@@ -13,7 +13,6 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tasks.config import LossType
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
 from tasks.train.launch import Preempted, run_training, training_key
@@ -202,7 +201,7 @@ def test_robust_loss_takes_the_measured_flip_rate(world: TinyWorld, tmp_path: Pa
     shutil.copytree(Path(world.preferences.uri).parent, folder)
     (folder / "quality.json").write_text(json.dumps({"metrics": [{"name": "flip_rate", "value": 0.32}]}))
     measured = replace(world, preferences=world.preferences.model_copy(update={"uri": str(folder / "train.jsonl")}))
-    changes = {"loss_type": LossType.ROBUST, "measured_label_smoothing": True, "max_steps": 2}
+    changes = {"loss_type": "robust", "measured_label_smoothing": True, "max_steps": 2}
     manifest = json.loads((Trained(measured, tmp_path, **changes).folder / "manifest.json").read_text())
     assert manifest["config"]["label_smoothing"] == pytest.approx(0.2)
     assert manifest["figures"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)

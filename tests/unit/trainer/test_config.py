@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tasks.config import ChatSettings, ComputeType, Divergence, LossType, QuantType, ReportTo, Schedule, TrainingConfig
+from tasks.config import ChatSettings, TrainingConfig
 from tasks.trainer import model
 from tasks.trainer.trainer import dpo_config
 
 # field: (a value that is not the default, what it must be in DPOConfig under the same name)
 REACHES_TRL: dict[str, tuple[Any, Any]] = {
     "beta": (0.37, 0.37),
-    "loss_type": (LossType.IPO, ["ipo"]),
+    "loss_type": ("ipo", ["ipo"]),
     "ld_alpha": (0.3, 0.3),
     "use_weighting": (True, True),
     "router_aux_loss_coef": (0.01, 0.01),
@@ -22,7 +22,7 @@ REACHES_TRL: dict[str, tuple[Any, Any]] = {
     "learning_rate": (3e-4, 3e-4),
     "num_train_epochs": (2.5, 2.5),
     "max_steps": (77, 77),
-    "lr_scheduler_type": (Schedule.LINEAR, "linear"),
+    "lr_scheduler_type": ("linear", "linear"),
     "warmup_steps": (5, 5),
     "weight_decay": (0.03, 0.03),
     "max_grad_norm": (0.4, 0.4),
@@ -36,9 +36,9 @@ REACHES_TRL: dict[str, tuple[Any, Any]] = {
     "save_steps": (13, 13),
     "logging_steps": (17, 17),
     "seed": (5, 5),
-    "report_to": (ReportTo.TENSORBOARD, ["tensorboard"]),
+    "report_to": ("tensorboard", ["tensorboard"]),
     "sft_weight": (0.5, [1.0, 0.5]),
-    "f_divergence": (Divergence.JS, "js_divergence"),
+    "f_divergence": ("js_divergence", "js_divergence"),
 }
 OTHER_NAMES = {
     "sft_weight": "loss_weights",
@@ -61,7 +61,7 @@ def test_every_field_is_accounted_for() -> None:
 def test_a_field_reaches_trl(field: str, tmp_path: Path) -> None:
     value, expected = REACHES_TRL[field]
     attribute = OTHER_NAMES.get(field, field)
-    changes = {field: value} | ({"loss_type": LossType.ROBUST} if field == "label_smoothing" else {})
+    changes = {field: value} | ({"loss_type": "robust"} if field == "label_smoothing" else {})
     default = getattr(dpo_config(TrainingConfig(), tmp_path, evaluate=True), attribute)
     found = getattr(dpo_config(TrainingConfig(**changes), tmp_path, evaluate=True), attribute)
     assert found == expected
@@ -98,8 +98,8 @@ def test_the_base_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(model.AutoConfig, "from_pretrained", lambda name, **options: LlamaConfig())
     training = TrainingConfig(
-        base_model="a/b", base_revision="abc", bnb_4bit_quant_type=QuantType.FP4,
-        bnb_4bit_compute_dtype=ComputeType.FLOAT16, bnb_4bit_use_double_quant=False,
+        base_model="a/b", base_revision="abc", bnb_4bit_quant_type="fp4",
+        bnb_4bit_compute_dtype="float16", bnb_4bit_use_double_quant=False,
     )  # fmt: skip
     model.load_base(training, device=0)
     quantisation = seen["quantization_config"]
