@@ -79,7 +79,7 @@ def glance_section(
 
 def rate_bars(found: Evaluation) -> tuple[list[RateBar], RateBar | None]:
     """Return what to draw of an evaluation: every win rate there is, and SFT against itself."""
-    bars = [RateBar(name, rate.win_rate, rate.lower, rate.upper) for name, rate, _, _ in rates_of(found, 0.5)]
+    bars = [RateBar(name, rate) for name, rate, _, _ in rates_of(found, 0.5)]
     null = bars.pop() if bars[-1].name == NULL else None
     return bars, null
 

@@ -125,7 +125,11 @@ class WinRate(BaseModel, frozen=True):
 
     def text(self) -> str:
         """Return the rate with its interval, in percent."""
-        return f"{percent(self.win_rate)} ({percent_range(self.lower, self.upper)})"
+        return f"{percent(self.win_rate)} ({self.interval()})"
+
+    def interval(self) -> str:
+        """Return the interval, in percent."""
+        return percent_range(self.lower, self.upper)
 
     def holds(self, value: float) -> bool:
         """Tell whether the interval holds `value`."""
