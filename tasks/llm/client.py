@@ -9,41 +9,11 @@ from typing import Any, NotRequired, Unpack
 
 from tasks.config import EndpointConfig
 from tasks.llm.dialect import CERTAIN, Dialect
-from tasks.llm.limits import Budget, BudgetExceeded, Gate, Window, per_minute
-from tasks.llm.responses import (
-    Answer,
-    Choice,
-    CreditUsedUp,
-    EndpointDown,
-    KeyRefused,
-    ModelInfo,
-    QuotaUsedUp,
-    RequestRefused,
-    StageStopped,
-    Transient,
-    price,
-    read_answer,
-)
+from tasks.llm.limits import Budget, Gate, Window, per_minute
+from tasks.llm.responses import Answer, RequestRefused, StageStopped, Transient, price, read_answer
 from tasks.llm.retries import Attempts, RetryPolicy
-from tasks.llm.secrets import resolve_secret
 from tasks.llm.vllm_admin import Administration, Template
 from tasks.store.refs import Cost
-
-__all__ = [
-    "Answer",
-    "BudgetExceeded",
-    "Choice",
-    "CreditUsedUp",
-    "Endpoint",
-    "EndpointDown",
-    "KeyRefused",
-    "ModelInfo",
-    "QuotaUsedUp",
-    "RequestRefused",
-    "Stats",
-    "Template",
-    "resolve_secret",
-]
 
 # Completion tokens assumed for a request without max_tokens when money or tokens are set aside for it.
 UNBOUNDED_COMPLETION = 4096

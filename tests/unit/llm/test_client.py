@@ -12,53 +12,75 @@ import pytest
 
 from tasks.config import EndpointConfig
 from tasks.llm import limits
-from tasks.llm.client import BudgetExceeded, CreditUsedUp, KeyRefused, QuotaUsedUp, RequestRefused
-from tasks.llm.limits import Budget, Gate, Window, per_minute
-from tasks.llm.responses import NotPermitted, Transient, classify, price, read_answer, shorten
+from tasks.llm.limits import Budget, BudgetExceeded, Gate, Window, per_minute
+from tasks.llm.responses import (
+    CreditUsedUp,
+    KeyRefused,
+    NotPermitted,
+    QuotaUsedUp,
+    RequestRefused,
+    Transient,
+    classify,
+    price,
+    read_answer,
+    shorten,
+)
 from tasks.store.workspace import Cost
 
 # ---- the window
 
 
-async def test_window_never_lets_more_in_than_its_size() -> None:
-    window, most = Window(3), 0
+async def most_in(window: Window) -> int:
+    """Return how many of many requests were in flight together."""
+    most = now = 0
 
     async def work() -> None:
-        nonlocal most
+        nonlocal most, now
         async with window:
-            most = max(most, window.in_flight)
+            now += 1
+            most = max(most, now)
             await asyncio.sleep(0.001)
+            now -= 1
 
-    await asyncio.gather(*(work() for _ in range(30)))
-    assert (most, window.in_flight) == (3, 0)
+    await asyncio.gather(*(work() for _ in range(60)))
+    return most
 
 
 async def test_window_halves_once_for_requests_in_flight_together_and_grows_by_one_for_a_window_of_successes() -> None:
     window, sent_at = Window(16), time.monotonic()
-    for _ in range(10):
-        window.throttled(sent_at)
-    assert window.size == 8
-    for _ in range(9):
+    assert await most_in(window) == 16
+    async with asyncio.timeout(5):
+        holders = [asyncio.ensure_future(hold(window)) for _ in range(16)]
+        await asyncio.sleep(0)
+        for _ in range(10):
+            window.throttled(sent_at)
+        await asyncio.gather(*holders)
+        assert await most_in(window) == window.size == 8
+        for _ in range(9):
+            window.succeeded()
+        assert await most_in(window) == window.size == 9
+        for _ in range(1000):
+            window.succeeded()
+        assert await most_in(window) == window.size == 16
+        for _ in range(20):
+            window.throttled(time.monotonic())
+        assert window.size == 1
         window.succeeded()
-    assert window.size == 9
-    for _ in range(1000):
-        window.succeeded()
-    assert window.size == 16
-    for _ in range(20):
-        window.throttled(time.monotonic())
-    assert window.size == 1
+        assert window.size == 2
+        await most_in(window)
+        assert await most_in(window) == 2
+
+
+async def hold(window: Window) -> None:
+    async with window:
+        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("handed_over", [False, True], ids=["while it waits", "as it gets its place"])
 async def test_a_cancelled_waiter_takes_no_place(handed_over: bool) -> None:
     window = Window(1)
-
-    async def wait() -> None:
-        async with window:
-            pass
-
     async with window:
-        waiter = asyncio.ensure_future(wait())
+        waiter = asyncio.ensure_future(hold(window))
         await asyncio.sleep(0)
         if not handed_over:
             waiter.cancel()
@@ -67,8 +89,7 @@ async def test_a_cancelled_waiter_takes_no_place(handed_over: bool) -> None:
     await asyncio.gather(waiter, return_exceptions=True)
     assert waiter.cancelled()
     async with asyncio.timeout(1):
-        await wait()
-    assert window.in_flight == 0
+        assert await most_in(window) == 1
 
 
 # ---- caps per period
