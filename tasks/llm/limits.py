@@ -58,7 +58,7 @@ class Window(asyncio.Semaphore):
             self._cut_at = time.monotonic()
 
 
-def per_minute(limit: int | None) -> AsyncLimiter | None:
+def _per_minute(limit: int | None) -> AsyncLimiter | None:
     """Return a limiter that lets at most `limit` units through in any minute, or None.
 
     A leaky bucket lets its burst through on top of what leaks: the burst is a second's worth. It is taken off the
@@ -71,16 +71,14 @@ def per_minute(limit: int | None) -> AsyncLimiter | None:
 
 
 class Gate:
-    """Lets requests out one after the other, as the server's pauses and the caps per minute allow.
+    """Lets requests out one after the other, as the server's pauses and the caps of requests and tokens a minute allow.
 
     A request's tokens are known when it is answered: until then it counts somewhat more than the others on average, and
     the difference is settled with the next.
     """
 
-    def __init__(
-        self, requests: AsyncLimiter | None, tokens: AsyncLimiter | None, on_pause: Callable[[], None]
-    ) -> None:
-        self._requests, self._tokens, self._on_pause = requests, tokens, on_pause
+    def __init__(self, requests: int | None, tokens: int | None, on_pause: Callable[[], None]) -> None:
+        self._requests, self._tokens, self._on_pause = _per_minute(requests), _per_minute(tokens), on_pause
         self._turn = asyncio.Lock()
         self._paused_until = 0.0
         self._known, self._answered, self._debt = 0.0, 0, 0.0

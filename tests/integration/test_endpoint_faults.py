@@ -120,8 +120,7 @@ async def test_at_30_percent_faults_every_prompt_gets_its_own_answer(seed: int) 
         assert texts(await ask_all(endpoint, 150)) == expected
         stats, rows = endpoint.stats, fake.requests()
     assert set(FAULTS) <= {row["fault"] for row in rows}
-    assert stats.sent == len(rows) == stats.succeeded + stats.retried == 150 + stats.retried
-    assert stats.in_flight == 0
+    assert (stats.sent, stats.succeeded) == (len(rows), 150)
     # Each body's last attempt is its only answered one: nothing was asked again after an answer.
     unanswered = {"reset_headers", "reset_body", "broken_json"}
     answered = Counter(row["sha"] for row in rows if row["status"] == 200 and row["fault"] not in unanswered)
@@ -138,7 +137,7 @@ async def test_an_outage_is_waited_out(kind: str, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         async with serving(plan, **settings) as (_, endpoint):
             assert len(await ask_all(endpoint, 120)) == endpoint.stats.succeeded == 120
-            assert endpoint.stats.retried > 0
+            assert endpoint.stats.sent > 120
     waiting = [record for record in caplog.records if "waiting" in record.message]
     assert len(waiting) == 1  # one line a minute, not one an attempt
 
@@ -237,7 +236,6 @@ async def test_callers_that_go_away_leave_no_trace() -> None:
         for caller in callers:
             caller.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
-        assert endpoint.stats.in_flight == 0
         assert len(await ask_all(endpoint, 4)) == 4
 
 
