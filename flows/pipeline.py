@@ -9,7 +9,7 @@ from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
 from tasks.judge.elsewhere import import_completions, import_preferences
-from tasks.promote.pointer import find_promotion, find_rollback
+from tasks.promote.pointer import find_disagreement, find_promotion, find_rollback
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.run.names import named
@@ -70,6 +70,7 @@ async def promote_if_better(made: PipelineResult, config: PipelineConfig) -> Pip
     """Serve the adapter under its name if it won by enough, and nobody who was asked said no."""
     promotion = find_promotion(made.adapter, config.workspace, config.promotion)
     declined = find_rollback(made.adapter, config.workspace, config.promotion)
+    declined = declined or find_disagreement(made.evaluation, config.promotion)
     declined = declined or await approve_promotion(config, made.evaluation, promotion)
     if promotion is None and declined is None and made.evaluation.beats(config.promotion.min_win_rate):
         promotion = await promote_adapter(made.adapter, made.evaluation, config.workspace, config.promotion)

@@ -66,11 +66,14 @@ def load_settings(file: Path, changes: Sequence[str] = ()) -> Settings:
     for name, path in DEFAULTS.items():
         if _get(values, name) is None:
             _put(values, name, path, file)
-    _resolve(values, file.absolute().parent)
+    for name in PATHS:
+        if isinstance(path := _get(values, name), str):
+            _put(values, name, _absolute(name, path, file.absolute().parent), file)
     changed = dict(parse_change(change) for change in changes)
-    _resolve_changes(changed)
     for name, value in changed.items():
-        _put(values, name, value, file)
+        # A path on the command line is relative to the present folder.
+        is_path = name in PATHS and isinstance(value, str)
+        _put(values, name, _absolute(name, value, Path.cwd()) if is_path else value, file)
     return _validate(file, values, lines, changed)
 
 
@@ -138,19 +141,6 @@ def parse_change(change: str) -> tuple[str, Any]:
         return name.strip(), YAML(typ="safe").load(text)
     except MarkedYAMLError:
         return name.strip(), text
-
-
-def _resolve(values: dict[str, Any], folder: Path) -> None:
-    for name in PATHS:
-        if isinstance(value := _get(values, name), str):
-            _put(values, name, _absolute(name, value, folder), folder)
-
-
-def _resolve_changes(changed: dict[str, Any]) -> None:
-    """Make paths that were given on the command line absolute: there they are relative to the present folder."""
-    for name in PATHS:
-        if isinstance(value := changed.get(name), str):
-            changed[name] = _absolute(name, value, Path.cwd())
 
 
 def _absolute(name: str, value: str, folder: Path) -> str:

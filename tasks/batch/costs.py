@@ -143,12 +143,17 @@ def write_manifest(store: Workspace, made: Manifest) -> None:
     # Judges of a panel work at the same time.
     stage = StageCost(stage=made.stage, used=used, cached=saved, seconds=max(by_model.values(), default=0.0))
     store.write_json(f"{folder}/cost.json", stage.model_dump())
-    tokens = [spent.prompt_tokens + spent.completion_tokens for spent in (used, saved)]
     logger.info(
-        "%s: %s requests, %s tokens, %s US$ in %s; rows known before saved %s tokens, %s US$",
-        made.stage, f"{used.requests:,}", f"{tokens[0]:,}", format_usd(used.usd),
-        format_seconds(stage.seconds), f"{tokens[1]:,}", format_usd(saved.usd),
+        "%s: %s US$ for %s requests and %s tokens in %s, all attempts together",
+        made.stage, format_usd(used.usd), f"{used.requests:,}", f"{used.prompt_tokens + used.completion_tokens:,}",
+        format_seconds(stage.seconds),
     )  # fmt: skip
+    if saved.requests:
+        tokens = saved.prompt_tokens + saved.completion_tokens
+        logger.info(
+            "%s: rows that other runs had paid for saved %s US$ and %s tokens",
+            made.stage, format_usd(saved.usd), f"{tokens:,}",
+        )  # fmt: skip
     store.write_manifest(made.model_copy(update={"seconds": stage.seconds}))
 
 

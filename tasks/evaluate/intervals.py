@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Places = NDArray[np.intp]
 # Comparisons that are invented, in sum, with sides exchanged: by themselves they say that length decides everything.
 PRIOR = 4.0
 # Keeps the coefficients of a judge that never errs finite; without a meaning otherwise.
@@ -66,12 +67,12 @@ def cluster_variance(influence: Floats, codes: NDArray[np.intp]) -> float:
     return float(len(sums) / max(1, len(sums) - 1) * (sums**2).sum())
 
 
-def estimate_mean(outcomes: Floats, clusters: Sequence[str]) -> Estimate:
+def estimate_mean(outcomes: Floats, clusters: Sequence[str] | Places) -> Estimate:
     """Return the mean outcome; its variance knows that comparisons of one cluster are alike (Kish's design effect)."""
     return _estimate(float(outcomes.mean()), (outcomes - outcomes.mean()) / len(outcomes), outcomes, clusters)
 
 
-def _estimate(rate: float, influence: Floats, outcomes: Floats, clusters: Sequence[str]) -> Estimate:
+def _estimate(rate: float, influence: Floats, outcomes: Floats, clusters: Sequence[str] | Places) -> Estimate:
     codes = np.unique(clusters, return_inverse=True)[1]
     sizes = np.bincount(codes).astype(float)
     return Estimate(

@@ -38,6 +38,8 @@ from tasks.store.workspace import (
 VERSION = 3
 # So many of the longest prompts are held against the model's context.
 LONGEST = 5
+# As the pairs' quality page has it: more cut completions than this are worth a word.
+MOST_CUT = 0.1
 logger = logging.getLogger(__name__)
 
 
@@ -348,6 +350,12 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
         "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
         out.rows, plan.generation.num_completions, counts.failed, total, counts.cut, counts.empty,
     )  # fmt: skip
+    if counts.cut > MOST_CUT * total:
+        logger.warning(
+            "%.0f %% of the completions are cut at generation.max_tokens (%d) and end in mid-sentence: raise it, or "
+            "leave out pairs with such a side (judging.leave_out_cut)",
+            100 * counts.cut / total, plan.generation.max_tokens,
+        )  # fmt: skip
     adapter = plan.generation.adapter
     model = [Origin(kind="sft_adapter", uri=adapter, sha256=folder_digest(adapter))] if adapter else []
     artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())

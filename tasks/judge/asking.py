@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -161,13 +161,11 @@ def plan_judging(source: Reference, workspace: str, judging: JudgingConfig) -> J
     )
 
 
-class Question:
+class Question(NamedTuple):
     """What a judge is asked: one row's completions, in one order of their indexes."""
 
-    __slots__ = ("order", "row")
-
-    def __init__(self, row: Row, order: list[int]) -> None:
-        self.row, self.order = row, order
+    row: Row
+    order: list[int]
 
 
 class Judge:

@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, Unpack
+from urllib.parse import urlsplit, urlunsplit
 
 from tasks.errors import PreflowError
 from tasks.llm.connection import Connection
@@ -122,6 +124,9 @@ class Administration(Connection, ABC):
     def _server(self) -> str:
         return self.base_url.removesuffix("/v1")
 
+    async def _admin_urls(self, action: str) -> list[str]:
+        return [f"{address}/v1/{action}_lora_adapter" for address in await replicas(self._server)]
+
     async def load_adapter(self, name: str, path: str, replace: bool) -> None:
         """Have vLLM serve the LoRA adapter in the folder `path`, as the server sees it, under `name`.
 
@@ -129,21 +134,22 @@ class Administration(Connection, ABC):
         """
         body = {"lora_name": name, "lora_path": path, "load_inplace": replace}
         try:
-            await self._call(f"{self._server}/v1/load_lora_adapter", body, ADAPTER_SECONDS)
+            for url in await self._admin_urls("load"):
+                await self._call(url, body, ADAPTER_SECONDS)
         except (Transient, RequestRefused) as failure:
             where = f"{self.config.endpoint} did not load the adapter {name} from {path}"
             raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
 
     async def unload_adapter(self, name: str) -> None:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
-        try:
-            await self._call(f"{self._server}/v1/unload_lora_adapter", {"lora_name": name}, ADAPTER_SECONDS)
-        except (Transient, RequestRefused) as failure:
-            if "cannot be found" in str(failure):
+        for url in await self._admin_urls("unload"):
+            try:
+                await self._call(url, {"lora_name": name}, ADAPTER_SECONDS)
+            except (Transient, RequestRefused) as failure:
+                if "cannot be found" not in str(failure):
+                    where = f"{self.config.endpoint} did not unload the adapter {name}"
+                    raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
                 log.info("%s does not serve the adapter %s: nothing to unload", self.config.endpoint, name)
-                return
-            where = f"{self.config.endpoint} did not unload the adapter {name}"
-            raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
 
     async def tokenize(
         self, prompt: Sequence[Mapping[str, str]] | str, **template: Unpack[Template]
@@ -182,6 +188,24 @@ class Administration(Connection, ABC):
                 f"{where} ({type(error).__name__}): it must be a vLLM, which takes token ids and allowed_token_ids on "
                 "/v1/completions"
             ) from error
+
+
+async def replicas(endpoint: str) -> list[str]:
+    """Return the address of every server behind an endpoint's name; adapters are loaded into each of them.
+
+    A headless Service of Kubernetes has the addresses of all its pods. An https endpoint is one server: its name is in
+    its certificate.
+    """
+    url = urlsplit(endpoint)
+    if url.scheme != "http" or url.hostname is None:
+        return [endpoint]
+    port, loop = url.port or 80, asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(url.hostname, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except OSError:  # whoever asks it next says so
+        return [endpoint]
+    hosts = sorted({str(address[0]) for *_, address in found})
+    return [urlunsplit(url._replace(netloc=f"{host}:{port}")) for host in hosts] if len(hosts) > 1 else [endpoint]
 
 
 def _model(item: dict[str, Any]) -> ModelInfo:

@@ -24,7 +24,7 @@ from prefect.input.actions import aread_flow_run_input
 from prefect.input.run_input import keyset_from_base_key
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
@@ -36,6 +36,7 @@ from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
 from tasks.report.run import evaluation_page
 from tasks.run.preflight import run_folder
+from tasks.store.measures import JudgeEstimate
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import CompletionsRef, Cost, EvaluationRef, PromotionRef, Workspace
 
@@ -53,10 +54,8 @@ class Decision(RunInput):
     note: str = Field("", title="Note", description="Why; it is kept with the run.")
 
 
-class Answer(BaseModel):
+class Answer(BaseModel, frozen=True):
     """What a person answered at one point of a run, about what, and when."""
-
-    model_config = ConfigDict(frozen=True)
 
     point: ApprovalPoint
     subject: str
@@ -68,7 +67,7 @@ class Answer(BaseModel):
     @property
     def refusal(self) -> str | None:
         """Why the run does not go on; None if it does."""
-        return None if self.approve else f"not approved ({self.point.value}): {self.note or 'no reason was given'}"
+        return None if self.approve else f"not approved ({self.point}): {self.note or 'no reason was given'}"
 
 
 async def approve_judging(config: PipelineConfig, completions: CompletionsRef) -> None:
@@ -77,15 +76,15 @@ async def approve_judging(config: PipelineConfig, completions: CompletionsRef) -
     Raises:
         NotApproved: the answer was no.
     """
-    point = ApprovalPoint.JUDGING
+    point = "judging"
     if point not in config.approve_before:
         return
     estimates = estimate_judging(config, completions)
     if not any(estimate.requests for estimate in estimates):
         logger.info("every verdict is known: there is nothing to approve before judging")
         return
-    page = approval_section([estimate.model_dump() for estimate in estimates], count_comparisons(config))
-    each = sum(estimate.usd / estimate.requests for estimate in estimates if estimate.requests)
+    page = approval_section(estimates, count_comparisons(config))
+    each = sum(estimate.expected.usd / estimate.requests for estimate in estimates if estimate.requests)
     page = replace(page, notes=(power_before_price(config, each), *page.notes))
     answer = await _answer(config, point, completions.sha256, page)
     if answer.refusal:
@@ -96,7 +95,7 @@ async def approve_promotion(
     config: PipelineConfig, evaluation: EvaluationRef, promotion: PromotionRef | None
 ) -> str | None:
     """Wait for a person's yes before an adapter that won is served; return why not, if the answer is no."""
-    point, bar = ApprovalPoint.PROMOTION, config.promotion.min_win_rate
+    point, bar = "promotion", config.promotion.min_win_rate
     if point not in config.approve_before or promotion is not None or not evaluation.beats(bar):
         return None
     page = evaluation_page(evaluation, config.workspace, bar)
@@ -116,12 +115,12 @@ async def _answer(config: PipelineConfig, point: ApprovalPoint, subject: str, pa
     answers = read_answers(config, point)
     for answer in answers:
         if answer.approve and answer.subject == subject:
-            logger.info("%s was approved at %s: %s", point.value, answer.at, answer.note or "(no note)")
+            logger.info("%s was approved at %s: %s", point, answer.at, answer.note or "(no note)")
             return answer
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
-        raise PreflowError(f"approve_before {point.value}: only a flow run can be approved")
-    decision = await _ask(config, context.flow_run, f"{point.value}-{len(answers) + 1}", page)
+        raise PreflowError(f"approve_before {point}: only a flow run can be approved")
+    decision = await _ask(config, context.flow_run, f"{point}-{len(answers) + 1}", page)
     answer = Answer(
         point=point,
         subject=subject,
@@ -165,7 +164,7 @@ async def _show(page: ReportSection) -> str:
 
 def answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
     """Return where the answers given at a point of a run lie."""
-    return posixpath.join(run_folder(config), "approvals", f"{point.value}.json")
+    return posixpath.join(run_folder(config), "approvals", f"{point}.json")
 
 
 def read_answers(config: PipelineConfig, point: ApprovalPoint) -> list[Answer]:
@@ -178,22 +177,7 @@ def _keep(config: PipelineConfig, answers: list[Answer]) -> None:
     newest = answers[-1]
     kept = {"answers": [answer.model_dump(mode="json") for answer in answers]}
     Workspace(config.workspace).write_json(answers_uri(config, newest.point), kept)
-    logger.info("%s", newest.refusal or f"approved ({newest.point.value}): {newest.note or 'no note'}")
-
-
-class JudgeEstimate(BaseModel):
-    """What one judge is going to be asked: requests, those already answered, tokens and US$ (expected and at most)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    model: str
-    requests: int
-    known: int
-    prompt_tokens: int
-    completion_tokens: int
-    most_completion_tokens: int
-    usd: float
-    most_usd: float
+    logger.info("%s", newest.refusal or f"approved ({newest.point}): {newest.note or 'no note'}")
 
 
 def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> list[JudgeEstimate]:
@@ -211,11 +195,8 @@ def _estimate(plan: JudgePlan) -> JudgeEstimate:
         model=judge.model,
         requests=asked,
         known=remaining.known,
-        prompt_tokens=expected.prompt_tokens,
-        completion_tokens=expected.completion_tokens,
-        most_completion_tokens=most.completion_tokens,
-        usd=price(expected, judge).usd,
-        most_usd=price(most, judge).usd,
+        expected=price(expected, judge),
+        most=price(most, judge),
     )
 
 

@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
+
+from tasks.store.refs import Cost, EvaluationRef
+from tasks.store.workspace import Workspace
+
+AGREEMENT = "agreement.json"
 
 
 def percent(share: float, form: str = ".1f") -> str:
@@ -20,13 +25,11 @@ def p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
-class Metric(BaseModel):
+class Metric(BaseModel, frozen=True, extra="forbid"):
     """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with.
 
     `meaning` says in words what the value shows, and stands for it where it is not a single number.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     title: str
@@ -47,10 +50,8 @@ class Metric(BaseModel):
         return f"{self.value:,.3g} {self.unit or ''}".strip()
 
 
-class QualityReport(BaseModel):
+class QualityReport(BaseModel, frozen=True, extra="forbid"):
     """Everything measured about a set of judgements or pairs; plain JSON through `model_dump(mode="json")`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: int
     pairs: int
@@ -83,7 +84,17 @@ class QualityReport(BaseModel):
         return [metric for metric in self.metrics if metric.ok is False]
 
 
-class WinRate(BaseModel):
+class JudgeEstimate(BaseModel, frozen=True):
+    """What one judge is going to be asked, without what it has answered before (`known`), and what that will take."""
+
+    model: str
+    requests: int
+    known: int
+    expected: Cost
+    most: Cost
+
+
+class WinRate(BaseModel, frozen=True):
     """How often one adapter's samples won against another's (ties are halves), with its interval.
 
     Attributes:
@@ -100,8 +111,6 @@ class WinRate(BaseModel):
         silent: comparisons that the new adapter lost because it wrote nothing, or failed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     win_rate: float
     lower: float
     upper: float
@@ -116,14 +125,18 @@ class WinRate(BaseModel):
 
     def text(self) -> str:
         """Return the rate with its interval, in percent."""
-        return f"{percent(self.win_rate)} ({percent_range(self.lower, self.upper)})"
+        return f"{percent(self.win_rate)} ({self.interval()})"
+
+    def interval(self) -> str:
+        """Return the interval, in percent."""
+        return percent_range(self.lower, self.upper)
 
     def holds(self, value: float) -> bool:
         """Tell whether the interval holds `value`."""
         return self.lower <= value <= self.upper
 
 
-class SecondOpinion(BaseModel):
+class SecondOpinion(BaseModel, frozen=True):
     """What judges that did not make the labels say of the same samples.
 
     Attributes:
@@ -132,11 +145,37 @@ class SecondOpinion(BaseModel):
         transfer: their gain (over 0.5) as a share of that by the judge of the labels; None if that one sees no gain.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     judges: tuple[str, ...]
     rate: WinRate
     transfer: float | None = None
+
+
+class Interval(BaseModel, frozen=True):
+    """A figure with its interval."""
+
+    value: float
+    lower: float
+    upper: float
+
+    def text(self) -> str:
+        """Return the figure with its interval, in percent."""
+        return f"{percent(self.value)} ({percent_range(self.lower, self.upper)})"
+
+
+class Agreement(BaseModel, frozen=True):
+    """`agreement.json`: what a person, who did not know which side was which, says of the judge.
+
+    Attributes:
+        labels: comparisons that the person judged, and the judge too.
+        share: how far both say the same: 1 for equal answers, 0 for opposite ones, 0.5 where one of them sees a tie.
+        kappa: Cohen's, the agreement beyond chance; None where chance explains everything.
+        corrected: the win rate in the person's eyes; its interval holds the judge's errors and how few the labels are.
+    """
+
+    labels: int
+    share: Interval
+    kappa: Interval | None = None
+    corrected: WinRate
 
 
 class Evaluation(WinRate):
@@ -148,6 +187,7 @@ class Evaluation(WinRate):
         length_controlled: the win rate had the new adapter's samples been as often longer as shorter.
         second: the second opinion, if another judge was asked.
         detectable: the smallest true win rate that passes a gate at 50 % in 80 % of runs, going by these samples.
+        agreement: with a person's labels, if there are any.
     """
 
     adapter_sha256: str
@@ -155,6 +195,7 @@ class Evaluation(WinRate):
     length_controlled: WinRate | None = None
     second: SecondOpinion | None = None
     detectable: float | None = None
+    agreement: Agreement | None = None
 
     @property
     def null_holds(self) -> bool:
@@ -162,12 +203,22 @@ class Evaluation(WinRate):
         return self.null is None or self.null.holds(0.5)
 
     @property
+    def agrees(self) -> bool:
+        """Whether a person agrees with the judge more often than by chance; also where nobody has labelled."""
+        return self.agreement is None or self.agreement.share.lower > 0.5
+
+    @property
     def proven(self) -> float:
         """The lower bound that the gate looks at: the lower one of the raw and the length-controlled win rate's."""
         return self.lower if self.length_controlled is None else min(self.lower, self.length_controlled.lower)
 
-    def refusal(self, bar: float) -> str | None:
-        """Return why the adapter is not promoted over `bar`; None if it is."""
+    def refusal(self, bar: float, min_agreement: float = 0.0) -> str | None:
+        """Return why the adapter is not promoted over `bar`; None if it is.
+
+        Args:
+            bar: what the lower bounds of the win rates must be over.
+            min_agreement: what that of the judge's agreement with a person must be over; 0: no labels are needed.
+        """
         wanted = f"must be over min_win_rate ({percent(bar, '.3g')})"
         if self.null is not None and not self.null_holds:
             return (
@@ -187,13 +238,42 @@ class Evaluation(WinRate):
                 f"{wanted}. The new adapter may have won by length alone: say in judging.rubric "
                 "that length does not count, or lower generation.max_tokens."
             )
+        return self.disagreement(min_agreement)
+
+    def disagreement(self, min_agreement: float) -> str | None:
+        """Return why a person's labels, or their absence, stand against a promotion; None if they do not."""
+        if not min_agreement:
+            return None
+        if self.agreement is None:
+            return (
+                f"promotion.min_agreement is {percent(min_agreement, '.3g')}, and nobody has labelled comparisons of "
+                "this run yet: `preflow label` takes 15 minutes. Then run it again; nothing is paid twice."
+            )
+        if self.agreement.share.lower <= min_agreement:
+            return (
+                f"the judge agrees with a person in {self.agreement.share.text()} of {self.agreement.labels} "
+                f"comparisons; the lower bound must be over min_agreement ({percent(min_agreement, '.3g')}). "
+                "Sharpen judging.rubric, or take another judging.model; more labels narrow the interval."
+            )
         return None
 
 
-class Health(BaseModel):
-    """`health.json`: the readings of a training, the warnings that follow from them together, and what to try."""
+def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
+    """Return what the comparisons came to, with the agreement of a person if somebody has labelled.
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    Raises:
+        FileNotFoundError: `win_rate.json` is gone.
+        ValidationError: it was written by another version.
+    """
+    store = Workspace.holding(evaluation.uri)
+    found = {"adapter_sha256": evaluation.adapter_sha256, **store.read_json(evaluation.uri)}
+    if store.exists(labelled := evaluation.sibling(AGREEMENT)):
+        found["agreement"] = store.read_json(labelled)
+    return Evaluation.model_validate(found)
+
+
+class Health(BaseModel, frozen=True):
+    """`health.json`: the readings of a training, the warnings that follow from them together, and what to try."""
 
     source: str
     readings: tuple[Metric, ...] = ()

@@ -4,11 +4,17 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig, PipelineConfig, SweepConfig
+from tasks.config import (
+    EndpointConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    JudgingConfig,
+    PipelineConfig,
+    SweepConfig,
+    TrainingConfig,
+)
 from tasks.errors import PreflowError
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import plan_generation
@@ -30,25 +36,25 @@ from tasks.sweep.points import Point
 from tasks.train.launch import training_key
 
 TRAINING = "train"
-# Whoever writes completions or trains, and what one completion (in tokens) or pair (in seconds) of theirs is expected
-# to take until this workspace has measured it.
-Worker: TypeAlias = tuple[str, float]
-NOBODY: Worker = ("", 0.0)
 
 
-class Work(BaseModel):
-    """One piece of work of a sweep, done once for all `points`; tokens, minutes and money are those still to come."""
+@dataclass
+class Work:
+    """One piece of work of a sweep, done once for all `points`; tokens, minutes and money are those still to come.
 
-    model_config = ConfigDict(frozen=True)
+    `usd` is None where there is no price, `most_usd` counts every verdict as long as its judge's max_tokens, and
+    `is_measured` says that minutes come from a training of this workspace, not from the speed of an L4.
+    """
 
     stage: str
     who: str
-    points: tuple[int, ...] = ()
+    points: list[int] = field(default_factory=list)
     requests: int = 0
     known: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: float = 0.0
+    completion_tokens: float = 0.0
     gpu_minutes: float = 0.0
+    is_measured: bool = False
     usd: float | None = 0.0
     most_usd: float = 0.0
     finished: bool = False
@@ -58,28 +64,36 @@ class Work(BaseModel):
         """Requests that are still to be sent."""
         return self.requests - self.known
 
+    def ask(self, requests: int, known: int, prompt: float, completion: float, most: float, of: EndpointConfig) -> None:
+        """Take in requests, those of them that are known, and the tokens of each of the others, at a model's prices."""
+        self.requests, self.known = requests, requests if self.finished else known
+        self.prompt_tokens, self.completion_tokens = self.to_ask * prompt, self.to_ask * completion
+        self.usd = (self.prompt_tokens * of.prompt_price + self.completion_tokens * of.completion_price) / 1e6
+        self.most_usd = self.usd + self.to_ask * max(0.0, most - completion) * of.completion_price / 1e6
+        if self.to_ask and not (of.prompt_price or of.completion_price):
+            self.usd = None
 
-class SweepPlan(BaseModel):
+
+@dataclass(frozen=True)
+class SweepPlan:
     """All work of a sweep, each piece once."""
 
-    model_config = ConfigDict(frozen=True)
-
-    work: tuple[Work, ...]
+    work: Sequence[Work]
 
     def total(self) -> Work:
-        """Return all work as one piece; what has no price counts nothing, every verdict at most its max_tokens."""
+        """Return all work as one piece; what has no price counts nothing."""
         summed = ("requests", "known", "prompt_tokens", "completion_tokens", "gpu_minutes", "most_usd")
-        sums = {name: sum(getattr(work, name) for work in self.work) for name in summed}
-        return Work(stage="total", who="", usd=sum(work.usd or 0.0 for work in self.work), **sums)
+        sums: dict[str, Any] = {name: sum(getattr(work, name) for work in self.work) for name in summed}
+        return Work("total", "", usd=sum(work.usd or 0.0 for work in self.work), **sums)
 
     @property
     def is_priced(self) -> bool:
         """Whether everything that is still to come has a price."""
         return all(work.usd is not None for work in self.work)
 
-    def unfinished_points(self) -> set[int]:
-        """Return the points for which something is still to be done."""
-        return {number for work in self.work if not work.finished for number in work.points}
+    def points(self, unfinished: bool = False) -> set[int]:
+        """Return the points that there is work for, or those for which something is still to be done."""
+        return {number for work in self.work if not (unfinished and work.finished) for number in work.points}
 
 
 def check_budget(plan: SweepPlan, sweep: SweepConfig) -> None:
@@ -120,7 +134,7 @@ class _Samples:
     """Completions: those there are (`ref`), or what will be asked for.
 
     `key` stands for all of them, `group` for the settings that they share with others; `ids` and `prompt_tokens` are
-    their prompts', `count` is how many each prompt has.
+    their prompts', `count` is how many each prompt has, and `tokens` what one of them is expected to have.
     """
 
     key: str
@@ -128,40 +142,17 @@ class _Samples:
     ids: tuple[str, ...]
     prompt_tokens: float
     count: int
-    writer: Worker
+    tokens: float
     ref: CompletionsRef | None
 
 
-@dataclass
-class _Piece:
-    """Work while it is being planned. Its tokens are worked out last, when all that is measured is known.
-
-    A request holds `prompt_tokens` and `shown` completions by `shown_by`, and asks `writer` for `completions`.
-    """
-
-    stage: str
-    who: str
-    points: list[int] = field(default_factory=list)
-    requests: int = 0
-    known: int = 0
-    finished: bool = False
-    prices: tuple[float, float] = (0.0, 0.0)
-    prompt_tokens: float = 0.0
-    shown_by: Worker = NOBODY
-    shown: int = 0
-    writer: Worker = NOBODY
-    completions: int = 1
-    most_tokens: int = 0
-    pairs: float = 0.0
-
-
 class _Planner:
-    """Collects the pieces of work of all points; equal ones become one."""
+    """Collects the work of all points; equal pieces become one."""
 
     def __init__(self, workspace: str, sweep: SweepConfig) -> None:
         self._workspace, self._sweep, self._store = workspace, sweep, Workspace(workspace)
-        self._pieces: dict[str, _Piece] = {}
-        self._measured: dict[Worker, float] = {}
+        self._work: dict[str, Work] = {}
+        self._measured: dict[str, float] = {}
         self._claimed: dict[str, set[str]] = {}
         self._prompts: dict[str, _Prompts] = {}
 
@@ -180,35 +171,16 @@ class _Planner:
 
     def plan(self) -> SweepPlan:
         """Return all work, stage by stage."""
-        stages = list(dict.fromkeys(piece.stage for piece in self._pieces.values()))
-        pieces = sorted(self._pieces.values(), key=lambda piece: stages.index(piece.stage))
-        return SweepPlan(work=tuple(map(self._estimate, pieces)))
+        stages = list(dict.fromkeys(work.stage for work in self._work.values()))
+        return SweepPlan(sorted(self._work.values(), key=lambda work: stages.index(work.stage)))
 
-    def _estimate(self, piece: _Piece) -> Work:
-        """Return the work with what is still to come of it."""
-        known = piece.requests if piece.finished else piece.known
-        to_ask = piece.requests - known
-        prompt = to_ask * (piece.prompt_tokens + piece.shown * self._each(piece.shown_by))
-        completion = to_ask * piece.completions * self._each(piece.writer)
-        minutes = piece.pairs * self._each(piece.writer) / 60
-        usd = (prompt * piece.prices[0] + completion * piece.prices[1]) / 1e6 + minutes * self._sweep.gpu_price / 60
-        more = max(0.0, to_ask * piece.most_tokens - completion) if piece.most_tokens else 0.0
-        priced = not to_ask or any(piece.prices), not minutes or self._sweep.gpu_price > 0
-        return Work(
-            stage=piece.stage, who=piece.who, points=tuple(piece.points), requests=piece.requests, known=known,
-            prompt_tokens=round(prompt), completion_tokens=round(completion), gpu_minutes=minutes,
-            usd=usd if all(priced) else None, most_usd=usd + more * piece.prices[1] / 1e6, finished=piece.finished,
-        )  # fmt: skip
-
-    def _each(self, worker: Worker) -> float:
-        return self._measured.get(worker, worker[1])
-
-    def _measure(self, writer: Worker, artifact: CompletionsRef | VerdictsRef, completions: int = 1) -> None:
-        """Take the mean tokens of a completion from a finished artifact, unless there are some already."""
-        if artifact.manifest and writer not in self._measured:
-            cost = self._store.read_manifest(artifact).cost
+    def _tokens(self, writer: str, expected: float, of: CompletionsRef | VerdictsRef | None, count: int = 1) -> float:
+        """Return the tokens of a completion of a writer: the mean of finished ones, else what is expected."""
+        if of and of.manifest and writer not in self._measured:
+            cost = self._store.read_manifest(of).cost
             if cost.requests:
-                self._measured[writer] = cost.completion_tokens / cost.requests / completions
+                self._measured[writer] = cost.completion_tokens / cost.requests / count
+        return self._measured.get(writer, expected)
 
     def _read(self, ref: PromptsRef, limit: int | None = None) -> _Prompts:
         key = f"{ref.sha256} {limit}"
@@ -219,12 +191,12 @@ class _Planner:
             self._prompts[key] = _Prompts(tuple(row["id"] for row in rows), tokens, ref)
         return self._prompts[key]
 
-    def _open(self, key: str, number: int, stage: str, who: str) -> tuple[_Piece, bool]:
-        """Return the piece of work under a key, with one more point that shares it, and whether it is new."""
-        is_new = key not in self._pieces
-        piece = self._pieces.setdefault(key, _Piece(stage, who))
-        piece.points.append(number)
-        return piece, is_new
+    def _open(self, key: str, number: int, stage: str, who: str, finished: bool) -> Work | None:
+        """Note one more point for the piece of work under a key; return the piece if it is new, to be filled in."""
+        is_new = key not in self._work
+        work = self._work.setdefault(key, Work(stage, who, finished=finished))
+        work.points.append(number)
+        return work if is_new else None
 
     def _claim(self, group: str, ids: Iterable[str]) -> set[str]:
         """Return those of `ids` that no earlier piece of the group takes care of."""
@@ -240,20 +212,14 @@ class _Planner:
         plan = None if untrained else plan_generation(prompts.ref, self._workspace, generation)
         finished = plan.find_finished() if plan and len(prompts.ids) == plan.prompts.rows else None
         group = plan.settings_key if plan else digest([untrained, generation.identity()])
-        writer = (f"samples up to {generation.max_tokens}", float(generation.max_tokens))
-        key = digest([group, prompts.ids])
+        key, count = digest([group, prompts.ids]), generation.num_completions
+        tokens = self._tokens(f"samples up to {generation.max_tokens}", generation.max_tokens, finished, count)
         who = "new adapter" if generation.serve_from or untrained else generation.model
-        piece, is_new = self._open(f"{stage} {key}", number, stage, who)
-        if is_new:
+        if work := self._open(f"{stage} {key}", number, stage, who, finished is not None):
             new = self._claim(group, prompts.ids)
-            piece.requests, piece.finished = len(new), finished is not None
-            piece.known = len(plan.rows().known(new)) if plan and not finished else 0
-            piece.prices = (generation.prompt_price, generation.completion_price)
-            piece.prompt_tokens, piece.completions = prompts.tokens, generation.num_completions
-            piece.writer = writer
-        if finished:
-            self._measure(writer, finished, generation.num_completions)
-        return _Samples(key, group, prompts.ids, prompts.tokens, generation.num_completions, writer, finished)
+            known = len(plan.rows().known(new)) if plan and not finished else 0
+            work.ask(len(new), known, prompts.tokens, count * tokens, 0, generation)
+        return _Samples(key, group, prompts.ids, prompts.tokens, count, tokens, finished)
 
     def _judge(
         self, stage: str, number: int, samples: _Samples, judging: JudgingConfig
@@ -266,22 +232,22 @@ class _Planner:
         key = digest([samples.key, judging.verdict_identity(), rubric])
         plan = plan_judging(samples.ref, self._workspace, judging) if samples.ref else None
         verdicts = plan.finished if plan else None
+        instructed = samples.prompt_tokens + (len(rubric) + len(INSTRUCTIONS)) / CHARACTERS_PER_TOKEN
         for place, judge in enumerate(judging.judges()):
-            piece, is_new = self._open(f"{stage} {key} {place}", number, stage, judge.model)
-            if not is_new:
+            measured = None if judging.panel else verdicts
+            tokens = self._tokens(f"judge {judge.model}", VERDICT_TOKENS, measured)
+            work = self._open(f"{stage} {key} {place}", number, stage, judge.model, verdicts is not None)
+            if work is None:
                 continue
             group = digest([samples.group, judge.identity(), rubric, judging.orders, judging.seed])
-            piece.requests = len(self._claim(group, samples.ids)) * min(judging.orders, samples.count)
-            piece.finished, piece.prices = verdicts is not None, (judge.prompt_price, judge.completion_price)
-            piece.prompt_tokens = samples.prompt_tokens + (len(rubric) + len(INSTRUCTIONS)) / CHARACTERS_PER_TOKEN
-            piece.shown_by, piece.shown = samples.writer, samples.count
-            piece.writer, piece.most_tokens = (f"judge {judge.model}", VERDICT_TOKENS), judge.max_tokens
+            new = self._claim(group, samples.ids)
             if plan:
-                remaining = plan.judges[place].remaining()
-                piece.requests, piece.known = remaining.requests, remaining.known
-                piece.prompt_tokens, piece.shown = remaining.prompt_tokens / max(1, remaining.to_ask), 0
-            if verdicts and not judging.panel:
-                self._measure(piece.writer, verdicts)
+                left = plan.judges[place].remaining()
+                each = left.prompt_tokens / max(1, left.to_ask)
+                work.ask(left.requests, left.known, each, tokens, judge.max_tokens, judge)
+            else:
+                questions, shown = len(new) * min(judging.orders, samples.count), samples.count * samples.tokens
+                work.ask(questions, 0, instructed + shown, tokens, judge.max_tokens, judge)
         return key, verdicts
 
     def _train(
@@ -295,20 +261,31 @@ class _Planner:
         else:
             key = training_key(preferences, training)
             adapter = self._store.find_finished(self._store.uri("training", key, MANIFEST), AdapterRef)
-        where = config.training_deployment or "this machine"
-        piece, is_new = self._open(f"{TRAINING} {key}", number, TRAINING, where)
-        if not is_new:
-            return key, adapter
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        piece.finished = adapter is not None
-        piece.writer = (f"{where}, {training.base_model}", 1 / self._sweep.pairs_per_second)
-        if adapter is None:
+        who = config.training_deployment or "this machine"
+        work = self._open(f"{TRAINING} {key}", number, TRAINING, who, adapter is not None)
+        if work and not adapter:
+            batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
             rows = preferences.rows if preferences else most
-            piece.pairs = (training.max_steps or math.ceil(rows * training.num_train_epochs / batch)) * batch
-        elif adapter.manifest:
-            made = self._store.read_manifest(adapter)
-            self._measured[piece.writer] = made.seconds / max(1, made.counts.get("steps", 0) * batch)
+            steps = training.max_steps or math.ceil(rows * training.num_train_epochs / batch)
+            seconds = self._seconds_a_pair(training.base_model)
+            work.is_measured = seconds is not None
+            work.gpu_minutes = steps * batch * (seconds or 1 / self._sweep.pairs_per_second) / 60
+            work.most_usd = work.gpu_minutes * self._sweep.gpu_price / 60
+            work.usd = work.most_usd if self._sweep.gpu_price else None
         return key, adapter
+
+    def _seconds_a_pair(self, base_model: str) -> float | None:
+        """Return the time that a finished training of the base took for a pair; None if this workspace has none."""
+        measured, folder = f"training of {base_model}", self._store.uri("training")
+        for key in self._store.folders(folder) if measured not in self._measured else ():
+            made = self._store.find_manifest(f"{folder}/{key}/{MANIFEST}")
+            if made is None or made.config.get("base_model") != base_model or not made.counts.get("steps"):
+                continue
+            settings = made.settings(TrainingConfig)
+            batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+            self._measured[measured] = made.seconds / made.counts["steps"] / batch
+            break
+        return self._measured.get(measured)
 
     def _evaluate(
         self, number: int, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig
@@ -329,7 +306,7 @@ class _Planner:
         ids = tuple(f"{identity}#{sample}" for identity in a.ids for sample in range(min(a.count, b.count)))
         samples = _Samples(
             key=digest([a.key, b.key]), group=digest([a.group, b.group]), ids=ids, prompt_tokens=a.prompt_tokens,
-            count=2, writer=a.writer,
+            count=2, tokens=a.tokens,
             ref=pair_samples(a.ref, b.ref, self._workspace) if a.ref and b.ref else None,
         )  # fmt: skip
         self._judge(stage, number, samples, judging)

@@ -15,8 +15,8 @@ from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
 from tasks.report.run import add_up, gather_manifests, publish, run_sections
-from tasks.report.sections import cost_section, lineage_section
-from tasks.store.measures import WinRate
+from tasks.report.sections import NULL, cost_section, lineage_section
+from tasks.store.measures import WinRate, percent
 from tasks.store.workspace import Workspace
 from tasks.sweep.estimate import TRAINING, SweepPlan, Work
 from tasks.sweep.points import Point
@@ -71,11 +71,26 @@ def money_text(plan: SweepPlan) -> str:
     return money + ("" if plan.is_priced else " and what has no price set")
 
 
+def plan_lines(plan: SweepPlan) -> Iterator[str]:
+    """Yield a line for each piece of work still to do, and one for what all of it costs, for logs and terminals."""
+    for work in plan.work:
+        points = f", points {_span(work.points)}" if len(plan.points()) > 1 else ""
+        if work.to_ask:
+            tokens = f"{work.prompt_tokens:,.0f} + {work.completion_tokens:,.0f} tokens"
+            known = f" ({work.known:,} more known)" if work.known else ""
+            price = format_price(work.usd) + (" US$" if work.usd is not None else "")
+            yield f"  {work.stage} ({work.who}{points}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
+        elif work.gpu_minutes:
+            by = "as measured here" if work.is_measured else "on an L4"
+            yield f"  {work.stage} ({work.who}{points}): about {format_seconds(60 * work.gpu_minutes)} {by}"
+    yield f"cost: {money_text(plan)}"
+
+
 def _work_row(work: Work, money: str) -> tuple[Cell, ...]:
     known = "finished" if work.finished else f"{work.known:,}" if work.requests else None
     return (
         work.stage, work.who or None, _span(work.points) or None, work.requests or None, known,
-        work.prompt_tokens or None, work.completion_tokens or None,
+        round(work.prompt_tokens) or None, round(work.completion_tokens) or None,
         format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None, money,
     )  # fmt: skip
 
@@ -95,15 +110,8 @@ def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSecti
     """Show the points from the best down, and what the best one's configuration is."""
     ranked, best = result.ranked(), result.best()
     null = next((point.null for point in ranked if point.null), None)
-    null_bar = RateBar("SFT against itself", null.win_rate, null.lower, null.upper) if null else None
-    bars = [
-        RateBar(
-            f"{point.number}. {point.name}", point.rate.win_rate, point.rate.lower, point.rate.upper,
-            (point.widened.lower, point.widened.upper),
-        )
-        for point in ranked
-        if point.rate is not None and point.widened is not None
-    ]  # fmt: skip
+    null_bar = RateBar(NULL, null) if null else None
+    bars = [RateBar(f"{point.number}. {point.name}", point.rate, point.widened) for point in ranked if point.rate]
     caption = "Win rates; thick: the interval of each alone, thin: the one that holds for all points at once."
     configs = {point.number: point.config for point in points}
     return ReportSection(
@@ -124,7 +132,7 @@ def _summary(result: SweepResult) -> str:
     return (
         f"Best{part}: point {best.number} ({best.name}) wins {best.rate.text()} against the SFT adapter. The best of "
         f"{len(result.ranking)} looks better than it is, since chance had so many tries: the interval that holds for "
-        f"all points at once is {_interval(best.widened)} (each at {100 * result.widened_confidence:.2f} %, "
+        f"all points at once is {best.widened.interval()} (each at {100 * result.widened_confidence:.2f} %, "
         f"together at least {100 * result.confidence:.3g} %; Sidak 1967)."
     )
 
@@ -152,26 +160,19 @@ def _advice(result: SweepResult) -> Iterator[str]:
 def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
     alone, together = f"{100 * result.confidence:.3g} % interval", "interval for all at once"
     rows: list[tuple[Cell, ...]] = [
-        (place, point.number, point.name, _share(point.rate), _interval(point.rate), _interval(point.widened),
+        (place, point.number, point.name, percent(point.rate.win_rate), point.rate.interval(), point.widened.interval(),
          point.made.preferences.rows if point.made else None)
         for place, point in enumerate(result.ranked(), 1)
+        if point.rate is not None and point.widened is not None
     ]  # fmt: skip
     if null is not None:
-        rows.append((None, None, "SFT against itself", _share(null), _interval(null), None, None))
+        rows.append((None, None, NULL, percent(null.win_rate), null.interval(), None, None))
     if rows:
         columns = ("place", "point", "change", "win rate", alone, together, "training pairs")
         yield Table("The points, the best first", columns, tuple(rows))
     failed = tuple((point.number, point.name, point.error) for point in result.failed())
     if failed:
         yield Table("Points that failed", ("point", "change", "error"), failed)
-
-
-def _share(rate: WinRate | None) -> str | None:
-    return f"{100 * rate.win_rate:.1f} %" if rate else None
-
-
-def _interval(rate: WinRate | None) -> str | None:
-    return f"{100 * rate.lower:.1f}-{100 * rate.upper:.1f} %" if rate else None
 
 
 def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, str]]:
@@ -185,19 +186,22 @@ def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, s
 async def report_plan(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> None:
     """Show what the sweep is going to do and cost, in the log and as an artifact."""
     section = plan_section(plan, points, sweep, duplicates)
-    await _show(section)
+    logger.info("%s\n%s", section.summary, "\n".join(plan_lines(plan)))
+    await publish(section)
 
 
 async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
     """Show the ranking, in the log and as an artifact, and write the pages of the sweep and of its points."""
     section = ranking_section(result, points)
-    await _show(section)
+    tables = (render_text_table([table.columns, *table.rows]) for table in section.tables)
+    logger.info("%s\n%s", section.summary, "\n".join(tables))
+    await publish(section)
     for advice in section.advice:
         logger.warning("%s", advice)
     workspace = points[0].config.workspace
     store, folder = Workspace(workspace), sweep_folder(workspace, result.key)
     made = [(point, found.made) for point, found in zip(points, result.points, strict=True) if found.made]
-    manifests = gather_manifests(store, *(run for _, run in made))
+    manifests = gather_manifests(store, *(reference for _, run in made for reference in run.references()))
     sections = [section, cost_section(add_up(manifests)), lineage_section(manifests, store.root)]
     store.write_bytes(f"{folder}/report.html", render_html("preflow: sweep", sections).encode())
     for point, run in made:
@@ -206,13 +210,6 @@ async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
             page = render_html(f"preflow: point {point.number}, {point.name}", run_sections(point.config, run))
             store.write_bytes(uri, page.encode())
     logger.info("the pages of the sweep and of its points are in %s", folder)
-
-
-async def _show(section: ReportSection) -> None:
-    """Show a section in the log and as an artifact."""
-    tables = (render_text_table([table.columns, *table.rows]) for table in section.tables)
-    logger.info("%s\n%s", section.summary, "\n".join(tables))
-    await publish(section)
 
 
 def conclude(result: SweepResult, workspace: str) -> SweepResult | State[SweepResult]:

@@ -1,5 +1,6 @@
 """What the training child is told, and where its artifacts lie; no torch here."""
 
+import os
 import posixpath
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,6 +21,11 @@ class ExitCode(IntEnum):
     USER_ERROR = 2
     INVARIANT = 42
     PREEMPTED = 75
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes; the launcher numbers them in RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class TrainingSpec(BaseModel):

@@ -17,6 +17,8 @@ from tests.fakes.dockerfile import DOCKER, instructions, values
 from tests.fakes.process import ROOT
 
 IMAGES = ("flow", "train", "serve")
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PACKAGES = [name.removesuffix("*") for name in SETUPTOOLS["packages"]["find"]["include"]]
 VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
 
 
@@ -69,7 +71,15 @@ def test_dependencies_are_pinned_and_cached_apart_from_the_code(image: str) -> N
     copied_before = " ".join(value for name, value in steps[:install] if name == "COPY")
     assert copied_before == "pyproject.toml constraints.txt infra/docker/requirements.py ./"
     copied_after = [value.split()[0] for name, value in steps[install:] if name == "COPY"]
-    assert {"flows", "tasks"} <= set(copied_after)
+    assert set(PACKAGES) <= set(copied_after)
+    assert values(image, "RUN")[-1].endswith(f"compileall -q {' '.join(PACKAGES)}")
+
+
+def test_what_the_packages_hold_besides_code_is_installed_with_them() -> None:
+    named = {ROOT / package / path for package, patterns in SETUPTOOLS["package-data"].items()
+             for pattern in patterns for path in (ROOT / package).glob(pattern)}  # fmt: skip
+    held = {path for package in PACKAGES for path in (ROOT / package).rglob("*.*") if not path.suffix.startswith(".py")}
+    assert named == held - {ROOT / "tasks" / "README.md"}
 
 
 def test_every_direct_dependency_has_a_pin() -> None:

@@ -5,12 +5,11 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tasks.config import (
-    ApprovalPoint,
     GenerationConfig,
     JudgingConfig,
     PipelineConfig,
@@ -22,8 +21,9 @@ from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import win_rate
 from tasks.run.preflight import endpoint_lock, sharing_endpoints
 from tasks.store.measures import WinRate
+from tasks.store.workspace import AdapterRef, Manifest, Workspace
 from tasks.sweep.estimate import SweepPlan, Work, check_budget, plan_sweep
-from tasks.sweep.page import plan_section, ranking_section
+from tasks.sweep.page import plan_lines, plan_section, ranking_section
 from tasks.sweep.points import apply_change, expand_points, parameter_names
 from tasks.sweep.prepare import prepare_points, trainings_at_once
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
@@ -119,14 +119,14 @@ def test_all_wrong_points_are_told_at_once_and_no_key_with_them() -> None:
 
 
 def test_a_sweep_that_would_wait_for_a_person_at_every_point_is_refused() -> None:
-    config = PipelineConfig(approve_before=(ApprovalPoint.PROMOTION,))
+    config = PipelineConfig(approve_before=("promotion",))
     with pytest.raises(PreflowError, match="approve_before"):
         prepare_points(config, SweepConfig(grid={"training.beta": [0.1]}))
 
 
 def test_the_presets() -> None:
     base = PipelineConfig(training=TrainingConfig(max_steps=60))
-    sweep = {"presets": [preset.value for preset in Preset], "stronger_judge": "big", "more_prompts": "all.jsonl"}
+    sweep = {"presets": get_args(Preset), "stronger_judge": "big", "more_prompts": "all.jsonl"}
     assert [name for name, _ in points(base, **sweep)] == [
         "unchanged",
         "training.beta=0.05",
@@ -158,11 +158,11 @@ def test_a_point_has_the_keys_of_the_configuration_that_is_pasted_from_it() -> N
 
 
 WORK = (
-    Work(stage="sample completions", who="sft", points=(1, 2, 3, 5), requests=100, known=40, prompt_tokens=6000,
+    Work(stage="sample completions", who="sft", points=[1, 2, 3, 5], requests=100, known=40, prompt_tokens=6000,
          completion_tokens=9000, usd=None),
-    Work(stage="judge preferences", who="judge", points=(1, 2), requests=200, usd=2.5, most_usd=20.0),
-    Work(stage="train", who="beta 0.1", points=(1,), gpu_minutes=13.4, usd=0.08, most_usd=0.08),
-    Work(stage="train", who="beta 0.2", points=(2,), finished=True),
+    Work(stage="judge preferences", who="judge", points=[1, 2], requests=200, usd=2.5, most_usd=20.0),
+    Work(stage="train", who="beta 0.1", points=[1], gpu_minutes=13.4, usd=0.08, most_usd=0.08),
+    Work(stage="train", who="beta 0.2", points=[2], finished=True),
 )  # fmt: skip
 
 
@@ -186,6 +186,13 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     assert rows[2][7:] == ("13 min 24 s", "0.08")
     assert rows[3][4] == "finished"
     assert rows[-1][-1] == "about 2.58 US$, at most 20.08 and what has no price set"
+    assert list(plan_lines(SweepPlan(work=WORK))) == [
+        "  sample completions (sft, points 1-3, 5): 60 requests (40 more known), about 6,000 + 9,000 tokens, "
+        "no price set",
+        "  judge preferences (judge, points 1-2): 200 requests, about 0 + 0 tokens, 2.50 US$",
+        "  train (beta 0.1, points 1): about 13 min 24 s on an L4",
+        "cost: about 2.58 US$, at most 20.08 and what has no price set",
+    ]
 
 
 def test_work_that_points_share_is_planned_once(tmp_path: Path) -> None:
@@ -207,7 +214,7 @@ def test_work_that_points_share_is_planned_once(tmp_path: Path) -> None:
     )  # fmt: skip
     sweep = SweepConfig(grid={"training.beta": [0.1, 0.2], "judging.model": ["a", "b"]}, gpu_price=1.0)
     plan = plan_sweep(expand_points(config, sweep).points, sweep)
-    found = [(work.stage.removeprefix("evaluate: "), work.points, work.requests) for work in plan.work]
+    found = [(work.stage.removeprefix("evaluate: "), tuple(work.points), work.requests) for work in plan.work]
     assert found == [
         ("sample completions", (1, 2, 3, 4), 6),
         ("judge preferences", (1, 3), 12), ("judge preferences", (2, 4), 12),
@@ -221,6 +228,16 @@ def test_work_that_points_share_is_planned_once(tmp_path: Path) -> None:
     assert judged.most_usd - (judged.usd or 0) == pytest.approx(12 * (config.judging.max_tokens - 30) * 2.0 / 1e6)
     seconds = 8 * config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps / 1.14
     assert (trained.gpu_minutes, trained.usd) == (pytest.approx(seconds / 60), pytest.approx(seconds / 3600))
+    known = AdapterRef(
+        uri="a", sha256="0" * 64, size=0, rows=0, manifest=f"{config.workspace}/training/k/manifest.json"
+    )
+    earlier = Manifest(
+        artifact=known, stage="training", version=1, key="k", config=config.training, files={}, counts={"steps": 4},
+        seconds=120,
+    )  # fmt: skip
+    Workspace(config.workspace).write_manifest(earlier)
+    again = next(work for work in plan_sweep(expand_points(config, sweep).points, sweep).work if work.stage == "train")
+    assert (again.is_measured, again.gpu_minutes) == (True, pytest.approx(4.0)), "eight steps at 30 s each"
 
 
 # ---- the best of many
