@@ -15,8 +15,8 @@ from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, se
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.judge.prompt import INSTRUCTIONS, MARKS, build_messages, distinct_completions, orders_for, read_rubric
 from tasks.judge.verdict import UnreadableVerdict, Verdict, read_verdict, verdict_format
-from tasks.llm.client import Choice, Endpoint, RequestRefused
-from tasks.llm.responses import PERMANENT, price
+from tasks.llm.client import Endpoint
+from tasks.llm.responses import PERMANENT, Choice, RequestRefused, price
 from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, VerdictsRef, Workspace, digest, stage_key
 
 VERSION = 3
