@@ -106,7 +106,7 @@ def forge(value: Any) -> None:
         (lambda v: v["comparisons"][4]["row"]["completions"].reverse(), "comparisons: p2#0 was changed"),
         (lambda v: v.update(null=None), "verdict.null: None by the comparisons"),
         (lambda v: v["verdict"].update(lower=0.7), "verdict.lower: 0.6"),
-        (lambda v: v["verdict"].update(lower=0.7), "verdict: not what the run found"),
+        (lambda v: v["verdict"].update(adapter_sha256="c" * 64), "verdict.adapter_sha256: aaa"),
         (lambda v: v["verdict"].update(detectable=0.51), "verdict.detectable"),
         (lambda v: v.update(min_win_rate=0.9), "passes: False by the comparisons, True in the file"),
         (lambda v: v.update(passes=False), "passes: True by the comparisons, False in the file"),
