@@ -176,7 +176,7 @@ def read_evidence(path: Path) -> Evidence:
         raise PreflowError(f"{path}: cannot be read: {error.strerror}; `preflow evidence` writes it") from error
     except ValidationError as error:
         wrong = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, wrong["loc"]))
+        where = ".".join(map(str, wrong["loc"])) or "the file"
         raise PreflowError(f"{path}: not evidence of a run, or damaged: {where}: {wrong['msg']}") from error
 
 
