@@ -37,7 +37,7 @@ def evaluated(
         decide: the best sample (0: SFT, 1: new, None: unreadable) in both orders, given the comparison's id.
         prompts: held-out prompts.
         samples: of each prompt.
-        judges: models that are asked besides the one that made the labels.
+        judges: models that are asked, with the one that made the labels.
         adapter: the new adapter; None: one of which only the reference is there.
     """
     judging = JudgingConfig(model="labeller", rubric=str(root / "secret-folder" / "house.md"))
