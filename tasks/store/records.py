@@ -1,7 +1,7 @@
 """The rows that travel, and reading them with errors that name file, line and field."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -151,7 +151,7 @@ WANTED: dict[type[BaseModel], str] = {
 }
 
 
-def _explain(error: ValidationError, value: dict[str, Any]) -> str:
+def _explain(error: ValidationError, value: Iterable[str]) -> str:
     fields = []
     for problem in error.errors(include_input=False, include_url=False):
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
