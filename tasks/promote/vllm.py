@@ -10,8 +10,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tasks.config import EndpointConfig, PromotionConfig
 from tasks.errors import PreflowError
-from tasks.llm.client import Endpoint, ModelInfo, RequestRefused, resolve_secret
-from tasks.llm.responses import Transient
+from tasks.llm.client import Endpoint
+from tasks.llm.responses import ModelInfo, RequestRefused, Transient
+from tasks.llm.secrets import resolve_secret
 from tasks.llm.vllm_admin import replicas
 from tasks.store.workspace import Workspace, server_path
 
