@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prefect.artifacts import acreate_markdown_artifact
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
@@ -28,10 +28,8 @@ class PromotionRefused(PreflowError):
     """The adapter did not win by enough; what was served before is still served."""
 
 
-class Won(BaseModel):
+class Won(BaseModel, frozen=True):
     """The evaluation that an adapter was promoted by."""
-
-    model_config = ConfigDict(frozen=True)
 
     uri: str
     win_rate: float
@@ -39,10 +37,8 @@ class Won(BaseModel):
     upper: float
 
 
-class Entry(BaseModel):
+class Entry(BaseModel, frozen=True):
     """One adapter that is or was served under a name: a promotion of it, or a rollback to it."""
-
-    model_config = ConfigDict(frozen=True)
 
     adapter_sha256: str
     uri: str
@@ -57,10 +53,8 @@ class Entry(BaseModel):
         return f"{self.adapter_sha256[:12]} (win rate {self.evaluation.win_rate:.3f})"
 
 
-class Pointer(BaseModel):
+class Pointer(BaseModel, frozen=True):
     """`CURRENT.json`: what is served under a name, and what was before, the newest first."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     current: Entry

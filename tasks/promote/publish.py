@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx2
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.config import PublishingConfig
 from tasks.errors import PreflowError
@@ -19,10 +19,8 @@ from tasks.store.workspace import COMMITTED, Workspace
 logger = logging.getLogger(__name__)
 
 
-class Publication(BaseModel):
+class Publication(BaseModel, frozen=True):
     """Where an adapter was published: `commit` is the hub's, the same as before if nothing had changed."""
-
-    model_config = ConfigDict(frozen=True)
 
     repo: str
     url: str

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tasks.config import EndpointConfig, PromotionConfig
 from tasks.errors import PreflowError
@@ -29,10 +29,8 @@ class ProbeFailed(PreflowError):
     """What is served under the name is not the adapter that was loaded."""
 
 
-class ProbeText(BaseModel):
+class ProbeText(BaseModel, frozen=True, extra="forbid"):
     """Token ids, and the log-probs (nats) that training found for them from the second on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     token_ids: list[int] = Field(min_length=2)
     adapter: list[float]
@@ -57,10 +55,8 @@ class ProbeText(BaseModel):
         return [values[position] for position in self.positions]
 
 
-class Probe(BaseModel):
+class Probe(BaseModel, frozen=True, extra="forbid"):
     """How a finished adapter is known: `probe.json`, which training writes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base_precision: str
     texts: list[ProbeText] = Field(min_length=1)

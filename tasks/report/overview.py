@@ -9,7 +9,7 @@ from tasks.config import JudgingConfig
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.sections import NULL, metric_row, rates_of
-from tasks.store.measures import Evaluation, Health, Metric, QualityReport, percent
+from tasks.store.measures import Evaluation, Health, JudgeEstimate, Metric, QualityReport, percent
 from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]
@@ -42,6 +42,9 @@ def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
         return "Not shown to be better", f"It wins by length: {rate}, and with length taken out {controlled}."
     if found.proven <= bar:
         return "Better, but not by enough", f"I{rate[1:]}; the bar is {percent(bar, '.3g')}."
+    if found.agreement is not None and not found.agrees:
+        said = f"a person agrees with it in {found.agreement.share.text()}, and with a coin in 50 %"
+        return "Better for the judge alone", f"By the judge {rate}, more than half; {said}."
     return "Better", f"The new adapter is better: {rate}, more than half."
 
 
@@ -58,7 +61,7 @@ def glance_section(
         details: the pages that follow: the first one's comparisons are shown, and their advice if nothing is proven.
     """
     headline, sentence = verdict(found, bar)
-    is_better = found.null_holds and found.proven > bar
+    is_better = found.null_holds and found.proven > bar and found.agrees
     advice = tuple(f"{page.title}: {text}" for page in details for text in page.advice[:MOST_ADVICE])
     places = " and ".join(page.title for page in details if page.advice)
     return ReportSection(
@@ -76,7 +79,7 @@ def glance_section(
 
 def rate_bars(found: Evaluation) -> tuple[list[RateBar], RateBar | None]:
     """Return what to draw of an evaluation: every win rate there is, and SFT against itself."""
-    bars = [RateBar(name, rate.win_rate, rate.lower, rate.upper) for name, rate, _, _ in rates_of(found, 0.5)]
+    bars = [RateBar(name, rate) for name, rate, _, _ in rates_of(found, 0.5)]
     null = bars.pop() if bars[-1].name == NULL else None
     return bars, null
 
@@ -91,7 +94,7 @@ def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
                       transfer > LEAST_TRANSFER)  # fmt: skip
     if (agreement := found.agreement) is not None:
         healthy = f"over 50 %, which is chance; {agreement.labels} labels"
-        yield _figure("Judge and person agree", agreement.share.text(), healthy, agreement.share.lower > 0.5)
+        yield _figure("Judge and person agree", agreement.share.text(), healthy, found.agrees)
         if (kappa := agreement.kappa) is not None:
             value = f"{kappa.value:.2f} ({kappa.lower:.2f}-{kappa.upper:.2f})"
             yield _figure("The same beyond chance, kappa", value, "over 0", kappa.lower > 0)
@@ -166,25 +169,27 @@ def _models(manifests: Sequence[Manifest]) -> Iterator[tuple[Cell, ...]]:
             yield "rubric", judging.rubric, None
 
 
-def approval_section(estimates: Sequence[Row], comparisons: int) -> ReportSection:
+def approval_section(estimates: Sequence[JudgeEstimate], comparisons: int) -> ReportSection:
     """Show what the judges are about to be asked and what that will cost.
 
     Args:
-        estimates: one for each judge: model, requests, known, prompt_tokens, completion_tokens,
-            most_completion_tokens, usd, most_usd.
+        estimates: one for each judge.
         comparisons: verdicts that the evaluation will want later, at most.
     """
     columns = (
         "judge", "requests", "answered before", "prompt tokens", "completion tokens", "tokens at most", "US$",
         "US$ at most",
     )  # fmt: skip
-    counted = ("requests", "known", "prompt_tokens", "completion_tokens", "most_completion_tokens")
     rows = tuple(
-        (str(row["model"]), *(row[name] for name in counted), *(format_usd(row[name]) for name in ("usd", "most_usd")))
-        for row in estimates
-    )
-    requests, usd, most = (sum(row[name] for row in estimates) for name in ("requests", "usd", "most_usd"))
-    priced = f"about {format_usd(usd)} US$, at most {format_usd(most)}" if most else "no price is set"
+        (
+            one.model, one.requests, one.known, one.expected.prompt_tokens, one.expected.completion_tokens,
+            one.most.completion_tokens, format_usd(one.expected.usd), format_usd(one.most.usd),
+        )
+        for one in estimates
+    )  # fmt: skip
+    requests, expected = sum(one.requests for one in estimates), sum(one.expected.usd for one in estimates)
+    most = sum(one.most.usd for one in estimates)
+    priced = f"about {format_usd(expected)} US$, at most {format_usd(most)}" if most else "no price is set"
     advice = () if most else ("Set judging.prompt_price and completion_price to see what this will cost.",)
     summary = (
         f"The judge is about to be asked {requests:,} questions ({priced}); the evaluation will want up to "

@@ -197,7 +197,7 @@ def evaluation_section(
         f"{'over' if found.proven > bar else 'not over'} the bar of {percent(bar, '.3g')}."
     )
     rows = tuple(
-        (name, ok, percent(rate.win_rate), percent_range(rate.lower, rate.upper), percent(rate.confidence, ".3g"),
+        (name, ok, percent(rate.win_rate), rate.interval(), percent(rate.confidence, ".3g"),
          rate.samples, rate.prompts, percent(rate.ties))
         for name, rate, _, ok in rates_of(found, bar)
     )  # fmt: skip
@@ -227,7 +227,7 @@ def _evaluation_advice(found: Evaluation, bar: float) -> Iterator[str]:
             f"Two draws of the SFT adapter come out at {found.null.text()}, where it must be near 50 %: do not trust "
             "this win rate. Look at the judge's positions, and take more evaluation.num_samples."
         )
-    if (agreement := found.agreement) is not None and agreement.share.lower <= 0.5:
+    if (agreement := found.agreement) is not None and not found.agrees:
         yield (
             f"The judge agrees with a person in {agreement.share.text()} of {agreement.labels} comparisons, and a coin "
             "would in 50 %: write into judging.rubric what the person looks at, or take another judging.model."

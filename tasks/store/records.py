@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import PreflowError
 from tasks.store.forms import WrongForm, read_table, to_completions, to_pair, to_prompt
@@ -14,19 +14,15 @@ from tasks.store.workspace import Workspace, digest
 PROBLEMS_SHOWN = 5
 
 
-class Message(BaseModel):
+class Message(BaseModel, extra="forbid"):
     """One chat message."""
-
-    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class KeepingRow(BaseModel):
+class KeepingRow(BaseModel, extra="allow"):
     """A row of an artifact; fields that it does not know are kept."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class PromptRow(KeepingRow):
