@@ -129,6 +129,17 @@ def read_pointer(workspace: str, name: str) -> Pointer | None:
         return None
 
 
+def read_promoted(workspace: str, name: str, otherwise: str) -> Pointer:
+    """Return what is served under `name`.
+
+    Raises:
+        PreflowError: nothing was promoted; says what that means.
+    """
+    if (pointer := read_pointer(workspace, name)) is not None:
+        return pointer
+    raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: {otherwise}")
+
+
 def _pointer(uri: str, value: object) -> Pointer:
     try:
         return Pointer.model_validate(value)
@@ -187,9 +198,7 @@ def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
     Raises:
         PreflowError: there is no such entry, or it is no longer whole; says which there are.
     """
-    pointer = read_pointer(workspace, name)
-    if pointer is None:
-        raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: there is nothing to roll back")
+    pointer = read_promoted(workspace, name, "there is nothing to roll back")
     current = pointer.current.adapter_sha256
     latest: dict[str, Entry] = {}
     for entry in pointer.history:
@@ -265,9 +274,7 @@ async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
     Raises:
         PreflowError: nothing was promoted, there is no server, or the adapter does not pass its probe.
     """
-    pointer = read_pointer(workspace, promotion.name)
-    if pointer is None:
-        raise PreflowError(f"nothing was ever promoted as {promotion.name!r} in {workspace}: there is nothing to serve")
+    pointer = read_promoted(workspace, promotion.name, "there is nothing to serve")
     if promotion.endpoint is None:
         raise PreflowError("promotion.endpoint is empty: give the address of the vLLM that is to serve the adapter")
     for _ in range(ATTEMPTS):

@@ -13,7 +13,7 @@ from tasks.config import PublishingConfig
 from tasks.errors import PreflowError
 from tasks.llm.secrets import resolve_secret
 from tasks.promote.model_card import Provenance, base_name, write_card
-from tasks.promote.pointer import Entry, read_pointer
+from tasks.promote.pointer import Entry, read_promoted
 from tasks.store.workspace import COMMITTED, Workspace
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,8 @@ def find_published(workspace: str, name: str, publishing: PublishingConfig) -> E
     """
     if not publishing.repo:
         raise PreflowError("publishing.repo is empty: name the repository on the hub, owner/name")
-    pointer = read_pointer(workspace, name)
-    if pointer is None:
-        raise PreflowError(
-            f"nothing was promoted as {name!r} in {workspace}, and only an adapter that passed its gate is published: "
-            "promote one first"
-        )
+    otherwise = "only an adapter that passed its gate is published; promote one first"
+    pointer = read_promoted(workspace, name, otherwise)
     Workspace(workspace).verify_folder(pointer.current.uri)
     return pointer.current
 

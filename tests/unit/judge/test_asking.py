@@ -15,7 +15,7 @@ from tasks.errors import PreflowError
 from tasks.judge.asking import Judge, JudgingPlan, Question, as_asked
 from tasks.judge.prompt import build_messages, distinct_completions, orders_for, read_rubric
 from tasks.judge.verdict import UnreadableVerdict, read_verdict, verdict_format
-from tasks.llm.client import Answer, Choice, RequestRefused
+from tasks.llm.responses import Answer, Choice, RequestRefused
 from tasks.store.workspace import Cost, Reference
 from tests.fakes.models import read_completions
 
