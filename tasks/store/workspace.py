@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from pydantic import BaseModel, ValidationError
 
@@ -498,6 +498,14 @@ def _not_as_committed(problem: str) -> str:
     return f"{problem}, not as {COMMITTED} has it; delete the folder and run again"
 
 
+class Facts(TypedDict):
+    """What a reference says of its file."""
+
+    sha256: str
+    size: int
+    rows: int
+
+
 class DigestWriter:
     """A binary file that counts lines and bytes and keeps the sha256 of what is written."""
 
@@ -514,7 +522,7 @@ class DigestWriter:
         self.size += len(content)
         self.rows += content.count(b"\n")
 
-    def write_row(self, row: dict[str, Any]) -> None:
+    def write_row(self, row: Mapping[str, object]) -> None:
         """Append one JSON row."""
         self.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
@@ -523,7 +531,7 @@ class DigestWriter:
         """The digest of everything written so far."""
         return self._sha256.hexdigest()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """Return sha256, size (bytes) and rows, as a reference wants them."""
         return {"sha256": self.sha256, "size": self.size, "rows": self.rows}
 
