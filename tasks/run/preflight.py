@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from typing import TypeAlias
 
 from pydantic import ValidationError
 
@@ -19,6 +20,8 @@ from tasks.store.workspace import PipelineResult, Workspace, stage_key
 VERSION = 3
 RESULT, CONFIG = "result.json", "config.json"
 logger = logging.getLogger(__name__)
+# Endpoint, model, and where its key is.
+Model: TypeAlias = tuple[str, str, str | None]
 _lock: ContextVar[asyncio.Lock | None] = ContextVar("lock", default=None)
 
 
@@ -92,30 +95,33 @@ def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
         yield from stage.checks(config)
 
 
-async def check_services(config: PipelineConfig) -> None:
+async def check_services(config: PipelineConfig, answered: set[Model] | None = None) -> None:
     """Ask every model one real question, and see that the training deployment can train.
+
+    Args:
+        config: a whole run's.
+        answered: models that have answered and are not asked again; those that answer now are added.
 
     Raises:
         PreflowError: one does not, or it cannot.
     """
-    for check in _service_checks(config):
+    for check in _service_checks(config, answered if answered is not None else set()):
         await check()
 
 
-def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[object]]]:
+def _service_checks(config: PipelineConfig, answered: set[Model]) -> Iterator[Callable[[], Awaitable[object]]]:
     # Before any question to a model, which costs something: the deployment, and every endpoint's secrets.
     for stage in STAGES:
         yield from stage.service_checks(config)
     for stage in STAGES:
         for settings, _ in stage.endpoints(config):
             yield partial(Endpoint.connect, settings, stage.name)
-    asked: set[tuple[str, str, str | None]] = set()
     for stage in STAGES:
         for settings, trial in stage.endpoints(config):
             who = (settings.endpoint, settings.model, settings.api_key)
-            if who not in asked:
-                asked.add(who)
+            if who not in answered:
                 yield partial(_check_endpoint, stage.name, settings, trial)
+                answered.add(who)  # whoever goes on here has had its answer
 
 
 async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> None:
@@ -137,7 +143,7 @@ async def find_problems(config: PipelineConfig) -> list[str]:
             if not found:
                 raise
     secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
-    questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config)]
+    questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config, set())]
     for ask in questions:
         try:
             await ask()
