@@ -113,15 +113,17 @@ def _service_checks(config: PipelineConfig, answered: set[Model]) -> Iterator[Ca
     # Before any question to a model, which costs something: the deployment, and every endpoint's secrets.
     for stage in STAGES:
         yield from stage.service_checks(config)
-    for stage in STAGES:
-        for settings, _ in stage.endpoints(config):
-            yield partial(Endpoint.connect, settings, stage.name)
+    models: dict[Model, tuple[str, EndpointConfig, Trial]] = {}
     for stage in STAGES:
         for settings, trial in stage.endpoints(config):
             who = (settings.endpoint, settings.model, settings.api_key)
-            if who not in answered:
-                yield partial(_check_endpoint, stage.name, settings, trial)
-                answered.add(who)  # whoever goes on here has had its answer
+            models.setdefault(who, (stage.name, settings, trial))
+    for name, settings, _ in models.values():
+        yield partial(Endpoint.connect, settings, name)
+    for who, (name, settings, trial) in models.items():
+        if who not in answered:
+            yield partial(_check_endpoint, name, settings, trial)
+            answered.add(who)  # whoever goes on here has had its answer
 
 
 async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> None:
