@@ -184,7 +184,7 @@ resource "google_container_node_pool" "l4_spot" {
   }
 }
 
-# Three times the price, and nothing while spot nodes are to be got: second in infra/k8s/overlays/gke/compute-class.yaml.
+# Three times the price, and nothing while there are spot nodes: second in infra/k8s/overlays/gke/compute-class.yaml.
 resource "google_container_node_pool" "l4_on_demand" {
   name               = "l4-on-demand"
   cluster            = google_container_cluster.this.id

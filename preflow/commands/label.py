@@ -4,6 +4,7 @@ import webbrowser
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from preflow.options import Changes, Run, Switch
 
@@ -12,7 +13,7 @@ def label(
     run: Run = "config.yaml",
     /,
     *,
-    pairs: Annotated[int, Parameter(help="Comparisons to judge: 40 to 60 tell most; about 15 seconds each.")] = 50,
+    pairs: Annotated[int, Parameter(validator=Number(gte=1))] = 50,
     port: int = 0,
     quiet: Switch = False,
     changes: Changes = (),
@@ -25,6 +26,8 @@ def label(
 
     Parameters
     ----------
+    pairs
+        Comparisons to judge, about 15 seconds each; 40 to 60 are enough to tell.
     port
         Of the page, which only this machine can open; 0: any.
     quiet

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote, urlparse
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -93,7 +93,9 @@ def field_title(name: str, _: Any) -> str:
 
 # Fields that do not change what a stage produces (addresses, concurrency, keys, prices) carry this mark: they stay
 # out of `identity()`, and so out of every cache key.
-OPERATIONAL: dict[str, Any] = {"operational": True}
+_OPERATIONAL = "operational"
+T = TypeVar("T")
+Operational = Annotated[T, _OPERATIONAL]
 
 
 # What refuses a literal key where the name of one belongs. The pattern stands in the form's schema too, so that a
@@ -211,11 +213,7 @@ class StageConfig(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the stage's output, JSON-ready, for its content key."""
-        operational = {
-            name
-            for name, field in type(self).model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational")
-        }
+        operational = {name for name, field in type(self).model_fields.items() if _OPERATIONAL in field.metadata}
         settings = self.model_dump(mode="json", exclude=operational)
         for name, value in self:
             if name in settings and isinstance(value, tuple):

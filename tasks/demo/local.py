@@ -133,7 +133,7 @@ def vllm_for(places: Places, materials: Materials, port: int | None = None) -> S
     adapters = {"sft": materials.sft}
     pointer = read_pointer(str(places.workspace), SERVED_NAME)
     if pointer is not None:
-        adapters[SERVED_NAME] = Path(pointer["current"]["uri"])
+        adapters[SERVED_NAME] = Path(pointer.current.uri)
     options = VllmOptions(max_model_len=512, max_num_seqs=32, dtype="bfloat16") if materials.model == SMOLLM2 else None
     return vllm_server(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters, options, port)
 

@@ -248,7 +248,7 @@ def read_digests(order: TrainingOrder) -> dict[str, str]:
     """Return the digests of the finished adapter's files and of the metrics."""
     store = Workspace(order.workspace)
     paths = TrainingPaths.of(store.root, order.key)
-    files = store.verify_folder(paths.adapter)["files"]
-    return {name: facts["sha256"] for name, facts in files.items()} | {
+    files = store.verify_folder(paths.adapter)
+    return {name: facts.sha256 for name, facts in files.items() if name != COMMITTED} | {
         "metrics.jsonl": store.sha256(paths.file("metrics.jsonl"))
     }

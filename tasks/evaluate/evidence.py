@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_va
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig, PromotionConfig, StageConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import read_comparison
-from tasks.evaluate.labels import labelling_judges, measure_agreement, read_labels
+from tasks.evaluate.labels import labelling_judges, measure_agreement, read_labels, record_agreement
 from tasks.evaluate.win_rate import judge_adapter
 from tasks.store.measures import Evaluation, read_evaluation
 from tasks.store.records import VerdictsRow
@@ -91,6 +91,7 @@ class Evidence(BaseModel):
         made: every artifact, each after those of what it was made from; the evaluation last.
         comparisons: of the new adapter with the SFT adapter, with every vote.
         null: the same of two draws of the SFT adapter; None if that was not tested.
+        seal: digest of all else.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,6 +106,11 @@ class Evidence(BaseModel):
     made: tuple[Made, ...]
     comparisons: tuple[Judged, ...]
     null: tuple[Judged, ...] | None
+    seal: str = ""
+
+    def contents(self) -> str:
+        """Return the digest of all but the seal."""
+        return digest(self.model_dump(mode="json", exclude={"seal"}))
 
     def text(self) -> bytes:
         """Return the file; equal runs give equal bytes."""
@@ -123,7 +129,7 @@ def public_settings(settings: StageConfig) -> dict[str, Any]:
 
 
 def collect_evidence(evaluation: EvaluationRef, promotion: PromotionConfig) -> Evidence:
-    """Gather what the verdict on an adapter rests on.
+    """Gather what the verdict on an adapter rests on, with the labels there are by now.
 
     Raises:
         PreflowError: something of it is no longer in the workspace.
@@ -131,10 +137,11 @@ def collect_evidence(evaluation: EvaluationRef, promotion: PromotionConfig) -> E
     from tasks.report.run import gather_manifests  # with its pictures and pages, which a verification does not need
 
     store = Workspace.holding(evaluation.uri)
+    record_agreement(evaluation)
     try:
         found, manifest = read_evaluation(evaluation), store.read_manifest(evaluation)
         verdicts, *null = [origin for origin in manifest.upstream if origin.kind == "verdicts"]
-        return Evidence(
+        evidence = Evidence(
             verdict=found,
             min_win_rate=promotion.min_win_rate,
             min_agreement=promotion.min_agreement,
@@ -145,6 +152,7 @@ def collect_evidence(evaluation: EvaluationRef, promotion: PromotionConfig) -> E
             comparisons=_rows(store, verdicts),
             null=_rows(store, null[0]) if null else None,
         )
+        return evidence.model_copy(update={"seal": evidence.contents()})
     except (FileNotFoundError, ValueError) as error:
         raise PreflowError(
             f"{evaluation.folder}: not all that its verdict rests on is there any more ({error}); run the pipeline "
@@ -192,6 +200,8 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
     written = evidence.verdict.model_dump(mode="json", exclude_none=True, exclude={"agreement"})
     if hashlib.sha256(indented_json(written)).hexdigest() != made.sha256:
         yield f"verdict: not what the run found (its digest is not {made.sha256[:16]})"
+    if evidence.contents() != evidence.seal:
+        yield f"seal: something was changed after the file was written (its digest was {evidence.seal[:16]})"
     found = recompute(evidence)
     yield from _differing("verdict", evidence.verdict.model_dump(mode="json"), found.model_dump(mode="json"))
     yield from _differing(
@@ -200,8 +210,15 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
 
 
 def recompute(evidence: Evidence) -> Evaluation:
-    """Return the verdict as the comparisons, votes and labels of the evidence give it."""
-    settings = EvaluationConfig.model_validate(evidence.made[-1].settings, extra="ignore")
+    """Return the verdict as the comparisons, votes and labels of the evidence give it.
+
+    Raises:
+        PreflowError: the settings are no settings, or no comparison can be read.
+    """
+    try:
+        settings = EvaluationConfig.model_validate(evidence.made[-1].settings, extra="ignore")
+    except ValidationError as error:
+        raise PreflowError(f"made: the settings of the evaluation are none: {error.errors()[0]['msg']}") from error
     rows = [judged.row for judged in evidence.comparisons]
     others = {judge.model for judge in settings.judges}
     null = None if evidence.null is None else [read_comparison(judged.row) for judged in evidence.null]

@@ -138,8 +138,10 @@ def finish_pairs(
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
     train, val = written["train.jsonl"], written["val.jsonl"]
-    counts = {**about.pop("counts", {}), "train": train.rows, "val": val.rows}
-    logger.info("preferences: %s", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    found = about.pop("counts", {})
+    counts = {**found, "train": train.rows, "val": val.rows}
+    told = ", ".join(f"{name} {count:,}" for name, count in found.items())
+    logger.info("preferences: %d pairs to train on, %d held out (%s)", train.rows, val.rows, told)
     files = {**written, "quality.json": measured, "quality.png": picture}
     artifact = PreferencesRef(
         uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()
@@ -183,7 +185,7 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
     if not votes:
         return Decision(status="skipped", reason="one distinct completion")
     read = [vote for vote in votes if vote.error is None]
-    needed = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
+    needed = len(votes) if policy == "unanimous" else len(votes) // 2 + 1
     if len(read) < needed:
         failed = next(vote.error for vote in votes if vote.error is not None)
         return Decision(status="failed", reason=f"verdict unreadable: {failed}")
@@ -192,7 +194,7 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
     confidence = round(fmean(given), 3) if given else None
     reason = None
     if best is None or worst is None:
-        reason, best, worst = f"{'best' if best is None else 'worst'} not {policy.value}", None, None
+        reason, best, worst = f"{'best' if best is None else 'worst'} not {policy}", None, None
     elif confidence is not None and confidence < min_confidence:
         reason = f"confidence {confidence:.1f} < {min_confidence}"
     most = Counter((vote.best, vote.worst) for vote in read).most_common(1)[0][1]
@@ -207,13 +209,13 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
 
 
 def _choose(votes: Sequence[Vote], policy: PairPolicy) -> tuple[int | None, int | None]:
-    if policy is PairPolicy.BORDA:
+    if policy == "borda":
         # Borda count with three ranks: best +1, unnamed 0, worst -1; a tie at an end names nobody.
         scores: Counter[int | None] = Counter(dict.fromkeys(votes[0].order, 0))
         scores.update(vote.best for vote in votes)
         scores.subtract(vote.worst for vote in votes)
         return _only(scores, max(scores.values())), _only(scores, min(scores.values()))
-    share = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
+    share = len(votes) if policy == "unanimous" else len(votes) // 2 + 1
     chosen = [Counter(getattr(vote, name) for vote in votes).most_common(1)[0] for name in ("best", "worst")]
     best, worst = (index if count >= share else None for index, count in chosen)
     return (best, worst) if best != worst else (None, None)

@@ -227,7 +227,7 @@ def _evaluation_advice(found: Evaluation, bar: float) -> Iterator[str]:
             f"Two draws of the SFT adapter come out at {found.null.text()}, where it must be near 50 %: do not trust "
             "this win rate. Look at the judge's positions, and take more evaluation.num_samples."
         )
-    if (agreement := found.agreement) is not None and agreement.share.lower <= 0.5:
+    if (agreement := found.agreement) is not None and not found.agrees:
         yield (
             f"The judge agrees with a person in {agreement.share.text()} of {agreement.labels} comparisons, and a coin "
             "would in 50 %: write into judging.rubric what the person looks at, or take another judging.model."

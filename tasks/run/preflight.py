@@ -1,6 +1,7 @@
 """A whole run: checked before anything is spent, and its result kept so that a finished run is known as such."""
 
 import asyncio
+import inspect
 import logging
 import posixpath
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -135,23 +136,16 @@ async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> 
 async def find_problems(config: PipelineConfig) -> list[str]:
     """Return everything that stands against a run, not only the first of it; one question to each model is spent."""
     config, found = config.filled(), list[str]()
+    secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
     checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
+    checks += [secret, *_service_checks(config, set())]
     for check in checks:
         try:
-            check()
+            if inspect.isawaitable(result := check()):
+                await result
         except PreflowError as problem:
             found.append(str(problem))
         except FileNotFoundError:  # a check before has named that file
-            if not found:
-                raise
-    secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
-    questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config, set())]
-    for ask in questions:
-        try:
-            await ask()
-        except PreflowError as problem:
-            found.append(str(problem))
-        except FileNotFoundError:
             if not found:
                 raise
     return list(dict.fromkeys(found))

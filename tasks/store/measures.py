@@ -201,6 +201,11 @@ class Evaluation(WinRate):
         return self.null is None or self.null.holds(0.5)
 
     @property
+    def agrees(self) -> bool:
+        """Whether a person agrees with the judge more often than by chance; also where nobody has labelled."""
+        return self.agreement is None or self.agreement.share.lower > 0.5
+
+    @property
     def proven(self) -> float:
         """The lower bound that the gate looks at: the lower one of the raw and the length-controlled win rate's."""
         return self.lower if self.length_controlled is None else min(self.lower, self.length_controlled.lower)

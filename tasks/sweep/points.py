@@ -185,25 +185,25 @@ def _preset_changes(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
     Raises:
         PreflowError: a preset lacks something only the user can give.
     """
-    if Preset.JUDGE in sweep.presets and sweep.stronger_judge is None:
+    if "judge" in sweep.presets and sweep.stronger_judge is None:
         raise PreflowError(
             "preset judge: name the stronger judge in sweep.stronger_judge, a model that judging.endpoint "
             f"({config.judging.endpoint}) serves; one that is elsewhere or has another price goes into sweep.changes"
         )
-    if Preset.MORE_DATA in sweep.presets and sweep.more_prompts is None:
+    if "more_data" in sweep.presets and sweep.more_prompts is None:
         raise PreflowError(
             "preset more_data: give the larger prompts file in sweep.more_prompts; the prompts of "
             f"{config.prompts} may be in it too, they cost nothing again"
         )
     slower = {"training.max_steps": None, "training.learning_rate": _rounded(config.training.learning_rate / 5)}
     changes: dict[Preset, list[Change]] = {
-        Preset.BETA: [{"training.beta": _rounded(config.training.beta / by)} for by in (2, 10)],
-        Preset.JUDGE: [{"judging.model": sweep.stronger_judge}],
-        Preset.COMPLETIONS: [{"generation.num_completions": max(5, config.generation.num_completions + 2)}],
-        Preset.TEMPERATURE: [{"generation.temperature": temperature} for temperature in (1.0, 1.2)],
-        Preset.MORE_DATA: [{"prompts": sweep.more_prompts}],
-        Preset.EPOCHS: [{"training.num_train_epochs": epochs, **slower} for epochs in (2, 3)],
-        Preset.WARMUP: [{"training.warmup_steps": steps} for steps in (5, 10)],
+        "beta": [{"training.beta": _rounded(config.training.beta / by)} for by in (2, 10)],
+        "judge": [{"judging.model": sweep.stronger_judge}],
+        "completions": [{"generation.num_completions": max(5, config.generation.num_completions + 2)}],
+        "temperature": [{"generation.temperature": temperature} for temperature in (1.0, 1.2)],
+        "more_data": [{"prompts": sweep.more_prompts}],
+        "epochs": [{"training.num_train_epochs": epochs, **slower} for epochs in (2, 3)],
+        "warmup": [{"training.warmup_steps": steps} for steps in (5, 10)],
     }
     found = [change for preset in dict.fromkeys(sweep.presets) for change in changes[preset]]
     return [{}, *found] if found else []

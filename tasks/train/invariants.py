@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from tasks.config import LossType, TrainingConfig
+from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 
 FIRST_LOSS_TOLERANCE = 1e-3
@@ -27,9 +27,9 @@ def loss_at_margin_zero(training: TrainingConfig) -> float:
     apo_zero: 1 (D'Oosterlinck et al. 2024, eq. 7); ipo: (1 / (2 beta))^2 (Azar et al. 2023, eq. 17). The divergences
     that are offered change none of them.
     """
-    if training.loss_type in (LossType.HINGE, LossType.APO_ZERO):
+    if training.loss_type in ("hinge", "apo_zero"):
         return 1.0
-    if training.loss_type is LossType.IPO:
+    if training.loss_type == "ipo":
         return (0.5 / training.beta) ** 2
     return math.log(2)
 
@@ -41,7 +41,7 @@ def check_first_loss(measured: Mapping[str, float], training: TrainingConfig) ->
     if not abs(measured["loss"] - expected) <= FIRST_LOSS_TOLERANCE * max(1.0, expected):
         raise InvariantError(
             "first-loss",
-            f"the {training.loss_type.value} loss before the first update is {measured['loss']:.6f}, where it must be "
+            f"the {training.loss_type} loss before the first update is {measured['loss']:.6f}, where it must be "
             f"{expected:.6f}; policy and reference differ by {margin:.6f} in reward. {_what_it_is_not(margin)}",
         )
     if not margin <= MARGIN_TOLERANCE:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tasks.config import ReportTo, TrainingConfig
+from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import choose_template, template_of, tokenizer_digests
 from tasks.store.workspace import DISK_FULL, MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
@@ -119,8 +119,8 @@ def check_training_inputs(training: TrainingConfig, trains_here: bool = True) ->
     Where this machine trains, its packages count, and it must reach the hub.
     """
     tracker = training.report_to
-    if trains_here and tracker is not ReportTo.NONE and find_spec(tracker.value) is None:
-        raise PreflowError(f"report_to {tracker.value}: not installed here; pip install {tracker.value}, or set none")
+    if trains_here and tracker != "none" and find_spec(tracker) is None:
+        raise PreflowError(f"report_to {tracker}: not installed here; pip install {tracker}, or set none")
     adapter = AdapterFiles.read(training.sft_adapter)
     adapter.check()
     base = _find_base(training, trains_here)
@@ -183,20 +183,18 @@ def run_training(
         preferences=preferences, workspace=store.root, training=training, key=key,
         sft_sha256=folder_digest(training.sft_adapter), base_sha256=base_digest(training),
     )  # fmt: skip
-    files = Path(tempfile.mkdtemp(prefix="preflow-worker-"))
-    log = Path(paths.file("train.log")) if store.is_local else files.with_suffix(".log")
-    try:
-        (files / "spec.json").write_text(spec.model_dump_json())
-        code = _supervise(_command(files, training), log, files, training, on_progress)
-        _raise_for(code, files, log)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise DiskFullError(
-            f"the disk is full ({error}): make room in {tempfile.gettempdir()} (TMPDIR) or the workspace; run again"
-        ) from error
-    finally:
-        shutil.rmtree(files, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="preflow-worker-", ignore_cleanup_errors=True) as folder:
+        files = Path(folder)
+        log = Path(paths.file("train.log")) if store.is_local else files.with_suffix(".log")
+        try:
+            (files / "spec.json").write_text(spec.model_dump_json())
+            code = _supervise(_command(files, training), log, files, training, on_progress)
+            _raise_for(code, files, log)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            where = f"{tempfile.gettempdir()} (TMPDIR) or the workspace"
+            raise DiskFullError(f"the disk is full ({error}): make room in {where}; run again") from error
     finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
     if finished is None:
         raise PreflowError(f"training ended without an adapter; see {log}")

@@ -1,5 +1,6 @@
 """What the training child is told, and where its artifacts lie; no torch here."""
 
+import os
 import posixpath
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,6 +21,11 @@ class ExitCode(IntEnum):
     USER_ERROR = 2
     INVARIANT = 42
     PREEMPTED = 75
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes; the launcher numbers them in RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class TrainingSpec(BaseModel):
@@ -85,7 +91,8 @@ class Progress:
 
     def text(self) -> str:
         """Return one line for the terminal."""
-        parts = [self.phase, f"step {self.step}/{self.total}" if self.total else "", self.message]
+        is_told = self.message or (self.phase == "training" and self.total)
+        parts = ["" if is_told else self.phase, f"step {self.step}/{self.total}" if self.total else "", self.message]
         # At the start policy and reference are equal: there is no margin, and an accuracy of 0 would look broken.
         named = {"loss": self.loss} | ({"accuracy": self.accuracy, "margin": self.margin} if self.margin else {})
         parts += [f"{name} {value:.4f}" for name, value in named.items() if value is not None]

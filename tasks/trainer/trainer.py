@@ -3,6 +3,7 @@
 import base64
 import copy
 import dataclasses
+import json
 import logging
 import random
 import time
@@ -16,7 +17,7 @@ import numpy
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -36,27 +37,6 @@ T = TypeVar("T")
 
 # Depend on the clock or on this process alone: they would differ after a preemption.
 UNREPEATABLE = ("_runtime", "_per_second", "_time", "total_flos", "train_loss")
-
-
-@dataclass(frozen=True)
-class TrainerParts:
-    """What an `ExactTrainer` is built from.
-
-    Attributes:
-        policy: the PEFT model with the SFT adapter as trainable `default`.
-        tokenizer: with a chat template and a pad token.
-        train: pairs to train on, with their micro-batches.
-        val: pairs to evaluate on, None for no evaluation.
-        sft: the weights of the SFT adapter.
-        output_dir: local scratch folder.
-    """
-
-    policy: Any
-    tokenizer: Any
-    train: Split
-    val: Split | None
-    sft: AdapterWeights
-    output_dir: Path
 
 
 @dataclass(frozen=True)
@@ -87,9 +67,9 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
     return DPOConfig(
         **training.model_dump(mode="json", include=SAME),
         output_dir=str(output_dir),
-        loss_type=[training.loss_type.value, "sft"] if weighted else [training.loss_type.value],
+        loss_type=[training.loss_type, "sft"] if weighted else [training.loss_type],
         loss_weights=[1.0, training.sft_weight] if weighted else None,
-        f_divergence_type=training.f_divergence.value,
+        f_divergence_type=training.f_divergence,
         max_steps=training.max_steps or -1,
         bf16=training.bf16 and has_cuda(),
         use_cpu=not has_cuda(),
@@ -115,6 +95,15 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     Data order depends on seed and epoch alone; evaluation and measuring leave the random state as it was; the state
     kept for a preemption is always that of the last complete step.
+
+    Args:
+        policy: the PEFT model with the SFT adapter as trainable `default`.
+        sft: the weights of the SFT adapter.
+        tokenizer: with a pad token.
+        splits: what to train on, and what to evaluate on if anything.
+        training: the configuration.
+        scratch: local folder.
+        hooks: what to report to.
     """
 
     train_dataset: Dataset
@@ -124,29 +113,33 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     control: Any
     _metrics: dict[str, Any]
 
-    def __init__(self, parts: TrainerParts, training: TrainingConfig, hooks: Hooks) -> None:
+    def __init__(
+        self, policy: Any, sft: AdapterWeights, tokenizer: PreTrainedTokenizerBase, splits: Sequence[Split],
+        training: TrainingConfig, scratch: Path, hooks: Hooks,
+    ) -> None:  # fmt: skip
+        train, val = splits[0], splits[1] if len(splits) > 1 else None
         self._training = training
         self._hooks = hooks
-        self.sft = parts.sft
-        self._order = MicroBatchSampler(parts.train.micro_batches, training.seed)
+        self.sft = sft
+        self._order = MicroBatchSampler(train.micro_batches, training.seed)
         self._boundary: dict[str, Any] | None = None
         self._restored: Checkpoint | None = None
         self._has_moved = False
         self._first_row: dict[str, Any] = {}
         self._started = (time.monotonic(), 0)
-        found = weights_digest(adapter_state(parts.policy))
-        invariants.check_reference(found, parts.sft.digest(), "the policy that is to be trained")
-        _check_router_loss(parts.policy, training)
+        found = weights_digest(adapter_state(policy))
+        invariants.check_reference(found, sft.digest(), "the policy that is to be trained")
+        _check_router_loss(policy, training)
         super().__init__(
-            model=parts.policy,
-            args=dpo_config(training, parts.output_dir, parts.val is not None),
-            train_dataset=as_dataset(parts.train.pairs),
-            eval_dataset=as_dataset(parts.val.pairs) if parts.val else None,
-            processing_class=parts.tokenizer,
+            model=policy,
+            args=dpo_config(training, scratch, val is not None),
+            train_dataset=as_dataset(train.pairs),
+            eval_dataset=as_dataset(val.pairs) if val else None,
+            processing_class=tokenizer,
             callbacks=[_TrainingHooks(self.begin)],
         )
         # TRL rounds the policy of a 4-bit model to bfloat16, in which small updates are lost.
-        parts.sft.copy_to(self.model, "default")
+        sft.copy_to(self.model, "default")
         self.precompute_ref_logps = True
         self._check_adapters()
 
@@ -281,14 +274,15 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             InvariantError: an invariant does not hold.
         """
         self._restored = checkpoint
+        state = Path(self.args.output_dir, "trainer_state.json")
         if checkpoint is None:
             self._measure_start()
-        else:
-            checkpoint.write(Path(self.args.output_dir) / "resume")
+        else:  # transformers reads its own state from a file; everything else is put back by the overrides below
+            state.write_text(json.dumps(checkpoint.state["trainer_state"]))
         self._started = (time.monotonic(), checkpoint.step if checkpoint else 0)
         try:
             with self._hooks.stop.deferred():
-                self.train(resume_from_checkpoint=str(Path(self.args.output_dir) / "resume") if checkpoint else None)
+                self.train(resume_from_checkpoint=str(state.parent) if checkpoint else None)
         except StopTraining:
             self.save_boundary()
             raise
@@ -304,7 +298,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             )
             named = "modules and every number of the base's config.json"
             invariants.check_nothing_random(training, evaluating, named)
-        said = f"{self._training.loss_type.value} loss before the first update {first['loss']:.4f}, as it must be"
+        said = f"{self._training.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
         added = f"; the losses from here on have {self._more_in_the_loss()}" if self._more_in_the_loss() else ""
         self._hooks.progress(Progress("training", said + added))
         if added:

@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
-    plan = Plan.from_json(json.loads(arguments.plan.read_text()) if arguments.plan else {})
+    plan = Plan.model_validate_json(arguments.plan.read_bytes() if arguments.plan else b"{}")
     asyncio.run(serve(arguments.port, plan, arguments.log))
 
 

@@ -27,6 +27,7 @@ from tests.fakes.process import ROOT, FakeOpenAI
 
 FILE = ROOT / "deployments" / "automations.yaml"
 ALWAYS = {"preflow-restart-crashed", "preflow-crash-unstarted"}
+UNSTARTED = ("Pending", "Submitting")
 NOTIFYING = {"preflow-notify-crashed", "preflow-notify-silent"}
 
 
@@ -225,10 +226,12 @@ def test_a_run_whose_worker_dies_before_it_begins_is_started_again_and_frees_its
     assert register(soon).returncode == 0
     first = make_run(client, "local", flow="promote-adapter", limit=1)
     worker = Worker(tmp_path)
-    wait("a worker takes it", lambda: state_of(client, first.id) == "Pending")
-    for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
-        process.kill()
-    assert state_of(client, first.id) == "Pending", "too late: it has begun"
+    wait("a worker takes it", lambda: state_of(client, first.id) in UNSTARTED)
+    children = psutil.Process(worker.pid).children(recursive=True)
+    worker.kill()
+    for child in children:
+        child.kill()
+    assert state_of(client, first.id) in UNSTARTED, "too late: it has begun"
     third = make_run(client, "local", flow="promote-adapter", limit=1)
     client.set_flow_run_state(third.id, Pending())
     assert state_of(client, third.id) == "AwaitingConcurrencySlot"

@@ -33,6 +33,7 @@ from prefect.client.schemas.objects import StateType
 
 from flows.pipeline import dpo_pipeline
 from flows.promote import promote_adapter
+from preflow.cli import Exit, main
 from tasks.config import (
     EvaluationConfig,
     GenerationConfig,
@@ -43,6 +44,7 @@ from tasks.config import (
 )
 from tasks.demo.corpus import heldout_prompts, training_prompts
 from tasks.demo.services import Service, free_port, judge_server, vllm_server
+from tasks.evaluate.labels import labels_uri, record_agreement
 from tasks.promote.pointer import PromotionRefused, read_pointer
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.ranking import SweepResult
@@ -109,7 +111,7 @@ class Bench:
         """The digest of what the pointer says is served as `better`."""
         pointer = read_pointer(str(self.workspace), "better")
         assert pointer is not None
-        return str(pointer["current"]["adapter_sha256"])
+        return str(pointer.current.adapter_sha256)
 
     def made(self, stage: str) -> set[Path]:
         """The folders of a stage's finished artifacts."""
@@ -182,6 +184,15 @@ def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
     ]
     assert result.promotion is not None
     assert bench.served() == result.adapter.sha256
+
+
+def test_its_verdict_is_recomputed_from_one_file(bench: Bench, result: PipelineResult, tmp_path: Path) -> None:
+    (kept,) = bench.workspace.glob("runs/*/result.json")
+    file = tmp_path / "evidence.json"
+    assert main(["evidence", str(kept.parent), "--to", str(file)]) == Exit.DONE
+    assert main(["verify", str(file)]) == Exit.DONE
+    for private in (str(bench.folder), bench.judge_url, "DEMO_JUDGE_KEY"):
+        assert private not in file.read_text()
 
 
 async def test_it_took_what_the_stages_had_made_and_left_the_training_to_its_deployment(
@@ -288,6 +299,20 @@ async def test_one_is_promoted_rolled_back_and_served_again_after_a_restart(
     await run_to_the_end("reconcile-served/local", **common)
     assert bench.served() == result.adapter.sha256
     assert _served_log_probs(bench, "better", ids) == pytest.approx(first, abs=1e-3)
+
+
+async def test_a_run_that_wants_labels_waits_for_them(bench: Bench, result: PipelineResult) -> None:
+    promotion = PromotionConfig(name="agreed", min_win_rate=0.0, min_agreement=0.6, endpoint=None)
+    config = bench.config().model_copy(update={"promotion": promotion})
+    waiting = await dpo_pipeline(config)
+    assert waiting.promotion is None
+    assert "preflow label" in (waiting.declined or "")
+    rows = [json.loads(line) for line in Path(result.evaluation.sibling("comparisons.jsonl")).read_text().splitlines()]
+    Path(labels_uri(result.evaluation)).write_text(json.dumps({row["id"]: row["outcome"] for row in rows}))
+    record_agreement(result.evaluation)
+    agreed = await dpo_pipeline(config)
+    assert agreed.promotion is not None
+    assert agreed.declined is None
 
 
 @pytest.mark.long  # another run

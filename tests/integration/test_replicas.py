@@ -14,7 +14,7 @@ from tasks.errors import PreflowError
 from tasks.llm import vllm_admin
 from tasks.llm.client import Endpoint
 from tasks.promote import vllm
-from tasks.promote.vllm import ProbeFailed, exchange, is_served
+from tasks.promote.vllm import ProbeFailed, is_served, swap_adapter
 from tests.fakes.process import FakeOpenAI
 
 
@@ -53,20 +53,20 @@ async def test_both_servers_have_the_new_adapter_or_both_the_old_one(
 ) -> None:
     proved = []
 
-    async def prove(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
+    async def verify(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
         proved.append((server.config.endpoint, promotion.endpoint))
         if broken is not None and server.config.endpoint == servers[broken]:
             raise ProbeFailed("it is another adapter")
 
-    monkeypatch.setattr(vllm, "prove", prove)
+    monkeypatch.setattr(vllm, "verify_served", verify)
     promotion = PromotionConfig(name="live", endpoint=servers[0])
     given: tuple[Any, ...] = (str(tmp_path / "new"), str(tmp_path / "old"), str(tmp_path), promotion)
     if broken is None:
-        await exchange(*given)
+        await swap_adapter(*given)
         assert await is_served(str(tmp_path / "new"), str(tmp_path), promotion)
     else:
         with pytest.raises(PreflowError, match=r"another adapter.*is served again"):
-            await exchange(*given)
+            await swap_adapter(*given)
     assert [served(address) for address in servers] == ["new" if broken is None else "old"] * 2
     assert {(address, address) for address in servers} == set(proved)
 

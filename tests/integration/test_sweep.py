@@ -248,7 +248,7 @@ async def test_the_best_is_promoted_where_that_is_asked_for(bench: Bench, result
     assert promoted.promotion is not None
     pointer = read_pointer(str(bench.workspace), "dpo")
     assert pointer is not None
-    assert pointer["current"]["adapter_sha256"] == best.made.adapter.sha256
+    assert pointer.current.adapter_sha256 == best.made.adapter.sha256
     assert await swept(bench, grid=GRID, promote_best=True) == promoted
 
 

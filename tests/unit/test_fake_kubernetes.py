@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.slow,  # a kubelet's least grace, and the time until a node is seen as lost
     pytest.mark.skipif(not isolation(), reason="this user may not make a process namespace"),
 ]
-DEAF = "trap 'echo heard' TERM; echo up; while true; do sleep 0.05; done"
+DEAF = "trap 'echo heard' TERM; echo up on $PREFLOW_NODE; while true; do sleep 0.05; done"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def running(kubernetes: Kubernetes, job: str, but: str = "") -> str:
 async def rendered(command: str) -> dict[str, Any]:
     job = await render(backoff_limit=1)
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    container |= {"command": ["bash", "-c"], "args": [command], "env": []}
+    container |= {"command": ["bash", "-c"], "args": [command]}
     return job
 
 
@@ -55,6 +55,7 @@ def test_a_pod_is_evicted_lost_and_killed(cluster: DoubleCluster) -> None:
     kubernetes.ask("POST", f"pods/{first}/eviction", body)
     second = running(kubernetes, job, but=first)
     assert "heard" in log.read_text(), "a grace of 0 still sends SIGTERM"
+    assert "up on spot-1" in log.read_text(), "by which the trainer knows its price"
     cluster.lose_node(second)
     wait_until(lambda: kubernetes.ask("GET", f"pods/{second}")["metadata"].get("deletionTimestamp"), 30)
     kubernetes.ask("DELETE", f"pods/{second}?gracePeriodSeconds=0")

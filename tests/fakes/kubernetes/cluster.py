@@ -17,7 +17,6 @@ import os
 import subprocess
 import threading
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,63 +31,14 @@ from tests.fakes.process import ROOT
 
 ADMIN = "admin"
 CLAIM = "workspace"
+WORKSPACE_VOLUME = {"name": "workspace", "persistentVolumeClaim": {"claimName": CLAIM}}
 
 
 class Unavailable(Exception):
     """A fault that cannot be ordered of a real cluster."""
 
 
-class Cluster(ABC):
-    """What the tests need of a cluster; by default a fault is `Unavailable`."""
-
-    is_real: bool
-    server_host: str
-    namespace: str
-    workspace: Path
-    steps: int
-
-    @abstractmethod
-    def kubeconfig(self, user: str = ADMIN) -> Path:
-        """Return a kubeconfig; a real cluster has one for everybody."""
-
-    @abstractmethod
-    def inside(self, path: Path) -> str:
-        """Return a path of the workspace as pods see it."""
-
-    @abstractmethod
-    def api_url(self, port: int) -> str:
-        """Return the address of this machine's Prefect server as pods reach it."""
-
-    @abstractmethod
-    def preempt(self, pod: str) -> None:
-        """Announce the end of a pod's node: DisruptionTarget, SIGTERM, and 15 s."""
-
-    @abstractmethod
-    def kill(self, pod: str) -> None:
-        """SIGKILL a pod's processes."""
-
-    def job_variables(self) -> dict[str, Any]:
-        """Return the variables of the pool's template that this cluster needs."""
-        return {"workspace_volume": {"name": "workspace", "persistentVolumeClaim": {"claimName": CLAIM}}}
-
-    def lose_node(self, pod: str) -> None:
-        """Let a pod's node vanish."""
-        raise Unavailable("a node cannot be lost through the API")
-
-    def give_node_up(self, pod: str) -> None:
-        """Delete a lost node's object, or taint it as out of service."""
-        raise Unavailable("no node was lost")
-
-    def processes(self, pod: str) -> list[int]:
-        """Return the pids of a pod's processes, as this machine counts them."""
-        raise Unavailable("a real pod's processes are on another machine")
-
-    def requests(self, user: str) -> list[dict[str, Any]]:
-        """Return what a user asked of the API."""
-        raise Unavailable("a real cluster's audit log is not at hand")
-
-
-class DoubleCluster(Cluster):
+class DoubleCluster:
     """The double; `open` starts it."""
 
     is_real = False
@@ -135,11 +85,15 @@ class DoubleCluster(Cluster):
         return file
 
     def inside(self, path: Path) -> str:
-        """Return the path: containers see this machine's files."""
+        """Return a path of the workspace as pods see it: containers see this machine's files."""
         return str(path)
 
+    def job_variables(self) -> dict[str, Any]:
+        """Return the variables of the pool's template that this cluster needs."""
+        return {"workspace_volume": WORKSPACE_VOLUME}
+
     def api_url(self, port: int) -> str:
-        """Return the address on this machine."""
+        """Return the address of this machine's Prefect server as pods reach it."""
         return f"http://127.0.0.1:{port}/api"
 
     def _on(self, pod: str, order: Callable[[dict[str, Any]], Any]) -> Any:
@@ -149,7 +103,7 @@ class DoubleCluster(Cluster):
         return self._await(work())
 
     def preempt(self, pod: str) -> None:
-        """Preempt a pod's node."""
+        """Announce the end of a pod's node: DisruptionTarget, SIGTERM, and 15 s."""
         self._on(pod, self._api.kubelet.preempt)
 
     def kill(self, pod: str) -> None:
@@ -157,7 +111,7 @@ class DoubleCluster(Cluster):
         self._on(pod, self._api.kubelet.kill)
 
     def lose_node(self, pod: str) -> None:
-        """Take a pod's node away."""
+        """Let a pod's node vanish."""
         self._on(pod, self._api.kubelet.lose_node)
 
     def give_node_up(self, pod: str) -> None:
@@ -179,8 +133,8 @@ class DoubleCluster(Cluster):
         return [row for row in list(self._api.requests) if row["user"] == user]
 
 
-class RealCluster(Cluster):
-    """A cluster that the environment names; its faults go through the API."""
+class RealCluster:
+    """A cluster that the environment names; its faults go through the API, and those that cannot are `Unavailable`."""
 
     is_real = True
     server_host = "0.0.0.0"  # its pods must reach this machine
@@ -236,7 +190,8 @@ class RealCluster(Cluster):
 
     def job_variables(self) -> dict[str, Any]:
         """Return image, volume and sizes for a training of a few thousand weights."""
-        return super().job_variables() | {
+        return {
+            "workspace_volume": WORKSPACE_VOLUME,
             "image": os.environ["PREFLOW_TEST_IMAGE"], "namespace": self.namespace, "service_account_name": "default",
             "gpu_count": 0, "cpu": "1", "memory": "4Gi", "ephemeral_storage": "4Gi",
         }  # fmt: skip
@@ -257,3 +212,22 @@ class RealCluster(Cluster):
     def kill(self, pod: str) -> None:
         """SIGKILL everything in a pod's container but its first process, which ends with them."""
         self.kubectl("--namespace", self.namespace, "exec", pod, "--", "sh", "-c", "kill -KILL -1")
+
+    def lose_node(self, pod: str) -> None:
+        """Refuse."""
+        raise Unavailable("a node cannot be lost through the API")
+
+    def give_node_up(self, pod: str) -> None:
+        """Refuse."""
+        raise Unavailable("no node was lost")
+
+    def processes(self, pod: str) -> list[int]:
+        """Refuse."""
+        raise Unavailable("a real pod's processes are on another machine")
+
+    def requests(self, user: str) -> list[dict[str, Any]]:
+        """Refuse."""
+        raise Unavailable("a real cluster's audit log is not at hand")
+
+
+Cluster = DoubleCluster | RealCluster

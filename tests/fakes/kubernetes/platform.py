@@ -273,8 +273,3 @@ class Training:
         file = self._file("adapter/COMMITTED.json")
         assert file is not None, f"no adapter in {self.folder}"
         return {name: facts["sha256"] for name, facts in json.loads(file.read_text())["files"].items()}
-
-    def log(self) -> str:
-        """Return the trainers' log."""
-        file = self._file("train.log")
-        return file.read_text(errors="replace") if file else ""

@@ -59,6 +59,13 @@ def test_what_was_written_holds_and_is_the_same_each_time(file: Path, evaluation
     assert found.verdict.agreement is not None
 
 
+def test_answers_that_nobody_has_counted_yet_are_counted(tmp_path: Path) -> None:
+    made = evaluated(tmp_path, mostly_new)
+    Labelling(made, 20).answer(0, "1")
+    (tmp_path / "e.json").write_bytes(collect_evidence(made, PROMOTION).text())
+    assert differences(tmp_path / "e.json", lambda value: None) == []
+
+
 def test_it_tells_no_folder_no_address_and_no_secret(file: Path, evaluation: EvaluationRef) -> None:
     text = file.read_text()
     for private in ("secret-folder", Workspace.holding(evaluation.uri).root, "http://", "api_key", "/tmp"):
@@ -106,6 +113,8 @@ def forge(value: Any) -> None:
         (lambda v: v.update(rubric="Always choose the second one."), "rubric: not the one that the judge was told"),
         (lambda v: v["labels"].update({"p1#1": 0.5, "p2#1": 0.5, "p3#1": 0.5}), "verdict.agreement."),
         (lambda v: v["made"][-1]["settings"].update(confidence=0.8), "verdict.confidence: 0.8"),
+        (lambda v: v["made"][0]["packages"].update(torch="9.9"), "seal: something was changed"),
+        (lambda v: v["labels"].clear(), "verdict.agreement: None by the comparisons"),
         (lambda v: v["made"].pop(), "made: does not end with the evaluation"),
     ],
 )  # fmt: skip
@@ -131,6 +140,11 @@ def test_another_file_is_no_evidence(tmp_path: Path, text: str, said: str) -> No
 def test_a_row_that_is_no_comparison_is_named(file: Path) -> None:
     with pytest.raises(PreflowError, match=r"comparisons\.3\.row"):
         differences(file, lambda v: vote(v).pop("best"))
+
+
+def test_settings_that_are_none_are_refused(file: Path) -> None:
+    with pytest.raises(PreflowError, match="settings of the evaluation"):
+        differences(file, lambda v: v["made"][-1]["settings"].update(confidence=8))
 
 
 def test_verify_says_so_in_the_exit_code(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

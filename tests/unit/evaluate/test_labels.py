@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.config import EvaluationConfig, JudgingConfig
+from tasks.config import EvaluationConfig, JudgingConfig, PromotionConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.labels import (
     Labelling,
@@ -19,6 +19,7 @@ from tasks.evaluate.labels import (
     read_labels,
     record_agreement,
 )
+from tasks.promote.pointer import find_disagreement
 from tasks.store.measures import read_evaluation
 from tasks.store.workspace import EvaluationRef
 from tests.fakes.comparisons import ERRING_JUDGES, PlantedJudge, draw_labels
@@ -170,6 +171,25 @@ def test_a_judge_that_agrees_in_55_of_100_is_refused_and_a_good_one_is_not(tmp_p
         held = [share.lower <= wins <= share.upper for share in drawn]
         assert np.mean(held) >= 0.92
     assert "nobody has labelled" in (found.disagreement(0.6) or "")
+
+
+def test_a_run_waits_for_labels_only_if_it_won_and_is_told_to(tmp_path: Path) -> None:
+    won = evaluated(tmp_path, lambda identity: [1, 1])
+    asks = PromotionConfig(min_agreement=0.6)
+    assert "preflow label" in (find_disagreement(won, asks) or "")
+    assert find_disagreement(won, PromotionConfig()) is None
+    assert find_disagreement(won, asks.model_copy(update={"min_win_rate": 0.999})) is None, (
+        "it lost: nothing to wait for"
+    )
+    labelling = Labelling(won, 40)
+    for number in range(labelling.total):
+        labelling.answer(number, "1" if "new" in labelling.show(number)["sides"][0] else "2")
+    record_agreement(won)
+    assert find_disagreement(won, asks) is None
+    for number in range(labelling.total):
+        labelling.answer(number, "0")
+    record_agreement(won)
+    assert "agrees with a person in 50.0 %" in (find_disagreement(won, asks) or "")
 
 
 @pytest.mark.parametrize(("lower", "refused"), [(0.59, True), (0.61, False)])

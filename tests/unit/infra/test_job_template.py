@@ -193,7 +193,8 @@ async def test_a_variable_decides_its_own_fields_and_no_others(variable: str) ->
     ("name", "value"),
     [
         ("gpu_type", "l4"), ("gpu_count", -1), ("avoid_nodes", "yes"), ("cpu", "six"), ("memory", "24GB"),
-        ("backoff_limit", 0), ("grace_seconds", 600), ("deadline_seconds", 0), ("image_pull_policy", "Sometimes"),
+        ("gpu_usd_per_hour", "l4-spot=1.0.0"), ("backoff_limit", 0), ("grace_seconds", 600), ("deadline_seconds", 0),
+        ("image_pull_policy", "Sometimes"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_the_schema(name: str, value: object) -> None:

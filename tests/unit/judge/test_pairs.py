@@ -4,7 +4,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -36,7 +36,7 @@ def read_votes(votes: list[Row]) -> list[Vote]:
 
 
 ERROR: Row = {"judge": "j", "order": ORDERS[0], "error": "cut at 1024 tokens", "raw": "..."}
-U, M, B = PairPolicy.UNANIMOUS, PairPolicy.MAJORITY, PairPolicy.BORDA
+U, M, B = "unanimous", "majority", "borda"
 
 CASES: list[tuple[str, list[Row], dict[PairPolicy, Any]]] = [
     ("all agree", [vote(0, 2), vote(0, 2)], {U: (0, 2), M: (0, 2), B: (0, 2)}),
@@ -56,7 +56,7 @@ CASES: list[tuple[str, list[Row], dict[PairPolicy, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("policy", list(PairPolicy))
+@pytest.mark.parametrize("policy", get_args(PairPolicy))
 @pytest.mark.parametrize(("name", "votes", "expected"), CASES, ids=[case[0] for case in CASES])
 def test_policies_decide_as_they_say(
     name: str, votes: list[Row], expected: dict[PairPolicy, Any], policy: PairPolicy
@@ -65,13 +65,13 @@ def test_policies_decide_as_they_say(
     if isinstance(wanted, tuple):
         assert (decision.status, decision.best, decision.worst, decision.reason) == ("pair", *wanted, None)
     elif wanted in ("best", "worst"):
-        assert (decision.status, decision.reason) == ("dropped", f"{wanted} not {policy.value}")
+        assert (decision.status, decision.reason) == ("dropped", f"{wanted} not {policy}")
     else:
         assert decision.status == wanted
         assert decision.reason
 
 
-@pytest.mark.parametrize("policy", list(PairPolicy))
+@pytest.mark.parametrize("policy", get_args(PairPolicy))
 def test_no_policy_makes_a_pair_of_one_completion(policy: PairPolicy) -> None:
     for a, b, c in itertools.product(range(3), repeat=3):
         votes = [vote(a, (a + 1) % 3), vote(b, (b + 2) % 3), vote(c, (c + 1) % 3)]

@@ -5,12 +5,11 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tasks.config import (
-    ApprovalPoint,
     EndpointConfig,
     GenerationConfig,
     JudgingConfig,
@@ -122,14 +121,14 @@ def test_all_wrong_points_are_told_at_once_and_no_key_with_them() -> None:
 
 
 def test_a_sweep_that_would_wait_for_a_person_at_every_point_is_refused() -> None:
-    config = PipelineConfig(approve_before=(ApprovalPoint.PROMOTION,))
+    config = PipelineConfig(approve_before=("promotion",))
     with pytest.raises(PreflowError, match="approve_before"):
         prepare_points(config, SweepConfig(grid={"training.beta": [0.1]}))
 
 
 def test_the_presets() -> None:
     base = PipelineConfig(training=TrainingConfig(max_steps=60))
-    sweep = {"presets": [preset.value for preset in Preset], "stronger_judge": "big", "more_prompts": "all.jsonl"}
+    sweep = {"presets": get_args(Preset), "stronger_judge": "big", "more_prompts": "all.jsonl"}
     assert [name for name, _ in points(base, **sweep)] == [
         "unchanged",
         "training.beta=0.05",

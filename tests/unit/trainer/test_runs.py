@@ -155,13 +155,17 @@ def test_an_adapter_that_did_not_move_is_not_committed(run: Run, monkeypatch: py
     assert not (run.folder / "adapter").exists()
 
 
-def test_validation_pairs_that_are_too_long_stop_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("too_long", [True, False])
+def test_without_usable_validation_pairs_nothing_is_evaluated(
+    tmp_path: Path, too_long: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     (long,) = pairs(1, 9)
     long["prompt"][0]["content"] = " ".join(["w1"] * 200)
-    run = Run(tmp_path, val=[long])
+    run = Run(tmp_path, val=[long] if too_long else [])
     build_adapter(run.sft, run.base)
     assert run.train().rows()[-1]["step"] == 2
-    assert "goes on without an evaluation" in caplog.text
+    assert not any("eval_loss" in row for row in run.rows())
+    assert ("goes on without an evaluation" in caplog.text) == too_long
 
 
 @pytest.mark.parametrize("failures", [1, 2])
