@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict, Unpack
+from urllib.parse import parse_qsl
 
 import httpx2
-from openai import DefaultAioHttpClient
+from openai import AsyncOpenAI, DefaultAioHttpClient
 
 from tasks.config import EndpointConfig
 from tasks.llm import vllm_admin
+from tasks.llm.batches import MOST_REQUESTS, Batches
 from tasks.llm.dialect import Dialect
 from tasks.llm.limits import Budget, BudgetExceeded, Gate, Window, per_minute
 from tasks.llm.responses import (
+    BATCH_PRICE,
     PERMANENT,
     Answer,
     Choice,
@@ -25,15 +28,19 @@ from tasks.llm.responses import (
     ModelInfo,
     QuotaUsedUp,
     RequestRefused,
+    ServerError,
     StageStopped,
     Transient,
+    as_batch,
     classify,
+    classify_error,
     price,
     read_answer,
 )
 from tasks.llm.retries import Attempts, RetryPolicy
 from tasks.llm.secrets import resolve_secret
 from tasks.store.refs import Cost
+from tasks.store.workspace import Workspace
 
 __all__ = [
     "Answer",
@@ -95,7 +102,14 @@ class Stats:
 class _Request:
     """One chat request over all its attempts."""
 
-    def __init__(self, config: EndpointConfig, messages: Sequence[Mapping[str, str]], settings: Sampling) -> None:
+    def __init__(
+        self,
+        config: EndpointConfig,
+        messages: Sequence[Mapping[str, str]],
+        settings: Sampling,
+        may_wait: bool = False,
+    ) -> None:
+        self.may_wait = may_wait
         given = {name: value for name, value in settings.items() if value is not None}
         if config.reasoning_effort:
             given["reasoning_effort"] = config.reasoning_effort
@@ -129,6 +143,7 @@ class Endpoint:
         self._budget = Budget(config.budget_usd)
         self._dialect = Dialect(config.model)
         self._client = self._connect(headers)
+        self._batches: Batches | None = None
 
     @classmethod
     async def connect(cls, config: EndpointConfig, field: str) -> Self:
@@ -141,6 +156,20 @@ class Endpoint:
         names = config.extra_headers.items()
         headers = {name: await resolve_secret(value, f"{field}.extra_headers.{name}") or "" for name, value in names}
         return cls(config, key, headers)
+
+    def use_batches(self, store: Workspace, folder: str) -> None:
+        """Send what may wait through the batch API from now on; batches are written down in `folder`."""
+        address, _, query = self.config.endpoint.partition("?")
+        client = AsyncOpenAI(
+            base_url=address, api_key=self._key or "none", http_client=self._client, max_retries=0,
+            default_query=dict(parse_qsl(query)),
+        )  # fmt: skip
+        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self._key)
+
+    @property
+    def most_in_flight(self) -> int:
+        """How many requests callers may have under way at once."""
+        return MOST_REQUESTS if self._batches else self.config.max_concurrency
 
     def _connect(self, headers: Mapping[str, str] | None) -> httpx2.AsyncClient:
         """Open openai's aiohttp transport, without its client: that takes as much CPU a request as all the rest."""
@@ -159,6 +188,8 @@ class Endpoint:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._batches is not None:
+            self._batches.close()
         await self._client.aclose()
 
     @property
@@ -181,15 +212,17 @@ class Endpoint:
         """Return `wanted`, or the most completion tokens that the endpoint has said to allow."""
         return self._dialect.allowed_tokens(wanted)
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], **sampling: Unpack[Sampling]) -> Answer:
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], may_wait: bool = False, **sampling: Unpack[Sampling]
+    ) -> Answer:
         """Return the model's answer to `messages`, trying again for as long as that can help.
 
-        Where the endpoint gives fewer than `n` completions, the others are asked for one by one, with seeds seed + i.
-        Raises `RequestRefused` if this request can never be answered, and `PreflowError` if none can: `KeyRefused`,
-        `EndpointDown` or `BudgetExceeded`.
+        What `may_wait` goes through the batch API where that is used. An endpoint that gives fewer than `n`
+        completions is asked for the others one by one, with seeds seed + i. Raises `RequestRefused` if this request can
+        never be answered, and `PreflowError` if none can: `KeyRefused`, `EndpointDown` or `BudgetExceeded`.
         """
         try:
-            answer = await self._chat(messages, sampling)
+            answer = await self._chat(messages, sampling, may_wait)
         except RequestRefused as refused:
             self._stats.refused += 1
             if refused.reason == "not_found" and not self._stats.succeeded:
@@ -198,10 +231,10 @@ class Endpoint:
         self._stats.succeeded += 1
         return answer
 
-    async def _chat(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
+    async def _chat(self, messages: Sequence[Mapping[str, str]], sampling: Sampling, may_wait: bool) -> Answer:
         wanted, given = sampling.get("n") or 1, Answer([], Cost(), "")
         if wanted == 1 or "n" not in self._dialect.dropped:
-            given = await self._ask(_Request(self.config, messages, sampling))
+            given = await self._ask(_Request(self.config, messages, sampling, may_wait))
             if wanted > 1 and len(given.choices) == 1 and "n" not in self._dialect.dropped:
                 self._dialect.drop("n")
         answers = [given]
@@ -237,6 +270,10 @@ class Endpoint:
             return answer
 
     async def _attempt(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:
+        # The first answer comes the normal way: what the endpoint does not take is found out by one request.
+        if self._batches is not None and request.may_wait and self._stats.succeeded:
+            request.may_wait = False
+            return await self._attempt_in_batch(self._batches, request, body)
         async with self._window:
             await self._budget.reserve(request.most_usd)
             cost: float | None = 0.0
@@ -253,6 +290,25 @@ class Endpoint:
                 raise
             finally:
                 self._budget.settle(request.most_usd, cost)
+        return answer
+
+    async def _attempt_in_batch(self, batches: Batches, request: _Request, body: dict[str, Any]) -> Answer:
+        most, cost = request.most_usd * BATCH_PRICE, 0.0
+        await self._budget.reserve(most)
+        try:
+            line = await batches.ask(body)
+            if line is None:
+                raise Transient("the batch ended without an answer")
+            if line.status >= 400:
+                failure = classify_error(ServerError.of(line.status, {}, line.body, hide=self._key))
+                raise self._explain(failure) if isinstance(failure, StageStopped) else failure
+            answer = self._read(json.dumps(line.body).encode(), request.prompt_bytes)
+            answer = replace(answer, usage=as_batch(answer.usage))
+            cost = price(answer.usage, self.config).usd
+        finally:
+            self._budget.settle(most, cost)
+        self._stats.sent += 1
+        self._stats.usage += answer.usage
         return answer
 
     async def _send(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:

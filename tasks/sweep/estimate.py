@@ -14,6 +14,7 @@ from tasks.generate.sampling import GenerationPlan, plan_generation
 from tasks.judge.asking import CHARACTERS_PER_TOKEN, VERDICT_TOKENS, plan_judging
 from tasks.judge.pairs import APPLIED, find_preferences
 from tasks.judge.prompt import INSTRUCTIONS, read_rubric
+from tasks.llm.responses import BATCH_PRICE
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
     MANIFEST,
@@ -297,7 +298,8 @@ class _Planner:
         group = digest([samples.group, judge.identity(), rubric, judging.orders, judging.seed])
         new = self._claim(group, samples.prompts.ids)
         piece.requests = len(new) * min(judging.orders, samples.count)
-        piece.prices = (judge.prompt_price, judge.completion_price)
+        share = BATCH_PRICE if judge.batch else 1.0
+        piece.prices = (share * judge.prompt_price, share * judge.completion_price)
         piece.prompt_tokens = samples.prompts.tokens + (len(rubric) + len(INSTRUCTIONS)) / CHARACTERS_PER_TOKEN
         piece.shown_by, piece.shown = samples.writer, samples.count
         piece.writer = f"judge {judge.model}"
