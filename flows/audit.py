@@ -3,7 +3,8 @@
 from prefect import flow
 
 from tasks.config import Location
-from tasks.judge.quality import measure_pairs, plot_quality
+from tasks.judge.quality.audit import measure_pairs
+from tasks.judge.quality.plot import plot_quality
 from tasks.report.run import publish
 from tasks.report.sections import quality_section
 from tasks.store.measures import QualityReport

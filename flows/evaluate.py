@@ -4,6 +4,7 @@ from prefect import flow
 
 from flows.generate import generate_completions
 from tasks.config import EvaluationConfig, JudgingConfig, Location
+from tasks.evaluate.labels import record_agreement
 from tasks.evaluate.win_rate import (
     BASELINE,
     CANDIDATE,
@@ -47,6 +48,7 @@ async def evaluate_adapter(
         again = await generate_completions(held_out, workspace, draw_settings(evaluation, NULL, workspace))
         null = await compare_samples(sft, again, workspace, evaluation.null_judge())
     result = summarise_evaluation(adapter, verdicts, null, workspace, evaluation)
+    record_agreement(result)
     await publish(evaluation_page(result, workspace, min_win_rate))
     return result
 

@@ -9,18 +9,19 @@ from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
 from tasks.judge.elsewhere import import_completions, import_preferences
-from tasks.promote.pointer import find_promotion, find_rollback
+from tasks.promote.pointer import find_disagreement, find_promotion, find_rollback
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.run.names import named
 from tasks.run.preflight import endpoint_lock, prepare_run, record_result
+from tasks.run.versions import say_version_skew
 from tasks.store.workspace import AdapterRef, CompletionsRef, PipelineResult, PreferencesRef
 from tasks.train.work_pool import train_on_pool
 
 NAME = named("{config.promotion.name}: beta {config.training.beta:g}, {now:%d %b %H:%M}")
 
 
-@flow(name="dpo-pipeline", flow_run_name=NAME, on_failure=[cancel_if_refused])
+@flow(name="dpo-pipeline", flow_run_name=NAME, on_failure=[cancel_if_refused], on_running=[say_version_skew])
 async def dpo_pipeline(config: PipelineConfig) -> PipelineResult:
     """Sample completions, have them judged, train with DPO, prove that it is better, and serve it.
 
@@ -69,6 +70,7 @@ async def promote_if_better(made: PipelineResult, config: PipelineConfig) -> Pip
     """Serve the adapter under its name if it won by enough, and nobody who was asked said no."""
     promotion = find_promotion(made.adapter, config.workspace, config.promotion)
     declined = find_rollback(made.adapter, config.workspace, config.promotion)
+    declined = declined or find_disagreement(made.evaluation, config.promotion)
     declined = declined or await approve_promotion(config, made.evaluation, promotion)
     if promotion is None and declined is None and made.evaluation.beats(config.promotion.min_win_rate):
         promotion = await promote_adapter(made.adapter, made.evaluation, config.workspace, config.promotion)

@@ -3,7 +3,14 @@
 from prefect import flow
 
 from tasks.config import Location, PromotionConfig
-from tasks.promote.pointer import check_gate, confirm_served, install_adapter, move_pointer, reconcile, serve_adapter
+from tasks.promote.pointer import (
+    check_gate,
+    ensure_pointer_is_served,
+    install_adapter,
+    move_pointer,
+    reconcile,
+    serve_adapter,
+)
 from tasks.run.inputs import AdapterInput, EvaluationInput
 from tasks.run.names import named
 from tasks.store.workspace import PromotionRef, Workspace
@@ -22,11 +29,11 @@ async def promote_adapter(
         promotion: The gate, and where it is served.
     """
     Workspace(workspace).check_writable()
-    check_gate(adapter, evaluation, promotion.min_win_rate)
+    check_gate(adapter, evaluation, promotion.min_win_rate, promotion.min_agreement)
     uri = install_adapter(adapter, workspace, promotion.name)
     await serve_adapter(uri, workspace, promotion)
     promoted = move_pointer(adapter, evaluation, uri, workspace, promotion)
-    await confirm_served(workspace, promotion)
+    await ensure_pointer_is_served(workspace, promotion)
     return promoted
 
 

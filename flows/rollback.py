@@ -3,7 +3,13 @@
 from prefect import flow
 
 from tasks.config import Location, PromotionConfig
-from tasks.promote.pointer import choose_rollback, confirm_served, report_rollback, roll_back_pointer, serve_adapter
+from tasks.promote.pointer import (
+    choose_rollback,
+    ensure_pointer_is_served,
+    report_rollback,
+    roll_back_pointer,
+    serve_adapter,
+)
 from tasks.run.names import named
 from tasks.store.workspace import PromotionRef, Workspace
 
@@ -19,8 +25,8 @@ async def rollback_adapter(workspace: Location, promotion: PromotionConfig, to: 
     """
     Workspace(workspace).check_writable()
     entry = choose_rollback(workspace, promotion.name, to)
-    await serve_adapter(entry["uri"], workspace, promotion)
+    await serve_adapter(entry.uri, workspace, promotion)
     restored = roll_back_pointer(entry, workspace, promotion.name)
-    await confirm_served(workspace, promotion)
+    await ensure_pointer_is_served(workspace, promotion)
     await report_rollback(workspace, promotion)
     return restored

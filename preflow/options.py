@@ -17,3 +17,4 @@ On: TypeAlias = Annotated[
     str | None,
     Parameter(help="Run it as this deployment, such as dpo-pipeline/local, and follow it; else in this process."),
 ]
+Run: TypeAlias = Annotated[str, Parameter(help="A finished run: its config.yaml, or its folder in the workspace.")]

@@ -17,7 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
-    DeploymentFilterId,
+    DeploymentFilterName,
     FlowRunFilter,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -99,12 +99,10 @@ def end_lost_runs(up: Up, made: list[RunnerDeployment]) -> None:
     """End runs whose watcher went away, and take them for crashed: an automation then starts them again."""
     for process in up.leftovers(naming="prefect.engine"):
         process.kill()
-    names = {f"{deployment.flow_name}/{deployment.name}" for deployment in made}
+    mine = DeploymentFilter(name=DeploymentFilterName(any_=[deployment.name for deployment in made]))
     running = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    lost = FlowRunFilter(state=FlowRunFilterState(type=running))
     with get_client(sync_client=True) as client:
-        known = {f"{client.read_flow(item.flow_id).name}/{item.name}": item.id for item in client.read_deployments()}
-        mine = DeploymentFilter(id=DeploymentFilterId(any_=[known[name] for name in names & known.keys()]))
-        lost = FlowRunFilter(state=FlowRunFilterState(type=running))
         for run in client.read_flow_runs(flow_run_filter=lost, deployment_filter=mine):
             client.set_flow_run_state(run.id, Crashed(message="The process that watched it went away."), force=True)
 

@@ -2,18 +2,19 @@
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
 
-from tasks.config import PipelineConfig, StageConfig, SweepConfig
+from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
+from tasks.sweep.points import setting_names
 
 # Files and folders: taken relative to the file that names them. Hub names and addresses stay as they are.
 PATHS = (
@@ -65,11 +66,14 @@ def load_settings(file: Path, changes: Sequence[str] = ()) -> Settings:
     for name, path in DEFAULTS.items():
         if _get(values, name) is None:
             _put(values, name, path, file)
-    _resolve(values, file.absolute().parent)
+    for name in PATHS:
+        if isinstance(path := _get(values, name), str):
+            _put(values, name, _absolute(name, path, file.absolute().parent), file)
     changed = dict(parse_change(change) for change in changes)
-    _resolve_changes(changed)
     for name, value in changed.items():
-        _put(values, name, value, file)
+        # A path on the command line is relative to the present folder.
+        is_path = name in PATHS and isinstance(value, str)
+        _put(values, name, _absolute(name, value, Path.cwd()) if is_path else value, file)
     return _validate(file, values, lines, changed)
 
 
@@ -118,23 +122,14 @@ def _explain(where: Sequence[int | str], item: dict[str, Any]) -> str:
     name, last = ".".join(map(str, where)), str(where[-1]) if where else ""
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        section = name.rpartition(".")[0]
-        siblings = [other for other in names() if other.rpartition(".")[0] == section]
+        known, section = list(setting_names(RunFile)), name.rpartition(".")[0]
+        siblings = [other for other in known if other.rpartition(".")[0] == section]
         near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
-        near = near or [other for other in names() if other.rpartition(".")[2] == last][:1]
+        near = near or [other for other in known if other.rpartition(".")[2] == last][:1]
         return f"there is no setting {name}" + (f"; did you mean {near[0]}?" if near else "; `preflow schema` has all")
     if item["type"] == "string_pattern_mismatch":
         message = PLAINER.get(last, message)
     return f"{name}: {message}" if name else message
-
-
-def names(model: type[BaseModel] = RunFile, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every setting."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, StageConfig) and kind is not model:
-                yield from names(kind, f"{prefix}{name}.")
 
 
 def parse_change(change: str) -> tuple[str, Any]:
@@ -146,19 +141,6 @@ def parse_change(change: str) -> tuple[str, Any]:
         return name.strip(), YAML(typ="safe").load(text)
     except MarkedYAMLError:
         return name.strip(), text
-
-
-def _resolve(values: dict[str, Any], folder: Path) -> None:
-    for name in PATHS:
-        if isinstance(value := _get(values, name), str):
-            _put(values, name, _absolute(name, value, folder), folder)
-
-
-def _resolve_changes(changed: dict[str, Any]) -> None:
-    """Make paths that were given on the command line absolute: there they are relative to the present folder."""
-    for name in PATHS:
-        if isinstance(value := changed.get(name), str):
-            changed[name] = _absolute(name, value, Path.cwd())
 
 
 def _absolute(name: str, value: str, folder: Path) -> str:

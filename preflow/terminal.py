@@ -4,7 +4,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -133,6 +134,12 @@ def _last(message: str) -> str:
     return PREFIX.sub("", first)
 
 
-def log_file(folder: Path, name: str) -> Path:
-    """Return a file for the log of a command that starts now."""
-    return folder / "logs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.log"
+@contextmanager
+def shown(folder: Path, name: str, stages: Mapping[str, str] = STAGES) -> Iterator[None]:
+    """Show the flows that are run inside, with a log file of their own and a Prefect server; `folder` holds both."""
+    from tasks.demo.local import Places, prefect_api
+
+    log = folder / "logs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.log"
+    with Display(log, stages), prefect_api(Places(folder)) as ui:
+        print(f"log: {log}; while it runs: {ui}/v2/runs", flush=True)
+        yield

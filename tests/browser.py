@@ -93,7 +93,7 @@ class PrefectUi:
         self.page.locator("main button[aria-haspopup=menu]").first.click()
         self.page.get_by_role("menuitem", name=entry, exact=True).click()
 
-    def wait_for_state(self, state: str, seconds: float = 180) -> None:
+    def wait_for_state(self, state: str, seconds: float = 600) -> None:
         """Wait until the run that is shown is in a state."""
         badge = self.page.get_by_text(state, exact=True).first
         expect(badge).to_be_visible(timeout=1000 * seconds)

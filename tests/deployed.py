@@ -68,6 +68,11 @@ class Worker:
                 cwd=self._folder, env={**os.environ, **EAGER}, stdout=log, stderr=log,
             )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        """The worker's process."""
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL the worker; what it has started goes on."""
         self._process.kill()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from tasks.demo import corpus, material, model
+from tasks.demo import corpus, model, world
 from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
 from tasks.store.refs import digest
 from tasks.store.workspace import file_sha256
@@ -36,7 +36,7 @@ def demo_adapter(out: Path, seed: int, learning_rate: float = 2e-3) -> Path:
 
 def _copy(out: Path, make: Callable[[Path], None], recipe: object) -> Path:
     """Copy a folder that `make` fills, which it is asked to do only once; other processes wait."""
-    sources = [file_sha256(Path(str(path))) for path in (__file__, corpus.__file__, material.FILE, model.__file__)]
+    sources = [file_sha256(Path(str(path))) for path in (__file__, corpus.__file__, world.FILE, model.__file__)]
     key = digest([sources, [version(name) for name in ("torch", "transformers", "peft")], repr(recipe)])
     folder = KEPT / key[:16]
     KEPT.mkdir(parents=True, exist_ok=True)

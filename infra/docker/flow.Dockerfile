@@ -22,11 +22,12 @@ RUN python requirements.py > /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 
 COPY flows flows
+COPY preflow preflow
 COPY tasks tasks
 COPY deployments deployments
 RUN touch README.md LICENSE \
     && pip install --no-deps --no-build-isolation --editable . \
-    && python -m compileall -q flows tasks
+    && python -m compileall -q flows preflow tasks
 
 USER 10001:10001
 # Without -g: a SIGTERM must reach Prefect's supervisor alone, which tells the flow's process what it means before it

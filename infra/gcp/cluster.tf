@@ -121,6 +121,10 @@ resource "google_container_node_pool" "cpu" {
   }
 }
 
+locals {
+  compute_class = "preflow-l4" # of infra/k8s/overlays/gke/compute-class.yaml
+}
+
 # GKE labels spot nodes cloud.google.com/gke-spot=true, and GPU nodes with their accelerator, and taints the latter.
 resource "google_container_node_pool" "l4_spot" {
   name               = "l4-spot"
@@ -153,6 +157,14 @@ resource "google_container_node_pool" "l4_spot" {
         gpu_driver_version = "LATEST"
       }
     }
+    labels = {
+      "cloud.google.com/compute-class" = local.compute_class
+    }
+    taint {
+      key    = "cloud.google.com/compute-class"
+      value  = local.compute_class
+      effect = "NO_SCHEDULE"
+    }
     taint {
       key    = "cloud.google.com/gke-spot"
       value  = "true"
@@ -172,8 +184,7 @@ resource "google_container_node_pool" "l4_spot" {
   }
 }
 
-# Three times the price, and nothing while nobody asks for it: for runs whose pool says avoid_nodes = none, where no spot
-# node is free, or = spot.
+# Three times the price, and nothing while there are spot nodes: second in infra/k8s/overlays/gke/compute-class.yaml.
 resource "google_container_node_pool" "l4_on_demand" {
   name               = "l4-on-demand"
   cluster            = google_container_cluster.this.id
@@ -202,6 +213,14 @@ resource "google_container_node_pool" "l4_on_demand" {
       gpu_driver_installation_config {
         gpu_driver_version = "LATEST"
       }
+    }
+    labels = {
+      "cloud.google.com/compute-class" = local.compute_class
+    }
+    taint {
+      key    = "cloud.google.com/compute-class"
+      value  = local.compute_class
+      effect = "NO_SCHEDULE"
     }
     workload_metadata_config {
       mode = "GKE_METADATA"

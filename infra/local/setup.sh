@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make one of the two virtual environments, or install what the tests need besides. Called by make.
+# Make one of the two virtual environments, or install what the tests need as well. Called by make.
 #   setup.sh main  .venv         Prefect, TRL, tests
 #   setup.sh serve .venv-serve   vLLM
 #   setup.sh browser             Chromium, which the tests of the UI drive

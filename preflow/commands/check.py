@@ -13,24 +13,32 @@ def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
 
     """
     from preflow.cli import Exit
-    from preflow.outlook import cost_lines, power_line
     from preflow.settings import load_settings
-    from preflow.terminal import Display, log_file
+    from preflow.terminal import Display
+    from tasks.config import SweepConfig
     from tasks.demo.local import Places, prefect_api
+    from tasks.evaluate.power import power_before_price
     from tasks.run.preflight import find_problems
+    from tasks.sweep.estimate import plan_sweep
+    from tasks.sweep.page import plan_lines
+    from tasks.sweep.points import expand_points
 
     settings = load_settings(file, changes)
     config = settings.config
-    with Display(log_file(settings.folder, "check")), ExitStack() as stack:
+    with Display(settings.folder / "logs" / "check.log"), ExitStack() as stack:
         if config.training_deployment is not None:
             stack.enter_context(prefect_api(Places(settings.folder)))
         problems = asyncio.run(find_problems(config))
-        lines = [] if problems else [*cost_lines(config), power_line(config)]
+        found: list[str] = []
+        if not problems:
+            sweep = SweepConfig(changes=[{}])
+            plan = plan_sweep(expand_points(config, sweep).points, sweep)
+            found = [*plan_lines(plan), f"proof: {power_before_price(config)}"]
     for problem in problems:
         print(f"wrong: {problem}")
     if problems:
         print(f"{len(problems)} to fix; nothing was spent")
         return Exit.WRONG
     print("everything is there: prompts, rubric, adapter, base, models, keys")
-    print("\n".join(lines))
+    print("\n".join(found))
     return Exit.DONE

@@ -24,16 +24,13 @@ def demo(*, model: DemoModel = "tiny", sweep: Switch = False, folder: Folder = P
     """
     from flows.demo import demo as demo_flow
     from flows.demo import demo_sweep
-    from preflow.terminal import POINTS, STAGES, Display, log_file
-    from tasks.demo.local import Places, prefect_api, show_result
+    from preflow.terminal import POINTS, STAGES, shown
+    from tasks.demo.local import Places, show_result
 
     if sweep and model != "tiny":
         raise PreflowError("--sweep tries its betas with the tiny model: leave --model out")
     set_up_logs()
-    places = Places.below(str(folder), model)
-    log = log_file(places.root, "demo")
-    print(f"log: {log}", flush=True)
-    with Display(log, POINTS if sweep else STAGES), prefect_api(places):
+    with shown(Places.below(str(folder), model).root, "demo", POINTS if sweep else STAGES):
         if sweep:
             asyncio.run(demo_sweep(str(folder)))
             return 0

@@ -27,8 +27,7 @@ def promote(
     """
     from flows.promote import promote_adapter
     from preflow.settings import load_settings
-    from preflow.terminal import Display, log_file
-    from tasks.demo.local import Places, prefect_api
+    from preflow.terminal import shown
     from tasks.errors import PreflowError
     from tasks.run.preflight import find_result
 
@@ -39,7 +38,7 @@ def promote(
         if result is None:
             raise PreflowError(f"no run with these settings has finished: preflow run {file}; or name both folders")
         made = (result.adapter.model_dump_json(), result.evaluation.model_dump_json())
-    with Display(log_file(settings.folder, "promote")), prefect_api(Places(settings.folder)):
+    with shown(settings.folder, "promote"):
         flow: Any = promote_adapter  # it takes references, and text that names them
         promoted = asyncio.run(flow(*made, config.workspace, config.promotion))
     print(f"{promoted.name} is adapter {promoted.adapter_sha256[:12]}")

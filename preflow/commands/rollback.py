@@ -17,10 +17,9 @@ def rollback(file: File = CONFIG, /, *, to: str | None = None) -> None:
     """
     from flows.rollback import rollback_adapter
     from preflow.settings import load_settings
-    from preflow.terminal import Display, log_file
-    from tasks.demo.local import Places, prefect_api
+    from preflow.terminal import shown
 
     settings = load_settings(file)
-    with Display(log_file(settings.folder, "rollback")), prefect_api(Places(settings.folder)):
+    with shown(settings.folder, "rollback"):
         served = asyncio.run(rollback_adapter(settings.config.workspace, settings.config.promotion, to))
     print(f"{served.name} is adapter {served.adapter_sha256[:12]} again")

@@ -27,11 +27,8 @@ def run(
         return follow(on, settings, sweep=False)
     from flows.pipeline import dpo_pipeline
     from preflow.outcome import tell
-    from preflow.terminal import Display, log_file
-    from tasks.demo.local import Places, prefect_api
+    from preflow.terminal import shown
 
-    log = log_file(settings.folder, "run")
-    with Display(log), prefect_api(Places(settings.folder)) as ui:
-        print(f"log: {log}; while it runs: {ui}/v2/runs", flush=True)
+    with shown(settings.folder, "run"):
         result = asyncio.run(dpo_pipeline(settings.config))
     return tell(settings.config, result)

@@ -29,19 +29,15 @@ def sweep(
 
         return follow(on, settings, sweep=True)
     from flows.sweep import dpo_sweep
-    from preflow.terminal import POINTS, Display, log_file
-    from tasks.demo.local import Places, prefect_api
+    from preflow.terminal import POINTS, shown
     from tasks.sweep.prepare import prepare_points
     from tasks.sweep.ranking import find_sweep
 
-    log = log_file(settings.folder, "sweep")
-    with Display(log, POINTS), prefect_api(Places(settings.folder)) as ui:
-        print(f"log: {log}; while it runs: {ui}/v2/runs", flush=True)
+    with shown(settings.folder, "sweep", POINTS):
         asyncio.run(dpo_sweep(settings.config, settings.sweep))
         result = find_sweep(prepare_points(settings.config, settings.sweep).points)
     if result is not None:
         for place, point in enumerate(result.ranked(), 1):
-            rate = f"{point.rate.win_rate:.1%} [{point.rate.lower:.1%}, {point.rate.upper:.1%}]" if point.rate else ""
-            print(f"{place}. {point.name}: {rate}")
+            print(f"{place}. {point.name}: {point.rate.text() if point.rate else ''}")
         print(f"report: {settings.config.workspace}/sweeps/{result.key}/report.html")
     return 0

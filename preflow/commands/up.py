@@ -38,10 +38,10 @@ def start_for(running: Up, file: Path, ports: Ports) -> None:
     """Start the server and the deployments of a config.yaml."""
     from preflow.settings import load_settings
     from tasks.demo.services import prefect_server
-    from tasks.demo.up import check_free
+    from tasks.demo.up import require_free
 
     settings = load_settings(file)
-    check_free(ports, ["ui"])
+    require_free(ports, ["ui"])
     given = settings.parameters(sweep=True)
     tell(running, {"name": settings.config.promotion.name, **given})
     server = prefect_server(running.root / "prefect", ports.ui)
@@ -52,17 +52,18 @@ def start_for(running: Up, file: Path, ports: Ports) -> None:
 def start_demo(running: Up, ports: Ports) -> None:
     """Make the demo's materials if they are not there, and start everything that its runs need."""
     import os
+    import secrets
 
     from flows.demo import BETAS
     from tasks.demo.local import JUDGE_KEY, Places, demo_config, vllm_launcher
     from tasks.demo.materials import ensure_materials, locate_materials
     from tasks.demo.services import judge_server, prefect_server
-    from tasks.demo.up import check_free, new_key
+    from tasks.demo.up import require_free
 
-    check_free(ports, ["ui", "vllm", "judge"])
+    require_free(ports, ["ui", "vllm", "judge"])
     places, materials = Places(running.root), locate_materials(running.root)
     ensure_materials(materials)
-    os.environ[JUDGE_KEY] = new_key()
+    os.environ[JUDGE_KEY] = secrets.token_hex(16)
     config = demo_config(places, materials, ports.url("vllm"), ports.url("judge"))
     sweep = BETAS.model_dump(mode="json", exclude_defaults=True)
     tell(running, {"name": "demo", "config": config.model_dump(mode="json"), "sweep": sweep})

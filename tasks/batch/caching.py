@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import posixpath
-from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from prefect import Task
@@ -43,41 +42,32 @@ class WorkspaceResults(WritableFileSystem):
 
     root: str
 
-    async def awrite_path(self, path: str, content: bytes) -> None:
-        """Write one record, whole or not at all."""
-        await asyncio.to_thread(_write_record, self.root, path, content)
-
-    # Prefect's synchronous engine calls these with _sync=True; its asynchronous one takes the methods with the `a`.
+    # Prefect's synchronous engine calls the first two with _sync=True; its asynchronous one takes those with the `a`.
     def write_path(self, path: str, content: bytes, _sync: bool = True) -> None:  # type: ignore[override]
         """Write one record, whole or not at all."""
-        _write_record(self.root, path, content)
+        store = Workspace(self.root)
+        store.write_bytes(store.uri("cache", path), content)
 
-    async def aread_path(self, path: str) -> bytes:
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
         """Return one record.
 
         Raises:
             PreflowError: the record is not ours, or its artifact is missing or damaged: the task must run again.
         """
-        return await asyncio.to_thread(_read_record, self.root, path)
+        store = Workspace(self.root)
+        content = store.read_bytes(store.uri("cache", path))
+        if problem := _find_problem(store, content):
+            logger.warning("cache record %s is not used: %s; the task runs again", path, problem)
+            raise PreflowError(f"cache record {path}: {problem}")
+        return content
 
-    def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]
-        """Return one record; see `aread_path`."""
-        return _read_record(self.root, path)
+    async def awrite_path(self, path: str, content: bytes) -> None:
+        """Write one record, in a thread."""
+        await asyncio.to_thread(self.write_path, path, content)
 
-
-def _write_record(root: str, path: str, content: bytes) -> None:
-    store = Workspace(root)
-    store.write_bytes(store.uri("cache", path), content)
-
-
-def _read_record(root: str, path: str) -> bytes:
-    store = Workspace(root)
-    content = store.read_bytes(store.uri("cache", path))
-    problem = _find_problem(store, content)
-    if problem:
-        logger.warning("cache record %s is not used: %s; the task runs again", path, problem)
-        raise PreflowError(f"cache record {path}: {problem}")
-    return content
+    async def aread_path(self, path: str) -> bytes:
+        """Return one record; see `read_path`."""
+        return await asyncio.to_thread(self.read_path, path)
 
 
 def _find_problem(store: Workspace, content: bytes) -> str | None:
@@ -147,10 +137,8 @@ def cached(task: Task[P, R], key: str, results: WorkspaceResults, refresh: bool 
     The task must return a reference's `model_dump(mode="json")`: Prefect completes a task whose result it cannot
     serialise, and caches nothing, without a word.
     """
-    record = f"{task.name}-{key}"
-    key_fn: Callable[..., str] = lambda *_: record  # noqa: E731
     return task.with_options(
-        cache_key_fn=key_fn,
+        cache_key_fn=lambda *_: f"{task.name}-{key}",
         refresh_cache=refresh,
         result_storage=results,
         result_serializer=SERIALIZER,

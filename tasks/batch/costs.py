@@ -1,5 +1,6 @@
 """What a run used and cost, stage by stage, and what the cache saved."""
 
+import functools
 import logging
 import time
 import uuid
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import Cost, Workspace
+from tasks.store.workspace import Cost, Manifest, Workspace
 
 COLUMNS = ("requests", "prompt tokens", "completion tokens", "thinking tokens", "GPU", "time", "US$")
 
@@ -27,12 +28,8 @@ class StageCost(BaseModel):
 
     def plus(self, other: "StageCost") -> "StageCost":
         """Return both together under this stage's name; wall-clock seconds add up too."""
-        return StageCost(
-            stage=self.stage,
-            used=self.used + other.used,
-            cached=self.cached + other.cached,
-            seconds=self.seconds + other.seconds,
-        )
+        used, cached, seconds = self.used + other.used, self.cached + other.cached, self.seconds + other.seconds
+        return StageCost(stage=self.stage, used=used, cached=cached, seconds=seconds)
 
 
 class Ledger(BaseModel):
@@ -50,10 +47,7 @@ class Ledger(BaseModel):
 
     def total(self) -> StageCost:
         """Return all stages together, under the name "total"."""
-        total = StageCost(stage="total")
-        for cost in self.stages:
-            total = total.plus(cost)
-        return total
+        return functools.reduce(StageCost.plus, self.stages, StageCost(stage="total"))
 
     def rows(self) -> list[list[str]]:
         """Return table rows: a heading, the stages, the total, and what the cache saved if it saved anything."""
@@ -134,36 +128,33 @@ def read_log(store: Workspace, folder: str) -> list[tuple[str, Cost, float]]:
     return [(str(one["model"]), Cost.model_validate(one["cost"]), float(one["seconds"])) for one in noted]
 
 
-def write_cost(store: Workspace, folder: str, stage: str, rows: Cost) -> StageCost:
-    """Write `cost.json`: what was used for an artifact, and what its rows had cost before that.
+def write_manifest(store: Workspace, made: Manifest) -> None:
+    """Write the manifest of what was paid for, and `cost.json`: what was used now, and what its rows had cost before.
 
-    Args:
-        store: the workspace.
-        folder: the artifact's folder.
-        stage: the stage's name in the ledger.
-        rows: what all rows of the artifact cost, whoever made them.
+    The cost in `made` is that of all rows, whoever paid for them.
     """
+    folder = made.artifact.folder
     noted = read_log(store, f"{folder}/attempts")
     used = sum((cost for _, cost, _ in noted), Cost())
-    saved = {name: max(0, value - getattr(used, name)) for name, value in rows.model_dump().items()}
+    saved = Cost(**{name: max(0, value - getattr(used, name)) for name, value in made.cost.model_dump().items()})
     by_model: dict[str, float] = defaultdict(float)
     for model, _, seconds in noted:
         by_model[model] += seconds
     # Judges of a panel work at the same time.
-    longest = max(by_model.values(), default=0.0)
-    cost = StageCost(stage=stage, used=used, cached=Cost(**saved), seconds=longest)
-    store.write_json(f"{folder}/cost.json", cost.model_dump())
-    return cost
-
-
-def log_cost(cost: StageCost) -> None:
-    """Say what a stage has used, and what the rows that were known before had cost."""
-    tokens = [spent.prompt_tokens + spent.completion_tokens for spent in (cost.used, cost.cached)]
+    stage = StageCost(stage=made.stage, used=used, cached=saved, seconds=max(by_model.values(), default=0.0))
+    store.write_json(f"{folder}/cost.json", stage.model_dump())
     logger.info(
-        "%s: %s requests, %s tokens, %s US$ in %s; rows known before saved %s tokens, %s US$",
-        cost.stage, f"{cost.used.requests:,}", f"{tokens[0]:,}", format_usd(cost.used.usd),
-        format_seconds(cost.seconds), f"{tokens[1]:,}", format_usd(cost.cached.usd),
+        "%s: %s US$ for %s requests and %s tokens in %s, all attempts together",
+        made.stage, format_usd(used.usd), f"{used.requests:,}", f"{used.prompt_tokens + used.completion_tokens:,}",
+        format_seconds(stage.seconds),
     )  # fmt: skip
+    if saved.requests:
+        tokens = saved.prompt_tokens + saved.completion_tokens
+        logger.info(
+            "%s: rows that other runs had paid for saved %s US$ and %s tokens",
+            made.stage, format_usd(saved.usd), f"{tokens:,}",
+        )  # fmt: skip
+    store.write_manifest(made.model_copy(update={"seconds": stage.seconds}))
 
 
 def say_prices(config: EndpointConfig) -> str:

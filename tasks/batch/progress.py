@@ -3,12 +3,12 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 from uuid import UUID
 
-from prefect import Task
+from prefect import Task, task
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
@@ -36,24 +36,6 @@ async def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any
     return not isinstance(error, PreflowError)
 
 
-class TaskPolicy(TypedDict):
-    """Retry settings of a Prefect task."""
-
-    retries: int
-    retry_delay_seconds: Callable[[int], list[float]]
-    retry_jitter_factor: float
-    retry_condition_fn: Callable[[Task[..., Any], TaskRun, State[Any]], Coroutine[Any, Any, bool]]
-
-
-# Requests are retried by the endpoint client; this is for what lies around them, such as storage.
-SHARD_POLICY: TaskPolicy = {
-    "retries": 3,
-    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
-    "retry_jitter_factor": 0.5,
-    "retry_condition_fn": is_worth_retrying,
-}
-
-
 class Plan(Protocol):
     """A stage's plan, as far as running its shards needs it."""
 
@@ -73,26 +55,43 @@ class Plan(Protocol):
         """Return the content key of one shard."""
 
 
-async def run_shards(
-    shell: Task[..., Any], plan: Plan, worker: ShardWorker, endpoint: Endpoint, costs: CostLog
-) -> list[ShardRef]:
+def shard_task(verb: str) -> Task[..., Any]:
+    """Return the task that makes one shard of a stage.
+
+    Requests are retried by the endpoint's client; its own attempts are for what lies around them, such as storage.
+    """
+
+    @task(
+        name=f"{verb}-shard",
+        task_run_name=f"{verb} {{label}}",
+        retries=3,
+        retry_delay_seconds=exponential_backoff(backoff_factor=2),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=is_worth_retrying,
+    )
+    async def make_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str, Any]:
+        return (await worker.run(part)).model_dump()
+
+    return make_shard
+
+
+async def run_shards(verb: str, plan: Plan, worker: ShardWorker, endpoint: Endpoint, costs: CostLog) -> list[ShardRef]:
     """Run every shard as a cached task, with as many open as keep the window of requests full.
 
     Raises:
         PreflowError: a shard failed for a reason that the user can fix, or too much failed for good; what was
             finished is kept.
     """
-    results = await open_results(plan.workspace)
+    results, shell = await open_results(plan.workspace), shard_task(verb)
     monitor = Monitor(f"{shell.name} ({endpoint.config.model})", worker.tally, endpoint, costs)
     worker.watch = monitor.count
 
     async def run_one(part: Slice) -> ShardRef:
-        label = f"{part.index + 1} of {len(plan.slices)}"
-        arguments = opaque(label), opaque(part), opaque(worker)
-        shard = ShardRef.model_validate(await cached(shell, plan.shard_key(part), results)(*arguments))
+        arguments = opaque(f"{part.index + 1} of {len(plan.slices)}"), opaque(part), opaque(worker)
+        key = plan.shard_key(part)
+        shard = ShardRef.model_validate(await cached(shell, key, results)(*arguments))
         if shard.passing and part.index not in worker.tally.shards:  # of an earlier start: what failed is asked again
-            again = cached(shell, plan.shard_key(part), results, refresh=True)
-            shard = ShardRef.model_validate(await again(*arguments))
+            shard = ShardRef.model_validate(await cached(shell, key, results, refresh=True)(*arguments))
         worker.tally.take(part, shard)
         return shard
 
@@ -112,8 +111,7 @@ async def run_shards(
 async def try_question(stage: str, endpoint: Endpoint, answering: Awaitable[Outcome]) -> None:
     """Await the answer to one real question before a stage is paid for, and say what such a question takes.
 
-    Raises:
-        PreflowError: the answer is of no use; the message has the reason.
+    Raises `PreflowError`, with the reason, if the answer is of no use.
     """
     config, outcome = endpoint.config, await answering
     if outcome.error is not None:
@@ -157,8 +155,7 @@ class Monitor:
     def count(self) -> None:
         """Note that one more unit was made; after the first ones, say what all will cost.
 
-        Raises:
-            PreflowError: that is far over the budget.
+        Raises `PreflowError` if that is far over the budget.
         """
         self._made += 1
         if self._made == PROJECTED_FROM:
@@ -213,19 +210,12 @@ class Monitor:
                 logger.info("%s", self.describe())
 
     async def _update(self, artifact: UUID) -> None:
-        """Update the artifact and note what was spent."""
-        await self._safely(self._show(artifact))
-        await self._safely(asyncio.to_thread(self._note))
-
-    async def _safely(self, step: Awaitable[None]) -> None:
-        try:
-            await step
-        except Exception as error:  # noqa: BLE001 - whatever a display fails with, it is not worth a paid stage
-            logger.warning("%s: progress or cost could not be written (%s)", self._name, shorten(repr(error)))
-
-    async def _show(self, artifact: UUID) -> None:
-        progress = min(100.0, 100.0 * self._tally.done / max(1, self._tally.total))
-        await aupdate_progress_artifact(artifact, progress=progress, description=self.describe())
+        """Update the artifact and note what was spent; neither is worth a paid stage, whatever it fails with."""
+        share = min(100.0, 100.0 * self._tally.done / max(1, self._tally.total))
+        show = aupdate_progress_artifact(artifact, progress=share, description=self.describe())
+        for error in await asyncio.gather(show, asyncio.to_thread(self._note), return_exceptions=True):
+            if isinstance(error, Exception):
+                logger.warning("%s: progress or cost could not be written (%s)", self._name, shorten(repr(error)))
 
     def _note(self) -> None:
         stats = self._endpoint.stats

@@ -9,6 +9,7 @@ up by its key in all of these files: a killed run, a changed shard size or added
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import posixpath
@@ -28,14 +29,10 @@ from tasks.store.workspace import Cost, Reference, Workspace, digest
 logger = logging.getLogger(__name__)
 
 MIN_SHARDS, MAX_SHARDS, MAX_ROWS = 8, 1000, 1000
-
-
 # A task run takes some 10 ms and as long to record on the server: more rows than this in one are not missed.
 USUAL_ROWS = 64
-
-
+# How often a bucket gets the units that have arrived.
 SEGMENT_SECONDS = 5.0
-
 
 Row = dict[str, Any]
 
@@ -62,7 +59,7 @@ class ShardRef(Reference):
 
 
 class Outcome(BaseModel):
-    """What became of one unit: its output, or why there is none, and what it used.
+    """What became of one unit: its output, or why there is none, what it used, and which settings were `refused`.
 
     A failure is `final` if the unit alone is to blame and would fail again; others are asked again at the next start.
     """
@@ -72,6 +69,7 @@ class Outcome(BaseModel):
     error: dict[str, Any] | None = None
     row: Row | None = None
     usage: Cost = Cost()
+    refused: tuple[str, ...] = ()
 
 
 def writable(text: str) -> str:
@@ -91,32 +89,17 @@ def slice_rows(store: Workspace, source: Reference, wanted: int | None = None) -
     """Cut a JSONL artifact into slices, reading it once."""
     size = shard_rows(source.rows, wanted)
     slices: list[Slice] = []
-    start = position = rows = 0
-    content = hashlib.sha256()
-    for line in store.lines(source.uri):
-        content.update(line)
-        position, rows = position + len(line), rows + 1
-        if rows == size or position == source.size:
-            slices.append(
-                Slice(
-                    index=len(slices),
-                    uri=source.uri,
-                    start=start,
-                    end=position,
-                    rows=rows,
-                    sha256=content.hexdigest(),
-                )
-            )
-            start, rows, content = position, 0, hashlib.sha256()
+    start, lines = 0, store.lines(source.uri)
+    while taken := list(itertools.islice(lines, size)):
+        content = b"".join(taken)
+        end, sha256 = start + len(content), hashlib.sha256(content).hexdigest()
+        slices.append(Slice(index=len(slices), uri=source.uri, start=start, end=end, rows=len(taken), sha256=sha256))
+        start = end
     return slices
 
 
 def read_slice(store: Workspace, part: Slice) -> list[Row]:
-    """Return a slice's rows.
-
-    Raises:
-        PreflowError: the artifact has changed since it was sliced.
-    """
+    """Return a slice's rows; raises `PreflowError` if the artifact has changed since it was sliced."""
     lines = list(store.lines(part.uri, part.start, part.end))
     if hashlib.sha256(b"".join(lines)).hexdigest() != part.sha256:
         raise PreflowError(f"{part.uri}: changed while it was being read (bytes {part.start}-{part.end}); run again")
@@ -178,6 +161,9 @@ class RowStore:
     def _name(self, part: Slice) -> str:
         return digest([part.sha256, self._variant])[:32]
 
+    def _new_journal(self, name: str) -> str:
+        return posixpath.join(self.folder, f"{name}.{uuid.uuid4().hex[:12]}.partial")
+
     def lacks(self, slices: Iterable[Slice]) -> bool:
         """Tell whether a finished shard of `slices` is not there."""
         return not {self.shard_uri(part) for part in slices} <= set(self.store.list(self.folder))
@@ -196,21 +182,17 @@ class RowStore:
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
         """Return the outcomes already known under `keys`; damaged ones count as unknown."""
         index = self._indexed()
-        places: dict[str, list[tuple[int, int, str]]] = {}
-        for key in keys:
-            if place := index.get(bytes.fromhex(key)):
-                places.setdefault(place[0], []).append((*place[1:], key))
+        places = sorted((index[place], key) for key in keys if (place := bytes.fromhex(key)) in index)
         found: dict[str, Outcome] = {}
-        for uri, wanted in places.items():
-            found.update(self._read_places(uri, sorted(wanted)))
+        for uri, of_file in itertools.groupby(places, key=lambda place: place[0][0]):
+            found.update(self._read_places(uri, [(start, end, key) for (_, start, end), key in of_file]))
         return found
 
     def _read_places(self, uri: str, wanted: list[tuple[int, int, str]]) -> Iterator[tuple[str, Outcome]]:
-        ranges = [(start, end) for start, end, _ in wanted]
         try:
-            lines = self.store.read_ranges(uri, ranges)
+            lines = self.store.read_ranges(uri, [(start, end) for start, end, _ in wanted])
         except FileNotFoundError:
-            lines = [b""] * len(ranges)
+            lines = [b""] * len(wanted)
         for (start, _, key), line in zip(wanted, lines, strict=True):
             decoded = _decode(line)
             if decoded is not None and decoded[0] == key:
@@ -236,8 +218,8 @@ class RowStore:
     @asynccontextmanager
     async def journal(self, part: Slice) -> AsyncIterator["Journal"]:
         """Keep units as they finish; what was appended stays, however the block ends."""
-        stem = posixpath.join(self.folder, f"{self._name(part)}.{uuid.uuid4().hex[:12]}.partial")
-        journal = Journal(self.store, stem, self._journals.setdefault(self._name(part), set()))
+        name = self._name(part)
+        journal = Journal(self.store, self._new_journal(name), self._journals.setdefault(name, set()))
         try:
             yield journal
         except BaseException:
@@ -267,11 +249,7 @@ class RowStore:
         return ShardRef(uri=uri, failed=len(failures), passing=passing, **out.facts())
 
     def read_shard(self, shard: ShardRef) -> Iterator[tuple[str, Outcome]]:
-        """Yield a shard's units in order.
-
-        Raises:
-            PreflowError: a unit is damaged.
-        """
+        """Yield a shard's units in order; raises `PreflowError` if one is damaged."""
         for number, line in enumerate(self.store.lines(shard.uri), 1):
             decoded = _decode(line)
             if decoded is None:
@@ -287,8 +265,7 @@ class RowStore:
                 continue
             part = posixpath.basename(uri).partition(".")[0]
             if kept:
-                name = f"{part}.{uuid.uuid4().hex[:12]}.partial.jsonl"
-                self.store.write_bytes(posixpath.join(self.folder, name), b"".join(kept))
+                self.store.write_bytes(f"{self._new_journal(part)}.jsonl", b"".join(kept))
             self.store.delete(uri)
         self._index = None
 
@@ -307,11 +284,7 @@ class Journal:
         self._segments = 0
 
     async def append(self, key: str, outcome: Outcome) -> None:
-        """Keep one unit.
-
-        Raises:
-            PreflowError: it cannot be written, which a full disk is the usual reason for.
-        """
+        """Keep one unit; raises `PreflowError` if it cannot be written, which a full disk is the usual reason for."""
         line = _encode(key, outcome)
         try:
             if self._store.is_local:

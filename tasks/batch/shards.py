@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tasks.batch.rows import Journal, Outcome, Row, RowStore, ShardRef, Slice, read_slice
 from tasks.errors import PreflowError
@@ -25,12 +26,11 @@ class TooManyFailures(PreflowError):
 
 @dataclass
 class Count:
-    """How far one shard is, in units: all of them, those done, those of them made now, those that failed for good."""
+    """How far one shard is, in units: all of them, those done, those of them that failed for good."""
 
     rows: int
     units: int
     done: int = 0
-    made: int = 0
     failed: int = 0
 
 
@@ -49,12 +49,7 @@ class Tally:
         """Count a shard's units that are known already; a shard that is tried again is counted again from zero."""
         self.shards[part.index] = Count(rows=part.rows, units=units)
         for outcome in known:
-            self._count(part, outcome)
-
-    def add(self, part: Slice, outcome: Outcome) -> None:
-        """Count one unit made now."""
-        self.shards[part.index].made += 1
-        self._count(part, outcome)
+            self.add(part, outcome)
 
     def take(self, part: Slice, shard: ShardRef) -> None:
         """Count a shard that was finished before, unless it was made just now."""
@@ -62,7 +57,8 @@ class Tally:
             count = Count(rows=part.rows, units=shard.rows, done=shard.rows, failed=shard.failed)
             self.shards[part.index] = count
 
-    def _count(self, part: Slice, outcome: Outcome) -> None:
+    def add(self, part: Slice, outcome: Outcome) -> None:
+        """Count one unit."""
         count = self.shards[part.index]
         count.done += 1
         if outcome.error is not None:
@@ -85,11 +81,6 @@ class Tally:
     def done(self) -> int:
         """Units that are done, whenever they were made."""
         return sum(count.done for count in self.shards.values())
-
-    @property
-    def made(self) -> int:
-        """Units made by this process."""
-        return sum(count.made for count in self.shards.values())
 
     @property
     def failed(self) -> int:
@@ -119,7 +110,7 @@ class ShardWorker:
     prepare: Callable[[], Awaitable[object]]
     watch: Callable[[], None] = lambda: None
     _gate: asyncio.Semaphore = field(init=False)
-    _preparing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _first: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _prepared: bool = field(default=False, init=False)
     _tried: int = field(default=0, init=False)
     _making: dict[str, asyncio.Future[Outcome]] = field(default_factory=dict, init=False)
@@ -131,8 +122,7 @@ class ShardWorker:
     async def run(self, part: Slice) -> ShardRef:
         """Make the units of one slice that are not known yet, and commit the shard.
 
-        Raises:
-            Exception: the first error of `work`; units that others finished meanwhile are kept.
+        Raises the first error of `work`; units that others finished meanwhile are kept.
         """
         source = await asyncio.to_thread(read_slice, self.rows.store, part)
         units = {key: unit for row in source for key, unit in self.units_of(row).items()}
@@ -141,7 +131,11 @@ class ShardWorker:
         async with self.rows.journal(part) as journal:
 
             async def make(key: str, unit: Any) -> None:
-                outcome = await self._make_once(key, unit, journal)
+                try:
+                    outcome = await self._make_once(key, unit, journal)
+                except PreflowError as error:  # such as a refused key or a full disk: no other unit would fare better
+                    self.tally.stop(error)
+                    raise
                 outcomes[key] = outcome
                 self.tally.add(part, outcome)
                 self.watch()
@@ -160,7 +154,7 @@ class ShardWorker:
         made = self._making[key] = asyncio.get_running_loop().create_future()
         try:
             outcome = await self._make(unit)
-            await self._keep(journal, key, outcome)
+            await journal.append(key, outcome)
         except BaseException as error:
             del self._making[key]
             made.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
@@ -172,60 +166,36 @@ class ShardWorker:
     async def _make(self, unit: Any) -> Outcome:
         async with self._gate:
             await self.get_ready()
-            if self._tried >= FIRST_ALONE:
-                return await self._work(unit)
-            async with self._preparing:
-                outcome = await self._work(unit)
-                self._tried = FIRST_ALONE if outcome.error is None else self._tried + 1
-                return outcome
-
-    async def _work(self, unit: Any) -> Outcome:
-        self._check_stopped()
-        try:
+            if self._tried < FIRST_ALONE:
+                async with self._first:
+                    self._check_stopped()
+                    if self._tried < FIRST_ALONE:  # those that have waited for the first ones need not be alone
+                        outcome = await self.work(unit)
+                        self._tried = FIRST_ALONE if outcome.error is None else self._tried + 1
+                        return outcome
             return await self.work(unit)
-        except PreflowError as error:  # such as a refused key: no other unit would fare better
-            self.tally.stop(error)
-            raise
 
     async def get_ready(self) -> None:
-        """Await `prepare` if that has not been done.
-
-        Raises:
-            PreflowError: it failed, or the stage has been stopped.
-        """
+        """Await `prepare` if that has not been done; raises the reason if the stage has been stopped."""
         self._check_stopped()
         if self._prepared:
             return
-        async with self._preparing:
+        async with self._first:
             self._check_stopped()
-            if self._prepared:
-                return
-            try:
+            if not self._prepared:
                 await self.prepare()
-            except PreflowError as error:
-                self.tally.stop(error)
-                raise
-            self._prepared = True
+                self._prepared = True
 
     def _check_stopped(self) -> None:
         if self.tally.stopped is not None:
             raise self.tally.stopped
 
-    async def _keep(self, journal: Journal, key: str, outcome: Outcome) -> None:
-        try:
-            await journal.append(key, outcome)
-        except PreflowError as error:
-            self.tally.stop(error)
-            raise
-
 
 async def settle(coroutines: Iterable[Coroutine[Any, Any, Any]], limit: int | None = None) -> list[Any]:
     """Run coroutines, at most `limit` at once; after an error none is started, but those under way go on to their end.
 
-    Unlike a bare `asyncio.gather`, an error does not abandon requests in flight that are already paid for.
-
-    Raises:
-        BaseException: the first error in time.
+    Unlike a bare `asyncio.gather`, an error does not abandon requests in flight that are already paid for. Raises the
+    first error in time.
     """
     gate = asyncio.Semaphore(limit) if limit else contextlib.nullcontext()
     errors: list[BaseException] = []
@@ -254,12 +224,16 @@ def open_shards(concurrency: int, slices: Sequence[Slice]) -> int:
 
 
 class MergeCounts(BaseModel):
-    """What a merge found: input rows, units, those that failed, and those of them that the next start asks again."""
+    """What a merge found: input rows, units, those that failed, and those of them that the next start asks again.
+
+    `refused` counts the units that were made without a setting which the endpoint does not take, by its name.
+    """
 
     rows: int = 0
     units: int = 0
     failed: int = 0
     passing: int = 0
+    refused: Counter[str] = Field(default_factory=Counter)
     usage: Cost = Cost()
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
@@ -269,7 +243,13 @@ class MergeCounts(BaseModel):
             self.units += 1
             self.failed += outcome.error is not None
             self.passing += outcome.error is not None and not outcome.final
+            self.refused.update(outcome.refused)
             self.usage += outcome.usage
+
+    def named(self, *names: str) -> dict[str, int]:
+        """Return the counts of `names`, and of each setting that was refused, as a manifest has them."""
+        refused = {f"refused {setting}": count for setting, count in sorted(self.refused.items())}
+        return {name: getattr(self, name) for name in names} | refused
 
 
 def merge_shards(
@@ -281,17 +261,8 @@ def merge_shards(
 ) -> Iterator[tuple[Row, list[Outcome]]]:
     """Yield each input row with the outcomes of its units, joined by their keys, in input order.
 
-    Equal units are one: each row that has it gets its outcome, and only the first one its usage.
-
-    Args:
-        source: the input's slices.
-        shards: their shards.
-        rows: where the units lie.
-        units_of: the units of an input row, by their keys.
-        fit: returns an outcome as it is for a unit that is equal to the one that was made.
-
-    Raises:
-        PreflowError: a shard does not hold exactly its slice's units.
+    Equal units are one: each row that has it gets its outcome, as `fit` has it for this unit, and only the first one
+    its usage. Raises `PreflowError` if a shard does not hold exactly its slice's units.
     """
     counted: set[int] = set()
     for part, shard in zip(source, shards, strict=True):

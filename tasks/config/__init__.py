@@ -1,6 +1,6 @@
 """Every parameter, a file a stage: frozen models with bounds, units and the text of the Prefect form; no torch."""
 
-from tasks.config.base import OPERATIONAL, Location, SecretName, StageConfig, field_title, resolve_location
+from tasks.config.base import Location, StageConfig, resolve_location
 from tasks.config.chat import ChatSettings
 from tasks.config.endpoint import EndpointConfig
 from tasks.config.evaluation import EvaluationConfig
@@ -9,33 +9,4 @@ from tasks.config.judging import JudgeConfig, JudgingConfig, PairPolicy
 from tasks.config.pipeline import ApprovalPoint, PipelineConfig
 from tasks.config.promotion import PromotionConfig, PublishingConfig
 from tasks.config.sweep import Preset, SweepConfig
-from tasks.config.training import ComputeType, Divergence, LossType, QuantType, ReportTo, Schedule, TrainingConfig
-
-__all__ = [
-    "OPERATIONAL",
-    "ApprovalPoint",
-    "ChatSettings",
-    "ComputeType",
-    "Divergence",
-    "EndpointConfig",
-    "EvaluationConfig",
-    "GenerationConfig",
-    "JudgeConfig",
-    "JudgingConfig",
-    "Location",
-    "LossType",
-    "PairPolicy",
-    "PipelineConfig",
-    "Preset",
-    "PromotionConfig",
-    "PublishingConfig",
-    "QuantType",
-    "ReportTo",
-    "Schedule",
-    "SecretName",
-    "StageConfig",
-    "SweepConfig",
-    "TrainingConfig",
-    "field_title",
-    "resolve_location",
-]
+from tasks.config.training import TrainingConfig

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote, urlparse
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -51,6 +51,7 @@ TITLES = {
     "max_steps": "Optimizer steps in all",
     "max_tokens": "Longest answer (tokens)",
     "measured_label_smoothing": "Label smoothing as measured",
+    "min_agreement": "Bar for the agreement with a person",
     "min_confidence": "Confidence of a pair, at least (1-5)",
     "min_win_rate": "Bar for the win rate's lower bound",
     "name": "Name it is served under",
@@ -92,7 +93,9 @@ def field_title(name: str, _: Any) -> str:
 
 # Fields that do not change what a stage produces (addresses, concurrency, keys, prices) carry this mark: they stay
 # out of `identity()`, and so out of every cache key.
-OPERATIONAL: dict[str, Any] = {"operational": True}
+_OPERATIONAL = "operational"
+T = TypeVar("T")
+Operational = Annotated[T, _OPERATIONAL]
 
 
 # What refuses a literal key where the name of one belongs. The pattern stands in the form's schema too, so that a
@@ -210,11 +213,7 @@ class StageConfig(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the stage's output, JSON-ready, for its content key."""
-        operational = {
-            name
-            for name, field in type(self).model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational")
-        }
+        operational = {name for name, field in type(self).model_fields.items() if _OPERATIONAL in field.metadata}
         settings = self.model_dump(mode="json", exclude=operational)
         for name, value in self:
             if name in settings and isinstance(value, tuple):

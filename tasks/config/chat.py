@@ -2,18 +2,17 @@
 
 from pydantic import Field, JsonValue
 
-from tasks.config.base import OPERATIONAL, MaybeLocation, StageConfig
+from tasks.config.base import MaybeLocation, Operational, StageConfig
 
 
 class ChatSettings(StageConfig):
     """The chat template with what is handed to it, and the texts that end an answer."""
 
-    chat_template: MaybeLocation = Field(
+    chat_template: Operational[MaybeLocation] = Field(
         None,
         description="File with the chat template (a path or gs:// address), where neither the adapter nor the base "
         "model brings the right one. The server must speak with it too (vLLM: --chat-template), or take it from a "
-        "request (--trust-request-chat-template).",
-        json_schema_extra=OPERATIONAL,  # its content is part of every key
+        "request (--trust-request-chat-template).",  # its content is part of every key
     )
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict, description='Handed to the chat template, e.g. {"enable_thinking": false}.'

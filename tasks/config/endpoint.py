@@ -1,52 +1,49 @@
 """An OpenAI-compatible endpoint: address, limits, prices."""
 
+import os
 from typing import Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from tasks.config.base import ADDRESS, OPERATIONAL, SecretName, StageConfig
+from tasks.config.base import ADDRESS, Operational, SecretName, StageConfig
 
 _SENT_IF_SET = frozenset({"extra_body", "reasoning_effort"})
+
+# On a cluster more than the ten minutes: there a model's node may be taken away, and a new one takes its time to come.
+OUTAGE_SECONDS = float(os.environ.get("PREFLOW_MAX_OUTAGE_SECONDS", "600"))
 
 
 class EndpointConfig(StageConfig):
     """How to reach a model behind an OpenAI-compatible address."""
 
-    endpoint: str = Field(
+    endpoint: Operational[str] = Field(
         "http://127.0.0.1:8000/v1",
         pattern=ADDRESS,
         description="Base URL of the OpenAI-compatible endpoint; usually ends in /v1.",
-        json_schema_extra=OPERATIONAL,
     )
     model: str = Field("sft", min_length=1, description="Name under which the endpoint serves the model.")
-    api_key: SecretName | None = Field(
+    api_key: Operational[SecretName | None] = Field(
         None,
         description="Where the key is: env:NAME, the name of a Prefect Secret block, or gcp-secret:NAME for a "
         "GcpSecret block (Google Secret Manager). Never the key itself.",
-        json_schema_extra=OPERATIONAL,
     )
-    max_concurrency: int = Field(
-        32,
-        ge=1,
-        le=4096,
-        description="Requests in flight at once, at most (a sliding window).",
-        json_schema_extra=OPERATIONAL,
+    max_concurrency: Operational[int] = Field(
+        32, ge=1, le=4096, description="Requests in flight at once, at most (a sliding window)."
     )
-    request_timeout_seconds: float = Field(
-        300, gt=0, le=3600, description="Time limit of one attempt, in seconds.", json_schema_extra=OPERATIONAL
+    request_timeout_seconds: Operational[float] = Field(
+        300, gt=0, le=3600, description="Time limit of one attempt, in seconds."
     )
-    max_outage_seconds: float = Field(
-        600,
+    max_outage_seconds: Operational[float] = Field(
+        OUTAGE_SECONDS,
         ge=0,
         le=86_400,
         description="How long an endpoint that is down or refuses with 429/5xx is waited for, in seconds.",
-        json_schema_extra=OPERATIONAL,
     )
-    requests_per_minute: int | None = Field(
-        None, ge=1, description="Hard cap on requests per minute; empty: none.", json_schema_extra=OPERATIONAL
+    requests_per_minute: Operational[int | None] = Field(
+        None, ge=1, description="Hard cap on requests per minute; empty: none."
     )
-    tokens_per_minute: int | None = Field(
-        None, ge=1, description="Hard cap on tokens per minute; empty: none.", json_schema_extra=OPERATIONAL
+    tokens_per_minute: Operational[int | None] = Field(
+        None, ge=1, description="Hard cap on tokens per minute; empty: none."
     )
     reasoning_effort: str | None = Field(
         None,
@@ -58,39 +55,21 @@ class EndpointConfig(StageConfig):
         description="Further fields of every request, as the endpoint names them, such as "
         '{"chat_template_kwargs": {"enable_thinking": false}}.',
     )
-    extra_headers: dict[str, SecretName] = Field(
-        {},
-        description="Further headers of every request; a value is env:NAME or the name of a Prefect Secret block.",
-        json_schema_extra=OPERATIONAL,
+    extra_headers: Operational[dict[str, SecretName]] = Field(
+        {}, description="Further headers of every request; a value is env:NAME or the name of a Prefect Secret block."
     )
-    prompt_price: float = Field(
-        0.0, ge=0, description="Price of a million prompt tokens, in US$.", json_schema_extra=OPERATIONAL
+    prompt_price: Operational[float] = Field(0.0, ge=0, description="Price of a million prompt tokens, in US$.")
+    completion_price: Operational[float] = Field(
+        0.0, ge=0, description="Price of a million completion tokens (thinking included), in US$."
     )
-    completion_price: float = Field(
-        0.0,
-        ge=0,
-        description="Price of a million completion tokens (thinking included), in US$.",
-        json_schema_extra=OPERATIONAL,
+    budget_usd: Operational[float | None] = Field(
+        None, gt=0, description="Stop before this stage costs more than this, in US$; empty: no limit."
     )
-    budget_usd: float | None = Field(
-        None,
-        gt=0,
-        description="Stop before this stage costs more than this, in US$; empty: no limit.",
-        json_schema_extra=OPERATIONAL,
+    shard_size: Operational[int | None] = Field(
+        None, ge=1, le=1000, description="Prompts in a shard (one Prefect task run); empty: chosen by the row count."
     )
-    shard_size: int | None = Field(
-        None,
-        ge=1,
-        le=1000,
-        description="Prompts in a shard (one Prefect task run); empty: chosen by the row count.",
-        json_schema_extra=OPERATIONAL,
-    )
-    max_failure_ratio: float = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="Share of prompts that may fail for good before the stage fails.",
-        json_schema_extra=OPERATIONAL,
+    max_failure_ratio: Operational[float] = Field(
+        0.01, ge=0, le=1, description="Share of prompts that may fail for good before the stage fails."
     )
 
     def __hash__(self) -> int:

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, StageConfig
+from tasks.config.base import Operational, StageConfig
 from tasks.config.generation import GenerationConfig
 from tasks.config.judging import JudgeConfig, JudgingConfig
 
@@ -30,10 +30,8 @@ class EvaluationConfig(StageConfig):
         description="Second opinion, advised: judges that made no label, asked about the same samples. Each another "
         "model; empty: none, and a quirk of the labelling judge looks like a gain.",
     )
-    adapter_root: str | None = Field(
-        None,
-        description="Folder under which the vLLM server sees the workspace, where that differs from here.",
-        json_schema_extra=OPERATIONAL,
+    adapter_root: Operational[str | None] = Field(
+        None, description="Folder under which the vLLM server sees the workspace, where that differs from here."
     )
 
     @model_validator(mode="after")

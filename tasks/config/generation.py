@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, MaybeLocation
+from tasks.config.base import MaybeLocation, Operational
 from tasks.config.chat import ChatSettings
 from tasks.config.endpoint import EndpointConfig
 
@@ -13,17 +13,15 @@ from tasks.config.endpoint import EndpointConfig
 class GenerationConfig(ChatSettings, EndpointConfig):
     """Sampling of completions from the SFT model."""
 
-    adapter: MaybeLocation = Field(
+    adapter: Operational[MaybeLocation] = Field(
         None,
         description="Folder (or gs:// address) of the adapter that `model` names; its digest identifies the "
         "completions. Empty: the pipeline takes training.sft_adapter; alone, the model's name must do.",
-        json_schema_extra=OPERATIONAL,
     )
-    serve_from: str | None = Field(
+    serve_from: Operational[str | None] = Field(
         None,
         description="Folder, as vLLM sees it, from which the adapter is loaded under `model` while sampling, and "
         "unloaded afterwards. Empty: the endpoint serves `model` already.",
-        json_schema_extra=OPERATIONAL,
     )
     num_completions: int = Field(3, ge=1, le=64, description="Completions per prompt; judging needs at least 2.")
     temperature: float = Field(0.9, ge=0, le=2, description="Sampling temperature; 0.8-1.0 is the useful range.")
@@ -35,8 +33,7 @@ class GenerationConfig(ChatSettings, EndpointConfig):
         None, description="Regular expression; only lines it matches are kept, e.g. ^\\[[A-Z]+\\] . Empty: all lines."
     )
     keep_empty: bool = Field(
-        False,
-        description="Keep a prompt on which every completion is empty. The evaluation does: there silence loses.",
+        False, description="Keep a prompt on which every completion is empty. The evaluation does: there silence loses."
     )
 
     @model_validator(mode="after")

@@ -1,21 +1,13 @@
 """The judge, and the pairs made of its verdicts."""
 
-from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import ADDRESS, OPERATIONAL, RubricLocation, SecretName
+from tasks.config.base import ADDRESS, Operational, RubricLocation, SecretName
 from tasks.config.endpoint import EndpointConfig
 
-
-class PairPolicy(StrEnum):
-    """When a best and a worst become a preference pair."""
-
-    UNANIMOUS = "unanimous"
-    MAJORITY = "majority"
-    BORDA = "borda"
-
+PairPolicy = Literal["unanimous", "majority", "borda"]
 
 # The judge of those who choose none: a current, cheap model, as of 2026-11-26 and by public reports. They name it in
 # the place of gemini-2.5-flash, whose end was announced for 2026-10-16; models end, so look again.
@@ -26,20 +18,16 @@ DEFAULT_JUDGE_ENDPOINT = "https://generativelanguage.googleapis.com/v1beta/opena
 class JudgeConfig(EndpointConfig):
     """One LLM judge: where it is and how it is asked."""
 
-    endpoint: str = Field(
-        DEFAULT_JUDGE_ENDPOINT,
-        pattern=ADDRESS,
-        description="Base URL of the judge's OpenAI-compatible endpoint.",
-        json_schema_extra=OPERATIONAL,
+    endpoint: Operational[str] = Field(
+        DEFAULT_JUDGE_ENDPOINT, pattern=ADDRESS, description="Base URL of the judge's OpenAI-compatible endpoint."
     )
     model: str = Field(DEFAULT_JUDGE, min_length=1, description="Judge model; a stronger one ranks more surely.")
-    api_key: SecretName | None = Field(
+    api_key: Operational[SecretName | None] = Field(
         "env:OPENAI_API_KEY",
         description="Where the judge's key is: env:NAME or the name of a Prefect Secret block. Never the key itself.",
-        json_schema_extra=OPERATIONAL,
     )
-    max_concurrency: int = Field(
-        16, ge=1, le=4096, description="Judge requests in flight at once, at most.", json_schema_extra=OPERATIONAL
+    max_concurrency: Operational[int] = Field(
+        16, ge=1, le=4096, description="Judge requests in flight at once, at most."
     )
     temperature: float | None = Field(
         None,
@@ -48,11 +36,10 @@ class JudgeConfig(EndpointConfig):
         description="Judge temperature; empty: not sent, as reasoning models want it. 0 is the steadiest elsewhere.",
     )
     max_tokens: int = Field(1024, ge=16, le=65_536, description="Token budget of a verdict, thinking included.")
-    batch: bool = Field(
+    batch: Operational[bool] = Field(
         False,
         description="Ask through the provider's batch API (OpenAI, Google and others have one): half of the price, an "
         "answer within a day. What fails there is asked the normal way.",
-        json_schema_extra=OPERATIONAL,
     )
     max_attempts: int = Field(3, ge=1, le=10, description="Times one verdict is asked for until it can be read.")
 
@@ -69,7 +56,7 @@ class JudgingConfig(JudgeConfig):
     )
     orders: int = Field(2, ge=1, le=64, description="Rotations in which each prompt is judged; 2 shows position bias.")
     pair_policy: PairPolicy = Field(
-        PairPolicy.UNANIMOUS,
+        "unanimous",
         description="unanimous: best and worst the same in every vote; majority: in most; borda: by summed ranks.",
     )
     min_confidence: int = Field(1, ge=1, le=5, description="Pairs whose mean confidence is lower are dropped (1-5).")

@@ -1,11 +1,10 @@
 """One whole run."""
 
-from enum import StrEnum
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, Location, MaybeLocation, StageConfig
+from tasks.config.base import Location, MaybeLocation, Operational, StageConfig
 from tasks.config.chat import ChatSettings
 from tasks.config.evaluation import EvaluationConfig
 from tasks.config.generation import GenerationConfig
@@ -13,12 +12,7 @@ from tasks.config.judging import JudgingConfig
 from tasks.config.promotion import PromotionConfig
 from tasks.config.training import TrainingConfig
 
-
-class ApprovalPoint(StrEnum):
-    """Where a run can wait for a person's yes: before the judge is paid, or before a new adapter is served."""
-
-    JUDGING = "judging"
-    PROMOTION = "promotion"
+ApprovalPoint = Literal["judging", "promotion"]
 
 
 class PipelineConfig(StageConfig):
@@ -26,8 +20,7 @@ class PipelineConfig(StageConfig):
 
     prompts: Location = Field("prompts.jsonl", description="Prompts (or SFT rows), JSONL: a path or gs://.")
     eval_prompts: MaybeLocation = Field(
-        None,
-        description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from.",
+        None, description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from."
     )
     completions: MaybeLocation = Field(
         None, description="Completions that something else sampled, to begin at judging. Empty: sample them."
@@ -45,34 +38,30 @@ class PipelineConfig(StageConfig):
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
     judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")
-    training_deployment: str | None = Field(
+    training_deployment: Operational[str | None] = Field(
         None,
         pattern=r"^train-dpo/[^/]+$",
         description="Deployment that trains, e.g. train-dpo/l4-spot for a spot GPU; empty: where the pipeline runs.",
-        json_schema_extra=OPERATIONAL,
     )
-    max_restarts: int = Field(
+    max_restarts: Operational[int] = Field(
         5,
         ge=0,
         le=100,
         description="Times a training that crashed on its work pool is started again; preemptions do not count.",
-        json_schema_extra=OPERATIONAL,
     )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Proof on held-out prompts.")
     promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="The gate and serving.")
-    approve_before: tuple[ApprovalPoint, ...] = Field(
+    approve_before: Operational[tuple[ApprovalPoint, ...]] = Field(
         (),
         max_length=2,
         description="Wait for a person's yes, given with Resume: before judging (shows calls, tokens and cost), before "
         "promotion (shows the evaluation). Empty: never.",
-        json_schema_extra=OPERATIONAL,
     )
-    approval_timeout_seconds: int = Field(
+    approval_timeout_seconds: Operational[int] = Field(
         604_800,
         ge=1,
         le=31_536_000,
         description="How long the run waits for that, in seconds (a week); then it fails and can be retried.",
-        json_schema_extra=OPERATIONAL,
     )
 
     @model_validator(mode="after")
@@ -87,7 +76,7 @@ class PipelineConfig(StageConfig):
         if self.training.max_length <= self.generation.max_tokens:
             raise ValueError(
                 f"training.max_length ({self.training.max_length} tokens, prompt and completion) leaves no room for a "
-                f"prompt beside generation.max_tokens ({self.generation.max_tokens}): completions would be cut"
+                f"prompt next to generation.max_tokens ({self.generation.max_tokens}): completions would be cut"
             )
         self._check_chat()
         if self.training.measured_label_smoothing and self.judging.orders < 2:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from tasks.config.base import ADDRESS, OPERATIONAL, SecretName, StageConfig
+from tasks.config.base import ADDRESS, Operational, SecretName, StageConfig
 
 
 class PromotionConfig(StageConfig):
@@ -14,21 +14,24 @@ class PromotionConfig(StageConfig):
     min_win_rate: float = Field(
         0.5, ge=0, lt=1, description="Bar: the lower bound of the win rate's interval must be over it."
     )
-    endpoint: str | None = Field(
+    min_agreement: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Bar for the judge's agreement with a person (preflow label): the lower bound of its interval must "
+        "be over it. 0.5 is chance; 0: no labels are needed.",
+    )
+    endpoint: Operational[str | None] = Field(
         "http://127.0.0.1:8000/v1",
         pattern=ADDRESS,
-        description="vLLM that shall serve it at once; empty: only the workspace's pointer moves.",
-        json_schema_extra=OPERATIONAL,
+        description="vLLM that is to serve it at once; empty: only the workspace's pointer moves.",
     )
-    api_key: SecretName | None = Field(
+    api_key: Operational[SecretName | None] = Field(
         None,
         description="Where vLLM's key is: env:NAME, a Prefect Secret block, or gcp-secret:NAME for a GcpSecret block.",
-        json_schema_extra=OPERATIONAL,
     )
-    adapter_root: str | None = Field(
-        None,
-        description="Folder under which the vLLM server sees the workspace, where that differs from here.",
-        json_schema_extra=OPERATIONAL,
+    adapter_root: Operational[str | None] = Field(
+        None, description="Folder under which the vLLM server sees the workspace, where that differs from here."
     )
 
 
@@ -41,10 +44,9 @@ class PublishingConfig(StageConfig):
         description="Repository on the hub, owner/name; made if it is not there.",
     )
     private: bool = Field(True, description="Make a new repository private; one that is there stays as it is.")
-    token: SecretName = Field(
+    token: Operational[SecretName] = Field(
         "env:HF_TOKEN",
         description="Where the hub's write token is: env:NAME or the name of a Prefect Secret block. Never the token.",
-        json_schema_extra=OPERATIONAL,
     )
     base_model: str | None = Field(
         None,

@@ -1,7 +1,6 @@
 """A sweep over settings."""
 
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,16 +13,7 @@ def _in_lists(schema: dict[str, Any]) -> dict[str, Any]:
     return {"patternProperties": named, "additionalProperties": {**schema["additionalProperties"], "type": "array"}}
 
 
-class Preset(StrEnum):
-    """Points that are usually worth a try, the most promising first; docs/sweeps.md says what each changes and why."""
-
-    BETA = "beta"
-    JUDGE = "judge"
-    COMPLETIONS = "completions"
-    TEMPERATURE = "temperature"
-    MORE_DATA = "more_data"
-    EPOCHS = "epochs"
-    WARMUP = "warmup"
+Preset = Literal["beta", "judge", "completions", "temperature", "more_data", "epochs", "warmup"]
 
 
 class SweepConfig(StageConfig):
@@ -52,11 +42,7 @@ class SweepConfig(StageConfig):
         "nothing again.",
     )
     max_points: int = Field(
-        24,
-        title="Points, at most",
-        ge=1,
-        le=1000,
-        description="A sweep of more points is refused.",
+        24, title="Points, at most", ge=1, le=1000, description="A sweep of more points is refused."
     )
     budget_usd: float | None = Field(
         None,

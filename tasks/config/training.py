@@ -1,99 +1,45 @@
 """DPO training."""
 
-from enum import StrEnum
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import OPERATIONAL, Location, ModelLocation
+from tasks.config.base import Location, ModelLocation, Operational
 from tasks.config.chat import ChatSettings
 
-
-class LossType(StrEnum):
-    """The DPO losses that are offered; see TRL's `DPOConfig.loss_type`."""
-
-    SIGMOID = "sigmoid"
-    HINGE = "hinge"
-    IPO = "ipo"
-    ROBUST = "robust"
-    SIGMOID_NORM = "sigmoid_norm"
-    APO_ZERO = "apo_zero"
-
-
-class Divergence(StrEnum):
-    """What holds the policy to the reference; see TRL's `DPOConfig.f_divergence_type`."""
-
-    REVERSE_KL = "reverse_kl"
-    FORWARD_KL = "forward_kl"
-    JS = "js_divergence"
-    ALPHA = "alpha_divergence"
-
-
-class Schedule(StrEnum):
-    """Learning-rate schedules after the warm-up."""
-
-    COSINE = "cosine"
-    LINEAR = "linear"
-    CONSTANT = "constant_with_warmup"
-
-
-class ComputeType(StrEnum):
-    """Precision in which the quantised weights are multiplied."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class QuantType(StrEnum):
-    """4-bit formats of bitsandbytes."""
-
-    NF4 = "nf4"
-    FP4 = "fp4"
-
-
-class ReportTo(StrEnum):
-    """Experiment trackers that the trainer can write to."""
-
-    NONE = "none"
-    WANDB = "wandb"
-    TENSORBOARD = "tensorboard"
-    MLFLOW = "mlflow"
+LossType = Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero"]
+Schedule = Literal["cosine", "linear", "constant_with_warmup"]
+ComputeType = Literal["bfloat16", "float16", "float32"]
+Tracker = Literal["none", "wandb", "tensorboard", "mlflow"]
 
 
 class TrainingConfig(ChatSettings):
     """DPO of the SFT adapter with TRL; names and defaults are TRL's or the usual ones for a 3B model on an L4."""
 
     # Where the base is; what it is, by content or by name and revision, is part of every key.
-    base_model: ModelLocation = Field(
-        "meta-llama/Llama-3.2-3B",
-        description="Base model: a hub name or a folder.",
-        json_schema_extra=OPERATIONAL,
+    base_model: Operational[ModelLocation] = Field(
+        "meta-llama/Llama-3.2-3B", description="Base model: a hub name or a folder."
     )
-    base_revision: str | None = Field(
-        None,
-        description="Commit or tag of a base model from the hub; empty: its newest. A folder has none.",
-        json_schema_extra=OPERATIONAL,
+    base_revision: Operational[str | None] = Field(
+        None, description="Commit or tag of a base model from the hub; empty: its newest. A folder has none."
     )
-    sft_adapter: Location = Field(
-        "adapters/sft",
-        description="The SFT LoRA adapter to improve: a folder or gs:// address.",
-        json_schema_extra=OPERATIONAL,
+    sft_adapter: Operational[Location] = Field(
+        "adapters/sft", description="The SFT LoRA adapter to improve: a folder or gs:// address."
     )
     load_in_4bit: bool = Field(True, description="Quantise the base to 4 bits (QLoRA).")
-    bnb_4bit_quant_type: QuantType = Field(QuantType.NF4, description="4-bit format of the base.")
-    bnb_4bit_compute_dtype: ComputeType = Field(ComputeType.BFLOAT16, description="Compute type of the 4-bit base.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit format of the base.")
+    bnb_4bit_compute_dtype: ComputeType = Field("bfloat16", description="Compute type of the 4-bit base.")
     bnb_4bit_use_double_quant: bool = Field(True, description="Quantise the quantisation constants too.")
     beta: float = Field(0.1, gt=0, le=10, description="Strength of the pull to the reference; lower moves further.")
-    loss_type: LossType = Field(LossType.SIGMOID, description="DPO loss; sigmoid is standard.")
+    loss_type: LossType = Field("sigmoid", description="DPO loss; sigmoid is standard.")
     sft_weight: float = Field(
         0.0,
         ge=0,
         le=10,
         description="Weight of an added SFT loss on the chosen side (the DPO loss has weight 1); 1 keeps the format.",
     )
-    f_divergence: Divergence = Field(
-        Divergence.REVERSE_KL, description="Divergence from the reference; reverse_kl is standard DPO."
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        "reverse_kl", description="Divergence from the reference; reverse_kl is standard DPO."
     )
     ld_alpha: float | None = Field(
         None,
@@ -113,7 +59,7 @@ class TrainingConfig(ChatSettings):
     learning_rate: float = Field(5e-6, gt=0, le=1, description="Peak learning rate.")
     num_train_epochs: float = Field(1.0, gt=0, le=100, description="Passes over the training pairs.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps in all; overrides the epochs.")
-    lr_scheduler_type: Schedule = Field(Schedule.COSINE, description="Learning-rate schedule after the warm-up.")
+    lr_scheduler_type: Schedule = Field("cosine", description="Learning-rate schedule after the warm-up.")
     warmup_steps: int = Field(
         20, ge=0, description="Optimizer steps of linear warm-up; a run of no more steps takes a tenth of its own."
     )
@@ -134,49 +80,42 @@ class TrainingConfig(ChatSettings):
         description="Train without dropout, the adapter's and the base's, so that the policy starts exactly at "
         "the reference.",
     )
-    cache_reference: bool = Field(
-        True,
-        description="Compute the reference log-probs once and keep them; off: again in every step, same result.",
-        json_schema_extra=OPERATIONAL,
+    cache_reference: Operational[bool] = Field(
+        True, description="Compute the reference log-probs once and keep them; off: again in every step, same result."
     )
     eval_steps: int = Field(25, ge=1, description="Optimizer steps between evaluations.")
-    save_steps: int = Field(25, ge=1, description="Optimizer steps between checkpoints.", json_schema_extra=OPERATIONAL)
+    save_steps: Operational[int] = Field(25, ge=1, description="Optimizer steps between checkpoints.")
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of shuffling and dropout.")
-    report_to: ReportTo = Field(ReportTo.NONE, description="Experiment tracker.", json_schema_extra=OPERATIONAL)
+    report_to: Operational[Tracker] = Field("none", description="Experiment tracker.")
     num_processes: int = Field(
         1, ge=1, le=8, description="Training processes (GPUs) on this machine, through accelerate."
     )
-    grace_seconds: float = Field(
-        12,
-        gt=0,
-        le=600,
-        description="Time a preempted trainer gets to save, in seconds.",
-        json_schema_extra=OPERATIONAL,
+    grace_seconds: Operational[float] = Field(
+        12, gt=0, le=600, description="Time a preempted trainer gets to save, in seconds."
     )
-    lease_seconds: float = Field(
+    lease_seconds: Operational[float] = Field(
         60,
         ge=1,
         le=3600,
         description="A trainer that gave no sign of life for so long, in seconds, is replaced by a waiting one.",
-        json_schema_extra=OPERATIONAL,
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         smoothed = [name for name in ("label_smoothing", "measured_label_smoothing") if getattr(self, name)]
-        robust = self.loss_type is LossType.ROBUST
+        robust = self.loss_type == "robust"
         if smoothed and not robust:
-            raise ValueError(f"{smoothed[0]} works with loss_type robust alone, not with {self.loss_type.value}")
+            raise ValueError(f"{smoothed[0]} works with loss_type robust alone, not with {self.loss_type}")
         if robust and not smoothed:
             raise ValueError(
                 "loss_type robust without smoothing is the sigmoid loss: set label_smoothing or "
                 "measured_label_smoothing, or take loss_type sigmoid"
             )
-        if self.loss_type is LossType.APO_ZERO and self.f_divergence is not Divergence.REVERSE_KL:
-            raise ValueError(f"loss_type apo_zero works with f_divergence reverse_kl, not {self.f_divergence.value}")
-        if self.bnb_4bit_quant_type is not QuantType.NF4 and not self.load_in_4bit:
-            raise ValueError(f"bnb_4bit_quant_type {self.bnb_4bit_quant_type.value} does nothing without load_in_4bit")
+        if self.loss_type == "apo_zero" and self.f_divergence != "reverse_kl":
+            raise ValueError(f"loss_type apo_zero works with f_divergence reverse_kl, not {self.f_divergence}")
+        if self.bnb_4bit_quant_type != "nf4" and not self.load_in_4bit:
+            raise ValueError(f"bnb_4bit_quant_type {self.bnb_4bit_quant_type} does nothing without load_in_4bit")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than max_steps ({self.max_steps})")
         return self

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from tasks.demo.material import BY_NAME, CHARACTERS, TOPICS, Character, Topic
+from tasks.demo.world import BY_NAME, CHARACTERS, TOPICS, Character, Topic
 
 Message = dict[str, str]
 Row = dict[str, list[Message]]
@@ -122,21 +122,16 @@ def continuation(episode: Episode, start: list[Line], flaws: frozenset[Flaw], rn
     said = {line.text for line in start}
     lines: list[Line] = []
     for who in speakers[:-1]:
-        lines.append(Line(who.name, _unsaid(writer, who, said)))
-        said.add(lines[-1].text)
+        while (text := writer.text(who)) in said:
+            pass
+        lines.append(Line(who.name, text))
+        said.add(text)
     lines.append(Line(speakers[-1].name, writer.closer(speakers[-1])))
-    for flaw in Flaw:
+    for flaw, spoil in _SPOILERS.items():
         if flaw in flaws:
-            lines = _SPOILERS[flaw](lines, episode, start, rng)
+            lines = spoil(lines, episode, start, rng)
     text = "\n".join(str(line) for line in lines)
     return _break_format(text, episode, rng) if Flaw.BROKEN_FORMAT in flaws else text
-
-
-def _unsaid(writer: SceneWriter, voice: Character, said: set[str]) -> str:
-    text = writer.text(voice)
-    while text in said:
-        text = writer.text(voice)
-    return text
 
 
 def _turns(cast: tuple[Character, ...], rng: random.Random, after: str | None) -> Iterator[Character]:
@@ -150,12 +145,12 @@ def _turns(cast: tuple[Character, ...], rng: random.Random, after: str | None) -
 def _wrong_voice(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
     writer = SceneWriter(episode.topic, rng)
     spoiled = set(rng.sample(range(len(lines) - 1), rng.randint(1, len(lines) - 1)))
-    return [_misattributed(line, writer, rng) if i in spoiled else line for i, line in enumerate(lines)]
-
-
-def _misattributed(line: Line, writer: SceneWriter, rng: random.Random) -> Line:
-    others = [character for character in CHARACTERS if character.name != line.speaker]
-    return Line(line.speaker, writer.text(rng.choice(others)))
+    lines = list(lines)
+    for number in sorted(spoiled):
+        speaker = lines[number].speaker
+        others = [character for character in CHARACTERS if character.name != speaker]
+        lines[number] = Line(speaker, writer.text(rng.choice(others)))
+    return lines
 
 
 def _off_topic(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
@@ -177,16 +172,12 @@ def _no_ending(lines: list[Line], episode: Episode, start: list[Line], rng: rand
     return [*lines[:-1], *(Line(who.name, writer.text(who)) for who in speakers)]
 
 
-def _unchanged(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
-    return lines
-
-
+# In the order in which they are put in; a broken format comes last, when the lines are one text.
 _SPOILERS = {
     Flaw.WRONG_VOICE: _wrong_voice,
     Flaw.OFF_TOPIC: _off_topic,
     Flaw.REPEATED: _repeated,
     Flaw.NO_ENDING: _no_ending,
-    Flaw.BROKEN_FORMAT: _unchanged,
 }
 
 
@@ -198,10 +189,6 @@ def _break_format(text: str, episode: Episode, rng: random.Random) -> str:
         return text.replace("\n", " ")
     absent = rng.choice([character.name for character in CHARACTERS if character not in episode.cast])
     return text.replace(f"[{episode.cast[0].name}]", f"[{absent}]")
-
-
-def _random_flaws(rng: random.Random, share: float) -> frozenset[Flaw]:
-    return frozenset(flaw for flaw, rate in FLAW_RATES.items() if rng.random() < rate * share)
 
 
 def _prompt(episode: Episode, start: list[Line]) -> list[Message]:
@@ -226,7 +213,8 @@ def _rows(count: int, stream: str, flaw_share: float) -> list[Row]:
         rng = random.Random(f"{stream}/{index}")
         episode = rng.choice(pool)
         start = opening(episode, rng)
-        completion = continuation(episode, start, _random_flaws(rng, flaw_share), rng)
+        flaws = frozenset(flaw for flaw, rate in FLAW_RATES.items() if rng.random() < rate * flaw_share)
+        completion = continuation(episode, start, flaws, rng)
         rows.append({"prompt": _prompt(episode, start), "completion": [{"role": "assistant", "content": completion}]})
     return rows
 
@@ -244,15 +232,27 @@ def heldout_prompts(count: int, seed: int) -> list[PromptRow]:
 def _prompts(count: int, seed: int, *, held_out: bool) -> list[PromptRow]:
     pool = episodes(held_out=held_out)
     random.Random(f"order/{seed}/{held_out}").shuffle(pool)
-    rows: list[PromptRow] = []
-    seen: set[str] = set()
-    for index in itertools.count():
-        if len(rows) == count:
-            return rows
-        episode = pool[index % len(pool)]
-        prompt = _prompt(episode, opening(episode, random.Random(f"prompt/{seed}/{held_out}/{index}")))
-        key = "\n".join(message["content"] for message in prompt)
-        if key not in seen:
-            seen.add(key)
-            rows.append({"prompt": prompt, "group": episode.group})
-    raise AssertionError("unreachable: itertools.count never ends")
+    found: dict[str, PromptRow] = {}
+    numbers = itertools.count()
+    while len(found) < count:
+        number = next(numbers)
+        episode = pool[number % len(pool)]
+        prompt = _prompt(episode, opening(episode, random.Random(f"prompt/{seed}/{held_out}/{number}")))
+        found.setdefault(
+            "\n".join(message["content"] for message in prompt), {"prompt": prompt, "group": episode.group}
+        )
+    return list(found.values())
+
+
+def pair_rows(count: int, seed: int, *, held_out: bool) -> list[Row]:
+    """Return preference rows: the same scene continued well, and with flaws."""
+    pool, rows = episodes(held_out=held_out), list[Row]()
+    sides = {"chosen": frozenset[Flaw](), "rejected": frozenset({Flaw.WRONG_VOICE, Flaw.NO_ENDING})}
+    for number in range(count):
+        rng = random.Random(f"pairs/{seed}/{held_out}/{number}")
+        episode = rng.choice(pool)
+        start = opening(episode, rng)
+        said = {side: continuation(episode, start, flaws, rng) for side, flaws in sides.items()}
+        row = {side: [{"role": "assistant", "content": text}] for side, text in said.items()}
+        rows.append({"prompt": _prompt(episode, start), **row})
+    return rows

@@ -25,8 +25,8 @@ from tasks.demo.rules import score
 
 MODEL = "demo-judge"
 KEY_VARIABLE = "DEMO_JUDGE_KEY"
-SCENE = re.compile(r"^<<<SCENE ([0-9a-f]+)>>>$", re.MULTILINE)
-FIRST_COMPLETION = re.compile(r"^<<<COMPLETION 1 ([0-9a-f]+)>>>$", re.MULTILINE)
+# A text between two lines of one label and nonce; what stands in it, such as lines of another nonce, is part of it.
+BLOCK = re.compile(r"^<<<(SCENE|COMPLETION \d+) ([0-9a-f]+)>>>\n(.*?)\n?^<<<END \1 \2>>>$", re.MULTILINE | re.DOTALL)
 # Score gaps between best and worst at which the confidence rises to 2, 3, 4 and 5.
 CONFIDENCE_STEPS = (0.03, 0.08, 0.15, 0.25)
 CHARACTERS_PER_TOKEN = 4
@@ -38,27 +38,14 @@ class UnreadablePrompt(ValueError):
 
 def parse_prompt(text: str) -> tuple[str, list[str]]:
     """Return a judge prompt's scene and completions, in the order shown; raise UnreadablePrompt for any other text."""
-    announced = SCENE.search(text)
-    if announced is None:
-        raise UnreadablePrompt("no line <<<SCENE nonce>>> in the last user message")
-    scene = _block(text, "SCENE", announced[1])
-    text = text.partition(f"\n<<<END SCENE {announced[1]}>>>")[2]
-    first = FIRST_COMPLETION.search(text)
-    nonce = first[1] if first else "none"
-    count = len(re.findall(rf"^<<<COMPLETION \d+ {nonce}>>>$", text, re.MULTILINE))
-    if scene is None or count < 2:
-        raise UnreadablePrompt(f"a whole scene and two or more completions are needed, found {count} completions")
-    completions = [_block(text, f"COMPLETION {number}", nonce) for number in range(1, count + 1)]
-    whole = [completion for completion in completions if completion is not None]
-    if len(whole) < count:
-        raise UnreadablePrompt(f"completion {completions.index(None) + 1} of {count} is missing or has no end line")
-    return scene, whole
-
-
-def _block(text: str, label: str, nonce: str) -> str | None:
-    pattern = rf"^<<<{label} {nonce}>>>\n(.*?)\n?^<<<END {label} {nonce}>>>$"
-    found = re.search(pattern, text, re.MULTILINE | re.DOTALL)
-    return found[1] if found else None
+    blocks = BLOCK.findall(text)
+    labels = [label for label, _, _ in blocks]
+    count = len(labels) - 1
+    if count < 2 or labels != ["SCENE", *(f"COMPLETION {number}" for number in range(1, count + 1))]:
+        raise UnreadablePrompt(f"a scene and two or more completions are needed, each whole; found: {labels or 'none'}")
+    if len(re.findall(rf"^<<<COMPLETION \d+ {blocks[1][1]}>>>$", text, re.MULTILINE)) > count:
+        raise UnreadablePrompt(f"completion {count + 1} has no end line")
+    return blocks[0][2], [shown for _, _, shown in blocks[1:]]
 
 
 def verdict(scene: str, completions: Sequence[str]) -> dict[str, int]:
@@ -112,14 +99,10 @@ def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
     decision = verdict(scene, completions)
     content = f"```json\n{json.dumps(decision)}\n```"
     asked = _estimate_tokens("".join(str(message["content"]) for message in body["messages"]))
-    said = _estimate_tokens(content)
-    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": content},
-        "logprobs": None,
-        "finish_reason": "stop",
-    }
+    answered = _estimate_tokens(content)
+    usage = {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
+    said = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}
     completion = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
     response = JSONResponse({**completion, "model": MODEL, "choices": [choice], "usage": usage})
     return response, {**decision, "completions": len(completions), "usage": usage}

@@ -11,17 +11,9 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from tasks.config import (
-    EvaluationConfig,
-    GenerationConfig,
-    JudgingConfig,
-    PipelineConfig,
-    PromotionConfig,
-    TrainingConfig,
-)
+from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, PromotionConfig, TrainingConfig
 from tasks.demo.materials import SMOLLM2, TINY, Materials, locate_materials
-from tasks.demo.services import Service, judge_server, prefect_server
-from tasks.demo.serving import VllmOptions, vllm_server
+from tasks.demo.services import Service, VllmOptions, judge_server, prefect_server, vllm_server
 from tasks.demo.summary import before_and_after, summarise
 from tasks.demo.up import Up
 from tasks.promote.pointer import read_pointer
@@ -71,46 +63,22 @@ def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> 
         eval_prompts=str(materials.held_out),
         workspace=str(places.workspace),
         generation=GenerationConfig(
-            endpoint=vllm,
-            model="sft",
-            num_completions=4,
-            temperature=0.9,
-            max_tokens=128,
-            frequency_penalty=0.0,
-            max_concurrency=64,
+            endpoint=vllm, model="sft", num_completions=4, max_tokens=128, frequency_penalty=0.0, max_concurrency=64
         ),
         judging=JudgingConfig(endpoint=judge, model="demo-judge", api_key=f"env:{JUDGE_KEY}", rubric="demo"),
         training=TrainingConfig(
-            base_model=str(materials.base),
-            sft_adapter=str(materials.sft),
-            load_in_4bit=False,
-            bf16=False,
-            gradient_checkpointing=False,
-            sft_weight=1.0,
-            learning_rate=1e-3,
-            max_steps=60,
-            warmup_steps=5,
+            base_model=str(materials.base), sft_adapter=str(materials.sft), load_in_4bit=False, bf16=False,
+            gradient_checkpointing=False, sft_weight=1.0, learning_rate=1e-3, max_steps=60, warmup_steps=5,
             max_length=512,
         ),
-        evaluation=EvaluationConfig(num_samples=4),
         promotion=PromotionConfig(name=SERVED_NAME, endpoint=vllm),
-    )
-    return config if materials.model == TINY else _for_smollm2(config)
-
-
-def _for_smollm2(config: PipelineConfig) -> PipelineConfig:
-    """Return the configuration for a model a hundred times the size: short texts, few steps."""
+    )  # fmt: skip
+    if materials.model == TINY:
+        return config
+    # A model a hundred times the size: short texts, few steps.
     generation = config.generation.model_copy(update={"max_tokens": 64, "max_concurrency": 8})
-    training = config.training.model_copy(
-        update={
-            "learning_rate": 2e-4,
-            "max_steps": 10,
-            "warmup_steps": 1,
-            "gradient_accumulation_steps": 4,
-            "eval_steps": 10,
-            "logging_steps": 2,
-        }
-    )
+    shorter = {"learning_rate": 2e-4, "max_steps": 10, "warmup_steps": 1, "gradient_accumulation_steps": 4}
+    training = config.training.model_copy(update={**shorter, "eval_steps": 10, "logging_steps": 2})
     return config.model_copy(update={"generation": generation, "training": training})
 
 
@@ -121,10 +89,7 @@ def prefect_api(places: Places) -> Iterator[str]:
     It is that of PREFECT_API_URL, that of `preflow up` if that is running (two servers would share one database), or a
     server of our own.
     """
-    if url := PREFECT_API_URL.value():
-        yield url.removesuffix("/api")
-        return
-    if url := Up(places.root).api():
+    if url := PREFECT_API_URL.value() or Up(places.root).api():
         os.environ["PREFECT_API_URL"] = url
         with temporary_settings({PREFECT_API_URL: url}):
             yield url.removesuffix("/api")
@@ -168,7 +133,7 @@ def vllm_for(places: Places, materials: Materials, port: int | None = None) -> S
     adapters = {"sft": materials.sft}
     pointer = read_pointer(str(places.workspace), SERVED_NAME)
     if pointer is not None:
-        adapters[SERVED_NAME] = Path(pointer["current"]["uri"])
+        adapters[SERVED_NAME] = Path(pointer.current.uri)
     options = VllmOptions(max_model_len=512, max_num_seqs=32, dtype="bfloat16") if materials.model == SMOLLM2 else None
     return vllm_server(VLLM_PYTHON.absolute(), materials.base, places.logs / "vllm.log", adapters, options, port)
 

@@ -104,6 +104,30 @@ def ensure_materials(materials: Materials) -> None:
         make.fn(materials)
 
 
+def make_tiny_materials(folder: Path) -> tuple[dict[str, Any], str]:
+    """Make what a training of seconds needs where it is missing: a base model hardly trained, an adapter on it, pairs.
+
+    Returns the training settings that suit them, and the pairs' train.jsonl; equal code makes equal bytes.
+    """
+    from tasks.demo.corpus import pair_rows
+
+    base, adapter, pairs = folder / "base", folder / "sft", folder / "preferences"
+    if not (base.exists() and adapter.exists()):
+        from tasks.demo.model import Recipe, build_base_model, build_sft_adapter
+
+        build_base_model(base, SEED, Recipe(rows=100, steps=2, batch_size=4, learning_rate=3e-3))
+        build_sft_adapter(base, adapter, SEED, Recipe(rows=20, steps=2, batch_size=4, learning_rate=2e-3))
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, and a pod is another user
+    _write_rows(pairs / "val.jsonl", pair_rows(4, SEED, held_out=True))
+    _write_rows(pairs / "train.jsonl", pair_rows(48, SEED, held_out=False))
+    settings = {
+        "base_model": str(base), "sft_adapter": str(adapter), "load_in_4bit": False, "bf16": False,
+        "gradient_checkpointing": False, "learning_rate": 1e-3, "gradient_accumulation_steps": 2, "max_length": 256,
+    }  # fmt: skip
+    return settings, str(pairs / "train.jsonl")
+
+
 def _write_rows(path: Path, rows: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")

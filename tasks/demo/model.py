@@ -36,6 +36,7 @@ CHAT_TEMPLATE = (
 )
 MAX_POSITIONS = 1024
 IGNORED = -100
+PROGRESS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,13 @@ def build_base_model(out: Path, seed: int, recipe: Recipe = BASE_RECIPE) -> None
     rows = pretraining_rows(recipe.rows, seed)
     with _fixed_randomness(seed), whole_folder(out) as folder:
         tokenizer = train_tokenizer(rows)
-        model = LlamaForCausalLM(_llama_config(tokenizer))
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=MAX_POSITIONS,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
         LOG.info("base model: %.2fM parameters, %d conversations", model.num_parameters() / 1e6, len(rows))
         examples = [_tokens(tokenizer, row, prompt_is_learned=True) for row in rows]
         _train(model, examples, recipe, seed, "base model")
@@ -80,7 +87,11 @@ def build_sft_adapter(base: Path, out: Path, seed: int, recipe: Recipe = SFT_REC
     rows = sft_rows(recipe.rows, seed)
     with _fixed_randomness(seed), whole_folder(out) as folder:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), _lora_config())
+        lora = LoraConfig(
+            r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=LORA_TARGETS, lora_dropout=0.0, bias="none",
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
         examples = [_tokens(tokenizer, row, prompt_is_learned=False) for row in rows]
         _train(model, examples, recipe, seed, "SFT adapter")
         model.save_pretrained(folder)
@@ -99,41 +110,11 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int = 1280) -> PreTrainedTo
     texts = (message["content"] for row in rows for message in (*row["prompt"], *row["completion"]))
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=END,
-        pad_token=PAD,
-        model_max_length=MAX_POSITIONS,
+        tokenizer_object=bpe, eos_token=END, pad_token=PAD, model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def _llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _lora_config() -> LoraConfig:
-    return LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=2 * LORA_RANK,
-        target_modules=LORA_TARGETS,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, row: Row, *, prompt_is_learned: bool) -> tuple[list[int], int]:
@@ -150,7 +131,7 @@ def _train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, recipe.steps))
-    progress = _Progress(label, recipe.steps)
+    shown = start = time.monotonic()
     model.train()
     for step, (ids, labels) in enumerate(_batches(examples, recipe, seed), start=1):
         loss = model(input_ids=ids, labels=labels).loss
@@ -159,7 +140,10 @@ def _train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.report(step, loss.item())
+        if time.monotonic() - shown > PROGRESS_SECONDS or step == recipe.steps:
+            shown = time.monotonic()
+            left = (shown - start) / step * (recipe.steps - step)
+            LOG.info("%s: step %d/%d, loss %.3f, about %.0f s left", label, step, recipe.steps, loss.item(), left)
     model.eval()
 
 
@@ -186,25 +170,6 @@ def _batches(
         yield torch.tensor(padded), torch.tensor(labels)
 
 
-class _Progress:
-    """Log step, loss and the time left, every ten seconds and at the end."""
-
-    def __init__(self, label: str, steps: int, every: float = 10.0) -> None:
-        self.label = label
-        self.steps = steps
-        self.every = every
-        self._start = time.monotonic()
-        self._next = self._start + every
-
-    def report(self, step: int, loss: float) -> None:
-        now = time.monotonic()
-        if now < self._next and step < self.steps:
-            return
-        self._next = now + self.every
-        left = (now - self._start) / step * (self.steps - step)
-        LOG.info("%s: step %d/%d, loss %.3f, about %.0f s left", self.label, step, self.steps, loss, left)
-
-
 def _settle_adapter_config(folder: Path) -> None:
     """Write PEFT's config in a fixed order (it holds a set) and drop its model card: equal inputs give equal bytes."""
     path = folder / "adapter_config.json"
@@ -229,7 +194,7 @@ def _fixed_randomness(seed: int) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out` and move it there at the end, so that `out` is absent or whole."""
+    """Yield an empty folder next to `out` and move it there at the end, so that `out` is absent or whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from tasks.demo.material import BY_NAME, CLOSING_PHRASES, TOPICS
+from tasks.demo.world import BY_NAME, CLOSING_PHRASES, TOPICS
 
 LINE = re.compile(r"^\[([A-Z]+)\] (\S.*)$")
 NAMES = re.compile(rf"\b({'|'.join(BY_NAME)})\b")
@@ -27,10 +27,6 @@ class Score:
     def total(self) -> float:
         marks = sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
         return float(marks) / sum(WEIGHTS.values())
-
-    @property
-    def is_valid_format(self) -> bool:
-        return self.form == 1.0
 
 
 def score(scene: str, completion: str) -> Score:

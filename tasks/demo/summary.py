@@ -51,7 +51,7 @@ def _served(result: PipelineResult) -> str:
 
 
 def _tokens(store: Workspace, result: PipelineResult) -> str:
-    used = sum((manifest.cost for manifest in gather_manifests(store, result)), Cost())
+    used = sum((manifest.cost for manifest in gather_manifests(store, *result.references())), Cost())
     return f"{used.prompt_tokens:,} in, {used.completion_tokens:,} out, {used.requests:,} requests"
 
 

@@ -7,24 +7,23 @@ it; processes are known by a mark in their environment, which those that they st
 import json
 import logging
 import os
-import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from xmlrpc.client import Fault, ServerProxy
 
-import httpx
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
-from tasks.demo.services import Service, require_free
+from tasks.demo.services import Service, answers
 from tasks.errors import PreflowError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,6 @@ class Up:
     """What runs in the background for one folder."""
 
     root: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def run(self) -> Path:
@@ -107,11 +105,14 @@ class Up:
         """Through which supervisord is asked; in the temporary folder, as its path must be short."""
         return Path(tempfile.gettempdir()) / f"preflow-{sha256(str(self.root).encode()).hexdigest()[:16]}.sock"
 
+    def _supervisor(self) -> Any:
+        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        return ServerProxy("http://127.0.0.1", transport=transport).supervisor
+
     def state(self) -> dict[str, dict[str, Any]]:
         """Return what supervisord says of each process, nothing where it does not run."""
-        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
         try:
-            found: Any = ServerProxy("http://127.0.0.1", transport=transport).supervisor.getAllProcessInfo()
+            found = self._supervisor().getAllProcessInfo()
         except (OSError, Fault):
             return {}
         return {entry["name"]: entry for entry in found}
@@ -121,7 +122,7 @@ class Up:
         if not self.state():
             return None
         api = str(json.loads((self.run / "up.json").read_text())["api"])
-        return api if _answers(f"{api}/health") else None
+        return api if answers(f"{api}/health") else None
 
     def start(self, services: Sequence[Service], api: str) -> None:
         """Have supervisord start the services, in this order, and keep them running."""
@@ -133,7 +134,7 @@ class Up:
         text = CONFIG.format(socket=self.socket, logs=self.logs, run=self.run) + "".join(programs)
         config = self.run / "supervisord.conf"
         config.write_text(text)
-        environment = {**os.environ, **self.environment, MARK: str(self.root)}
+        environment = {**os.environ, MARK: str(self.root)}
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
@@ -158,10 +159,10 @@ class Up:
 
     def stop(self) -> int:
         """End supervisord, what it started and what is left of it; return how many processes there were."""
-        count, transport = len(self.leftovers()), SupervisorTransport(None, None, f"unix://{self.socket}")
+        count = len(self.leftovers())
         try:
-            ServerProxy("http://127.0.0.1", transport=transport).supervisor.shutdown()
-            psutil.wait_procs([process for process in self.leftovers() if _is_supervisord(process)], END_SECONDS)
+            self._supervisor().shutdown()
+            psutil.wait_procs(self.leftovers(naming="supervisor.supervisord"), END_SECONDS)
         except (OSError, Fault) as error:
             logger.info("supervisord does not answer (%s): what is left of it is ended by process", error)
         for process in self.leftovers():
@@ -177,10 +178,6 @@ class Up:
         return [p for p in mine if not naming or any(naming in part for part in p.info["cmdline"] or ())]
 
 
-def _is_supervisord(process: psutil.Process) -> bool:
-    return "supervisor.supervisord" in (process.info["cmdline"] or ())
-
-
 def _program(service: Service, priority: int) -> str:
     quoted = ",".join(f'{name}="{value}"'.replace("%", "%%") for name, value in service.environment.items())
     return PROGRAM.format(
@@ -189,14 +186,7 @@ def _program(service: Service, priority: int) -> str:
     )  # fmt: skip
 
 
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2.0).is_success
-    except httpx.TransportError:
-        return False
-
-
-def check_free(ports: Ports, names: Sequence[str]) -> None:
+def require_free(ports: Ports, names: Sequence[str]) -> None:
     """Refuse ports that other programs have.
 
     Raises:
@@ -204,9 +194,13 @@ def check_free(ports: Ports, names: Sequence[str]) -> None:
     """
     uses = {"ui": "the Prefect UI", "vllm": "vLLM", "judge": "the demo's judge"}
     for name in names:
-        require_free(getattr(ports, name), f"{name.upper()}_PORT", uses[name])
-
-
-def new_key() -> str:
-    """Return a key for a server that only this machine talks to."""
-    return secrets.token_hex(16)
+        port, variable = getattr(ports, name), f"{name.upper()}_PORT"
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise PreflowError(
+                    f"port {port} of 127.0.0.1, for {uses[name]}, is taken by another program: end that, or choose "
+                    f"another port with {variable}, e.g. {variable}={port + 10} preflow up"
+                ) from error

@@ -1,7 +1,7 @@
 """Run a command in a process group of its own and end the whole group when the parent goes away.
 
-Started by path, standard library only: `python watchdog.py PIPE_FD GRACE_SECONDS COMMAND...`. The parent holds the
-other end of the pipe and never writes to it, so the pipe ends when the parent closes it or dies, by kill -9 too.
+Started by path: `python watchdog.py PIPE_FD GRACE_SECONDS COMMAND...`. The parent holds the other end of the pipe and
+never writes to it, so the pipe ends when the parent closes it or dies, by kill -9 too.
 """
 
 import os
@@ -10,6 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+
+import psutil
 
 
 def main(pipe: int, grace: float, command: list[str]) -> int:
@@ -19,9 +22,14 @@ def main(pipe: int, grace: float, command: list[str]) -> int:
     child_exit = os.pidfd_open(child.pid)
     ready, _, _ = select.select([pipe, signals, child_exit], [], [])
     if child_exit not in ready:
-        _signal_group(child.pid, signal.SIGTERM)
+        os.killpg(child.pid, signal.SIGTERM)
         select.select([child_exit], [], [], grace)
-    _end_group(child.pid)
+    # A member may be slow to give up its memory.
+    deadline = time.monotonic() + 10.0
+    while _is_alive(child.pid) and time.monotonic() < deadline:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        time.sleep(0.05)
     status = child.wait()
     return status if child_exit in ready else 143
 
@@ -36,38 +44,13 @@ def _signal_pipe() -> int:
     return reader
 
 
-def _end_group(group: int) -> None:
-    """Kill what is left of the group and wait until it is gone, for a member may be slow to give up its memory."""
-    deadline = time.monotonic() + 10.0
-    while _signal_group(group, signal.SIGKILL) and time.monotonic() < deadline:
-        if _only_zombies(group):
-            return
-        time.sleep(0.05)
-
-
-def _signal_group(group: int, number: signal.Signals) -> bool:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _only_zombies(group: int) -> bool:
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and _state_in_group(int(entry), group) not in ("Z", "X", ""):
-            return False
-    return True
-
-
-def _state_in_group(pid: int, group: int) -> str:
-    """Return the state letter of a process of this group, or an empty string for any other."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            fields = stat.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    return fields[0] if int(fields[2]) == group else ""
+def _is_alive(group: int) -> bool:
+    """Tell whether a process of the group is more than a zombie."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 if __name__ == "__main__":

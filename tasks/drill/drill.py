@@ -17,10 +17,9 @@ from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 
 from tasks.config import TrainingConfig
-from tasks.demo.tiny import make_tiny_materials
+from tasks.demo.materials import make_tiny_materials
 from tasks.drill.preemption import Kind, PodTarget, ProcessTarget, Target
 from tasks.errors import PreflowError
-from tasks.report.page import Cell
 from tasks.report.render import render_text_table
 from tasks.store.workspace import COMMITTED, AdapterRef, PreferencesRef, Workspace, digest
 from tasks.train.deployment import check_deployment, read_deployment
@@ -30,7 +29,6 @@ from tasks.train.work_pool import TrainingOrder
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("preemption", "kind", "at step", "resumed from", "steps lost", "seconds lost")
 WATCH_SECONDS, WATCH_BUCKET_SECONDS = 0.1, 1.0
 
 
@@ -68,10 +66,10 @@ class Preemption:
     resumed_from: int
     seconds_lost: float
 
-    def row(self, number: int) -> tuple[Cell, ...]:
-        """Return its row of the table; a step that was done twice is lost."""
-        lost = max(0, self.at_step - self.resumed_from)
-        return number, self.kind.value, self.at_step, self.resumed_from, lost, round(self.seconds_lost, 1)
+    @property
+    def steps_lost(self) -> int:
+        """Steps that were done twice."""
+        return max(0, self.at_step - self.resumed_from)
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,17 @@ class DrillResult:
 
     def text(self) -> str:
         """Return a table with a row for each preemption, and one sentence on whether they changed anything."""
-        rows = [COLUMNS, *(lost.row(number) for number, lost in enumerate(self.preemptions, 1))]
+        rows = [
+            (number, one.kind.value, one.at_step, one.resumed_from, one.steps_lost, round(one.seconds_lost, 1))
+            for number, one in enumerate(self.preemptions, 1)
+        ]
         names = sorted(name for name in self.baseline if self.baseline[name] != self.preempted.get(name))
         verdict = f"the results DIFFER from those of the uninterrupted training: {', '.join(names)}"
         if self.is_exact:
             names = sorted(self.baseline)
             verdict = f"the results are those of the uninterrupted training, byte for byte: {', '.join(names)}"
-        return f"{render_text_table(rows)}\nAfter {len(self.preemptions)} preemptions {verdict}."
+        columns = ("preemption", "kind", "at step", "resumed from", "steps lost", "seconds lost")
+        return f"{render_text_table([columns, *rows])}\nAfter {len(self.preemptions)} preemptions {verdict}."
 
 
 async def run_drill(drill: Drill) -> DrillResult:
@@ -109,7 +111,9 @@ async def run_drill(drill: Drill) -> DrillResult:
     order = make_order(drill, variables)
     if drill.deployment is not None:
         await check_deployment(drill.deployment, drill.workspace, order.training)
-    baseline = await train_uninterrupted(order, target)
+    logger.info("training %s steps uninterrupted, on %s", order.training.max_steps, order.deployment)
+    await target.train(order)
+    baseline = read_digests(order)
     return DrillResult(*await train_with_preemptions(order, target, drill), baseline=baseline)
 
 
@@ -149,13 +153,13 @@ def make_order(drill: Drill, variables: Mapping[str, Any]) -> TrainingOrder:
                 "For a bucket give --pairs, and base_model (a name on the hub) and sft_adapter with --set."
             )
         try:
-            materials = make_tiny_materials(Path(store.root, "drill", "materials"))
+            made, pairs = make_tiny_materials(Path(store.root, "drill", "materials"))
         except ImportError as error:
             raise PreflowError(
                 f"the drill's own tiny model is made with torch, which is not installed here ({error}). Run the drill "
                 "where preflow[train] is, or give --pairs, and base_model and sft_adapter with --set."
             ) from error
-        settings, pairs = materials.settings() | settings, str(materials.pairs)
+        settings = made | settings
     own = {"max_steps": drill.steps, "save_steps": max(1, drill.steps // 4), "eval_steps": drill.steps,
            "logging_steps": 1, "warmup_steps": 2, "lease_seconds": 10}  # fmt: skip
     try:
@@ -178,13 +182,6 @@ def read_pairs(uri: str) -> PreferencesRef:
     held_out = sum(1 for _ in store.lines(val)) if store.exists(val) else 0
     rows = sum(1 for _ in store.lines(uri))
     return PreferencesRef(uri=uri, sha256=store.sha256(uri), size=store.size(uri), rows=rows, val_rows=held_out)
-
-
-async def train_uninterrupted(order: TrainingOrder, target: Target) -> dict[str, str]:
-    """Train once without any disturbance, and return the digests of what came out."""
-    logger.info("training %s steps uninterrupted, on %s", order.training.max_steps, order.deployment)
-    await target.train(order)
-    return read_digests(order)
 
 
 async def train_with_preemptions(
@@ -251,7 +248,7 @@ def read_digests(order: TrainingOrder) -> dict[str, str]:
     """Return the digests of the finished adapter's files and of the metrics."""
     store = Workspace(order.workspace)
     paths = TrainingPaths.of(store.root, order.key)
-    files = store.verify_folder(paths.adapter)["files"]
-    return {name: facts["sha256"] for name, facts in files.items()} | {
+    files = store.verify_folder(paths.adapter)
+    return {name: facts.sha256 for name, facts in files.items() if name != COMMITTED} | {
         "metrics.jsonl": store.sha256(paths.file("metrics.jsonl"))
     }

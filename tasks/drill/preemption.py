@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
+import psutil
 from aiohttp import ClientError
 from kubernetes_asyncio import client as kubernetes
 from kubernetes_asyncio.stream import WsApiClient
@@ -37,16 +38,6 @@ class Kind(StrEnum):
 
     NOTICE = "SIGTERM"
     AT_ONCE = "SIGKILL"
-
-
-class Target(Protocol):
-    """Where a training runs, and how it is preempted there."""
-
-    async def train(self, order: TrainingOrder) -> AdapterRef:
-        """Train to the end, going on after every preemption."""
-
-    async def preempt(self, order: TrainingOrder, kind: Kind) -> None:
-        """Interrupt the training; returns when nothing of it runs any more."""
 
 
 @dataclass
@@ -110,18 +101,15 @@ class PodTarget:
             api = kubernetes.CoreV1Api(connection)
             pod = await self._running_pod(api, f"prefect.io/flow-run-id={run.id}")
             if kind is Kind.NOTICE:
-                await self._evict(api, pod)
+                eviction = kubernetes.V1Eviction(
+                    metadata=kubernetes.V1ObjectMeta(name=pod, namespace=self.namespace),
+                    delete_options=kubernetes.V1DeleteOptions(grace_period_seconds=int(self.grace_seconds)),
+                )
+                await api.create_namespaced_pod_eviction(pod, self.namespace, eviction)
             else:
                 await self._kill(pod)
             while await self._is_there(api, pod):  # noqa: ASYNC110  a pod sets no event
                 await asyncio.sleep(POD_SECONDS)
-
-    async def _evict(self, api: kubernetes.CoreV1Api, pod: str) -> None:
-        eviction = kubernetes.V1Eviction(
-            metadata=kubernetes.V1ObjectMeta(name=pod, namespace=self.namespace),
-            delete_options=kubernetes.V1DeleteOptions(grace_period_seconds=int(self.grace_seconds)),
-        )
-        await api.create_namespaced_pod_eviction(pod, self.namespace, eviction)
 
     async def _kill(self, pod: str) -> None:
         async with self._cluster(WsApiClient) as connection:
@@ -137,8 +125,10 @@ class PodTarget:
             async with kind(await cluster_settings()) as connection:
                 yield connection
         except (ClientError, kubernetes.ApiException, OSError) as error:
+            status = getattr(error, "status", None)
+            said = f"{status} {getattr(error, 'reason', None) or getattr(error, 'message', '')}" if status else error
             raise PreflowError(
-                f"the cluster does not do what the drill asks in namespace {self.namespace}: {_reason(error)}. It "
+                f"the cluster does not do what the drill asks in namespace {self.namespace}: {said}. It "
                 "lists and reads pods, and creates pods/eviction and pods/exec: see `kubectl auth can-i` and KUBECONFIG"
             ) from error
 
@@ -160,9 +150,7 @@ class PodTarget:
             raise
 
 
-def _reason(error: Exception) -> str:
-    status = getattr(error, "status", None)
-    return f"{status} {getattr(error, 'reason', None) or getattr(error, 'message', '')}" if status else str(error)
+Target: TypeAlias = ProcessTarget | PodTarget
 
 
 def find_trainer(order: TrainingOrder) -> int | None:
@@ -178,9 +166,8 @@ def find_trainer(order: TrainingOrder) -> int | None:
 
 def _lives(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

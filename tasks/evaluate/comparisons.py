@@ -1,7 +1,6 @@
 """Samples of two adapters side by side, and what each comparison is worth to the new one."""
 
-import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -9,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from tasks.errors import PreflowError
-from tasks.evaluate.intervals import Estimate, estimate_mean, estimate_without_length
+from tasks.evaluate.intervals import Estimate, Floats, estimate_mean, estimate_without_length
 from tasks.store.measures import WinRate
 
-logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 
 
@@ -74,17 +72,12 @@ def outcome_of(row: Row, judges: Collection[str] | None = None) -> float | None:
         return float(bool(candidate))
     if baseline == candidate:
         return 0.5
-    by_judge: dict[str, list[Row]] = {}
+    best: dict[str, list[int | None]] = {}
     for vote in row["votes"]:
         if judges is None or vote["judge"] in judges:
-            by_judge.setdefault(vote["judge"], []).append(vote)
-    read = [_outcome_for(votes) for votes in by_judge.values() if not any("error" in vote for vote in votes)]
-    return fmean(read) if read else None
-
-
-def _outcome_for(votes: Sequence[Row]) -> float:
-    best = {vote["best"] for vote in votes}
-    return float(best.pop() == 1) if len(best) == 1 else 0.5
+            best.setdefault(vote["judge"], []).append(vote.get("best"))
+    worth = [0.5 if len(set(named)) > 1 else float(named[0] == 1) for named in best.values() if None not in named]
+    return fmean(worth) if worth else None
 
 
 def win_rate(comparisons: Sequence[Comparison], confidence: float) -> WinRate:
@@ -95,19 +88,23 @@ def win_rate(comparisons: Sequence[Comparison], confidence: float) -> WinRate:
     Raises:
         PreflowError: there is no comparison that could be read.
     """
-    return _measure(comparisons, confidence, without_length=False)
+    return _measure(comparisons, confidence, lambda outcomes, _, clusters: estimate_mean(outcomes, clusters))
 
 
 def length_controlled(comparisons: Sequence[Comparison], confidence: float) -> WinRate:
     """Return the win rate with length taken out: see `estimate_without_length`."""
-    return _measure(comparisons, confidence, without_length=True)
+    return _measure(comparisons, confidence, estimate_without_length)
 
 
-def _measure(comparisons: Sequence[Comparison], confidence: float, without_length: bool) -> WinRate:
+def _measure(
+    comparisons: Sequence[Comparison], confidence: float, estimate: Callable[[Floats, Floats, list[str]], Estimate]
+) -> WinRate:
     read = [one for one in comparisons if one.outcome is not None]
     if not read:
         raise PreflowError("evaluation: no comparison could be judged; see the verdicts for the judge's own words")
-    found = _estimate(read, without_length)
+    outcomes = np.array([one.outcome for one in read], dtype=np.float64)
+    lengths = np.array([one.lengths for one in read], dtype=np.float64)
+    found = estimate(outcomes, lengths, [one.cluster for one in read])
     lower, upper = found.interval(confidence)
     return WinRate(
         win_rate=found.rate,
@@ -122,13 +119,3 @@ def _measure(comparisons: Sequence[Comparison], confidence: float, without_lengt
         unreadable=len(comparisons) - len(read),
         silent=sum(one.lengths[0] > 0 and not one.lengths[1] for one in read),
     )
-
-
-def _estimate(read: Sequence[Comparison], without_length: bool) -> Estimate:
-    outcomes = np.array([one.outcome for one in read], dtype=np.float64)
-    clusters = [one.cluster for one in read]
-    lengths = np.array([one.lengths for one in read], dtype=np.float64)
-    spoken = (lengths.min(axis=1) > 0).astype(np.float64)
-    if without_length and spoken.any():
-        return estimate_without_length(outcomes, lengths, clusters, spoken)
-    return estimate_mean(outcomes, clusters)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Places = NDArray[np.intp]
 # Comparisons that are invented, in sum, with sides exchanged: by themselves they say that length decides everything.
 PRIOR = 4.0
 # Keeps the coefficients of a judge that never errs finite; without a meaning otherwise.
@@ -57,7 +58,7 @@ class Estimate:
 
 
 def _ratio(above: float, below: float) -> float:
-    return above / below if below > 1e-12 else 0.0 if above <= 1e-12 else 1.0
+    return above / below if below > 1e-12 else float(above > 1e-12)
 
 
 def cluster_variance(influence: Floats, codes: NDArray[np.intp]) -> float:
@@ -66,12 +67,12 @@ def cluster_variance(influence: Floats, codes: NDArray[np.intp]) -> float:
     return float(len(sums) / max(1, len(sums) - 1) * (sums**2).sum())
 
 
-def estimate_mean(outcomes: Floats, clusters: Sequence[str]) -> Estimate:
+def estimate_mean(outcomes: Floats, clusters: Sequence[str] | Places) -> Estimate:
     """Return the mean outcome; its variance knows that comparisons of one cluster are alike (Kish's design effect)."""
     return _estimate(float(outcomes.mean()), (outcomes - outcomes.mean()) / len(outcomes), outcomes, clusters)
 
 
-def _estimate(rate: float, influence: Floats, outcomes: Floats, clusters: Sequence[str]) -> Estimate:
+def _estimate(rate: float, influence: Floats, outcomes: Floats, clusters: Sequence[str] | Places) -> Estimate:
     codes = np.unique(clusters, return_inverse=True)[1]
     sizes = np.bincount(codes).astype(float)
     return Estimate(
@@ -85,7 +86,7 @@ def _estimate(rate: float, influence: Floats, outcomes: Floats, clusters: Sequen
     )
 
 
-def estimate_without_length(outcomes: Floats, lengths: Floats, clusters: Sequence[str], spoken: Floats) -> Estimate:
+def estimate_without_length(outcomes: Floats, lengths: Floats, clusters: Sequence[str]) -> Estimate:
     """Return the mean outcome, had the new adapter's samples been as often longer than the other's as shorter.
 
     A logistic regression of the outcome on the difference in length, after Dubois et al. 2024 (arXiv 2404.04475). The
@@ -101,12 +102,15 @@ def estimate_without_length(outcomes: Floats, lengths: Floats, clusters: Sequenc
         outcomes: 1, 0.5 or 0 for the new adapter.
         lengths: of both samples, the SFT adapter's first, a row each.
         clusters: which comparisons are alike.
-        spoken: 1 where both adapters wrote something; elsewhere silence decided, not length, and the outcome stands.
     """
+    # Where an adapter wrote nothing, silence decided and not length: there the outcome stands.
+    spoken = (lengths.min(axis=1) > 0).astype(np.float64)
+    if not spoken.any():
+        return estimate_mean(outcomes, clusters)
     odd = _length_terms(lengths)
     turned = np.column_stack([np.ones(len(odd)), -odd])
     terms = np.column_stack([np.ones(len(odd)), odd])
-    weights = np.concatenate([spoken, spoken * PRIOR / max(1.0, spoken.sum())])
+    weights = np.concatenate([spoken, spoken * PRIOR / spoken.sum()])
     coefficients, hessian = _fit_logistic(np.vstack([terms, turned]), np.concatenate([outcomes, 1 - outcomes]), weights)
     here, there = _logistic(terms @ coefficients), _logistic(turned @ coefficients)
     standard = np.where(spoken > 0, (here + there) / 2, outcomes)
@@ -138,7 +142,7 @@ def _fit_logistic(terms: Floats, outcomes: Floats, weights: Floats) -> tuple[Flo
         hessian = (terms.T * (weights * fitted * (1 - fitted))) @ terms + penalty
         step = np.linalg.solve(hessian, terms.T @ (weights * (outcomes - fitted)) - penalty @ coefficients)
         step *= min(1.0, 2 / max(1e-12, float(np.abs(step).max())))
-        coefficients = coefficients + step
+        coefficients += step
         if np.abs(step).max() < 1e-9:
             break
     return coefficients, hessian

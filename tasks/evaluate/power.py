@@ -1,6 +1,8 @@
 """Power before price: what an evaluation can show, and how many held-out prompts it takes to show more."""
 
 import math
+from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -9,7 +11,7 @@ from pydantic import ValidationError
 from tasks.config import EvaluationConfig, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.intervals import quantile, spread
-from tasks.store.measures import Evaluation, WinRate
+from tasks.store.measures import Evaluation, WinRate, percent
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import Workspace
 
@@ -83,12 +85,11 @@ def prompts_needed(
     """
     if rate <= bar:
         raise PreflowError(f"a win rate of {rate:g} is never over a bar of {bar:g}, whatever the number of prompts")
-    low, high = 1, MOST_PROMPTS
-    while low < high:
-        middle = (low + high) // 2
-        enough = replace(design, prompts=middle).power(rate, bar, confidence) >= power
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return low
+
+    def is_enough(prompts: int) -> bool:
+        return replace(design, prompts=prompts).power(rate, bar, confidence) >= power
+
+    return 1 + bisect_left(range(1, MOST_PROMPTS), True, key=is_enough)
 
 
 def design_of(measured: Evaluation, prompts: int | None = None, samples: int | None = None) -> Design:
@@ -113,10 +114,13 @@ def _design_effect(rate: WinRate) -> float:
 
 def plan_design(workspace: str, evaluation: EvaluationConfig, held_out: int) -> Design:
     """Return the design of an evaluation that is yet to be made, going by those in the workspace, or by defaults."""
-    store = Workspace(workspace)
+    store, designs = Workspace(workspace), list[Design]()
     prompts, samples = min(held_out, evaluation.max_prompts), evaluation.num_samples
-    uris = [store.uri("evaluations", name, "win_rate.json") for name in store.folders(store.uri("evaluations"))]
-    designs = [design_of(found, prompts, samples) for uri in uris if (found := _read(store, uri))]
+    for name in store.folders(store.uri("evaluations")):
+        # There may be none yet, or one of another version.
+        with suppress(FileNotFoundError, ValidationError):
+            found = Evaluation.model_validate(store.read_json(store.uri("evaluations", name, "win_rate.json")))
+            designs.append(design_of(found, prompts, samples))
     if not designs:
         return Design(prompts, samples, TIES, 1 + (samples - 1) * ALIKE, samples)
     return Design(
@@ -126,14 +130,6 @@ def plan_design(workspace: str, evaluation: EvaluationConfig, held_out: int) -> 
         median(design.design_effect for design in designs),
         median(design.per_cluster for design in designs),
     )
-
-
-def _read(store: Workspace, uri: str) -> Evaluation | None:
-    """Return an evaluation; None where there is none, or one of another version."""
-    try:
-        return Evaluation.model_validate(store.read_json(uri))
-    except (FileNotFoundError, ValidationError):
-        return None
 
 
 def power_before_price(config: PipelineConfig, usd_per_verdict: float = 0.0) -> str:
@@ -155,20 +151,16 @@ def power_before_price(config: PipelineConfig, usd_per_verdict: float = 0.0) -> 
 
 def describe_power(design: Design, bar: float, confidence: float, usd_per_prompt: float = 0.0) -> str:
     """Say what an evaluation can show, and what it takes to show half the gain, with the price of both."""
-    least = smallest_detectable(design, bar, confidence)
+    least, often = smallest_detectable(design, bar, confidence), f"in {percent(POWER, '.0f')} of runs"
+    held_out = f"held-out prompts x {design.samples} samples"
     if least >= 1:
-        return (
-            f"{design.prompts:,} held-out prompts x {design.samples} samples are too few for any adapter to pass in "
-            f"{100 * POWER:.0f} % of runs: give more prompts."
-        )
+        return f"{design.prompts:,} {held_out} are too few for any adapter to pass {often}: give more prompts."
     smaller = (least + bar) / 2
     more = prompts_needed(design, smaller, bar, confidence)
-    return (
-        f"{design.prompts:,} held-out prompts x {design.samples} samples{_price(design.prompts, usd_per_prompt)}: an "
-        f"adapter that truly wins {100 * least:.1f} % passes in {100 * POWER:.0f} % of runs. To show "
-        f"{100 * smaller:.1f} % takes {more:,} prompts{_price(more, usd_per_prompt)}."
+    now, then = (
+        f" (about {prompts * usd_per_prompt:,.2f} US$)" if usd_per_prompt else "" for prompts in (design.prompts, more)
     )
-
-
-def _price(prompts: int, usd_per_prompt: float) -> str:
-    return f" (about {prompts * usd_per_prompt:,.2f} US$)" if usd_per_prompt else ""
+    return (
+        f"{design.prompts:,} {held_out}{now}: an adapter that truly wins {percent(least)} passes {often}. To show "
+        f"{percent(smaller)} takes {more:,} prompts{then}."
+    )

@@ -108,11 +108,12 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
     return artifact
 
 
-def evaluation_key(
-    adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, evaluation: EvaluationConfig
-) -> str:
-    """Return the content key of an evaluation."""
-    return stage_key(
+def summarise_evaluation(
+    adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, workspace: str, evaluation: EvaluationConfig
+) -> EvaluationRef:
+    """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
+    store, upstream = Workspace(workspace), tuple(ref for ref in (adapter, verdicts, null) if ref)
+    key = stage_key(
         "evaluation",
         VERSION,
         adapter=adapter.sha256,
@@ -121,14 +122,6 @@ def evaluation_key(
         confidence=evaluation.confidence,
         second=[judge.model for judge in evaluation.judges],
     )
-
-
-def summarise_evaluation(
-    adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, workspace: str, evaluation: EvaluationConfig
-) -> EvaluationRef:
-    """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
-    store = Workspace(workspace)
-    key = evaluation_key(adapter, verdicts, null, evaluation)
     folder = store.uri("evaluations", key)
     first, second, comparisons = _write_comparisons(store, folder, verdicts, evaluation)
     even = [read_comparison(row) for row in store.read_rows(null.uri)] if null else None
@@ -144,17 +137,13 @@ def summarise_evaluation(
         **found.model_dump(include={"win_rate", "lower", "upper"}),
         **{**written.facts(), "rows": verdicts.rows},
     )
+    files = {"win_rate.json": written.file, "comparisons.jsonl": comparisons}
     store.write_manifest(
         Manifest(
-            artifact=artifact,
-            stage="evaluation",
-            version=VERSION,
-            key=key,
-            config=evaluation,
-            upstream=tuple(ref for ref in (adapter, verdicts, null) if ref),
-            files={"win_rate.json": written.file, "comparisons.jsonl": comparisons},
+            artifact=artifact, stage="evaluation", version=VERSION, key=key, config=evaluation, upstream=upstream,
+            files=files,
         )
-    )
+    )  # fmt: skip
     _log(found)
     return artifact
 
@@ -162,11 +151,10 @@ def summarise_evaluation(
 def _write_comparisons(
     store: Workspace, folder: str, verdicts: VerdictsRef, evaluation: EvaluationConfig
 ) -> tuple[list[Comparison], list[Comparison], FileFacts]:
-    """Write every comparison with its outcome; return them by the labelling judges and by those asked besides."""
+    """Write every comparison with its outcome; return them by the labelling judges and by the others."""
     labelling = {judge.model for judge in (evaluation.judging or JudgingConfig()).judges()}
     others = {judge.model for judge in evaluation.judges}
-    first: list[Comparison] = []
-    second: list[Comparison] = []
+    first, second = list[Comparison](), list[Comparison]()
     with store.writing(f"{folder}/comparisons.jsonl") as out:
         for row in store.read_rows(verdicts.uri):
             first.append(read_comparison(row, labelling))
@@ -211,12 +199,12 @@ def judge_adapter(
 def _log(found: Evaluation) -> None:
     rates = {"SFT against itself": found.null, "length-controlled": found.length_controlled}
     more = "".join(f"; {name} {rate.text()}" for name, rate in rates.items() if rate)
-    logger.info("win rate %s over %d samples of %d prompts%s", found.text(), found.samples, found.prompts, more)
+    logger.info(
+        "win rate %s over %d samples of %d prompts%s; in 4 of 5 runs so many show a true win rate of %.1f %% or more",
+        found.text(), found.samples, found.prompts, more, 100 * (found.detectable or 1),
+    )  # fmt: skip
     if found.unreadable or found.silent:
         logger.warning(
             "evaluation: %d comparisons are left out, no verdict on them could be read; %d are lost by silence",
             found.unreadable, found.silent,
         )  # fmt: skip
-    logger.info(
-        "so many comparisons show a true win rate of %.1f %% or more in 4 of 5 runs", 100 * (found.detectable or 1)
-    )

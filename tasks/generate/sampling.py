@@ -10,13 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 
 from tasks.batch.caching import find_finished
-from tasks.batch.costs import CostLog, log_cost, write_cost
-from tasks.batch.progress import SHARD_POLICY, run_shards, try_question
+from tasks.batch.costs import CostLog, write_manifest
+from tasks.batch.progress import run_shards, try_question
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
@@ -25,8 +24,8 @@ from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
 from tasks.llm.client import Answer, Endpoint, RequestRefused, Template
 from tasks.llm.responses import PERMANENT, price
 from tasks.store.workspace import (
+    MANIFEST,
     CompletionsRef,
-    FileFacts,
     Manifest,
     Origin,
     PromptsRef,
@@ -38,6 +37,8 @@ from tasks.store.workspace import (
 VERSION = 3
 # So many of the longest prompts are held against the model's context.
 LONGEST = 5
+# As the pairs' quality page has it: more cut completions than this are worth a word.
+MOST_CUT = 0.1
 logger = logging.getLogger(__name__)
 
 
@@ -149,7 +150,8 @@ class Sampler:
         if not config.keep_empty and not any(text.strip() for text in texts):
             error = {"id": prompt["id"], "reason": "empty_completions", "detail": self._say_empty(answer)}
             return Outcome(error=error, usage=usage)
-        return Outcome(row={"id": prompt["id"], "completions": texts, **_sampled(answer, texts)}, usage=usage)
+        row = {"id": prompt["id"], "completions": texts, **_sampled(answer, texts)}
+        return Outcome(row=row, usage=usage, refused=answer.refused)
 
     def _kept(self, text: str) -> str:
         text = writable(text)
@@ -205,7 +207,7 @@ async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
             concurrency=config.max_concurrency,
             prepare=prepare,
         )
-        return await run_shards(generate_shard, plan, worker, endpoint, costs)
+        return await run_shards("generate", plan, worker, endpoint, costs)
 
 
 def prompt_unit(prompt: Row) -> dict[str, Row]:
@@ -229,12 +231,6 @@ async def adapter_loaded(endpoint: Endpoint, config: GenerationConfig) -> AsyncI
             logger.warning("%s", error)
         raise
     await endpoint.unload_adapter(config.model)
-
-
-@task(name="generate-shard", task_run_name="generate {label}", **SHARD_POLICY)
-async def generate_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str, Any]:
-    """Sample the completions of one shard."""
-    return (await worker.run(part)).model_dump()
 
 
 async def check_endpoint(endpoint: Endpoint, plan: GenerationPlan) -> None:
@@ -331,7 +327,7 @@ class SampleCounts(MergeCounts):
 
 
 def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> CompletionsRef:
-    """Put the shards together in input order as `completions.jsonl`, with `failures.jsonl` and a manifest beside it.
+    """Put the shards together in input order as `completions.jsonl`, with `failures.jsonl` and a manifest next to it.
 
     Raises:
         PreflowError: no prompt has completions.
@@ -348,36 +344,30 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
                     failures.write_row(outcome.error or {})
     if not out.rows:
         raise PreflowError(f"no prompt has completions: all failed for good; why is in {folder}/failures.jsonl")
-    artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    files = {"completions.jsonl": out.file, "failures.jsonl": failures.file}
     total = out.rows * plan.generation.num_completions
     logger.info(
         "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
         out.rows, plan.generation.num_completions, counts.failed, total, counts.cut, counts.empty,
     )  # fmt: skip
-    _write_manifest(plan, artifact, counts, files)
-    return artifact
-
-
-def _write_manifest(
-    plan: GenerationPlan, artifact: CompletionsRef, counts: SampleCounts, files: dict[str, FileFacts]
-) -> None:
-    store, spent = Workspace(plan.workspace), price(counts.usage, plan.generation)
-    cost = write_cost(store, plan.folder, "generation", spent)
-    log_cost(cost)
+    if counts.cut > MOST_CUT * total:
+        logger.warning(
+            "%.0f %% of the completions are cut at generation.max_tokens (%d) and end in mid-sentence: raise it, or "
+            "leave out pairs with such a side (judging.leave_out_cut)",
+            100 * counts.cut / total, plan.generation.max_tokens,
+        )  # fmt: skip
     adapter = plan.generation.adapter
     model = [Origin(kind="sft_adapter", uri=adapter, sha256=folder_digest(adapter))] if adapter else []
-    store.write_manifest(
-        Manifest(
-            artifact=artifact,
-            stage="generation",
-            version=VERSION,
-            key=plan.key,
-            config=plan.generation,
-            upstream=(plan.prompts, *model),
-            files=files,
-            counts=counts.model_dump(include={"failed", "passing", "cut", "empty"}) | {"prompts": artifact.rows},
-            cost=spent,
-            seconds=cost.seconds,
-        )
+    artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())
+    made = Manifest(
+        artifact=artifact,
+        stage="generation",
+        version=VERSION,
+        key=plan.key,
+        config=plan.generation,
+        upstream=(plan.prompts, *model),
+        files={"completions.jsonl": out.file, "failures.jsonl": failures.file},
+        counts=counts.named("failed", "passing", "cut", "empty") | {"prompts": artifact.rows},
+        cost=price(counts.usage, plan.generation),
     )
+    write_manifest(store, made)
+    return artifact

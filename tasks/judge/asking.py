@@ -3,14 +3,13 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from tasks.batch.caching import find_finished
-from tasks.batch.costs import CostLog, log_cost, say_prices, write_cost
-from tasks.batch.progress import SHARD_POLICY, run_shards, try_question
+from tasks.batch.costs import CostLog, say_prices, write_manifest
+from tasks.batch.progress import run_shards, try_question
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, settle
 from tasks.config import JudgeConfig, JudgingConfig
@@ -162,13 +161,11 @@ def plan_judging(source: Reference, workspace: str, judging: JudgingConfig) -> J
     )
 
 
-class Question:
+class Question(NamedTuple):
     """What a judge is asked: one row's completions, in one order of their indexes."""
 
-    __slots__ = ("order", "row")
-
-    def __init__(self, row: Row, order: list[int]) -> None:
-        self.row, self.order = row, order
+    row: Row
+    order: list[int]
 
 
 class Judge:
@@ -182,7 +179,7 @@ class Judge:
         messages, n = build_messages(self._rubric, question.row, question.order), len(question.order)
         budget, plain, usage = self._config.max_tokens, False, Cost()
         reason = raw = ""
-        final = False
+        final, left_out = False, tuple[str, ...]()
         for _ in range(self._config.max_attempts):
             try:
                 answer = await self._endpoint.chat(
@@ -199,7 +196,7 @@ class Judge:
                     break
                 choice = Choice("", "length", str(refused))
             else:
-                usage += answer.usage
+                usage, left_out = usage + answer.usage, answer.refused
                 choice = answer.choices[0]
                 raw = choice.text or choice.note
             cut = choice.finish_reason == "length"
@@ -212,7 +209,7 @@ class Judge:
                 # A grammar can run off in white space up to any limit, or keep a model from ending its thinking.
                 plain = not choice.text.strip() or (cut and self._endpoint.allowed_tokens(budget) == allowed)
             else:
-                return Outcome(row=_make_vote(question.order, verdict), usage=usage)
+                return Outcome(row=_make_vote(question.order, verdict), usage=usage, refused=left_out)
         failure = {"id": question.row["id"], "order": question.order, "reason": reason, "detail": writable(raw)[:2000]}
         return Outcome(final=final or None, error=failure, usage=usage)
 
@@ -263,7 +260,7 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
             concurrency=endpoint.most_in_flight,
             prepare=endpoint.check_model,
         )
-        return await run_shards(judge_shard, plan, worker, endpoint, costs)
+        return await run_shards("judge", plan, worker, endpoint, costs)
 
 
 # Two answers that anyone can tell apart.
@@ -281,12 +278,6 @@ async def try_judge(endpoint: Endpoint, judge: JudgeConfig, rubric: str) -> None
         PreflowError: no verdict can be read from its answer.
     """
     await try_question("judging", endpoint, Judge(endpoint, judge, rubric).judge(Question(TRIAL, [0, 1])))
-
-
-@task(name="judge-shard", task_run_name="judge {label}", **SHARD_POLICY)
-async def judge_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str, Any]:
-    """Ask for the verdicts on one shard."""
-    return (await worker.run(part)).model_dump()
 
 
 def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> VerdictsRef:
@@ -338,21 +329,19 @@ def _write_manifest(
     judges = {judge.model: judge for judge in plan.judging.judges()}
     spent = sum((price(count.usage, judges[model]) for model, count in counts.items()), Cost())
     store = Workspace(plan.workspace)
-    cost = write_cost(store, plan.folder, "judging", spent)
-    log_cost(cost)
     with store.writing(f"{plan.folder}/rubric.md") as rubric:
         rubric.write(plan.rubric.encode())
-    store.write_manifest(
-        Manifest(
-            artifact=artifact,
-            stage="judging",
-            version=VERSION,
-            key=plan.key,
-            config=plan.judging,
-            upstream=(plan.source,),
-            files={**files, "rubric.md": rubric.file},
-            counts={f"{name} {model}": getattr(count, name) for model, count in counts.items() for name in COUNTED},
-            cost=spent,
-            seconds=cost.seconds,
-        )
+    made = Manifest(
+        artifact=artifact,
+        stage="judging",
+        version=VERSION,
+        key=plan.key,
+        config=plan.judging,
+        upstream=(plan.source,),
+        files={**files, "rubric.md": rubric.file},
+        counts={
+            f"{name} {model}": count for model, found in counts.items() for name, count in found.named(*COUNTED).items()
+        },
+        cost=spent,
     )
+    write_manifest(store, made)

@@ -2,12 +2,11 @@
 
 import logging
 from collections import Counter
-from contextlib import ExitStack
 
 from tasks.config import JudgingConfig, resolve_location
 from tasks.errors import PreflowError
-from tasks.judge.pairs import is_validation, write_quality
-from tasks.judge.quality import measure_pairs
+from tasks.judge.pairs import check_spread, finish_pairs, is_validation
+from tasks.judge.quality.audit import measure_pairs
 from tasks.store.prompts import source_digest
 from tasks.store.records import CompletionsRow, PairRow, number_rows, prompt_id
 from tasks.store.workspace import CompletionsRef, Manifest, Origin, PreferencesRef, Workspace, stage_key
@@ -72,31 +71,23 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
     key = stage_key(
         "preferences-elsewhere", VERSION, source=file.sha256, val_ratio=judging.val_ratio, seed=judging.seed
     )
-    folder, forms = store.uri("preferences", key), Counter[str]()
+    folder, forms, groups = store.uri("preferences", key), Counter[str](), set[str]()
     if known := store.find_finished(f"{folder}/manifest.json", PreferencesRef):
         return known
-    with ExitStack() as stack:
-        train, val = (stack.enter_context(store.writing(f"{folder}/{name}.jsonl")) for name in ("train", "val"))
+    with store.writing(f"{folder}/train.jsonl") as train, store.writing(f"{folder}/val.jsonl") as val:
         for _, row in number_rows(PairRow, source, origin, forms):
             identity, group = prompt_id([message.model_dump() for message in row.prompt]), getattr(row, "group", None)
             pair = {**row.model_dump(exclude_none=True), "id": identity}
             (val if is_validation(identity, group, judging.seed, judging.val_ratio) else train).write_row(pair)
+            if len(groups) < 2:
+                groups.add(group or identity)
+        check_spread(source, train.rows + val.rows, groups, judging)
     if not train.rows:
         raise PreflowError(f"{source}: no pair to train on ({val.rows} are held out). Give more, or lower val_ratio.")
-    counts = {"train": train.rows, "val": val.rows}
-    logger.info("%s: %s; its rows were %s", source, _listed(counts), _listed(forms))
+    logger.info("%s: its rows were %s", source, _listed(forms))
     quality = measure_pairs(f"{folder}/train.jsonl", f"{folder}/val.jsonl" if val.rows else None)
-    files = {"train.jsonl": train.file, "val.jsonl": val.file, **write_quality(store, folder, quality)}
-    artifact = PreferencesRef(
-        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()
-    )
-    store.write_manifest(
-        Manifest(
-            artifact=artifact, stage="preferences", version=VERSION, key=key, upstream=(file,), files=files,
-            counts=counts,
-        )
-    )  # fmt: skip
-    return artifact
+    written = {"train.jsonl": train, "val.jsonl": val}
+    return finish_pairs(store, folder, written, quality, version=VERSION, key=key, upstream=(file,))
 
 
 def _listed(counts: dict[str, int] | Counter[str]) -> str:

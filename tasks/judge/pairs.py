@@ -3,7 +3,8 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,15 +12,14 @@ from pydantic import BaseModel
 from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.asking import JudgingPlan
-from tasks.judge.quality import measure_judgements, plot_quality
+from tasks.judge.quality.metrics import measure_judgements
+from tasks.judge.quality.plot import plot_quality
 from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import (
     DigestWriter,
-    FileFacts,
     Manifest,
     PreferencesRef,
-    Reference,
     VerdictsRef,
     Workspace,
     stage_key,
@@ -52,17 +52,25 @@ def check_groups(plan: JudgingPlan) -> None:
         PreflowError: all rows have the same group, and `val_ratio` holds some out.
     """
     if plan.finished is None and plan.judging.val_ratio:
-        groups = (row.get("group") or row["id"] for row in Workspace(plan.workspace).read_rows(plan.source.uri))
-        first = next(groups, None)
-        if plan.source.rows > 1 and all(group == first for group in groups):
-            raise _one_group(plan.source, plan.judging)
+        groups = set[str]()
+        for row in Workspace(plan.workspace).read_rows(plan.source.uri):
+            groups.add(row.get("group") or row["id"])
+            if len(groups) > 1:
+                return
+        check_spread(plan.source.uri, plan.source.rows, groups, plan.judging)
 
 
-def _one_group(source: Reference, judging: JudgingConfig) -> PreflowError:
-    return PreflowError(
-        f"{source.uri}: all {source.rows} rows have the same `group`, so that val_ratio ({judging.val_ratio:g}) holds "
-        "out all or none. Give groups that differ, none, or val_ratio 0."
-    )
+def check_spread(uri: str, rows: int, groups: Collection[str], judging: JudgingConfig) -> None:
+    """Refuse rows that are all of one group, where some are to be held out: all would be, or none.
+
+    Raises:
+        PreflowError: `groups`, of which the first two are enough, is one only, of more than one row.
+    """
+    if judging.val_ratio and rows > 1 and len(groups) == 1:
+        raise PreflowError(
+            f"{uri}: all {rows} rows have the same `group`, so that val_ratio ({judging.val_ratio:g}) holds out all or "
+            "none. Give groups that differ, none, or val_ratio 0."
+        )
 
 
 def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
@@ -75,20 +83,12 @@ def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
     store, key = Workspace(workspace), preferences_key(verdicts, judging)
     folder = store.uri("preferences", key)
     written, found = _write_pairs(store, folder, verdicts, judging)
-    train = written["train.jsonl"]
-    counts = {**found, "train": train.rows, "val": written["val.jsonl"].rows}
-    files = {name: out.file for name, out in written.items()} | _measure(store, folder, verdicts)
-    logger.info("preferences: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
-    artifact = PreferencesRef(
-        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=counts["val"], **train.facts()
+    cost = store.read_manifest(verdicts).cost if verdicts.manifest else None
+    usage = cost.model_dump(exclude={"usd", "gpu_seconds"}) if cost else None
+    quality = measure_judgements(store.read_rows(f"{folder}/judged.jsonl"), usage)
+    return finish_pairs(
+        store, folder, written, quality, version=VERSION, key=key, config=judging, upstream=(verdicts,), counts=found
     )
-    store.write_manifest(
-        Manifest(
-            artifact=artifact, stage="preferences", version=VERSION, key=key, config=judging, upstream=(verdicts,),
-            files=files, counts=counts,
-        )
-    )  # fmt: skip
-    return artifact
 
 
 def _write_pairs(
@@ -115,8 +115,7 @@ def _write_pairs(
             if decision.status == "pair":
                 held_out = is_validation(row.id, row.group, judging.seed, judging.val_ratio)
                 (val if held_out else train).write_row(preference_pair(row, decision).model_dump(exclude_none=True))
-        if judging.val_ratio and verdicts.rows > 1 and len(groups) == 1:
-            raise _one_group(verdicts, judging)
+        check_spread(verdicts.uri, verdicts.rows, groups, judging)
     return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, counts
 
 
@@ -127,21 +126,27 @@ def is_cut(row: VerdictsRow, decision: "Decision") -> bool:
     return any(side is not None and side < len(reasons) and reasons[side] == "length" for side in sides)
 
 
-def _measure(store: Workspace, folder: str, verdicts: VerdictsRef) -> dict[str, FileFacts]:
-    """Write `quality.json` and its picture."""
-    cost = store.read_manifest(verdicts).cost if verdicts.manifest else None
-    usage = cost.model_dump(exclude={"usd", "gpu_seconds"}) if cost else None
-    quality = measure_judgements(store.read_rows(f"{folder}/judged.jsonl"), usage=usage)
-    return write_quality(store, folder, quality)
+def finish_pairs(
+    store: Workspace, folder: str, written: Mapping[str, DigestWriter], quality: QualityReport, **about: Any
+) -> PreferencesRef:
+    """Write what was measured of the pairs in a folder, `quality.json` and `quality.png`, and the manifest.
 
-
-def write_quality(store: Workspace, folder: str, quality: QualityReport) -> dict[str, FileFacts]:
-    """Write what was measured of the pairs in a folder, `quality.json` and `quality.png`."""
+    `about` is what else the manifest says: its version, its key, what the pairs were made from.
+    """
     with store.writing(f"{folder}/quality.png") as picture:
         picture.write(plot_quality(quality))
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
-    return {"quality.json": measured.file, "quality.png": picture.file}
+    train, val = written["train.jsonl"], written["val.jsonl"]
+    counts = {**about.pop("counts", {}), "train": train.rows, "val": val.rows}
+    logger.info("preferences: %s", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    files = {**written, "quality.json": measured, "quality.png": picture}
+    artifact = PreferencesRef(
+        uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()
+    )
+    facts = {name: out.file for name, out in files.items()}
+    store.write_manifest(Manifest(artifact=artifact, stage="preferences", files=facts, counts=counts, **about))
+    return artifact
 
 
 def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
@@ -160,7 +165,10 @@ def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
 
 
 class Decision(BaseModel):
-    """What the votes on one row come to; indexes are into the row's completions."""
+    """What the votes on one row come to; `agreement` is the share of votes for the most frequent best and worst.
+
+    Indexes are into the row's completions.
+    """
 
     status: str
     reason: str | None = None
@@ -175,33 +183,37 @@ def decide(votes: Sequence[Vote], policy: PairPolicy, min_confidence: int = 1) -
     if not votes:
         return Decision(status="skipped", reason="one distinct completion")
     read = [vote for vote in votes if vote.error is None]
-    needed = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
+    needed = len(votes) if policy == "unanimous" else len(votes) // 2 + 1
     if len(read) < needed:
         failed = next(vote.error for vote in votes if vote.error is not None)
         return Decision(status="failed", reason=f"verdict unreadable: {failed}")
     best, worst = _choose(read, policy)
     given = [vote.confidence for vote in read if vote.confidence is not None]
-    facts: dict[str, Any] = {
-        "agreement": _agreement(read),
-        "confidence": round(sum(given) / len(given), 3) if given else None,
-    }
+    confidence = round(fmean(given), 3) if given else None
+    reason = None
     if best is None or worst is None:
-        which = "best" if best is None else "worst"
-        return Decision(status="dropped", reason=f"{which} not {policy.value}", **facts)
-    if facts["confidence"] is not None and facts["confidence"] < min_confidence:
-        reason = f"confidence {facts['confidence']:.1f} < {min_confidence}"
-        return Decision(status="dropped", reason=reason, best=best, worst=worst, **facts)
-    return Decision(status="pair", best=best, worst=worst, **facts)
+        reason, best, worst = f"{'best' if best is None else 'worst'} not {policy}", None, None
+    elif confidence is not None and confidence < min_confidence:
+        reason = f"confidence {confidence:.1f} < {min_confidence}"
+    most = Counter((vote.best, vote.worst) for vote in read).most_common(1)[0][1]
+    return Decision(
+        status="dropped" if reason else "pair",
+        reason=reason,
+        best=best,
+        worst=worst,
+        agreement=round(most / len(read), 4),
+        confidence=confidence,
+    )
 
 
 def _choose(votes: Sequence[Vote], policy: PairPolicy) -> tuple[int | None, int | None]:
-    if policy is PairPolicy.BORDA:
+    if policy == "borda":
         # Borda count with three ranks: best +1, unnamed 0, worst -1; a tie at an end names nobody.
         scores: Counter[int | None] = Counter(dict.fromkeys(votes[0].order, 0))
         scores.update(vote.best for vote in votes)
         scores.subtract(vote.worst for vote in votes)
         return _only(scores, max(scores.values())), _only(scores, min(scores.values()))
-    share = len(votes) if policy is PairPolicy.UNANIMOUS else len(votes) // 2 + 1
+    share = len(votes) if policy == "unanimous" else len(votes) // 2 + 1
     chosen = [Counter(getattr(vote, name) for vote in votes).most_common(1)[0] for name in ("best", "worst")]
     best, worst = (index if count >= share else None for index, count in chosen)
     return (best, worst) if best != worst else (None, None)
@@ -210,12 +222,6 @@ def _choose(votes: Sequence[Vote], policy: PairPolicy) -> tuple[int | None, int 
 def _only(scores: Counter[int | None], value: int) -> int | None:
     at = [index for index, score in scores.items() if score == value]
     return at[0] if len(at) == 1 else None
-
-
-def _agreement(votes: Sequence[Vote]) -> float:
-    """Return the share of votes for the most frequent (best, worst)."""
-    most = Counter((vote.best, vote.worst) for vote in votes).most_common(1)[0][1]
-    return round(most / len(votes), 4)
 
 
 def is_validation(identity: str, group: str | None, seed: int, val_ratio: float) -> bool:

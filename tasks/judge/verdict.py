@@ -13,6 +13,8 @@ MOST_OBJECTS = 50
 _CLOSING = re.compile(r"[<\[]/(?:think(?:ing)?|thought|reasoning)[>\]]|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 _OPENING = re.compile(r"[<\[](?:think(?:ing)?|thought|reasoning)[>\]]|<\|channel\|>analysis", re.IGNORECASE)
 _FENCE = re.compile(r"\s*(?:```\w*\s*)?")
+# An object without another in it; one that is not closed, too, unless the answer was cut.
+_FLAT, _CLOSED = re.compile(r"\{[^{}]*\}?"), re.compile(r"\{[^{}]*\}")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
 
 
@@ -58,8 +60,11 @@ def read_verdict(text: str, n: int, cut: bool = False) -> Verdict:
     Raises:
         UnreadableVerdict: nothing of the kind is there, a number is out of range, or best equals worst.
     """
-    whole = _load(text.strip())
-    visible = text if isinstance(whole, dict) else _OPENING.split(_CLOSING.split(text)[-1])[0]
+    try:
+        is_whole = isinstance(json.loads(text.strip()), dict)
+    except (ValueError, RecursionError):
+        is_whole = False
+    visible = text if is_whole else _OPENING.split(_CLOSING.split(text)[-1])[0]
     if not visible.strip():
         raise UnreadableVerdict("empty answer")
     found = [value for value in _objects(visible, cut) if "best" in value]
@@ -89,7 +94,8 @@ def _read_object(text: str, opening: int, cut: bool) -> tuple[Any, int]:
         value, end = json.JSONDecoder().raw_decode(text, opening)
         return value, end - opening
     except (ValueError, RecursionError):
-        broken = _span(text, opening) or _match(r"\{[^{}]*\}" if cut else r"\{[^{}]*\}?", text, opening)
+        flat = (_CLOSED if cut else _FLAT).match(text, opening)
+        broken = _span(text, opening) or (flat[0] if flat else "")
     try:
         value = repair_json(broken, return_objects=True) if broken else None
     except (ValueError, RecursionError):
@@ -105,18 +111,6 @@ def _span(text: str, opening: int) -> str:
         if depth == 0 or depth > MOST_OBJECTS:
             return text[opening : token.end()] if depth == 0 else ""
     return ""
-
-
-def _match(pattern: str, text: str, opening: int) -> str:
-    found = re.compile(pattern).match(text, opening)
-    return found[0] if found else ""
-
-
-def _load(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _verdicts_in(value: Any, depth: int = 3) -> list[dict[str, Any]]:

@@ -111,10 +111,11 @@ class Batches:
                 self._lines[name] = self._gather(name, body)
         return (await asyncio.shield(self._lines[name])).pop(name, None)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Leave the batches to the next process, which finds them."""
         for task in filter(None, (self._found, *self._lines.values())):
             task.cancel()
+        await self._client.close()
 
     def _gather(self, name: str, body: dict[str, Any]) -> Awaited:
         if self._open is None or self._open[0].closed.is_set():
@@ -239,7 +240,8 @@ class Batches:
 
     def _classify(self, error: APIError) -> Exception:
         if isinstance(error, APIStatusError):
-            return classify(error.response, hide=self._hide)
+            answer = error.response
+            return classify(answer.status_code, answer.headers, answer.content, hide=self._hide)
         if isinstance(error, APIConnectionError):
             return Transient(str(error))
         return error

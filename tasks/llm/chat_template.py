@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from tasks.config import ChatSettings, TrainingConfig
+from tasks.config.base import resolve_location
 from tasks.errors import PreflowError
 from tasks.llm.choose_template import CONFIG, choose
 from tasks.store.records import PromptRow, number_rows
@@ -40,14 +41,7 @@ class TemplateRefused(PreflowError):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and what it is handed.
-
-    Attributes:
-        text: the template.
-        source: where it comes from.
-        special_tokens: the tokenizer's, by name; one that it has not is None.
-        settings: what else it is handed.
-    """
+    """A chat template and what it is handed: special tokens by name (None: the tokenizer has it not), and settings."""
 
     text: str
     source: str
@@ -57,8 +51,7 @@ class ChatTemplate:
     def render(self, messages: Messages, prompt: bool = False) -> str:
         """Return the text of a conversation; `prompt`: up to where the assistant's answer begins.
 
-        Raises:
-            TemplateRefused: in the template's own words.
+        Raises `TemplateRefused`, in the template's own words.
         """
         try:
             return _compile(self.text, self.settings.date_string).render(
@@ -77,8 +70,7 @@ class ChatTemplate:
     def around_answer(self) -> tuple[str, str]:
         """What stands before an answer, besides the prompt (white space at most), and after it: its end of turn.
 
-        Raises:
-            TemplateRefused: it takes no answer, or drops it.
+        Raises `TemplateRefused` if it takes no answer, or drops it.
         """
         question = [{"role": "user", "content": "Q"}]
         before, found, end = self.render([*question, {"role": "assistant", "content": ANSWER}]).rpartition(ANSWER)
@@ -142,19 +134,10 @@ def choose_template(
 ) -> ChatTemplate | None:
     """Return the chat template that counts: that of the settings, else the adapter's, else the base model's.
 
-    Args:
-        settings: name a file with it, or not, and what it is handed.
-        adapter: folder or gs:// address of the adapter.
-        base: folder or hub name of the base model.
-        revision: of a base model from the hub.
-
-    Raises:
-        PreflowError: the file that the settings name is not there.
+    `base` is a folder or a hub's name, then of `revision`. Raises `PreflowError` if the file that the settings name is
+    not there.
     """
-
-    def read(source: str, name: str) -> str | None:
-        return read_model_file(source, name, revision)
-
+    read = partial(read_model_file, revision=revision)
     folders = [source for source in (adapter, base) if source]
     if settings.chat_template is not None:
         text = Workspace.holding(settings.chat_template)
@@ -172,8 +155,7 @@ def choose_template(
 def template_of(training: TrainingConfig, adapter: str | None = None, base: str | None = None) -> ChatTemplate:
     """Return the chat template of a training; `adapter` and `base` are local copies of the two folders.
 
-    Raises:
-        PreflowError: there is none.
+    Raises `PreflowError` if there is none.
     """
     adapter, base = adapter or training.sft_adapter, base or training.base_model
     found = choose_template(training, adapter, base, training.base_revision)
@@ -207,14 +189,10 @@ def fast_tokenizer(training: TrainingConfig) -> Tokenizer | None:
 def tokenizer_digests(adapter: str, base: str) -> dict[str, str]:
     """Return the digests of the tokenizer's files: the adapter's where it brings one, else those of a base folder."""
     for folder in [adapter, *([base] if Path(base).expanduser().is_dir() else [])]:
-        files = Workspace.holding(folder).digests(_plain(folder), TOKENIZER)
+        files = Workspace.holding(folder).digests(resolve_location(folder), TOKENIZER)
         if CONFIG in files:
             return files
     return {}
-
-
-def _plain(folder: str) -> str:
-    return folder if "://" in folder else str(Path(folder).expanduser().absolute())
 
 
 def read_model_file(source: str, name: str, revision: str | None = None) -> str | None:
@@ -223,7 +201,7 @@ def read_model_file(source: str, name: str, revision: str | None = None) -> str 
     Preflight and trainer have fetched a hub's small files before; nothing is asked here.
     """
     if "://" in source or Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")):
-        store, uri = Workspace.holding(source), f"{_plain(source).rstrip('/')}/{name}"
+        store, uri = Workspace.holding(source), f"{resolve_location(source)}/{name}"
         return store.read_bytes(uri).decode() if store.exists(uri) else None
     from huggingface_hub import try_to_load_from_cache
 
@@ -237,8 +215,7 @@ def read_model_file(source: str, name: str, revision: str | None = None) -> str 
 def check_prompts(uri: str, template: ChatTemplate) -> None:
     """Render every prompt of a file, so that one that the template refuses is known before anything is paid.
 
-    Raises:
-        PreflowError: with file and line, in the template's words.
+    Raises `PreflowError` with file and line, in the template's words.
     """
     for place, row in number_rows(PromptRow, uri, Workspace.holding(uri)):
         try:

@@ -30,6 +30,8 @@ _SYSTEM = re.compile(
 FEWEST_TOKENS = 16
 # A response_format that was never answered is left out once after so many failures of the server (status 5xx).
 FORMAT_FAILURES = 3
+# Refusals that have nothing to do with the request's settings.
+CERTAIN = PERMANENT | {"not_found", "cut", "keeps_failing"}
 
 
 class Dialect:
@@ -38,7 +40,7 @@ class Dialect:
     def __init__(self, model: str) -> None:
         self._model = model
         self.dropped: set[str] = set()
-        self.most_tokens: int | None = None
+        self._most_tokens: int | None = None
         self._limit_name = "max_tokens"
         self._system_role = True
         self._format_taken = False
@@ -52,9 +54,18 @@ class Dialect:
             shaped["messages"] = _without_system(body["messages"])
         return shaped
 
+    def refused(self, body: dict[str, Any], sent: dict[str, Any]) -> tuple[str, ...]:
+        """Name what was asked for in `body` and not `sent` so, for the endpoint refuses it."""
+        names = [name for name in body if name not in sent and name != "max_tokens"]
+        if (limit := sent.get(self._limit_name)) and limit < body.get("max_tokens", limit):
+            names.append(f"max_tokens over {limit}")
+        if sent["messages"] is not body["messages"] and sent["messages"] != body["messages"]:
+            names.append("system role")
+        return tuple(sorted(names))
+
     def allowed_tokens(self, wanted: int) -> int:
         """Return `wanted`, or the most completion tokens that the endpoint allows."""
-        return min(wanted, self.most_tokens or wanted)
+        return min(wanted, self._most_tokens or wanted)
 
     def took(self, sent: dict[str, Any]) -> None:
         """Note that a request was answered."""
@@ -77,7 +88,7 @@ class Dialect:
     def learn(self, refused: RequestRefused, sent: dict[str, Any]) -> bool:
         """Change what a refusal of `sent` asks to change; False if it names nothing that can be changed."""
         text = refused.text
-        if refused.reason in PERMANENT or refused.reason in ("not_found", "cut", "keeps_failing") or "greedy" in text:
+        if refused.reason in CERTAIN or "greedy" in text:
             return False
         if "max_completion_tokens" in text and "max_tokens" in sent and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"
@@ -87,21 +98,14 @@ class Dialect:
             return self._say("takes no system role: its text opens the user's message")
         limit = sent.get(self._limit_name)
         if limit and limit > FEWEST_TOKENS and (_LIMIT.search(refused.param) or _LIMIT.search(text)):
-            return self._lower(limit, text)
-        return self._drop(refused, sent)
-
-    def _lower(self, limit: int, text: str) -> bool:
-        told = [number for number in map(int, re.findall(r"\b\d{2,9}\b", text)) if FEWEST_TOKENS <= number < limit]
-        self.most_tokens = max(told, default=max(FEWEST_TOKENS, limit // 2))
-        return self._say(f"allows at most {self.most_tokens} completion tokens")
-
-    def _drop(self, refused: RequestRefused, sent: dict[str, Any]) -> bool:
-        for text in filter(None, (refused.param, refused.text)):
-            named = [name for name, words in OPTIONAL.items() if name in sent and _names(name, words, text)]
+            told = [number for number in map(int, re.findall(r"\b\d{2,9}\b", text)) if FEWEST_TOKENS <= number < limit]
+            self._most_tokens = max(told, default=max(FEWEST_TOKENS, limit // 2))
+            return self._say(f"allows at most {self._most_tokens} completion tokens")
+        for said in filter(None, (refused.param, text)):
+            named = [name for name, words in OPTIONAL.items() if name in sent and _names(name, words, said)]
             if named:
                 # Of temperature and top_p together some take either: the first is the one that matters.
-                name = "top_p" if "top_p" in named and "temperature" in named else named[0]
-                return self.drop(name)
+                return self.drop("top_p" if {"top_p", "temperature"} <= set(named) else named[0])
         return False
 
     def drop(self, name: str) -> bool:
@@ -120,10 +124,10 @@ def _names(name: str, words: str, text: str) -> bool:
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """Return messages whose system texts stand at the beginning of the first user message."""
-    system = [message["content"] for message in messages if message["role"] == "system"]
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     others = [dict(message) for message in messages if message["role"] != "system"]
     first = next((message for message in others if message["role"] == "user"), None)
     if first is None:
-        return [{"role": "user", "content": "\n\n".join(system)}, *others]
-    first["content"] = "\n\n".join([*system, first["content"]])
+        return [{"role": "user", "content": system}, *others]
+    first["content"] = f"{system}\n\n{first['content']}" if system else first["content"]
     return others

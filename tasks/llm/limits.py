@@ -110,7 +110,6 @@ class Gate:
         self._turn = asyncio.Lock()
         self._paused_until = 0.0
         self._known, self._answered, self._debt = 0.0, 0, 0.0
-        self.waited_seconds = 0.0
 
     def pause(self, seconds: float) -> None:
         """Let nothing out for `seconds` from now."""
@@ -119,7 +118,6 @@ class Gate:
     async def admit(self, tokens: int) -> float:
         """Wait until a request may be sent that has at most about `tokens` tokens; return what it counts as."""
         async with self._turn:
-            started = time.monotonic()
             expected = min(float(tokens), MARGIN * self._known / self._answered if self._answered else tokens)
             if self._tokens is not None:
                 await self._take(self._tokens, expected)
@@ -128,7 +126,6 @@ class Gate:
             while (pause := self._paused_until - time.monotonic()) > 0:
                 self._on_pause()
                 await asyncio.sleep(min(pause, HEARTBEAT_SECONDS))
-            self.waited_seconds += time.monotonic() - started
             return expected
 
     async def _take(self, limiter: AsyncLimiter, expected: float) -> None:
@@ -162,9 +159,8 @@ class Budget:
     @property
     def spent(self) -> float:
         """US$ so far; an answer that was lost on its way is taken to have cost the mean of the others."""
-        if not self._answered:
-            return self._known + sum(self._lost)
-        return self._known * (1 + len(self._lost) / self._answered)
+        lost = self._known * len(self._lost) / self._answered if self._answered else sum(self._lost)
+        return self._known + lost
 
     async def reserve(self, most: float) -> None:
         """Set `most` US$ aside, waiting for requests in flight to cost less than was set aside for them.

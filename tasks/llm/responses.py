@@ -16,11 +16,12 @@ import json
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, Protocol
+from typing import Any, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from tasks.config import EndpointConfig
@@ -105,12 +106,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The completions of one request, in the order of the endpoint's indices."""
+    """The completions of one request, in the order of the endpoint's indices; `refused` names settings not heeded."""
 
     choices: list[Choice]
     usage: Cost
     model: str
     prompt_token_ids: list[int] | None = None
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,22 +191,6 @@ class Transient(Exception):
 Failure = Transient | RequestRefused | StageStopped
 
 
-class Response(Protocol):
-    """What is read of an HTTP response."""
-
-    @property
-    def status_code(self) -> int:
-        """The HTTP status."""
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The headers, in any case."""
-
-    @property
-    def text(self) -> str:
-        """The body."""
-
-
 # ---- answers
 
 
@@ -227,7 +213,7 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
         text = shorten(body.decode(errors="replace"), 80)
         raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
     items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
-    choices = [replace(_read_choice(item), token_ids=_read_ids(item.get("token_ids"))) for item in items]
+    choices = [_read_choice(item) for item in items]
     usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
     return Answer(choices, usage, str(data.get("model") or ""), _read_ids(data.get("prompt_token_ids")))
 
@@ -248,19 +234,20 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
         cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
         raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
     message = item["message"]
-    text, thinking = _read_content(message.get("content"))
-    refusal = message.get("refusal")
-    thinking = thinking or any(message.get(name) for name in ("reasoning_content", "reasoning"))
+    refusal, (text, thinking) = message.get("refusal"), _read_content(message.get("content"))
+    note = ""
     if _FILTERED.search(finish):
-        return Choice(text, "content_filter", "" if text else f"withheld by the provider's filter ({finish})")
-    if text.strip():
-        return Choice(text, finish)
-    if isinstance(refusal, str) and refusal:
-        return Choice("", "content_filter", f"the model refused: {shorten(refusal, 200)}")
-    if thinking:
+        finish, note = "content_filter", "" if text else f"withheld by the provider's filter ({finish})"
+    elif text.strip():
+        pass
+    elif isinstance(refusal, str) and refusal:
+        text, finish, note = "", "content_filter", f"the model refused: {shorten(refusal, 200)}"
+    elif thinking or message.get("reasoning_content") or message.get("reasoning"):
+        text = ""
         note = "the model only thought and wrote no answer: raise max_tokens, or have it think less (reasoning_effort)"
-        return Choice("", finish, note)
-    return Choice(text, finish, f"the model wrote nothing (finish_reason {finish})")
+    else:
+        note = f"the model wrote nothing (finish_reason {finish})"
+    return Choice(text, finish, note, _read_ids(item.get("token_ids")))
 
 
 def _read_content(content: Any) -> tuple[str, bool]:
@@ -314,13 +301,13 @@ class ServerError:
 
     status: int
     text: str
-    codes: frozenset[str] = frozenset()
-    param: str = ""
-    wait: float | None = None
-    resets_at: float | None = None
+    codes: frozenset[str]
+    param: str
+    wait: float | None
+    resets_at: float | None
 
     @classmethod
-    def of(cls, status: int, headers: Mapping[str, str], data: Any, hide: str | None = None) -> "ServerError":
+    def of(cls, status: int, headers: Mapping[str, str], data: Any, hide: str | None = None) -> Self:
         """Read a parsed body, or a text that is none; `hide` is the key, which some servers repeat."""
         if isinstance(data, list) and data:  # Gemini wraps its errors in a list
             data = data[0]
@@ -331,28 +318,27 @@ class ServerError:
         fields = list(_walk(data))
         text = _message(error) or _message(data)
         text = shorten(text.replace(hide, "***") if hide else text).rstrip(".")
-        named = (value for name, value in fields if name == "param" and isinstance(value, str))
         return cls(
             status=status,
             text=text,
             codes=frozenset(str(value).lower() for name, value in fields if name.lower() in _CODE_FIELDS),
-            param=next(named, ""),
+            param=next((value for name, value in fields if name == "param" and isinstance(value, str)), ""),
             wait=_wait(headers, fields, text),
             resets_at=_epoch(headers, fields),
         )
 
 
-def _walk(data: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _walk(data: Any) -> Iterator[tuple[str, Any]]:
     """Yield the named plain values of an error, wherever they stand."""
-    if isinstance(data, dict):
-        for name, value in data.items():
-            if isinstance(value, dict | list):
-                yield from _walk(value, depth + 1) if depth < 8 else ()
-            else:
-                yield str(name), value
-    elif isinstance(data, list):
-        for value in data[:50]:
-            yield from _walk(value, depth + 1) if depth < 8 else ()
+    waiting = deque([("", data)])
+    while waiting:
+        name, value = waiting.popleft()
+        if isinstance(value, dict):
+            waiting.extend((str(name), inner) for name, inner in value.items())
+        elif isinstance(value, list):
+            waiting.extend(("", inner) for inner in value)
+        else:
+            yield name, value
 
 
 def _message(data: Any) -> str:
@@ -370,17 +356,13 @@ def _message(data: Any) -> str:
     return " ".join(filter(None, (where, words, raw)))
 
 
-def classify(response: Response, hide: str | None) -> Failure:
-    """Return what an error response means; a `StageStopped` carries only the server's words and when it ends.
-
-    `hide` is the key, which some servers repeat in their message.
-    """
+def classify(status: int, headers: Mapping[str, str], content: bytes, hide: str | None) -> Failure:
+    """Return what a response of 400 or above means; `hide` is the key, which must not reach a message."""
     try:
-        data: Any = json.loads(response.text)
+        data: Any = json.loads(content)
     except ValueError:
-        data = response.text
-    error = ServerError.of(response.status_code, response.headers, data, hide)
-    return classify_error(error)
+        data = content.decode(errors="replace")
+    return classify_error(ServerError.of(status, headers, data, hide))
 
 
 def classify_error(error: ServerError) -> Failure:
@@ -420,16 +402,16 @@ def _reason(error: ServerError) -> str:
 def _reset(error: ServerError, google: bool) -> str:
     """Say when a day's quota is there again."""
     moment = error.resets_at
-    if moment is None and google:
-        try:
-            now = datetime.now(ZoneInfo("America/Los_Angeles"))
-        except ZoneInfoNotFoundError:
-            return "at midnight Pacific time"
-        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
-        return f"at midnight Pacific time, {midnight.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-    if moment is None:
+    if moment is not None:
+        return f"at {datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M} UTC"
+    if not google:
         return "after a day (the endpoint does not say when)"
-    return f"at {datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M} UTC"
+    try:
+        now = datetime.now(ZoneInfo("America/Los_Angeles"))
+    except ZoneInfoNotFoundError:
+        return "at midnight Pacific time"
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+    return f"at midnight Pacific time, {midnight.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) -> float | None:

@@ -59,7 +59,6 @@ class RetryPolicy:
         self._ping_failed_at = self._said_at = float("-inf")
         self._since: float | None = None
         self._answers = self.failures = 0
-        self.waited_seconds = 0.0
 
     async def call(self, attempt: Callable[[Attempts], Awaitable[Answer]]) -> Answer:
         """Return the answer of the first attempt that is answered.
@@ -72,7 +71,7 @@ class RetryPolicy:
             retry=retry_if_exception_type(Transient),
             wait=self._wait,
             before_sleep=partial(self._check_hope, attempts),
-            sleep=self._sleep,
+            sleep=asyncio.sleep,
         )
         return await retrying(attempt, attempts)
 
@@ -89,8 +88,7 @@ class RetryPolicy:
         """Raise why there is no further attempt, if there is none."""
         failure = _failure(state)
         self.failures += 1
-        now = time.monotonic()
-        self._since = self._since or now
+        self._since = self._since or time.monotonic()
         if not failure.throttled:
             attempts.failures += 1
             attempts.odd += failure.odd
@@ -114,10 +112,6 @@ class RetryPolicy:
         if failure.retry_after:
             return 0.0  # the pause holds for every request, this one too
         return float(min(max(self._left(), FIRST_BACKOFF_SECONDS), self._backoff(state)))
-
-    async def _sleep(self, seconds: float) -> None:
-        self.waited_seconds += seconds
-        await asyncio.sleep(seconds)
 
     def _left(self) -> float:
         return self._config.max_outage_seconds - self._seconds()

@@ -1,34 +1,211 @@
 """What an endpoint serves: its models, and the LoRA adapters that vLLM takes in while it runs."""
 
 import asyncio
+import contextlib
+import json
 import logging
-import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict, Unpack
+from urllib.parse import urlsplit, urlunsplit
 
-import httpx2
-
-from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
+from tasks.llm.connection import Connection
 from tasks.llm.responses import KeyRefused, ModelInfo, NotPermitted, RequestRefused, Transient
 
 log = logging.getLogger(__name__)
-
-# Path or URL, JSON body (None: GET), seconds; raises Transient, RequestRefused and KeyRefused.
-Call = Callable[[str, dict[str, Any] | None, float], Awaitable[httpx2.Response]]
 
 CHECK_SECONDS = 10.0
 CHECK_ATTEMPTS = 4
 ADAPTER_SECONDS = 120.0
 
 
-async def list_models(call: Call) -> list[ModelInfo]:
-    """Return the models of the endpoint. Raises what `call` raises, and `Transient` for an answer that is no list."""
-    response = await call("/models", None, CHECK_SECONDS)
+class Template(TypedDict):
+    """The chat template that turns messages into tokens, where it is not the server's own, and what it is handed."""
+
+    chat_template: NotRequired[str | None]
+    chat_template_kwargs: NotRequired[Mapping[str, Any] | None]
+
+
+class Administration(Connection, ABC):
+    """What an endpoint tells about its models, and what vLLM is told about adapters."""
+
+    @abstractmethod
+    async def ping(self) -> object:
+        """Send one short request, once; raise what became of it."""
+
+    async def models(self) -> list[ModelInfo]:
+        """Return the models that the endpoint serves, LoRA adapters included.
+
+        Raises what `_call` raises, and `Transient` for an answer that is no list.
+        """
+        content = await self._call(f"{self.base_url}/models", None, CHECK_SECONDS)
+        try:
+            return [_model(item) for item in json.loads(content)["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Transient("the answer of /models is not a list of models") from error
+
+    async def check_model(self) -> ModelInfo:
+        """Return the configured model, after at most about 10 s; one that is not listed is asked a short question.
+
+        Raises:
+            PreflowError: it cannot be used: not reachable, not an OpenAI address, model not served, key refused.
+        """
+        config = self.config
+        try:
+            models = await self._list_patiently()
+        except NotPermitted as refused:  # there are keys that may ask and may not list
+            return await self._try_unlisted(f"did not list its models ({refused})")
+        except Transient as failure:
+            raise PreflowError(
+                f"{config.endpoint} is not usable: {failure}. Check that the server is up, that the address is right "
+                f"(it usually ends in /v1), and that it can be reached from here: curl {self.base_url}/models"
+            ) from failure
+        except RequestRefused as refused:
+            if refused.status not in (404, 405, 501):
+                message = f"{config.endpoint} did not list its models: {refused}; check the address"
+                raise PreflowError(message) from refused
+            return await self._without_list()
+        for model in models:
+            # Gemini lists its models as models/NAME and takes both names.
+            if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
+                return model
+        names = ", ".join(sorted(model.id for model in models)[:30]) or "none at all"
+        return await self._try_unlisted(f"lists other models: {names}")
+
+    async def _list_patiently(self) -> list[ModelInfo]:
+        failure = Transient(f"no answer within {CHECK_SECONDS:g} s")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CHECK_SECONDS):
+                for attempt in range(CHECK_ATTEMPTS):
+                    try:
+                        return await self.models()
+                    except Transient as caught:
+                        failure = caught
+                    await asyncio.sleep(0.25 * 2**attempt)
+        raise failure
+
+    async def _try_unlisted(self, why: str) -> ModelInfo:
+        try:
+            await self.ping()
+        except RequestRefused as refused:
+            if refused.reason == "not_found" or "model" in refused.text.lower():
+                raise self.not_served(refused, why) from refused
+        except Transient as failure:
+            log.info("%s: a short question was not answered either: %s", self.config.endpoint, failure)
+        log.warning("%s %s; %s is asked all the same", self.config.endpoint, why, self.config.model)
+        return ModelInfo(id=self.config.model)
+
+    def not_served(self, refused: RequestRefused, why: str = "") -> PreflowError:
+        """Return the error for a model that the endpoint does not answer for, listed or not."""
+        remedy = f"set model to one it has: it {why}" if why else "set model to one it has, and check the address"
+        return PreflowError(
+            f"{self.config.endpoint} does not serve the model {self.config.model!r}: {refused}; {remedy}"
+        )
+
+    async def _without_list(self) -> ModelInfo:
+        config, right = self.config, f"{self.base_url}/v1"
+        if not self.base_url.endswith("/v1"):
+            try:
+                await self._call(f"{right}/models", None, CHECK_SECONDS)
+            except (Transient, RequestRefused) as absent:
+                log.debug("%s/models lists nothing either: %s", right, absent)
+            else:
+                raise PreflowError(f"{config.endpoint} is not the API's base address: set endpoint to {right}")
+        log.warning(
+            "%s does not list its models, so it is not known whether it serves %s; if every request fails with 404, "
+            "check the address (it usually ends in /v1) and the model's name",
+            config.endpoint, config.model,
+        )  # fmt: skip
+        return ModelInfo(id=config.model)
+
+    @property
+    def _server(self) -> str:
+        return self.base_url.removesuffix("/v1")
+
+    async def _admin_urls(self, action: str) -> list[str]:
+        return [f"{address}/v1/{action}_lora_adapter" for address in await replicas(self._server)]
+
+    async def load_adapter(self, name: str, path: str, replace: bool) -> None:
+        """Have vLLM serve the LoRA adapter in the folder `path`, as the server sees it, under `name`.
+
+        With `replace`, an adapter already served under that name is exchanged. Raises `PreflowError`.
+        """
+        body = {"lora_name": name, "lora_path": path, "load_inplace": replace}
+        try:
+            for url in await self._admin_urls("load"):
+                await self._call(url, body, ADAPTER_SECONDS)
+        except (Transient, RequestRefused) as failure:
+            where = f"{self.config.endpoint} did not load the adapter {name} from {path}"
+            raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
+
+    async def unload_adapter(self, name: str) -> None:
+        """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
+        for url in await self._admin_urls("unload"):
+            try:
+                await self._call(url, {"lora_name": name}, ADAPTER_SECONDS)
+            except (Transient, RequestRefused) as failure:
+                if "cannot be found" not in str(failure):
+                    where = f"{self.config.endpoint} did not unload the adapter {name}"
+                    raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
+                log.info("%s does not serve the adapter %s: nothing to unload", self.config.endpoint, name)
+
+    async def tokenize(
+        self, prompt: Sequence[Mapping[str, str]] | str, **template: Unpack[Template]
+    ) -> list[int] | None:
+        """Return the tokens of messages, or of a text as it stands, as vLLM sees them; None where it does not tell."""
+        url, given = f"{self._server}/tokenize", {name: value for name, value in template.items() if value is not None}
+        body: dict[str, Any] = {"model": self.config.model, "prompt": prompt, "add_special_tokens": False}
+        if not isinstance(prompt, str):
+            body = {"model": self.config.model, "messages": list(prompt), "add_generation_prompt": True, **given}
+        try:
+            return [int(token) for token in json.loads(await self._call(url, body, 3 * CHECK_SECONDS))["tokens"]]
+        except (Transient, RequestRefused, KeyRefused, ValueError, KeyError, TypeError) as error:
+            if "chat_template" in body:  # the server has its own, and takes none from a request
+                return await self.tokenize(prompt, chat_template_kwargs=template.get("chat_template_kwargs"))
+            log.info("%s is of no use (%s): prompts are not checked there", url, error)
+            return None
+
+    async def token_log_prob(self, prefix: Sequence[int], token: int) -> float:
+        """Return the log-prob (nats) that the model gives `token` after the token ids `prefix`; vLLM alone tells it.
+
+        Raises `PreflowError`.
+        """
+        # Not `prompt_logprobs`: in one batch with other requests that ends vLLM's CPU engine (0.32).
+        body = {
+            "model": self.config.model, "prompt": list(prefix), "max_tokens": 1, "temperature": 0, "logprobs": 1,
+            "allowed_token_ids": [token],
+        }  # fmt: skip
+        where = f"{self.config.endpoint} gave no log-probs of {self.config.model}"
+        try:
+            content = await self._call(f"{self.base_url}/completions", body, ADAPTER_SECONDS)
+            return float(json.loads(content)["choices"][0]["logprobs"]["token_logprobs"][0])
+        except (Transient, RequestRefused) as failure:
+            raise PreflowError(f"{where}: {failure}") from failure
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise PreflowError(
+                f"{where} ({type(error).__name__}): it must be a vLLM, which takes token ids and allowed_token_ids on "
+                "/v1/completions"
+            ) from error
+
+
+async def replicas(endpoint: str) -> list[str]:
+    """Return the address of every server behind an endpoint's name; adapters are loaded into each of them.
+
+    A headless Service of Kubernetes has the addresses of all its pods. An https endpoint is one server: its name is in
+    its certificate.
+    """
+    url = urlsplit(endpoint)
+    if url.scheme != "http" or url.hostname is None:
+        return [endpoint]
+    port, loop = url.port or 80, asyncio.get_running_loop()
     try:
-        return [_model(item) for item in response.json()["data"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Transient("the answer of /models is not a list of models") from error
+        found = await loop.getaddrinfo(url.hostname, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except OSError:  # whoever asks it next says so
+        return [endpoint]
+    hosts = sorted({str(address[0]) for *_, address in found})
+    return [urlunsplit(url._replace(netloc=f"{host}:{port}")) for host in hosts] if len(hosts) > 1 else [endpoint]
 
 
 def _model(item: dict[str, Any]) -> ModelInfo:
@@ -41,166 +218,23 @@ def _model(item: dict[str, Any]) -> ModelInfo:
     )
 
 
-async def check_model(call: Call, config: EndpointConfig, ping: Callable[[], Awaitable[object]]) -> ModelInfo:
-    """Return the configured model if the endpoint answers and serves it; a model that is not listed is asked (`ping`).
-
-    Raises `PreflowError` with what to do: not reachable, not an OpenAI address, model not served, key refused.
-    """
-    try:
-        models = await _list_patiently(call)
-    except NotPermitted as refused:  # there are keys that may ask and may not list
-        return await _try_unlisted(config, ping, f"did not list its models ({refused})")
-    except Transient as failure:
-        raise PreflowError(
-            f"{config.endpoint} is not usable: {failure}. Check that the server is up, that the address is right (it "
-            "usually ends in /v1), and that it can be reached from here: "
-            f"curl {base_url(config)}/models"
-        ) from failure
-    except RequestRefused as refused:
-        if refused.status not in (404, 405, 501):
-            raise PreflowError(f"{config.endpoint} did not list its models: {refused}; check the address") from refused
-        return await _without_list(call, config)
-    for model in models:
-        # Gemini lists its models as models/NAME and takes both names.
-        if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
-            return model
-    names = ", ".join(sorted(model.id for model in models)[:30]) or "none at all"
-    return await _try_unlisted(config, ping, f"lists other models: {names}")
-
-
-async def _try_unlisted(config: EndpointConfig, ping: Callable[[], Awaitable[object]], why: str) -> ModelInfo:
-    try:
-        await ping()
-    except RequestRefused as refused:
-        if refused.reason == "not_found" or "model" in refused.text.lower():
-            raise not_served(config, refused, why) from refused
-    except Transient as failure:
-        log.info("%s: a short question was not answered either: %s", config.endpoint, failure)
-    log.warning("%s %s; %s is asked all the same", config.endpoint, why, config.model)
-    return ModelInfo(id=config.model)
-
-
-def not_served(config: EndpointConfig, refused: RequestRefused, why: str = "") -> PreflowError:
-    """Return the error for a model that the endpoint does not answer for, listed or not."""
-    remedy = f"set model to one it has: it {why}" if why else "set model to one it has, and check the address"
-    return PreflowError(f"{config.endpoint} does not serve the model {config.model!r}: {refused}; {remedy}")
-
-
-async def _list_patiently(call: Call) -> list[ModelInfo]:
-    failure = Transient(f"no answer within {CHECK_SECONDS:g} s")
-    try:
-        async with asyncio.timeout(CHECK_SECONDS):
-            for attempt in range(CHECK_ATTEMPTS):
-                try:
-                    return await list_models(call)
-                except Transient as caught:
-                    failure = caught
-                await asyncio.sleep(0.25 * 2**attempt)
-    except TimeoutError:
-        raise failure from None
-    raise failure
-
-
-async def _without_list(call: Call, config: EndpointConfig) -> ModelInfo:
-    base = base_url(config)
-    if not base.endswith("/v1"):
-        try:
-            await call(f"{base}/v1/models", None, CHECK_SECONDS)
-        except (Transient, RequestRefused) as absent:
-            log.debug("%s/v1/models lists nothing either: %s", base, absent)
-        else:
-            raise PreflowError(f"{config.endpoint} is not the API's base address: set endpoint to {base}/v1")
-    log.warning(
-        "%s does not list its models, so it is not known whether it serves %s; if every request fails with 404, "
-        "check the address (it usually ends in /v1) and the model's name",
-        config.endpoint, config.model,
-    )  # fmt: skip
-    return ModelInfo(id=config.model)
-
-
-def base_url(config: EndpointConfig) -> str:
-    """Return the endpoint's address without its query and without a slash at its end."""
-    return config.endpoint.partition("?")[0].rstrip("/")
-
-
-def _admin_url(config: EndpointConfig, action: str) -> str:
-    return f"{base_url(config).removesuffix('/v1')}/v1/{action}_lora_adapter"
-
-
-async def load_adapter(call: Call, config: EndpointConfig, adapter: dict[str, str], replace: bool) -> None:
-    """Have vLLM load `adapter` (`lora_name`, `lora_path`); see `Endpoint.load_adapter`."""
-    try:
-        await call(_admin_url(config, "load"), {**adapter, "load_inplace": replace}, ADAPTER_SECONDS)
-    except (Transient, RequestRefused) as failure:
-        where = f"{config.endpoint} did not load the adapter {adapter['lora_name']} from {adapter['lora_path']}"
-        raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
-
-
-async def unload_adapter(call: Call, config: EndpointConfig, name: str) -> None:
-    """Have vLLM unload the adapter `name`; see `Endpoint.unload_adapter`."""
-    try:
-        await call(_admin_url(config, "unload"), {"lora_name": name}, ADAPTER_SECONDS)
-    except (Transient, RequestRefused) as failure:
-        if "cannot be found" in str(failure):
-            log.info("%s does not serve the adapter %s: nothing to unload", config.endpoint, name)
-            return
-        raise PreflowError(
-            f"{config.endpoint} did not unload the adapter {name}: {failure}. {_remedy(failure)}"
-        ) from failure
-
-
-async def tokenize(
-    call: Call, config: EndpointConfig, prompt: Sequence[Mapping[str, str]] | str, template: Mapping[str, Any]
-) -> list[int] | None:
-    """Return the tokens of messages or text; see `Endpoint.tokenize`."""
-    url = f"{base_url(config).removesuffix('/v1')}/tokenize"
-    body: dict[str, Any] = {"model": config.model, "prompt": prompt, "add_special_tokens": False}
-    if not isinstance(prompt, str):
-        body = {"model": config.model, "messages": list(prompt), "add_generation_prompt": True, **template}
-    try:
-        return [int(token) for token in (await call(url, body, 3 * CHECK_SECONDS)).json()["tokens"]]
-    except (Transient, RequestRefused, KeyRefused, ValueError, KeyError, TypeError) as error:
-        if "chat_template" in body:  # the server has its own, and takes none from a request
-            own = {name: value for name, value in template.items() if name != "chat_template"}
-            return await tokenize(call, config, prompt, own)
-        log.info("%s is of no use (%s): prompts are not checked there", url, error)
-        return None
-
-
-async def token_log_prob(call: Call, config: EndpointConfig, prefix: Sequence[int], token: int) -> float:
-    """Return the log-prob of one token after others; see `Endpoint.token_log_prob`."""
-    # Not `prompt_logprobs`: in one batch with other requests that ends vLLM's CPU engine (0.32).
-    body = {
-        "model": config.model, "prompt": list(prefix), "max_tokens": 1, "temperature": 0, "logprobs": 1,
-        "allowed_token_ids": [token],
-    }  # fmt: skip
-    try:
-        response = await call("/completions", body, ADAPTER_SECONDS)
-        return float(response.json()["choices"][0]["logprobs"]["token_logprobs"][0])
-    except (Transient, RequestRefused) as failure:
-        raise PreflowError(f"{config.endpoint} gave no log-probs of {config.model}: {failure}") from failure
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise PreflowError(
-            f"{config.endpoint} gave no log-probs of {config.model} ({type(error).__name__}): it must be a vLLM, which "
-            "takes token ids and allowed_token_ids on /v1/completions"
-        ) from error
+# What is wrong with an adapter, by vLLM's words.
+_REMEDIES = {
+    "No adapter found": "The folder must exist where the server runs, and hold adapter_config.json: mount the "
+    "workspace there too, and set adapter_root to where the server sees it",
+    "already been loaded": "Take another name, or replace what is served under this one",
+    "rank": "The adapter's rank is too high for this server: start vLLM with --max-lora-rank at least that",
+}
 
 
 def _remedy(failure: Transient | RequestRefused) -> str:
-    text = str(failure)
     if failure.status == 0:
         return "Check that the server is up and the address right"
-    if "No adapter found" in text:
-        return (
-            "The folder must exist where the server runs, and hold adapter_config.json: mount the workspace there too, "
-            "and set adapter_root to where the server sees it"
-        )
-    if failure.status in (404, 405):
+    if failure.status in (404, 405) and "No adapter found" not in str(failure):
         return "Start vLLM with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-    if "already been loaded" in text:
-        return "Take another name, or replace what is served under this one"
-    if re.search(r"max_lora_rank|rank", text):
-        return "The adapter's rank is too high for this server: start vLLM with --max-lora-rank at least that"
+    for words, remedy in _REMEDIES.items():
+        if words in str(failure):
+            return remedy
     if failure.status >= 500:
         return "vLLM takes no DoRA, no modules_to_save and no bias in an adapter; its log says more"
     return "See the server's log"

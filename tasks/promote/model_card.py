@@ -2,13 +2,14 @@
 
 import posixpath
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import MANIFEST, Manifest, Origin, Workspace
+from tasks.promote.pointer import Entry, read_evaluation
+from tasks.store.measures import Evaluation
+from tasks.store.workspace import MANIFEST, EvaluationRef, Manifest, Origin, Workspace
 
 HYPER_PARAMETERS = (
     "beta", "loss_type", "sft_weight", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
@@ -16,41 +17,42 @@ HYPER_PARAMETERS = (
     "max_grad_norm", "load_in_4bit", "bnb_4bit_quant_type", "bf16", "disable_dropout", "seed",
 )  # fmt: skip
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+# What vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py).
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The manifests of an adapter's evaluation, training and pairs, and the win rate."""
+    """The manifests of an adapter's training and pairs, and what its evaluation found."""
 
-    adapter_sha256: str
-    win_rate: dict[str, Any]
-    evaluation: Manifest
+    found: Evaluation
     training: Manifest
     preferences: Manifest
 
     @classmethod
-    def of(cls, entry: dict[str, Any], workspace: str) -> "Provenance":
+    def of(cls, entry: Entry, workspace: str) -> "Provenance":
         """Read what made the adapter of a pointer's entry.
 
         Raises:
             PreflowError: a manifest is no longer there.
         """
         store = Workspace(workspace)
-        win_rate = entry["evaluation"]["uri"]
         try:
-            evaluation = store.read_manifest(posixpath.join(posixpath.dirname(win_rate), MANIFEST))
+            evaluation = store.read_manifest(posixpath.join(posixpath.dirname(entry.evaluation.uri), MANIFEST))
             training = store.read_manifest(_upstream(evaluation, "adapter"))
             preferences = store.read_manifest(_upstream(training, "preferences"))
+            return cls(_found(evaluation), training, preferences)
         except PreflowError as error:
             raise PreflowError(
                 f"the model card cannot say how the adapter was made: {error}. Publish from the workspace that it was "
                 "made in."
             ) from error
-        return cls(entry["adapter_sha256"], store.read_json(win_rate), evaluation, training, preferences)
 
-    def upstream(self, kind: str) -> Origin:
-        """Return what of this kind the training was made from."""
-        return _upstream(self.training, kind)
+
+def _found(manifest: Manifest) -> Evaluation:
+    if isinstance(manifest.artifact, EvaluationRef):
+        return read_evaluation(manifest.artifact)
+    raise PreflowError(f"{manifest.artifact.manifest}: is of no evaluation; run evaluate-adapter again")
 
 
 def _upstream(manifest: Manifest, kind: str) -> Origin:
@@ -76,9 +78,10 @@ def base_name(provenance: Provenance, publishing: PublishingConfig) -> str:
 
 def write_card(provenance: Provenance, publishing: PublishingConfig) -> str:
     """Return the card, Markdown with YAML front matter; equal manifests give equal bytes."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
-    base = base_name(provenance, publishing)
+    base, training = base_name(provenance, publishing), provenance.training
+    config, judging = training.settings(TrainingConfig), provenance.preferences.settings(JudgingConfig)
     data = ModelCardData(
         base_model=base,
         library_name="peft",
@@ -86,117 +89,41 @@ def write_card(provenance: Provenance, publishing: PublishingConfig) -> str:
         license=publishing.license,
         tags=["base_model:adapter:" + base, "dpo", "lora", "trl", "preflow"],
     )
-    name = publishing.repo.rsplit("/", 1)[-1]
-    sections = [
-        f"# {name}\n\nA LoRA adapter for `{base}`, improved by direct preference optimisation (DPO) over the SFT "
-        "adapter that it started from. Written by preflow from the manifests of the run.",
-        _result(provenance),
-        _data(provenance),
-        _judge(provenance),
-        _training(provenance),
-        _digests(provenance),
-        _usage(base, publishing.repo, name, provenance.training),
-    ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-
-
-def _result(provenance: Provenance) -> str:
-    found = provenance.win_rate
-    rows = [("the adapter against its SFT adapter", _rate(found))]
-    if "length_controlled" in found:
-        rows.append(("the same, with length taken out", _rate(found["length_controlled"])))
-    if "null" in found:
-        confidence = found["null"].get("confidence", found["confidence"])
-        rows.append((f"the SFT adapter against itself (the null), at {confidence:.0%}", _rate(found["null"])))
-    counts = f"{found['samples']:,} samples of {found['prompts']:,} held-out prompts"
-    return (
-        f"## Does it write better text?\n\nThe same judge compared {counts}, each pair in both orders; ties count "
-        f"half. The interval holds at {found['confidence']:.0%}.\n\n" + _table(("win rate of", "value"), rows)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md.j2")),
+        name=publishing.repo.rsplit("/", 1)[-1],
+        repo=publishing.repo,
+        found=provenance.found,
+        adapter_sha256=provenance.found.adapter_sha256,
+        data=_data(training.counts, provenance.preferences.counts),
+        judging=judging,
+        rubric=posixpath.basename(judging.rubric or ""),
+        settings=_settings(training),
+        versions=", ".join(f"{name} {version}" for name, version in sorted(training.packages.items())),
+        sft_adapter=_upstream(training, "sft_adapter"),
+        base=_upstream(training, "base_model"),
+        pairs=_upstream(training, "preferences"),
+        revision=config.base_revision,
+        max_length=config.max_length,
+        lora_rank=next(rank for rank in SERVED_RANKS if rank >= training.counts.get("lora_rank", 64)),
     )
+    return str(card) + "\n"
 
 
-def _rate(found: dict[str, Any]) -> str:
-    return f"{found['win_rate']:.3f} [{found['lower']:.3f}, {found['upper']:.3f}]"
-
-
-def _data(provenance: Provenance) -> str:
-    counts, pairs = provenance.training.counts, provenance.preferences.counts
+def _data(counts: dict[str, int], pairs: dict[str, int]) -> list[tuple[str, str]]:
     rows = [("preference pairs, training", f"{counts['train_used']:,}")]
     if "val_used" in counts:
         rows.append(("preference pairs, validation", f"{counts['val_used']:,}"))
     rows += [(f"prompts judged: {name}", f"{pairs[name]:,}") for name in sorted(pairs) if name not in ("train", "val")]
-    rows.append(("mean length of prompt and side, tokens", f"{counts['train_mean']}"))
-    return (
-        "## Trained on\n\nCompletions of the SFT adapter, as chosen and rejected by the judge. The data itself is not "
-        "published here.\n\n" + _table(("what", "count"), rows)
-    )
+    return [*rows, ("mean length of prompt and side, tokens", f"{counts['train_mean']}")]
 
 
-def _judge(provenance: Provenance) -> str:
-    judging = provenance.preferences.settings(JudgingConfig)
-    rows = [
-        ("judge", ", ".join(judge.model for judge in judging.judges())),
-        ("rubric", posixpath.basename(judging.rubric or "")),
-        ("orders in which each prompt was judged", str(judging.orders)),
-        ("a pair needs", judging.pair_policy.value),
-    ]
-    return "## Judge\n\n" + _table(("what", "value"), rows)
-
-
-def _training(provenance: Provenance) -> str:
-    config, figures = provenance.training.config, provenance.training.figures
-    rows = [(name, str(config[name])) for name in HYPER_PARAMETERS if name in config]
-    rows.append(("optimizer steps", str(provenance.training.counts["steps"])))
-    rows.append(("first loss", f"{figures['first_loss']:.4f}"))
+def _settings(training: Manifest) -> list[tuple[str, object]]:
+    figures, rows = training.figures, list[tuple[str, object]]()
+    rows += [(name, training.config[name]) for name in HYPER_PARAMETERS if name in training.config]
+    rows += [("optimizer steps", training.counts["steps"]), ("first loss", f"{figures['first_loss']:.4f}")]
     if "eval_loss" in figures:
         rows.append(("accuracy on validation pairs", f"{figures['eval_rewards/accuracies']:.3f}"))
         rows.append(("margin on validation pairs", f"{figures['eval_rewards/margins']:.3f}"))
-    packages = sorted(provenance.training.packages.items())
-    versions = ", ".join(f"{name} {version}" for name, version in packages)
-    return f"## Training\n\n{_table(('setting', 'value'), rows)}\n\nVersions: {versions}."
-
-
-def _digests(provenance: Provenance) -> str:
-    preferences = provenance.upstream("preferences")
-    rows = [
-        ("this adapter", provenance.adapter_sha256),
-        ("reference policy (the SFT adapter)", provenance.upstream("sft_adapter").sha256),
-        ("base model", provenance.upstream("base_model").sha256),
-        ("training pairs", preferences.sha256),
-    ]
-    return "## Digests\n\n" + _table(("artifact", "sha256"), [(name, f"`{value}`") for name, value in rows])
-
-
-# What vLLM 0.32 takes as --max-lora-rank (vllm/config/lora.py).
-SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
-
-def _usage(base: str, repo: str, name: str, training: Manifest) -> str:
-    config = training.settings(TrainingConfig)
-    revision = config.base_revision
-    pinned, flag = (f', revision="{revision}"', f" --revision {revision}") if revision else ("", "")
-    rank = next(rank for rank in SERVED_RANKS if rank >= training.counts.get("lora_rank", 64))
-    length = config.max_length
-    return f"""## How to load it
-
-With PEFT:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{pinned}), "{repo}")
-```
-
-With vLLM (ask for the model `{name}`; it was trained on up to {length} tokens, with the chat template that lies here):
-
-```sh
-hf download {repo} chat_template.jinja --local-dir .
-vllm serve {base}{flag} --chat-template chat_template.jinja \\
-    --enable-lora --max-lora-rank {rank} --lora-modules {name}={repo}
-```"""
-
-
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
+    return rows

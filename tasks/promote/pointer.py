@@ -3,21 +3,20 @@
 import hashlib
 import logging
 import posixpath
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
-from tasks.promote.vllm import PROBE, exchange, is_served
+from tasks.promote.vllm import PROBE, is_served, swap_adapter
+from tasks.store import measures
 from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
-
-Pointer = dict[str, Any]
 
 # Loads of one reconciliation: each after the first because the pointer moved, or the server changed, meanwhile.
 ATTEMPTS = 5
@@ -29,11 +28,51 @@ class PromotionRefused(PreflowError):
     """The adapter did not win by enough; what was served before is still served."""
 
 
-def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> None:
+class Won(BaseModel):
+    """The evaluation that an adapter was promoted by."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    win_rate: float
+    lower: float
+    upper: float
+
+
+class Entry(BaseModel):
+    """One adapter that is or was served under a name: a promotion of it, or a rollback to it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    adapter_sha256: str
+    uri: str
+    evaluation: Won
+    promoted_at: str
+    rolled_back_at: str | None = None
+    restored_at: str | None = None
+    restored_from: str | None = None
+
+    def text(self) -> str:
+        """Return how the adapter is called on the page of a rollback."""
+        return f"{self.adapter_sha256[:12]} (win rate {self.evaluation.win_rate:.3f})"
+
+
+class Pointer(BaseModel):
+    """`CURRENT.json`: what is served under a name, and what was before, the newest first."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    current: Entry
+    history: tuple[Entry, ...] = ()
+
+
+def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float, min_agreement: float = 0.0) -> None:
     """Refuse an adapter whose evaluation is not its own, or does not prove that it is better.
 
     Both lower bounds, the raw one and that with length taken out, must be over the bar, and the SFT adapter against
-    itself must come out even. What counts is what `win_rate.json` says, not the reference.
+    itself must come out even. Where `min_agreement` is not 0, a person's labels must agree with the judge. What counts
+    is what the evaluation's files say, not the reference.
 
     Raises:
         PromotionRefused: with the figures and what to try.
@@ -43,7 +82,7 @@ def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float) -> No
             f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
             f"{adapter.sha256[:12]}: evaluate this adapter first"
         )
-    if refusal := read_evaluation(evaluation).refusal(bar):
+    if refusal := read_evaluation(evaluation).refusal(bar, min_agreement):
         raise PromotionRefused(f"not promoted: {refusal} What was served before is still served.")
 
 
@@ -54,8 +93,7 @@ def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
         PromotionRefused: its file is gone, or was written by another version of preflow.
     """
     try:
-        found = Workspace.holding(evaluation.uri).read_json(evaluation.uri)
-        return Evaluation.model_validate({"adapter_sha256": evaluation.adapter_sha256, **found})
+        return measures.read_evaluation(evaluation)
     except (FileNotFoundError, ValidationError) as error:
         raise PromotionRefused(
             f"{evaluation.uri}: not there, or not as this version writes it ({type(error).__name__}); run "
@@ -88,52 +126,63 @@ def pointer_uri(workspace: str, name: str) -> str:
     return Workspace(workspace).uri("adapters", name, "CURRENT.json")
 
 
-def read_pointer(workspace: str, name: str) -> dict[str, Any] | None:
+def read_pointer(workspace: str, name: str) -> Pointer | None:
     """Return what is served under `name`, with the history to roll back to; None before the first promotion."""
+    uri = pointer_uri(workspace, name)
     try:
-        pointer: dict[str, Any] = Workspace(workspace).read_json(pointer_uri(workspace, name))
+        return _pointer(uri, Workspace(workspace).read_json(uri))
     except FileNotFoundError:
         return None
-    return pointer
+
+
+def _pointer(uri: str, value: object) -> Pointer:
+    try:
+        return Pointer.model_validate(value)
+    except ValidationError as error:
+        raise PreflowError(f"{uri}: damaged ({error.errors()[0]['loc']}); promote an adapter again") from error
+
+
+def _move(workspace: str, name: str, change: Callable[[Pointer | None], Pointer | None]) -> PromotionRef:
+    """Replace the pointer by what `change` makes of it, losing nobody's change; None leaves it."""
+
+    uri = pointer_uri(workspace, name)
+
+    def change_json(value: object) -> object:
+        changed = change(None if value is None else _pointer(uri, value))
+        return None if changed is None else changed.model_dump(mode="json", exclude_none=True)
+
+    return _refer(workspace, _pointer(uri, Workspace(workspace).update_json(uri, change_json)))
 
 
 async def serve_adapter(uri: str, workspace: str, promotion: PromotionConfig) -> None:
-    """Load an adapter into vLLM in place of the one there, and prove that it is what is served.
+    """Load an adapter into vLLM in place of the one there, and verify that it is what is served.
 
     Raises:
         PreflowError: vLLM refused it, or serves something else; what the pointer names has been put back.
     """
     pointer = read_pointer(workspace, promotion.name)
-    await exchange(uri, pointer["current"]["uri"] if pointer else None, workspace, promotion)
+    await swap_adapter(uri, pointer.current.uri if pointer else None, workspace, promotion)
 
 
 def move_pointer(
     adapter: AdapterRef, evaluation: EvaluationRef, uri: str, workspace: str, promotion: PromotionConfig
 ) -> PromotionRef:
     """Make `CURRENT.json` name the adapter; what it named before goes to the head of its history."""
-    entry: dict[str, Any] = {
-        "adapter_sha256": adapter.sha256,
-        "uri": uri,
-        "evaluation": {
-            "uri": evaluation.uri,
-            "win_rate": evaluation.win_rate,
-            "lower": evaluation.lower,
-            "upper": evaluation.upper,
-        },
-    }
+    won = Won(uri=evaluation.uri, win_rate=evaluation.win_rate, lower=evaluation.lower, upper=evaluation.upper)
 
     def move(before: Pointer | None) -> Pointer | None:
-        if before is not None and before["current"]["adapter_sha256"] == adapter.sha256:
+        if before is not None and before.current.adapter_sha256 == adapter.sha256:
             return None
-        history = [before["current"], *before["history"]] if before else []
-        return {"name": promotion.name, "current": {**entry, "promoted_at": _now()}, "history": history}
+        current = Entry(adapter_sha256=adapter.sha256, uri=uri, evaluation=won, promoted_at=_now())
+        history = (before.current, *before.history) if before else ()
+        return Pointer(name=promotion.name, current=current, history=history)
 
-    pointer = Workspace(workspace).update_json(pointer_uri(workspace, promotion.name), move)
+    moved = _move(workspace, promotion.name, move)
     logger.info("%s is now adapter %s (%s)", promotion.name, adapter.sha256[:12], uri)
-    return _refer(workspace, pointer)
+    return moved
 
 
-def choose_rollback(workspace: str, name: str, to: str | None) -> dict[str, Any]:
+def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
     """Return the entry of the history to go back to: the newest that was not itself rolled back, or the one named.
 
     Args:
@@ -147,25 +196,25 @@ def choose_rollback(workspace: str, name: str, to: str | None) -> dict[str, Any]
     pointer = read_pointer(workspace, name)
     if pointer is None:
         raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: there is nothing to roll back")
-    current = pointer["current"]["adapter_sha256"]
-    latest: dict[str, dict[str, Any]] = {}
-    for entry in pointer["history"]:
-        latest.setdefault(entry["adapter_sha256"], entry)
+    current = pointer.current.adapter_sha256
+    latest: dict[str, Entry] = {}
+    for entry in pointer.history:
+        latest.setdefault(entry.adapter_sha256, entry)
     latest.pop(current, None)
     if to is not None:
         found = [entry for digest, entry in latest.items() if len(to) >= MIN_PREFIX and digest.startswith(to)]
     else:
-        found = [entry for entry in latest.values() if "rolled_back_at" not in entry][:1]
+        found = [entry for entry in latest.values() if entry.rolled_back_at is None][:1]
     if len(found) != 1:
-        raise PreflowError(_no_rollback(name, to, current, list(latest.values())))
-    Workspace(workspace).verify_folder(found[0]["uri"])
+        raise PreflowError(_no_rollback(name, to, current, latest.values()))
+    Workspace(workspace).verify_folder(found[0].uri)
     return found[0]
 
 
-def _no_rollback(name: str, to: str | None, current: str, entries: list[dict[str, Any]]) -> str:
+def _no_rollback(name: str, to: str | None, current: str, entries: Iterable[Entry]) -> str:
     there = ", ".join(
-        f"{entry['adapter_sha256'][:12]} (promoted {entry['promoted_at']}"
-        + (f", rolled back {entry['rolled_back_at']})" if "rolled_back_at" in entry else ")")
+        f"{entry.adapter_sha256[:12]} (promoted {entry.promoted_at}"
+        + (f", rolled back {entry.rolled_back_at})" if entry.rolled_back_at else ")")
         for entry in entries
     )
     listed = f"its history has: {there}; name one of them with `to`" if there else "its history is empty"
@@ -175,32 +224,31 @@ def _no_rollback(name: str, to: str | None, current: str, entries: list[dict[str
     return f"{name!r} is adapter {current[:12]}, and there is {wanted} to roll back to: {listed}"
 
 
-def roll_back_pointer(entry: dict[str, Any], workspace: str, name: str) -> PromotionRef:
+def roll_back_pointer(entry: Entry, workspace: str, name: str) -> PromotionRef:
     """Make `CURRENT.json` name an entry of its history again; the one rolled back stays in the history, marked so."""
 
     def move(before: Pointer | None) -> Pointer:
         if before is None:
             raise PreflowError(
-                f"{pointer_uri(workspace, name)} was deleted during the rollback: promote an adapter anew"
+                f"{pointer_uri(workspace, name)} was deleted during the rollback: promote an adapter again"
             )
-        withdrawn = {**before["current"], "rolled_back_at": _now()}
-        restored = {key: value for key, value in entry.items() if key != "rolled_back_at"}
-        restored |= {"restored_at": withdrawn["rolled_back_at"], "restored_from": withdrawn["adapter_sha256"]}
-        return {"name": name, "current": restored, "history": [withdrawn, *before["history"]]}
+        now, withdrawn = _now(), before.current
+        restored = {"rolled_back_at": None, "restored_at": now, "restored_from": withdrawn.adapter_sha256}
+        history = (withdrawn.model_copy(update={"rolled_back_at": now}), *before.history)
+        return Pointer(name=name, current=entry.model_copy(update=restored), history=history)
 
-    pointer = Workspace(workspace).update_json(pointer_uri(workspace, name), move)
-    logger.info("%s is adapter %s again (%s)", name, entry["adapter_sha256"][:12], entry["uri"])
-    return _refer(workspace, pointer)
+    moved = _move(workspace, name, move)
+    logger.info("%s is adapter %s again (%s)", name, entry.adapter_sha256[:12], entry.uri)
+    return moved
 
 
 async def report_rollback(workspace: str, promotion: PromotionConfig) -> None:
     """Say, in the log and as a page in the UI, from which adapter to which the name went back."""
     pointer = read_pointer(workspace, promotion.name)
-    if pointer is None or not pointer["history"]:
+    if pointer is None or not pointer.history:
         return  # somebody deleted it in this very moment
-    restored, withdrawn = pointer["current"], pointer["history"][0]
-    rates = [f"{entry['adapter_sha256'][:12]} (win rate {entry['evaluation']['win_rate']:.3f})"
-             for entry in (withdrawn, restored)]  # fmt: skip
+    restored, withdrawn = pointer.current, pointer.history[0]
+    rates = (withdrawn.text(), restored.text())
     where = (
         f"{promotion.endpoint} serves it" if promotion.endpoint else "promotion.endpoint is empty: no server was told"
     )
@@ -209,8 +257,8 @@ async def report_rollback(workspace: str, promotion: PromotionConfig) -> None:
 
 | | adapter | promoted |
 |---|---|---|
-| served until now | {rates[0]} | {withdrawn["promoted_at"]} |
-| served again | {rates[1]} | {restored["promoted_at"]} |
+| served until now | {rates[0]} | {withdrawn.promoted_at} |
+| served again | {rates[1]} | {restored.promoted_at} |
 
 {where}.
 """
@@ -227,13 +275,13 @@ async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
     if pointer is None:
         raise PreflowError(f"nothing was ever promoted as {promotion.name!r} in {workspace}: there is nothing to serve")
     if promotion.endpoint is None:
-        raise PreflowError("promotion.endpoint is empty: give the address of the vLLM that shall serve the adapter")
+        raise PreflowError("promotion.endpoint is empty: give the address of the vLLM that is to serve the adapter")
     for _ in range(ATTEMPTS):
-        uri = pointer["current"]["uri"]
+        uri = pointer.current.uri
         if await is_served(uri, workspace, promotion):
             logger.info("%s is served as %s names it", promotion.name, pointer_uri(workspace, promotion.name))
             return _refer(workspace, pointer)
-        await exchange(uri, uri, workspace, promotion)
+        await swap_adapter(uri, uri, workspace, promotion)
         pointer = read_pointer(workspace, promotion.name) or pointer  # a promotion may have moved it meanwhile
     raise PreflowError(
         f"{promotion.name!r}: {promotion.endpoint} does not keep what {pointer_uri(workspace, promotion.name)} names, "
@@ -241,7 +289,7 @@ async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
     )
 
 
-async def confirm_served(workspace: str, promotion: PromotionConfig) -> None:
+async def ensure_pointer_is_served(workspace: str, promotion: PromotionConfig) -> None:
     """See, after the pointer was moved, that vLLM serves what it names: another flow may have put the old one back.
 
     Whoever changes what is served looks at the pointer last, and whoever moves the pointer at what is served: so
@@ -257,7 +305,7 @@ async def confirm_served(workspace: str, promotion: PromotionConfig) -> None:
 def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:
     """Return the pointer if it names `adapter` already."""
     pointer = read_pointer(workspace, promotion.name)
-    if pointer is None or pointer["current"]["adapter_sha256"] != adapter.sha256:
+    if pointer is None or pointer.current.adapter_sha256 != adapter.sha256:
         return None
     logger.info("%s is adapter %s already", promotion.name, adapter.sha256[:12])
     return _refer(workspace, pointer)
@@ -269,11 +317,18 @@ def find_rollback(adapter: AdapterRef, workspace: str, promotion: PromotionConfi
     A pipeline that is run again must not undo a rollback; promote-adapter, started by hand, may.
     """
     pointer = read_pointer(workspace, promotion.name)
-    entries: list[Pointer] = [pointer["current"], *pointer["history"]] if pointer else []
-    latest = next((entry for entry in entries if entry["adapter_sha256"] == adapter.sha256), None)
-    if latest is None or "rolled_back_at" not in latest:
+    entries = (pointer.current, *pointer.history) if pointer else ()
+    latest = next((entry for entry in entries if entry.adapter_sha256 == adapter.sha256), None)
+    if latest is None or latest.rolled_back_at is None:
         return None
-    return f"it was rolled back at {latest['rolled_back_at']}; run promote-adapter to serve it again"
+    return f"it was rolled back at {latest.rolled_back_at}; run promote-adapter to serve it again"
+
+
+def find_disagreement(evaluation: EvaluationRef, promotion: PromotionConfig) -> str | None:
+    """Return why an adapter that won waits for a person's labels, or is refused by them; None if it does not."""
+    if not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
+        return None
+    return read_evaluation(evaluation).disagreement(promotion.min_agreement)
 
 
 def _now() -> str:
@@ -281,12 +336,12 @@ def _now() -> str:
 
 
 def _refer(workspace: str, pointer: Pointer) -> PromotionRef:
-    content, name = indented_json(pointer), str(pointer["name"])
+    content = indented_json(pointer.model_dump(mode="json", exclude_none=True))
     return PromotionRef(
-        uri=pointer_uri(workspace, name),
+        uri=pointer_uri(workspace, pointer.name),
         sha256=hashlib.sha256(content).hexdigest(),
         size=len(content),
-        rows=1 + len(pointer["history"]),
-        name=name,
-        adapter_sha256=pointer["current"]["adapter_sha256"],
+        rows=1 + len(pointer.history),
+        name=pointer.name,
+        adapter_sha256=pointer.current.adapter_sha256,
     )

@@ -5,7 +5,6 @@ import logging
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import httpx2
 from pydantic import BaseModel, ConfigDict
@@ -14,8 +13,8 @@ from tasks.config import PublishingConfig
 from tasks.errors import PreflowError
 from tasks.llm.secrets import resolve_secret
 from tasks.promote.model_card import Provenance, base_name, write_card
-from tasks.promote.pointer import read_pointer
-from tasks.store.workspace import Workspace
+from tasks.promote.pointer import Entry, read_pointer
+from tasks.store.workspace import COMMITTED, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class Publication(BaseModel):
     adapter_sha256: str
 
 
-def find_published(workspace: str, name: str, publishing: PublishingConfig) -> dict[str, Any]:
+def find_published(workspace: str, name: str, publishing: PublishingConfig) -> Entry:
     """Return the pointer's entry for what is served under `name`: only what passed its gate ever gets there.
 
     Raises:
@@ -45,12 +44,11 @@ def find_published(workspace: str, name: str, publishing: PublishingConfig) -> d
             f"nothing was promoted as {name!r} in {workspace}, and only an adapter that passed its gate is published: "
             "promote one first"
         )
-    entry: dict[str, Any] = pointer["current"]
-    Workspace(workspace).verify_folder(entry["uri"])
-    return entry
+    Workspace(workspace).verify_folder(pointer.current.uri)
+    return pointer.current
 
 
-async def publish(entry: dict[str, Any], workspace: str, publishing: PublishingConfig) -> Publication:
+async def publish(entry: Entry, workspace: str, publishing: PublishingConfig) -> Publication:
     """Upload the adapter of a pointer's entry with its card in one commit; what is there already is not sent again.
 
     Raises:
@@ -60,9 +58,9 @@ async def publish(entry: dict[str, Any], workspace: str, publishing: PublishingC
     card = write_card(provenance, publishing)
     token = await resolve_secret(publishing.token, "publishing.token")
     with TemporaryDirectory() as scratch:
-        folder = _lay_out(entry["uri"], Path(scratch), card, base_name(provenance, publishing))
-        found = _upload(folder, entry["adapter_sha256"], publishing, str(token))
-    logger.info("adapter %s is published as %s (commit %s)", entry["adapter_sha256"][:12], found.url, found.commit[:12])
+        folder = _lay_out(entry.uri, Path(scratch), card, base_name(provenance, publishing))
+        found = _upload(folder, entry.adapter_sha256, publishing, str(token))
+    logger.info("adapter %s is published as %s (commit %s)", entry.adapter_sha256[:12], found.url, found.commit[:12])
     return found
 
 
@@ -71,7 +69,7 @@ def _lay_out(uri: str, scratch: Path, card: str, base: str) -> Path:
     store = Workspace.holding(uri)
     folder = scratch / "upload"
     folder.mkdir()
-    for name in store.verify_folder(uri)["files"]:
+    for name in store.verify_folder(uri).keys() - {COMMITTED}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(store.read_bytes(f"{uri}/{name}"))
     config = folder / "adapter_config.json"
@@ -102,7 +100,7 @@ def _upload(folder: Path, sha256: str, publishing: PublishingConfig, token: str)
     return Publication(repo=publishing.repo, url=done.repo_url, commit=done.oid, adapter_sha256=sha256)
 
 
-UNCHANGED = "nothing of it is to be seen on the hub, an upload is one commit"
+UNCHANGED = "nothing was uploaded, an upload is a single commit"
 
 
 def _refused(status: int, endpoint: str, publishing: PublishingConfig) -> str:

@@ -10,6 +10,7 @@ from tasks.config import EndpointConfig, PromotionConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint, ModelInfo, RequestRefused, resolve_secret
 from tasks.llm.responses import Transient
+from tasks.llm.vllm_admin import replicas
 from tasks.store.workspace import Workspace, server_path
 
 logger = logging.getLogger(__name__)
@@ -118,8 +119,8 @@ def read_probe(folder: str) -> Probe | None:
         raise PreflowError(f"{uri}: damaged ({error.error_count()} fields); promote the adapter again") from error
 
 
-async def exchange(new: str, current: str | None, workspace: str, promotion: PromotionConfig) -> None:
-    """Serve the adapter in the folder `new` under its name, and prove it; put `current` back where that fails.
+async def swap_adapter(new: str, current: str | None, workspace: str, promotion: PromotionConfig) -> None:
+    """Serve the adapter in the folder `new` under its name, and verify it; put `current` back where that fails.
 
     Without `promotion.endpoint` nothing is loaded.
 
@@ -137,9 +138,13 @@ async def exchange(new: str, current: str | None, workspace: str, promotion: Pro
         return
     async with await _server(promotion) as server:
         try:
-            await _load_and_prove(server, new, workspace, promotion)
+            path = server_path(new, workspace, promotion.adapter_root)
+            await server.load_adapter(promotion.name, path, replace=True)
+            for one in await _each_replica(promotion):
+                async with await _server(one) as replica:
+                    await verify_served(replica, new, one)
         except PreflowError as error:
-            outcome = await _put_back(server, current, workspace, promotion)
+            outcome = await _restore_previous(server, current, workspace, promotion)
             raise type(error)(f"{promotion.name!r} was not exchanged: {error}. {outcome}") from error
 
 
@@ -150,13 +155,11 @@ async def _server(promotion: PromotionConfig) -> Endpoint:
     return Endpoint(config, await resolve_secret(promotion.api_key, "promotion.api_key"))
 
 
-async def _load_and_prove(server: Endpoint, uri: str, workspace: str, promotion: PromotionConfig) -> None:
-    path = server_path(uri, workspace, promotion.adapter_root)
-    await server.load_adapter(promotion.name, path, replace=True)
-    await prove(server, uri, promotion)
+async def _each_replica(promotion: PromotionConfig) -> list[PromotionConfig]:
+    return [promotion.model_copy(update={"endpoint": address}) for address in await replicas(str(promotion.endpoint))]
 
 
-async def prove(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
+async def verify_served(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
     """See that what the server serves under the name is the adapter in the folder `uri`, by its log-probs.
 
     Raises:
@@ -170,7 +173,10 @@ async def prove(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
         )  # fmt: skip
         await server.token_log_prob([1, 2], 3)
         return
-    base_name = await _base_name(server, promotion.name)
+    listed = (await _models(server)).get(promotion.name)
+    base_name = listed.parent if listed else None
+    if base_name is None:
+        raise ProbeFailed(f"{server.config.endpoint} does not list it as an adapter of a base model")
     async with await _server(promotion.model_copy(update={"name": base_name})) as base:
         served, bare = await asyncio.gather(_ask(server, probe), _ask(base, probe))
     distance = probe.check(served, bare)
@@ -185,14 +191,6 @@ async def _ask(model: Endpoint, probe: Probe) -> list[list[float]]:
     return list(await asyncio.gather(*(ask_text(text) for text in probe.texts)))
 
 
-async def _base_name(server: Endpoint, name: str) -> str:
-    models = await _models(server)
-    parent = models[name].parent if name in models else None
-    if parent is None:
-        raise ProbeFailed(f"{server.config.endpoint} does not list it as an adapter of a base model")
-    return parent
-
-
 async def _models(server: Endpoint) -> dict[str, ModelInfo]:
     try:
         return {model.id: model for model in await server.models()}
@@ -202,9 +200,9 @@ async def _models(server: Endpoint) -> dict[str, ModelInfo]:
         ) from failure
 
 
-async def _put_back(server: Endpoint, current: str | None, workspace: str, promotion: PromotionConfig) -> str:
+async def _restore_previous(server: Endpoint, current: str | None, workspace: str, promotion: PromotionConfig) -> str:
     """Restore what was served and return what came of it, for the error."""
-    again = "When it is mended, promote again; until then CURRENT.json names what it named."
+    again = "CURRENT.json names what it named before. Fix the cause, then promote again."
     try:
         if current is None:
             await server.unload_adapter(promotion.name)
@@ -220,13 +218,20 @@ async def _put_back(server: Endpoint, current: str | None, workspace: str, promo
 
 async def is_served(uri: str, workspace: str, promotion: PromotionConfig) -> bool:
     """Tell whether vLLM serves the adapter in the folder `uri` under its name; asks for log-probs, changes nothing."""
+    for one in await _each_replica(promotion):
+        if not await _serves(uri, workspace, one):
+            return False
+    return True
+
+
+async def _serves(uri: str, workspace: str, promotion: PromotionConfig) -> bool:
     path = server_path(uri, workspace, promotion.adapter_root)
     async with await _server(promotion) as server:
         listed = (await _models(server)).get(promotion.name)
         if listed is None or listed.root != path:
             return False
         try:
-            await prove(server, uri, promotion)
+            await verify_served(server, uri, promotion)
         except ProbeFailed as error:
             logger.warning("vLLM lists %s from %s, but %s", promotion.name, path, error)
             return False

@@ -42,6 +42,9 @@ def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
         return "Not shown to be better", f"It wins by length: {rate}, and with length taken out {controlled}."
     if found.proven <= bar:
         return "Better, but not by enough", f"I{rate[1:]}; the bar is {percent(bar, '.3g')}."
+    if found.agreement is not None and not found.agrees:
+        said = f"a person agrees with it in {found.agreement.share.text()}, and with a coin in 50 %"
+        return "Better for the judge alone", f"By the judge {rate}, more than half; {said}."
     return "Better", f"The new adapter is better: {rate}, more than half."
 
 
@@ -58,7 +61,7 @@ def glance_section(
         details: the pages that follow: the first one's comparisons are shown, and their advice if nothing is proven.
     """
     headline, sentence = verdict(found, bar)
-    is_better = found.null_holds and found.proven > bar
+    is_better = found.null_holds and found.proven > bar and found.agrees
     advice = tuple(f"{page.title}: {text}" for page in details for text in page.advice[:MOST_ADVICE])
     places = " and ".join(page.title for page in details if page.advice)
     return ReportSection(
@@ -89,6 +92,12 @@ def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
         healthy = "about 1; a low one says that the first judge's taste was learned"
         yield _figure("Gain that the second judge sees too", percent(transfer, ".0f"), healthy,
                       transfer > LEAST_TRANSFER)  # fmt: skip
+    if (agreement := found.agreement) is not None:
+        healthy = f"over 50 %, which is chance; {agreement.labels} labels"
+        yield _figure("Judge and person agree", agreement.share.text(), healthy, found.agrees)
+        if (kappa := agreement.kappa) is not None:
+            value = f"{kappa.value:.2f} ({kappa.lower:.2f}-{kappa.upper:.2f})"
+            yield _figure("The same beyond chance, kappa", value, "over 0", kappa.lower > 0)
     if found.silent:
         yield _figure("Lost because the new adapter wrote nothing", f"{found.silent:,}", "0", False)
     if found.detectable is not None:

@@ -23,7 +23,7 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
-from tasks.store.measures import Evaluation, Health, QualityReport
+from tasks.store.measures import Health, QualityReport, read_evaluation
 from tasks.store.workspace import (
     MANIFEST,
     AdapterRef,
@@ -48,9 +48,8 @@ async def publish(*sections: ReportSection) -> None:
 
 async def report_run(config: PipelineConfig, result: PipelineResult, folder: str) -> str:
     """Write the page of a whole run into its folder, show it in the UI, and return its uri."""
-    store, uri = Workspace(config.workspace), posixpath.join(folder, "report.html")
     sections = run_sections(config, result)
-    store.write_bytes(uri, render_html(f"preflow run for {config.promotion.name}", sections).encode())
+    uri = write_report(config, sections, folder)
     await publish(*sections[-2:])  # cost and lineage; the others are pages of their stages already
     whole = "\n".join(render_markdown(replace(section, blocks=())) for section in sections)
     page = f"The same page, to keep or to print: `{uri}`\n\n{whole}"
@@ -60,16 +59,24 @@ async def report_run(config: PipelineConfig, result: PipelineResult, folder: str
     return uri
 
 
+def write_report(config: PipelineConfig, sections: Sequence[ReportSection], folder: str) -> str:
+    """Write the page of a whole run into its folder, and return its uri."""
+    uri = posixpath.join(folder, "report.html")
+    page = render_html(f"preflow run for {config.promotion.name}", sections)
+    Workspace(config.workspace).write_bytes(uri, page.encode())
+    return uri
+
+
 def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
     """Return every page on a run: first the verdict, then what shows it, then how it came about."""
     store, bar = Workspace(config.workspace), config.promotion.min_win_rate
-    manifests = gather_manifests(store, result)
+    manifests = gather_manifests(store, *result.references())
     shown = [
         evaluation_page(result.evaluation, store.root, bar),
         *preference_sections(result.preferences, store.root),
         training_page(result.adapter, store.root),
     ]
-    found = Evaluation.model_validate(store.read_json(result.evaluation.uri))
+    found = read_evaluation(result.evaluation)
     trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
     figures = run_figures(
         found, bar, read_quality(store, result.preferences), read_health(store, result.adapter), trained
@@ -142,13 +149,12 @@ def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
 def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
     """Return the section on the win rate, with comparisons to read."""
     store, comparisons = Workspace(workspace), evaluation.sibling("comparisons.jsonl")
-    found = Evaluation.model_validate(store.read_json(evaluation.uri))
     lengths = sample_lengths(store.read_rows(comparisons))
-    return evaluation_section(found, sample_rows(store.read_rows(comparisons)), bar, lengths)
+    return evaluation_section(read_evaluation(evaluation), sample_rows(store.read_rows(comparisons)), bar, lengths)
 
 
-def gather_manifests(store: Workspace, *results: PipelineResult) -> list[Manifest]:
-    """Return the manifests of everything that runs were made of, each once, and after those of what it was made of."""
+def gather_manifests(store: Workspace, *references: Origin) -> list[Manifest]:
+    """Return the manifests of artifacts and of all that these were made of, each once and after what it was made of."""
     found: dict[str, Manifest] = {}
 
     def visit(origin: Origin) -> None:
@@ -160,9 +166,8 @@ def gather_manifests(store: Workspace, *results: PipelineResult) -> list[Manifes
             visit(upstream)
         found[uri] = _with_origin(store, manifest) if manifest.stage == "prompts" else manifest
 
-    for result in results:
-        for reference in result.references():
-            visit(reference)
+    for reference in references:
+        visit(reference)
     return list(found.values())
 
 

@@ -173,6 +173,9 @@ def rates_of(found: Evaluation, bar: float) -> Iterator[Rate]:
     if (second := found.second) is not None:
         name = f"The same, by {', '.join(second.judges)}"
         yield Rate(name, second.rate, "lower bound over 50 %", second.rate.lower > 0.5)
+    if (agreement := found.agreement) is not None:
+        name = f"The same, corrected by {agreement.labels} labels of a person"
+        yield Rate(name, agreement.corrected, "lower bound over 50 %", agreement.corrected.lower > 0.5)
     if (null := found.null) is not None:
         yield Rate(NULL, null, f"50 % within the {percent(null.confidence, '.3g')} interval", found.null_holds)
 
@@ -223,6 +226,11 @@ def _evaluation_advice(found: Evaluation, bar: float) -> Iterator[str]:
         yield (
             f"Two draws of the SFT adapter come out at {found.null.text()}, where it must be near 50 %: do not trust "
             "this win rate. Look at the judge's positions, and take more evaluation.num_samples."
+        )
+    if (agreement := found.agreement) is not None and not found.agrees:
+        yield (
+            f"The judge agrees with a person in {agreement.share.text()} of {agreement.labels} comparisons, and a coin "
+            "would in 50 %: write into judging.rubric what the person looks at, or take another judging.model."
         )
     if (controlled := found.length_controlled) and abs(controlled.win_rate - found.win_rate) > LENGTH_EXPLAINS:
         yield (

@@ -68,7 +68,7 @@ class Answer(BaseModel):
     @property
     def refusal(self) -> str | None:
         """Why the run does not go on; None if it does."""
-        return None if self.approve else f"not approved ({self.point.value}): {self.note or 'no reason was given'}"
+        return None if self.approve else f"not approved ({self.point}): {self.note or 'no reason was given'}"
 
 
 async def approve_judging(config: PipelineConfig, completions: CompletionsRef) -> None:
@@ -77,7 +77,7 @@ async def approve_judging(config: PipelineConfig, completions: CompletionsRef) -
     Raises:
         NotApproved: the answer was no.
     """
-    point = ApprovalPoint.JUDGING
+    point = "judging"
     if point not in config.approve_before:
         return
     estimates = estimate_judging(config, completions)
@@ -96,7 +96,7 @@ async def approve_promotion(
     config: PipelineConfig, evaluation: EvaluationRef, promotion: PromotionRef | None
 ) -> str | None:
     """Wait for a person's yes before an adapter that won is served; return why not, if the answer is no."""
-    point, bar = ApprovalPoint.PROMOTION, config.promotion.min_win_rate
+    point, bar = "promotion", config.promotion.min_win_rate
     if point not in config.approve_before or promotion is not None or not evaluation.beats(bar):
         return None
     page = evaluation_page(evaluation, config.workspace, bar)
@@ -116,12 +116,12 @@ async def _answer(config: PipelineConfig, point: ApprovalPoint, subject: str, pa
     answers = read_answers(config, point)
     for answer in answers:
         if answer.approve and answer.subject == subject:
-            logger.info("%s was approved at %s: %s", point.value, answer.at, answer.note or "(no note)")
+            logger.info("%s was approved at %s: %s", point, answer.at, answer.note or "(no note)")
             return answer
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
-        raise PreflowError(f"approve_before {point.value}: only a flow run can be approved")
-    decision = await _ask(config, context.flow_run, f"{point.value}-{len(answers) + 1}", page)
+        raise PreflowError(f"approve_before {point}: only a flow run can be approved")
+    decision = await _ask(config, context.flow_run, f"{point}-{len(answers) + 1}", page)
     answer = Answer(
         point=point,
         subject=subject,
@@ -165,7 +165,7 @@ async def _show(page: ReportSection) -> str:
 
 def answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
     """Return where the answers given at a point of a run lie."""
-    return posixpath.join(run_folder(config), "approvals", f"{point.value}.json")
+    return posixpath.join(run_folder(config), "approvals", f"{point}.json")
 
 
 def read_answers(config: PipelineConfig, point: ApprovalPoint) -> list[Answer]:
@@ -178,7 +178,7 @@ def _keep(config: PipelineConfig, answers: list[Answer]) -> None:
     newest = answers[-1]
     kept = {"answers": [answer.model_dump(mode="json") for answer in answers]}
     Workspace(config.workspace).write_json(answers_uri(config, newest.point), kept)
-    logger.info("%s", newest.refusal or f"approved ({newest.point.value}): {newest.note or 'no note'}")
+    logger.info("%s", newest.refusal or f"approved ({newest.point}): {newest.note or 'no note'}")
 
 
 class JudgeEstimate(BaseModel):

@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+from collections.abc import Callable
+from functools import cache
 from uuid import UUID
 
 from tasks.errors import PreflowError
@@ -57,33 +59,22 @@ def _user_error(record: logging.LogRecord) -> str | None:
     return str(refused[0]).replace(REFUSED, "the parameters cannot be used:").replace("Value error, ", "")
 
 
-class _NoLineForEachTask(logging.Filter):
-    """Drops Prefect's "Finished in state Completed()" of hundreds of shards; the UI shows their states."""
+def _put_refusal_into_the_run_log(record: logging.LogRecord) -> bool:
+    """Put the refusal of a run's parameters into the run's log: Prefect says it before the run has one."""
+    message, run_id = _user_error(record), os.environ.get("PREFECT__FLOW_RUN_ID")
+    if message is None or run_id is None:
+        return True
+    from prefect.logging.loggers import flow_run_logger
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("Finished in state Completed", "Finished in state Cached"))
-
-
-class _Refusals(logging.Filter):
-    """Puts the refusal of a run's parameters into the run's log: Prefect says it before the run has one."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message, run_id = _user_error(record), os.environ.get("PREFECT__FLOW_RUN_ID")
-        if message is None or run_id is None:
-            return True
-        from prefect.logging.loggers import flow_run_logger
-
-        flow_run_logger(flow_run_id=UUID(run_id)).error("%s", message)
-        return False
+    flow_run_logger(flow_run_id=UUID(run_id)).error("%s", message)
+    return False
 
 
-class _NoParameters(logging.Filter):
-    """Drops Prefect's dump of all parameters, values that may be keys among them; the run's log has the refusal."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Parameter validation failed for flow")
+def _drop(*beginnings: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: not record.getMessage().startswith(beginnings)
 
 
+@cache
 def set_up_logs() -> None:
     """Have preflow's own INFO lines shown, on the terminal and in the run's log, and Prefect's lines made readable.
 
@@ -91,18 +82,14 @@ def set_up_logs() -> None:
     """
     own = logging.getLogger("tasks")
     own.setLevel(logging.INFO)
-    if not any(isinstance(known, _RunLog) for known in own.handlers):
-        own.addHandler(_RunLog())
+    own.addHandler(_RunLog())
     # It asks, on every import without a GPU, for a 4-bit CPU kernel that only comes from the internet.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    _add_once(logging.getLogger("prefect.flows"), _NoParameters())
-    _add_once(logging.getLogger("prefect.engine"), _Refusals())
-    _add_once(logging.getLogger("prefect.task_runs"), _NoLineForEachTask())
-    plain = _PlainUserErrors()
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        _add_once(logging.getLogger(name), plain)
-
-
-def _add_once(target: logging.Logger, wanted: logging.Filter) -> None:
-    if not any(type(known) is type(wanted) for known in target.filters):
-        target.addFilter(wanted)
+    # All parameters, values that may be keys among them; the run's log has the refusal.
+    logging.getLogger("prefect.flows").addFilter(_drop("Parameter validation failed for flow"))
+    logging.getLogger("prefect.engine").addFilter(_put_refusal_into_the_run_log)
+    # There are hundreds of shards; the UI shows their states.
+    task_runs, plain = logging.getLogger("prefect.task_runs"), _PlainUserErrors()
+    task_runs.addFilter(_drop("Finished in state Completed", "Finished in state Cached"))
+    task_runs.addFilter(plain)
+    logging.getLogger("prefect.flow_runs").addFilter(plain)

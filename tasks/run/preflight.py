@@ -1,6 +1,7 @@
 """A whole run: checked before anything is spent, and its result kept so that a finished run is known as such."""
 
 import asyncio
+import inspect
 import logging
 import posixpath
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -17,6 +18,7 @@ from tasks.run.stages import STAGES, Trial, fingerprint
 from tasks.store.workspace import PipelineResult, Workspace, stage_key
 
 VERSION = 3
+RESULT, CONFIG = "result.json", "config.json"
 logger = logging.getLogger(__name__)
 _lock: ContextVar[asyncio.Lock | None] = ContextVar("lock", default=None)
 
@@ -40,7 +42,7 @@ def report_uri(config: PipelineConfig) -> str:
 def find_result(config: PipelineConfig) -> PipelineResult | None:
     """Return the result of an equal run, if it finished and everything it made is still intact."""
     store = Workspace(config.workspace)
-    uri = posixpath.join(run_folder(config), "result.json")
+    uri = posixpath.join(run_folder(config), RESULT)
     if not store.exists(uri):
         return None
     try:
@@ -52,9 +54,10 @@ def find_result(config: PipelineConfig) -> PipelineResult | None:
 
 
 def record_result(config: PipelineConfig, result: PipelineResult) -> str:
-    """Keep a run's result under its key, and return the folder that all of the run is kept in."""
+    """Keep a run's configuration and result under its key, and return the folder that all of the run is kept in."""
     store, folder = Workspace(config.workspace), run_folder(config)
-    store.write_json(posixpath.join(folder, "result.json"), result.model_dump(mode="json"))
+    store.write_json(posixpath.join(folder, CONFIG), config.model_dump(mode="json"))
+    store.write_json(posixpath.join(folder, RESULT), result.model_dump(mode="json"))
     return folder
 
 
@@ -125,23 +128,16 @@ async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> 
 async def find_problems(config: PipelineConfig) -> list[str]:
     """Return everything that stands against a run, not only the first of it; one question to each model is spent."""
     config, found = config.filled(), list[str]()
+    secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
     checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
+    checks += [secret, *_service_checks(config)]
     for check in checks:
         try:
-            check()
+            if inspect.isawaitable(result := check()):
+                await result
         except PreflowError as problem:
             found.append(str(problem))
         except FileNotFoundError:  # a check before has named that file
-            if not found:
-                raise
-    secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
-    questions: list[Callable[[], Awaitable[object]]] = [secret, *_service_checks(config)]
-    for ask in questions:
-        try:
-            await ask()
-        except PreflowError as problem:
-            found.append(str(problem))
-        except FileNotFoundError:
             if not found:
                 raise
     return list(dict.fromkeys(found))

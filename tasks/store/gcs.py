@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from pathlib import Path
 from typing import IO, Any
@@ -38,7 +38,7 @@ from google.cloud.storage.exceptions import (  # type: ignore[import-untyped,unu
 from tasks.errors import PreflowError
 from tasks.store.workspace import Stat, Workspace
 
-LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 BROKEN = (ConnectionError, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
@@ -66,7 +66,7 @@ def is_transient(error: Exception) -> bool:
 
 def _wait_as_told(error: Exception) -> None:
     """Wait for what Retry-After asks for; the usual growing pause comes on top."""
-    LOG.debug("a request to the bucket failed and is made again: %s", error)
+    logger.debug("a request to the bucket failed and is made again: %s", error)
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     told = str(headers.get("Retry-After", ""))
     if told.isdigit():
@@ -77,22 +77,6 @@ RETRY = Retry(
     predicate=is_transient, initial=0.25, multiplier=2, maximum=30, timeout=PATIENCE_SECONDS, on_error=_wait_as_told
 )
 POLICY: dict[str, Any] = {"retry": RETRY, "timeout": TIMEOUT_SECONDS}
-
-
-def _download(blob: Any, out: IO[bytes], start: int | None = None, end: int | None = None) -> int:
-    """Write an object, or the bytes from `start` to and including `end`, to `out`; return the object's generation.
-
-    A download that is cut starts again: the client would resume it in the old generation, which may be gone by then.
-    """
-
-    def attempt() -> int:
-        out.seek(0)
-        out.truncate()
-        fresh = blob.bucket.blob(blob.name)
-        fresh.download_to_file(out, start=start, end=end, retry=None, timeout=TIMEOUT_SECONDS, checksum="crc32c")
-        return int(fresh.generation or 0)
-
-    return int(POLICY["retry"](attempt)())
 
 
 @functools.lru_cache
@@ -131,10 +115,16 @@ def _load_credentials(block: str) -> Any:
 
 
 @contextmanager
-def _as_file_errors(uri: str) -> Iterator[None]:
-    """Raise what went wrong as the error that a local file would give."""
+def _object(uri: str) -> Iterator[tuple[Any, str]]:
+    """Give the bucket and the object's name of gs://bucket/name or gs://BLOCK@bucket/name.
+
+    What goes wrong in the block is raised as the error that a local file would give.
+    """
+    authority, _, name = uri.removeprefix("gs://").partition("/")
+    block, _, bucket = authority.rpartition("@")
     try:
-        yield
+        client = _client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"), block or _blocks.get(bucket, ""))
+        yield client.bucket(bucket), name.rstrip("/")
     except api.NotFound as error:
         raise FileNotFoundError(errno.ENOENT, "no such object or bucket", uri) from error
     except (api.Forbidden, api.Unauthorized, GoogleAuthError) as error:
@@ -160,31 +150,21 @@ class GcsWorkspace(Workspace):
             _blocks[bucket] = block
 
     def stat(self, uri: str) -> Stat | None:
-        """Return the facts of an object, or None."""
-        bucket, name = _parts(uri)
-        with _as_file_errors(uri):
+        with _object(uri) as (bucket, name):
             blob = bucket.get_blob(name, **POLICY)
         return None if blob is None else _stat(uri, blob)
 
     def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Return the bytes from `start` up to `end`; a part of an object cannot be checked by its crc32c."""
-        if start == 0 and end is None:
-            out = io.BytesIO()
-            self._copy(uri, out)
-            return out.getvalue()
-        bucket, name = _parts(uri)
         if end is not None and end <= start:
             return b""
-        last = None if end is None else end - 1
         out = io.BytesIO()
         try:
-            with _as_file_errors(uri):
-                _download(bucket.blob(name), out, start=start, end=last)
-            return out.getvalue()
+            self._copy(uri, out, start or None, None if end is None else end - 1)
         except OSError as error:
-            if isinstance(error.__cause__, api.RequestRangeNotSatisfiable):
-                return b""
-            raise
+            if not isinstance(error.__cause__, api.RequestRangeNotSatisfiable):
+                raise
+        return out.getvalue()
 
     def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         """Return the bytes of each range; ranges near to each other come in one request."""
@@ -202,57 +182,53 @@ class GcsWorkspace(Workspace):
         file.seek(0)
         return file
 
-    def _copy(self, uri: str, out: Any) -> int:
-        bucket, name = _parts(uri)
-        with _as_file_errors(uri):
-            return _download(bucket.blob(name), out)
+    def _copy(self, uri: str, out: Any, start: int | None = None, end: int | None = None) -> int:
+        """Write an object, or the bytes from `start` to and including `end`, to `out`; return its generation.
 
-    def _stage(self, uri: str) -> IO[bytes]:
+        A download that is cut starts again: the client would resume it in the old generation, which may be gone.
+        """
+
+        def attempt() -> int:
+            out.seek(0)
+            out.truncate()
+            blob = bucket.blob(name)
+            blob.download_to_file(out, start=start, end=end, retry=None, timeout=TIMEOUT_SECONDS, checksum="crc32c")
+            return int(blob.generation or 0)
+
+        with _object(uri) as (bucket, name):
+            return int(POLICY["retry"](attempt)())
+
+    def _stage(self, uri: str) -> AbstractContextManager[IO[bytes]]:
         return tempfile.SpooledTemporaryFile(SPOOLED)
 
     def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
         """Upload; an object that differs from its crc32c is refused by the server."""
-        bucket, name = _parts(uri)
-        blob = bucket.blob(name)
-        blob.metadata = {"sha256": sha256}
         size = staged.tell()
-        with _as_file_errors(uri):
+        with _object(uri) as (bucket, name):
+            blob = bucket.blob(name)
+            blob.metadata = {"sha256": sha256}
             blob.upload_from_file(staged, rewind=True, size=size, checksum="crc32c", **POLICY)
 
-    def _discard(self, staged: IO[bytes]) -> None:
-        staged.close()
-
     def files(self, uri: str) -> list[Stat]:
-        """Return the objects directly below a prefix."""
-        return self._list(uri)[0]
+        return list(self._list(uri, delimiter="/")[0].values())
 
     def folders(self, uri: str) -> Sequence[str]:
-        """Return the names of the prefixes directly below a prefix."""
-        return sorted(self._list(uri)[1])
-
-    def _list(self, uri: str) -> tuple[list[Stat], list[str]]:
-        bucket, name = _parts(uri)
-        prefix = f"{name}/" if name else ""
-        with _as_file_errors(uri):
-            found = bucket.client.list_blobs(bucket, prefix=prefix, delimiter="/", fields=LISTED, **POLICY)
-            stats = [_stat(uri, blob) for blob in found if not blob.name.endswith("/")]
-        return stats, [folder.removeprefix(prefix).rstrip("/") for folder in found.prefixes]
+        return self._list(uri, delimiter="/")[1]
 
     def tree(self, uri: str) -> dict[str, Stat]:
-        """Return all objects below a prefix."""
-        bucket, name = _parts(uri)
-        prefix = f"{name}/" if name else ""
-        with _as_file_errors(uri):
-            found = list(bucket.client.list_blobs(bucket, prefix=prefix, fields=LISTED, **POLICY))
-        return {blob.name.removeprefix(prefix): _stat(uri, blob) for blob in found if blob.name[-1] != "/"}
+        return self._list(uri)[0]
+
+    def _list(self, uri: str, **options: str) -> tuple[dict[str, Stat], list[str]]:
+        """Return the objects below a prefix, by their names relative to it, and the prefixes."""
+        with _object(uri) as (bucket, name):
+            prefix = f"{name}/" if name else ""
+            found = bucket.client.list_blobs(bucket, prefix=prefix, fields=LISTED, **options, **POLICY)
+            stats = {blob.name.removeprefix(prefix): _stat(uri, blob) for blob in found if blob.name[-1] != "/"}
+        return stats, sorted(folder.removeprefix(prefix).rstrip("/") for folder in found.prefixes)
 
     def _remove(self, uri: str) -> None:
-        bucket, name = _parts(uri)
-        try:
-            with _as_file_errors(uri):
-                bucket.delete_blob(name, **POLICY)
-        except FileNotFoundError:
-            LOG.debug("%s was gone already", uri)
+        with suppress(FileNotFoundError), _object(uri) as (bucket, name):
+            bucket.delete_blob(name, **POLICY)
 
     def _remove_tree(self, uri: str) -> None:
         with ThreadPoolExecutor(PARALLEL_DELETES) as pool:
@@ -260,41 +236,26 @@ class GcsWorkspace(Workspace):
 
     def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
         """Return the content and the object's generation, 0 where there is none."""
-        bucket, name = _parts(uri)
-        blob, out = bucket.blob(name), io.BytesIO()
+        out = io.BytesIO()
         try:
-            with _as_file_errors(uri):
-                generation = _download(blob, out)
+            generation = self._copy(uri, out)
         except FileNotFoundError:
             return None, 0
         return out.getvalue(), generation
 
     def _swap(self, uri: str, content: bytes, version: object) -> object | None:
-        bucket, name = _parts(uri)
-        blob = bucket.blob(name)
         mark = uuid.uuid4().hex
-        blob.metadata = {"sha256": hashlib.sha256(content).hexdigest(), "swap": mark}
-        try:
-            with _as_file_errors(uri):
+        with _object(uri) as (bucket, name):
+            blob = bucket.blob(name)
+            blob.metadata = {"sha256": hashlib.sha256(content).hexdigest(), "swap": mark}
+            try:
                 blob.upload_from_string(content, if_generation_match=version, checksum="crc32c", **POLICY)
-        except OSError as error:
-            if not isinstance(error.__cause__, api.PreconditionFailed):
-                raise
-            # Where the answer to an upload was lost, the second attempt finds the first one's object.
-            with _as_file_errors(uri):
+            except api.PreconditionFailed:
+                # Where the answer to an upload was lost, the second attempt finds the first one's object.
                 there = bucket.get_blob(name, **POLICY)
-            is_ours = there is not None and (there.metadata or {}).get("swap") == mark
-            return int(there.generation) if is_ours else None
-        return int(blob.generation)
-
-
-def _parts(uri: str) -> tuple[Any, str]:
-    """Return the bucket and the object's name of gs://bucket/name, or of gs://BLOCK@bucket/name."""
-    authority, _, name = uri.removeprefix("gs://").partition("/")
-    block, _, bucket = authority.rpartition("@")
-    with _as_file_errors(uri):
-        client = _client(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST"), block or _blocks.get(bucket, ""))
-    return client.bucket(bucket), name.rstrip("/")
+                is_ours = there is not None and (there.metadata or {}).get("swap") == mark
+                return int(there.generation) if is_ours else None
+            return int(blob.generation)
 
 
 def _stat(neighbour: str, blob: Any) -> Stat:

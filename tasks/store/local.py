@@ -5,8 +5,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO
@@ -20,7 +20,6 @@ class LocalWorkspace(Workspace):
     """A folder on this machine, or on a disk that it shares."""
 
     def stat(self, uri: str) -> Stat | None:
-        """Return the facts of a file, or None."""
         try:
             found = os.stat(uri)
         except (FileNotFoundError, NotADirectoryError):
@@ -28,13 +27,11 @@ class LocalWorkspace(Workspace):
         return _stat(uri, found) if S_ISREG(found.st_mode) else None
 
     def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
-        """Return the bytes from `start` up to `end`."""
         with open(uri, "rb") as file:
             file.seek(start)
             return file.read() if end is None else file.read(end - start)
 
     def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """Return the bytes of each range."""
         found = []
         with open(uri, "rb") as file:
             for start, end in ranges:
@@ -43,15 +40,12 @@ class LocalWorkspace(Workspace):
         return found
 
     def open(self, uri: str) -> IO[bytes]:
-        """Open a file for reading."""
         return open(uri, "rb")
 
     def files(self, uri: str) -> list[Stat]:
-        """Return the files directly below a folder."""
         return [_stat(entry.path, entry.stat()) for entry in _scan(uri) if entry.is_file()]
 
     def folders(self, uri: str) -> Sequence[str]:
-        """Return the names of the folders directly below a folder."""
         return sorted(entry.name for entry in _scan(uri) if entry.is_dir())
 
     def tree(self, uri: str) -> dict[str, Stat]:
@@ -62,25 +56,22 @@ class LocalWorkspace(Workspace):
                 found[str(path.relative_to(uri))] = stat
         return found
 
-    def _stage(self, uri: str) -> IO[bytes]:
+    @contextmanager
+    def _stage(self, uri: str) -> Iterator[IO[bytes]]:
         folder = Path(uri).parent
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
-        os.close(handle)
-        return open(name, "wb")
+        # Closing it writes what is buffered, and may find the disk full.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as staged:
+            try:
+                yield staged
+            finally:
+                Path(staged.name).unlink(missing_ok=True)
 
     def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
         staged.flush()
         os.fsync(staged.fileno())
-        staged.close()
         os.chmod(staged.name, 0o644)
         os.replace(staged.name, uri)
-
-    def _discard(self, staged: IO[bytes]) -> None:
-        try:
-            staged.close()  # which writes what is buffered, and may find the disk full
-        finally:
-            Path(staged.name).unlink(missing_ok=True)
 
     def _remove(self, uri: str) -> None:
         Path(uri).unlink(missing_ok=True)
@@ -105,12 +96,9 @@ class LocalWorkspace(Workspace):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.read_versioned(uri)[1] != version:
                 return None
-            staged = self._stage(uri)
-            try:
+            with self._stage(uri) as staged:
                 staged.write(content)
                 self._publish(staged, uri, "")
-            finally:
-                self._discard(staged)
             return content
 
 

@@ -4,6 +4,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from tasks.store.refs import EvaluationRef
+from tasks.store.workspace import Workspace
+
+AGREEMENT = "agreement.json"
+
 
 def percent(share: float, form: str = ".1f") -> str:
     """Return a share in percent; with `.3g` a bound that a person chose, as short as it was written."""
@@ -139,6 +144,38 @@ class SecondOpinion(BaseModel):
     transfer: float | None = None
 
 
+class Interval(BaseModel):
+    """A figure with its interval."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    value: float
+    lower: float
+    upper: float
+
+    def text(self) -> str:
+        """Return the figure with its interval, in percent."""
+        return f"{percent(self.value)} ({percent_range(self.lower, self.upper)})"
+
+
+class Agreement(BaseModel):
+    """`agreement.json`: what a person, who did not know which side was which, says of the judge.
+
+    Attributes:
+        labels: comparisons that the person judged, and the judge too.
+        share: how far both say the same: 1 for equal answers, 0 for opposite ones, 0.5 where one of them sees a tie.
+        kappa: Cohen's, the agreement beyond chance; None where chance explains everything.
+        corrected: the win rate in the person's eyes; its interval holds the judge's errors and how few the labels are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    labels: int
+    share: Interval
+    kappa: Interval | None = None
+    corrected: WinRate
+
+
 class Evaluation(WinRate):
     """`win_rate.json`: the new adapter against the SFT adapter, and what says whether that can be believed.
 
@@ -148,6 +185,7 @@ class Evaluation(WinRate):
         length_controlled: the win rate had the new adapter's samples been as often longer as shorter.
         second: the second opinion, if another judge was asked.
         detectable: the smallest true win rate that passes a gate at 50 % in 80 % of runs, going by these samples.
+        agreement: with a person's labels, if there are any.
     """
 
     adapter_sha256: str
@@ -155,6 +193,7 @@ class Evaluation(WinRate):
     length_controlled: WinRate | None = None
     second: SecondOpinion | None = None
     detectable: float | None = None
+    agreement: Agreement | None = None
 
     @property
     def null_holds(self) -> bool:
@@ -162,12 +201,22 @@ class Evaluation(WinRate):
         return self.null is None or self.null.holds(0.5)
 
     @property
+    def agrees(self) -> bool:
+        """Whether a person agrees with the judge more often than by chance; also where nobody has labelled."""
+        return self.agreement is None or self.agreement.share.lower > 0.5
+
+    @property
     def proven(self) -> float:
         """The lower bound that the gate looks at: the lower one of the raw and the length-controlled win rate's."""
         return self.lower if self.length_controlled is None else min(self.lower, self.length_controlled.lower)
 
-    def refusal(self, bar: float) -> str | None:
-        """Return why the adapter is not promoted over `bar`; None if it is."""
+    def refusal(self, bar: float, min_agreement: float = 0.0) -> str | None:
+        """Return why the adapter is not promoted over `bar`; None if it is.
+
+        Args:
+            bar: what the lower bounds of the win rates must be over.
+            min_agreement: what that of the judge's agreement with a person must be over; 0: no labels are needed.
+        """
         wanted = f"must be over min_win_rate ({percent(bar, '.3g')})"
         if self.null is not None and not self.null_holds:
             return (
@@ -187,7 +236,38 @@ class Evaluation(WinRate):
                 f"{wanted}. The new adapter may have won by length alone: say in judging.rubric "
                 "that length does not count, or lower generation.max_tokens."
             )
+        return self.disagreement(min_agreement)
+
+    def disagreement(self, min_agreement: float) -> str | None:
+        """Return why a person's labels, or their absence, stand against a promotion; None if they do not."""
+        if not min_agreement:
+            return None
+        if self.agreement is None:
+            return (
+                f"promotion.min_agreement is {percent(min_agreement, '.3g')}, and nobody has labelled comparisons of "
+                "this run yet: `preflow label` takes 15 minutes. Then run it again; nothing is paid twice."
+            )
+        if self.agreement.share.lower <= min_agreement:
+            return (
+                f"the judge agrees with a person in {self.agreement.share.text()} of {self.agreement.labels} "
+                f"comparisons; the lower bound must be over min_agreement ({percent(min_agreement, '.3g')}). "
+                "Sharpen judging.rubric, or take another judging.model; more labels narrow the interval."
+            )
         return None
+
+
+def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
+    """Return what the comparisons came to, with the agreement of a person if somebody has labelled.
+
+    Raises:
+        FileNotFoundError: `win_rate.json` is gone.
+        ValidationError: it was written by another version.
+    """
+    store = Workspace.holding(evaluation.uri)
+    found = {"adapter_sha256": evaluation.adapter_sha256, **store.read_json(evaluation.uri)}
+    if store.exists(labelled := evaluation.sibling(AGREEMENT)):
+        found["agreement"] = store.read_json(labelled)
+    return Evaluation.model_validate(found)
 
 
 class Health(BaseModel):

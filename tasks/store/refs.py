@@ -182,7 +182,7 @@ def digest(value: object) -> str:
 def package_versions() -> dict[str, str]:
     """Return the installed versions of the packages that decide results, for a manifest."""
     found = {}
-    for name in ("preflow", "prefect", "torch", "transformers", "peft", "trl", "bitsandbytes", "openai"):
+    for name in ("preflow", "prefect", "torch", "transformers", "peft", "trl", "bitsandbytes"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -11,18 +11,19 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tasks.config.base import resolve_location
 from tasks.errors import DiskFullError, PreflowError
-from tasks.store.refs import (
+from tasks.store.refs import (  # others take them from here
     MANIFEST,
     AdapterRef,
     Artifact,
@@ -43,36 +44,6 @@ from tasks.store.refs import (
     digest,
     package_versions,
 )
-
-__all__ = [
-    "COMMITTED",
-    "MANIFEST",
-    "AdapterRef",
-    "Artifact",
-    "CompletionsRef",
-    "Cost",
-    "DigestWriter",
-    "EvaluationRef",
-    "FileFacts",
-    "Manifest",
-    "Origin",
-    "PipelineResult",
-    "PreferencesRef",
-    "PromotionRef",
-    "PromptsRef",
-    "RefT",
-    "Reference",
-    "VerdictsRef",
-    "Workspace",
-    "canonical_json",
-    "digest",
-    "file_sha256",
-    "folder_digest",
-    "indented_json",
-    "package_versions",
-    "server_path",
-    "stage_key",
-]
 
 CHUNK = 1 << 20
 PARALLEL_TRANSFERS = 16
@@ -169,16 +140,12 @@ class Workspace:
         """Return all files below a folder by their name relative to it."""
         raise NotImplementedError
 
-    def _stage(self, uri: str) -> IO[bytes]:
-        """Return a file to write what is to lie at `uri`, to be published or discarded."""
+    def _stage(self, uri: str) -> AbstractContextManager[IO[bytes]]:
+        """Give a file to write what is to lie at `uri`; what is not published in the block is dropped at its end."""
         raise NotImplementedError
 
     def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
         """Have what was staged appear, in one step, in the place of what was there."""
-        raise NotImplementedError
-
-    def _discard(self, staged: IO[bytes]) -> None:
-        """Drop what was staged; after `_publish`, do nothing."""
         raise NotImplementedError
 
     def _remove(self, uri: str) -> None:
@@ -232,10 +199,13 @@ class Workspace:
 
     def size(self, uri: str) -> int:
         """Return a file's size in bytes."""
+        return self._known(uri).size
+
+    def _known(self, uri: str) -> Stat:
         stat = self.stat(uri)
         if stat is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", uri)
-        return stat.size
+        return stat
 
     def read_json(self, uri: str) -> Any:
         """Return a JSON file's value.
@@ -286,14 +256,11 @@ class Workspace:
     def writing(self, uri: str) -> Iterator["DigestWriter"]:
         """Stream a file: it appears under `uri` when the block ends without an error, and not at all otherwise."""
         try:
-            staged = self._stage(uri)
-            try:
+            with self._stage(uri) as staged:
                 out = DigestWriter(staged)
                 yield out
                 self._guard()
                 self._publish(staged, uri, out.sha256)
-            finally:
-                self._discard(staged)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -327,10 +294,7 @@ class Workspace:
 
     def sha256(self, uri: str) -> str:
         """Return the sha256 (hex) of a file's content; what preflow wrote to a bucket need not be read for it."""
-        stat = self.stat(uri)
-        if stat is None:
-            raise FileNotFoundError(errno.ENOENT, "no such file", uri)
-        return self._sha256_of(stat)
+        return self._sha256_of(self._known(uri))
 
     def _sha256_of(self, stat: Stat) -> str:
         """Return the sha256 of a file, read at most once for each of its versions."""
@@ -347,18 +311,18 @@ class Workspace:
         stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
         return {posixpath.basename(stat.uri): self._sha256_of(stat) for stat in stats}
 
-    def commit_folder(self, local: Path, uri: str, extra: dict[str, Any] | None = None) -> str:
-        """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256) last.
+    def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] = MappingProxyType({})) -> str:
+        """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256, and what is `extra`) last.
 
         Returns:
             The sha256 of `COMMITTED.json`, which identifies the folder's content.
         """
         names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-            facts = list(pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)), names))
-        manifest = indented_json({"files": dict(zip(names, facts, strict=True)), **(extra or {})})
-        self.write_bytes(posixpath.join(uri, COMMITTED), manifest)
-        return hashlib.sha256(manifest).hexdigest()
+            facts = pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)).model_dump(), names)
+        marker = indented_json({"files": dict(zip(names, facts, strict=True)), **extra})
+        self.write_bytes(posixpath.join(uri, COMMITTED), marker)
+        return hashlib.sha256(marker).hexdigest()
 
     def fetch_folder(self, uri: str, local: Path) -> Path:
         """Return a local folder with the committed files of `uri`, verified; a local `uri` is returned as it is.
@@ -369,55 +333,52 @@ class Workspace:
         if self.is_local:
             self.verify_folder(uri)
             return Path(uri)
-        content, committed = self._read_committed(uri)
-        local.mkdir(parents=True, exist_ok=True)
-        (local / COMMITTED).write_bytes(content)
-        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-            list(pool.map(lambda name: self._get(posixpath.join(uri, name), local / name), committed["files"]))
-        for name, facts in committed["files"].items():
-            if file_sha256(local / name) != facts["sha256"]:
+        committed = self.committed_files(uri)
+        self._fetch(uri, committed, local)
+        for name, facts in committed.items():
+            if file_sha256(local / name) != facts.sha256:
                 raise PreflowError(_damaged(posixpath.join(uri, name)))
         return local
 
     def fetch_files(self, uri: str, local: Path) -> Path:
         """Copy the files directly below `uri` into a local folder, committed or not, and return that."""
-        local.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-            list(pool.map(lambda file: self._get(file, local / posixpath.basename(file)), self.list(uri)))
+        self._fetch(uri, map(posixpath.basename, self.list(uri)), local)
         return local
 
-    def verify_folder(self, uri: str) -> Any:
-        """Check a committed folder against its `COMMITTED.json` and return that.
+    def _fetch(self, uri: str, names: Iterable[str], local: Path) -> None:
+        local.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+            list(pool.map(lambda name: self._get(posixpath.join(uri, name), local / name), names))
+
+    def verify_folder(self, uri: str) -> dict[str, FileFacts]:
+        """Check a committed folder against its `COMMITTED.json`, and return its files as `committed_files` does.
 
         On a bucket the digests are those that the objects carry, so that nothing is read.
 
         Raises:
             PreflowError: naming the first file that is missing, cut or changed.
         """
-        committed = self._read_committed(uri)[1]
-        there = self.tree(uri)
-        for name, facts in committed["files"].items():
-            file, stat = posixpath.join(uri, name), there.get(name)
-            if stat is None:
-                raise PreflowError(_missing(file))
-            if not self._is_as(stat, FileFacts(**facts)):
-                raise PreflowError(_damaged(file))
+        committed, there = self.committed_files(uri), self.tree(uri)
+        for name, facts in committed.items():
+            if name not in there:
+                raise PreflowError(_missing(posixpath.join(uri, name)))
+            if not self._is_as(there[name], facts):
+                raise PreflowError(_damaged(posixpath.join(uri, name)))
         return committed
 
     def committed_files(self, uri: str) -> dict[str, FileFacts]:
-        """Return size and sha256 of the files of a committed folder, with `COMMITTED.json` itself."""
-        content, committed = self._read_committed(uri)
-        marker = FileFacts(size=len(content), sha256=hashlib.sha256(content).hexdigest())
-        return {COMMITTED: marker, **{name: FileFacts(**facts) for name, facts in committed["files"].items()}}
-
-    def _read_committed(self, uri: str) -> tuple[bytes, dict[str, Any]]:
+        """Return size and sha256 of the files of a committed folder, `COMMITTED.json` itself among them."""
         marker = posixpath.join(uri, COMMITTED)
         try:
             content = self.read_bytes(marker)
         except (FileNotFoundError, NotADirectoryError) as error:
             message = f"{uri}: has no {COMMITTED}, so it was never finished; run the stage that makes it"
             raise PreflowError(message) from error
-        return content, _parse_json(marker, content)
+        try:
+            files = _Committed.model_validate(_parse_json(marker, content)).files
+        except ValidationError as error:
+            raise PreflowError(_damaged(marker)) from error
+        return {**files, COMMITTED: FileFacts(size=len(content), sha256=hashlib.sha256(content).hexdigest())}
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Write an artifact's manifest, which makes it a finished one: the last thing that a stage does."""
@@ -480,11 +441,11 @@ class Workspace:
                 return None
         return manifest
 
-    def _put(self, local: Path, uri: str) -> dict[str, Any]:
+    def _put(self, local: Path, uri: str) -> FileFacts:
         with self.writing(uri) as out, local.open("rb") as file:
             while chunk := file.read(CHUNK):
                 out.write(chunk)
-        return {"size": out.size, "sha256": out.sha256}
+        return out.file
 
     def _get(self, uri: str, local: Path) -> None:
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -521,6 +482,12 @@ def _parse_json(uri: str, content: bytes) -> Any:
         raise PreflowError(
             f"{uri}: damaged, not JSON ({error}); delete it and run again, it will be made again"
         ) from error
+
+
+class _Committed(BaseModel):
+    """What `COMMITTED.json` says of a folder."""
+
+    files: dict[str, FileFacts]
 
 
 def _missing(uri: str) -> str:

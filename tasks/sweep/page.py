@@ -18,67 +18,80 @@ from tasks.report.run import add_up, gather_manifests, publish, run_sections
 from tasks.report.sections import cost_section, lineage_section
 from tasks.store.measures import WinRate
 from tasks.store.workspace import Workspace
-from tasks.sweep.estimate import SweepPlan, Work
+from tasks.sweep.estimate import TRAINING, SweepPlan, Work
 from tasks.sweep.points import Point
 from tasks.sweep.ranking import PointResult, SweepResult, sweep_folder
 
+logger = logging.getLogger(__name__)
 HOW_ESTIMATED = (
     "Tokens: 4 characters each in prompts; a completion as long as those measured in this workspace, or else at its "
     "limit (max_tokens); a verdict 30 tokens until it is measured, at most the judge's max_tokens, as a thinking model "
-    "may use. Before there are pairs, every prompt counts as one. "
-    "GPU time: pairs seen in training at {rate:g} a second (sweep.pairs_per_second; 1.14 was measured for a 3B model "
-    "with QLoRA on an L4, batches of 2 x 8), without evaluations and start-up; sampling runs on your own endpoint and "
-    "has no GPU time here. Money: the prices in the configuration; where there is none, nothing is counted. "
-    "Retries come on top."
+    "may use. Before there are pairs, every prompt counts as one. Training: as fast as this workspace's on the same "
+    "base, or else {rate:g} pairs a second (sweep.pairs_per_second; 1.14 was measured for a 3B model with QLoRA on an "
+    "L4, batches of 2 x 8), without evaluations and start-up; sampling runs on your own endpoint and takes no GPU time "
+    "here. Money: the prices in the configuration; where there is none, nothing is counted. Retries come on top."
 )
-COLUMNS = ("work", "by", "points", "requests", "known", "tokens in", "tokens out", "training", "US$")
 
 
 def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> ReportSection:
     """Show what a sweep is going to do and cost, before it does."""
-    new = sum(not work.finished for work in plan.trainings())
-    asked, alone = sum(work.to_ask for work in plan.work), sum(len(w.points) * w.requests for w in plan.work)
-    left_out = f" {duplicates} equal to another were left out." if duplicates else ""
+    total, left_out = plan.total(), f" {duplicates} equal to another were left out." if duplicates else ""
+    new = sum(work.stage == TRAINING and not work.finished for work in plan.work)
+    alone, money = sum(len(work.points) * work.requests for work in plan.work), money_text(plan)
     summary = (
-        f"{len(points)} points.{left_out} Still to come: {new} trainings and {asked:,} requests, {_money(plan)}. "
+        f"{len(points)} points.{left_out} Still to come: {new} trainings and {total.to_ask:,} requests, {money}. "
         f"One by one, the points would take {len(points)} trainings and {alone:,} requests."
     )
-    rows = (*map(_work_row, plan.work), _total_row(plan))
     return ReportSection(
         title="Sweep plan",
         summary=summary,
         tables=(
-            Table("What is to be done, each once for all its points", COLUMNS, rows),
+            Table(
+                "What is to be done, each once for all its points",
+                ("work", "by", "points", "requests", "known", "tokens in", "tokens out", "training", "US$"),
+                (*(_work_row(work, format_price(work.usd)) for work in plan.work), _work_row(total, money)),
+            ),
             Table("Points", ("point", "change"), tuple((point.number, point.name) for point in points)),
         ),
         blocks=(("How this is estimated", HOW_ESTIMATED.format(rate=sweep.pairs_per_second)),),
     )
 
 
-def _money(plan: SweepPlan) -> str:
-    unpriced = any(work.usd is None for work in plan.work)
-    if unpriced and not plan.usd():
-        return "no price set"
-    money = f"about {format_usd(plan.usd())} US$, at most {format_usd(plan.most_usd())}"
-    return money + (" and what has no price set" if unpriced else "")
+def format_price(usd: float | None) -> str:
+    """Return US$ as text, also where they are not known."""
+    return "no price set" if usd is None else format_usd(usd)
 
 
-def _work_row(work: Work) -> tuple[Cell, ...]:
-    money = "no price set" if work.usd is None else format_usd(work.usd)
-    gpu = format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None
+def money_text(plan: SweepPlan) -> str:
+    """Return what a plan will cost, and what it can cost at most."""
+    total = plan.total()
+    if not plan.is_priced and not total.usd:
+        return format_price(None)
+    money = f"about {format_price(total.usd)} US$, at most {format_usd(total.most_usd)}"
+    return money + ("" if plan.is_priced else " and what has no price set")
+
+
+def plan_lines(plan: SweepPlan) -> Iterator[str]:
+    """Yield a line for each piece of work still to do, and one for what all of it costs, for logs and terminals."""
+    for work in plan.work:
+        points = f", points {_span(work.points)}" if len(plan.points()) > 1 else ""
+        if work.to_ask:
+            tokens = f"{work.prompt_tokens:,.0f} + {work.completion_tokens:,.0f} tokens"
+            known = f" ({work.known:,} more known)" if work.known else ""
+            price = format_price(work.usd) + (" US$" if work.usd is not None else "")
+            yield f"  {work.stage} ({work.who}{points}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
+        elif work.gpu_minutes:
+            by = "as measured here" if work.is_measured else "on an L4"
+            yield f"  {work.stage} ({work.who}{points}): about {format_seconds(60 * work.gpu_minutes)} {by}"
+    yield f"cost: {money_text(plan)}"
+
+
+def _work_row(work: Work, money: str) -> tuple[Cell, ...]:
     known = "finished" if work.finished else f"{work.known:,}" if work.requests else None
     return (
-        work.stage, work.who, _span(work.points), work.requests or None, known, work.prompt_tokens or None,
-        work.completion_tokens or None, gpu, money,
-    )  # fmt: skip
-
-
-def _total_row(plan: SweepPlan) -> tuple[Cell, ...]:
-    minutes = sum(work.gpu_minutes for work in plan.work)
-    return (
-        "total", None, None, sum(work.requests for work in plan.work), f"{sum(work.known for work in plan.work):,}",
-        sum(work.prompt_tokens for work in plan.work), sum(work.completion_tokens for work in plan.work),
-        format_seconds(60 * minutes) if minutes else None, _money(plan),
+        work.stage, work.who or None, _span(work.points) or None, work.requests or None, known,
+        round(work.prompt_tokens) or None, round(work.completion_tokens) or None,
+        format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None, money,
     )  # fmt: skip
 
 
@@ -97,6 +110,15 @@ def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSecti
     """Show the points from the best down, and what the best one's configuration is."""
     ranked, best = result.ranked(), result.best()
     null = next((point.null for point in ranked if point.null), None)
+    null_bar = RateBar("SFT against itself", null.win_rate, null.lower, null.upper) if null else None
+    bars = [
+        RateBar(
+            f"{point.number}. {point.name}", point.rate.win_rate, point.rate.lower, point.rate.upper,
+            (point.widened.lower, point.widened.upper),
+        )
+        for point in ranked
+        if point.rate is not None and point.widened is not None
+    ]  # fmt: skip
     caption = "Win rates; thick: the interval of each alone, thin: the one that holds for all points at once."
     configs = {point.number: point.config for point in points}
     return ReportSection(
@@ -104,7 +126,7 @@ def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSecti
         summary=_summary(result),
         advice=tuple(_advice(result)),
         tables=tuple(_tables(result, null)),
-        pictures=(Picture(plot_rates(_rate_bars(ranked), _null_bar(null)), caption),) if ranked else (),
+        pictures=(Picture(plot_rates(bars, null_bar), caption),) if ranked else (),
         blocks=tuple(_to_copy(best, configs[best.number])) if best else (),
     )
 
@@ -115,7 +137,7 @@ def _summary(result: SweepResult) -> str:
         return f"None of the {count} points could be finished."
     part = "" if len(result.ranking) == count else f" of the {len(result.ranking)} that finished, out of {count}"
     return (
-        f"Best{part}: point {best.number} ({best.name}) wins {_rate(best.rate)} against the SFT adapter. The best of "
+        f"Best{part}: point {best.number} ({best.name}) wins {best.rate.text()} against the SFT adapter. The best of "
         f"{len(result.ranking)} looks better than it is, since chance had so many tries: the interval that holds for "
         f"all points at once is {_interval(best.widened)} (each at {100 * result.widened_confidence:.2f} %, "
         f"together at least {100 * result.confidence:.3g} %; Sidak 1967)."
@@ -132,17 +154,14 @@ def _advice(result: SweepResult) -> Iterator[str]:
             "The points were not all measured on the same prompts with the same settings and judge, so their win rates "
             "compare only roughly. Give eval_prompts that no training prompt is in, and sweep nothing of evaluation."
         )
-    if len(ranked) > 1 and _overlap(ranked[0].widened, ranked[1].widened):
+    first, second = ([point.widened for point in ranked] + [None, None])[:2]
+    if first and second and first.lower <= second.upper:
         yield (
             f"The intervals of points {ranked[0].number} and {ranked[1].number} overlap: the sweep does not show which "
             "of them is better. More evaluation.num_samples or held-out prompts narrow them."
         )
-    if ranked and ranked[0].widened and ranked[0].widened.lower <= 0.5:
+    if first and first.lower <= 0.5:
         yield "Not even the best point is surely better than the SFT adapter: promote none of them on these figures."
-
-
-def _overlap(a: WinRate | None, b: WinRate | None) -> bool:
-    return a is not None and b is not None and a.lower <= b.upper
 
 
 def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
@@ -170,10 +189,6 @@ def _interval(rate: WinRate | None) -> str | None:
     return f"{100 * rate.lower:.1f}-{100 * rate.upper:.1f} %" if rate else None
 
 
-def _rate(rate: WinRate) -> str:
-    return f"{_share(rate)} ({_interval(rate)})"
-
-
 def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, str]]:
     """Yield the best point's configuration, for the form and for the command line; what it leaves out is default."""
     values = config.model_dump(mode="json", exclude_defaults=True)
@@ -182,43 +197,25 @@ def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, s
     yield "Promote it", f"prefect deployment run dpo-pipeline/local --param {argument}"
 
 
-def _rate_bars(ranked: Sequence[PointResult]) -> list[RateBar]:
-    """Return what to draw of the points: each with its interval, and the one widened for the number of points."""
-    return [
-        RateBar(
-            f"{point.number}. {point.name}", point.rate.win_rate, point.rate.lower, point.rate.upper,
-            (point.widened.lower, point.widened.upper),
-        )
-        for point in ranked
-        if point.rate is not None and point.widened is not None
-    ]  # fmt: skip
-
-
-def _null_bar(null: WinRate | None) -> RateBar | None:
-    return RateBar("SFT against itself", null.win_rate, null.lower, null.upper) if null else None
-
-
-logger = logging.getLogger(__name__)
-
-
 async def report_plan(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> None:
     """Show what the sweep is going to do and cost, in the log and as an artifact."""
     section = plan_section(plan, points, sweep, duplicates)
-    logger.info("%s\n%s", section.summary, "\n".join(_text(table.columns, table.rows) for table in section.tables))
+    logger.info("%s\n%s", section.summary, "\n".join(plan_lines(plan)))
     await publish(section)
 
 
 async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
     """Show the ranking, in the log and as an artifact, and write the pages of the sweep and of its points."""
     section = ranking_section(result, points)
-    logger.info("%s\n%s", section.summary, "\n".join(_text(table.columns, table.rows) for table in section.tables))
+    tables = (render_text_table([table.columns, *table.rows]) for table in section.tables)
+    logger.info("%s\n%s", section.summary, "\n".join(tables))
+    await publish(section)
     for advice in section.advice:
         logger.warning("%s", advice)
-    await publish(section)
     workspace = points[0].config.workspace
     store, folder = Workspace(workspace), sweep_folder(workspace, result.key)
     made = [(point, found.made) for point, found in zip(points, result.points, strict=True) if found.made]
-    manifests = gather_manifests(store, *(run for _, run in made))
+    manifests = gather_manifests(store, *(reference for _, run in made for reference in run.references()))
     sections = [section, cost_section(add_up(manifests)), lineage_section(manifests, store.root)]
     store.write_bytes(f"{folder}/report.html", render_html("preflow: sweep", sections).encode())
     for point, run in made:
@@ -227,10 +224,6 @@ async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
             page = render_html(f"preflow: point {point.number}, {point.name}", run_sections(point.config, run))
             store.write_bytes(uri, page.encode())
     logger.info("the pages of the sweep and of its points are in %s", folder)
-
-
-def _text(columns: Sequence[str], rows: Sequence[Sequence[str | int | float | bool | None]]) -> str:
-    return render_text_table([columns, *rows])
 
 
 def conclude(result: SweepResult, workspace: str) -> SweepResult | State[SweepResult]:

@@ -49,18 +49,17 @@ class Points(BaseModel):
     duplicates: int = 0
 
 
-def name_change(change: Change) -> str:
-    """Return a valid change as text."""
-    return ", ".join(f"{name}={_short(value)}" for name, value in change.items()) or "unchanged"
-
-
-def _name_wrong(change: Change) -> str:
-    """Return a change that may be wrong as text, without what could be a key that stands where a name belongs."""
+def name_change(change: Change, is_checked: bool = True) -> str:
+    """Return a change as text; before it is checked, without what could be a key that stands where a name belongs."""
     shown = (
-        f"{name}={'...' if name.endswith('api_key') or isinstance(value, dict | list) else _short(value)}"
+        f"{name}={_short(value) if is_checked or _is_harmless(name, value) else '...'}"
         for name, value in change.items()
     )
-    return ", ".join(shown)
+    return ", ".join(shown) or "unchanged"
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    return not name.endswith("api_key") and not isinstance(value, dict | list)
 
 
 def _short(value: Any) -> str:
@@ -81,21 +80,30 @@ def expand_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
     if not changes:
         raise PreflowError(f"the sweep has no points: give sweep.presets, sweep.grid (such as {EXAMPLE}) or .changes")
     _check_names(name for change in changes for name in change)
-    base, found, problems = _pin_evaluation_settings(config), list[Point](), list[str]()
+    # The evaluation is written out before anything is changed: all points are measured by one judge on like samples.
+    base = config.model_copy(update={"evaluation": config.filled().evaluation})
+    found, problems = list[Point](), list[str]()
     for number, change in enumerate(changes, 1):
         try:
             found.append(Point(number=number, change=change, config=apply_change(base, change)))
         except ValidationError as error:
-            problems.append(f"point {number} ({_name_wrong(change)}): {_explain(error)}")
+            wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            problems.append(f"point {number} ({name_change(change, is_checked=False)}): {wrong}")
     if problems:
         more = f"\n... and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         listed = "\n".join(problems[:PROBLEMS_SHOWN])
         raise PreflowError(f"{len(problems)} of {len(changes)} points are wrong; nothing was spent:\n{listed}{more}")
-    return limited(drop_equal(found, lambda point: point.config), sweep)
+    distinct = drop_equal(found, lambda point: point.config)
+    if len(distinct.points) > sweep.max_points:
+        raise PreflowError(
+            f"the sweep has {len(distinct.points)} points, over sweep.max_points ({sweep.max_points}): every one is a "
+            "training. Take fewer values, or raise max_points."
+        )
+    return distinct
 
 
 def drop_equal(points: Sequence[Point], key: Callable[[Point], object]) -> Points:
-    """Return the points without those whose key an earlier one has, numbered anew."""
+    """Return the points without those whose key an earlier one has, numbered from 1 again."""
     kept: list[Point] = []
     seen: list[object] = []
     for point in points:
@@ -103,20 +111,6 @@ def drop_equal(points: Sequence[Point], key: Callable[[Point], object]) -> Point
             seen.append(found)
             kept.append(point.model_copy(update={"number": len(kept) + 1}))
     return Points(points=tuple(kept), duplicates=len(points) - len(kept))
-
-
-def limited(points: Points, sweep: SweepConfig) -> Points:
-    """Return the points if they are not too many.
-
-    Raises:
-        PreflowError: there are more than `max_points`.
-    """
-    if len(points.points) > sweep.max_points:
-        raise PreflowError(
-            f"the sweep has {len(points.points)} points, over sweep.max_points ({sweep.max_points}): every one is a "
-            "training. Take fewer values, or raise max_points."
-        )
-    return points
 
 
 def apply_change(base: PipelineConfig, change: Change) -> PipelineConfig:
@@ -135,40 +129,26 @@ def apply_change(base: PipelineConfig, change: Change) -> PipelineConfig:
     return PipelineConfig.model_validate(values).filled()
 
 
-def _pin_evaluation_settings(config: PipelineConfig) -> PipelineConfig:
-    """Write the evaluation out before anything is changed: all points are measured by one judge on like samples."""
-    return config.model_copy(update={"evaluation": config.filled().evaluation})
-
-
-def _explain(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-
-
 # ---- names
 
 
-def parameter_names(model: type[StageConfig] = PipelineConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every parameter that a sweep can change."""
+def setting_names(model: type[StageConfig] = PipelineConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting and of every section of them."""
     for name, field in model.model_fields.items():
-        nested = _stage_of(field.annotation)
-        if prefix == "" and name in SHARED:
-            continue
-        if nested is None:
-            yield f"{prefix}{name}"
-        else:
-            yield from parameter_names(nested, f"{prefix}{name}.")
+        yield f"{prefix}{name}"
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, StageConfig) and not hasattr(field.annotation, "__origin__"):
+                yield from setting_names(kind, f"{prefix}{name}.")
 
 
-def _stage_of(annotation: Any) -> type[StageConfig] | None:
-    """Return the configuration model that a field holds, or may hold; None for a plain value or a list."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, StageConfig) and not hasattr(annotation, "__origin__"):
-            return kind
-    return None
+def parameter_names() -> list[str]:
+    """Return the dotted name of every setting that a sweep can change."""
+    names = [name for name in setting_names() if name.split(".")[0] not in SHARED]
+    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
 
 
 def _check_names(names: Iterable[str]) -> None:
-    known = list(parameter_names())
+    known = parameter_names()
     if problems := [_name_problem(name, known) for name in dict.fromkeys(names) if name not in known]:
         raise PreflowError("; ".join(problems))
 
@@ -200,68 +180,34 @@ def _combinations(grid: dict[str, list[Any]]) -> list[Change]:
 
 
 def _preset_changes(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
-    """Return the configuration as it is, and each preset's changes to it.
+    """Return the configuration as it is, and each preset's changes to it; docs/sweeps.md says why these.
 
     Raises:
         PreflowError: a preset lacks something only the user can give.
     """
-    wanted = list(dict.fromkeys(sweep.presets))
-    found = [change for preset in wanted for change in _PRESETS[preset](config, sweep)]
-    return [{}, *found] if found else []
-
-
-def _lower_beta(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
-    return [{"training.beta": _rounded(config.training.beta / by)} for by in (2, 10)]
-
-
-def _stronger_judge(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
-    if sweep.stronger_judge is None:
+    if "judge" in sweep.presets and sweep.stronger_judge is None:
         raise PreflowError(
             "preset judge: name the stronger judge in sweep.stronger_judge, a model that judging.endpoint "
             f"({config.judging.endpoint}) serves; one that is elsewhere or has another price goes into sweep.changes"
         )
-    return [{"judging.model": sweep.stronger_judge}]
-
-
-def _more_completions(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
-    return [{"generation.num_completions": max(5, config.generation.num_completions + 2)}]
-
-
-def _higher_temperature(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
-    return [{"generation.temperature": temperature} for temperature in (1.0, 1.2)]
-
-
-def _more_data(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
-    if sweep.more_prompts is None:
+    if "more_data" in sweep.presets and sweep.more_prompts is None:
         raise PreflowError(
             "preset more_data: give the larger prompts file in sweep.more_prompts; the prompts of "
             f"{config.prompts} may be in it too, they cost nothing again"
         )
-    return [{"prompts": sweep.more_prompts}]
-
-
-def _more_epochs(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
-    rate = _rounded(config.training.learning_rate / 5)
-    return [
-        {"training.num_train_epochs": epochs, "training.max_steps": None, "training.learning_rate": rate}
-        for epochs in (2, 3)
-    ]
-
-
-def _shorter_warmup(config: PipelineConfig, sweep: SweepConfig) -> list[Change]:
-    return [{"training.warmup_steps": steps} for steps in (5, 10)]
+    slower = {"training.max_steps": None, "training.learning_rate": _rounded(config.training.learning_rate / 5)}
+    changes: dict[Preset, list[Change]] = {
+        "beta": [{"training.beta": _rounded(config.training.beta / by)} for by in (2, 10)],
+        "judge": [{"judging.model": sweep.stronger_judge}],
+        "completions": [{"generation.num_completions": max(5, config.generation.num_completions + 2)}],
+        "temperature": [{"generation.temperature": temperature} for temperature in (1.0, 1.2)],
+        "more_data": [{"prompts": sweep.more_prompts}],
+        "epochs": [{"training.num_train_epochs": epochs, **slower} for epochs in (2, 3)],
+        "warmup": [{"training.warmup_steps": steps} for steps in (5, 10)],
+    }
+    found = [change for preset in dict.fromkeys(sweep.presets) for change in changes[preset]]
+    return [{}, *found] if found else []
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-_PRESETS: dict[Preset, Callable[[PipelineConfig, SweepConfig], list[Change]]] = {
-    Preset.BETA: _lower_beta,
-    Preset.JUDGE: _stronger_judge,
-    Preset.COMPLETIONS: _more_completions,
-    Preset.TEMPERATURE: _higher_temperature,
-    Preset.MORE_DATA: _more_data,
-    Preset.EPOCHS: _more_epochs,
-    Preset.WARMUP: _shorter_warmup,
-}

@@ -58,7 +58,7 @@ async def find_unready(points: Sequence[Point], plan: SweepPlan) -> dict[int, Pr
     Raises:
         PreflowError: no point can run.
     """
-    unfinished = plan.unfinished_points()
+    unfinished = plan.points(unfinished=True)
     found: dict[str, PreflowError | None] = {}
     unready: dict[int, PreflowError] = {}
     for point in points:

@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.errors import PreflowError
-from tasks.evaluate.comparisons import Comparison, length_controlled, read_comparison, win_rate
+from tasks.evaluate.comparisons import length_controlled, read_comparison, win_rate
 from tasks.run.stages import fingerprint
 from tasks.store.measures import Evaluation, WinRate
-from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Workspace, digest, stage_key
+from tasks.store.workspace import PipelineResult, PromotionRef, Workspace, digest, stage_key
 from tasks.sweep.points import Change, Point
 
 VERSION = 2
@@ -112,32 +112,24 @@ def sidak(confidence: float, intervals: int) -> float:
 def _measure(store: Workspace, point: Point, result: PointResult, widened: float) -> PointResult:
     if result.made is None:
         return result
+    evaluation = point.config.evaluation
     found = Evaluation.model_validate(store.read_json(result.made.evaluation.uri))
-    judges = {judge.model for judge in point.config.evaluation.null_judge().judges()}
-    comparisons = _read_comparisons(store, result.made.evaluation, judges)
+    judges = {judge.model for judge in evaluation.null_judge().judges()}
+    rows = store.read_rows(result.made.evaluation.sibling("comparisons.jsonl"))
+    comparisons = [read_comparison(row, judges) for row in rows]
     raw, controlled = win_rate(comparisons, widened), length_controlled(comparisons, widened)
+    sampled = evaluation.generation.identity() if evaluation.generation else None
+    judge = evaluation.comparison_judge().verdict_identity()
+    prompts = sorted({one.prompt for one in comparisons})
     return result.model_copy(
         update={
             "rate": WinRate.model_validate(found.model_dump()),
             "widened": raw,
             "proven": min(raw.lower, controlled.lower),
             "null": found.null,
-            "evaluation_fingerprint": _evaluation_fingerprint(point, comparisons),
+            "evaluation_fingerprint": digest([prompts, evaluation.num_samples, evaluation.seed, sampled, judge])[:16],
         }
     )
-
-
-def _read_comparisons(store: Workspace, evaluation: EvaluationRef, judges: set[str]) -> list[Comparison]:
-    rows = store.read_rows(evaluation.sibling("comparisons.jsonl"))
-    return [read_comparison(row, judges) for row in rows]
-
-
-def _evaluation_fingerprint(point: Point, comparisons: Sequence[Comparison]) -> str:
-    evaluation = point.config.evaluation
-    settings = evaluation.generation.identity() if evaluation.generation else None
-    judge = evaluation.comparison_judge().verdict_identity()
-    prompts = sorted({one.prompt for one in comparisons})
-    return digest([prompts, evaluation.num_samples, evaluation.seed, settings, judge])[:16]
 
 
 # ---- the result that is kept
@@ -167,7 +159,7 @@ def find_sweep(points: Sequence[Point]) -> SweepResult | None:
     try:
         result = SweepResult.model_validate(store.read_json(uri))
     except ValidationError:
-        logger.warning("%s was written by another version of preflow: the points are looked up anew", uri)
+        logger.warning("%s was written by another version of preflow: the points are looked up again", uri)
         return None
     if result.failed():
         return None

@@ -22,11 +22,7 @@ MOUNT = "/workspace"
 
 
 async def check_deployment(name: str, workspace: str, training: TrainingConfig) -> None:
-    """See that the deployment that is to train exists, takes runs and can reach what it needs.
-
-    Raises:
-        PreflowError: with what is wrong, where, and what to do.
-    """
+    """See that the deployment that is to train exists, takes runs and can reach what it needs."""
     deployment = await read_deployment(name)
     if deployment.paused:
         raise PreflowError(f"deployment {name} is paused: resume it in the Prefect UI")
@@ -39,11 +35,7 @@ async def check_deployment(name: str, workspace: str, training: TrainingConfig) 
 
 
 async def read_deployment(name: str) -> DeploymentResponse:
-    """Return a deployment of the training.
-
-    Raises:
-        PreflowError: there is none of this name; says which there are.
-    """
+    """Return a deployment of the training; where there is none of this name, the error says which there are."""
     async with get_client() as client:
         try:
             return await client.read_deployment_by_name(name)

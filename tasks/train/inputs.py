@@ -1,4 +1,7 @@
-"""What can be seen of adapter, base and tokenizer without weights: configurations, vocabularies, headers."""
+"""What can be seen of adapter, base and tokenizer without weights: configurations, vocabularies, headers.
+
+All of it raises `PreflowError` with what is wrong, where, and what to do.
+"""
 
 import json
 import logging
@@ -44,19 +47,15 @@ class Tensor:
 
 
 def read_header(uri: str) -> dict[str, Tensor]:
-    """Read the header of a safetensors file (8 bytes of length, then JSON); the file must be as long as it says.
-
-    Raises:
-        PreflowError: the file is damaged or cut off.
-    """
+    """Read the header of a safetensors file (8 bytes of length, then JSON); the file must be as long as it says."""
     store = Workspace.holding(uri)
     try:
         length = int.from_bytes(store.read_ranges(uri, [(0, 8)])[0], "little")
         content = json.loads(store.read_ranges(uri, [(8, 8 + min(length, LONGEST_HEADER))])[0])
-        entries = {name: entry for name, entry in content.items() if name != "__metadata__"}
+        content.pop("__metadata__", None)
         found = {
             name: Tensor(entry["dtype"], entry["shape"], *(8 + length + at for at in entry["data_offsets"]))
-            for name, entry in entries.items()
+            for name, entry in content.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PreflowError(f"{uri}: damaged, its header cannot be read ({error}); copy the file again") from error
@@ -75,11 +74,7 @@ class AdapterFiles:
 
     @classmethod
     def read(cls, uri: str) -> "AdapterFiles":
-        """Read the configuration.
-
-        Raises:
-            PreflowError: a file is missing, or the configuration is no JSON.
-        """
+        """Read the configuration of a whole adapter."""
         store = Workspace.holding(uri)
         names = {posixpath.basename(file) for file in store.list(uri)}
         if "adapter_config.json" not in names:
@@ -104,11 +99,7 @@ class AdapterFiles:
         return int(patterns[key] if key else self.config["r"])
 
     def check(self) -> None:
-        """Check that this is an adapter that DPO can train and vLLM can serve.
-
-        Raises:
-            PreflowError: with what it is instead.
-        """
+        """Check that this is an adapter that DPO can train and vLLM can serve."""
         for problem in [*self._kind_problems(), *self._weight_problems()]:
             raise PreflowError(f"sft_adapter {self.uri}: {problem}")
         self._check_finite()
@@ -170,11 +161,7 @@ class AdapterFiles:
 
 
 def read_json(uri: str, remedy: str) -> dict[str, Any]:
-    """Read a JSON object from a file that is the user's own.
-
-    Raises:
-        PreflowError: it holds something else.
-    """
+    """Read a JSON object from a file that is the user's own."""
     try:
         found = json.loads(Workspace.holding(uri).read_bytes(uri))
     except ValueError as error:
@@ -200,11 +187,7 @@ class BaseFiles:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "BaseFiles":
-        """Read a folder.
-
-        Raises:
-            PreflowError: a file is missing or damaged.
-        """
+        """Read a folder."""
         if not (folder / "config.json").is_file():
             raise PreflowError(f"base_model {folder}: no config.json there. Give the folder of a transformers model.")
         files = sorted(folder.glob("*.safetensors"))
@@ -265,11 +248,7 @@ class BaseFiles:
         return {**found, **found.get("text_config", {})}
 
     def check(self, max_length: int, router_aux_loss_coef: float) -> None:
-        """Hold the training's settings against the base.
-
-        Raises:
-            PreflowError: one cannot work with it.
-        """
+        """Hold the training's settings against the base."""
         if quantised := self.config.get("quantization_config"):
             kind = (
                 quantised.get("bnb_4bit_quant_type") if quantised.get("load_in_4bit") else quantised.get("quant_method")
@@ -295,9 +274,6 @@ class BaseFiles:
         """Check that every module of the adapter is in the base, with its sizes.
 
         Names are compared from the layer's number on: what stands before it changes with transformers' versions.
-
-        Raises:
-            PreflowError: naming the first weight without a place.
         """
         if self.config.get("quantization_config"):
             return  # packed, so shapes say nothing
@@ -315,22 +291,18 @@ class BaseFiles:
                 there = " or ".join(map(str, places.get(_tail(module), []))) or "no such module"
                 raise PreflowError(
                     f"sft_adapter {adapter.uri}: its weight {name} is for a module of sizes {sizes}, base_model "
-                    f"{self.name} has {there}. The adapter was trained on another base; give that one as base_model."
+                    f"{self.name} has {there}. Give the base that the adapter was trained on, with all its weights."
                 )
 
     def check_tokenizer(self, adapter: str) -> None:
-        """Check that there are a tokenizer and a chat template, and that the adapter's tokenizer is the base's.
-
-        Raises:
-            PreflowError: naming what is missing, or the first token that differs.
-        """
+        """Check that there are a tokenizer and a chat template, and that the adapter's tokenizer is the base's."""
         folders = [adapter, str(self.folder)]
         names = {posixpath.basename(file) for folder in folders for file in Workspace.holding(folder).list(folder)}
         if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
             raise PreflowError(
                 f"no tokenizer in {self.name} nor in {adapter}: save one there with tokenizer.save_pretrained()"
             )
-        own, base = (_vocabulary(posixpath.join(folder, "tokenizer.json")) for folder in folders)
+        (own, _), (base, added) = (_vocabulary(posixpath.join(folder, "tokenizer.json")) for folder in folders)
         rows = int(self.config.get("vocab_size") or 0)
         for token, number in own.items():
             if rows and number >= rows:
@@ -344,17 +316,29 @@ class BaseFiles:
                     f"sft_adapter {adapter}: its tokenizer gives {token!r} the number {number}, that of base_model "
                     f"{self.name} {base[token]}. The adapter belongs to another base; give that one as base_model."
                 )
+        lacking = [token for token in base if own and token not in own]
+        if missing := [token for token in lacking if token not in added]:
+            raise PreflowError(
+                f"sft_adapter {adapter}: its tokenizer lacks {len(missing)} tokens of base_model {self.name} (e.g. "
+                f"{missing[0]!r}). The adapter belongs to another base; give that one as base_model."
+            )
+        if lacking:
+            LOG.warning(
+                "the tokenizer in %s lacks %d special tokens of %s (e.g. %r): texts that spell one are read otherwise",
+                adapter, len(lacking), self.name, lacking[0],
+            )  # fmt: skip
 
 
 def _tail(module: str) -> str:
     return ".".join(module.split(".")[-4:])
 
 
-def _vocabulary(file: str) -> dict[str, int]:
-    """Return the tokens of a tokenizer.json by number; nothing where there is none."""
+def _vocabulary(file: str) -> tuple[dict[str, int], set[str]]:
+    """Return the tokens of a tokenizer.json by number, and which were added; nothing where there is no such file."""
     if not Workspace.holding(file).exists(file):
-        return {}
+        return {}, set()
     content = read_json(file, "save the tokenizer again")
     tokens = content["model"].get("vocab", {})
     found = dict(tokens) if isinstance(tokens, dict) else {entry[0]: number for number, entry in enumerate(tokens)}
-    return found | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return found | added, set(added)

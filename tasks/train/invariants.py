@@ -1,9 +1,9 @@
-"""What must hold in every training. Each check stops the trainer with exit code 42, a cause and a remedy."""
+"""What must hold in every training. Each check raises `InvariantError`: exit code 42, a cause and a remedy."""
 
 import math
 from collections.abc import Mapping
 
-from tasks.config import LossType, TrainingConfig
+from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 
 FIRST_LOSS_TOLERANCE = 1e-3
@@ -27,29 +27,21 @@ def loss_at_margin_zero(training: TrainingConfig) -> float:
     apo_zero: 1 (D'Oosterlinck et al. 2024, eq. 7); ipo: (1 / (2 beta))^2 (Azar et al. 2023, eq. 17). The divergences
     that are offered change none of them.
     """
-    if training.loss_type in (LossType.HINGE, LossType.APO_ZERO):
+    if training.loss_type in ("hinge", "apo_zero"):
         return 1.0
-    if training.loss_type is LossType.IPO:
+    if training.loss_type == "ipo":
         return (0.5 / training.beta) ** 2
     return math.log(2)
 
 
 def check_first_loss(measured: Mapping[str, float], training: TrainingConfig) -> None:
-    """Check loss and margin on the first batches, before the first update of a fresh start.
-
-    Args:
-        measured: `loss` (without the SFT term), `rewards/margins`, `rewards/chosen`, `rewards/rejected`.
-        training: gives the loss and beta.
-
-    Raises:
-        InvariantError: `first-loss` or `first-margin`.
-    """
+    """Check loss (without the SFT term) and margin on the first batches, before the first update of a fresh start."""
     expected = loss_at_margin_zero(training)
     margin = max(abs(measured[name]) for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"))
     if not abs(measured["loss"] - expected) <= FIRST_LOSS_TOLERANCE * max(1.0, expected):
         raise InvariantError(
             "first-loss",
-            f"the {training.loss_type.value} loss before the first update is {measured['loss']:.6f}, where it must be "
+            f"the {training.loss_type} loss before the first update is {measured['loss']:.6f}, where it must be "
             f"{expected:.6f}; policy and reference differ by {margin:.6f} in reward. {_what_it_is_not(margin)}",
         )
     if not margin <= MARGIN_TOLERANCE:
@@ -80,16 +72,7 @@ def _what_it_is_not(margin: float) -> str:
 
 
 def check_nothing_random(training_mode: float, evaluation_mode: float, named: str) -> None:
-    """Check that the model gives the same loss in training mode as in evaluation mode, weights being equal.
-
-    Args:
-        training_mode: loss of a micro-batch in training mode.
-        evaluation_mode: loss of the same in evaluation mode.
-        named: what was switched off, for the message.
-
-    Raises:
-        InvariantError: `nothing-random`.
-    """
+    """Check that a micro-batch has the same loss in training and evaluation mode; `named` is what was switched off."""
     if not abs(training_mode - evaluation_mode) <= FIRST_LOSS_TOLERANCE * max(1.0, abs(evaluation_mode)):
         raise InvariantError(
             "nothing-random",
@@ -100,11 +83,7 @@ def check_nothing_random(training_mode: float, evaluation_mode: float, named: st
 
 
 def check_resumed_margin(measured: Mapping[str, float], weights_moved: bool) -> None:
-    """Check that a resumed policy is not the SFT policy again.
-
-    Raises:
-        InvariantError: `resumed-margin`.
-    """
+    """Check that a resumed policy is not the SFT policy again."""
     if weights_moved and measured["rewards/chosen"] == 0 and measured["rewards/rejected"] == 0:
         raise InvariantError(
             "resumed-margin",
@@ -114,16 +93,7 @@ def check_resumed_margin(measured: Mapping[str, float], weights_moved: bool) -> 
 
 
 def check_reference(found: str, expected: str, what: str) -> None:
-    """Check that the reference's weights are the SFT adapter's.
-
-    Args:
-        found: digest of the reference's weights (`model.weights_digest`).
-        expected: digest of the SFT adapter's weights file.
-        what: where `found` comes from, for the message.
-
-    Raises:
-        InvariantError: `reference-is-sft`.
-    """
+    """Check the digest of the reference's weights, taken from `what`, against that of the SFT adapter's."""
     if found != expected:
         raise InvariantError(
             "reference-is-sft",
@@ -134,11 +104,7 @@ def check_reference(found: str, expected: str, what: str) -> None:
 
 
 def check_resumed_weights(found: str, expected: str) -> None:
-    """Check that the policy's weights after a resume are those of the checkpoint.
-
-    Raises:
-        InvariantError: `resumed-weights`.
-    """
+    """Check that the policy's weights after a resume are those of the checkpoint, by digest."""
     if found != expected:
         raise InvariantError(
             "resumed-weights",
@@ -148,11 +114,7 @@ def check_resumed_weights(found: str, expected: str) -> None:
 
 
 def check_trainable_precision(dtypes: Mapping[str, str]) -> None:
-    """Check that every trainable weight is fp32.
-
-    Raises:
-        InvariantError: `trainable-fp32`.
-    """
+    """Check that every trainable weight is fp32, and that there are some."""
     wrong = {name: dtype for name, dtype in dtypes.items() if dtype != "torch.float32"}
     if wrong or not dtypes:
         example = ", ".join(f"{name} is {dtype}" for name, dtype in list(wrong.items())[:2]) or "nothing is trainable"
@@ -164,11 +126,7 @@ def check_trainable_precision(dtypes: Mapping[str, str]) -> None:
 
 
 def check_gradient(norm: float, step: int) -> None:
-    """Check that the gradient's norm is finite, before the update with it.
-
-    Raises:
-        InvariantError: `finite-gradient`.
-    """
+    """Check that the gradient's norm is finite, before the update with it."""
     if not math.isfinite(norm):
         raise InvariantError(
             "finite-gradient",
@@ -179,15 +137,7 @@ def check_gradient(norm: float, step: int) -> None:
 
 
 def check_weights_moved(moved: float, step: int) -> None:
-    """Check that the adapter differs from the SFT adapter after an update with a learning rate over 0.
-
-    Args:
-        moved: share of the adapter's weights that changed, 0-1.
-        step: the step, for the message.
-
-    Raises:
-        InvariantError: `adapter-moves`.
-    """
+    """Check that a share of the adapter's weights `moved` after an update with a learning rate over 0."""
     if not moved > 0:
         raise InvariantError(
             "adapter-moves",
@@ -198,11 +148,7 @@ def check_weights_moved(moved: float, step: int) -> None:
 
 
 def check_saved_logps(running: Mapping[str, float], saved: Mapping[str, float]) -> None:
-    """Check that the adapter as saved gives the log-probs of the adapter as trained.
-
-    Raises:
-        InvariantError: `saved-adapter`.
-    """
+    """Check that the adapter as saved gives the log-probs of the adapter as trained."""
     for name in ("logps/chosen", "logps/rejected"):
         if not abs(running[name] - saved[name]) <= SAVED_LOGPS_TOLERANCE * max(1.0, abs(running[name])):
             raise InvariantError(

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tasks.config import ReportTo, TrainingConfig
+from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import choose_template, template_of, tokenizer_digests
 from tasks.store.workspace import DISK_FULL, MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
@@ -37,11 +37,7 @@ class Preempted(Exception):
 
 
 def training_key(preferences: PreferencesRef, training: TrainingConfig) -> str:
-    """Return the digest of what determines the adapter; it names the training's folder.
-
-    Raises:
-        PreflowError: an adapter or model folder is missing or holds no weights.
-    """
+    """Return the digest of what determines the adapter; it names the training's folder."""
     training = with_measured_smoothing(preferences, training)
     return digest(
         {
@@ -71,9 +67,6 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
     Two verdicts that are each wrong with probability p, independently, differ with f = 2 p (1 - p): so a measured flip
     rate f gives p = (1 - sqrt(1 - 2 f)) / 2 (Chowdhury et al. 2024, eq. 12). A pair needs several such verdicts to
     agree, so of the pairs fewer are wrong (`error_of_pairs`): that is the share of flipped pairs that the loss assumes.
-
-    Raises:
-        PreflowError: there is no flip rate, or it is that of coin flips.
     """
     if not training.measured_label_smoothing:
         return training
@@ -123,16 +116,11 @@ def _val_digest(preferences: PreferencesRef) -> str | None:
 def check_training_inputs(training: TrainingConfig, trains_here: bool = True) -> None:
     """Check adapter, base and tokenizer by what can be seen without weights, before anything is spent.
 
-    Args:
-        training: the configuration.
-        trains_here: whether this machine trains: then its packages count, and it must reach the hub.
-
-    Raises:
-        PreflowError: with what is wrong, where, and what to do.
+    Where this machine trains, its packages count, and it must reach the hub.
     """
     tracker = training.report_to
-    if trains_here and tracker is not ReportTo.NONE and find_spec(tracker.value) is None:
-        raise PreflowError(f"report_to {tracker.value}: not installed here; pip install {tracker.value}, or set none")
+    if trains_here and tracker != "none" and find_spec(tracker) is None:
+        raise PreflowError(f"report_to {tracker}: not installed here; pip install {tracker}, or set none")
     adapter = AdapterFiles.read(training.sft_adapter)
     adapter.check()
     base = _find_base(training, trains_here)
@@ -178,12 +166,7 @@ def run_training(
 ) -> AdapterRef:
     """Return the trained adapter: at once if it is there, else by training, or going on training, in a child process.
 
-    Args:
-        preferences: the pairs.
-        workspace: where everything is kept.
-        training: the configuration.
-        key: from `training_key`.
-        on_progress: told every sign of life.
+    `key` is from `training_key`; `on_progress` is told every sign of life.
 
     Raises:
         PreflowError: the trainer stopped for a reason the user can act on (an invariant is named).
@@ -200,20 +183,18 @@ def run_training(
         preferences=preferences, workspace=store.root, training=training, key=key,
         sft_sha256=folder_digest(training.sft_adapter), base_sha256=base_digest(training),
     )  # fmt: skip
-    files = Path(tempfile.mkdtemp(prefix="preflow-worker-"))
-    log = Path(paths.file("train.log")) if store.is_local else files.with_suffix(".log")
-    try:
-        (files / "spec.json").write_text(spec.model_dump_json())
-        code = _supervise(_command(files, training), log, files, training, on_progress)
-        _raise_for(code, files, log)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise DiskFullError(
-            f"the disk is full ({error}): make room in {tempfile.gettempdir()} (TMPDIR) or the workspace; run again"
-        ) from error
-    finally:
-        shutil.rmtree(files, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="preflow-worker-", ignore_cleanup_errors=True) as folder:
+        files = Path(folder)
+        log = Path(paths.file("train.log")) if store.is_local else files.with_suffix(".log")
+        try:
+            (files / "spec.json").write_text(spec.model_dump_json())
+            code = _supervise(_command(files, training), log, files, training, on_progress)
+            _raise_for(code, files, log)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            where = f"{tempfile.gettempdir()} (TMPDIR) or the workspace"
+            raise DiskFullError(f"the disk is full ({error}): make room in {where}; run again") from error
     finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
     if finished is None:
         raise PreflowError(f"training ended without an adapter; see {log}")
@@ -225,9 +206,9 @@ def _command(files: Path, training: TrainingConfig) -> list[str]:
     if training.num_processes == 1:
         return [sys.executable, *worker]
     # accelerate's --multi_gpu is torchrun; without CUDA the workers find each other through gloo.
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(training.num_processes)]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [sys.executable, *launcher, *worker]
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    options = ["--main_process_port", "0", "--num_processes", str(training.num_processes)]
+    return [sys.executable, *launcher.split(), *options, *worker]
 
 
 def _environment() -> dict[str, str]:
@@ -252,12 +233,16 @@ def _supervise(
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=_environment(), start_new_session=True
         )
-    lines, said = _Tail(files / "progress.jsonl"), ProgressLog()
+    said, position, ended = ProgressLog(), 0, False
     try:
-        while child.poll() is None:
-            _relay(lines, said, on_progress)
-            time.sleep(POLL_SECONDS)
-        _relay(lines, said, on_progress)
+        while not ended:
+            ended = child.poll() is not None
+            news, position = _read_progress(files / "progress.jsonl", position)
+            for progress in news:
+                said.say(progress)
+                if on_progress is not None:
+                    on_progress(progress)
+            time.sleep(0 if ended else POLL_SECONDS)
     except BaseException:
         _stop(child, training.grace_seconds)
         raise
@@ -265,6 +250,17 @@ def _supervise(
         if child.stdin is not None:
             child.stdin.close()
     return child.returncode
+
+
+def _read_progress(file: Path, position: int) -> tuple[list[Progress], int]:
+    """Return what the child has told since `position`, by whole lines, and where its next line begins."""
+    if not file.exists():
+        return [], position
+    with file.open("rb") as content:
+        content.seek(position)
+        new = content.read()
+    whole = new[: new.rfind(b"\n") + 1]
+    return [Progress(**json.loads(line)) for line in whole.splitlines()], position + len(whole)
 
 
 class ProgressLog:
@@ -283,16 +279,6 @@ class ProgressLog:
         LOG.info("%s", progress.text())
 
 
-def _relay(lines: Iterator[str | None], said: ProgressLog, on_progress: Callable[[Progress], None] | None) -> None:
-    for line in lines:
-        if line is None:
-            return
-        progress = Progress.from_json(json.loads(line))
-        said.say(progress)
-        if on_progress is not None:
-            on_progress(progress)
-
-
 def _stop(child: subprocess.Popen[bytes], grace_seconds: float) -> None:
     """Ask the child's whole session to stop, give it `grace_seconds` to save, then end it."""
     LOG.warning("stopping the trainer: it has %.0f s to save", grace_seconds)
@@ -306,25 +292,6 @@ def _stop(child: subprocess.Popen[bytes], grace_seconds: float) -> None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-
-
-class _Tail(Iterator["str | None"]):
-    """The complete lines a growing file has so far, and None where it ends for now."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position = 0
-
-    def __next__(self) -> str | None:
-        if not self._path.exists():
-            return None
-        with self._path.open() as file:
-            file.seek(self._position)
-            line = file.readline()
-            if not line.endswith("\n"):
-                return None
-            self._position = file.tell()
-            return line
 
 
 def _raise_for(code: int, files: Path, log: Path) -> None:

@@ -119,11 +119,7 @@ def _time_of(event: dict[str, Any]) -> str:
 
 
 async def cluster_settings() -> kubernetes.Configuration:
-    """Return how to reach the cluster: as the kubeconfig says, or the account of the pod that this runs in.
-
-    Raises:
-        PreflowError: there is neither.
-    """
+    """Return how to reach the cluster: as the kubeconfig says, or the account of the pod that this runs in."""
     settings = kubernetes.Configuration()
     try:
         with warnings.catch_warnings(action="ignore"):  # about there being no kubeconfig, which is so in every pod
@@ -134,11 +130,7 @@ async def cluster_settings() -> kubernetes.Configuration:
 
 
 async def look(run_id: UUID, namespace: str) -> Sight:
-    """Return what the cluster shows of a flow run.
-
-    Raises:
-        PreflowError, ClientError, kubernetes.ApiException: there is no cluster, no answer, no right to read.
-    """
+    """Return what the cluster shows of a flow run."""
     async with kubernetes.ApiClient(await cluster_settings()) as connection:
         core, labels = kubernetes.CoreV1Api(connection), f"prefect.io/flow-run-id={run_id}"
         found = (

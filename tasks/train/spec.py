@@ -1,9 +1,9 @@
 """What the training child is told, and where its artifacts lie; no torch here."""
 
+import os
 import posixpath
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,6 +21,11 @@ class ExitCode(IntEnum):
     USER_ERROR = 2
     INVARIANT = 42
     PREEMPTED = 75
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes; the launcher numbers them in RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class TrainingSpec(BaseModel):
@@ -83,11 +88,6 @@ class Progress:
     margin: float | None = None
     pairs_per_second: float | None = None
     eta_seconds: float | None = None
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Progress":
-        """Read a progress line back."""
-        return cls(**value)
 
     def text(self) -> str:
         """Return one line for the terminal."""

@@ -32,6 +32,7 @@ from prefect.runtime import flow_run as this_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import AwaitingRetry, Cancelling, Crashed
 from prefect.utilities.urls import url_for
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_fixed
 
 from tasks.batch.caching import mark_used
 from tasks.config import PipelineConfig, TrainingConfig
@@ -58,9 +59,6 @@ async def train_on_pool(preferences: PreferencesRef, config: PipelineConfig) -> 
 
     The training goes on when this process is killed, and whoever asks for it next finds it. It is cancelled when the
     flow run that waits here is cancelled.
-
-    Raises:
-        PreflowError: the training failed, was cancelled, or crashed more than `max_restarts` times.
     """
     mark_used(preferences, config.workspace)
     return await obtain_adapter(TrainingOrder.of(preferences, config))
@@ -175,27 +173,28 @@ async def count_crashes(run: FlowRun) -> int:
 
 async def retry_while_api_is_down(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     """Return what the call returns, calling again for as long as the Prefect server does not answer."""
-    since: float | None = None
-    while True:
-        try:
-            answer = await call(*arguments)
-        except (httpx.HTTPError, RuntimeError) as error:
-            if not _is_outage(error):
-                raise
-            if since is None:
-                since = time.monotonic()
-                logger.warning("the Prefect server does not answer (%s); waiting, the training goes on", error)
-            await asyncio.sleep(OUTAGE_SECONDS)
-            continue
-        if since is not None:
-            logger.info("the Prefect server answers again after %.0f s", time.monotonic() - since)
-        return answer
+
+    def say(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            why = state.outcome.exception()
+            logger.warning("the Prefect server does not answer (%s); waiting, the training goes on", why)
+
+    retrying = AsyncRetrying(
+        retry=retry_if_exception(_is_outage), wait=wait_fixed(OUTAGE_SECONDS), before_sleep=say, reraise=True
+    )
+    answer: T = await retrying(call, *arguments)
+    if retrying.statistics["attempt_number"] > 1:
+        seconds = time.monotonic() - retrying.statistics["start_time"]
+        logger.info("the Prefect server answers again after %.0f s", seconds)
+    return answer
 
 
-def _is_outage(error: Exception) -> bool:
+def _is_outage(error: BaseException) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError) or "Failed to reach API" in str(error)
+    return isinstance(error, httpx.TransportError) or (
+        isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
+    )
 
 
 async def _follow(run: FlowRun, order: TrainingOrder) -> AdapterRef:
@@ -270,11 +269,7 @@ async def _mark_crashed(run: FlowRun) -> None:
 
 
 async def _reschedule(run: FlowRun, order: TrainingOrder) -> None:
-    """Have a crashed run executed again, from its last checkpoint.
-
-    Raises:
-        PreflowError: it did not crash, or too often; says what happened, where the log is and what to do.
-    """
+    """Have a crashed run executed again, from its last checkpoint; another end, or one crash too many, is an error."""
     state = _state(run)
     crashes = max(1, await count_crashes(run)) if state.is_crashed() else 0
     if not 0 < crashes <= order.max_restarts:

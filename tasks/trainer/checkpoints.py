@@ -25,7 +25,6 @@ LOG = logging.getLogger(__name__)
 KEPT = 2
 BEING_WRITTEN = ".writing-"
 STATE = "state.json"
-TRAINER_STATE = "trainer_state.json"
 POLICY = "policy.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 
@@ -47,11 +46,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write the files into a local folder; the trainer's own state lies next to it in transformers' format.
-
-        Raises:
-            OSError: the disk is full, or cannot be written.
-        """
+        """Write the files into a local folder."""
         folder.mkdir(parents=True, exist_ok=True)
         try:
             save_file(_on_cpu(self.policy), folder / POLICY)
@@ -59,15 +54,10 @@ class Checkpoint:
         except SafetensorError as error:
             raise os_error(error, folder) from error
         (folder / STATE).write_text(json.dumps(self.state))
-        (folder / TRAINER_STATE).write_text(json.dumps(self.state["trainer_state"]))
 
     @classmethod
     def read(cls, folder: Path) -> "Checkpoint":
-        """Read what `write` wrote.
-
-        Raises:
-            PreflowError: a file cannot be read.
-        """
+        """Read what `write` wrote."""
         try:
             state = json.loads((folder / STATE).read_text())
             return cls(state["step"], load_file(folder / POLICY), load_file(folder / OPTIMIZER), state)
@@ -104,11 +94,7 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> float:
         """Commit a checkpoint and drop all but the last two; one that is already there and whole is left.
 
-        Returns:
-            Seconds it took.
-
-        Raises:
-            OSError: it could not be written; what was there before is untouched.
+        Returns the seconds it took. An OSError leaves what was there before untouched.
         """
         started = time.monotonic()
         uri = posixpath.join(self._folder, f"step-{checkpoint.step:06d}")

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
 
 from tasks.store.workspace import Workspace
 
@@ -31,22 +30,6 @@ class Holder:
     beat: int
     process: str
     released: bool = False
-
-
-class SwapFile:
-    """The lease's file, local or gs://: replaced only if it is still what was read."""
-
-    def __init__(self, uri: str) -> None:
-        self._store, self._uri = Workspace.holding(uri), uri
-
-    def read(self) -> tuple[Holder | None, object]:
-        """Return the holder and the file's version; a torn file counts as free."""
-        content, version = self._store.read_versioned(self._uri)
-        return None if content is None else _parse(content), version
-
-    def swap(self, version: object, holder: Holder) -> object | None:
-        """Replace the file if it still has `version`; return the new version, or None if it had not."""
-        return self._store.swap(self._uri, json.dumps(asdict(holder)).encode(), version)
 
 
 def _parse(content: bytes) -> Holder | None:
@@ -84,14 +67,14 @@ class Lease:
     """The right to train under one key, held by a heartbeat thread.
 
     Args:
-        file: where the lease is kept.
+        uri: the lease's file, local or gs://; it is replaced only if it is still what was read.
         seconds: a holder whose beat stands still for so long is dead. Measured with the waiter's own clock, so that
             clocks need not agree.
         on_lost: called from the heartbeat thread when another trainer has taken over.
     """
 
-    def __init__(self, file: SwapFile, seconds: float, on_lost: Callable[[], None]) -> None:
-        self._file = file
+    def __init__(self, uri: str, seconds: float, on_lost: Callable[[], None]) -> None:
+        self._store, self._uri = Workspace.holding(uri), uri
         self._seconds = seconds
         self._on_lost = on_lost
         self._mine = Holder(token=0, owner=uuid.uuid4().hex, beat=0, process=this_process())
@@ -99,11 +82,6 @@ class Lease:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @classmethod
-    def at(cls, uri: str, seconds: float, on_lost: Callable[[], None]) -> Self:
-        """Return the lease kept in the file at `uri`, local or gs://."""
-        return cls(SwapFile(uri), seconds, on_lost)
 
     @property
     def token(self) -> int:
@@ -119,7 +97,7 @@ class Lease:
         seen: tuple[str, int] | None = None
         since = told = time.monotonic()
         while True:
-            holder, version = self._file.read()
+            holder, version = self._read()
             now = time.monotonic()
             if holder is not None and (holder.owner, holder.beat) != seen:
                 seen, since = (holder.owner, holder.beat), now
@@ -130,12 +108,21 @@ class Lease:
                 told = now + 10
             time.sleep(min(1.0, self._seconds / 10))
 
+    def _read(self) -> tuple[Holder | None, object]:
+        """Return the holder and the file's version; a torn file counts as free."""
+        content, version = self._store.read_versioned(self._uri)
+        return None if content is None else _parse(content), version
+
+    def _swap(self, version: object, holder: Holder) -> object | None:
+        """Replace the file if it still has `version`; return the new version, or None if it had not."""
+        return self._store.swap(self._uri, json.dumps(asdict(holder)).encode(), version)
+
     def _is_free(self, holder: Holder | None, silent: float) -> bool:
         return holder is None or holder.released or is_dead(holder.process) or silent >= self._seconds
 
     def _take(self, holder: Holder | None, version: object) -> bool:
         mine = replace(self._mine, token=holder.token + 1 if holder else 1)
-        taken = self._file.swap(version, mine)
+        taken = self._swap(version, mine)
         if taken is None:
             return False
         self._mine, self._version = mine, taken
@@ -156,9 +143,9 @@ class Lease:
                 LOG.warning("the lease's heartbeat failed once", exc_info=True)
 
     def _beat(self, mine: Holder) -> None:
-        version = self._file.swap(self._version, mine)
+        version = self._swap(self._version, mine)
         if version is None:  # nobody else has a reason to write it
-            self._compare(self._file.read()[0])
+            self._compare(self._read()[0])
             return
         self._mine, self._version = mine, version
 
@@ -175,7 +162,7 @@ class Lease:
         Raises:
             LeaseLostError: another trainer has taken over.
         """
-        self._compare(self._file.read()[0])
+        self._compare(self._read()[0])
 
     def release(self) -> None:
         """Give the lease back, so that a waiting trainer need not wait for it to run out."""

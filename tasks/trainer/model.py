@@ -43,21 +43,15 @@ def has_cuda() -> bool:
 
 
 def load_tokenizer(training: TrainingConfig, adapter: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that the SFT adapter was trained with: its own where it brings one, else the base's.
-
-    Raises:
-        PreflowError: there is none, or the adapter's differs from the base's.
-    """
-    base = _tokenizer_of(training.base_model, training.base_revision)
-    own = _tokenizer_of(str(adapter), None) if (adapter / "tokenizer_config.json").is_file() else None
-    tokenizer = own or base
+    """Load the tokenizer that the SFT adapter was trained with: its own where it brings one, else the base's."""
+    brings_one = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = _tokenizer_of(str(adapter), None) if brings_one else None
+    tokenizer = tokenizer or _tokenizer_of(training.base_model, training.base_revision)
     if tokenizer is None:
         raise PreflowError(
             f"base_model {training.base_model}: no tokenizer there, nor in the SFT adapter {adapter}. Save the "
             "tokenizer into one of the two with tokenizer.save_pretrained(folder)."
         )
-    if own is not None and base is not None:
-        _check_same_vocabulary(own, base, adapter, training.base_model)
     if tokenizer.pad_token is None:
         # Padding is masked everywhere: any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -80,53 +74,24 @@ def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase 
         return None
 
 
-def _check_same_vocabulary(
-    own: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, adapter: Path, base_model: str
-) -> None:
-    ours, theirs = own.get_vocab(), base.get_vocab()  # each call builds a new dict: 25 ms for 49,152 tokens
-    different = [token for token, number in ours.items() if theirs.get(token, number) != number]
-    lacking = [token for token in theirs if token not in ours]
-    added = base.get_added_vocab()
-    missing = [token for token in lacking if token not in added]
-    if different or missing:
-        raise PreflowError(
-            f"the tokenizer in {adapter} is not that of {base_model}: {len(different)} tokens have another number, "
-            f"{len(missing)} are missing (e.g. {(different + missing)[0]!r}). The adapter belongs to another base; "
-            "give that one as base_model."
-        )
-    if lacking:
-        LOG.warning(
-            "the tokenizer in %s lacks %d special tokens of %s (e.g. %r): texts that spell one are read otherwise",
-            adapter, len(lacking), base_model, lacking[0],
-        )  # fmt: skip
-
-
 def load_base(training: TrainingConfig, device: int) -> Any:
-    """Load the base model, 4-bit where asked for; fp32 on the CPU, bfloat16 or fp32 on CUDA.
-
-    Args:
-        training: the configuration.
-        device: the CUDA device's number, ignored without CUDA.
-
-    Raises:
-        PreflowError: the model is not there or cannot be loaded.
-    """
+    """Load the base model, 4-bit where asked for: fp32 on the CPU, else bfloat16 or fp32 on the CUDA device."""
     config = _config_of(training.base_model, training.base_revision)
     options: dict[str, Any] = {"dtype": torch.bfloat16 if training.bf16 and has_cuda() else torch.float32}
-    if getattr(config, "quantization_config", None):
+    if _quantisation(config):
         LOG.warning("base_model %s is quantised already and stays as it is: %s", training.base_model, precision(config))
     elif training.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=training.bnb_4bit_quant_type.value,
-            bnb_4bit_compute_dtype=training.bnb_4bit_compute_dtype.value,
+            bnb_4bit_quant_type=training.bnb_4bit_quant_type,
+            bnb_4bit_compute_dtype=training.bnb_4bit_compute_dtype,
             bnb_4bit_use_double_quant=training.bnb_4bit_use_double_quant,
         )
     if training.disable_dropout:
         switch_off_dropout(config)
     if has_cuda():
         options["device_map"] = {"": device}
-    elif training.load_in_4bit or getattr(config, "quantization_config", None):
+    elif training.load_in_4bit or _quantisation(config):
         options["device_map"] = {"": "cpu"}
     try:
         base, found = AutoModelForCausalLM.from_pretrained(
@@ -218,11 +183,7 @@ def _keep_weights_as_quantised(base: Any) -> None:
 
 
 def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Put the SFT adapter, trainable and in fp32 as `default`, onto the base model.
-
-    Raises:
-        PreflowError: the adapter does not fit the base, or the tokenizer has more tokens than the base.
-    """
+    """Put the SFT adapter, trainable and in fp32 as `default`, onto the base model."""
     rows = base.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise PreflowError(
@@ -290,11 +251,7 @@ class AdapterWeights:
         return weights_digest(dict(self))
 
     def check_fits(self, model: Any, base_name: str) -> None:
-        """Check that names and shapes are those of the adapter in `model`.
-
-        Raises:
-            PreflowError: naming the first weight that has no place.
-        """
+        """Check that names and shapes are those of the adapter in `model`."""
         state = adapter_state(model)
         theirs = {name: tuple(tensor.shape) for name, tensor in self}
         ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -337,9 +294,6 @@ def save_adapter(model: Any, sft: Path, folder: Path) -> None:
     """Write the policy's adapter as PEFT and vLLM read it, without `ref` and without a model card.
 
     The configuration is the SFT adapter's own, keys sorted: PEFT writes its sets in a random order.
-
-    Raises:
-        OSError: the disk is full, or cannot be written.
     """
     try:
         model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
@@ -366,10 +320,9 @@ def probe_texts(pairs: Sequence[TokenPair]) -> list[list[int]]:
 
 def as_loaded(training: TrainingConfig, config: Any) -> TrainingConfig:
     """Return the configuration as it came to be: a base that was quantised already has its own 4-bit settings."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is None:
+    facts = _quantisation(config)
+    if not facts:
         return training
-    facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
     names = [name for name in type(training).model_fields if name.startswith("bnb_4bit_") and name in facts]
     is_4bit = bool(facts.get("load_in_4bit"))
     its_own = {name: facts[name] for name in names} if is_4bit else {"bnb_4bit_quant_type": "nf4"}
@@ -377,12 +330,7 @@ def as_loaded(training: TrainingConfig, config: Any) -> TrainingConfig:
 
 
 def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> dict[str, Any]:
-    """Compute the log-probs of `texts` under the trained adapter, the SFT adapter and the bare base.
-
-    Args:
-        model: the policy, with the trained adapter as `default`.
-        sft: folder of the SFT adapter.
-        texts: token ids.
+    """Compute the log-probs of `texts` under the trained adapter (`default`), the SFT adapter and the bare base.
 
     Returns:
         JSON-ready: `base_precision`, and `texts` with `token_ids` and, from the second token on, log-probs in nats
@@ -417,11 +365,16 @@ def _log_probs(model: Any, ids: list[int]) -> list[float]:
 
 def precision(config: Any) -> str:
     """Return how the weights of a loaded base are kept: fp4, nf4, another quantisation's name, or their type."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is None:
+    facts = _quantisation(config)
+    if not facts:
         return str(config.dtype).removeprefix("torch.")
-    facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
     if facts.get("load_in_4bit"):
         return str(facts["bnb_4bit_quant_type"])
-    method = facts["quant_method"]
-    return str(getattr(method, "value", method))
+    return str(getattr(facts["quant_method"], "value", facts["quant_method"]))
+
+
+def _quantisation(config: Any) -> dict[str, Any]:
+    """Return how a base was quantised already; nothing if it was not."""
+    found = getattr(config, "quantization_config", None) or {}
+    facts: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    return facts

@@ -1,25 +1,19 @@
 """The reference's log-probs as an artifact of their own: computed once, verified on load, used by every later run."""
 
-import json
 import logging
-import posixpath
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets import Dataset
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import COMMITTED, Workspace, digest, package_versions
+from tasks.store.workspace import Workspace, digest, package_versions
 from tasks.train.spec import STAGE_VERSION
 from tasks.trainer.data import TokenPair
 
 LOG = logging.getLogger(__name__)
-
-ROWS = "logprobs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class ReferenceLogps:
         return dataset.add_column("ref_chosen_logps", self.chosen).add_column("ref_rejected_logps", self.rejected)
 
 
-def reference_key(splits: Sequence[Split], training: TrainingConfig, weights: dict[str, str]) -> str:
+def reference_key(splits: Sequence[Split], training: TrainingConfig, weights: Mapping[str, str]) -> str:
     """Return the digest of what determines the log-probs: tokens, micro-batches, base, adapter, precision.
 
     Beta, loss (but for `ld_alpha`), learning rate, epochs and seeds are not in it. The micro-batches are, since padding
@@ -66,80 +60,60 @@ def reference_key(splits: Sequence[Split], training: TrainingConfig, weights: di
                 for split in splits
             },
             "settings": {name: identity[name] for name in names},
-            "weights": weights,
+            "weights": dict(weights),
         }
     )
 
 
 class ReferenceCache:
-    """The artifact `<workspace>/reference-logprobs/<key>/`.
+    """The artifact `<workspace>/reference-logprobs/<key>.json`, with a digest of its own content.
 
     Args:
         store: the workspace.
         key: from `reference_key`.
         weights_digest: of the reference's weights as loaded (`model.weights_digest`): recorded, and compared on load.
-        scratch: local folder for fetched files.
     """
 
-    def __init__(self, store: Workspace, key: str, weights_digest: str, scratch: Path) -> None:
+    def __init__(self, store: Workspace, key: str, weights_digest: str) -> None:
         self._store = store
-        self._uri = store.uri("reference-logprobs", key)
+        self._uri = store.uri("reference-logprobs", f"{key}.json")
         self._weights_digest = weights_digest
-        self._scratch = scratch
 
     def load(self, splits: Sequence[Split]) -> dict[str, ReferenceLogps] | None:
         """Return the log-probs of each split, or None (and why, in the log) where they must be computed."""
-        if not self._store.exists(posixpath.join(self._uri, COMMITTED)):
+        if not self._store.exists(self._uri):
             return None
         try:
-            folder = self._store.fetch_folder(self._uri, self._scratch / "reference")
-            found = self._verified(folder, splits)
-        except (PreflowError, KeyError, ValueError, OSError) as error:
+            found = self._verified(self._store.read_json(self._uri), splits)
+        except (PreflowError, KeyError, TypeError, OSError) as error:
             LOG.warning("cached reference log-probs are computed again: %s", error)
             return None
         LOG.info("reference log-probs taken from %s", self._uri)
         return found
 
-    def _verified(self, folder: Path, splits: Sequence[Split]) -> dict[str, ReferenceLogps]:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["reference_weights"] != self._weights_digest:
+    def _verified(self, kept: dict[str, Any], splits: Sequence[Split]) -> dict[str, ReferenceLogps]:
+        if digest(kept["content"]) != kept["sha256"]:
+            raise PreflowError(f"{self._uri}: differs from its digest")
+        content = kept["content"]
+        if content["reference_weights"] != self._weights_digest:
             raise PreflowError(f"{self._uri}: computed with other weights than the SFT adapter's")
-        rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
-        expected = [(split.name, pair.sha256) for split in splits for pair in split.pairs]
-        if [(row["split"], row["pair"]) for row in rows] != expected:
-            raise PreflowError(f"{self._uri}: its {len(rows)} rows are not the {len(expected)} pairs of this training")
-        return {
-            split.name: ReferenceLogps(
-                [float(row["chosen"]) for row in rows if row["split"] == split.name],
-                [float(row["rejected"]) for row in rows if row["split"] == split.name],
-            )
-            for split in splits
-        }
+        if content["pairs"] != _pairs(splits):
+            raise PreflowError(f"{self._uri}: its rows are not the pairs of this training")
+        return {name: ReferenceLogps(**logps) for name, logps in content["logps"].items()}
 
-    def save(self, splits: Sequence[Split], found: dict[str, ReferenceLogps], weights: dict[str, str]) -> None:
-        """Commit the log-probs of all splits with their manifest, unless another training was faster."""
+    def save(self, splits: Sequence[Split], found: Mapping[str, ReferenceLogps], weights: Mapping[str, str]) -> None:
+        """Keep the log-probs of all splits, unless another training was faster."""
         if self.load(splits) is not None:
             return
-        with tempfile.TemporaryDirectory(dir=self._scratch) as name:
-            folder = Path(name)
-            with (folder / ROWS).open("w") as out:
-                for split in splits:
-                    for row in _rows(split, found[split.name]):
-                        out.write(json.dumps(row) + "\n")
-            manifest = {
-                "reference_weights": self._weights_digest,
-                "upstream": weights,
-                "packages": package_versions(),
-                "rows": {split.name: len(split.pairs) for split in splits},
-            }
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-            self._store.delete_folder(self._uri)
-            self._store.commit_folder(folder, self._uri)
+        content = {
+            "reference_weights": self._weights_digest,
+            "upstream": dict(weights),
+            "packages": package_versions(),
+            "pairs": _pairs(splits),
+            "logps": {split.name: asdict(found[split.name]) for split in splits},
+        }
+        self._store.write_json(self._uri, {"sha256": digest(content), "content": content})
 
 
-def _rows(split: Split, logps: ReferenceLogps) -> list[dict[str, Any]]:
-    sides = zip(split.pairs, logps.chosen, logps.rejected, strict=True)
-    return [
-        {"split": split.name, "pair": pair.sha256, "chosen": chosen, "rejected": rejected}
-        for pair, chosen, rejected in sides
-    ]
+def _pairs(splits: Sequence[Split]) -> dict[str, list[str]]:
+    return {split.name: [pair.sha256 for pair in split.pairs] for split in splits}

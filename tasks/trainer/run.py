@@ -32,7 +32,7 @@ from tasks.store.workspace import (
 from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
-from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec
+from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec, is_main_process
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
@@ -49,7 +49,7 @@ from tasks.trainer.model import (
 )
 from tasks.trainer.reference import ReferenceCache, Split, reference_key
 from tasks.trainer.stopping import StopFlag
-from tasks.trainer.trainer import ExactTrainer, Hooks, TrainerParts
+from tasks.trainer.trainer import ExactTrainer, Hooks
 
 LOG = logging.getLogger(__name__)
 
@@ -60,12 +60,8 @@ ROWS_PAUSE = 20
 class TrainingRun:
     """A training under one key, with everything it reads and writes.
 
-    Args:
-        spec: what to train.
-        store: the workspace; only the main process's one can write.
-        scratch: local folder for this process alone.
-        progress: told what happens.
-        stop: looked at between any two batches.
+    Only the main process's `store` can write; `scratch` is a local folder for this process alone; `stop` is looked at
+    between any two batches.
     """
 
     def __init__(
@@ -82,15 +78,12 @@ class TrainingRun:
         self._phases = Phases(self._tell)
         self._checkpoint_seconds: list[float] = []
         self._rows_due = 0.0
+        self._val_data: PairData | None = None
+        self._cost_before = Cost()
 
     def execute(self) -> None:
-        """Train, check, and commit the adapter.
-
-        Raises:
-            PreflowError, InvariantError: see there.
-            StopTraining: preempted; what could be saved is saved.
-        """
-        if self._is_main:
+        """Train, check, and commit the adapter; after a `StopTraining` what could be saved is saved."""
+        if is_main_process():
             self._sweep()
         phase = self._phases.phase
         with phase("reading the SFT adapter"):
@@ -99,17 +92,18 @@ class TrainingRun:
             tokenizer = load_tokenizer(self._training, adapter)
             self._template = template_of(self._training, str(adapter))
         with phase("tokenizing the pairs"):
-            train, val = self._load_splits(tokenizer)
+            splits = self._load_splits(tokenizer)
         self._tell(Progress("loading", f"loading {self._training.base_model}"))
-        trainer = self._build(adapter, tokenizer, train, val)
+        trainer = self._build(adapter, tokenizer, splits)
         with phase("reading the newest checkpoint"):
             checkpoint = self._checkpoints.newest()
         if checkpoint is not None:
             self._check_tokens(checkpoint)
+            self._cost_before = Cost.model_validate(checkpoint.state.get("cost", {}))
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
         self._progress(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
-        self._finish(trainer, adapter, val or train)
+        self._finish(trainer, adapter, splits[-1])
 
     def _sweep(self) -> None:
         """Remove files that a killed trainer was just writing."""
@@ -131,80 +125,69 @@ class TrainingRun:
                 "packages that it was started with, or delete this folder to start from step 0."
             )
 
-    @cached_property
-    def _tokens(self) -> str:
-        """The digest of all tokens that are trained and evaluated on."""
-        splits = [self._train_data] + ([self._val_data] if self._val_data else [])
-        return digest([[pair.sha256 for pair in split.pairs] for split in splits])
-
-    def _load_splits(self, tokenizer: Any) -> tuple[Split, Split | None]:
+    def _load_splits(self, tokenizer: Any) -> list[Split]:
+        """Return what to train on, and what to evaluate on if anything can be."""
         preferences, training = self._spec.preferences, self._training
         options = tokenizer, training.max_length, self._template
         self._train_data = load_pairs(preferences.uri, self._store, *options)
-        val_uri = preferences.sibling("val.jsonl")
-        has_val = self._store.exists(val_uri) and self._store.size(val_uri) > 0
-        try:
-            self._val_data = load_pairs(val_uri, self._store, *options) if has_val else None
-        except NoUsablePairsError as error:
-            LOG.warning("training goes on without an evaluation: %s", error)
-            self._val_data = None
         lengths = [pair.length(training.max_length) for pair in self._train_data.pairs]
         batches = make_micro_batches(
             lengths, training.per_device_train_batch_size, training.group_by_length, training.seed
         )
-        train = Split("train", self._train_data.pairs, batches)
         self._training = with_fitting_warmup(training, len(batches))
-        return train, self._val_split(self._val_data)
+        splits = [Split("train", self._train_data.pairs, batches)]
+        val_uri = preferences.sibling("val.jsonl")
+        if self._store.exists(val_uri) and self._store.size(val_uri) > 0:
+            try:
+                self._val_data = load_pairs(val_uri, self._store, *options)
+            except NoUsablePairsError as error:
+                LOG.warning("training goes on without an evaluation: %s", error)
+            else:
+                size, rows = training.per_device_eval_batch_size, list(range(len(self._val_data.pairs)))
+                batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+                splits.append(Split("val", self._val_data.pairs, batches))
+        self._tokens = digest([[pair.sha256 for pair in split.pairs] for split in splits])
+        return splits
 
-    def _val_split(self, data: PairData | None) -> Split | None:
-        if data is None:
-            return None
-        size, rows = self._training.per_device_eval_batch_size, list(range(len(data.pairs)))
-        return Split("val", data.pairs, [rows[start : start + size] for start in range(0, len(rows), size)])
-
-    def _build(self, adapter: Path, tokenizer: Any, train: Split, val: Split | None) -> ExactTrainer:
+    def _build(self, adapter: Path, tokenizer: Any, splits: list[Split]) -> ExactTrainer:
         if self._training.bf16 and not has_cuda():
             LOG.info("bf16 is ignored: no CUDA here, training is fp32")
         torch.manual_seed(self._training.seed)
         with self._phases.phase("loading the base model"):
-            base = load_base(self._training, int(_local_rank()))
+            base = load_base(self._training, int(os.environ.get("LOCAL_RANK", "0")))
         self._training = as_loaded(self._training, base.config)
         with self._phases.phase("putting the SFT adapter onto it"):
             policy = load_policy(base, adapter, tokenizer)
-        parts = TrainerParts(policy, tokenizer, train, val, AdapterWeights(adapter, policy), self._scratch)
         with self._phases.phase("making the trainer"):
-            trainer = ExactTrainer(parts, self._training, Hooks(self._save, self._write_rows, self._tell, self._stop))
+            hooks = Hooks(self._save, self._write_rows, self._tell, self._stop)
+            sft = AdapterWeights(adapter, policy)
+            trainer = ExactTrainer(policy, sft, tokenizer, splits, self._training, self._scratch, hooks)
         if self._training.cache_reference:
             with self._phases.phase("computing the reference log-probs"):
-                self._use_cached_reference(trainer, train, val)
+                self._use_cached_reference(trainer, splits)
         return trainer
 
     def _tell(self, progress: Progress) -> None:
-        if self._is_main:
+        if is_main_process():
             self._progress(progress)
 
-    @property
-    def _is_main(self) -> bool:
-        return _rank() == 0
-
-    def _use_cached_reference(self, trainer: ExactTrainer, train: Split, val: Split | None) -> None:
-        splits = [train] + ([val] if val else [])
+    def _use_cached_reference(self, trainer: ExactTrainer, splits: list[Split]) -> None:
         weights = {
             "base": self._spec.base_sha256, "sft": self._spec.sft_sha256, "device": "cuda" if has_cuda() else "cpu",
         }  # fmt: skip
         key = reference_key(splits, self._training, weights)
-        cache = ReferenceCache(self._store, key, trainer.sft.digest(), self._scratch)
+        cache = ReferenceCache(self._store, key, trainer.sft.digest())
         found = trainer.agree(cache.load(splits))
         if found is None:
             count = sum(len(split.pairs) for split in splits)
             self._tell(Progress("reference", f"computing the reference log-probs of {count} pairs"))
             found = {split.name: trainer.reference_logps(split) for split in splits}
-            if self._is_main:
+            if is_main_process():
                 cache.save(splits, found, weights)
         trainer.use_cached_reference(found["train"], found.get("val"))
 
     def _save(self, checkpoint: Checkpoint) -> float:
-        checkpoint.state["tokens"] = self._tokens
+        checkpoint.state.update(tokens=self._tokens, cost=self._cost().model_dump())
         seconds = self._checkpoints.save(checkpoint)
         self._checkpoint_seconds.append(seconds)
         return seconds
@@ -212,7 +195,7 @@ class TrainingRun:
     def _write_rows(self, rows: list[dict[str, Any]], is_last: bool = False) -> None:
         """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
         started = time.monotonic()
-        if self._is_main and (is_last or started >= self._rows_due):
+        if is_main_process() and (is_last or started >= self._rows_due):
             content = b"".join(canonical_json(row) + b"\n" for row in rows)
             self._store.write_bytes(self._paths.file("metrics.jsonl"), content)
             self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
@@ -227,7 +210,7 @@ class TrainingRun:
             save_adapter(trainer.model, adapter, folder)
             (folder / "chat_template.jinja").write_text(self._template.text)
             trainer.check_saved(folder, check)
-            if self._is_main:
+            if is_main_process():
                 self._store.write_json(
                     self._paths.file("probe.json"), record_probe(trainer.model, adapter, probe_texts(check.pairs))
                 )
@@ -252,6 +235,13 @@ class TrainingRun:
             self._checkpoints.prune(kept=1)
             self._store.commit_folder(folder, self._paths.adapter, facts)
         self._store.write_manifest(self._manifest(trainer, rows))
+
+    def _cost(self) -> Cost:
+        """Return what the GPUs have cost, earlier processes' share up to the checkpoint that this one went on from."""
+        if not has_cuda():
+            return self._cost_before
+        seconds = self._training.num_processes * (time.monotonic() - self._started)
+        return self._cost_before + Cost(gpu_seconds=seconds, usd=seconds / 3600 * gpu_usd_per_hour())
 
     def _timing(self) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if has_cuda() else None
@@ -291,14 +281,27 @@ class TrainingRun:
             files=files,
             counts={
                 "steps": trainer.state.global_step,
-                "lora_rank": highest_rank(trainer.model),
+                # The highest, which a server must allow.
+                "lora_rank": max(w.shape[0] for name, w in adapter_state(trainer.model).items() if ".lora_A." in name),
                 **count_pairs("train", self._train_data),
                 **count_pairs("val", self._val_data),
             },
             figures={**summarise(rows), "exact_share": self._train_data.report.exact_share},
-            cost=Cost(gpu_seconds=spec.training.num_processes * seconds if has_cuda() else 0.0),
+            cost=self._cost(),
             seconds=seconds,
         )
+
+
+def gpu_usd_per_hour() -> float:
+    """Return the price of this node's GPU: the first whose name is in the node's, as the job template gives them; or 0.
+
+    On GKE a node's name has its pool's in it, so spot and on demand have prices of their own.
+    """
+    node, prices = os.environ.get("PREFLOW_NODE", ""), os.environ.get("PREFLOW_GPU_USD_PER_HOUR", "")
+    for name, _, price in (part.partition("=") for part in prices.split(",") if part):
+        if name in node:
+            return float(price)
+    return 0.0
 
 
 def with_fitting_warmup(training: TrainingConfig, micro_batches: int) -> TrainingConfig:
@@ -312,11 +315,6 @@ def with_fitting_warmup(training: TrainingConfig, micro_batches: int) -> Trainin
         "the warm-up is shortened to %d", training.warmup_steps, steps, steps // 10,
     )  # fmt: skip
     return training.model_copy(update={"warmup_steps": steps // 10})
-
-
-def highest_rank(model: Any) -> int:
-    """Return the highest rank in the trained adapter, which a server must allow."""
-    return max(tensor.shape[0] for name, tensor in adapter_state(model).items() if ".lora_A." in name)
 
 
 def count_pairs(side: str, data: PairData | None) -> dict[str, int]:
@@ -336,11 +334,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
-    """Return a local folder with the SFT adapter, whose digest must be `expected`.
-
-    Raises:
-        PreflowError: it changed since the training's key was made.
-    """
+    """Return a local folder with the SFT adapter, whose digest must still be the one in the training's key."""
     store = Workspace.holding(uri)
     folder = Path(uri) if store.is_local else store.fetch_files(uri, local)
     found = folder_digest(str(folder))
@@ -350,11 +344,3 @@ def fetch_adapter(uri: str, local: Path, expected: str) -> Path:
             "overwrite an adapter while it is being improved; run again to train from the new one."
         )
     return folder
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))

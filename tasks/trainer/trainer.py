@@ -3,6 +3,7 @@
 import base64
 import copy
 import dataclasses
+import json
 import logging
 import random
 import time
@@ -16,7 +17,7 @@ import numpy
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -39,27 +40,6 @@ UNREPEATABLE = ("_runtime", "_per_second", "_time", "total_flos", "train_loss")
 
 
 @dataclass(frozen=True)
-class TrainerParts:
-    """What an `ExactTrainer` is built from.
-
-    Attributes:
-        policy: the PEFT model with the SFT adapter as trainable `default`.
-        tokenizer: with a chat template and a pad token.
-        train: pairs to train on, with their micro-batches.
-        val: pairs to evaluate on, None for no evaluation.
-        sft: the weights of the SFT adapter.
-        output_dir: local scratch folder.
-    """
-
-    policy: Any
-    tokenizer: Any
-    train: Split
-    val: Split | None
-    sft: AdapterWeights
-    output_dir: Path
-
-
-@dataclass(frozen=True)
 class Hooks:
     """What an `ExactTrainer` reports to: checkpoints to keep, rows of metrics, signs of life, and when to stop."""
 
@@ -69,50 +49,35 @@ class Hooks:
     stop: StopFlag
 
 
+# The settings that TRL knows by the same name.
+SAME = {
+    "beta", "label_smoothing", "ld_alpha", "use_weighting", "router_aux_loss_coef", "max_length", "disable_dropout",
+    "learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "logging_steps", "save_steps", "eval_steps", "seed", "report_to",
+}  # fmt: skip
+
+
 def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DPOConfig:
     """Translate the configuration into TRL's; on a machine without CUDA everything is fp32.
 
-    Args:
-        training: the configuration.
-        output_dir: where trackers may write.
-        evaluate: whether there are pairs to evaluate on.
+    Trackers may write to `output_dir`; `evaluate` says whether there are pairs to evaluate on.
     """
     weighted = training.sft_weight > 0
     return DPOConfig(
+        **training.model_dump(mode="json", include=SAME),
         output_dir=str(output_dir),
-        beta=training.beta,
-        loss_type=[training.loss_type.value, "sft"] if weighted else [training.loss_type.value],
+        loss_type=[training.loss_type, "sft"] if weighted else [training.loss_type],
         loss_weights=[1.0, training.sft_weight] if weighted else None,
-        label_smoothing=training.label_smoothing,
-        f_divergence_type=training.f_divergence.value,
-        ld_alpha=training.ld_alpha,
-        use_weighting=training.use_weighting,
-        router_aux_loss_coef=training.router_aux_loss_coef,
-        max_length=training.max_length,
-        disable_dropout=training.disable_dropout,
-        learning_rate=training.learning_rate,
-        num_train_epochs=training.num_train_epochs,
+        f_divergence_type=training.f_divergence,
         max_steps=training.max_steps or -1,
-        lr_scheduler_type=training.lr_scheduler_type.value,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        per_device_eval_batch_size=training.per_device_eval_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        gradient_checkpointing=training.gradient_checkpointing,
         bf16=training.bf16 and has_cuda(),
         use_cpu=not has_cuda(),
         dataloader_pin_memory=has_cuda(),
         logging_strategy="steps",
-        logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=training.save_steps,
         eval_strategy="steps" if evaluate else "no",
-        eval_steps=training.eval_steps,
-        seed=training.seed,
-        report_to=training.report_to.value,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
     )
@@ -130,6 +95,15 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     Data order depends on seed and epoch alone; evaluation and measuring leave the random state as it was; the state
     kept for a preemption is always that of the last complete step.
+
+    Args:
+        policy: the PEFT model with the SFT adapter as trainable `default`.
+        sft: the weights of the SFT adapter.
+        tokenizer: with a pad token.
+        splits: what to train on, and what to evaluate on if anything.
+        training: the configuration.
+        scratch: local folder.
+        hooks: what to report to.
     """
 
     train_dataset: Dataset
@@ -139,29 +113,33 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     control: Any
     _metrics: dict[str, Any]
 
-    def __init__(self, parts: TrainerParts, training: TrainingConfig, hooks: Hooks) -> None:
+    def __init__(
+        self, policy: Any, sft: AdapterWeights, tokenizer: PreTrainedTokenizerBase, splits: Sequence[Split],
+        training: TrainingConfig, scratch: Path, hooks: Hooks,
+    ) -> None:  # fmt: skip
+        train, val = splits[0], splits[1] if len(splits) > 1 else None
         self._training = training
         self._hooks = hooks
-        self.sft = parts.sft
-        self._order = MicroBatchSampler(parts.train.micro_batches, training.seed)
+        self.sft = sft
+        self._order = MicroBatchSampler(train.micro_batches, training.seed)
         self._boundary: dict[str, Any] | None = None
         self._restored: Checkpoint | None = None
         self._has_moved = False
         self._first_row: dict[str, Any] = {}
         self._started = (time.monotonic(), 0)
-        found = weights_digest(adapter_state(parts.policy))
-        invariants.check_reference(found, parts.sft.digest(), "the policy that is to be trained")
-        _check_router_loss(parts.policy, training)
+        found = weights_digest(adapter_state(policy))
+        invariants.check_reference(found, sft.digest(), "the policy that is to be trained")
+        _check_router_loss(policy, training)
         super().__init__(
-            model=parts.policy,
-            args=dpo_config(training, parts.output_dir, parts.val is not None),
-            train_dataset=as_dataset(parts.train.pairs),
-            eval_dataset=as_dataset(parts.val.pairs) if parts.val else None,
-            processing_class=parts.tokenizer,
+            model=policy,
+            args=dpo_config(training, scratch, val is not None),
+            train_dataset=as_dataset(train.pairs),
+            eval_dataset=as_dataset(val.pairs) if val else None,
+            processing_class=tokenizer,
             callbacks=[_TrainingHooks(self.begin)],
         )
         # TRL rounds the policy of a 4-bit model to bfloat16, in which small updates are lost.
-        parts.sft.copy_to(self.model, "default")
+        sft.copy_to(self.model, "default")
         self.precompute_ref_logps = True
         self._check_adapters()
 
@@ -209,8 +187,8 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     def _live_reference(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         with self._in_mode(training=False):
-            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
-        return chosen, rejected
+            found: tuple[torch.Tensor, torch.Tensor] = self.compute_ref_log_probs(self.model, inputs)
+        return found
 
     @contextmanager
     def _in_mode(self, training: bool) -> Iterator[None]:
@@ -276,11 +254,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         return self._order.order(epoch)[within * size : (within + 1) * size]
 
     def check_saved(self, folder: Path, split: Split) -> None:
-        """Load the adapter in `folder` next to the trained one and compare their log-probs on a micro-batch of `split`.
-
-        Raises:
-            InvariantError: `saved-adapter`.
-        """
+        """Load the adapter in `folder` next to the trained one: on a micro-batch both must give the same log-probs."""
         rows = self.eval_dataset if split.name == "val" else self.train_dataset
         batch = split.micro_batches[:1]
         running = self.measure(batch, rows)
@@ -300,14 +274,15 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             InvariantError: an invariant does not hold.
         """
         self._restored = checkpoint
+        state = Path(self.args.output_dir, "trainer_state.json")
         if checkpoint is None:
             self._measure_start()
-        else:
-            checkpoint.write(Path(self.args.output_dir) / "resume")
+        else:  # transformers reads its own state from a file; everything else is put back by the overrides below
+            state.write_text(json.dumps(checkpoint.state["trainer_state"]))
         self._started = (time.monotonic(), checkpoint.step if checkpoint else 0)
         try:
             with self._hooks.stop.deferred():
-                self.train(resume_from_checkpoint=str(Path(self.args.output_dir) / "resume") if checkpoint else None)
+                self.train(resume_from_checkpoint=str(state.parent) if checkpoint else None)
         except StopTraining:
             self.save_boundary()
             raise
@@ -317,8 +292,13 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         first = self.measure(batches, self.train_dataset, dpo_only=True)
         invariants.check_first_loss(first, self._training)
         if self._training.disable_dropout:
-            self._check_nothing_random(batches[:1])
-        said = f"{self._training.loss_type.value} loss before the first update {first['loss']:.4f}, as it must be"
+            training, evaluating = (
+                self.measure(batches[:1], self.train_dataset, dpo_only=True, training=mode)["loss"]
+                for mode in (True, False)
+            )
+            named = "modules and every number of the base's config.json"
+            invariants.check_nothing_random(training, evaluating, named)
+        said = f"{self._training.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
         added = f"; the losses from here on have {self._more_in_the_loss()}" if self._more_in_the_loss() else ""
         self._hooks.progress(Progress("training", said + added))
         if added:
@@ -333,12 +313,6 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             "their pairs weighted" if training.use_weighting else "",
         ]
         return " and ".join(filter(None, more))
-
-    def _check_nothing_random(self, batches: Sequence[Sequence[int]]) -> None:
-        training, evaluating = (
-            self.measure(batches, self.train_dataset, dpo_only=True, training=mode)["loss"] for mode in (True, False)
-        )
-        invariants.check_nothing_random(training, evaluating, "modules and every number of the base's config.json")
 
     def begin(self) -> None:
         """Called when training begins: put back what transformers has just set to zero."""

@@ -4,7 +4,6 @@ import gc
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from tasks.errors import PreflowError
 from tasks.store.workspace import DISK_FULL, Workspace
 from tasks.train.invariants import InvariantError
-from tasks.train.spec import ExitCode, Progress, TrainingPaths, TrainingSpec
+from tasks.train.spec import ExitCode, Progress, TrainingPaths, TrainingSpec, is_main_process
 from tasks.trainer.lease import Lease, LeaseLostError
 from tasks.trainer.stopping import StopFlag, StopTraining
 
@@ -53,12 +52,7 @@ class WorkerFiles:
         written.unlink()
 
 
-def is_main_process() -> bool:
-    """Tell whether this is the process that writes; the launcher numbers them in RANK."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def watch_parent(grace_seconds: float, stop: StopFlag) -> None:
+def watch_parent(grace_seconds: float) -> None:
     """End this process when its parent is gone (standard input closes), however it went.
 
     SIGTERM first, so that the state is saved; after `grace_seconds` the process exits in any case.
@@ -82,23 +76,13 @@ def holding_lease(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> Ite
         yield Workspace(spec.workspace)
         return
     root = Workspace(spec.workspace).root
-    lease = Lease.at(TrainingPaths.of(root, spec.key).lease, spec.training.lease_seconds, stop.set)
+    lease = Lease(TrainingPaths.of(root, spec.key).lease, spec.training.lease_seconds, stop.set)
     lease.acquire(lambda text: files.progress(Progress("waiting", text)))
     LOG.info("lease taken, token %d", lease.token)
     try:
         yield Workspace(spec.workspace, guard=lease.check)
     finally:
         lease.release()
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """Yield a local folder for what is being written; it holds nothing that must outlive the process."""
-    folder = Path(tempfile.mkdtemp(prefix="preflow-training-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -114,21 +98,20 @@ def gc_paused() -> Iterator[None]:
 
 def train(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> None:
     """Do the training that `spec` names, holding its lease."""
-    with holding_lease(spec, files, stop) as store, scratch_folder() as scratch:
+    scratch = tempfile.TemporaryDirectory(prefix="preflow-training-", ignore_cleanup_errors=True)
+    with holding_lease(spec, files, stop) as store, scratch as folder:
         files.progress(Progress("loading", "importing torch and trl"))
         with gc_paused():
             from tasks.trainer.run import TrainingRun
-        TrainingRun(spec, store, scratch, files.progress, stop).execute()
+        TrainingRun(spec, store, Path(folder), files.progress, stop).execute()
 
 
 def run_and_classify(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> tuple[ExitCode, str]:
     """Train, and translate every ending into an exit code and a message for the user."""
     try:
         train(spec, files, stop)
-    except StopTraining as reason:
+    except (StopTraining, LeaseLostError) as reason:
         return ExitCode.PREEMPTED, str(reason)
-    except LeaseLostError as error:
-        return ExitCode.PREEMPTED, str(error)
     except InvariantError as error:
         return ExitCode.INVARIANT, str(error)
     except PreflowError as error:
@@ -158,11 +141,12 @@ def run_and_classify(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> 
 def main(arguments: list[str]) -> int:
     """Run the child; `arguments` is the folder that holds spec.json."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # of a resumed run it says the same for every batch
     files, stop = WorkerFiles(Path(arguments[0])), StopFlag()
     spec = files.read_spec()
     try:
         stop.install()
-        watch_parent(spec.training.grace_seconds, stop)
+        watch_parent(spec.training.grace_seconds)
         code, message = run_and_classify(spec, files, stop)
     except StopTraining as reason:
         code, message = ExitCode.PREEMPTED, str(reason)

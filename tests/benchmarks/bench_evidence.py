@@ -1,10 +1,11 @@
-"""How far the gate can be believed: coverage, power, length, a second judge. Prints the tables of docs/evidence.md.
+"""How far the gate can be believed: coverage, power, length, other judges, a person. Prints docs/evidence.md's tables.
 
 Run `python -m tests.benchmarks.bench_evidence` (about five minutes on one core; `--runs 200` for a glance).
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from statistics import fmean
 
 import numpy as np
@@ -12,12 +13,23 @@ from scipy.stats import norm
 
 from tasks.config import EvaluationConfig, JudgeConfig
 from tasks.evaluate.comparisons import Comparison, length_controlled, win_rate
+from tasks.evaluate.labels import correct_rate
 from tasks.evaluate.power import design_of
 from tasks.evaluate.win_rate import judge_adapter
 from tasks.store.measures import Evaluation
-from tests.fakes.comparisons import LENGTH_JUDGES, better_wins, draw_groups, draw_opinions, draw_texts
+from tests.fakes.comparisons import (
+    ERRING_JUDGES,
+    LENGTH_JUDGES,
+    PlantedJudge,
+    better_wins,
+    draw_groups,
+    draw_labels,
+    draw_opinions,
+    draw_texts,
+)
 
 Rows = Iterator[tuple[object, ...]]
+BARS = (0.5, 0.55, 0.6, 0.7)  # of promotion.min_agreement
 
 
 def measure(comparisons: Sequence[Comparison]) -> Evaluation:
@@ -80,6 +92,25 @@ def opinions(rng: np.random.Generator, runs: int) -> Rows:
         yield name, fmean(one.win_rate for one in found), fmean(shares), shares[0], shares[-1]
 
 
+def corrected(rng: np.random.Generator, runs: int) -> Rows:
+    for judge in ERRING_JUDGES:
+        for rate, labels in ((0.5, 40), (0.6, 50), (0.7, 60)):
+            drawn = [draw_labels(rng, judge, rate, labels) for _ in range(runs)]
+            raw = fmean(float(one.outcomes.mean()) for one in drawn)
+            found = [correct_rate(*astuple(one), 0.95) for one in drawn]
+            held = fmean(lower <= rate <= upper for _, lower, upper in found)
+            half = fmean((upper - lower) / 2 for _, lower, upper in found)
+            yield judge.name, rate, labels, raw, fmean(value for value, _, _ in found), held, half
+
+
+def agreement(rng: np.random.Generator, runs: int) -> Rows:
+    for right in (0.5, 0.55, 0.65, 0.75, 0.85, 0.95):
+        for labels in (40, 60):
+            drawn = [draw_labels(rng, PlantedJudge("", right, right), 0.6, labels).agreement() for _ in range(runs)]
+            held = fmean(share.lower <= right <= share.upper for share in drawn)
+            yield right, labels, held, *(fmean(share.lower <= bar for share in drawn) for bar in BARS)
+
+
 def main() -> None:
     """Print every table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -92,6 +123,21 @@ def main() -> None:
         "Planted judges of length, and an honest one",
         ("judge", "new ones longer by", "raw", "length-controlled", "passes by the raw rate", "passes the gate"),
         length(rng, runs // 20),
+    )
+    table(
+        "The corrected win rate",
+        ("judge", "true win rate", "labels", "by the judge", "corrected", "holds the truth", "half of the interval"),
+        corrected(rng, runs // 2),
+    )
+    table(
+        "Agreement with a person",
+        (
+            "judge is right in",
+            "labels",
+            "holds the truth",
+            *(f"refused at min_agreement {bar}" for bar in (0.5, 0.55, 0.6, 0.7)),
+        ),
+        agreement(rng, runs // 2),
     )
     table("A second judge", ("adapter", "win rate", "transfer", "lowest", "highest"), opinions(rng, runs // 20))
 

@@ -129,8 +129,7 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, help="where to work; a run that was ended goes on there")
     parser.add_argument("--materials", type=Path, help="folder with the demo's base and sft; made there if missing")
     options = parser.parse_args()
-    from tasks.demo.services import prefect_server
-    from tasks.demo.serving import VllmOptions, vllm_server
+    from tasks.demo.services import VllmOptions, prefect_server, vllm_server
 
     with tempfile.TemporaryDirectory(prefix="bench-real-input-") as scratch:
         folder = Path(scratch)

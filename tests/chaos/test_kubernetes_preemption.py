@@ -16,23 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from tasks.config import TrainingConfig
 from tasks.drill.drill import Drill, choose_target, read_digests, train_with_preemptions
 from tasks.train import work_pool as remote
 from tasks.train.work_pool import TrainingOrder
-from tests.fakes.kubernetes.cluster import ROOT, Cluster, DoubleCluster, FakeKubernetes, RealCluster, Unavailable
+from tests.fakes.kubernetes.api import WORKER, granted
+from tests.fakes.kubernetes.cluster import Cluster, DoubleCluster, RealCluster, Unavailable
+from tests.fakes.kubernetes.kubelet import isolation
 from tests.fakes.kubernetes.platform import (
     AUTH,
     DEPLOYMENT,
-    WORKER,
     Kubernetes,
     Server,
     Training,
     Worker,
-    make_auth_secret,
     register,
     wait_until,
 )  # fmt: skip
@@ -54,9 +53,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield real
         real.close()
         return
-    with FakeKubernetes(tmp_path_factory.mktemp("kubernetes"), DoubleCluster.settings()) as fake:
-        yield DoubleCluster(fake)
-    assert "Traceback" not in fake.errors()
+    if not isolation():
+        pytest.skip("this user may not make a process namespace, in which the double runs a container")
+    with DoubleCluster.open(tmp_path_factory.mktemp("kubernetes")) as double:
+        yield double
 
 
 @dataclass
@@ -116,7 +116,7 @@ def platform(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
     worker = Worker(folder / "worker", server, cluster)
     server.start()
     try:
-        make_auth_secret(kubernetes)
+        kubernetes.make_auth_secret()
         register(server, cluster)
         worker.start()
         yield Platform(cluster, kubernetes, server, worker, TinyWorld.build(workspace / "world"), workspace)
@@ -138,7 +138,8 @@ def mishaps(platform: Platform) -> dict[str, Training]:
     runs = {name: platform.train(name, command=text, backoff_limit=1) for name, text in commands.items()}
     for run in runs.values():
         wait_until(lambda run=run: platform.kubernetes.pods(run.id) and run.state()["infrastructure_pid"], what="a Job")
-    platform.kubernetes.delete_job(platform.kubernetes.jobs(runs["deleted"].id)[0]["metadata"]["name"])
+    (deleted,) = platform.kubernetes.jobs(runs["deleted"].id)
+    platform.kubernetes.ask("DELETE", f"jobs/{deleted['metadata']['name']}?propagationPolicy=Background")
     platform.cancel(runs["unwanted"])
     return runs
 
@@ -195,7 +196,7 @@ def lose_and_give_up(platform: Platform, pod: str) -> None:
     platform.cluster.lose_node(pod)
 
     def terminating() -> Any:
-        return platform.kubernetes.pod(pod)["metadata"].get("deletionTimestamp")
+        return platform.kubernetes.ask("GET", f"pods/{pod}")["metadata"].get("deletionTimestamp")
 
     wait_until(terminating, what="the pod's deletion")
     time.sleep(5)
@@ -209,7 +210,7 @@ def test_a_run_that_loses_pods_and_nodes_ends_as_one_that_does_not(
     mishaps: dict[str, Training],
     record_property: Callable[[str, object], None],
 ) -> None:
-    storm = platform.train("storm")
+    disturbed = platform.train("disturbed")
     faults = {
         "preemption, 15 s grace": platform.cluster.preempt,
         "SIGKILL": platform.cluster.kill,
@@ -217,25 +218,25 @@ def test_a_run_that_loses_pods_and_nodes_ends_as_one_that_does_not(
     }
     struck = []
     for number, (name, fault) in enumerate(faults.items(), 1):
-        reach(storm, 15 * number * platform.cluster.steps // 80)
+        reach(disturbed, 15 * number * platform.cluster.steps // 80)
         try:
-            seconds = strike(platform, storm, fault)
+            seconds = strike(platform, disturbed, fault)
         except Unavailable as reason:
             print(f"{name}: not tried ({reason})")
             continue
         record_property(name, round(seconds, 1))
         print(f"{name}: {seconds:.1f} s to the next step")
         struck.append(name)
-    run = platform.end_of(storm)
+    run = platform.end_of(disturbed)
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     assert run["run_count"] == 1 + len(struck), "every pod went on with the same run"
-    assert storm.token() == 1 + len(struck), "one trainer a pod, one after the other"
-    job = platform.end_of_job(storm)
+    assert disturbed.token() == 1 + len(struck), "one trainer a pod, one after the other"
+    job = platform.end_of_job(disturbed)
     assert job["status"]["succeeded"] == 1
     assert job["status"].get("failed", 0) == struck.count("SIGKILL"), "a disruption uses up no retry"
     assert platform.end_of(calm)["state_type"] == "COMPLETED"
-    assert storm.adapter() == calm.adapter()
-    assert metrics_of(storm) == metrics_of(calm), "the very same steps, each once"
+    assert disturbed.adapter() == calm.adapter()
+    assert metrics_of(disturbed) == metrics_of(calm), "the very same steps, each once"
 
 
 def test_the_calm_run_needed_one_pod(platform: Platform, calm: Training) -> None:
@@ -250,6 +251,9 @@ def test_the_calm_run_needed_one_pod(platform: Platform, calm: Training) -> None
 
 def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Training) -> None:
     run = platform.train("outages")
+    ask, limits = platform.server.ask, "/v2/concurrency_limits"
+    ask("POST", f"{limits}/", {"name": "one", "limit": 1})
+    lease = ask("POST", f"{limits}/increment-with-lease", {"names": ["one"], "slots": 1})["lease_id"]
     reach(run, 5)
     for piece in (platform.worker, platform.server):
         piece.kill()
@@ -257,6 +261,7 @@ def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Tra
         with held(platform, run):
             piece.start()
         wait_for_a_step(run)
+    ask("POST", f"{limits}/leases/{lease}/renew", {"lease_duration": 300})  # else Prefect ends the run that holds it
     ended = platform.end_of(run)
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
     assert (ended["run_count"], run.token()) == (1, 1)
@@ -346,13 +351,6 @@ def test_the_role_grants_what_the_worker_asks_for_and_no_more(platform: Platform
         asked = platform.cluster.requests(WORKER)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    manifests = yaml.safe_load_all((ROOT / "infra" / "k8s" / "base" / "accounts.yaml").read_text())
-    (role,) = [item for item in manifests if item["kind"] == "Role" and item["metadata"]["name"] == WORKER]
-    granted = {
-        (verb, group, resource)
-        for rule in role["rules"] for group in rule["apiGroups"] for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }  # fmt: skip
     assert not [row for row in asked if row["code"] == 403]
-    assert {(row["verb"], row["group"], row["resource"]) for row in asked} == granted
+    assert {(row["verb"], row["group"], row["resource"]) for row in asked} == granted()
     assert {row["namespace"] for row in asked} == {platform.cluster.namespace}

@@ -92,6 +92,7 @@ def test_a_preempted_trainer_raises_preempted(world: TinyWorld, tmp_path: Path) 
     assert len(checkpoints(tmp_path)) == 1
 
 
+@pytest.mark.long  # waits for an orphan to end
 def test_a_launcher_that_is_killed_leaves_no_trainer_behind(world: TinyWorld, tmp_path: Path) -> None:
     training = world.config(**ENDLESS)
     arguments = [world.preferences.model_dump_json(), str(tmp_path), training.model_dump_json()]

@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.evaluate.comparisons import Comparison
+from tasks.evaluate.labels import measure_closeness
+from tasks.store.measures import Interval
 
 Taste = Callable[[int, int, float], float]
 
@@ -116,3 +120,66 @@ def draw_opinions(
                 outcome = float(seen + 0.5 * rng.normal() > 0)
                 judged.append(Comparison(str(prompt), str(prompt), outcome, (100, 100)))
     return first, second
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a judge says of all comparisons and a person of some, as `tasks.evaluate.labels.correct_rate` takes it."""
+
+    outcomes: NDArray[np.float64]
+    asked: NDArray[np.float64]
+    human: NDArray[np.float64]
+    clusters: NDArray[np.intp]
+
+    def agreement(self) -> Interval:
+        """Return the share in which both agree."""
+        known = ~np.isnan(self.human)
+        return measure_closeness(self.human[known], self.outcomes[known], self.clusters[known], 0.95)[0]
+
+
+@dataclass(frozen=True)
+class PlantedJudge:
+    """How a judge errs: what share of true wins and of true losses it sees, and where it and the person see ties."""
+
+    name: str
+    wins: float
+    losses: float
+    ties: float = 0.0
+    human_ties: float = 0.0
+    silent: float = 0.0
+
+
+ERRING_JUDGES = (
+    PlantedJudge("right in 55 %", 0.55, 0.55),
+    PlantedJudge("right in 75 %", 0.75, 0.75),
+    PlantedJudge("right in 95 %", 0.95, 0.95),
+    PlantedJudge("always right", 1.0, 1.0),
+    PlantedJudge("for the new adapter", 0.95, 0.6),
+    PlantedJudge("against it", 0.6, 0.95),
+    PlantedJudge("wrong in 75 %", 0.25, 0.25),
+    PlantedJudge("says always: new", 1.0, 0.0),
+    PlantedJudge("ties, 30 % and 20 %", 0.85, 0.85, 0.3, 0.2),
+    PlantedJudge("a fifth silent", 0.8, 0.8, silent=0.2),
+)
+
+
+def draw_labels(
+    rng: np.random.Generator, judge: PlantedJudge, rate: float, labels: int = 50, prompts: int = 200
+) -> Labelled:
+    """Draw 4 comparisons a prompt whose mean worth, in a person's eyes, is `rate`; of some the person says so.
+
+    Silent comparisons are lost without a question; the others make up for them, so that the mean stays `rate`.
+    """
+    clusters = np.repeat(np.arange(prompts), 4)
+    asked = (rng.random(len(clusters)) >= judge.silent).astype(np.float64)
+    mean = (rate / (1 - judge.silent) - judge.human_ties / 2) / (1 - judge.human_ties)
+    won = rng.random(len(clusters)) < np.repeat(_scattered(rng, mean, 0.3, prompts), 4)
+    seen = np.where(won, rng.random(len(clusters)) < judge.wins, rng.random(len(clusters)) >= judge.losses)
+    outcomes = np.where(rng.random(len(clusters)) < judge.ties, 0.5, seen) * asked
+    truth = np.where(rng.random(len(clusters)) < judge.human_ties, 0.5, won) * asked
+    human = np.full(len(clusters), np.nan)
+    order = rng.permutation(np.flatnonzero(asked))
+    first = order[np.sort(np.unique(clusters[order], return_index=True)[1])]  # one of a prompt, as `choose_rows` does
+    chosen = np.concatenate([first, np.setdiff1d(order, first)])[:labels]
+    human[chosen] = truth[chosen]
+    return Labelled(outcomes, asked, human, clusters)

@@ -415,6 +415,8 @@ class Connection(asyncio.Protocol):
 async def serve(port: int, plan: Plan, log: Path | None) -> None:
     """Serve until the process is ended."""
     server = Server(plan, log)
+    if plan.base is not None:
+        _ = plan.tokenizer  # loaded now: while it is, nobody would be answered
     await server.listen(port)
     print(f"listening on http://127.0.0.1:{server.port}/v1", flush=True)
     await asyncio.Event().wait()
@@ -427,7 +429,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
-    plan = Plan.from_json(json.loads(arguments.plan.read_text()) if arguments.plan else {})
+    plan = Plan.model_validate_json(arguments.plan.read_bytes() if arguments.plan else b"{}")
     asyncio.run(serve(arguments.port, plan, arguments.log))
 
 

@@ -5,13 +5,15 @@ import random
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, TypeVar, get_args
 
-FAULTS = (
+from pydantic import BaseModel, ConfigDict
+
+Fault = Literal[
     "rate_limit",  # 429 without Retry-After
     "rate_limit_after",  # 429 with Retry-After: `retry_after` seconds
     "error_500",
@@ -21,8 +23,8 @@ FAULTS = (
     "slow",  # answered after `slow_seconds`
     "hang",  # never answered
     "broken_json",  # 200, and a body that stops in the middle
-)
-VERDICT_FAULTS = (
+]
+VerdictFault = Literal[
     "fences",
     "text_around",
     "thinking",
@@ -32,7 +34,9 @@ VERDICT_FAULTS = (
     "length",  # cut, finish_reason "length"
     "same",  # best == worst
     "out_of_range",
-)
+]
+FAULTS, VERDICT_FAULTS = get_args(Fault), get_args(VerdictFault)
+T = TypeVar("T", bound=str)
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,14 @@ class Outage:
     kind: str = "refuse"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(BaseModel):
     """All that a fake endpoint does; the defaults are a healthy, instant one.
 
     Faults are shares of attempts (name: probability). Which attempt is hit depends only on `seed`, the request's body
     and how often that body has come before.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = 0
     samplers: tuple[str, ...] = ("sampler", "sft", "dpo")
@@ -59,14 +64,14 @@ class Plan:
     key: str | None = None  # the only accepted API key; None: any or none
     latency_ms: float = 0.0  # median of a log-normal
     latency_sigma: float = 0.5
-    faults: Mapping[str, float] = field(default_factory=dict)
+    faults: Mapping[Fault, float] = {}
     max_faults: int | None = None  # attempts at one body after which it is answered
     retry_after: float = 1.0
     retry_after_style: str = "seconds"  # or "date", "ms" (retry-after-ms)
     burst: int = 0
     slow_seconds: float = 2.0
     outage: Outage | None = None
-    verdict_faults: Mapping[str, float] = field(default_factory=dict)
+    verdict_faults: Mapping[VerdictFault, float] = {}
     max_in_flight: int | None = None  # more get a 503
     limit_requests: int | None = None  # more in `limit_seconds` get a 429 with Retry-After
     limit_seconds: float = 60.0
@@ -84,20 +89,7 @@ class Plan:
     max_lora_rank: int = 64
     # Where the adapters that are loaded really lie: a folder of the server's to another folder, or to the objects of a
     # bucket (http://host/storage/v1/b/BUCKET/o/PREFIX).
-    mounts: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the plan in `data`; unknown names are refused."""
-        values = dict(data)
-        _check_names(values, {item.name for item in fields(cls)})
-        _check_names(values.get("faults", {}), FAULTS)
-        _check_names(values.get("verdict_faults", {}), VERDICT_FAULTS)
-        if values.get("outage"):
-            values["outage"] = Outage(**values["outage"])
-        if "samplers" in values:
-            values["samplers"] = tuple(values["samplers"])
-        return cls(**values)
+    mounts: Mapping[str, str] = {}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -158,15 +150,10 @@ class Plan:
         return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def pick(shares: Mapping[str, float], draw: float) -> str | None:
+def pick(shares: Mapping[T, float], draw: float) -> T | None:
     """Return the name in whose share of [0, 1) `draw` falls, or None."""
     for name, share in shares.items():
         draw -= share
         if draw < 0:
             return name
     return None
-
-
-def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"unknown in a plan: {', '.join(unknown)}; known: {', '.join(known)}")

@@ -29,32 +29,37 @@ class Shape:
 
 def build_base(folder: Path, seed: int = 0, shape: Shape | None = None) -> Path:
     """Write a random Llama with a word-level tokenizer and a chat template."""
+    shape = shape or Shape()
+    _write_llama(
+        folder, seed, vocab_size=128, hidden_size=shape.hidden, intermediate_size=2 * shape.hidden,
+        num_hidden_layers=shape.layers, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return large_tokenizer(folder, len(SPECIAL + WORDS))
+
+
+def build_random_llama(folder: Path, vocabulary: int, ends: list[int]) -> None:
+    """Write a random Llama of so many tokens; each of `ends` ends an answer, now and then."""
+    # Heads of 32: vLLM's attention on CPUs takes none of 16.
+    _write_llama(
+        folder, 0, vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        max_position_embeddings=1024, eos_token_id=ends, bos_token_id=None,
+    )  # fmt: skip
+
+
+def _write_llama(folder: Path, seed: int, **settings: Any) -> None:
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(1)  # two threads on a busy machine are twenty times slower than one
-    shape = shape or Shape()
-    vocabulary = {token: number for number, token in enumerate(SPECIAL + WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=shape.hidden, intermediate_size=2 * shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **settings))
+    model.generation_config.eos_token_id = settings["eos_token_id"]
+    model.save_pretrained(folder)
 
 
 def large_tokenizer(folder: Path, size: int = 128_256) -> Path:
-    """Write a tokenizer of the size that real models have: word-level, made in a second."""
+    """Write a word-level tokenizer; by default of the size that real models have."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,22 +72,6 @@ def large_tokenizer(folder: Path, size: int = 128_256) -> Path:
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def build_random_llama(folder: Path, vocabulary: int, ends: list[int]) -> None:
-    """Write a random Llama of so many tokens; each of `ends` ends an answer, now and then."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    # Heads of 32: vLLM's attention on CPUs takes none of 16.
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=ends, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = ends
-    model.save_pretrained(folder)
 
 
 def build_adapter(folder: Path, base: Path, seed: int = 1, shape: Shape | None = None, **options: Any) -> Path:

@@ -77,17 +77,15 @@ class TrainingProcesses:
 
     def log(self) -> str:
         """Return the newest process's log."""
-        return (
-            max(self.root.glob("child-*"), key=lambda folder: int(folder.name.removeprefix("child-")))
-            .joinpath("log")
-            .read_text()
-        )
+        return (self._newest() / "log").read_text()
 
     def outcome(self) -> dict[str, Any]:
         """Return what the newest process told its parent at its end."""
-        newest = max(self.root.glob("child-*"), key=lambda folder: int(folder.name.removeprefix("child-")))
-        value: dict[str, Any] = json.loads((newest / "outcome.json").read_text())
+        value: dict[str, Any] = json.loads((self._newest() / "outcome.json").read_text())
         return value
+
+    def _newest(self) -> Path:
+        return max(self.root.glob("child-*"), key=lambda folder: int(folder.name.removeprefix("child-")))
 
     def close(self) -> None:
         """End the forking parent."""

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = (
-    "{% for message in messages %}{{ '<s> ' + message['role'] + ' ' + message['content'] + ' </s> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s> assistant ' }}{% endif %}"
-)
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "system", "user", "assistant"]
+from tests.fakes.tiny_training import SPECIAL, large_tokenizer
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -70,24 +67,9 @@ def make_models(root: Path, size: Size) -> None:
     ):
         folder.mkdir(parents=True)
         save_file({name: drawn(shape, dtype) for name, shape in tensors.items()}, folder / file, {"format": "pt"})
-        make_tokenizer(size).save_pretrained(folder)
+        large_tokenizer(folder, size.vocabulary)
     config.save_pretrained(root / "base")
     lora.save_pretrained(root / "sft")
-
-
-def make_tokenizer(size: Size) -> Any:
-    """Return a word-level tokenizer with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = SPECIAL + [f"w{number}" for number in range(size.vocabulary - len(SPECIAL))]
-    words = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def make_pairs(folder: Path, size: Size, lengths: list[int]) -> None:

@@ -13,12 +13,13 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.flow_runs import aresume_flow_run
 
-from tasks.config import ApprovalPoint, PipelineConfig
+from tasks.config import PipelineConfig
 from tasks.errors import PreflowError
 from tasks.run.approval import NotApproved, approve_judging, approve_promotion, cancel_if_refused, read_answers
 from tasks.store.workspace import AdapterRef, CompletionsRef, EvaluationRef, PromotionRef, Workspace
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+# The browser asks, says yes and looks at what is shown.
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.long]
 
 
 class Bench:
@@ -101,13 +102,13 @@ async def test_a_yes_lets_the_run_go_on_and_is_asked_for_only_once(tmp_path: Pat
     run = await waiting("judged", work)
     await aresume_flow_run(run.id, run_input={"approve": True, "note": "cheap"})
     assert await work == "judged"
-    (answer,) = read_answers(bench.config, ApprovalPoint.JUDGING)
+    (answer,) = read_answers(bench.config, "judging")
     assert (answer.approve, answer.note, answer.flow_run_id) == (True, "cheap", str(run.id))
     assert await judged(bench) == "judged"
     last = await newest("judged")
     assert last is not None
     assert last.id != run.id
-    assert len(read_answers(bench.config, ApprovalPoint.JUDGING)) == 1
+    assert len(read_answers(bench.config, "judging")) == 1
 
 
 async def test_a_no_cancels_the_run_with_the_reason_and_the_next_run_asks_again(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ async def test_a_no_cancels_the_run_with_the_reason_and_the_next_run_asks_again(
         assert ended.state is not None
         assert (ended.state.name, ended.id) == ("Cancelled", run.id)
         assert f"too dear {attempt}" in (ended.state.message or "")
-        assert len(read_answers(bench.config, ApprovalPoint.JUDGING)) == attempt
+        assert len(read_answers(bench.config, "judging")) == attempt
 
 
 async def test_what_was_approved_is_bound_to_what_was_shown(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ async def test_nobody_is_asked_where_there_is_nothing_to_decide(tmp_path: Path) 
     bench.config = bench.config.model_copy(update={"approve_before": ()})
     assert await promoted(bench) is None
     assert await judged(bench) == "judged"
-    assert read_answers(bench.config, ApprovalPoint.PROMOTION) == []
+    assert read_answers(bench.config, "promotion") == []
 
 
 async def test_a_run_that_nobody_approves_in_time_fails_and_says_what_to_do(tmp_path: Path) -> None:

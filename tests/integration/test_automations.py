@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psutil
 import pytest
 import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Crashed, Running
+from prefect.states import Crashed, Pending, Running
 
+from tests.deployed import Worker
 from tests.fakes.process import ROOT, FakeOpenAI
 
 FILE = ROOT / "deployments" / "automations.yaml"
+ALWAYS = {"preflow-restart-crashed", "preflow-crash-unstarted"}
+UNSTARTED = ("Pending", "Submitting")
 NOTIFYING = {"preflow-notify-crashed", "preflow-notify-silent"}
 
 
@@ -105,12 +109,14 @@ def make_run(
     parameters: dict[str, Any] | None = None,
     flow: str = "generate-completions",
     tags: Sequence[str] = ("restarted",),
+    limit: int | None = None,
 ) -> FlowRun:
     """Make a run of a deployment; no worker is there to start it."""
     deployment = client.create_deployment(
         flow_id=client.create_flow_from_name(flow), name=f"on-{pool}", work_pool_name=pool, tags=list(tags),
         entrypoint="flows/generate.py:generate_completions",
         pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
+        concurrency_limit=limit,
     )  # fmt: skip
     return client.create_flow_run_from_deployment(deployment, parameters=parameters or {})
 
@@ -125,7 +131,7 @@ def test_without_a_block_nobody_is_told_and_it_says_what_to_do(client: SyncPrefe
     done = register()
     assert done.returncode == 0, done.stderr
     found = automations(client)
-    assert {name for name, automation in found.items() if automation.enabled} == {"preflow-restart-crashed"}
+    assert {name for name, automation in found.items() if automation.enabled} == ALWAYS
     for name in NOTIFYING:
         assert found[name].actions[0].type == "do-nothing"
         assert "PREFLOW_NOTIFY_BLOCK" in found[name].description
@@ -146,13 +152,14 @@ def test_a_block_that_does_not_exist_is_named(client: SyncPrefectClient) -> None
 
 def test_with_a_block_they_are_on_and_one_turned_off_stays_off(client: SyncPrefectClient, receiver: Receiver) -> None:
     found = automations(client)
-    assert {name for name, automation in found.items() if automation.enabled} == {*NOTIFYING, "preflow-restart-crashed"}
+    assert {name for name, automation in found.items() if automation.enabled} == {*NOTIFYING, *ALWAYS}
     switch(client, "preflow-notify-silent", on=False)
     assert register(block="custom-webhook/receiver").returncode == 0
     assert not automations(client)["preflow-notify-silent"].enabled
-    assert len(automations(client)) == 4
+    assert len(automations(client)) == 5
 
 
+@pytest.mark.long  # four runs
 def test_a_crashed_run_is_told_of_and_started_again_three_times(client: SyncPrefectClient, receiver: Receiver) -> None:
     run = make_run(client, "local")
     for attempt in (1, 2, 3, 4):
@@ -208,3 +215,26 @@ def test_a_process_that_goes_without_a_word_is_told_of(
             engine.wait()
         wait("it is told", lambda: receiver.about(f"nothing is heard of {name}"))
     assert state_of(client, run.id) == "Running", "only told of, not touched"
+
+
+@pytest.mark.long  # silence is waited for
+def test_a_run_whose_worker_dies_before_it_begins_is_started_again_and_frees_its_slot(
+    client: SyncPrefectClient, tmp_path: Path
+) -> None:
+    soon = tmp_path / "automations.yaml"
+    soon.write_text(FILE.read_text().replace("within: 240", "within: 15"))
+    assert register(soon).returncode == 0
+    first = make_run(client, "local", flow="promote-adapter", limit=1)
+    worker = Worker(tmp_path)
+    wait("a worker takes it", lambda: state_of(client, first.id) in UNSTARTED)
+    children = psutil.Process(worker.pid).children(recursive=True)
+    worker.kill()
+    for child in children:
+        child.kill()
+    assert state_of(client, first.id) in UNSTARTED, "too late: it has begun"
+    third = make_run(client, "local", flow="promote-adapter", limit=1)
+    client.set_flow_run_state(third.id, Pending())
+    assert state_of(client, third.id) == "AwaitingConcurrencySlot"
+    wait("it is started again", lambda: state_of(client, first.id) == "AwaitingRetry")
+    client.set_flow_run_state(third.id, Pending())
+    assert state_of(client, third.id) == "Pending"

@@ -29,7 +29,7 @@ from tests.fakes.tiny_training import build_adapter, build_base
 KEY = "a-key-for-the-judge"
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class World:
         return until(there)
 
 
-def until(look: Callable[[], Any], seconds: float = 240) -> Any:
+def until(look: Callable[[], Any], seconds: float = 600) -> Any:
     """Return the first true answer of `look`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -171,6 +171,7 @@ def form_titles(world: World) -> dict[str, str]:
     return {name: field.get("title", name) for name, field in fields.items()}
 
 
+@pytest.mark.long  # a run; Quick run is started next to it
 def test_a_run_is_started_from_the_form_and_unchanged_fields_keep_their_defaults(world: World) -> None:
     prompts = write_prompts(world.folder / "form.jsonl", "STREET", 6)
     open_form(world, "generate-completions")
@@ -239,6 +240,7 @@ def waiting(world: World) -> str:
     return run
 
 
+@pytest.mark.long  # a second run
 def test_a_no_ends_the_run_as_cancelled_with_the_reason(world: World, waiting: str) -> None:
     """While another run waits: it holds neither the worker nor the one place that the deployment has."""
     config = pipeline_config(world)
@@ -327,6 +329,7 @@ def test_the_report_opens_from_the_disk(world: World) -> None:
     page.set_viewport_size({"width": 1400, "height": 1000})
 
 
+@pytest.mark.long  # a second run, killed
 def test_a_crashed_run_goes_on_from_the_retry_button(world: World) -> None:
     prompts = write_prompts(world.folder / "crash.jsonl", "SUBWAY", 40)
     workspace, ui = world.folder / "crash-workspace", world.ui

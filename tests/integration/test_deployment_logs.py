@@ -114,6 +114,7 @@ def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
             yield World(folder, empty_prefect_server, sampler, judge)
 
 
+@pytest.mark.long  # a run through a worker
 def test_the_pipeline_tells_its_progress_its_spending_and_its_verdict(world: World) -> None:
     run = world.run("dpo-pipeline/local", name="my run with all defaults", config=world.config())
     assert run.state == "COMPLETED", run.text
@@ -124,27 +125,27 @@ def test_the_pipeline_tells_its_progress_its_spending_and_its_verdict(world: Wor
 
 
 STAGES = {
-    "generate-completions/local": (["prompts"], "generation", r"24 prompts|generation.*done|100 %"),
-    "judge-preferences/local": (["completions"], "judging", r"(?s)48 requests.*US\$.*preferences: .*pair \d+"),
-    "train-dpo/local": (["preferences"], "training", r"step \d+/4"),
+    "generate-completions/local": ("prompts", "generation", r"24 prompts|generation.*done|100 %"),
+    "judge-preferences/local": ("completions", "judging", r"(?s)48 requests.*US\$.*preferences: .*pair \d+"),
+    "train-dpo/local": ("preferences", "training", r"step \d+/4"),
 }
 
 
+@pytest.mark.long  # a run through a worker
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_that_is_run_alone_tells_what_it_does(world: World, name: str) -> None:
     """It is loaded by its file's path, in a folder that is not the checkout."""
-    inputs, stage, said = STAGES[name]
+    source, stage, said = STAGES[name]
     config = world.config()
-    given = {"prompts": config["prompts"], "completions": "completions", "preferences": "preferences"}
-    for argument in inputs:
-        given[argument] = given[argument] if argument == "prompts" else world.made(given[argument])
+    given = config["prompts"] if source == "prompts" else world.made(source)
     settings = {**config[stage], "seed": 5}  # nothing of it is known
-    run = world.run(name, workspace=world.workspace, **{i: given[i] for i in inputs}, **{stage: settings})
+    run = world.run(name, workspace=world.workspace, **{source: given, stage: settings})
     assert run.state == "COMPLETED", run.text
     assert re.search(said, run.text), run.text
     assert not re.search(r"^\w+-\w+$", run.name), "a name that tells nothing"
 
 
+@pytest.mark.long  # a run through a worker
 def test_serving_tells_from_what_to_what(world: World) -> None:
     common = {"workspace": world.workspace, "promotion": world.config()["promotion"]}
     adapter = world.made("training")
@@ -162,7 +163,7 @@ def test_serving_tells_from_what_to_what(world: World) -> None:
         pages = client.post("/artifacts/latest/filter", json={}).json()
     assert "was rolled back" in next(page["data"] for page in pages if page["key"] == "rollback")
     nothing = world.run("reconcile-served/local", **common)
-    assert nothing.errors == ["promotion.endpoint is empty: give the address of the vLLM that shall serve the adapter"]
+    assert nothing.errors == ["promotion.endpoint is empty: give the address of the vLLM that is to serve the adapter"]
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -171,6 +172,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.long  # a run through a worker
 @pytest.mark.parametrize("case", WRONG)
 def test_an_error_of_the_user_is_one_message_in_the_log(world: World, case: str) -> None:
     changes, said = WRONG[case]
@@ -196,6 +198,7 @@ def preflow(world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long  # a run through a worker
 def test_the_command_checks_runs_and_follows_to_the_verdict(world: World) -> None:
     checked = preflow(world, "check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -217,12 +220,9 @@ def test_the_command_checks_runs_and_follows_to_the_verdict(world: World) -> Non
 
 
 NO_FILE = ("--set", "prompts=/absent.jsonl")
+NOWHERE = "dpo-pipeline/nowhere"
 MISTAKES = {
-    r"there is no deployment 'dpo-pipeline/nowhere' here; there are: dpo-pipeline/local": (
-        "run",
-        "--on",
-        "dpo-pipeline/nowhere",
-    ),
+    rf"there is no deployment '{NOWHERE}' here; there are: dpo-pipeline/local": ("run", "--on", NOWHERE),
     r"(?s)/absent\.jsonl: no such file.* ended as Failed": ("run", "--on", "dpo-pipeline/local", *NO_FILE),
     r"/absent\.jsonl: no such file": ("run", *NO_FILE),
     r"judging\.orders \(10\) is more than": ("run", "--set", "judging.orders=10"),
@@ -231,6 +231,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.long  # a run through a worker
 @pytest.mark.parametrize("said", MISTAKES)
 def test_what_a_person_can_fix_ends_with_2_and_no_traceback(world: World, said: str) -> None:
     done = preflow(world, *MISTAKES[said])
@@ -254,14 +255,12 @@ PLACES = ["judging.api_key", "generation.api_key", "promotion.api_key", "judging
 @pytest.mark.parametrize("place", PLACES)
 def test_a_key_is_refused_before_there_is_a_run(world: World, place: str) -> None:
     config = plant(world.config(), place)
-    with pytest.raises(PrefectHTTPStatusError) as refused:
-        run_deployment("dpo-pipeline/local", parameters={"config": config}, timeout=0, as_subflow=False)
-    assert refused.value.response.status_code == 409
-    command = ["deployment", "run", "dpo-pipeline/local", "--params", json.dumps({"config": config})]
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", *command], capture_output=True, text=True, timeout=120, env=dict(os.environ)
-    )
-    assert done.returncode != 0
+    refuse(world, "dpo-pipeline/local", {"config": config})
+    value = config
+    for name in place.split("."):
+        value = value[name]
+    for sweep in ({"grid": {place: [value]}}, {"changes": [{place: value}]}):
+        refuse(world, "dpo-sweep/local", {"config": world.config(), "sweep": sweep})
     with rest_client(world.url) as client:
         deployment = client.get("/deployments/name/dpo-pipeline/local").json()
         changed = client.patch(f"/deployments/{deployment['id']}", json={"parameters": {"config": config}})
@@ -269,30 +268,23 @@ def test_a_key_is_refused_before_there_is_a_run(world: World, place: str) -> Non
     check_nothing_is_stored(world)
 
 
-@pytest.mark.parametrize(
-    "sweep",
-    [
-        {"grid": {"judging.api_key": [KEY]}}, {"changes": [{"judging.api_key": KEY}]},
-        {"grid": {"judging.panel": [[{"model": "m", "api_key": KEY}]]}},
-        {"changes": [{"judging.panel": [{"model": "m", "api_key": KEY}]}]},
-    ],
-)  # fmt: skip
-def test_nor_does_a_sweep_take_one(world: World, sweep: dict[str, Any]) -> None:
-    with pytest.raises(PrefectHTTPStatusError):
-        run_deployment(
-            "dpo-sweep/local", parameters={"config": world.config(), "sweep": sweep}, timeout=0, as_subflow=False
-        )
+def test_prefect_s_own_command_is_refused_one_too(world: World) -> None:
+    given = json.dumps({"config": plant(world.config(), "judging.api_key")})
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "dpo-pipeline/local", "--params", given]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode != 0
     check_nothing_is_stored(world)
 
 
 def test_nor_an_address_with_a_password_in_it(world: World) -> None:
     for address in ("https://user:hunter2-is-secret@host/v1", "https://host/v1?key=hunter2-is-secret"):
-        with pytest.raises(PrefectHTTPStatusError):
-            run_deployment(
-                "generate-completions/local", parameters={"generation": {"endpoint": address}}, timeout=0,
-                as_subflow=False,
-            )  # fmt: skip
+        refuse(world, "generate-completions/local", {"generation": {"endpoint": address}})
     check_nothing_is_stored(world, b"hunter2-is-secret")
+
+
+def refuse(world: World, deployment: str, parameters: dict[str, Any]) -> None:
+    with pytest.raises(PrefectHTTPStatusError) as refused:
+        run_deployment(deployment, parameters=parameters, timeout=0, as_subflow=False)
+    assert refused.value.response.status_code == 409
 
 
 def check_nothing_is_stored(world: World, key: bytes = KEY.encode()) -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 
+from tasks.config import PipelineConfig
 from tests.deployed import register, rest_client
 from tests.fakes.process import ROOT
 
@@ -72,7 +73,7 @@ class Api:
 @pytest.fixture(scope="module")
 def api(empty_prefect_server: str) -> Api:
     """The server with both pools and all deployments, made by the commands that the documentation gives."""
-    register(PREFLOW_TRAIN_IMAGE=IMAGE)
+    register(PREFLOW_TRAIN_IMAGE=IMAGE, PREFLOW_COMPUTE_CLASS="preflow-l4")
     return Api(empty_prefect_server)
 
 
@@ -88,7 +89,7 @@ def test_every_deployment_is_there_and_nothing_starts_by_itself(api: Api) -> Non
         for schedule in item["schedules"]:
             assert not schedule["active"], name
     enabled = {automation["name"] for automation in api.post("/automations/filter", {}) if automation["enabled"]}
-    assert enabled == {"preflow-restart-crashed"}, "only what was started once may be started again"
+    assert enabled == {"preflow-restart-crashed", "preflow-crash-unstarted"}, "only what was started may start again"
 
 
 def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
@@ -109,7 +110,9 @@ def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
 
 def test_the_pipeline_has_a_nightly_schedule_and_a_trigger_to_turn_on(api: Api) -> None:
     deployment = api.deployment("dpo-pipeline/local")
-    assert [(item["slug"], item["schedule"]["cron"]) for item in deployment["schedules"]] == [("nightly", "0 2 * * *")]
+    (nightly,) = deployment["schedules"]
+    assert (nightly["slug"], nightly["schedule"]["cron"]) == ("nightly", "0 2 * * *")
+    assert PipelineConfig.model_validate(nightly["parameters"]["config"]).judging.rubric, "else it fails every night"
     automation = api.automation("preflow-new-prompts")
     assert automation["trigger"]["expect"] == ["preflow.prompts.arrived"]
     assert automation["actions"][0]["deployment_id"] == deployment["id"]
@@ -126,6 +129,7 @@ def test_code_comes_from_the_checkout_and_on_the_pool_from_the_image(api: Api) -
 def test_the_pool_has_the_template_with_the_image_that_was_named(api: Api) -> None:
     template = json.loads((ROOT / TEMPLATE).read_text())
     template["variables"]["properties"]["image"]["default"] = IMAGE
+    template["variables"]["properties"]["compute_class"]["default"] = "preflow-l4"
     assert api.get("/work_pools/l4-spot")["base_job_template"] == template
 
 
@@ -166,15 +170,11 @@ def test_every_parameter_is_described(api: Api) -> None:
 
 
 def test_choices_are_drop_downs(api: Api) -> None:
-    definitions = api.deployment("dpo-pipeline/local")["parameter_openapi_schema"]["definitions"]
-    chosen = {name: spec["enum"] for name, spec in definitions.items() if "enum" in spec}
-    assert chosen["LossType"][0] == "sigmoid"
-    assert chosen["PairPolicy"] == ["unanimous", "majority", "borda"]
-    fields = dict(config_fields({"definitions": definitions}))
-    # A field of several choices refers to them in its items.
-    references = [spec.get("$ref") or spec.get("items", {}).get("$ref") for spec in fields.values()]
-    used = {reference.rsplit("/", 1)[1] for reference in references if reference}
-    assert set(chosen) <= used
+    schema = api.deployment("dpo-pipeline/local")["parameter_openapi_schema"]
+    chosen = {name: spec["enum"] for name, spec in config_fields(schema) if "enum" in spec}
+    assert chosen["TrainingConfig.loss_type"][0] == "sigmoid"
+    assert chosen["JudgingConfig.pair_policy"] == ["unanimous", "majority", "borda"]
+    assert {"TrainingConfig.lr_scheduler_type", "TrainingConfig.report_to"} <= set(chosen)
 
 
 @pytest.mark.parametrize(

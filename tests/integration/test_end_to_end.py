@@ -33,6 +33,7 @@ from prefect.client.schemas.objects import StateType
 
 from flows.pipeline import dpo_pipeline
 from flows.promote import promote_adapter
+from preflow.cli import Exit, main
 from tasks.config import (
     EvaluationConfig,
     GenerationConfig,
@@ -42,8 +43,8 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.demo.corpus import heldout_prompts, training_prompts
-from tasks.demo.services import Service, free_port, judge_server
-from tasks.demo.serving import vllm_server
+from tasks.demo.services import Service, free_port, judge_server, vllm_server
+from tasks.evaluate.labels import labels_uri, record_agreement
 from tasks.promote.pointer import PromotionRefused, read_pointer
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.ranking import SweepResult
@@ -110,7 +111,7 @@ class Bench:
         """The digest of what the pointer says is served as `better`."""
         pointer = read_pointer(str(self.workspace), "better")
         assert pointer is not None
-        return str(pointer["current"]["adapter_sha256"])
+        return str(pointer.current.adapter_sha256)
 
     def made(self, stage: str) -> set[Path]:
         """The folders of a stage's finished artifacts."""
@@ -185,6 +186,15 @@ def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
     assert bench.served() == result.adapter.sha256
 
 
+def test_its_verdict_is_recomputed_from_one_file(bench: Bench, result: PipelineResult, tmp_path: Path) -> None:
+    (kept,) = bench.workspace.glob("runs/*/result.json")
+    file = tmp_path / "evidence.json"
+    assert main(["evidence", str(kept.parent), "--to", str(file)]) == Exit.DONE
+    assert main(["verify", str(file)]) == Exit.DONE
+    for private in (str(bench.folder), bench.judge_url, "DEMO_JUDGE_KEY"):
+        assert private not in file.read_text()
+
+
 async def test_it_took_what_the_stages_had_made_and_left_the_training_to_its_deployment(
     bench: Bench, stages: set[Path], result: PipelineResult
 ) -> None:
@@ -220,6 +230,7 @@ async def test_what_did_not_win_is_not_promoted(bench: Bench, result: PipelineRe
     assert "refused" not in _served_models(bench)
 
 
+@pytest.mark.long  # another run
 async def test_an_adapter_is_evaluated_by_the_deployment_for_that(bench: Bench, result: PipelineResult) -> None:
     config, before = bench.config().filled(), bench.made("evaluations")
     evaluation = config.evaluation.model_dump(mode="json") | {"num_samples": 1}
@@ -232,6 +243,7 @@ async def test_an_adapter_is_evaluated_by_the_deployment_for_that(bench: Bench, 
     assert rate["samples"] == 10, "one for each held-out prompt"
 
 
+@pytest.mark.long  # another run
 async def test_the_pairs_are_audited_by_the_deployment_for_that(bench: Bench, stages: set[Path]) -> None:
     (pairs,) = bench.made("preferences") & stages
     (completions,) = bench.made("completions") & stages
@@ -258,6 +270,7 @@ async def second(bench: Bench, result: PipelineResult) -> PipelineResult:
     return new.made
 
 
+@pytest.mark.long  # a second training
 def test_the_sweep_trained_another_adapter_and_promoted_none(
     bench: Bench, result: PipelineResult, second: PipelineResult
 ) -> None:
@@ -266,6 +279,7 @@ def test_the_sweep_trained_another_adapter_and_promoted_none(
     assert bench.served() == result.adapter.sha256
 
 
+@pytest.mark.long  # a second training
 async def test_one_is_promoted_rolled_back_and_served_again_after_a_restart(
     bench: Bench, result: PipelineResult, second: PipelineResult
 ) -> None:
@@ -287,6 +301,21 @@ async def test_one_is_promoted_rolled_back_and_served_again_after_a_restart(
     assert _served_log_probs(bench, "better", ids) == pytest.approx(first, abs=1e-3)
 
 
+async def test_a_run_that_wants_labels_waits_for_them(bench: Bench, result: PipelineResult) -> None:
+    promotion = PromotionConfig(name="agreed", min_win_rate=0.0, min_agreement=0.6, endpoint=None)
+    config = bench.config().model_copy(update={"promotion": promotion})
+    waiting = await dpo_pipeline(config)
+    assert waiting.promotion is None
+    assert "preflow label" in (waiting.declined or "")
+    rows = [json.loads(line) for line in Path(result.evaluation.sibling("comparisons.jsonl")).read_text().splitlines()]
+    Path(labels_uri(result.evaluation)).write_text(json.dumps({row["id"]: row["outcome"] for row in rows}))
+    record_agreement(result.evaluation)
+    agreed = await dpo_pipeline(config)
+    assert agreed.promotion is not None
+    assert agreed.declined is None
+
+
+@pytest.mark.long  # another run
 async def test_what_is_served_is_published(bench: Bench, result: PipelineResult) -> None:
     publishing = {"repo": "lab/better", "base_model": "lab/base"}
     await run_to_the_end("publish-adapter/local", workspace=str(bench.workspace), name="better", publishing=publishing)
@@ -337,6 +366,7 @@ def _requests_served(bench: Bench) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:request_success_total"))
 
 
+@pytest.mark.long  # two terminals
 def test_it_can_be_talked_to_in_a_terminal(bench: Bench, result: PipelineResult) -> None:
     with Terminal("--endpoint", bench.vllm.base_url) as terminal:
         terminal.expect("better at ", "Please enter a message", "> ")
@@ -346,6 +376,7 @@ def test_it_can_be_talked_to_in_a_terminal(bench: Bench, result: PipelineResult)
         terminal.exit_code()
 
 
+@pytest.mark.long  # two terminals
 def test_talking_to_what_is_not_there_says_what_to_do(bench: Bench) -> None:
     with Terminal("--endpoint", f"http://127.0.0.1:{free_port()}/v1") as terminal:
         terminal.expect("is not usable", "preflow up")

@@ -151,8 +151,8 @@ def test_of_many_movers_of_a_pointer_none_is_lost(place: str, request: Any, tmp_
         promoted = list(pool.map(promote, range(16)))
     pointer = read_pointer(workspace, "mine")
     assert pointer is not None
-    stands = [pointer["current"], *pointer["history"]]
-    assert {entry["adapter_sha256"] for entry in stands} == set(promoted)
+    stands = [pointer.current, *pointer.history]
+    assert {entry.adapter_sha256 for entry in stands} == set(promoted)
     # On a bucket a move whose answer is lost, and which another one follows at once, is written down twice.
     assert len(stands) == len(promoted) if place == "local" else len(stands) >= len(promoted)
 
@@ -207,7 +207,7 @@ def test_an_adapter_is_installed_on_a_bucket_from_a_folder(store: Workspace, tmp
     sha256 = Workspace(tmp_path / "ws").commit_folder(tmp_path, str(tmp_path / "ws" / "adapter"))
     adapter = AdapterRef(uri=str(tmp_path / "ws" / "adapter"), sha256=sha256, size=7, rows=1)
     uri = install_adapter(adapter, store.root, "mine")
-    assert store.verify_folder(uri)["files"]["adapter_model.safetensors"]["size"] == 7
+    assert store.verify_folder(uri)["adapter_model.safetensors"].size == 7
     assert install_adapter(adapter, store.root, "mine") == uri
 
 

@@ -46,10 +46,11 @@ def test_it_is_slim(flow: ReplayedImage) -> None:
 
 
 def test_what_it_runs_is_there(flow: ReplayedImage) -> None:
-    """The image's command is installed, the registration script finds its files, the rubrics came along."""
+    """The image's command and ours are installed, the registration script finds its files, the rubrics came along."""
     assert flow.run("prefect", "--version").strip() == PINS["prefect"]
     (command,) = (json.loads(value) for value in values("flow", "CMD"))
     assert (flow.python.parent / command[0]).exists()
+    assert "check" in flow.run("preflow", "--help")
     flow.run("sh", "-n", "deployments/register.sh")
     for file in re.findall(r"deployments/[\w.-]+", (ROOT / "deployments" / "register.sh").read_text()):
         assert (flow.work / file).exists(), file

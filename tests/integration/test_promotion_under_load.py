@@ -22,8 +22,7 @@ from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
 from tasks.config import PromotionConfig
-from tasks.demo.services import Service
-from tasks.demo.serving import vllm_server
+from tasks.demo.services import Service, vllm_server
 from tasks.errors import PreflowError
 from tasks.promote import pointer as promotion
 from tasks.promote import vllm as serving
@@ -71,7 +70,7 @@ class Stage:
     def current(self) -> str | None:
         pointer = read_pointer(self.workspace, NAME)
         names = {adapter.sha256: name for name, adapter in self.adapters.items()}
-        return names[pointer["current"]["adapter_sha256"]] if pointer else None
+        return names[pointer.current.adapter_sha256] if pointer else None
 
     async def answer(self, client: httpx.AsyncClient, model: str, number: int, stream: bool = False) -> str:
         body = {
@@ -218,7 +217,7 @@ async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
     assert traffic.right >= SWITCHES * CLIENTS // 2
     pointer = read_pointer(stage.workspace, NAME)
     assert pointer is not None
-    assert len(pointer["history"]) >= SWITCHES
+    assert len(pointer.history) >= SWITCHES
 
 
 async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
@@ -226,7 +225,7 @@ async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
     await stage.promote("a")
     pointer = read_pointer(stage.workspace, NAME)
     assert pointer is not None
-    folder = Path(pointer["current"]["uri"])
+    folder = Path(pointer.current.uri)
     away = folder.rename(folder.with_name("away"))
     try:
         async with connected() as http:
@@ -291,7 +290,7 @@ async def test_a_promotion_in_the_middle_of_a_reconciliation_is_seen_by_it(
 ) -> None:
     """It has read the pointer, then the other flow promotes and ends, and then it loads what the pointer named."""
     await stage.promote("a")
-    load, overtaking = promotion.exchange, ["b"]
+    load, overtaking = promotion.swap_adapter, ["b"]
 
     async def overtaken(*arguments: Any) -> None:
         if overtaking:
@@ -301,7 +300,7 @@ async def test_a_promotion_in_the_middle_of_a_reconciliation_is_seen_by_it(
     async with connected() as http:
         await http.post(f"{stage.vllm.base_url}/unload_lora_adapter", json={"lora_name": NAME})
         with monkeypatch.context() as patch:
-            patch.setattr(promotion, "exchange", overtaken)
+            patch.setattr(promotion, "swap_adapter", overtaken)
             await reconcile_served.fn(stage.workspace, stage.promotion)
         assert stage.current() == "b"
         assert await stage.answer(http, NAME, 0) == stage.wanted["b", 0]
@@ -311,7 +310,7 @@ async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_mended(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await stage.promote("a")
-    prove = serving.prove
+    verify = serving.verify_served
 
     async def killed_first(*arguments: Any) -> None:
         assert stage.vllm._process is not None
@@ -319,10 +318,10 @@ async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_mended(
         (server,) = Path(f"/proc/{watchdog}/task/{watchdog}/children").read_text().split()
         os.killpg(int(server), signal.SIGKILL)
         stage.vllm.stop()
-        await prove(*arguments)
+        await verify(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "prove", killed_first)
+        patch.setattr(serving, "verify_served", killed_first)
         with pytest.raises(PreflowError, match=r"could not be put back.*start vLLM, then promote again") as caught:
             await stage.promote("b")
     assert stage.vllm.base_url in str(caught.value)

@@ -22,7 +22,7 @@ from tasks.llm.client import Endpoint
 from tasks.store.workspace import PromptsRef, Reference, Workspace, digest
 from tests.fakes.providers import ANSWER, PROVIDERS, Provider
 
-Found = list[tuple[Row, list[Outcome]]]
+Found = list[tuple[Row, Outcome]]
 ROWS = 200
 N = 2
 
@@ -52,17 +52,14 @@ def make_hasty(setattr: Any) -> None:
     os.environ["PROVIDER_KEY"] = "azure-key"
 
 
-async def run_stage(
-    folder: Path, source: Reference, units_of: Any, work: Any, fit: Any
-) -> list[tuple[Row, list[Outcome]]]:
-    """Run a stage's shards without Prefect, and return each row with its outcomes."""
+async def run_stage(folder: Path, source: Reference, units_of: Any, work: Any, fit: Any) -> Found:
+    """Run a stage's shards without Prefect, and return each outcome with its row."""
     slices = slice_rows(Workspace(folder), source, 25)
     rows = RowStore(str(folder), "matrix", digest(source.sha256))
-    worker = ShardWorker(
-        rows=rows, units_of=units_of, work=work, tally=Tally(rows=source.rows), concurrency=16, prepare=_nothing
-    )
+    worker = ShardWorker(rows, units_of, work, Tally(rows=source.rows), 16, _nothing)
     shards: list[ShardRef] = await settle((worker.run(part) for part in slices), 4)
-    return list(merge_shards(slices, shards, rows, units_of, fit))
+    found = merge_shards(slices, shards, rows, units_of, fit)
+    return [(row, outcome) for row, outcomes in found for outcome in outcomes]
 
 
 def write(folder: Path, name: str, rows: list[Row]) -> PromptsRef:
@@ -78,41 +75,38 @@ async def measure(provider: Provider, folder: Path) -> Measured:
     headers = {provider.header[0]: "env:PROVIDER_KEY"} if provider.header else {}
     with provider.serve() as url:
         common: dict[str, Any] = {"endpoint": url, "model": "m", "api_key": None, "extra_headers": headers}
-        sampled, left_out = await sample_all(folder, GenerationConfig(**common, num_completions=N))
+        sampled = await sample_all(folder, GenerationConfig(**common, num_completions=N))
         rows = [{**row, **outcome.row} for row, outcome in sampled if outcome.row]
         judging = JudgingConfig(**common, rubric="neutral", temperature=0.0)
-        votes, also = await judge_all(folder, judging, write(folder, "completions.jsonl", rows))
+        votes = await judge_all(folder, judging, write(folder, "completions.jsonl", rows))
+    left_out = {name for _, outcome in [*sampled, *votes] for name in outcome.refused}
     lost = sum(outcome.row is None for _, outcome in [*sampled, *votes])
     wrong = sum(not is_of(row, text) for row in rows for text in row["completions"])
     wrong += sum(len(row["completions"]) != N for row in rows)
     wrong += sum(outcome.row["best"] != longer(row) for row, outcome in votes if outcome.row)
     stage = {key: count for key, count in provider.answered.items() if "Say hello." not in key and "ping" not in key}
     doubled = sum(stage.values()) - len(stage)
-    return Measured(provider, provider.requests, provider.failed, sorted({*left_out, *also}), lost, doubled, wrong)
+    return Measured(provider, provider.requests, provider.failed, sorted(left_out), lost, doubled, wrong)
 
 
-async def sample_all(folder: Path, config: GenerationConfig) -> tuple[list[tuple[Row, Outcome]], list[str]]:
-    """Return what was sampled for each prompt, and the settings that the endpoint did not take."""
+async def sample_all(folder: Path, config: GenerationConfig) -> Found:
+    """Return what was sampled for each prompt."""
     prompts = [{"id": digest(n), "prompt": [{"role": "user", "content": f"Question {n}?"}]} for n in range(ROWS)]
     async with await Endpoint.connect(config, "generation") as endpoint:
         await endpoint.check_model()
         await try_sampler(endpoint, config)
         source, work = write(folder, "prompts.jsonl", prompts), Sampler(endpoint, config).sample
-        found = await run_stage(folder, source, prompt_unit, work, lambda _, outcome: outcome)
-        return [(row, outcome) for row, outcomes in found for outcome in outcomes], endpoint.left_out
+        return await run_stage(folder, source, prompt_unit, work, lambda _, outcome: outcome)
 
 
-async def judge_all(
-    folder: Path, judging: JudgingConfig, completions: Reference
-) -> tuple[list[tuple[Row, Outcome]], list[str]]:
-    """Return each vote with its row, and the settings that the endpoint did not take."""
+async def judge_all(folder: Path, judging: JudgingConfig, completions: Reference) -> Found:
+    """Return each vote with its row."""
     plan = JudgingPlan(workspace=str(folder), source=completions, judging=judging, rubric="Longer.", slices=[])
     (config,) = judging.judges()
     async with await Endpoint.connect(config, "judging") as endpoint:
         await try_judge(endpoint, config, plan.rubric)
         judge = Judge(endpoint, config, plan.rubric)
-        found = await run_stage(folder, completions, plan.units_of, judge.judge, as_asked)
-        return [(row, outcome) for row, outcomes in found for outcome in outcomes], endpoint.left_out
+        return await run_stage(folder, completions, plan.units_of, judge.judge, as_asked)
 
 
 async def _nothing() -> None:

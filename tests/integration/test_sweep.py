@@ -197,7 +197,7 @@ async def test_a_sweep_of_known_points_costs_nothing(bench: Bench, result: Sweep
     config, sweep = bench.config(), SweepConfig(grid={"training.beta": BETAS[:2]})
     plan = plan_sweep(prepare_points(config, sweep).points, sweep)
     assert all(work.finished for work in plan.work)
-    assert sum(work.to_ask for work in plan.work) == plan.usd() == 0
+    assert (plan.total().to_ask, plan.total().usd) == (0, 0)
     asked = len(bench.asked())
     smaller = await swept(bench, grid=sweep.grid)
     assert [p.rate for p in smaller.points] == [result.points[0].rate, result.points[2].rate]
@@ -248,7 +248,7 @@ async def test_the_best_is_promoted_where_that_is_asked_for(bench: Bench, result
     assert promoted.promotion is not None
     pointer = read_pointer(str(bench.workspace), "dpo")
     assert pointer is not None
-    assert pointer["current"]["adapter_sha256"] == best.made.adapter.sha256
+    assert pointer.current.adapter_sha256 == best.made.adapter.sha256
     assert await swept(bench, grid=GRID, promote_best=True) == promoted
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from flows.generate import generate_completions
 from tasks.config import GenerationConfig, JudgingConfig
-from tasks.demo.services import Service
-from tasks.demo.serving import VllmOptions, vllm_server
+from tasks.demo.services import Service, VllmOptions, vllm_server
 from tasks.errors import PreflowError
 from tasks.generate.sampling import check_same_template
 from tasks.judge.pairs import make_preferences

@@ -41,7 +41,7 @@ WAIT_SECONDS = 180.0
 # Slow enough to be met in the middle, with a checkpoint to go on from.
 LONG = {"max_steps": 150, "save_steps": 10, "eval_steps": 150, "logging_steps": 5}
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the end-to-end run trains through a deployment
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ def artifacts(api: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.long  # a training; the end-to-end run shows one
 async def test_the_ui_shows_a_training_while_it_runs(tmp_path: Path, prefect_server: str) -> None:
     world = TinyWorld.build(tmp_path / "world")
     before = {artifact["id"] for artifact in artifacts(prefect_server)}

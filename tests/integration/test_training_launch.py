@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tasks.config import LossType
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
 from tasks.train.launch import Preempted, run_training, training_key
@@ -115,6 +114,7 @@ def test_a_finished_training_is_not_repeated(trained: Trained) -> None:
     assert trained.progress == []
 
 
+@pytest.mark.long  # another training
 def test_another_beta_takes_the_reference_log_probs_that_are_there(
     trained: Trained, world: TinyWorld, processes: TrainingProcesses
 ) -> None:
@@ -124,6 +124,7 @@ def test_another_beta_takes_the_reference_log_probs_that_are_there(
     assert len(list((trained.workspace / "reference-logprobs").iterdir())) == 1
 
 
+@pytest.mark.long  # another training
 def test_a_damaged_adapter_is_made_again(
     trained: Trained, world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,55 +136,9 @@ def test_a_damaged_adapter_is_made_again(
     assert file.read_bytes() == content
 
 
-def test_without_held_out_pairs_nothing_is_evaluated(
-    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
-) -> None:
-    bare = TinyWorld(world.base, world.adapter, world.preferences)
-    folder = tmp_path / "preferences"
-    folder.mkdir()
-    (folder / "train.jsonl").write_bytes(Path(world.preferences.uri).read_bytes())
-    (folder / "val.jsonl").write_bytes(b"")
-    preferences = bare.preferences.model_copy(update={"uri": str(folder / "train.jsonl")})
-    assert processes.run(preferences, tmp_path / "workspace", world.config(max_steps=4)) == 0, processes.log()
-    (metrics,) = tmp_path.glob("workspace/training/*/metrics.jsonl")
-    assert "eval_loss" not in metrics.read_text()
-
-
-@pytest.mark.parametrize(
-    ("changes", "code", "message"),
-    [
-        ({"learning_rate": 1e-30}, 42, "invariant adapter-moves"),
-        ({"max_length": 16}, 2, None),
-    ],
-)
-def test_endings_have_codes_and_words(
-    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path, changes: dict[str, Any], code: int,
-    message: str | None,
-) -> None:  # fmt: skip
-    if message is None:
-        rows = Path(world.preferences.uri).read_text().replace('"w', '"w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w1 w')
-        (tmp_path / "train.jsonl").write_text(rows)
-        preferences = world.preferences.model_copy(update={"uri": str(tmp_path / "train.jsonl")})
-    else:
-        preferences = world.preferences
-    assert processes.run(preferences, tmp_path / "workspace", world.config(**changes)) == code, processes.log()
-    assert (message or "none of its 28 pairs can be trained on") in processes.outcome()["message"]
-
-
 def test_an_invariant_reaches_the_caller_with_its_name(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(PreflowError, match="invariant adapter-moves"):
         Trained(world, tmp_path, learning_rate=1e-30)
-
-
-def test_a_base_whose_configuration_is_wrong_is_named(world: TinyWorld, tmp_path: Path) -> None:
-    broken = json.loads((world.base / "config.json").read_text()) | {"num_attention_heads": 3}
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in world.base.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    (base / "config.json").write_text(json.dumps(broken))
-    with pytest.raises(PreflowError, match=f"base_model {base}: cannot be loaded .*StrictDataclass"):
-        Trained(world, tmp_path / "workspace", base_model=str(base))
 
 
 @pytest.mark.long  # two processes on one core each
@@ -214,6 +169,7 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
+@pytest.mark.long  # another training
 def test_a_killed_process_of_two_is_trained_on_like_a_killed_single_one(world: TinyWorld, tmp_path: Path) -> None:
     """The launcher hides the signal behind exit code 1; the task starts again on what `Preempted` says."""
     training = world.config(num_processes=2)
@@ -239,22 +195,13 @@ def _is_second_worker(process: psutil.Process) -> bool:
         return False
 
 
-def test_starting_needs_no_torch() -> None:
-    code = "import sys, tasks.train.launch; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_robust_loss_takes_the_measured_flip_rate(
-    world: TinyWorld, processes: TrainingProcesses, tmp_path: Path
-) -> None:
+@pytest.mark.long  # another training
+def test_robust_loss_takes_the_measured_flip_rate(world: TinyWorld, tmp_path: Path) -> None:
     folder = tmp_path / "preferences"
-    folder.mkdir()
-    for name in ("train.jsonl", "val.jsonl"):
-        (folder / name).write_bytes((Path(world.preferences.uri).parent / name).read_bytes())
+    shutil.copytree(Path(world.preferences.uri).parent, folder)
     (folder / "quality.json").write_text(json.dumps({"metrics": [{"name": "flip_rate", "value": 0.32}]}))
-    preferences = world.preferences.model_copy(update={"uri": str(folder / "train.jsonl")})
-    training = world.config(loss_type=LossType.ROBUST, measured_label_smoothing=True, max_steps=2)
-    adapter = run_training(preferences, str(tmp_path), training, training_key(preferences, training))
-    manifest = json.loads(Path(str(adapter.manifest)).read_text())
+    measured = replace(world, preferences=world.preferences.model_copy(update={"uri": str(folder / "train.jsonl")}))
+    changes = {"loss_type": "robust", "measured_label_smoothing": True, "max_steps": 2}
+    manifest = json.loads((Trained(measured, tmp_path, **changes).folder / "manifest.json").read_text())
     assert manifest["config"]["label_smoothing"] == pytest.approx(0.2)
     assert manifest["figures"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from tasks.config import ReportTo
 from tasks.train.launch import check_training_inputs, run_training, training_key
 from tests.fakes.tiny_training import TinyWorld
 
@@ -78,6 +77,7 @@ def history(run: Path) -> list[dict[str, Any]]:
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
 
 
+@pytest.mark.long  # two trainings
 def test_an_offline_run_holds_the_losses_and_the_adapter_is_the_same(
     tmp_path: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,20 +86,20 @@ def test_an_offline_run_holds_the_losses_and_the_adapter_is_the_same(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     adapters = {}
-    for tracker in (ReportTo.WANDB, ReportTo.NONE):
+    for tracker in ("wandb", "none"):
         training = world.config(report_to=tracker, disable_dropout=False)
         check_training_inputs(training)
         key = training_key(world.preferences, training)
         adapters[tracker] = Path(run_training(world.preferences, str(tmp_path / tracker), training, key).uri)
 
     (run,) = tmp_path.glob("wandb/offline-run-*")
-    metrics = [json.loads(line) for line in (adapters[ReportTo.NONE].parent / "metrics.jsonl").open()]
+    metrics = [json.loads(line) for line in (adapters["none"].parent / "metrics.jsonl").open()]
     logged = [row for row in history(run) if "train/loss" in row]
     expected = [row for row in metrics if "loss" in row and row["step"] > 0]
     assert [row["train/global_step"] for row in logged] == [row["step"] for row in expected] == [3, 6, 9, 12]
     for name in ("loss", "rewards/margins", "logps/chosen", "weights/moved"):
         assert [row[f"train/{name}"] for row in logged] == [row[name] for row in expected], name
     for name in ("adapter/adapter_model.safetensors", "metrics.jsonl"):
-        tracked, plain = (adapters[tracker].parent / name for tracker in (ReportTo.WANDB, ReportTo.NONE))
+        tracked, plain = (adapters[tracker].parent / name for tracker in ("wandb", "none"))
         assert tracked.read_bytes() == plain.read_bytes(), name
     assert gateway.asked == []

@@ -20,7 +20,7 @@ from tasks.demo.local import VLLM_PYTHON, Places, model_servers, prefect_api
 from tasks.demo.materials import SMOLLM2, ensure_materials, locate_materials
 from tasks.demo.smollm2 import find_weights
 from tasks.errors import PreflowError
-from tasks.promote.vllm import exchange
+from tasks.promote.vllm import swap_adapter
 from tasks.run.preflight import PipelineResult
 from tasks.store.workspace import Manifest, Workspace
 
@@ -47,7 +47,7 @@ def finished(folder: Path) -> Iterator[tuple[PipelineConfig, PipelineResult]]:
     ensure_materials(materials)
     with prefect_api(places), model_servers(places, materials, lambda _: None) as config:
         result = asyncio.run(dpo_pipeline(config))
-        asyncio.run(exchange(result.adapter.uri, None, config.workspace, config.promotion))
+        asyncio.run(swap_adapter(result.adapter.uri, None, config.workspace, config.promotion))
         yield config, result
 
 

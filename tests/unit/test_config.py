@@ -15,6 +15,7 @@ from tasks.config import (
     JudgingConfig,
     PipelineConfig,
     PromotionConfig,
+    PublishingConfig,
     StageConfig,
     SweepConfig,
     TrainingConfig,
@@ -23,38 +24,18 @@ from tasks.evaluate.comparisons import win_rate
 from tests.fakes.comparisons import compared
 
 MODELS: list[type[StageConfig]] = [
-    EndpointConfig,
-    GenerationConfig,
-    JudgeConfig,
-    JudgingConfig,
-    TrainingConfig,
-    EvaluationConfig,
-    PromotionConfig,
-    PipelineConfig,
-]
+    EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, TrainingConfig, EvaluationConfig, PromotionConfig,
+    PipelineConfig, PublishingConfig, SweepConfig,
+]  # fmt: skip
 KEYS = [
-    "sk-proj-abcdefghijklmnop",
-    "sk_live_abcdefghijkl",
-    "hf_abcdefghijklmnop",
-    "AIzaSyA1234567890abcdefghijklmnopqrstuv",
-    "gsk_0123456789abcdef",
-    "key-0123456789",
-    "0123456789abcdef0123456789abcdef0123456789abcdef0123",
-    "0123456789abcdef0123456789abcdef",
-    "0b9fd2a1-77c3-4f0e-9d51-2c1e0a9b8c7d",
-    "team-a1b2c3d4e5f6a7b8c9d0",
-    "env:sk-proj-abc",
-    "env: OPENAI_API_KEY",
-    "Bearer abc",
-    "eyJhbGciOiJIUzI1NiJ9.e30.abc",
-    "env:hf_abcdefghijklmnop",
-    "env:AIzaSyA1234567890abcdefghijklmnopqrstuv",
-    "env:0123456789abcdef0123456789abcdef",
-    "env:a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4",
-    "env:OPENAI_API_KEY\n",
-    "abcdefghijklmnopqrstuvwxyzabcdef",
-    "",
-]
+    "sk-proj-abcdefghijklmnop", "sk_live_abcdefghijkl", "hf_abcdefghijklmnop",
+    "AIzaSyA1234567890abcdefghijklmnopqrstuv", "gsk_0123456789abcdef", "key-0123456789",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123", "0123456789abcdef0123456789abcdef",
+    "0b9fd2a1-77c3-4f0e-9d51-2c1e0a9b8c7d", "team-a1b2c3d4e5f6a7b8c9d0", "env:sk-proj-abc", "env: OPENAI_API_KEY",
+    "Bearer abc", "eyJhbGciOiJIUzI1NiJ9.e30.abc", "env:hf_abcdefghijklmnop",
+    "env:AIzaSyA1234567890abcdefghijklmnopqrstuv", "env:0123456789abcdef0123456789abcdef",
+    "env:a1b2c3d4a1b2c3d4a1b2c3d4a1b2c3d4", "env:OPENAI_API_KEY\n", "abcdefghijklmnopqrstuvwxyzabcdef", "",
+]  # fmt: skip
 NAMES = [
     "env:OPENAI_API_KEY", "env:_x1", "env:hf_token", "env:GPT4O_2025_KEY", "env:GEMINI_2_5_PRO_KEY_OF_THE_JUDGES", "k",
     "judge-key", "api-key", "hf-token", "token-of-judge", "gemini-25-pro-key-of-team-7", "productionjudgekey",
@@ -63,33 +44,19 @@ NAMES = [
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_field_has_a_default_and_a_description(model: type[StageConfig]) -> None:
+def test_every_field_explains_itself_in_the_form(model: type[StageConfig]) -> None:
+    """Its title is of words and says the unit; its bounds stand in its help, made from the field by code."""
     model()
-    for name, field in model.model_fields.items():
-        assert field.description, f"{model.__name__}.{name}"
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_every_title_is_made_of_words_and_says_its_unit(model: type[StageConfig]) -> None:
     for name, spec in model.model_json_schema()["properties"].items():
-        title = spec["title"]
+        where, title, said = f"{model.__name__}.{name}", spec["title"], spec["description"]
+        assert said, where
         assert not re.search(r"_|\b(Sft|Api|Usd|Bnb|Lr|Num|Eval|Val|Bf16|4bit|Jsonl)\b", title), title
         for ending, unit in (("_seconds", "(s)"), ("_usd", "US$"), ("_price", "US$"), ("_steps", "optimizer step")):
             assert not name.endswith(ending) or unit.lower() in title.lower(), title
-
-
-@pytest.mark.parametrize("model", [*MODELS, SweepConfig])
-def test_every_bound_stands_in_the_help(model: type[StageConfig]) -> None:
-    """Made from the field by code, so that the two cannot differ."""
-    bounded = 0
-    for name, spec in model.model_json_schema()["properties"].items():
         for kind in spec.get("anyOf", [spec]):
-            for bound in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
-                if bound in kind:
-                    bounded += 1
-                    assert f"{kind[bound]:,}" in spec["description"], f"{model.__name__}.{name}"
-        assert {"type": "null"} not in spec.get("anyOf", []) or "empty:" not in spec["description"].lower(), name
-    assert bounded
+            for bound in {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"} & set(kind):
+                assert f"{kind[bound]:,}" in said, where
+        assert {"type": "null"} not in spec.get("anyOf", []) or "empty:" not in said.lower(), where
 
 
 @pytest.mark.parametrize(
@@ -163,6 +130,7 @@ def test_nor_does_the_schema_of_a_sweep_take_one_or_another_form_of_settings(key
     assert not validate({"changes": [{"judging.panel": [{"model": "m", "api_key": "env:A"}], "x": 1e-6}, {}]}, schema)
 
 
+GREEDY = {"temperature": 0, "num_completions": 1}
 WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "another flow's deployment": (PipelineConfig, {"training_deployment": "judge-preferences/local"}, "train-dpo"),
     "a deployment without its flow": (PipelineConfig, {"training_deployment": "l4-spot"}, "train-dpo"),
@@ -182,16 +150,8 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "budget": (JudgingConfig, {"budget_usd": 0}, "budget_usd"),
     "free budget": (JudgingConfig, {"budget_usd": 5}, "budget_usd is 5 .*prompt_price"),
     "cap below one answer": (GenerationConfig, {"tokens_per_minute": 99}, r"tokens_per_minute \(99\) .*max_tokens"),
-    "equal samples": (
-        EvaluationConfig,
-        {"generation": {"temperature": 0, "num_completions": 1}},
-        r"generation.temperature 0 .*num_samples \(4\)",
-    ),
-    "equal draws": (
-        EvaluationConfig,
-        {"generation": {"temperature": 0, "num_completions": 1}, "num_samples": 1},
-        "null_test .*generation.temperature",
-    ),
+    "equal samples": (EvaluationConfig, {"generation": GREEDY}, r"generation.temperature 0 .*num_samples \(4\)"),
+    "equal draws": (EvaluationConfig, {"generation": GREEDY, "num_samples": 1}, "null_test .*generation.temperature"),
     "rotations": (PipelineConfig, {"judging": {"orders": 4}}, r"judging.orders \(4\) .*num_completions \(3\)"),
     "no room": (
         PipelineConfig,

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from tasks.errors import PreflowError
-from tasks.judge.quality.metrics import JUDGE, TEXTS, Finding, MetricSpec, at_most, make_report
+from tasks.judge.quality.metrics import confidence, make_metric, make_report, positions, share_at_most, texts
 from tasks.judge.quality.tally import Tally
 from tasks.store.measures import QualityReport
 from tasks.store.records import CompletionsRow, PairRow, prompt_id, read_rows
 
 # Of each prompt: the digests of the texts in every row of completions that it has.
 Candidates = dict[str, list[list[bytes]]]
-POSITIONS = tuple(spec for spec in JUDGE if spec.name.startswith("position"))
-CONFIDENCE = tuple(spec for spec in JUDGE if spec.name == "confidence")
 
 
 def measure_pairs(train: str, val: str | None = None, completions: str | None = None) -> QualityReport:
@@ -42,14 +40,25 @@ def measure_pairs(train: str, val: str | None = None, completions: str | None = 
             prompts[side].add(key)
             rows[side] += 1
             tally.add(_as_judged(pair, None if candidates is None else candidates.get(key, []), lost))
-            if (confidence := _confidence(pair, f"{uri}, row {number}")) is not None:
-                tally.confidence[round(confidence)] += 1
-    specs = [_leak(prompts)]
+            if (given := (pair.model_extra or {}).get("confidence")) is not None:
+                if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+                    raise PreflowError(
+                        f"{uri}, row {number}: confidence is {given!r}, not a number. Give 1-5, or leave it out."
+                    )
+                tally.confidence[round(given)] += 1
+    both = len(prompts["train"] & prompts["val"])
+    advice = "Prompts lie in both files, which flatters the held-out accuracy: split by prompt or group, not by pair."
+    about = ("shared_prompts", "Prompts in both train and val", "prompts", "none")
+    metrics = [make_metric(about, both, both == 0 if prompts["val"] else None, advice if both else None)]
     if candidates is not None:
-        specs += [_unmatched(tally.pairs, lost), *POSITIONS]
-    specs += [*(CONFIDENCE if tally.confidence else ()), *TEXTS]
-    report = make_report(tally, specs)
-    return report.model_copy(update={"statuses": dict(rows), "reasons": dict(lost)})
+        advice = (
+            f"{lost.total():,} of {tally.pairs:,} pairs could not be placed among the completions: give the file that "
+            "these pairs were judged from. The positions below are those of the others."
+        )
+        unmatched = ("unmatched_pairs", "Pairs whose position is unknown")
+        metrics += [share_at_most(0.05, unmatched, lost.total(), tally.pairs, advice, lost), *positions(tally)]
+    metrics += [*([confidence(tally)] if tally.confidence else []), *texts(tally)]
+    return make_report(tally, metrics).model_copy(update={"statuses": dict(rows), "reasons": dict(lost)})
 
 
 def _read_candidates(uri: str) -> Candidates:
@@ -67,25 +76,14 @@ def _text_key(text: str) -> bytes:
 
 def _as_judged(pair: PairRow, rows: list[list[bytes]] | None, lost: Counter[str]) -> dict[str, Any]:
     """Return a pair as a row of `judged.jsonl`, with a vote in the order in which the texts stood, where known."""
-    texts, votes = [pair.chosen[-1].content, pair.rejected[-1].content], []
-    place = None if rows is None else _place(rows, *map(_text_key, texts))
+    sides, votes = [pair.chosen[-1].content, pair.rejected[-1].content], []
+    place = None if rows is None else _place(rows, *map(_text_key, sides))
     if isinstance(place, str):
         lost[place] += 1
     elif place is not None:
-        best, worst, size = place
-        others = iter(range(2, size))
-        order = [0 if k == best else 1 if k == worst else next(others) for k in range(size)]
-        votes.append({"judge": "unknown", "order": order, "best": 0, "worst": 1})
-    return {"status": "pair", "completions": texts, "best": 0, "worst": 1, "votes": votes}
-
-
-def _confidence(pair: PairRow, where: str) -> float | None:
-    value = (pair.model_extra or {}).get("confidence")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PreflowError(f"{where}: confidence is {value!r}, not a number. Give 1-5, or leave it out.")
-    return value
+        best, worst, shown = place
+        votes.append({"judge": "unknown", "order": list(range(shown)), "best": best, "worst": worst})
+    return {"status": "pair", "completions": sides, "best": 0, "worst": 1, "votes": votes}
 
 
 def _place(rows: Sequence[list[bytes]], best: bytes, worst: bytes) -> tuple[int, int, int] | str:
@@ -98,19 +96,3 @@ def _place(rows: Sequence[list[bytes]], best: bytes, worst: bytes) -> tuple[int,
     places = {(row.index(best), row.index(worst), len(row)) for row in found}
     twice = best == worst or any(row.count(best) > 1 or row.count(worst) > 1 for row in found)
     return "text at more than one position" if twice or len(places) > 1 else places.pop()
-
-
-def _leak(prompts: dict[str, set[str]]) -> MetricSpec:
-    both = len(prompts["train"] & prompts["val"])
-    advice = "Prompts lie in both files, which flatters the held-out accuracy: split by prompt or group, not by pair."
-    found = Finding(float(both), both == 0 if prompts["val"] else None, advice if both else None)
-    return MetricSpec("shared_prompts", "Prompts in both train and val", "prompts", "none", lambda tally: found)
-
-
-def _unmatched(pairs: int, lost: Counter[str]) -> MetricSpec:
-    advice = (
-        f"{lost.total():,} of {pairs:,} pairs could not be placed among the completions: give the file that these "
-        "pairs were judged from. The positions below are those of the others."
-    )
-    found = at_most(lost.total(), pairs, 0.05, advice, **lost)
-    return MetricSpec("unmatched_pairs", "Pairs whose position is unknown", "share", "at most 5 %", lambda tally: found)

@@ -1,52 +1,54 @@
-"""What is measured about a judge and its pairs: a table of metrics, each with its range and what to do outside it."""
+"""What is measured about a judge and its pairs: each metric with its range, and what to do outside it."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.judge.quality.tally import NGRAMS, OTHER, Tally
-from tasks.store.measures import Metric, QualityReport
+from tasks.store.measures import Metric, QualityReport, percent
 
 BINS = 40
+Ints = NDArray[np.int64]
 
 
-class Finding(NamedTuple):
-    """What a measurement came to; `ok` and `advice` are None where there is nothing to compare it with."""
+def measure_judgements(rows: Iterable[Mapping[str, Any]], usage: Mapping[str, int] | None = None) -> QualityReport:
+    """Measure judged rows in one pass; of each verdict and pair only a few numbers are kept.
 
-    value: float | None
-    ok: bool | None = None
-    advice: str | None = None
-    detail: Mapping[str, Any] = MappingProxyType({})
+    Args:
+        rows: the rows of `judged.jsonl`.
+        usage: what all verdicts together used: `requests`, `prompt_tokens`, ...
+    """
+    tally = Tally()
+    for row in rows:
+        tally.add(row)
+    judge = (
+        _pair_yield(tally), _failed_prompts(tally), *positions(tally), _flip_rate(tally), _agreement(tally),
+        confidence(tally), _parse_failures(tally), _tokens_per_verdict(tally, usage or {}),
+    )  # fmt: skip
+    return make_report(tally, [*judge, *texts(tally)])
 
 
-class MetricSpec(NamedTuple):
-    """One measurement: its name, the range it should lie in, and how it is found (None: not in these rows)."""
+def make_report(tally: Tally, metrics: Sequence[Metric]) -> QualityReport:
+    """Return the report on counted rows: their metrics, and how long chosen and rejected are."""
+    return QualityReport(
+        rows=tally.rows,
+        pairs=tally.pairs,
+        statuses=dict(tally.statuses),
+        reasons=dict(tally.reasons.most_common()),
+        metrics=list(metrics),
+        detail={"lengths": _histogram(tally.sides()) if tally.pairs else {}},
+    )
 
-    name: str
-    title: str
-    unit: str | None
-    healthy: str
-    find: Callable[[Tally], Finding | None]
 
-    def measure(self, tally: Tally) -> Metric | None:
-        """Return the metric; its advice only where it is out of range, or could not be measured."""
-        found = self.find(tally)
-        if found is None:
-            return None
-        return Metric(
-            name=self.name,
-            title=self.title,
-            unit=self.unit,
-            healthy=self.healthy,
-            value=None if found.value is None else short(found.value),
-            ok=found.ok,
-            advice=None if found.ok else found.advice,
-            detail=dict(found.detail),
-        )
+def _histogram(sides: Ints) -> dict[str, Any]:
+    """Return how long both sides are, in characters; the last bin holds the longest per cent, whatever it is."""
+    reach = float(np.quantile(sides, 0.99)) + 1
+    edges = np.linspace(0, reach, BINS + 1).round(1)
+    chosen, rejected = (np.histogram(np.minimum(side, reach), edges)[0].tolist() for side in sides)
+    medians = dict(zip(("chosen", "rejected"), np.median(sides, axis=1).tolist(), strict=True))
+    return {"edges": edges.tolist(), "chosen": chosen, "rejected": rejected, "medians": medians}
 
 
 def short(value: float) -> float:
@@ -54,34 +56,62 @@ def short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def percent(share: float) -> str:
-    """Return a share in percent, for a sentence."""
-    return f"{100 * share:.3g} %"
+def make_metric(
+    about: tuple[str, str, str | None, str],
+    value: float | None,
+    ok: bool | None = None,
+    advice: str | None = None,
+    detail: Mapping[str, Any] | None = None,
+) -> Metric:
+    """Return a metric; its advice only where it is out of range, or could not be measured.
+
+    Args:
+        about: its name, its title, its unit and the range it should lie in.
+        value: what was found; None: nothing to find it in.
+        ok: whether it lies in its range; None: nothing to compare it with.
+        advice: what to do.
+        detail: what the report shows of it besides.
+    """
+    name, title, unit, healthy = about
+    return Metric(
+        name=name,
+        title=title,
+        unit=unit,
+        healthy=healthy,
+        value=None if value is None else short(value),
+        ok=None if ok is None else bool(ok),
+        advice=None if ok else advice,
+        detail=dict(detail or {}),
+    )
 
 
-def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a share (Wilson 1927); `total` must be at least 1."""
+def share_at_most(
+    limit: float, about: tuple[str, str], part: int, whole: int, advice: str, detail: Mapping[str, Any]
+) -> Metric:
+    """Return the metric, by its name and title, of a share that should be at most `limit`."""
+    named = (*about, "share", f"at most {percent(limit, '.3g')}")
+    if not whole:
+        return make_metric(named, None, detail=detail)
+    return make_metric(named, part / whole, part / whole <= limit, advice, detail)
+
+
+def wilson_interval(successes: int, total: int) -> list[float]:
+    """Return the 95 % Wilson score interval of a share (Wilson 1927); `total` must be at least 1."""
     from scipy.stats import binomtest  # here and below: scipy takes a second to import, and flows must start at once
 
-    interval = binomtest(successes, total).proportion_ci(confidence_level=confidence, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def at_most(part: int, whole: int, limit: float, advice: str, **detail: Any) -> Finding:
-    """Return the finding that a share should be at most `limit`."""
-    if not whole:
-        return Finding(None, detail=detail)
-    return Finding(part / whole, part / whole <= limit, advice, detail)
+    interval = binomtest(successes, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return [short(interval.low), short(interval.high)]
 
 
 # ---- rows
 
 
-def find_yield(tally: Tally) -> Finding:
-    """Return the share of prompts that gave a pair, with advice by the most frequent reason why not."""
-    share = tally.pairs / tally.rows if tally.rows else None
-    reason = next(iter(tally.reasons), "") if not tally.reasons else tally.reasons.most_common(1)[0][0]
-    advice = f"Only {tally.pairs:,} of {tally.rows:,} prompts gave a pair, most often because of: {reason or '?'}. "
+def _pair_yield(tally: Tally) -> Metric:
+    about = ("pair_yield", "Prompts that gave a pair", "share", "at least 30 %")
+    if not tally.rows:
+        return make_metric(about, None)
+    reason = tally.reasons.most_common(1)[0][0] if tally.reasons else "?"
+    advice = f"Only {tally.pairs:,} of {tally.rows:,} prompts gave a pair, most often because of: {reason}. "
     if "unanimous" in reason or "majority" in reason:
         advice += (
             "The judge changes its mind with the order: take a stronger judging.model or a sharper judging.rubric, "
@@ -94,20 +124,21 @@ def find_yield(tally: Tally) -> Finding:
         advice += "The completions are equal: raise generation.temperature and generation.num_completions."
     else:
         advice += "Look at `reason` and `votes` in judged.jsonl."
-    return Finding(share, None if share is None else share >= 0.3, advice, {"statuses": dict(tally.statuses)})
+    share = tally.pairs / tally.rows
+    return make_metric(about, share, share >= 0.3, advice, {"statuses": dict(tally.statuses)})
 
 
-def find_failed(tally: Tally) -> Finding:
-    """Return the share of prompts that could not be judged."""
+def _failed_prompts(tally: Tally) -> Metric:
     failed = tally.statuses["failed"]
     advice = (
         f"{failed:,} prompts could not be judged: `votes[].error` in judged.jsonl says why. Where verdicts were cut, "
         "raise judging.max_tokens; where the endpoint refused, look at its limits. Run again: only these are asked."
     )
-    return at_most(failed, tally.rows, 0.01, advice, failed=failed)
+    about = ("failed_prompts", "Prompts that could not be judged")
+    return share_at_most(0.01, about, failed, tally.rows, advice, {"failed": failed})
 
 
-def find_unreadable(tally: Tally) -> Finding:
+def _parse_failures(tally: Tally) -> Metric:
     """Return the share of verdicts that could not be read; those the endpoint refused are counted apart."""
     refused = sum(count for error, count in tally.errors.items() if error.startswith("refused"))
     failures = tally.errors.total() - refused
@@ -116,75 +147,73 @@ def find_unreadable(tally: Tally) -> Finding:
         "judging.max_attempts, or take a judging.model that follows a JSON schema."
     )
     errors = dict(tally.errors.most_common(10))
-    return at_most(
-        failures, tally.votes, 0.01, advice, failures=failures, refused=refused, votes=tally.votes, errors=errors
-    )
+    detail = {"failures": failures, "refused": refused, "votes": tally.votes, "errors": errors}
+    about = ("parse_failures", "Verdicts that could not be read")
+    return share_at_most(0.01, about, failures, tally.votes, advice, detail)
 
 
-def find_usage(tally: Tally) -> Finding:
-    """Return the tokens a verdict took."""
-    usage = {name: tally.usage[f"{name}_tokens"] for name in ("prompt", "completion", "thinking")}
-    value = (usage["prompt"] + usage["completion"]) / len(tally.unit) if len(tally.unit) and tally.usage else None
-    return Finding(value, detail={**usage, "requests": tally.usage["requests"], "verdicts": len(tally.unit)})
+def _tokens_per_verdict(tally: Tally, usage: Mapping[str, int]) -> Metric:
+    about = ("tokens_per_verdict", "Tokens per verdict (prompt and completion)", "tokens", "for information")
+    tokens = {name: usage.get(f"{name}_tokens", 0) for name in ("prompt", "completion", "thinking")}
+    verdicts = len(tally.columns()["row"])
+    value = (tokens["prompt"] + tokens["completion"]) / verdicts if verdicts and usage else None
+    return make_metric(about, value, detail={**tokens, "requests": usage.get("requests", 0), "verdicts": verdicts})
 
 
 # ---- the judge
 
 
-def find_positions(side: str) -> Callable[[Tally], Finding]:
-    """Return how `position_best` or `position_worst` is found."""
+def positions(tally: Tally) -> Iterator[Metric]:
+    """Yield where the best and the worst stood, against chance."""
+    from scipy.stats import chisquare
 
-    def find(tally: Tally) -> Finding:
-        from scipy.stats import chisquare
-
-        sizes, at = np.array(tally.sizes), np.array(tally.best_at if side == "best" else tally.worst_at)
+    columns = tally.columns()
+    sizes, healthy = columns["shown"], "within 3 points of chance at every position, or chi-squared p of at least 0.01"
+    for side in ("best", "worst"):
+        about = (f"position_{side}", f"{side.title()} completion by position", "points from chance", healthy)
         if len(sizes) == 0 or sizes.max() < 2:
-            return Finding(None, advice="No position is known.")
+            yield make_metric(about, None, advice="No position is known.")
+            continue
+        at = columns[f"{side}_at"]
         table, expected = _position_table(at, sizes)
         test = chisquare([row["observed"] for row in table], expected)
         gap = max(abs(row["rate"] - row["chance"]) for row in table)
-        ok = bool(gap <= 0.03 or test.pvalue >= 0.01)
-        tendency = "none" if ok else _tendency(at, sizes)
+        ok = gap <= 0.03 or test.pvalue >= 0.01
+        # By chance the mean position is uniform on each row; two standard errors from that are a tendency.
+        drift = (at - (sizes - 1) / 2).sum() / np.sqrt(((sizes**2 - 1) / 12).sum())
+        tendency = "none" if ok else "late" if drift > 2 else "early" if drift < -2 else "single"
         detail = {"positions": table, "chi_squared": short(test.statistic), "p_value": short(test.pvalue)}
         detail |= {"tendency": tendency, "verdicts": len(at)}
-        return Finding(100 * gap, ok, _position_advice(table, side, tendency), detail)
-
-    return find
+        yield make_metric(about, 100 * gap, ok, _position_advice(table, side, tendency), detail)
 
 
-def _position_table(at: NDArray[Any], sizes: NDArray[Any]) -> tuple[list[dict[str, Any]], list[float]]:
+def _position_table(at: Ints, sizes: Ints) -> tuple[list[dict[str, Any]], list[float]]:
     """Return a row for each position (1-based) with its 95 % Wilson interval, and the counts by chance."""
     expected = [float((1 / sizes[sizes > k]).sum()) for k in range(sizes.max())]
     table = []
     for k, chance in enumerate(expected):
         shown, observed = int((sizes > k).sum()), int((at == k).sum())
+        rates = {"rate": observed / shown, "chance": chance / shown, "lift": observed / chance}
         table.append(
             {
                 "position": k + 1,
                 "shown": shown,
                 "observed": observed,
-                "rate": short(observed / shown),
-                "chance": short(chance / shown),
-                "lift": short(observed / chance),
-                "interval": [short(bound) for bound in wilson_interval(observed, shown)],
+                **{name: short(rate) for name, rate in rates.items()},
+                "interval": wilson_interval(observed, shown),
             }
         )
     return table, expected
 
 
-def _tendency(at: NDArray[Any], sizes: NDArray[Any]) -> str:
-    """Say whether the mean position lies two standard errors from chance; by chance it is uniform on each row."""
-    drift = (at - (sizes - 1) / 2).sum() / np.sqrt(((sizes**2 - 1) / 12).sum())
-    return "late" if drift > 2 else "early" if drift < -2 else "single"
-
-
 def _position_advice(table: Sequence[dict[str, Any]], side: str, tendency: str) -> str:
     top, low = max(table, key=lambda row: row["lift"]), min(table, key=lambda row: row["lift"])
     where = f"{tendency} positions" if tendency != "single" else f"position {top['position']}"
-    verb = "prefers" if side == "best" else "puts down"
+    shares = [percent(row[name], ".3g") for row, name in ((top, "rate"), (low, "rate"), (top, "chance"))]
     found = (
-        f"The judge {verb} {where}: the {side} was at position {top['position']} in {percent(top['rate'])} of the "
-        f"verdicts and at position {low['position']} in {percent(low['rate'])} (chance {percent(top['chance'])})."
+        f"The judge {'prefers' if side == 'best' else 'puts down'} {where}: the {side} was at position "
+        f"{top['position']} in {shares[0]} of the verdicts and at position {low['position']} in {shares[1]} (chance "
+        f"{shares[2]})."
     )
     if side == "worst":
         return f"{found} The remedy is that for the best completion's position."
@@ -194,38 +223,42 @@ def _position_advice(table: Sequence[dict[str, Any]], side: str, tendency: str) 
     )
 
 
-def find_flips(tally: Tally) -> Finding:
-    """Return how often one judge names another best when the order changes."""
-    if not tally.compared:
+def _flip_rate(tally: Tally) -> Metric:
+    healthy = "at most 45 %, the median of strong judges on close story pairs"
+    about = ("flip_rate", "Best changes with the order", "share", healthy)
+    flipped, compared = tally.flipped, tally.compared
+    if not compared:
         advice = "No prompt was judged in two orders: set judging.orders to 2 or more to see whether verdicts last."
-        return Finding(None, advice=advice)
-    rate = tally.flipped["best"] / tally.compared
+        return make_metric(about, None, advice=advice)
+    rate = flipped["best"] / compared
     advice = (
-        f"Shown the same completions in another order, the judge names another best {percent(rate)} of the time. "
-        "Take a stronger judging.model or a sharper judging.rubric; or raise generation.num_completions or "
+        f"Shown the same completions in another order, the judge names another best {percent(rate, '.3g')} of the "
+        "time. Take a stronger judging.model or a sharper judging.rubric; or raise generation.num_completions or "
         "temperature, so that the best stands out. Keep judging.pair_policy unanimous meanwhile."
     )
-    interval = [short(bound) for bound in wilson_interval(tally.flipped["best"], tally.compared)]
-    worst = short(tally.flipped["worst"] / tally.compared)
-    return at_most(
-        tally.flipped["best"], tally.compared, 0.45, advice, compared=tally.compared, interval=interval, worst=worst
-    )
+    interval, worst = wilson_interval(flipped["best"], compared), short(flipped["worst"] / compared)
+    return make_metric(about, rate, rate <= 0.45, advice, {"compared": compared, "interval": interval, "worst": worst})
 
 
-def find_agreement(tally: Tally) -> Finding:
+def _agreement(tally: Tally) -> Metric:
     """Return Krippendorff's alpha of the best; a unit is a prompt, a rater one judge in one order."""
-    alpha, worst = (_alpha(np.array(tally.unit), np.array(values)) for values in (tally.best, tally.worst))
-    detail = {"prompts": int((np.bincount(tally.unit) > 1).sum()) if len(tally.unit) else 0, "worst": worst}
+    title = "Agreement of the votes (Krippendorff's alpha)"
+    about = ("agreement", title, None, "at least 0.4 (0: chance, 1: every vote alike)")
+    columns = tally.columns()
+    units = columns["row"]
+    alpha, worst = (_alpha(units, columns[side]) for side in ("best", "worst"))
+    detail = {"prompts": int((np.bincount(units) > 1).sum()), "worst": worst}
     if alpha is None:
-        return Finding(None, advice="Needs two votes on a prompt: set judging.orders to 2 or more.", detail=detail)
+        advice = "Needs two votes on a prompt: set judging.orders to 2 or more."
+        return make_metric(about, None, advice=advice, detail=detail)
     advice = (
         "The votes on a prompt agree little more than chance would have it. Take a stronger judging.model, a sharper "
         "judging.rubric, or completions that differ more (generation.num_completions, temperature)."
     )
-    return Finding(alpha, alpha >= 0.4, advice, detail)
+    return make_metric(about, alpha, alpha >= 0.4, advice, detail)
 
 
-def _alpha(units: NDArray[Any], values: NDArray[Any]) -> float | None:
+def _alpha(units: Ints, values: Ints) -> float | None:
     """Return nominal alpha (Krippendorff 2011); None where no unit has two values, or all values are equal."""
     import krippendorff
 
@@ -239,11 +272,13 @@ def _alpha(units: NDArray[Any], values: NDArray[Any]) -> float | None:
     return short(float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal")))
 
 
-def find_confidence(tally: Tally) -> Finding:
+def confidence(tally: Tally) -> Metric:
     """Return the judges' mean confidence in their verdicts."""
+    healthy = "mean of at least 3, and no value in over 95 % of the votes"
+    about = ("confidence", "Judge's confidence (1-5)", None, healthy)
     total = tally.confidence.total()
     if not total:
-        return Finding(None)
+        return make_metric(about, None)
     mean = sum(value * count for value, count in tally.confidence.items()) / total
     value, count = tally.confidence.most_common(1)[0]
     advice = None
@@ -254,41 +289,48 @@ def find_confidence(tally: Tally) -> Finding:
         )
     elif count > 0.95 * total and total >= 20:
         advice = (
-            f"{percent(count / total)} of the votes say {value}: the figure tells nothing here, so leave "
+            f"{percent(count / total, '.3g')} of the votes say {value}: the figure tells nothing here, so leave "
             "judging.min_confidence at 1 and rely on judging.orders."
         )
     histogram = {str(value): count for value, count in sorted(tally.confidence.items())}
-    return Finding(mean, advice is None, advice, {"histogram": histogram})
+    return make_metric(about, mean, advice is None, advice, {"histogram": histogram})
 
 
 # ---- the texts
 
 
-def find_degenerate(tally: Tally) -> Finding:
-    """Return the number of pairs that teach nothing."""
+def texts(tally: Tally) -> list[Metric]:
+    """Return what is measured of the pairs' texts, where they show it."""
+    found = (_degenerate_pairs, _longer_chosen, _distinct_2, _speaker_balance, _cut_by_length)
+    return [metric for measure in found if (metric := measure(tally)) is not None]
+
+
+def _degenerate_pairs(tally: Tally) -> Metric:
     advice = "Pairs whose sides are equal or empty teach nothing: take them out of the file."
-    return Finding(float(tally.degenerate), tally.degenerate == 0 if tally.pairs else None, advice)
+    about = ("degenerate_pairs", "Pairs with equal or empty sides", "pairs", "none")
+    return make_metric(about, tally.degenerate, tally.degenerate == 0 if tally.pairs else None, advice)
 
 
-def find_longer(tally: Tally) -> Finding:
+def _longer_chosen(tally: Tally) -> Metric:
     """Return how often the longer side was chosen, of the pairs whose sides differ in length."""
-    difference = np.array(tally.chosen) - np.array(tally.rejected)
-    longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
+    about = ("longer_chosen", "Longer one is chosen (characters)", "share", "interval reaches into 45-55 %")
+    chosen, rejected = tally.sides()
+    longer, shorter = int((chosen > rejected).sum()), int((chosen < rejected).sum())
     if not longer + shorter:
-        return Finding(None)
-    low, high = wilson_interval(longer, longer + shorter)
+        return make_metric(about, None)
+    low, high = interval = wilson_interval(longer, longer + shorter)
     which = "longer" if low > 0.55 else "shorter"
     advice = (
         f"The judge prefers the {which} completion, and the policy will learn that. Say in judging.rubric that length "
         f"does not count; {'lower generation.max_tokens; ' if which == 'longer' else ''}watch the win rate with length "
         "taken out."
     )
-    counts = {"longer": longer, "shorter": shorter, "equal": tally.pairs - longer - shorter}
-    detail = {**counts, "interval": [short(low), short(high)]}
-    return Finding(longer / (longer + shorter), low <= 0.55 and high >= 0.45, advice, detail)
+    equal = tally.pairs - longer - shorter
+    detail = {"longer": longer, "shorter": shorter, "equal": equal, "interval": interval}
+    return make_metric(about, longer / (longer + shorter), low <= 0.55 and high >= 0.45, advice, detail)
 
 
-def find_diversity(tally: Tally) -> Finding | None:
+def _distinct_2(tally: Tally) -> Metric | None:
     """Return distinct-2 (Li et al. 2016) of two completions of a prompt."""
     if not tally.scored:
         return None
@@ -298,109 +340,41 @@ def find_diversity(tally: Tally) -> Finding | None:
         "(0.8-1.0 is the useful range) or generation.frequency_penalty."
     )
     detail = {f"distinct_{n}": short(mean) for n, mean in means.items()} | {"prompts": tally.scored}
-    return Finding(means[2], means[2] >= 0.55, advice, detail)
+    about = ("distinct_2", "Distinct bigrams in two completions of a prompt", "share", "at least 55 %")
+    return make_metric(about, means[2], means[2] >= 0.55, advice, detail)
 
 
-def find_speakers(tally: Tally) -> Finding | None:
+def _speaker_balance(tally: Tally) -> Metric | None:
     """Return half the summed differences in who speaks, between chosen and rejected; only of scenes."""
+    from scipy.stats import chi2_contingency
+
     if tally.scenes * 2 <= tally.pairs or not tally.pairs:
         return None
     chosen, rejected = tally.speakers["chosen"], tally.speakers["rejected"]
     shares = {name: (chosen[name] / chosen.total(), rejected[name] / rejected.total()) for name in chosen | rejected}
     gap = sum(abs(a - b) for a, b in shares.values()) / 2
     common = [name for name, _ in (chosen + rejected).most_common(12) if name != OTHER]
-    p_value = _independence(chosen, rejected, common)
+    counts = np.array([(chosen[name], rejected[name]) for name in common])
+    rest = np.array([chosen.total(), rejected.total()]) - counts.sum(axis=0)
+    counts = np.vstack([counts, rest]) if rest.any() else counts
+    p_value = float(chi2_contingency(counts).pvalue) if len(counts) > 1 else 1.0
     advice = (
         "Some characters speak much more in chosen than in rejected (or the reverse), and the policy will learn who "
         "speaks, not how. Look at the table; say in judging.rubric that who speaks does not count."
     )
     table = [{"speaker": n, "chosen": short(shares[n][0]), "rejected": short(shares[n][1])} for n in common]
+    title, healthy = "difference between chosen and rejected", "at most 5 %, or chi-squared p of at least 0.01"
+    about = ("speaker_balance", f"Speakers: {title}", "share of lines", healthy)
     detail = {"speakers": table, "p_value": short(p_value)}
-    return Finding(gap, gap <= 0.05 or p_value >= 0.01, advice, detail)
+    return make_metric(about, gap, gap <= 0.05 or p_value >= 0.01, advice, detail)
 
 
-def _independence(chosen: Counter[str], rejected: Counter[str], names: Sequence[str]) -> float:
-    """Return the p-value of a chi-squared test that chosen and rejected have the same speakers."""
-    from scipy.stats import chi2_contingency
-
-    columns = [(chosen[name], rejected[name]) for name in names]
-    rest = [lines.total() - sum(lines[name] for name in names) for lines in (chosen, rejected)]
-    columns += [(rest[0], rest[1])] if any(rest) else []
-    return float(chi2_contingency(columns).pvalue) if len(columns) > 1 else 1.0
-
-
-def find_cut(tally: Tally) -> Finding | None:
-    """Return the share of completions that were cut."""
+def _cut_by_length(tally: Tally) -> Metric | None:
     if not tally.finish_reasons:
         return None
     advice = (
         "Many completions end in mid-sentence; such a side is trained on without an end of turn. Raise "
         "generation.max_tokens, or leave these pairs out with judging.leave_out_cut."
     )
-    reasons = dict(tally.finish_reasons)
-    return at_most(tally.finish_reasons["length"], tally.finish_reasons.total(), 0.1, advice, finish_reasons=reasons)
-
-
-POSITION = "within 3 points of chance at every position, or chi-squared p of at least 0.01"
-JUDGE = (
-    MetricSpec("pair_yield", "Prompts that gave a pair", "share", "at least 30 %", find_yield),
-    MetricSpec("failed_prompts", "Prompts that could not be judged", "share", "at most 1 %", find_failed),
-    MetricSpec("position_best", "Best completion by position", "points from chance", POSITION, find_positions("best")),
-    MetricSpec(
-        "position_worst", "Worst completion by position", "points from chance", POSITION, find_positions("worst")
-    ),
-    MetricSpec(
-        "flip_rate", "Best changes with the order", "share",
-        "at most 45 %, the median of strong judges on close story pairs", find_flips,
-    ),
-    MetricSpec(
-        "agreement", "Agreement of the votes (Krippendorff's alpha)", None,
-        "at least 0.4 (0: chance, 1: every vote alike)", find_agreement,
-    ),
-    MetricSpec(
-        "confidence", "Judge's confidence (1-5)", None, "mean of at least 3, and no value in over 95 % of the votes",
-        find_confidence,
-    ),
-    MetricSpec("parse_failures", "Verdicts that could not be read", "share", "at most 1 %", find_unreadable),
-    MetricSpec(
-        "tokens_per_verdict", "Tokens per verdict (prompt and completion)", "tokens", "for information", find_usage
-    ),
-)  # fmt: skip
-TEXTS = (
-    MetricSpec("degenerate_pairs", "Pairs with equal or empty sides", "pairs", "none", find_degenerate),
-    MetricSpec(
-        "longer_chosen", "Longer one is chosen (characters)", "share", "interval reaches into 45-55 %", find_longer
-    ),
-    MetricSpec(
-        "distinct_2", "Distinct bigrams in two completions of a prompt", "share", "at least 55 %", find_diversity
-    ),
-    MetricSpec(
-        "speaker_balance", "Speakers: difference between chosen and rejected", "share of lines",
-        "at most 5 %, or chi-squared p of at least 0.01", find_speakers,
-    ),
-    MetricSpec("cut_by_length", "Completions cut by max_tokens", "share", "at most 10 %", find_cut),
-)  # fmt: skip
-
-
-def make_report(tally: Tally, specs: Sequence[MetricSpec]) -> QualityReport:
-    """Return the report on counted rows: the metrics that they give, and how long chosen and rejected are."""
-    return QualityReport(
-        rows=tally.rows,
-        pairs=tally.pairs,
-        statuses=dict(tally.statuses),
-        reasons=dict(tally.reasons.most_common()),
-        metrics=[metric for spec in specs if (metric := spec.measure(tally)) is not None],
-        detail={"lengths": _histogram(tally)},
-    )
-
-
-def _histogram(tally: Tally) -> dict[str, Any]:
-    """Return how long both sides are, in characters; the last bin holds the longest per cent, whatever it is."""
-    if not tally.pairs:
-        return {}
-    sides = {"chosen": np.array(tally.chosen), "rejected": np.array(tally.rejected)}
-    reach = float(np.quantile(np.concatenate(list(sides.values())), 0.99)) + 1
-    edges = np.linspace(0, reach, BINS + 1).round(1)
-    counts = {side: np.histogram(np.minimum(values, reach), edges)[0].tolist() for side, values in sides.items()}
-    medians = {side: float(np.median(values)) for side, values in sides.items()}
-    return {"edges": edges.tolist(), **counts, "medians": medians}
+    reasons, about = tally.finish_reasons, ("cut_by_length", "Completions cut by max_tokens")
+    return share_at_most(0.1, about, reasons["length"], reasons.total(), advice, {"finish_reasons": dict(reasons)})

@@ -1,4 +1,4 @@
-"""What a quality report is computed from: columns of numbers and a few counts, filled in one pass over the rows."""
+"""What a quality report is computed from: a few numbers of each verdict and pair, filled in one pass over the rows."""
 
 import re
 from array import array
@@ -6,6 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 WORD = re.compile(r"\w+|[^\w\s]")
 SPEAKER = re.compile(r"^\[([^\]\n]{1,40})\]", re.MULTILINE)
@@ -15,54 +18,52 @@ DIVERSITY_PROMPTS = 2000
 # A counter whose keys come from data takes no more than these; the rest is counted together.
 MAX_KEYS = 200
 OTHER = "(other)"
-
-
-def _ints() -> "array[int]":
-    return array("i")
+# What is kept of a verdict: the row it is on, how many were shown, where best and worst stood, and which they are.
+COLUMNS = ("row", "shown", "best_at", "worst_at", "best", "worst")
 
 
 @dataclass
 class Tally:
-    """Columns and counts of judged rows.
+    """Counts of judged rows.
 
     Attributes:
-        rows: all of them, by status and by the reason why there is no pair.
-        chosen: lengths of the pairs' chosen sides, in characters; `rejected` likewise.
+        lengths: of the pairs' chosen and rejected sides, in characters, in turn.
         degenerate: pairs whose sides are equal or empty.
-        best_at: position, as shown, of the best in each verdict; `worst_at` likewise; `sizes`: how many were shown.
-        unit: number of the row that each verdict is on; `best` and `worst`: which completions it names.
+        verdicts: COLUMNS of each verdict, in turn.
         compared: pairs of verdicts of one judge on one row in two orders; `flipped`: those with another best or worst.
         distinct: summed shares of distinct n-grams of `scored` prompts.
+        scenes: pairs in which both sides name who speaks.
     """
 
     rows: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    chosen: "array[int]" = field(default_factory=_ints)
-    rejected: "array[int]" = field(default_factory=_ints)
+    lengths: "array[int]" = field(default_factory=lambda: array("i"))
     degenerate: int = 0
-    best_at: "array[int]" = field(default_factory=_ints)
-    worst_at: "array[int]" = field(default_factory=_ints)
-    sizes: "array[int]" = field(default_factory=_ints)
-    unit: "array[int]" = field(default_factory=_ints)
-    best: "array[int]" = field(default_factory=_ints)
-    worst: "array[int]" = field(default_factory=_ints)
+    votes: int = 0
+    verdicts: "array[int]" = field(default_factory=lambda: array("i"))
+    errors: Counter[str] = field(default_factory=Counter)
+    confidence: Counter[int] = field(default_factory=Counter)
     compared: int = 0
     flipped: Counter[str] = field(default_factory=Counter)
     scored: int = 0
     distinct: dict[int, float] = field(default_factory=lambda: dict.fromkeys(NGRAMS, 0.0))
     scenes: int = 0
     speakers: dict[str, Counter[str]] = field(default_factory=lambda: {"chosen": Counter(), "rejected": Counter()})
-    confidence: Counter[int] = field(default_factory=Counter)
-    votes: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    usage: Counter[str] = field(default_factory=Counter)
 
     @property
     def pairs(self) -> int:
         """Pairs so far."""
-        return len(self.chosen)
+        return len(self.lengths) // 2
+
+    def sides(self) -> NDArray[np.int64]:
+        """Return the lengths of chosen and of rejected, a row each."""
+        return np.array(self.lengths, dtype=np.int64).reshape(-1, 2).T
+
+    def columns(self) -> dict[str, NDArray[np.int64]]:
+        """Return the verdicts' columns by their names."""
+        return dict(zip(COLUMNS, np.array(self.verdicts, dtype=np.int64).reshape(-1, len(COLUMNS)).T, strict=True))
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Count one row of `judged.jsonl`."""
@@ -84,29 +85,20 @@ class Tally:
             if "error" in vote:
                 _count(self.errors, _without_numbers(str(vote["error"])))
                 continue
-            order = vote["order"]
-            for column, value in (
-                (self.best_at, order.index(vote["best"])), (self.worst_at, order.index(vote["worst"])),
-                (self.sizes, len(order)), (self.unit, self.rows), (self.best, vote["best"]),
-                (self.worst, vote["worst"]),
-            ):  # fmt: skip
-                column.append(value)
+            order, best, worst = vote["order"], vote["best"], vote["worst"]
+            self.verdicts.extend((self.rows, len(order), order.index(best), order.index(worst), best, worst))
             if vote.get("confidence") is not None:
                 self.confidence[round(vote["confidence"])] += 1
             by_judge[vote["judge"]][tuple(order)] = vote
         for orders in by_judge.values():
-            self._add_flips(list(orders.values()))
-
-    def _add_flips(self, votes: Sequence[Mapping[str, Any]]) -> None:
-        pairs = len(votes) * (len(votes) - 1) // 2
-        self.compared += pairs
-        for side in ("best", "worst"):
-            named = Counter(vote[side] for vote in votes)
-            self.flipped[side] += pairs - sum(count * (count - 1) // 2 for count in named.values())
+            pairs = len(orders) * (len(orders) - 1) // 2
+            self.compared += pairs
+            for side in ("best", "worst"):
+                named = Counter(vote[side] for vote in orders.values())
+                self.flipped[side] += pairs - sum(count * (count - 1) // 2 for count in named.values())
 
     def _add_pair(self, chosen: str, rejected: str) -> None:
-        self.chosen.append(len(chosen))
-        self.rejected.append(len(rejected))
+        self.lengths.extend((len(chosen), len(rejected)))
         self.degenerate += not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip()
         named = {"chosen": SPEAKER.findall(chosen), "rejected": SPEAKER.findall(rejected)}
         self.scenes += all(named.values())

@@ -1,10 +1,11 @@
-"""A test double of the Kubernetes API with a Job controller and one kubelet that runs containers as local processes.
+"""A test double of the Kubernetes API with a Job controller and a kubelet that runs containers as local processes.
 
-schema.py       what an object must look like: unknown fields, required fields, defaults, immutable fields (1.33)
-store.py        the objects, their versions, and who watches them
-container.py    a container as processes of this machine, in a pid namespace of their own where that is allowed
-kubelet.py      pods: scheduling, phases, conditions, logs, termination, lost nodes
-jobs.py         the Job controller, and the garbage collector
-server.py       HTTP: routes, users and their roles, the log of requests, faults to order
-cluster.py      for tests: start and stop it, kubeconfigs, faults; or the same for a real cluster
+It does what the worker, the training's Job and the tests of both need, in one namespace, and nothing else.
+
+store.py       the objects, their versions, and who watches them
+kubelet.py     pods: a container as processes, phases, termination, lost nodes
+jobs.py        the Job controller, and what a Job and its pods must look like
+api.py         HTTP: routes, the worker's role, the log of requests
+cluster.py     for tests: the double or a real cluster, and faults to order
+platform.py    for tests: preflow on that cluster
 """

@@ -1,258 +1,175 @@
-"""The Job controller as of 1.33, the TTL controller, and the garbage collector."""
+"""The Job controller as of 1.33, for Jobs of one pod at a time, and what a Job and its pods must look like."""
 
-import copy
-import logging
 import time
-from dataclasses import dataclass, field
+from typing import Any
 
-from tests.fakes.kubernetes.kubelet import TERMINAL, Kubelet, has_condition, set_condition
-from tests.fakes.kubernetes.schema import pod_security_problems
-from tests.fakes.kubernetes.store import JOBS, PODS, SECRETS, ApiError, Object, Store, now, seconds_since
+import kubernetes_validate
 
-LOG = logging.getLogger(__name__)
-TRACKING = "batch.kubernetes.io/job-tracking"
+from tests.fakes.kubernetes.kubelet import TERMINAL, Kubelet
+from tests.fakes.kubernetes.store import ApiError, Object, Store, has_condition, now, set_condition
+
+KUBERNETES = "1.33"
 TICK_SECONDS = 0.2
+BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 10.0, 600.0
+ENDS = ("Complete", "Failed")
+# The volumes that the standard `restricted` allows.
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
 
-@dataclass
-class Backoff:
-    """When a Job may start its next pod: `base` seconds after the first failure, then twice as long, and so on."""
-
-    base: float
-    most: float = 600.0
-    _failures: dict[str, int] = field(default_factory=dict)
-    _not_before: dict[str, float] = field(default_factory=dict)
-
-    def failed(self, uid: str) -> None:
-        """Note a failed pod of a Job."""
-        count = self._failures[uid] = self._failures.get(uid, 0) + 1
-        self._not_before[uid] = time.monotonic() + min(self.most, self.base * 2 ** (count - 1))
-
-    def is_over(self, uid: str) -> bool:
-        """Tell whether a Job has waited long enough."""
-        return time.monotonic() >= self._not_before.get(uid, 0.0)
-
-
-@dataclass
 class JobController:
-    """Makes pods for Jobs, counts how they end, and ends the Jobs.
+    """Makes pods for Jobs, counts how they end, and ends the Jobs."""
 
-    Args:
-        backoff: 10 s on a real cluster.
-    """
-
-    store: Store
-    kubelet: Kubelet
-    backoff: Backoff
-    pod_security: bool = False
+    def __init__(self, store: Store, kubelet: Kubelet, backoff_seconds: float = BACKOFF_SECONDS) -> None:
+        self._store, self._kubelet, self._backoff = store, kubelet, backoff_seconds
+        self._ended: dict[str, int] = {}
+        self._not_before: dict[str, float] = {}
+        kubelet.count = self._count
 
     async def work(self) -> None:
         """Look at all Jobs at every change, and at least five times a second."""
         while True:
-            for job in self.store.all(JOBS):
-                try:
+            for job in self._store.all("jobs"):
+                with self._store.changing("jobs", job):
                     self._sync(job)
-                except ApiError as error:
-                    LOG.info("a Job changed under the controller, which looks again: %s", error)
-            self._collect_garbage()
-            await self.store.wait(TICK_SECONDS)
+            await self._store.wait(TICK_SECONDS)
 
     def _sync(self, job: Object) -> None:
-        before = copy.deepcopy(job)
         pods = self._pods(job)
         if "deletionTimestamp" in job["metadata"]:
-            self._delete(job, pods)
+            if not pods:
+                self._store.delete("jobs", job)
             return
-        if _is_over(job):
-            self._account(job, pods)
-            self._expire(job)
+        if any(has_condition(job, kind) for kind in ENDS):
             return
-        job["status"].setdefault("startTime", now())
-        self._account(job, pods)
-        self._end_or_go_on(job, self._pods(job))
-        if job != before:
-            self.store.update(JOBS, job)
+        status = job["status"]
+        status.setdefault("startTime", now())
+        alive = [pod for pod in pods if pod["status"]["phase"] not in TERMINAL]
+        if status.get("succeeded"):
+            self._finish(job, alive, "SuccessCriteriaMet", "Complete", "CompletionsReached")
+        elif status.get("failed", 0) > job["spec"]["backoffLimit"]:
+            self._finish(job, alive, "FailureTarget", "Failed", "BackoffLimitExceeded")
+        elif not alive and time.monotonic() >= self._not_before.get(job["metadata"]["uid"], 0.0):
+            alive = self._create_pod(job)
+        status["active"] = len([pod for pod in alive if "deletionTimestamp" not in pod["metadata"]])
+        status["terminating"] = len(alive) - status["active"]
 
     def _pods(self, job: Object) -> list[Object]:
         uid = job["metadata"]["uid"]
-        return [
-            pod for pod in self.store.all(PODS, job["metadata"]["namespace"])
-            if any(owner["uid"] == uid for owner in pod["metadata"].get("ownerReferences", []))
-        ]  # fmt: skip
+        return self._store.all("pods", lambda pod: pod["metadata"]["ownerReferences"][0]["uid"] == uid)
 
-    def _account(self, job: Object, pods: list[Object]) -> None:
-        """Count every pod that has ended once: its finalizer says that it was not counted yet."""
-        status = job["status"]
-        for pod in pods:
-            if TRACKING not in pod["metadata"].get("finalizers", []) or not _counts_as_ended(job, pod):
-                continue
+    def _count(self, pod: Object) -> None:
+        """Count a pod that has ended, and decide when the next one may come."""
+        owner = pod["metadata"]["ownerReferences"][0]
+        job = self._store.find("jobs", owner["name"])
+        if job is None:
+            return
+        with self._store.changing("jobs", job):
             if pod["status"]["phase"] == "Succeeded":
-                status["succeeded"] = status.get("succeeded", 0) + 1
-            else:
-                self._account_failure(job, pod)
-            self._release(pod)
+                job["status"]["succeeded"] = 1
+                return
+            ended = self._ended[owner["uid"]] = self._ended.get(owner["uid"], 0) + 1
+            wait = min(LONGEST_BACKOFF_SECONDS, self._backoff * 2 ** (ended - 1))
+            self._not_before[owner["uid"]] = time.monotonic() + wait
+            if not is_ignored(job, pod):
+                job["status"]["failed"] = job["status"].get("failed", 0) + 1
 
-    def _account_failure(self, job: Object, pod: Object) -> None:
-        action, message = pod_failure_action(job, pod)
-        if _is_over(job):
-            return
-        self.backoff.failed(job["metadata"]["uid"])
-        if action == "Ignore":
-            return
-        job["status"]["failed"] = job["status"].get("failed", 0) + 1
-        if action == "FailJob":
-            set_condition(job, "FailureTarget", "True", "PodFailurePolicy", message)
-
-    def _release(self, pod: Object) -> None:
-        freed = self.kubelet.change(pod, lambda p: p["metadata"].update({"finalizers": [
-            name for name in p["metadata"].get("finalizers", []) if name != TRACKING]}))  # fmt: skip
-        if freed is not None:
-            self.kubelet.remove_if_free(freed)
-
-    def _end_or_go_on(self, job: Object, pods: list[Object]) -> None:
-        spec, status = job["spec"], job["status"]
-        alive = [pod for pod in pods if pod["status"].get("phase") not in TERMINAL]
-        active = [pod for pod in alive if "deletionTimestamp" not in pod["metadata"]]
-        if status.get("succeeded", 0) >= spec["completions"]:
-            self._finish(job, active, alive, "SuccessCriteriaMet", "Complete", "CompletionsReached",
-                         "Reached expected number of succeeded pods")  # fmt: skip
-        elif has_condition(job, "FailureTarget") or self._must_fail(job):
-            target = next(item for item in status["conditions"] if item["type"] == "FailureTarget")
-            self._finish(job, active, alive, "FailureTarget", "Failed", target["reason"], target["message"])
-        else:
-            occupied = alive if spec["podReplacementPolicy"] == "Failed" else active
-            missing = min(spec["parallelism"], spec["completions"] - status.get("succeeded", 0)) - len(occupied)
-            if missing > 0 and not spec["suspend"] and self.backoff.is_over(job["metadata"]["uid"]):
-                active += [self._create_pod(job) for _ in range(missing)]
-        _set_counts(status, active, alive)
-
-    def _must_fail(self, job: Object) -> bool:
-        spec, status = job["spec"], job["status"]
-        if status.get("failed", 0) > spec["backoffLimit"]:
-            set_condition(job, "FailureTarget", "True", "BackoffLimitExceeded",
-                          "Job has reached the specified backoff limit")  # fmt: skip
-        elif seconds_since(status["startTime"]) >= spec.get("activeDeadlineSeconds", float("inf")):
-            set_condition(
-                job, "FailureTarget", "True", "DeadlineExceeded", "Job was active longer than specified deadline"
-            )
-        return has_condition(job, "FailureTarget")
-
-    def _finish(
-        self, job: Object, active: list[Object], alive: list[Object], first: str, last: str, reason: str, message: str
-    ) -> None:
+    def _finish(self, job: Object, alive: list[Object], first: str, last: str, reason: str) -> None:
         """Set the first condition at once, and the last one when no pod is left: so since 1.31."""
         if not has_condition(job, first):
-            set_condition(job, first, "True", reason, message)
-        for pod in active:
-            self.kubelet.delete(pod)
-        active.clear()
+            set_condition(job, first, reason)
+        for pod in alive:
+            if "deletionTimestamp" not in pod["metadata"]:
+                self._kubelet.delete(pod)
         if not alive:
-            set_condition(job, last, "True", reason, message)
+            set_condition(job, last, reason)
             if last == "Complete":
                 job["status"]["completionTime"] = now()
 
-    def _create_pod(self, job: Object) -> Object:
-        metadata, template = job["metadata"], copy.deepcopy(job["spec"]["template"])
-        owner = {
-            "apiVersion": "batch/v1", "kind": "Job", "name": metadata["name"], "uid": metadata["uid"],
-            "controller": True, "blockOwnerDeletion": True,
-        }  # fmt: skip
-        pod = {
-            "metadata": {
-                **template.get("metadata", {}), "generateName": metadata["name"] + "-", "ownerReferences": [owner],
-                "finalizers": [TRACKING],
-            },
-            "spec": template["spec"],
-            "status": {"phase": "Pending", "qosClass": "BestEffort"},
-        }  # fmt: skip
-        problems = pod_security_problems(pod["spec"]) if self.pod_security else []
+    def _create_pod(self, job: Object) -> list[Object]:
+        metadata, template = job["metadata"], job["spec"]["template"]
+        problems = pod_security_problems(template["spec"])
         if problems:
-            raise ApiError(
-                403, "Forbidden", f'pods "{metadata["name"]}" is forbidden: violates PodSecurity "restricted:latest": '
-                + ", ".join(problems),
-            )  # fmt: skip
-        created = self.store.create(PODS, metadata["namespace"], pod)
-        self.kubelet.accept(created)
-        return created
+            text = f'violates PodSecurity "restricted:latest": {", ".join(problems)}'
+            self._warn(job, f'Error creating: pods "{metadata["name"]}-" is forbidden: {text}')
+            return []
+        owner = {"apiVersion": "batch/v1", "kind": "Job", "name": metadata["name"], "uid": metadata["uid"]}
+        labels = {**template["metadata"].get("labels", {}), "job-name": metadata["name"]}
+        about = {"generateName": metadata["name"] + "-", "labels": labels, "ownerReferences": [owner]}
+        pod = self._store.create("pods", {"metadata": about, "spec": template["spec"], "status": {"phase": "Pending"}})
+        self._kubelet.accept(pod)
+        return [pod]
 
-    def _delete(self, job: Object, pods: list[Object]) -> None:
-        """Go on deleting a Job: in the foreground its pods go first."""
-        metadata = job["metadata"]
-        for pod in pods:
-            self._release(pod)
-        left = self._pods(job)
-        for pod in left:
-            if "deletionTimestamp" not in pod["metadata"]:
-                self.kubelet.delete(pod, metadata.get("deletionGracePeriodSeconds"))
-        if not left or "foregroundDeletion" not in metadata.get("finalizers", []):
-            self.store.delete(JOBS, metadata["namespace"], metadata["name"])
+    def _warn(self, job: Object, message: str) -> None:
+        about = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
+        if not self._store.all("events", lambda event: event["involvedObject"] == about):
+            self._store.create("events", {
+                "metadata": {"generateName": about["name"]}, "involvedObject": about, "type": "Warning",
+                "reason": "FailedCreate", "message": message, "lastTimestamp": now(),
+            })  # fmt: skip
 
-    def _expire(self, job: Object) -> None:
-        ttl = job["spec"].get("ttlSecondsAfterFinished")
-        ended = next(item["lastTransitionTime"] for item in job["status"]["conditions"] if item["type"] in ENDS)
-        if ttl is not None and seconds_since(ended) >= ttl:
-            job["metadata"] |= {"deletionTimestamp": now(), "finalizers": ["foregroundDeletion"]}
-            self.store.update(JOBS, job)
-
-    def _collect_garbage(self) -> None:
-        """Delete what belongs to a Job that is gone."""
-        living = {job["metadata"]["uid"] for job in self.store.all(JOBS)}
-        for resource in (PODS, SECRETS):
-            for item in self.store.all(resource):
-                owners = item["metadata"].get("ownerReferences", [])
-                if owners and not any(owner["uid"] in living for owner in owners):
-                    self._collect(item)
-
-    def _collect(self, item: Object) -> None:
-        metadata = item["metadata"]
-        if item["kind"] == "Secret":
-            self.store.delete(SECRETS, metadata["namespace"], metadata["name"])
-            return
-        self._release(item)
-        if "deletionTimestamp" not in metadata:
-            self.kubelet.delete(item)
+    def delete(self, job: Object, foreground: bool, grace: float | None) -> None:
+        """Delete a Job with its pods; in the foreground they go first."""
+        for pod in self._pods(job):
+            self._kubelet.delete(pod, grace)
+        if foreground:
+            with self._store.changing("jobs", job):
+                job["metadata"]["deletionTimestamp"] = now()
+        else:
+            self._store.delete("jobs", job)
 
 
-ENDS = ("Complete", "Failed")
+def is_ignored(job: Object, pod: Object) -> bool:
+    """Tell whether the Job's podFailurePolicy ignores how a pod ended."""
+    rules = job["spec"].get("podFailurePolicy", {}).get("rules", [])
+    wanted = [item["type"] for rule in rules if rule["action"] == "Ignore" for item in rule["onPodConditions"]]
+    return any(has_condition(pod, kind) for kind in wanted)
 
 
-def _is_over(job: Object) -> bool:
-    return any(has_condition(job, kind) for kind in ENDS)
+def admit(job: Object) -> Object:
+    """Return a Job as the API takes it, with its defaults.
+
+    Raises:
+        ApiError: 400 for a wrong type, 422 for a combination that is not allowed.
+    """
+    job = _without_nulls({"kind": "Job", "apiVersion": "batch/v1", **job})
+    try:
+        kubernetes_validate.validate(job, KUBERNETES)
+    except kubernetes_validate.ValidationError as error:
+        raise ApiError(400, "BadRequest", f"Job cannot be handled as a Job: {error.message}") from error
+    spec = job["spec"]
+    if spec["template"]["spec"].get("restartPolicy") != "Never":
+        raise ApiError(422, "Invalid", "spec.template.spec.restartPolicy: only Never, with a podFailurePolicy")
+    if spec.get("podReplacementPolicy", "Failed") != "Failed":
+        raise ApiError(422, "Invalid", "spec.podReplacementPolicy: only Failed, with a podFailurePolicy")
+    if (spec.get("parallelism", 1), spec.get("completions", 1)) != (1, 1):
+        raise ApiError(422, "Invalid", "this double has Jobs of one pod only")
+    spec.setdefault("backoffLimit", 6)
+    job["status"] = {}
+    return job
 
 
-def _counts_as_ended(job: Object, pod: Object) -> bool:
-    if pod["status"].get("phase") in TERMINAL:
-        return True
-    return "deletionTimestamp" in pod["metadata"] and job["spec"]["podReplacementPolicy"] == "TerminatingOrFailed"
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _set_counts(status: Object, active: list[Object], alive: list[Object]) -> None:
-    ready = [pod for pod in active if has_condition(pod, "Ready")]
-    status |= {"active": len(active), "ready": len(ready), "terminating": len(alive) - len(active)}
-    if not active:
-        del status["active"]
-    status["terminating"] = max(0, status["terminating"])
-    status.setdefault("uncountedTerminatedPods", {})
-
-
-def pod_failure_action(job: Object, pod: Object) -> tuple[str, str]:
-    """Return what the Job's podFailurePolicy says of a failed pod, and a message: the first rule that fits decides."""
-    for number, rule in enumerate(job["spec"].get("podFailurePolicy", {}).get("rules", [])):
-        if _fits(rule, pod):
-            name = pod["metadata"]["name"]
-            return rule[
-                "action"
-            ], f"Pod {pod['metadata']['namespace']}/{name} matching {rule['action']} rule at index {number}"
-    return "Count", ""
-
-
-def _fits(rule: Object, pod: Object) -> bool:
-    conditions = {(item["type"], item["status"]) for item in pod["status"].get("conditions", [])}
-    if "onPodConditions" in rule:
-        return any((wanted["type"], wanted["status"]) in conditions for wanted in rule["onPodConditions"])
-    wanted = rule["onExitCodes"]
-    for status in pod["status"].get("containerStatuses", []):
-        code = status["state"].get("terminated", {}).get("exitCode", 0)
-        if wanted.get("containerName", status["name"]) == status["name"] and code != 0:
-            return bool((code in wanted["values"]) == (wanted["operator"] == "In"))
-    return False
+def pod_security_problems(pod: Object) -> list[str]:
+    """Return what the standard `restricted` forbids of a pod."""
+    security = pod.get("securityContext", {})
+    problems = [
+        f"restricted volume types (volume {volume['name']!r} uses {kind!r})"
+        for volume in pod.get("volumes", []) for kind in volume if kind not in VOLUMES | {"name"}
+    ]  # fmt: skip
+    for container in pod["containers"]:
+        name, own = container["name"], container.get("securityContext", {})
+        merged = {**security, **own}
+        if own.get("allowPrivilegeEscalation") is not False:
+            problems.append(f"allowPrivilegeEscalation != false (container {name!r})")
+        if own.get("capabilities", {}).get("drop") != ["ALL"]:
+            problems.append(f"unrestricted capabilities (container {name!r})")
+        if merged.get("runAsNonRoot") is not True:
+            problems.append(f"runAsNonRoot != true (container {name!r})")
+        if merged.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+            problems.append(f"seccompProfile (container {name!r})")
+    return problems

@@ -1,5 +1,6 @@
 """preflow as on a cluster: a Prefect server, the worker as its manifest starts it, and runs of train-dpo/l4-spot."""
 
+import asyncio
 import base64
 import json
 import os
@@ -14,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from kubernetes_asyncio import config
 
 from tasks.config import TrainingConfig
 from tasks.demo import watchdog
 from tasks.demo.services import Service, free_port, prefect_server
 from tests.deployed import rest_client
-from tests.fakes.kubernetes.cluster import ROOT, Cluster
+from tests.fakes.kubernetes.api import WORKER
+from tests.fakes.kubernetes.cluster import Cluster
+from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import TinyWorld
 
 AUTH = "admin:not-a-secret"
-WORKER = "prefect-worker"
 DEPLOYMENT = "train-dpo/l4-spot"
 QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_CLI_COLORS": "false"}
 SECONDS = 300.0
@@ -153,7 +156,6 @@ def register(server: Server, cluster: Cluster) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     if cluster.is_real:
-        server.ask("PATCH", "/work_pools/l4-spot", {"base_job_template": cluster.template})
         return
     # The double's containers see this machine's files, where the image's /opt/preflow is this checkout.
     step = {"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}
@@ -161,83 +163,42 @@ def register(server: Server, cluster: Cluster) -> None:
     server.ask("PATCH", f"/deployments/{found['id']}", {"pull_steps": [step]})
 
 
-def make_auth_secret(kubernetes: "Kubernetes") -> None:
-    """Make the Secret from which Jobs get the server's auth string, as infra/k8s/secrets.sh does."""
-    data = {"auth-string": base64.b64encode(AUTH.encode()).decode()}
-    kubernetes.put_secret("prefect-auth", data)
-
-
 class Kubernetes:
     """The tests' own view of the cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+        self._cluster = cluster
 
-    def _kubectl(self, call: Callable[[Any], Any]) -> Any:
-        import asyncio
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        """Return the answer to a request below /api/v1 or /apis/batch/v1 of the cluster's namespace."""
 
-        from kubernetes_asyncio import config
-        from kubernetes_asyncio.client import ApiClient
-
-        async def ask() -> Any:
-            client: ApiClient = await config.new_client_from_config(str(self.cluster.kubeconfig()))
+        async def call() -> Any:
+            client = await config.new_client_from_config(str(self._cluster.kubeconfig()))
+            group = "apis/batch/v1" if path.startswith("jobs") else "api/v1"
+            url = f"{client.configuration.host}/{group}/namespaces/{self._cluster.namespace}/{path}"
+            headers = {"Content-Type": "application/json"}
             async with client:
-                return client.sanitize_for_serialization(await call(client))
+                await client.update_params_for_auth(headers, [], ["BearerToken"])
+                answer = await client.rest_client.request(method, url, headers=headers, body=body)
+                text = answer.data.decode()
+                return json.loads(text) if text.startswith("{") else text
 
-        return asyncio.run(ask())
+        return asyncio.run(call())
 
-    def put_secret(self, name: str, data: dict[str, str]) -> None:
-        """Create or replace a Secret; the values are base64."""
-        from kubernetes_asyncio.client import ApiException, CoreV1Api
-
-        body, namespace = {"metadata": {"name": name}, "data": data}, self.cluster.namespace
-        try:
-            self._kubectl(lambda client: CoreV1Api(client).create_namespaced_secret(namespace, body))
-        except ApiException as error:
-            if error.status != 409:
-                raise
-            self._kubectl(lambda client: CoreV1Api(client).replace_namespaced_secret(name, namespace, body))
+    def make_auth_secret(self) -> None:
+        """Make the Secret from which Jobs get the server's auth string, as infra/k8s/secrets.sh does."""
+        data = {"auth-string": base64.b64encode(AUTH.encode()).decode()}
+        self.ask("POST", "secrets", {"metadata": {"name": "prefect-auth"}, "data": data})
 
     def jobs(self, run: str) -> list[dict[str, Any]]:
         """Return the Jobs of a flow run."""
-        from kubernetes_asyncio.client import BatchV1Api
-
-        found: list[dict[str, Any]] = self._kubectl(
-            lambda client: BatchV1Api(client).list_namespaced_job(
-                self.cluster.namespace, label_selector=f"prefect.io/flow-run-id={run}"
-            )
-        )["items"]
+        found: list[dict[str, Any]] = self.ask("GET", f"jobs?labelSelector=prefect.io/flow-run-id={run}")["items"]
         return found
 
     def pods(self, run: str) -> list[dict[str, Any]]:
         """Return the pods of a flow run."""
-        from kubernetes_asyncio.client import CoreV1Api
-
-        found: list[dict[str, Any]] = self._kubectl(
-            lambda client: CoreV1Api(client).list_namespaced_pod(
-                self.cluster.namespace, label_selector=f"prefect.io/flow-run-id={run}"
-            )
-        )["items"]
+        found: list[dict[str, Any]] = self.ask("GET", f"pods?labelSelector=prefect.io/flow-run-id={run}")["items"]
         return found
-
-    def pod(self, name: str) -> dict[str, Any]:
-        """Return a pod."""
-        from kubernetes_asyncio.client import CoreV1Api
-
-        found: dict[str, Any] = self._kubectl(
-            lambda client: CoreV1Api(client).read_namespaced_pod(name, self.cluster.namespace)
-        )
-        return found
-
-    def delete_job(self, name: str) -> None:
-        """Delete a Job with its pods."""
-        from kubernetes_asyncio.client import BatchV1Api
-
-        self._kubectl(
-            lambda client: BatchV1Api(client).delete_namespaced_job(
-                name, self.cluster.namespace, propagation_policy="Background", grace_period_seconds=1
-            )
-        )
 
     def running_pod(self, run: str) -> str:
         """Return the name of the one pod of a run that is running and not on its way out."""
@@ -312,8 +273,3 @@ class Training:
         file = self._file("adapter/COMMITTED.json")
         assert file is not None, f"no adapter in {self.folder}"
         return {name: facts["sha256"] for name, facts in json.loads(file.read_text())["files"].items()}
-
-    def log(self) -> str:
-        """Return the trainers' log."""
-        file = self._file("train.log")
-        return file.read_text(errors="replace") if file else ""

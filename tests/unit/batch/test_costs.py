@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from tasks.batch.costs import Ledger, StageCost, format_seconds, format_usd
+from tasks.batch.costs import COLUMNS, Ledger, StageCost, format_seconds, format_usd
 from tasks.config import EndpointConfig
 from tasks.llm.responses import price
 from tasks.store.workspace import Cost
@@ -19,53 +19,36 @@ def make_ledger() -> Ledger:
     return ledger.plus(StageCost(stage="train", used=Cost(gpu_seconds=2 * 900, usd=0.18), seconds=900))
 
 
-def test_usage_is_priced_per_million_tokens() -> None:
-    assert price(JUDGED, PRICES).usd == pytest.approx(3 * 0.3 + 0.4 * 2.5)
-
-
-def test_ledger_adds_up_over_stages() -> None:
+def test_the_ledger_adds_up_over_stages_and_survives_json() -> None:
     total = make_ledger().total()
-    assert total.used.requests == 3063
-    assert total.used.thinking_tokens == 350_000
-    assert total.used.gpu_seconds == 1800
-    assert total.used.usd == pytest.approx(1.9 + 0.18)
+    assert (total.used.requests, total.used.thinking_tokens, total.used.gpu_seconds) == (3063, 350_000, 1800)
+    assert total.used.usd == pytest.approx(3 * 0.3 + 0.4 * 2.5 + 0.18)
     assert total.seconds == 2400
+    assert Ledger.model_validate_json(make_ledger().model_dump_json()) == make_ledger()
+    with pytest.raises(ValidationError):
+        Cost(requests=-1)
 
 
 def test_costs_of_one_stage_go_to_one_line() -> None:
-    more = StageCost(stage="judge", used=Cost(requests=8, usd=0.1), seconds=10)
-    ledger = make_ledger().plus(more)
+    ledger = make_ledger().plus(StageCost(stage="judge", used=Cost(requests=8, usd=0.1), seconds=10))
     assert [cost.stage for cost in ledger.stages] == ["generate", "judge", "train"]
     assert ledger.stages[1].used.requests == 2050
     assert ledger.stages[1].used.usd == pytest.approx(2.0)
     assert ledger.stages[1].seconds == 310
 
 
-def test_what_the_cache_saved_is_shown_apart_and_not_charged() -> None:
+def test_rows_have_a_cell_for_each_column_and_show_apart_what_the_cache_saved() -> None:
     ledger = make_ledger()
-    assert [row[0] for row in ledger.rows()] == ["stage", "generate", "judge", "train", "total"]
+    assert ledger.rows() == [
+        ["stage", *COLUMNS],
+        ["generate", "1,021", "-", "-", "-", "-", "20 min 00 s", "0.00"],
+        ["judge", "2,042", "3,000,000", "400,000", "350,000", "-", "5 min 00 s", "1.90"],
+        ["train", "-", "-", "-", "-", "30 min 00 s", "15 min 00 s", "0.18"],
+        ["total", "3,063", "3,000,000", "400,000", "350,000", "30 min 00 s", "40 min 00 s", "2.08"],
+    ]
     cached = ledger.plus(StageCost(stage="judge", cached=price(JUDGED, PRICES)))
-    assert cached.total().used == ledger.total().used
+    assert cached.total().used == ledger.total().used, "it is not charged"
     assert cached.rows()[-1] == ["saved by the cache", "2,042", "3,000,000", "400,000", "350,000", "-", "-", "1.90"]
-
-
-def test_rows_have_a_cell_for_each_column() -> None:
-    heading, *rows = make_ledger().rows()
-    assert heading[:3] == ["stage", "requests", "prompt tokens"]
-    assert rows[1] == ["judge", "2,042", "3,000,000", "400,000", "350,000", "-", "5 min 00 s", "1.90"]
-    assert rows[2] == ["train", "-", "-", "-", "-", "30 min 00 s", "15 min 00 s", "0.18"]
-    assert rows[3][:2] == ["total", "3,063"]
-    assert {len(row) for row in rows} == {len(heading)}
-
-
-def test_ledger_survives_json() -> None:
-    ledger = make_ledger()
-    assert Ledger.model_validate_json(ledger.model_dump_json()) == ledger
-
-
-def test_negative_costs_are_refused() -> None:
-    with pytest.raises(ValidationError):
-        Cost(requests=-1)
 
 
 @pytest.mark.parametrize(

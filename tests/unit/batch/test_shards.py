@@ -5,7 +5,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ async def ready() -> None:
 def make_worker(folder: Path, maker: Maker, rows: int, **more: Any) -> ShardWorker:
     tally = Tally(rows=rows, allowed=more.pop("allowed", 1.0))
     return ShardWorker(
-        rows=RowStore(str(folder), "squares", "key"), units_of=unit, work=maker.work, tally=tally, concurrency=4,
-        prepare=more.pop("prepare", ready), **more,
+        rows=RowStore(str(folder), "squares", "key"), units_of=unit, work=maker.work, tally=tally,
+        concurrency=more.pop("concurrency", 4), prepare=more.pop("prepare", ready), **more,
     )  # fmt: skip
 
 
@@ -97,17 +97,13 @@ def test_shards_are_neither_too_many_nor_too_few(total: int) -> None:
     assert count >= min(8, total)
     assert count <= 1000 or size == 1000
     assert size >= 64 or count <= 8 + 7
-
-
-def test_a_wanted_shard_size_is_taken() -> None:
-    assert shard_rows(1000, 3) == 3
+    assert shard_rows(total, 3) == 3, "a wanted size is taken"
 
 
 def test_slices_are_the_whole_file_in_order(tmp_path: Path) -> None:
     source = make_source(tmp_path, 103)
     slices = slice_rows(Workspace(tmp_path), source, 10)
     assert [part.rows for part in slices] == [10] * 10 + [3]
-    assert [part.index for part in slices] == list(range(11))
     numbers = [row["number"] for part in slices for row in read_slice(Workspace(tmp_path), part)]
     assert numbers == list(range(103))
     assert len({part.sha256 for part in slices}) == 11
@@ -215,91 +211,73 @@ async def test_a_torn_last_line_of_a_journal_costs_one_row(tmp_path: Path) -> No
     assert len(again.made) == 2
 
 
-async def test_unequal_settings_share_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("other", "times", "shards"), [(("another key", ""), 2, 1), (("key", "variant"), 1, 2)])
+async def test_unequal_settings_share_nothing_and_variants_all_but_their_shards(
+    tmp_path: Path, other: tuple[str, str], times: int, shards: int
+) -> None:
     source, maker = make_source(tmp_path, 5), Maker()
     await run_all(tmp_path, maker, source)
     worker = make_worker(tmp_path, maker, 5)
-    worker.rows = RowStore(str(tmp_path), "squares", "another key")
+    worker.rows = RowStore(str(tmp_path), "squares", *other)
     await worker.run(slice_rows(Workspace(tmp_path), source, 10)[0])
-    assert set(maker.made.values()) == {2}
-
-
-async def test_variants_share_units_and_keep_their_shards_apart(tmp_path: Path) -> None:
-    source, maker = make_source(tmp_path, 5), Maker()
-    part = slice_rows(Workspace(tmp_path), source, 10)[0]
-    for variant in ("a", "b"):
-        worker = make_worker(tmp_path, maker, 5)
-        worker.rows = RowStore(str(tmp_path), "squares", "key", variant)
-        await worker.run(part)
-    assert set(maker.made.values()) == {1}
-    assert len(os.listdir(tmp_path / "rows" / "squares" / "key")) == 2
+    assert set(maker.made.values()) == {times}
+    assert len(os.listdir(tmp_path / "rows" / "squares" / other[0])) == shards
 
 
 # ---- merging
 
 
-async def test_a_shard_of_other_rows_is_refused(tmp_path: Path) -> None:
-    a, b = make_source(tmp_path, 10), make_source(tmp_path, 10, first=10)
-    shards_b = await run_all(tmp_path, Maker(), b)
-    with pytest.raises(PreflowError, match="lacks 1 of its rows"):
-        merged(tmp_path, a, shards_b)
-
-
-async def test_a_shard_with_more_than_its_rows_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shard, other: other, "lacks 1 of its rows"),
+        (lambda shard, other: shard + other[: other.index(b"\n") + 1], "holds 1 rows of others"),
+        (lambda shard, other: shard.replace(b'"square": 81', b'"square": 82'), r":10: damaged"),
+    ],
+    ids=["of other rows", "more than its rows", "damaged"],
+)
+async def test_a_shard_that_is_not_its_slice_s_is_refused(
+    tmp_path: Path, change: Callable[[bytes, bytes], bytes], message: str
+) -> None:
     source = make_source(tmp_path, 10)
     (shard,) = await run_all(tmp_path, Maker(), source)
-    (other,) = await run_all(tmp_path, Maker(), make_source(tmp_path, 1, first=99))
-    save(shard.uri, load(shard.uri) + load(other.uri))
-    with pytest.raises(PreflowError, match="holds 1 rows of others"):
-        merged(tmp_path, source, [shard])
-
-
-async def test_a_shard_damaged_before_the_merge_is_refused(tmp_path: Path) -> None:
-    source = make_source(tmp_path, 10)
-    (shard,) = await run_all(tmp_path, Maker(), source)
-    content = load(shard.uri)
-    save(shard.uri, content.replace(b'"square": 81', b'"square": 82'))
-    with pytest.raises(PreflowError, match=r":10: damaged"):
+    (other,) = await run_all(tmp_path, Maker(), make_source(tmp_path, 10, first=10))
+    save(shard.uri, change(load(shard.uri), load(other.uri)))
+    with pytest.raises(PreflowError, match=message):
         merged(tmp_path, source, [shard])
 
 
 # ---- failures, stopping, preparing
 
 
-async def test_a_failure_that_may_pass_is_made_again_at_the_next_start(tmp_path: Path) -> None:
-    source, maker = make_source(tmp_path, 30), Maker(bad={3, 4, 15})
+@pytest.mark.parametrize("final", [False, True])
+async def test_a_failure_that_may_pass_is_made_again_at_the_next_start_and_a_final_one_when_it_is_forgotten(
+    tmp_path: Path, final: bool
+) -> None:
+    source, maker = make_source(tmp_path, 30), Maker(bad={3, 4, 15}, final=final)
     shards = await run_all(tmp_path, maker, source)
-    assert [(shard.failed, shard.passing) for shard in shards] == [(2, 2), (1, 1), (0, 0)]
+    assert [(shard.failed, shard.passing) for shard in shards] == [
+        (2, 0 if final else 2),
+        (1, 0 if final else 1),
+        (0, 0),
+    ]
     assert dict(merged(tmp_path, source, shards))[3] is None
     again = Maker()
+    if final:
+        await run_all(tmp_path, again, source)
+        assert not again.made
+        RowStore(str(tmp_path), "squares", "key").forget_failures()
     shards = await run_all(tmp_path, again, source)
     assert sorted(again.made) == [3, 4, 15]
     assert merged(tmp_path, source, shards) == [(n, n * n) for n in range(30)]
 
 
-async def test_a_final_failure_is_remembered_until_it_is_forgotten(tmp_path: Path) -> None:
-    source, maker = make_source(tmp_path, 30), Maker(bad={3, 4}, final=True)
-    shards = await run_all(tmp_path, maker, source)
-    assert [(shard.failed, shard.passing) for shard in shards] == [(2, 0), (0, 0), (0, 0)]
-    again = Maker()
-    await run_all(tmp_path, again, source)
-    assert not again.made
-    RowStore(str(tmp_path), "squares", "key").forget_failures()
-    shards = await run_all(tmp_path, again, source)
-    assert sorted(again.made) == [3, 4]
-    assert merged(tmp_path, source, shards) == [(n, n * n) for n in range(30)]
-
-
-async def test_too_many_failures_stop_the_stage_early(tmp_path: Path) -> None:
+async def test_too_many_failures_stop_the_stage_early_and_a_few_do_not(tmp_path: Path) -> None:
     source, maker = make_source(tmp_path, 1000), Maker(bad=set(range(1000)))
     with pytest.raises(TooManyFailures, match="11 of 1000 failed for good"):
         await run_all(tmp_path, maker, source, size=100, allowed=0.01)
     assert maker.made.total() <= 11 + 2 * 4, "requests went on after the stop"
-
-
-async def test_a_few_failures_stop_nothing(tmp_path: Path) -> None:
-    maker = Maker(bad=set(range(10)))
-    shards = await run_all(tmp_path, maker, make_source(tmp_path, 1000), size=100, allowed=0.01)
+    shards = await run_all(tmp_path / "few", Maker(bad=set(range(10))), source, size=100, allowed=0.01)
     assert sum(shard.failed for shard in shards) == 10
 
 
@@ -390,6 +368,25 @@ async def test_no_more_units_are_under_way_than_twice_the_window(tmp_path: Path)
     assert most == 8
 
 
+async def test_only_the_first_units_are_made_alone(tmp_path: Path) -> None:
+    """Those that wait while the first one is made go on together, or a large window would begin one by one."""
+    under_way = most = 0
+
+    async def work(row: Row) -> Outcome:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.01)
+        under_way -= 1
+        return Outcome(row={"id": row["id"]})
+
+    source = make_source(tmp_path, 100)
+    maker = Maker()
+    maker.work = work  # type: ignore[method-assign]
+    await run_all(tmp_path, maker, source, size=100, concurrency=100)
+    assert most == 99
+
+
 async def test_after_an_error_nothing_new_starts_and_what_runs_goes_on_to_its_end() -> None:
     ended: list[int] = []
 
@@ -411,9 +408,9 @@ def test_the_tally_counts_each_unit_once() -> None:
     assert tally.total == 50
     tally.begin(part, 18, [Outcome(row={})] * 5)
     tally.add(part, Outcome(error={"reason": "r"}))
-    assert (tally.total, tally.done, tally.made, tally.failed) == (48, 6, 1, 1)
+    assert (tally.total, tally.done, tally.failed) == (48, 6, 1)
     tally.begin(part, 18, [Outcome(row={})] * 6)  # tried again
-    assert (tally.done, tally.made) == (6, 0)
+    assert (tally.total, tally.done, tally.failed) == (48, 6, 0)
     reference = ShardRef(uri="u", sha256="s", size=1, rows=20, failed=2)
     tally.take(part, reference)  # made here: counted already
     tally.take(other, reference)
@@ -421,7 +418,7 @@ def test_the_tally_counts_each_unit_once() -> None:
     assert tally.shards[1] == Count(rows=10, units=20, done=20, failed=2)
 
 
-def test_text_that_no_file_can_hold_is_mended() -> None:
+def test_text_that_no_file_can_hold_is_replaced() -> None:
     assert writable("a\ud800b é") == "a?b é"
     json.dumps(writable("\udfff"), ensure_ascii=False).encode()
 

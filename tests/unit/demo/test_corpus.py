@@ -17,24 +17,27 @@ from tasks.demo.corpus import (
     system_message,
     training_prompts,
 )
-from tasks.demo.material import CHARACTERS, TOPICS
 from tasks.demo.rules import score
+from tasks.demo.world import CHARACTERS, TOPICS
+from tasks.store.workspace import digest
 
 
 def words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
-def test_the_same_seed_gives_the_same_rows_and_another_seed_gives_others() -> None:
-    assert sft_rows(30, seed=1) == sft_rows(30, seed=1)
+def test_the_seed_decides_and_more_rows_begin_with_the_same() -> None:
+    assert sft_rows(30, seed=1) == sft_rows(60, seed=1)[:30]
+    assert training_prompts(30, seed=1) == training_prompts(80, seed=1)[:30]
     assert sft_rows(30, seed=1) != sft_rows(30, seed=2)
-    assert training_prompts(30, seed=1) == training_prompts(30, seed=1)
     assert heldout_prompts(30, seed=1) != heldout_prompts(30, seed=2)
+    assert not {str(row) for row in sft_rows(200, seed=0)} & {str(row) for row in pretraining_rows(200, seed=0)}
 
 
-def test_more_rows_begin_with_the_same_rows() -> None:
-    assert training_prompts(80, seed=5)[:20] == training_prompts(20, seed=5)
-    assert sft_rows(40, seed=5)[:10] == sft_rows(10, seed=5)
+def test_the_corpus_is_that_of_the_figures_in_the_readme() -> None:
+    """The demo's figures were learned from these very rows."""
+    rows = [training_prompts(240, 7), heldout_prompts(200, 7), sft_rows(300, 7), pretraining_rows(300, 7)]
+    assert digest(rows)[:16] == "3ef9b65ed6b986d2"
 
 
 @pytest.mark.parametrize(("training_seed", "heldout_seed"), [(0, 0), (0, 1), (7, 3)])
@@ -57,15 +60,11 @@ def test_no_model_row_comes_from_a_held_out_episode() -> None:
     assert not held_out & {row["prompt"][0]["content"] for row in rows}
 
 
-def test_pretraining_and_sft_rows_are_different_rows() -> None:
-    assert not {str(row) for row in sft_rows(200, seed=0)} & {str(row) for row in pretraining_rows(200, seed=0)}
-
-
 def test_sft_rows_hold_good_and_flawed_scenes() -> None:
     rows = sft_rows(400, seed=0)
     marks = [score(row["prompt"][0]["content"] + row["prompt"][1]["content"], _said(row)) for row in rows]
     perfect = sum(mark.total == 1.0 for mark in marks) / len(marks)
-    valid = sum(mark.is_valid_format for mark in marks) / len(marks)
+    valid = sum(mark.form == 1.0 for mark in marks) / len(marks)
     assert 0.05 < perfect < 0.4
     assert 0.85 < valid < 0.99
 

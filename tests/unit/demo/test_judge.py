@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tasks.demo.judge import UnreadablePrompt, parse_prompt, verdict
+from tasks.demo.judge import parse_prompt, verdict
 
 NONCE = "9f3ac0d1e2b45678"
 SCENE = """[system]
@@ -68,14 +68,10 @@ def ask(client: httpx.Client, completions: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def test_models_lists_the_judge(client: httpx.Client) -> None:
+def test_the_answer_is_a_whole_chat_completion_of_the_model_that_is_listed(client: httpx.Client) -> None:
     assert [model["id"] for model in client.get("/models").json()["data"]] == ["demo-judge"]
-
-
-def test_the_response_is_a_whole_chat_completion(client: httpx.Client) -> None:
     body = client.post("/chat/completions", json=chat(judge_prompt([GOOD, BAD]))).json()
-    assert body["object"] == "chat.completion"
-    assert body["model"] == "demo-judge"
+    assert (body["object"], body["model"]) == ("chat.completion", "demo-judge")
     assert body["choices"][0]["finish_reason"] == "stop"
     usage = body["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
@@ -100,14 +96,6 @@ def test_confidence_grows_with_the_gap(client: httpx.Client) -> None:
     assert 1 <= close["confidence"] < far["confidence"] == 5
 
 
-def test_the_openai_client_can_talk_to_it(client: httpx.Client) -> None:
-    from openai import OpenAI
-
-    with OpenAI(base_url=str(client.base_url), api_key="opensesame") as openai:
-        answer = openai.chat.completions.create(**chat(judge_prompt([BAD, GOOD])))
-    assert '"best": 2' in answer.choices[0].message.content
-
-
 @pytest.mark.parametrize("headers", [{"Authorization": "Bearer wrong"}, {"Authorization": ""}])
 def test_a_missing_or_wrong_key_is_a_401(client: httpx.Client, headers: dict[str, str]) -> None:
     response = client.post("/chat/completions", json=chat(judge_prompt([GOOD, BAD])), headers=headers)
@@ -128,19 +116,17 @@ def test_an_unknown_model_is_a_404(client: httpx.Client) -> None:
         "Which of these is better?",
         judge_prompt([GOOD]),
         judge_prompt([GOOD, BAD]).replace(f"<<<END COMPLETION 2 {NONCE}>>>", ""),
+        judge_prompt([GOOD, MIDDLING, BAD]).replace(f"<<<END COMPLETION 3 {NONCE}>>>", ""),
         judge_prompt([GOOD, BAD]).replace(f"<<<COMPLETION 1 {NONCE}>>>", f"<<<COMPLETION 7 {NONCE}>>>"),
+        judge_prompt([]),
     ],
-    ids=["no scene", "one completion", "no end line", "a gap in the numbers"],
+    ids=["no scene", "one completion", "no end line", "no end line of the last", "a gap in the numbers", "none"],
 )
 def test_a_prompt_it_cannot_read_is_a_400(client: httpx.Client, content: str) -> None:
     response = client.post("/chat/completions", json=chat(content))
-    assert response.status_code == 400
-    assert response.json()["error"]["type"] == "invalid_request_error"
-
-
-@pytest.mark.parametrize("body", [b"not json", b"{}", b'{"model": "demo-judge", "messages": []}'])
-def test_a_body_that_is_no_chat_request_is_a_400(client: httpx.Client, body: bytes) -> None:
-    assert client.post("/chat/completions", content=body).status_code == 400
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_prompt")
+    for body in (b"not json", b"{}", b'{"model": "demo-judge", "messages": []}'):
+        assert client.post("/chat/completions", content=body).status_code == 400
 
 
 def test_every_chat_request_is_one_line_in_the_log(client: httpx.Client, log: Path) -> None:
@@ -163,5 +149,3 @@ def test_a_completion_cannot_forge_the_delimiters_of_another_nonce() -> None:
 
 def test_empty_completions_are_kept_in_their_place() -> None:
     assert parse_prompt(judge_prompt(["", GOOD]))[1] == ["", GOOD]
-    with pytest.raises(UnreadablePrompt):
-        parse_prompt(judge_prompt([]))

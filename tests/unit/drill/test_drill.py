@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.config import TrainingConfig
-from tasks.demo.tiny import pair_rows
+from tasks.demo.corpus import pair_rows
 from tasks.drill import drill
 from tasks.drill.drill import Drill, DrillResult, Preemption, TrainingWatch, make_order, read_pairs
 from tasks.drill.preemption import Kind
@@ -20,40 +20,33 @@ ADAPTER = AdapterRef(uri="/a", sha256="0", size=0, rows=0)
 
 def test_the_plan_is_that_of_its_seed_and_alternates() -> None:
     plan = Drill("w", preemptions=5).plan()
-    assert plan == Drill("w", preemptions=5).plan()
-    assert plan != Drill("w", preemptions=5, seed=1).plan()
+    assert plan == Drill("w", preemptions=5).plan() != Drill("w", preemptions=5, seed=1).plan()
     steps = [step for step, _ in plan]
-    assert steps == sorted(set(steps))
     assert steps[0] >= 1
+    assert steps == sorted(set(steps))
     assert steps[-1] < 36, "not so near the end that the training is over first"
     assert [kind for _, kind in plan] == [Kind.NOTICE, Kind.AT_ONCE, Kind.NOTICE, Kind.AT_ONCE, Kind.NOTICE]
+    for few in (4, 5, 100):
+        assert len(Drill("w", preemptions=few // 2, steps=few).plan()) == few // 2
+        for preemptions in (0, few // 2 + 1):
+            with pytest.raises(PreflowError, match="take more steps"):
+                Drill("w", preemptions=preemptions, steps=few).plan()
 
 
-@pytest.mark.parametrize("steps", [4, 5, 7, 100])
-def test_as_many_preemptions_as_are_allowed_can_be_planned(steps: int) -> None:
-    assert len(Drill("w", preemptions=steps // 2, steps=steps).plan()) == steps // 2
-    for preemptions in (0, steps // 2 + 1):
-        with pytest.raises(PreflowError, match="take more steps"):
-            Drill("w", preemptions=preemptions, steps=steps).plan()
-
-
-def result(preempted: dict[str, str]) -> DrillResult:
+def test_the_table_says_what_each_preemption_cost_and_the_verdict_what_differs() -> None:
     lost = [Preemption(Kind.NOTICE, 7, 8, 9.04), Preemption(Kind.AT_ONCE, 19, 10, 27.0)]
-    return DrillResult(lost, preempted, {"adapter": "a", "metrics": "m"})
-
-
-def test_the_table_says_what_each_preemption_cost() -> None:
-    rows = [line.split() for line in result({}).text().splitlines() if "SIG" in line]
+    baseline = {"adapter": "a", "metrics": "m"}
+    same, other = (
+        DrillResult(lost, dict(baseline), baseline),
+        DrillResult(lost, {"adapter": "a", "metrics": "n"}, baseline),
+    )
+    rows = [line.split() for line in same.text().splitlines() if "SIG" in line]
     assert rows == [["1", "SIGTERM", "7", "8", "0", "9"], ["2", "SIGKILL", "19", "10", "9", "27"]]
-
-
-def test_the_verdict_names_what_differs() -> None:
-    same, other = result({"adapter": "a", "metrics": "m"}), result({"adapter": "a", "metrics": "n"})
     assert same.is_exact
     assert "byte for byte: adapter, metrics" in same.text()
     assert not other.is_exact
     assert other.text().endswith("DIFFER from those of the uninterrupted training: metrics.")
-    assert not result({"adapter": "a"}).is_exact
+    assert not DrillResult(lost, {"adapter": "a"}, baseline).is_exact
 
 
 def test_without_torch_it_is_said_where_the_drill_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +121,8 @@ async def test_a_training_that_ends_too_early_or_fails_is_no_preemption(order: T
 
 def test_pairs_of_ones_own_are_found_with_those_held_out(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n{}\n")
-    assert (read_pairs(str(tmp_path / "train.jsonl")).rows, read_pairs(str(tmp_path / "train.jsonl")).val_rows) == (
-        2,
-        0,
-    )
+    found = read_pairs(str(tmp_path / "train.jsonl"))
+    assert (found.rows, found.val_rows) == (2, 0)
     (tmp_path / "val.jsonl").write_text("{}\n")
     assert read_pairs(str(tmp_path / "train.jsonl")).val_rows == 1
     with pytest.raises(PreflowError, match="no such file"):
@@ -139,7 +130,7 @@ def test_pairs_of_ones_own_are_found_with_those_held_out(tmp_path: Path) -> None
 
 
 def test_the_drills_own_pairs_are_the_same_every_time_and_their_sides_differ() -> None:
-    rows = pair_rows(5, held_out=False)
-    assert rows == pair_rows(5, held_out=False)
+    rows, others = pair_rows(5, 7, held_out=False), pair_rows(5, 7, held_out=True)
+    assert rows == pair_rows(5, 7, held_out=False)
     assert all(row["chosen"] != row["rejected"] for row in rows)
-    assert not {str(row["prompt"]) for row in rows} & {str(row["prompt"]) for row in pair_rows(5, held_out=True)}
+    assert not {str(row["prompt"]) for row in rows} & {str(row["prompt"]) for row in others}

@@ -13,7 +13,15 @@ import pytest
 from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import Comparison, join_samples, outcome_of, read_comparison, win_rate
-from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, judge_adapter, pair_samples
+from tasks.evaluate.win_rate import (
+    BASELINE,
+    CANDIDATE,
+    NULL,
+    NULL_CONFIDENCE,
+    draw_settings,
+    judge_adapter,
+    pair_samples,
+)
 from tasks.judge.quality.metrics import wilson_interval
 from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, CompletionsRef, Workspace
@@ -52,7 +60,7 @@ def comparison(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
         (comparison(1, 1), 1.0),
         (comparison(0, 0), 0.0),
         (comparison(0, 1), 0.5),
-        (comparison(1, 0), 0.5),
+        (comparison(1, 0), 0.5),  # a judge that follows the position
         (comparison(1, None), None),
         (comparison(None, None), None),
         (comparison(texts=("a", "a")), 0.5),
@@ -68,10 +76,6 @@ def test_a_comparison_is_worth(row: Row, outcome: float | None) -> None:
     assert outcome_of(row) == outcome
 
 
-def test_a_judge_that_follows_the_position_decides_nothing() -> None:
-    assert outcome_of({"completions": ["a", "b"], "votes": [{**v, "best": v["order"][-1]} for v in votes(0, 0)]}) == 0.5
-
-
 # ---- the interval
 
 
@@ -84,46 +88,38 @@ def test_one_sample_a_prompt_gives_wilson_s_interval() -> None:
         assert (found.lower, found.upper) == pytest.approx((low, high), abs=0.006)
 
 
-def test_equal_samples_of_a_prompt_count_as_one() -> None:
-    alone = win_rate(compared({str(i): [float(i % 3 > 0)] for i in range(300)}), 0.95)
-    copied = win_rate(compared({str(i): [float(i % 3 > 0)] * 8 for i in range(300)}), 0.95)
+def test_equal_samples_of_a_prompt_count_as_one_and_independent_ones_each() -> None:
+    alone, copied = (win_rate(compared({str(i): [float(i % 3 > 0)] * n for i in range(300)}), 0.95) for n in (1, 8))
     assert copied.samples == 2400
     assert copied.effective_samples == pytest.approx(300, rel=0.02)
     assert (copied.lower, copied.upper) == pytest.approx((alone.lower, alone.upper), abs=0.003)
-
-
-def test_independent_samples_of_a_prompt_count_each() -> None:
     rng = random.Random(0)
     found = win_rate(compared({str(i): [float(rng.random() < 0.6) for _ in range(8)] for i in range(500)}), 0.95)
     assert found.effective_samples > 3200
 
 
-@pytest.mark.parametrize(("true_rate", "alike", "ties"), [(0.5, 0.0, 0.0), (0.55, 0.5, 0.0), (0.6, 0.3, 0.4)])
-def test_the_interval_holds_the_truth_as_often_as_it_says(true_rate: float, alike: float, ties: float) -> None:
-    rng = random.Random(7)
-    covered = below = 0
-    runs = 400
-    for _ in range(runs):
-        outcomes = {str(i): draw_prompt(rng, true_rate, alike, ties) for i in range(120)}
-        found = win_rate(compared(outcomes), 0.95)
-        covered += found.lower <= true_rate <= found.upper
-        below += found.lower > true_rate
-    # 95 % of 400 is 380, standard deviation 4.4; ties make the interval wider than it need be, never narrower.
-    assert covered >= 366
-    assert ties or covered <= 396
-    assert below <= 0.045 * runs, "the lower bound, which promotes, must not be too high too often"
-
-
-def draw_prompt(rng: random.Random, rate: float, alike: float, ties: float) -> list[float]:
-    """Draw 4 samples whose mean is `rate`: a share `alike` copies the prompt's own draw, a share `ties` is 0.5."""
-    own = float(rng.random() < (rate - ties / 2) / (1 - ties))
-    drawn = []
-    for _ in range(4):
-        if rng.random() < ties:
-            drawn.append(0.5)
-        else:
-            drawn.append(own if rng.random() < alike else float(rng.random() < (rate - ties / 2) / (1 - ties)))
-    return drawn
+@pytest.mark.parametrize(
+    ("groups", "prompts", "icc", "rate", "ties"),
+    [
+        (120, 1, 0.0, 0.5, 0.0),
+        (120, 1, 0.0, 0.55, 0.0),
+        (120, 1, 0.0, 0.6, 0.4),
+        # With prompts as clusters the interval held in 72 % only.
+        (10, 20, 0.05, 0.5, 0.0),
+    ],
+)
+def test_the_interval_holds_the_truth_as_often_as_it_says(
+    groups: int, prompts: int, icc: float, rate: float, ties: float
+) -> None:
+    rng = np.random.default_rng(3)
+    runs = [win_rate(draw_groups(rng, groups, prompts, icc, rate, ties), 0.95) for _ in range(300)]
+    assert runs[0].clusters == groups
+    truth = ties / 2 + (1 - ties) * rate
+    covered = sum(run.holds(truth) for run in runs)
+    # 95 % of 300 is 285, standard deviation 3.8; ties make the interval wider than it need be, never narrower.
+    assert covered >= 275
+    assert ties or covered <= 297
+    assert sum(run.lower > truth for run in runs) <= 15, "the lower bound promotes: seldom too high"
 
 
 def test_bounds_stay_within_0_and_1_and_nothing_is_an_error() -> None:
@@ -131,9 +127,9 @@ def test_bounds_stay_within_0_and_1_and_nothing_is_an_error() -> None:
     assert (every.win_rate, every.upper) == (1.0, 1.0)
     assert every.lower < 0.7
     assert win_rate(compared({"a": [0.5]}), 0.95).ties == 1.0
+    assert win_rate(compared({"a": [0.0]}), 0.95).lower == 0.0
     with pytest.raises(PreflowError, match="no comparison"):
         win_rate(compared({}), 0.95)
-    assert fmean([win_rate(compared({"a": [0.0]}), 0.95).lower]) == 0.0
 
 
 # ---- draws and pairing
@@ -157,28 +153,16 @@ def write_completions(store: Workspace, name: str, rows: dict[str, list[str]]) -
     return CompletionsRef(uri=store.uri(name), **out.facts())
 
 
-def test_samples_are_paired_by_prompt_and_number_whatever_the_order(tmp_path: Path) -> None:
-    store = Workspace(tmp_path)
-    a = write_completions(store, "a.jsonl", {"p": ["p0", "p1"], "q": ["q0", "q1"], "r": ["r0", "r1"]})
-    b = write_completions(store, "b.jsonl", {"q": ["Q0", "Q1"], "p": ["P0", "P1"]})
-    paired = pair_samples(a, b, str(tmp_path))
-    rows = [json.loads(line) for line in Path(paired.uri).read_text().splitlines()]
-    assert [(row["id"], row["completions"]) for row in rows] == [
-        ("p#0", ["p0", "P0"]), ("p#1", ["p1", "P1"]), ("q#0", ["q0", "Q0"]), ("q#1", ["q1", "Q1"]),
-    ]  # fmt: skip
-    with pytest.raises(PreflowError, match="share no prompt"):
-        pair_samples(a, write_completions(store, "c.jsonl", {"x": ["x"]}), str(tmp_path))
-
-
 def test_samples_are_paired_once_and_what_the_new_adapter_failed_on_is_lost(tmp_path: Path) -> None:
     store = Workspace(tmp_path)
-    a = write_completions(store, "a/a.jsonl", {"p": ["p0", "p1"], "q": ["q0", "q1"], "r": ["r0", "r1"]})
-    b = write_completions(store, "b/b.jsonl", {"p": ["P0", ""], "r": ["R0", "R1"]})
+    a = write_completions(store, "a/a.jsonl", {"p": ["p0", "p1"], "q": ["q0", "q1"], "r": ["r0", "r1"], "s": ["s0"]})
+    b = write_completions(store, "b/b.jsonl", {"r": ["R0", "R1"], "p": ["P0", ""]})
     store.write_bytes(store.uri("b/failures.jsonl"), b'{"id": "q", "reason": "context_length"}\n')
     paired = pair_samples(a, b, str(tmp_path))
     rows = [json.loads(line) for line in Path(paired.uri).read_text().splitlines()]
-    assert [row["completions"] for row in rows] == [
-        ["p0", "P0"], ["p1", ""], ["q0", ""], ["q1", ""], ["r0", "R0"], ["r1", "R1"],
+    assert [(row["id"], row["completions"]) for row in rows] == [
+        ("p#0", ["p0", "P0"]), ("p#1", ["p1", ""]), ("q#0", ["q0", ""]), ("q#1", ["q1", ""]), ("r#0", ["r0", "R0"]),
+        ("r#1", ["r1", "R1"]),
     ]  # fmt: skip
     won = [read_comparison({**row, "votes": votes(1, 1)}) for row in rows]
     assert [one.outcome for one in won] == [1, 0, 0, 0, 1, 1]
@@ -187,6 +171,8 @@ def test_samples_are_paired_once_and_what_the_new_adapter_failed_on_is_lost(tmp_
     before = Path(paired.uri).stat().st_mtime_ns
     assert pair_samples(a, b, str(tmp_path)) == paired
     assert Path(paired.uri).stat().st_mtime_ns == before, "finished pairs are found, not written again"
+    with pytest.raises(PreflowError, match="share no prompt"):
+        pair_samples(a, write_completions(store, "c.jsonl", {"x": ["x"]}), str(tmp_path))
 
 
 def test_joining_holds_only_rows_that_wait_for_their_partner() -> None:
@@ -205,16 +191,6 @@ def test_joining_holds_only_rows_that_wait_for_their_partner() -> None:
 
 
 # ---- groups, length, other judges
-
-
-def test_the_interval_of_ten_alike_groups_holds_the_truth() -> None:
-    """Ten groups of 20 prompts at a correlation of 0.05: with prompts as clusters the interval held in 72 % only."""
-    rng = np.random.default_rng(3)
-    runs = [win_rate(draw_groups(rng, 10, 20, 0.05), 0.95) for _ in range(300)]
-    assert runs[0].clusters == 10
-    # 95 % of 300 is 285, standard deviation 3.8.
-    assert sum(run.holds(0.5) for run in runs) >= 277
-    assert sum(run.lower > 0.5 for run in runs) <= 15
 
 
 def test_an_empty_group_is_no_group() -> None:
@@ -236,17 +212,14 @@ def test_a_judge_that_likes_length_only_promotes_nothing(taste: Taste, longer: f
     assert "length taken out" in (runs[0].refusal(0.5) or "")
 
 
-def test_an_honest_win_stays_one_without_length() -> None:
+def test_an_honest_win_stays_one_without_length_unless_every_sample_is_longer() -> None:
     found = measured(draw_texts(np.random.default_rng(2), better_wins, longer=0.2, merit=0.3))
     assert found.length_controlled is not None
     assert found.length_controlled.win_rate == pytest.approx(found.win_rate, abs=0.02)
     assert found.refusal(0.5) is None
-
-
-def test_where_every_sample_is_longer_nothing_tells_length_from_merit() -> None:
-    found = measured(draw_texts(np.random.default_rng(4), better_wins, longer=3.0, merit=0.3))
-    assert found.lower > 0.5
-    assert "length taken out" in (found.refusal(0.5) or "")
+    longer = measured(draw_texts(np.random.default_rng(4), better_wins, longer=3.0, merit=0.3))
+    assert longer.lower > 0.5
+    assert "length taken out" in (longer.refusal(0.5) or ""), "nothing tells length from merit"
 
 
 def test_a_second_judge_sees_no_quirk_and_confirms_what_is_honest() -> None:
@@ -258,23 +231,18 @@ def test_a_second_judge_sees_no_quirk_and_confirms_what_is_honest() -> None:
         assert (honest.transfer or 0) > 0.7
         assert (planted.transfer or 0) < 0.3
     assert planted.judges == ("other",)
-
-
-def test_no_gain_has_no_share_that_another_judge_sees() -> None:
-    rng = np.random.default_rng(6)
-    second = measured(*draw_opinions(rng, -0.3, 0.0)).second
-    assert second is not None
-    assert second.transfer is None
-
-
-def test_a_second_judge_that_nobody_can_read_is_no_opinion() -> None:
-    assert measured(BETTER, compared({"a": [None, None]})).second is None
+    no_gain = measured(*draw_opinions(rng, -0.3, 0.0)).second
+    assert no_gain is not None
+    assert no_gain.transfer is None, "of no gain there is no share"
+    assert measured(BETTER, compared({"a": [None, None]})).second is None, "nobody could read it"
 
 
 def test_a_sound_null_test_is_called_false_in_one_of_a_hundred() -> None:
     rng = np.random.default_rng(7)
-    failed = sum(not measured(better, null=draw_groups(rng, 100, 1, 0.0)).null_holds for better in [BETTER] * 400)
-    assert failed <= 10
+    drawn = [draw_groups(rng, 100, 1, 0.0) for _ in range(400)]
+    assert sum(not win_rate(null, NULL_CONFIDENCE).holds(0.5) for null in drawn) <= 10
+    null = measured(BETTER, null=drawn[0]).null
+    assert null == win_rate(drawn[0], 0.99)
 
 
 BETTER = compared({str(number): [float(number % 3 > 0)] for number in range(300)})

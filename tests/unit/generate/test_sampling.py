@@ -1,15 +1,17 @@
 """Sampling's parts that need no server."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tasks.batch.shards import ShardWorker, Tally
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
-from tasks.generate.sampling import Sampler, adapter_loaded
+from tasks.generate.sampling import Sampler, adapter_loaded, merge_completions, plan_generation, prompt_unit
 from tasks.llm.client import Answer, Choice, EndpointDown, RequestRefused
-from tasks.store.workspace import Cost
+from tasks.store.workspace import Cost, PromptsRef, Workspace, digest
 
 CONFIG = GenerationConfig(model="candidate", serve_from="/adapters/a", num_completions=2)
 PROMPT = {"id": "a" * 64, "prompt": [{"role": "user", "content": "Hello?"}]}
@@ -37,11 +39,7 @@ async def test_what_ended_the_sampling_is_not_hidden_by_the_clean_up(caplog: pyt
             raise EndpointDown("Everything answered so far is kept: run again")
     assert server.calls == ["load candidate", "unload candidate"]
     assert "did not unload the adapter" in caplog.text
-
-
-async def test_an_adapter_that_stays_loaded_is_an_error_where_nothing_else_is() -> None:
-    server: Any = AdapterServer(gone=True)
-    with pytest.raises(PreflowError, match="did not unload"):
+    with pytest.raises(PreflowError, match="did not unload"):  # an error where nothing else is one
         async with adapter_loaded(server, CONFIG):
             pass
 
@@ -80,3 +78,26 @@ async def test_a_prompt_without_completions_says_why(
     assert detail in outcome.error["detail"]
     assert outcome.final is final
     assert outcome.usage.requests == 1
+
+
+async def test_the_manifest_counts_what_was_made_without_a_setting_that_the_endpoint_refused(tmp_path: Path) -> None:
+    store = Workspace(tmp_path)
+    with store.writing(store.uri("prompts.jsonl")) as out:
+        for number in range(3):
+            out.write_row({**PROMPT, "id": digest(number)})
+    prompts = PromptsRef(uri=store.uri("prompts.jsonl"), **out.facts())
+    plan = plan_generation(prompts, str(tmp_path), CONFIG)
+    choices = [Choice("Hello.", "stop"), Choice("Bye.", "length")]
+    endpoint: Any = OneAnswer(Answer(choices, Cost(requests=1), "m", refused=("system role", "temperature")))
+
+    async def ready() -> None:
+        return None
+
+    for _ in range(2):  # the second time from what is kept
+        worker = ShardWorker(plan.rows(), prompt_unit, Sampler(endpoint, CONFIG).sample, Tally(rows=3), 4, ready)
+        made = merge_completions(plan, [await worker.run(part) for part in plan.slices])
+        assert store.read_manifest(made).counts == {
+            "failed": 0, "passing": 0, "cut": 3, "empty": 0, "prompts": 3, "refused system role": 3,
+            "refused temperature": 3,
+        }  # fmt: skip
+        endpoint.answer = RuntimeError("nothing is asked twice")

@@ -50,6 +50,7 @@ def test_the_last_one_starts_a_valid_run_of_the_whole_pipeline(tmp_path: Path) -
     given = json.loads(call[-1].removeprefix("config="))
     config = PipelineConfig.model_validate(given).filled()
     assert config.workspace == "gs://my-bucket/runs"
+    assert config.judging.rubric, "else the run ends before it begins"
     assert config.evaluation.generation is not None
     assert config.evaluation.generation.api_key == config.promotion.api_key == "env:VLLM_API_KEY"
     assert config.evaluation.adapter_root == config.promotion.adapter_root == "/workspace/runs"

@@ -12,20 +12,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.fakes.dockerfile import DOCKER, instructions, values
 from tests.fakes.process import ROOT
 
 IMAGES = ("flow", "train", "serve")
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PACKAGES = [name.removesuffix("*") for name in SETUPTOOLS["packages"]["find"]["include"]]
 VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
-SCRIPTS = [
-    "infra/docker/serve.sh",
-    "infra/k8s/secrets.sh",
-    "deployments/register.sh",
-    "infra/local/setup.sh",
-    ".ci/run",
-]
 
 
 def is_sent(path: str) -> bool:
@@ -59,28 +53,14 @@ def test_nothing_else_gets_into_a_build(path: str) -> None:
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_it_does_not_run_as_root(image: str) -> None:
-    assert values(image, "USER")[-1] == "10001:10001"
-    names = [name for name, _ in instructions(image)]
-    assert "RUN" not in names[names.index("USER") :]
-
-
-@pytest.mark.parametrize("image", IMAGES)
-def test_signals_reach_the_process(image: str) -> None:
+def test_it_is_no_root_hears_signals_and_starts_from_a_pinned_image(image: str) -> None:
     """A shell as PID 1 would swallow the SIGTERM. `tini -g` would send it past Prefect's supervisor."""
+    assert values(image, "USER")[-1] == "10001:10001"
     (entrypoint,) = (json.loads(value) for value in values(image, "ENTRYPOINT"))
     assert entrypoint in (["tini", "--"], ["/opt/preflow/serve.sh"])
-    for value in values(image, "CMD"):
-        assert json.loads(value)[0] == "prefect"
-
-
-@pytest.mark.parametrize("image", IMAGES)
-def test_the_base_image_is_pinned_and_no_other_host_is_named(image: str) -> None:
     (base,) = values(image, "FROM")
     assert re.fullmatch(r"[a-z/-]+:v?\d+\.\d+\.\d+(-[a-z]+)*", base)
-    text = (DOCKER / f"{image}.Dockerfile").read_text()
-    assert "://" not in text
-    assert not re.search(r"index-url|find-links|\.(io|com|org|dev)\b", text)
+    assert f"--file=infra/docker/{image}.Dockerfile" in (DOCKER / "cloudbuild.yaml").read_text()
 
 
 @pytest.mark.parametrize("image", ["flow", "train"])
@@ -91,7 +71,15 @@ def test_dependencies_are_pinned_and_cached_apart_from_the_code(image: str) -> N
     copied_before = " ".join(value for name, value in steps[:install] if name == "COPY")
     assert copied_before == "pyproject.toml constraints.txt infra/docker/requirements.py ./"
     copied_after = [value.split()[0] for name, value in steps[install:] if name == "COPY"]
-    assert {"flows", "tasks"} <= set(copied_after)
+    assert set(PACKAGES) <= set(copied_after)
+    assert values(image, "RUN")[-1].endswith(f"compileall -q {' '.join(PACKAGES)}")
+
+
+def test_what_the_packages_hold_besides_code_is_installed_with_them() -> None:
+    named = {ROOT / package / path for package, patterns in SETUPTOOLS["package-data"].items()
+             for pattern in patterns for path in (ROOT / package).glob(pattern)}  # fmt: skip
+    held = {path for package in PACKAGES for path in (ROOT / package).rglob("*.*") if not path.suffix.startswith(".py")}
+    assert named == held - {ROOT / "tasks" / "README.md"}
 
 
 def test_every_direct_dependency_has_a_pin() -> None:
@@ -111,16 +99,6 @@ def test_the_vllm_of_the_image_is_that_of_the_package() -> None:
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
     (base,) = values("serve", "FROM")
     assert extra == [f"vllm=={base.split(':v')[1]}"]
-
-
-def test_every_image_is_built_and_pushed() -> None:
-    build = yaml.safe_load((DOCKER / "cloudbuild.yaml").read_text())
-    assert [step["id"] for step in build["steps"]] == list(IMAGES)
-    for step in build["steps"]:
-        assert f"--file=infra/docker/{step['id']}.Dockerfile" in step["args"]
-        assert f"--tag=$_REGISTRY/{step['id']}:$_TAG" in step["args"]
-        assert step["args"][-1] == "."
-    assert build["images"] == [f"$_REGISTRY/{image}:$_TAG" for image in IMAGES]
 
 
 def stand_in(folder: Path, program: str) -> dict[str, str]:
@@ -155,7 +133,7 @@ def test_vllm_takes_the_place_of_the_start_script(tmp_path: Path) -> None:
 
 
 def test_a_restarted_vllm_serves_what_was_promoted(tmp_path: Path) -> None:
-    """The pointer holds the flow's address of the adapter; vLLM sees the same folder beside the pointer."""
+    """The pointer holds the flow's address of the adapter; vLLM sees the same folder next to the pointer."""
     adapters = tmp_path / "mount" / "adapters"
     for name, digest, whole in (("live", "c7b2c00699f3aaaa", True), ("torn", "0123456789abcdef", False)):
         folder = adapters / name / digest
@@ -172,18 +150,6 @@ def test_a_restarted_vllm_serves_what_was_promoted(tmp_path: Path) -> None:
     assert loras == ["sft=/workspace/sft", f"live={adapters}/live/c7b2c00699f3aaaa"]
     assert "cut/CURRENT.json: damaged" in done.stderr
     assert "0123456789abcdef: has no COMMITTED.json" in done.stderr
-
-
-def test_vllm_is_started_without_adapters(tmp_path: Path) -> None:
-    done = serve(tmp_path, MODEL="base", ADAPTERS=str(tmp_path / "not-there"))
-    assert done.returncode == 0, done.stderr
-    assert "--lora-modules" not in done.stdout
-
-
-def test_vllm_is_not_started_without_a_model(tmp_path: Path) -> None:
-    done = serve(tmp_path)
-    assert done.returncode != 0
-    assert "name the base model" in done.stderr
 
 
 def test_vllm_speaks_with_the_chat_template_of_the_training(tmp_path: Path) -> None:
@@ -270,8 +236,3 @@ def test_vllm_knows_every_flag(tmp_path: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == ["base", True, 20, ["sft"]], done.stderr
     assert done.returncode == 2
     assert "unrecognized arguments: --enable-loras-please" in done.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_can_be_run(script: str) -> None:
-    assert os.access(ROOT / script, os.X_OK)

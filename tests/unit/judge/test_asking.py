@@ -4,7 +4,6 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +37,19 @@ def test_as_many_orders_as_completions_are_a_latin_square(n: int) -> None:
         assert all(sorted(order[position] for order in orders) == list(range(n)) for position in range(n))
 
 
-def test_two_orders_show_no_completion_twice_at_one_place() -> None:
-    for number in range(100):
-        first, second = orders_for(f"id {number}", range(3), 2, 42)
-        assert all(a != b for a, b in zip(first, second, strict=True))
-
-
 def test_the_first_order_is_any_of_all_equally_often() -> None:
     seen = Counter(tuple(orders_for(f"id {number}", range(3), 1, 42)[0]) for number in range(6000))
     assert len(seen) == 6
     assert all(850 < count < 1150 for count in seen.values()), seen
 
 
-def test_orders_depend_on_prompt_and_seed_only_and_more_than_all_are_no_more() -> None:
-    assert orders_for("x", range(5), 3, 42) == orders_for("x", range(5), 3, 42)
+def test_orders_depend_on_prompt_and_seed_only_and_more_of_them_keep_the_first() -> None:
+    two, four, again, nine = (orders_for("x", range(4), n, 42) for n in (2, 4, 4, 9))
+    assert all(a != b for a, b in zip(*two, strict=True)), "no completion stands twice at one place"
+    assert {tuple(order) for order in two} < {tuple(order) for order in four}
+    assert four == again == nine, "more than all are no more"
     many = [orders_for("x", range(5), 1, seed)[0] for seed in range(20)]
     assert len({tuple(order) for order in many}) > 10
-    assert len(orders_for("x", range(3), 9, 42)) == 3
-
-
-def test_more_orders_ask_the_same_questions_again_and_further_ones() -> None:
-    two = {tuple(order) for order in orders_for("x", range(4), 2, 42)}
-    four = {tuple(order) for order in orders_for("x", range(4), 4, 42)}
-    assert two < four
 
 
 def test_equal_and_empty_completions_are_not_judged() -> None:
@@ -157,17 +146,21 @@ def test_the_judge_sees_rubric_scene_and_completions_in_the_order_told() -> None
     assert read_completions(user["content"]) == ["three", "one", "two"]
 
 
-def test_the_same_question_is_the_same_to_the_byte() -> None:
-    assert build_messages("r", make_row("a", "b"), [0, 1]) == build_messages("r", make_row("a", "b"), [0, 1])
-
-
 def test_rubrics_are_found_by_name_or_path(tmp_path: Path) -> None:
     assert "Seinfeld" in read_rubric("seinfeld")
-    (tmp_path / "mine.md").write_text("  Mine.\n")
-    assert read_rubric(str(tmp_path / "mine.md")) == "Mine."
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "mine.md").write_bytes("  Prefer déjà vu.\n".encode(encoding))
+        assert read_rubric(str(tmp_path / "mine.md")) == "Prefer déjà vu.", "without its byte order mark"
     for missing in ("nothing", str(tmp_path / "no.md"), str(tmp_path)):
         with pytest.raises(PreflowError, match=r"neither a rubric of ours \(.*seinfeld.*\) nor a file"):
             read_rubric(missing)
+    for content, said in (
+        ("Prefer déjà vu.".encode("cp1252"), r"judging.rubric: .*mine.md:1: not utf-8 text .* Save the file as UTF-8"),
+        (b" \n", r"judging.rubric: .*mine.md is empty"),
+    ):
+        (tmp_path / "mine.md").write_bytes(content)
+        with pytest.raises(PreflowError, match=said):
+            read_rubric(str(tmp_path / "mine.md"))
 
 
 # ---- reading verdicts
@@ -216,6 +209,7 @@ UNREADABLE = {
     "empty": ("", "empty answer"),
     "white space": (" \n\t" * 1000, "empty answer"),
     "thinking only": ("<think>Let me see", "empty answer"),
+    "a verdict in thinking that did not end": (f"<Thinking> hmm {V} {V}", "empty answer"),
     "a verdict in thinking that the template opened": (
         'The form is {"best": 1, "worst": 2, "confidence": 5}. Two is better.\n</think>\n\nBest is 2, worst is 1.',
         "no JSON object",
@@ -245,18 +239,13 @@ def test_what_is_no_verdict_is_refused_with_the_reason(name: str) -> None:
         read_verdict(text, 3)
 
 
-def test_a_number_cut_in_the_middle_is_not_taken_for_a_whole_one() -> None:
+def test_of_a_cut_answer_only_a_whole_verdict_at_its_beginning_counts() -> None:
     cut = '{"confidence": 4, "best": 3, "worst": 1'
     assert read_verdict(cut, 12).worst == 0
-    with pytest.raises(UnreadableVerdict):
-        read_verdict(cut, 12, cut=True)
+    for text in (cut, f"The form is {V}. Let me compare: number two", f"Hmm. {V} or", f"```\nso: {V}"):
+        with pytest.raises(UnreadableVerdict):
+            read_verdict(text, 12, cut=True)
     assert read_verdict(cut + "2}\n and then some", 12, cut=True).worst == 11
-
-
-@pytest.mark.parametrize("text", [f"The form is {V}. Let me compare: number two", f"Hmm. {V} or", f"```\nso: {V}"])
-def test_a_verdict_in_a_cut_answer_counts_only_at_its_beginning(text: str) -> None:
-    with pytest.raises(UnreadableVerdict):
-        read_verdict(text, 3, cut=True)
     assert read_verdict(f"```json\n{V}\n```\nBecause", 3, cut=True).best == 1
 
 
@@ -317,6 +306,7 @@ class ScriptedEndpoint:
             [Choice(text, finish, "" if text.strip() else "the model wrote nothing")],
             Cost(requests=1, prompt_tokens=10, completion_tokens=2),
             "m",
+            refused=("temperature",),
         )
 
 
@@ -331,7 +321,7 @@ QUESTION = Question(make_row("a", "b", "c"), [2, 0, 1])
 async def test_a_vote_is_in_indexes_and_not_in_positions() -> None:
     outcome = await make_judge(ScriptedEndpoint(V)).judge(QUESTION)
     assert outcome.row == {"order": [2, 0, 1], "best": 0, "worst": 1, "confidence": 4}
-    assert outcome.usage.requests == 1
+    assert (outcome.usage.requests, outcome.refused) == (1, ("temperature",))
 
 
 async def test_a_cut_verdict_is_asked_for_again_with_twice_the_tokens() -> None:
@@ -434,28 +424,13 @@ def test_only_what_changes_the_answers_asks_again(
     assert (before.judges[0].settings_key != after.judges[0].settings_key) is other_votes
 
 
-def test_the_rubric_changes_every_question() -> None:
-    plan = make_plan()
+def test_the_rubric_changes_every_question_and_a_third_order_none() -> None:
+    plan, row = make_plan(), make_row("a", "b", "c")
     other = plan.model_copy(update={"rubric": "another"})
-    row = make_row("a", "b")
     assert not plan.units_of(row).keys() & other.units_of(row).keys()
     assert plan.key != other.key
-
-
-def test_a_third_order_leaves_the_questions_of_the_first_two() -> None:
-    row = make_row("a", "b", "c")
-    assert make_plan().units_of(row).keys() < make_plan(orders=3).units_of(row).keys()
-
-
-def test_a_row_with_one_distinct_completion_raises_no_question() -> None:
-    assert make_plan().units_of(make_row("a", "a ", "")) == {}
-
-
-@pytest.mark.parametrize("tag", ["<think>", "<thinking>", "<Think>"])
-@pytest.mark.parametrize("write", [lambda t, v: f"{t}{v}", lambda t, v: f"{t} hmm {v} {v}"])
-def test_a_verdict_inside_unfinished_thinking_is_none(tag: str, write: Callable[[str, str], str]) -> None:
-    with pytest.raises(UnreadableVerdict, match="empty answer"):
-        read_verdict(write(tag, json.dumps({"best": 1, "worst": 2})), 3)
+    assert plan.units_of(row).keys() < make_plan(orders=3).units_of(row).keys()
+    assert plan.units_of(make_row("a", "a ", "")) == {}, "one distinct completion raises no question"
 
 
 @pytest.mark.parametrize("texts", [("Yes.", "No."), ("No.", "Yes.")])
@@ -468,22 +443,3 @@ def test_an_equal_question_s_vote_is_about_the_texts_and_not_about_their_indexes
     assert found.row["order"] == order
     failed = as_asked(Question(make_row(*texts, identity="b" * 64), order), Outcome(error={"id": "a", "reason": "x"}))
     assert failed.error == {"id": "b" * 64, "reason": "x", "order": order}
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("Prefer déjà vu.".encode("cp1252"), r"judging.rubric: .*r.md:1: not utf-8 text .* Save the file as UTF-8"),
-        (b" \n", r"judging.rubric: .*r.md is empty"),
-    ],
-)
-def test_a_rubric_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, said: str) -> None:
-    (tmp_path / "r.md").write_bytes(content)
-    with pytest.raises(PreflowError, match=said):
-        read_rubric(str(tmp_path / "r.md"))
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_byte_order_mark_is_not_sent_to_the_judge(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "r.md").write_bytes("Prefer déjà vu.".encode(encoding))
-    assert read_rubric(str(tmp_path / "r.md")) == "Prefer déjà vu."

@@ -55,7 +55,10 @@ def test_pairs_are_split_by_prompt_and_measured(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    source = write(tmp_path / "p.jsonl", [*pairs(3), {"chosen": "x"}])
-    with pytest.raises(PreflowError, match=r"p.jsonl:4: no chosen and rejected"):
-        import_preferences(source, str(tmp_path / "ws"), JudgingConfig(rubric="demo"))
-    assert not list((tmp_path / "ws").rglob("*.jsonl"))
+    alike = [{**pair, "group": "book"} for pair in pairs(30)]
+    for rows, said in (([*pairs(3), {"chosen": "x"}], r"p.jsonl:4: no chosen and rejected"),
+                       (alike, "all 30 rows have the same `group`")):  # fmt: skip
+        source = write(tmp_path / "p.jsonl", rows)
+        with pytest.raises(PreflowError, match=said):
+            import_preferences(source, str(tmp_path / "ws"), JudgingConfig(rubric="demo"))
+        assert not list((tmp_path / "ws").rglob("*.jsonl"))

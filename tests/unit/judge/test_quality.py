@@ -1,13 +1,10 @@
 """Quality of judgements and pairs: planted biases must be found, and fair judges must pass."""
 
-import gc
 import io
 import json
+import pickle
 import random
-import tracemalloc
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,10 @@ import pytest
 from matplotlib import image
 
 from tasks.errors import PreflowError
-from tasks.judge.quality import measure_judgements, measure_pairs, plot_quality
-from tasks.judge.quality.metrics import wilson_interval
+from tasks.judge.quality.audit import measure_pairs
+from tasks.judge.quality.metrics import measure_judgements, wilson_interval
+from tasks.judge.quality.plot import plot_quality
+from tasks.judge.quality.tally import Tally
 from tasks.store.measures import QualityReport
 
 WORDS = [a + b for a in ("lan", "ket", "mar", "sil", "tun", "vel") for b in ("tern", "tle", "ble", "ver", "nel", "vet")]
@@ -35,21 +34,16 @@ def make_vote(order: list[int], best: int, worst: int, **more: Any) -> Row:
 
 
 def make_judged(number: int, votes: list[Row], completions: list[str], **more: Any) -> Row:
-    readable = [vote for vote in votes if "error" not in vote]
-    firm = len(readable) == len(votes) and len({(v["best"], v["worst"]) for v in votes}) == 1
+    """Return a row of `judged.jsonl`: a pair if all votes agree."""
     decision: Row = {"status": "dropped", "reason": "best not unanimous", "best": None, "worst": None}
-    if firm:
+    if len({(vote.get("best"), vote.get("worst")) for vote in votes}) == 1 and "error" not in votes[0]:
         decision = {"status": "pair", "reason": None, "best": votes[0]["best"], "worst": votes[0]["worst"]}
-    prompt = [{"role": "user", "content": f"scene {number}"}]
     reasons = ["stop"] * len(completions)
     return {
-        "id": f"{number:064x}",
-        "prompt": prompt,
+        "id": f"{number}",
         "completions": completions,
         "finish_reasons": reasons,
         "votes": votes,
-        "agreement": None,
-        "confidence": None,
         **decision,
         **more,
     }
@@ -82,6 +76,10 @@ def write_jsonl(path: Path, rows: list[Row]) -> str:
     return str(path)
 
 
+def read_jsonl(path: str) -> list[Row]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def make_audit(folder: Path, places: list[tuple[int, int]], val: int = 2) -> tuple[str, str, str]:
     """Write completions and pairs whose chosen and rejected stand at `places`; pairs come in another order."""
     rng = random.Random(3)
@@ -100,107 +98,94 @@ def make_audit(folder: Path, places: list[tuple[int, int]], val: int = 2) -> tup
     )
 
 
+# ---- pairs that something else made
+
+
 def test_audit_says_that_a_judge_preferred_late_positions(tmp_path: Path) -> None:
     # Best at 201/390/430 and worst at 536/249/236 of 1,021.
     counts = {(0, 1): 100, (0, 2): 101, (1, 0): 255, (1, 2): 135, (2, 0): 281, (2, 1): 149}
     places = [place for place, count in counts.items() for _ in range(count)]
     report = measure_pairs(*make_audit(tmp_path, places, val=102))
-
-    assert report.pairs == 1021
-    assert report.statuses == {"train": 919, "val": 102}
+    assert (report.pairs, report.statuses) == (1021, {"train": 919, "val": 102})
     best, worst = report.metric("position_best"), report.metric("position_worst")
     assert [row["observed"] for row in best.detail["positions"]] == [201, 390, 430]
     assert [row["observed"] for row in worst.detail["positions"]] == [536, 249, 236]
-    assert best.ok is False
-    assert best.detail["p_value"] < 1e-15
-    assert best.advice is not None
-    assert best.advice.startswith("The judge prefers late positions: the best was at position 3 in 42.1 %")
-    assert worst.advice is not None
-    assert worst.advice.startswith("The judge puts down early positions: the worst was at position 1 in 52.5 %")
-    assert "judging.orders" in best.advice
+    assert (best.ok, best.detail["p_value"] < 1e-15) == (False, True)
+    said = str(best.advice)
+    assert said.startswith("The judge prefers late positions: the best was at position 3 in 42.1 %")
+    assert "judging.orders" in said
+    assert str(worst.advice).startswith("The judge puts down early positions: the worst was at position 1 in 52.5 %")
     assert "Best completion by position" in report.summary()
-    assert report.metric("unmatched_pairs").value == 0
-    assert report.metric("shared_prompts").ok is True
+    assert (report.metric("unmatched_pairs").value, report.metric("shared_prompts").ok) == (0, True)
 
 
 def test_audit_of_a_fair_judge_finds_nothing(tmp_path: Path) -> None:
-    places = [(a, b) for a in range(3) for b in range(3) if a != b] * 100
-    report = measure_pairs(*make_audit(tmp_path, places))
+    places = [(a, b) for a in range(3) for b in range(3) if a != b] * 30
+    train, val, completions = make_audit(tmp_path, places)
+    report = measure_pairs(train, val, completions)
     assert report.problems() == []
     assert report.metric("position_best").detail["tendency"] == "none"
+    names = {metric.name for metric in measure_pairs(train).metrics}
+    assert not names & {"position_best", "unmatched_pairs"}, "without completions there are no positions"
+    assert "longer_chosen" in names
 
 
-def test_audit_counts_what_it_cannot_place(tmp_path: Path) -> None:
+def test_audit_counts_what_it_cannot_place_and_prompts_on_both_sides(tmp_path: Path) -> None:
     train, val, completions = make_audit(tmp_path, [(0, 1), (1, 2), (2, 0)] * 20)
-    rows = [json.loads(line) for line in Path(completions).read_text().splitlines()]
-    pairs = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    rows, pairs = read_jsonl(completions), read_jsonl(train)
     pairs[0]["prompt"][1]["content"] = "a scene that nobody sampled"
     pairs[1]["chosen"][0]["content"] = "[ANN] a text that nobody sampled"
     twin = next(row for row in rows if row["prompt"] == pairs[2]["prompt"])
     twin["completions"] = [pairs[2]["chosen"][0]["content"]] * 2 + [pairs[2]["rejected"][0]["content"]]
     pairs[3]["chosen"][0]["content"] += "\n  "
-    report = measure_pairs(write_jsonl(tmp_path / "train.jsonl", pairs), val, write_jsonl(Path(completions), rows))
-
+    rows.append({**rows[0], "completions": ["[ANN] x", "[BOB] y", "[CYD] z"]})  # a prompt that was sampled twice
+    held_out = [*read_jsonl(val), pairs[4]]
+    report = measure_pairs(
+        write_jsonl(Path(train), pairs), write_jsonl(Path(val), held_out), write_jsonl(Path(completions), rows)
+    )
     assert report.reasons == {
         "prompt not among the completions": 1,
         "text not among the prompt's completions": 1,
         "text at more than one position": 1,
     }
-    unmatched = report.metric("unmatched_pairs")
-    assert unmatched.value == pytest.approx(3 / 60)
-    assert report.metric("position_best").detail["verdicts"] == 57
-
-
-def test_audit_finds_a_doubled_completions_row_and_prompts_on_both_sides(tmp_path: Path) -> None:
-    train, val, completions = make_audit(tmp_path, [(0, 1), (1, 2), (2, 0)] * 10)
-    with Path(completions).open("a") as file:
-        first = json.loads(Path(completions).read_text().splitlines()[0])
-        file.write(json.dumps({**first, "completions": ["[ANN] x", "[BOB] y", "[CYD] z"]}) + "\n")
-    with Path(val).open("a") as file:
-        file.write(Path(train).read_text().splitlines()[0] + "\n")
-    report = measure_pairs(train, val, completions)
-    assert report.metric("unmatched_pairs").value == 0
+    assert report.metric("unmatched_pairs").value == pytest.approx(3 / 61, rel=1e-5)
+    assert report.metric("position_best").detail["verdicts"] == 58
     shared = report.metric("shared_prompts")
     assert (shared.value, shared.ok) == (1, False)
 
 
-def test_audit_without_completions_says_nothing_about_positions(tmp_path: Path) -> None:
-    train, _, _ = make_audit(tmp_path, [(0, 1)] * 10)
-    names = {metric.name for metric in measure_pairs(train).metrics}
-    assert not names & {"position_best", "unmatched_pairs"}
-    assert "longer_chosen" in names
-
-
-def test_audit_reads_confidence_and_refuses_what_is_none(tmp_path: Path) -> None:
+def test_audit_reads_confidence_and_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     train, val, _ = make_audit(tmp_path, [(0, 1)] * 30)
-    pairs = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    pairs = read_jsonl(train)
     graded = [{**pair, "confidence": number % 3 + 2.0} for number, pair in enumerate(pairs)]
     report = measure_pairs(write_jsonl(tmp_path / "graded.jsonl", graded), val)
     assert set(report.metric("confidence").detail["histogram"]) == {"2", "3", "4"}
-    for bad, message in (("high", r"broken\.jsonl, row 3: confidence"), (float("nan"), r"broken\.jsonl:3: .*NaN")):
-        broken = write_jsonl(tmp_path / "broken.jsonl", [*pairs[:2], {**pairs[2], "confidence": bad}])
+    for bad, message in (
+        ({**pairs[2], "confidence": "high"}, r"broken\.jsonl, row 3: confidence"),
+        ({**pairs[2], "confidence": float("nan")}, r"broken\.jsonl:3: .*NaN"),
+        ({"prompt": [{"role": "user", "content": "x"}]}, r"broken\.jsonl:3: no chosen and rejected"),
+    ):
+        broken = write_jsonl(tmp_path / "broken.jsonl", [*pairs[:2], bad])
         with pytest.raises(PreflowError, match=message):
             measure_pairs(broken, val)
 
 
-def test_audit_names_the_line_that_is_wrong(tmp_path: Path) -> None:
-    train, val, _ = make_audit(tmp_path, [(0, 1)] * 5)
-    with Path(train).open("a") as file:
-        file.write('{"prompt": [{"role": "user", "content": "x"}]}\n')
-    with pytest.raises(PreflowError, match=r"train\.jsonl:4: no chosen and rejected"):
-        measure_pairs(train, val)
+# ---- judges
 
 
 def test_judge_that_follows_the_position_gives_no_pair_and_is_named() -> None:
     report = measure_judgements(judged_by_position(300))
-    assert report.pairs == 0
+    assert (report.pairs, report.reasons) == (0, {"best not unanimous": 300})
     assert report.metric("pair_yield").ok is False
     assert report.metric("flip_rate").value == 1
     assert report.metric("agreement").value == pytest.approx(-0.5, abs=0.01)
-    best = report.metric("position_best")
-    assert best.advice is not None
-    assert best.advice.startswith("The judge prefers late positions: the best was at position 3 in 100 %")
-    assert report.reasons == {"best not unanimous": 300}
+    said = str(report.metric("position_best").advice)
+    assert said.startswith("The judge prefers late positions: the best was at position 3 in 100 %")
+    rng = random.Random(4)
+    orders = [rng.sample(range(3), 3) for _ in range(200)]
+    rows = [make_judged(k, [make_vote(o, o[1], o[0])], [make_text(rng) for _ in o]) for k, o in enumerate(orders)]
+    said = str(measure_judgements(rows).metric("position_best").advice)
+    assert said.startswith("The judge prefers position 2:")
 
 
 def test_judge_that_follows_the_content_passes() -> None:
@@ -211,26 +196,12 @@ def test_judge_that_follows_the_content_passes() -> None:
     assert report.metric("agreement").value == 1
 
 
-def test_judge_that_likes_the_middle_is_named_by_position() -> None:
-    rng = random.Random(4)
-    orders = [rng.sample(range(3), 3) for _ in range(200)]
-    rows = [make_judged(k, [make_vote(o, o[1], o[0])], [make_text(rng) for _ in o]) for k, o in enumerate(orders)]
-    advice = measure_judgements(rows).metric("position_best").advice
-    assert advice is not None
-    assert advice.startswith("The judge prefers position 2:")
-
-
-def test_one_order_says_that_flips_cannot_be_seen() -> None:
+def test_flips_need_two_orders_of_one_judge() -> None:
     rows = [make_judged(k, [make_vote([0, 1], k % 2, 1 - k % 2)], ["a b", "c d"]) for k in range(10)]
     report = measure_judgements(rows)
-    for name in ("flip_rate", "agreement"):
-        metric = report.metric(name)
+    for metric in (report.metric("flip_rate"), report.metric("agreement")):
         assert (metric.value, metric.ok) == (None, None)
-        assert metric.advice is not None
-        assert "judging.orders" in metric.advice
-
-
-def test_same_order_twice_is_no_flip_and_judges_are_kept_apart() -> None:
+        assert "judging.orders" in str(metric.advice)
     votes = [make_vote([0, 1], 0, 1), make_vote([0, 1], 1, 0), make_vote([1, 0], 0, 1, judge="k")]
     report = measure_judgements([make_judged(1, votes, ["a b", "c d"])])
     assert report.metric("flip_rate").value is None
@@ -243,17 +214,11 @@ def test_agreement_is_krippendorffs_alpha_of_the_votes(raters: int) -> None:
     truth = rng.integers(0, 4, 200)
     votes = np.where(rng.random((raters, 200)) < 0.6, truth, rng.integers(0, 4, (raters, 200))).astype(float)
     votes[rng.random(votes.shape) < 0.15] = np.nan
-    rows = [
-        make_judged(
-            number,
-            [make_vote([0, 1, 2, 3], int(best), (int(best) + 1) % 4, judge=f"{k}") for k, best in enumerate(unit)
-             if not np.isnan(best)],
-            ["a", "b", "c", "d"],
-            status="dropped",
-        )
-        for number, unit in enumerate(votes.T)
-        if not np.isnan(unit).all()
-    ]  # fmt: skip
+    rows = []
+    for number, unit in enumerate(votes.T):
+        named = {f"{k}": int(best) for k, best in enumerate(unit) if not np.isnan(best)}
+        given = [make_vote([0, 1, 2, 3], best, (best + 1) % 4, judge=judge) for judge, best in named.items()]
+        rows += [make_judged(number, given, ["a", "b", "c", "d"], status="dropped")] if given else []
     expected = krippendorff.alpha(reliability_data=votes, level_of_measurement="nominal")
     assert measure_judgements(rows).metric("agreement").value == pytest.approx(expected, abs=1e-5)
 
@@ -264,6 +229,41 @@ def test_wilson_interval_is_the_published_one() -> None:
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
 
 
+def test_failures_and_cuts_are_counted() -> None:
+    good = make_vote([0, 1], 0, 1)
+    cut: Row = {"judge": "j", "order": [1, 0], "error": "cut at 1024 tokens", "raw": ""}
+    others = [{**cut, "error": error} for error in ("cut at 2048 tokens", "refused: content_filter")]
+    rows = [
+        make_judged(k, [good, vote], ["a b c", "d e f"], finish_reasons=["length", "stop"])
+        for k, vote in enumerate([cut, *others, make_vote([1, 0], 0, 1)])
+    ]
+    rows[0] |= {"status": "failed"}
+    report = measure_judgements(rows)
+    parse = report.metric("parse_failures")
+    assert (parse.value, parse.detail["refused"]) == (pytest.approx(2 / 8), 1)
+    assert parse.detail["errors"] == {"cut at n tokens": 2, "refused: content_filter": 1}
+    assert "judging.max_tokens" in str(parse.advice)
+    assert report.metric("failed_prompts").value == pytest.approx(1 / 4)
+    assert report.metric("cut_by_length").value == pytest.approx(0.5)
+
+
+def test_tokens_of_a_verdict_are_those_of_the_whole_stage() -> None:
+    rows = list(judged_by_content(10))
+    assert measure_judgements(rows).metric("tokens_per_verdict").value is None
+    usage = {"requests": 20, "prompt_tokens": 4000, "completion_tokens": 400, "thinking_tokens": 0}
+    assert measure_judgements(rows, usage=usage).metric("tokens_per_verdict").value == pytest.approx(220)
+
+
+@pytest.mark.parametrize(("given", "said"), [((5,), "tells nothing"), ((1, 2), "judging.min_confidence")])
+def test_confidence_that_is_always_the_same_or_low_is_called_out(given: tuple[int, ...], said: str) -> None:
+    metric = measure_judgements(judged_by_content(50, confidence=given)).metric("confidence")
+    assert metric.ok is False
+    assert said in str(metric.advice)
+
+
+# ---- texts
+
+
 def test_longer_is_chosen_is_seen_in_characters() -> None:
     rows = []
     for k in range(200):
@@ -272,10 +272,8 @@ def test_longer_is_chosen_is_seen_in_characters() -> None:
         rows.append(make_judged(k, [make_vote([0, 1], best, 1 - best)], texts))
     report = measure_judgements(rows)
     metric = report.metric("longer_chosen")
-    assert metric.value == pytest.approx(0.9)
-    assert metric.ok is False
-    assert metric.advice is not None
-    assert "prefers the longer" in metric.advice
+    assert (metric.value, metric.ok) == (pytest.approx(0.9), False)
+    assert "prefers the longer" in str(metric.advice)
     histogram = report.detail["lengths"]
     assert sum(histogram["chosen"]) == sum(histogram["rejected"]) == 200
     assert histogram["medians"]["chosen"] > histogram["medians"]["rejected"]
@@ -287,14 +285,8 @@ def test_distinct_n_is_the_share_of_distinct_ngrams_of_a_prompt() -> None:
     detail = measure_judgements(rows).metric("distinct_2").detail
     # Unigrams a b a b a b c: 3 of 7; bigrams ab ba ab | ab bc: 3 of 5; trigrams aba bab | abc: 3 of 3.
     assert [detail[f"distinct_{n}"] for n in (1, 2, 3)] == pytest.approx([3 / 7, 3 / 5, 1], rel=1e-5)
-
-
-def test_equal_completions_advise_a_higher_temperature() -> None:
-    rows = [
-        make_judged(k, [make_vote([0, 1], 0, 1)], ["[ANN] the same old words", "[ANN] the same old words"])
-        for k in range(5)
-    ]
-    report = measure_judgements(rows)
+    alike = [make_judged(k, [make_vote([0, 1], 0, 1)], ["[ANN] the same old words"] * 2) for k in range(5)]
+    report = measure_judgements(alike)
     assert report.metric("distinct_2").ok is False
     degenerate = report.metric("degenerate_pairs")
     assert (degenerate.value, degenerate.ok) == (5, False)
@@ -313,57 +305,17 @@ def test_speakers_that_are_chosen_for_themselves_are_found() -> None:
     biased = measure_judgements(rows(True)).metric("speaker_balance")
     assert biased.ok is False
     assert {row["speaker"]: row["chosen"] for row in biased.detail["speakers"]}["ANN"] == 0
-
-
-def test_speakers_are_left_out_where_texts_are_no_scenes() -> None:
-    report = measure_judgements([make_judged(1, [make_vote([0, 1], 0, 1)], ["plain words", "more words"])])
+    plain = measure_judgements([make_judged(1, [make_vote([0, 1], 0, 1)], ["plain words", "more words"])])
     with pytest.raises(KeyError):
-        report.metric("speaker_balance")
+        plain.metric("speaker_balance")
 
 
-def test_failures_and_cuts_are_counted() -> None:
-    good = make_vote([0, 1], 0, 1)
-    cut: Row = {"judge": "j", "order": [1, 0], "error": "cut at 1024 tokens", "raw": ""}
-    cut_later = {**cut, "error": "cut at 2048 tokens"}
-    refused: Row = {"judge": "j", "order": [1, 0], "error": "refused: content_filter", "raw": ""}
-    more = {"finish_reasons": ["length", "stop"]}
-    rows = [
-        make_judged(k, [good, vote], ["a b c", "d e f"], **more)
-        for k, vote in enumerate([cut, cut_later, refused, make_vote([1, 0], 0, 1)])
-    ]
-    rows[0] |= {"status": "failed"}
-    report = measure_judgements(rows)
-    parse = report.metric("parse_failures")
-    assert parse.value == pytest.approx(2 / 8)
-    assert parse.detail["errors"] == {"cut at n tokens": 2, "refused: content_filter": 1}
-    assert parse.detail["refused"] == 1
-    assert parse.advice is not None
-    assert "judging.max_tokens" in parse.advice
-    assert report.metric("failed_prompts").value == pytest.approx(1 / 4)
-    assert report.metric("cut_by_length").value == pytest.approx(0.5)
-
-
-def test_tokens_of_a_verdict_are_those_of_the_whole_stage() -> None:
-    rows = list(judged_by_content(10))
-    assert measure_judgements(rows).metric("tokens_per_verdict").value is None
-    usage = {"requests": 20, "prompt_tokens": 4000, "completion_tokens": 400, "thinking_tokens": 0}
-    assert measure_judgements(rows, usage=usage).metric("tokens_per_verdict").value == pytest.approx(220)
-
-
-def test_confidence_that_is_always_the_same_or_low_is_called_out() -> None:
-    always = measure_judgements(judged_by_content(50, confidence=(5,))).metric("confidence")
-    assert always.ok is False
-    assert always.advice is not None
-    assert "tells nothing" in always.advice
-    low = measure_judgements(judged_by_content(50, confidence=(1, 2))).metric("confidence")
-    assert low.advice is not None
-    assert "judging.min_confidence" in low.advice
+# ---- the report
 
 
 def test_rows_without_votes_and_no_rows_at_all_are_reported() -> None:
-    skipped = make_judged(1, [make_vote([0, 1], 0, 1)], ["same", "same"])
-    skipped |= {"votes": [], "status": "skipped", "reason": "one distinct completion", "best": None, "worst": None}
-    report = measure_judgements([skipped])
+    decision = {"status": "skipped", "reason": "one distinct completion", "best": None, "worst": None, "votes": []}
+    report = measure_judgements([{**make_judged(1, [make_vote([0, 1], 0, 1)], ["same", "same"]), **decision}])
     assert report.statuses == {"skipped": 1}
     assert "generation.temperature" in str(report.metric("pair_yield").advice)
     empty = measure_judgements([])
@@ -377,21 +329,15 @@ def test_report_is_plain_json_and_the_same_each_time() -> None:
     assert QualityReport.model_validate_json(text) == first
 
 
-def peak_memory(rows: int) -> int:
-    gc.collect()
-    tracemalloc.start()
-    measure_judgements(judged_by_content(rows))
-    found = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return found
-
-
 def test_of_a_row_only_a_few_numbers_are_kept() -> None:
-    """Measured in a process of its own: here a thread that another test has left may allocate something meanwhile."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-        # The first call fills caches. Fewer rows than 1,000 leave less garbage than the collector waits for.
-        _, few, many = alone.map(peak_memory, (1000, 1000, 10_000))
-    assert many - few < 500 * (10_000 - 1000), "a row's texts alone are 500 bytes and more"
+    def kept(rows: int) -> int:
+        tally = Tally()
+        for row in judged_by_content(rows):
+            tally.add(row)
+        return len(pickle.dumps(tally))
+
+    # Two verdicts of six numbers and a pair of two, 4 bytes each; a row's texts alone are 500 bytes and more.
+    assert kept(800) - kept(300) <= 60 * 500
 
 
 def test_names_from_data_cannot_fill_the_memory() -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from tasks.config import ChatSettings, GenerationConfig, PipelineConfig
+from tasks.config import ChatSettings, GenerationConfig, PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.llm.chat_template import ChatTemplate, TemplateRefused, check_prompts, choose_template, same_words
 from tasks.llm.choose_template import template_file
+from tasks.store.workspace import PreferencesRef
 from tasks.train.launch import training_key
 from tests.fakes.chat import FAMILIES, Family
-from tests.fakes.tiny_training import TinyWorld
 
 QUESTION = [{"role": "user", "content": "  the cat? "}]
 FRENCH = "{{ messages[0]['content'] }} en francais"
@@ -45,6 +45,8 @@ def test_ends_of_turn_are_found() -> None:
     assert found["gemma"] == ("", "<end_of_turn>\n")
     assert found["mistral"] == (" ", "</s>"), "an answer begins with a blank that the prompt does not end in"
     assert found["vicuna"] == ("", "</s>")
+    with pytest.raises(TemplateRefused, match="drops the assistant's answer"):
+        _ = ChatTemplate(FRENCH, "f", {}, ChatSettings()).around_answer
 
 
 def test_a_template_that_asks_for_the_time_gets_the_date_that_was_set() -> None:
@@ -85,23 +87,14 @@ def test_the_adapters_template_comes_before_the_bases_and_a_file_before_an_entry
     assert given.text == "5"
 
 
-@pytest.mark.parametrize(
-    ("name", "prompt", "words"),
-    [
-        ("gemma", [{"role": "system", "content": "be nice"}, *QUESTION], "System role not supported"),
-        ("mistral", [*QUESTION, *QUESTION], "Conversation roles must alternate"),
-    ],
-)
-def test_a_refused_prompt_is_named_by_file_and_line(
-    name: str, prompt: list[dict[str, str]], words: str, tmp_path: Path
-) -> None:
-    family = next(family for family in FAMILIES if family.name == name)
+def test_a_refused_prompt_is_named_by_file_and_line(tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == "mistral")
     ours, _ = template(family, tmp_path)
-    file = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": QUESTION}, {"prompt": prompt}]
-    file.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
-    with pytest.raises(PreflowError, match=rf"prompts\.jsonl:3: the chat template of .*refuses .*{words}"):
-        check_prompts(str(file), ours)
+    rows = [{"prompt": QUESTION}, {"prompt": [*QUESTION, *QUESTION]}]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    said = r"prompts\.jsonl:3: the chat template of .*refuses .*Conversation roles must alternate"
+    with pytest.raises(PreflowError, match=said):
+        check_prompts(str(tmp_path / "prompts.jsonl"), ours)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +103,6 @@ def test_a_refused_prompt_is_named_by_file_and_line(
 def test_a_broken_template_is_no_traceback(text: str) -> None:
     with pytest.raises(TemplateRefused, match="the chat template of f refuses"):
         ChatTemplate(text, "f", {}, ChatSettings()).render(QUESTION)
-
-
-def test_a_template_that_drops_the_answer_is_refused() -> None:
-    with pytest.raises(TemplateRefused, match="drops the assistant's answer"):
-        _ = ChatTemplate(FRENCH, "f", {}, ChatSettings()).around_answer
 
 
 def test_a_template_without_its_tokenizer_is_not_held_against_a_server(tmp_path: Path) -> None:
@@ -137,30 +125,30 @@ def test_thinking_and_white_space_are_no_words() -> None:
 
 
 def test_the_training_key_holds_what_decides_the_tokens_and_no_address(tmp_path: Path) -> None:
-    world = TinyWorld.build(tmp_path)
-    keys = [training_key(world.preferences, world.config())]
-    moved = tmp_path / "elsewhere"
-    world.base.rename(moved)
-    config = world.config(base_model=str(moved))
-    assert training_key(world.preferences, config) == keys[0], "a base that was moved is the same base"
-    for changed in (
-        {"chat_template_kwargs": {"enable_thinking": False}}, {"date_string": "01 Jan 2026"}, {"stop": ("</s>",)},
-    ):  # fmt: skip
-        keys.append(training_key(world.preferences, world.config(base_model=str(moved), **changed)))
+    base, adapter, given = tmp_path / "base", tmp_path / "adapter", tmp_path / "given.jinja"
     for file, content in (
-        (moved / "tokenizer.json", "{}"), (moved / "chat_template.jinja", FRENCH),
-        (world.adapter / "chat_template.jinja", FRENCH + "!"),
+        (base / "model.safetensors", "w"), (base / "tokenizer_config.json", json.dumps({"chat_template": "1"})),
+        (base / "tokenizer.json", "{}"), (adapter / "adapter_model.safetensors", "a"), (given, FRENCH + "!"),
+    ):  # fmt: skip
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    preferences = PreferencesRef(uri=str(tmp_path / "train.jsonl"), sha256="0" * 64, size=1, rows=1)
+
+    def key(**settings: Any) -> str:
+        return training_key(preferences, TrainingConfig(base_model=str(base), sft_adapter=str(adapter), **settings))
+
+    first = key()
+    base = base.rename(tmp_path / "elsewhere")
+    assert key() == first, "a base that was moved is the same base"
+    keys = [key(chat_template_kwargs={"enable_thinking": False}), key(date_string="01 Jan 2026"), key(stop=("</s>",))]
+    for file, content in (
+        (base / "tokenizer.json", '{"a": 1}'), (base / "chat_template.jinja", FRENCH),
+        (adapter / "chat_template.jinja", FRENCH + "!"),
     ):  # fmt: skip
         file.write_text(content)
-        keys.append(training_key(world.preferences, config))
-    (tmp_path / "given.jinja").write_text(FRENCH + "!")
-    assert (
-        training_key(
-            world.preferences, world.config(base_model=str(moved), chat_template=str(tmp_path / "given.jinja"))
-        )
-        == keys[-1]
-    )
-    assert len(set(keys)) == 7
+        keys.append(key())
+    assert key(chat_template=str(given)) == keys[-1]
+    assert len({first, *keys}) == 7
 
 
 def test_one_run_speaks_in_the_same_words_everywhere() -> None:

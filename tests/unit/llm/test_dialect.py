@@ -46,6 +46,7 @@ def test_a_setting_that_is_refused_by_name_is_left_out(text: str, param: str, dr
     dialect = Dialect("m")
     assert dialect.learn(refusal(text, param), dialect.shape(BODY))
     assert set(BODY) - set(dialect.shape(BODY)) == {dropped}
+    assert dialect.refused(BODY, dialect.shape(BODY)) == (dropped,)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ def test_a_limit_that_is_too_high_is_lowered_to_what_is_allowed(text: str, most:
     dialect = Dialect("m")
     assert dialect.learn(refusal(text), dialect.shape(BODY))
     assert dialect.shape(BODY)["max_tokens"] == dialect.allowed_tokens(4000) == most
+    assert dialect.refused(BODY, dialect.shape(BODY)) == (f"max_tokens over {most}",)
 
 
 def test_max_tokens_has_another_name_for_newer_models() -> None:
@@ -96,6 +98,7 @@ def test_max_tokens_has_another_name_for_newer_models() -> None:
     assert dialect.learn(refusal(text, "max_tokens"), dialect.shape(BODY))
     assert dialect.shape(BODY)["max_completion_tokens"] == 1024
     assert "max_tokens" not in dialect.shape(BODY)
+    assert dialect.refused(BODY, dialect.shape(BODY)) == ()
     assert dialect.learn(refusal("max_completion_tokens is too large: at most 300"), dialect.shape(BODY))
     assert dialect.shape(BODY)["max_completion_tokens"] == 300
 
@@ -110,4 +113,7 @@ def test_without_a_system_role_its_text_opens_the_user_s_message(text: str) -> N
     assert dialect.learn(refusal(text), dialect.shape(BODY))
     assert dialect.shape(BODY)["messages"] == [{"role": "user", "content": "Judge.\n\nThis."}]
     assert MESSAGES[1]["content"] == "This."
+    assert dialect.refused(BODY, dialect.shape(BODY)) == ("system role",)
+    user = {**BODY, "messages": MESSAGES[1:]}
+    assert dialect.refused(user, dialect.shape(user)) == ()
     assert not dialect.learn(refusal(text), dialect.shape(BODY))

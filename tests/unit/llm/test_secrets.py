@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel, ValidationError
 
 import flows
 import tasks
+from tasks.errors import PreflowError
+from tasks.llm.secrets import resolve_secret
 from tests.fakes.process import ROOT
 from tests.unit.infra.test_job_template import RUN, render
 
@@ -37,12 +40,10 @@ def models() -> Iterator[type[BaseModel]]:
             yield model
 
 
-def secret_fields() -> list[tuple[type[BaseModel], str]]:
-    found = {(model, name) for model in models() for name in model.model_fields if NAMES_A_SECRET.search(name)}
-    return sorted(found, key=lambda field: (field[0].__name__, field[1]))
-
-
-FIELDS = secret_fields()
+FIELDS = sorted(
+    {(model, name) for model in models() for name in model.model_fields if NAMES_A_SECRET.search(name)},
+    key=lambda field: (field[0].__name__, field[1]),
+)
 
 
 def test_the_fields_that_are_known_are_found() -> None:
@@ -52,19 +53,41 @@ def test_the_fields_that_are_known_are_found() -> None:
 
 
 @pytest.mark.parametrize(("model", "name"), FIELDS, ids=[f"{model.__name__}.{name}" for model, name in FIELDS])
-def test_a_literal_key_is_refused_and_not_shown(model: type[BaseModel], name: str) -> None:
+def test_the_name_of_a_secret_is_taken_and_a_literal_key_is_refused_and_not_shown(
+    model: type[BaseModel], name: str
+) -> None:
     for literal in LITERALS:
         with pytest.raises(ValidationError) as refused:
             model.model_validate({name: literal})
         assert name in str(refused.value)
         assert "must name a secret" in str(refused.value)
         assert literal not in str(refused.value)
-
-
-@pytest.mark.parametrize(("model", "name"), FIELDS, ids=[f"{model.__name__}.{name}" for model, name in FIELDS])
-def test_the_name_of_a_secret_is_taken(model: type[BaseModel], name: str) -> None:
     for good in ("env:OPENAI_API_KEY", "my-judge-key", "gemini25flashprodkey", "llmjudgekey2025prod", "gpt4o2judge"):
         assert getattr(model.model_validate({name: good}), name) == good
+
+
+async def test_a_secret_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", " sk-1\n")
+    assert await resolve_secret("env:JUDGE_KEY", "judging.api_key") == "sk-1"
+    assert await resolve_secret(None, "judging.api_key") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        *((value, r"judging\.api_key.*JUDGE_KEY.*export JUDGE_KEY=") for value in (None, "", "  ")),
+        ("sk-wäre\nschön", "cannot be a key"),
+    ],
+)
+async def test_a_secret_that_is_missing_or_no_key_is_named_and_not_shown(
+    value: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(PreflowError, match=message) as caught:
+        await resolve_secret("env:JUDGE_KEY", "judging.api_key")
+    assert "sk-" not in str(caught.value)
 
 
 async def test_the_workers_secrets_are_not_in_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,34 +103,20 @@ async def test_the_workers_secrets_are_not_in_the_job(monkeypatch: pytest.Monkey
     assert "preflow-train" in text, "the training's secrets come by reference"
 
 
-def deployment_texts() -> Iterator[tuple[str, str]]:
-    for folder in ("deployments", "infra"):
-        for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix in (".yaml", ".json", ".env", ".tf", ".sh", ".conf", ".Dockerfile"):
-                yield str(path.relative_to(ROOT)), path.read_text()
-
-
-def test_no_key_stands_in_what_is_deployed() -> None:
+def test_no_key_stands_in_what_is_deployed_and_parameters_only_name_secrets() -> None:
     pattern = re.compile(r"\b(sk-[A-Za-z0-9]{8,}|hf_[A-Za-z0-9]{8,}|AIza[\w-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY)")
-    texts = dict(deployment_texts())
+    endings = (".yaml", ".json", ".env", ".tf", ".sh", ".conf", ".Dockerfile")
+    files = [path for folder in ("deployments", "infra") for path in (ROOT / folder).rglob("*")]
+    texts = {path: path.read_text() for path in files if path.is_file() and path.suffix in endings}
     assert len(texts) > 20
-    assert {name: found for name, text in texts.items() if (found := pattern.findall(text))} == {}
+    assert {path: found for path, text in texts.items() if (found := pattern.findall(text))} == {}
+    for name, value in parameters_of(yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())):
+        if NAMES_A_SECRET.search(str(name)):
+            assert value is None or re.fullmatch(r"env:[A-Z_]+|[a-z0-9-]+", str(value)), name
 
 
 def parameters_of(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
-        for name, item in value.items():
-            yield name, item
-            yield from parameters_of(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from parameters_of(item)
-
-
-def test_deployment_parameters_only_name_secrets() -> None:
-    import yaml
-
-    document = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
-    given = [(name, value) for name, value in parameters_of(document) if NAMES_A_SECRET.search(str(name))]
-    for name, value in given:
-        assert value is None or re.fullmatch(r"env:[A-Z_]+|[a-z0-9-]+", str(value)), name
+        yield from value.items()
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from parameters_of(item)

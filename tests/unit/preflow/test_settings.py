@@ -7,7 +7,7 @@ import pytest
 from prefect.utilities.schema_tools.validation import validate
 
 from flows.pipeline import dpo_pipeline
-from preflow.settings import RunFile, load_settings, names
+from preflow.settings import RunFile, load_settings
 from tasks.config import PipelineConfig
 from tasks.errors import PreflowError
 
@@ -117,7 +117,3 @@ def test_the_parameters_are_what_the_deployment_takes(tmp_path: Path) -> None:
     given = settings.parameters()
     assert validate(given, dpo_pipeline.parameters.model_dump()) == []
     assert PipelineConfig.model_validate(given["config"]) == settings.config
-
-
-def test_every_setting_has_a_dotted_name() -> None:
-    assert {"training.beta", "sweep.grid", "evaluation.judging.model", "promotion.name"} <= set(names())

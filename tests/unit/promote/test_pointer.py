@@ -1,6 +1,5 @@
 """The gate and the pointer: what did not win is refused, and what was served can be found again."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ from tasks.promote.pointer import (
     roll_back_pointer,
 )
 from tasks.promote.vllm import Probe, ProbeFailed, ProbeText, read_probe
-from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace, server_path
+from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
 
 PROMOTION = PromotionConfig(name="mine", endpoint=None)
 
@@ -84,44 +83,32 @@ def test_the_pointer_moves_and_remembers(tmp_path: Path) -> None:
         made = move_pointer(new, evaluation(new, 0.6), uri, workspace, PROMOTION)
     pointer = read_pointer(workspace, "mine")
     assert pointer is not None
-    assert pointer["current"]["adapter_sha256"] == second.sha256
-    assert [old["adapter_sha256"] for old in pointer["history"]] == [first.sha256]
-    assert Path(pointer["current"]["uri"], "adapter_model.safetensors").read_text() == "second"
+    assert pointer.current.adapter_sha256 == second.sha256
+    assert [old.adapter_sha256 for old in pointer.history] == [first.sha256]
+    assert Path(pointer.current.uri, "adapter_model.safetensors").read_text() == "second"
     assert find_promotion(second, workspace, PROMOTION) == made
     assert find_promotion(first, workspace, PROMOTION) is None
 
 
-def test_a_damaged_copy_is_not_taken_for_the_adapter(tmp_path: Path) -> None:
-    workspace = str(tmp_path / "workspace")
-    new = adapter(tmp_path, "new")
+def test_only_a_whole_adapter_is_installed_and_a_damaged_copy_is_noticed(tmp_path: Path) -> None:
+    workspace, new = str(tmp_path / "workspace"), adapter(tmp_path, "new")
     uri = install_adapter(new, workspace, "mine")
     Path(uri, "adapter_model.safetensors").write_text("bad")
     with pytest.raises(PreflowError, match=r"adapter_model\.safetensors: damaged"):
         install_adapter(new, workspace, "mine")
-
-
-def test_a_part_made_adapter_is_not_installed(tmp_path: Path) -> None:
-    new = adapter(tmp_path, "new")
     Path(new.uri, "COMMITTED.json").unlink()
     with pytest.raises(PreflowError, match="never finished"):
-        install_adapter(new, str(tmp_path / "workspace"), "mine")
-    assert not (tmp_path / "workspace" / "adapters").exists()
+        install_adapter(new, workspace, "another")
+    assert not (tmp_path / "workspace" / "adapters" / "another").exists()
 
 
-def test_the_servers_path_of_an_adapter(tmp_path: Path) -> None:
-    uri = str(tmp_path / "workspace" / "adapters" / "mine" / "abc")
-    assert server_path(uri, str(tmp_path / "workspace"), None) == uri
-    assert server_path(uri, str(tmp_path / "workspace"), "/mnt/ws") == "/mnt/ws/adapters/mine/abc"
-    with pytest.raises(PreflowError, match="adapter_root"):
-        server_path("gs://bucket/ws/adapters/mine/abc", "gs://bucket/ws", None)
-
-
-def test_a_pointer_that_is_not_json_is_named(tmp_path: Path) -> None:
+def test_a_damaged_pointer_is_named(tmp_path: Path) -> None:
     pointer = tmp_path / "workspace" / "adapters" / "mine" / "CURRENT.json"
     pointer.parent.mkdir(parents=True)
-    pointer.write_text(json.dumps({"name": "mine"})[:-3])
-    with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged"):
-        read_pointer(str(tmp_path / "workspace"), "mine")
+    for content in ('{"name": "min', '{"name": "mine"}'):
+        pointer.write_text(content)
+        with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged"):
+            read_pointer(str(tmp_path / "workspace"), "mine")
 
 
 def promoted(folder: Path, *contents: str) -> list[AdapterRef]:
@@ -154,14 +141,14 @@ def test_the_history_keeps_everything_with_its_times(tmp_path: Path) -> None:
     move_pointer(second, evaluation(second, 0.6), "uri", str(tmp_path / "workspace"), PROMOTION)
     pointer = read_pointer(str(tmp_path / "workspace"), "mine")
     assert pointer is not None
-    assert [entry["adapter_sha256"] for entry in (pointer["current"], *pointer["history"])] == [
+    assert [entry.adapter_sha256 for entry in (pointer.current, *pointer.history)] == [
         second.sha256, first.sha256, second.sha256, first.sha256,
     ]  # fmt: skip
-    restored, withdrawn, original = pointer["history"]
-    assert withdrawn["rolled_back_at"] == restored["restored_at"] >= withdrawn["promoted_at"]
-    assert restored["restored_from"] == second.sha256
-    assert "restored_at" not in original
-    assert "rolled_back_at" not in pointer["current"]
+    restored, withdrawn, original = pointer.history
+    assert withdrawn.rolled_back_at == restored.restored_at >= withdrawn.promoted_at
+    assert restored.restored_from == second.sha256
+    assert original.restored_at is None
+    assert pointer.current.rolled_back_at is None
 
 
 def test_a_pipeline_that_runs_again_does_not_undo_a_rollback(tmp_path: Path) -> None:

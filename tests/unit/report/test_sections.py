@@ -6,7 +6,7 @@ import pytest
 
 from tasks.batch.costs import Ledger, StageCost
 from tasks.config import PipelineConfig
-from tasks.judge.quality import measure_judgements
+from tasks.judge.quality.metrics import measure_judgements
 from tasks.report.overview import (
     approval_section,
     glance_section,
@@ -51,6 +51,12 @@ def evaluated(**changes: Any) -> Evaluation:
 # ---- the first page
 
 
+def labelled(lower: float) -> dict[str, Any]:
+    """Return what a person said of the judge: the lower bound of the agreement."""
+    share = {"value": 0.7, "lower": lower, "upper": 0.8}
+    return {"labels": 50, "share": share, "kappa": {"value": 0.4, "lower": 0.2, "upper": 0.6}, "corrected": EVEN}
+
+
 @pytest.mark.parametrize(
     ("change", "bar", "said"),
     [
@@ -61,6 +67,9 @@ def evaluated(**changes: Any) -> Evaluation:
         ({"length_controlled": {**EVEN, "lower": 0.46}}, 0.5, "Not shown to be better"),
         (LOST, 0.5, "Worse"),
         ({"null": OFF}, 0.5, "Not to be trusted"),
+        ({"agreement": labelled(0.62)}, 0.5, "Better"),
+        ({"agreement": labelled(0.48)}, 0.5, "Better for the judge alone"),
+        ({"agreement": labelled(0.48)}, 0.6, "Better, but not by enough"),
         # Whatever the bar is, fewer than half is not better.
         (LOST, 0.0, "Worse"),
     ],
@@ -71,6 +80,18 @@ def test_the_verdict_is_a_few_words_and_one_sentence(change: dict[str, Any], bar
     assert "95 % interval" in sentence
     assert sentence.endswith((".", "%."))
     assert sentence[0].isupper()
+
+
+def test_what_a_person_says_stands_on_the_first_page_and_in_its_picture() -> None:
+    found = evaluated(agreement=labelled(0.48))
+    rows = {metric.title: (metric.ok, metric.text()) for metric in win_rate_figures(found, 0.5)}
+    assert rows["Judge and person agree"] == (False, "70.0 % (48.0-80.0 %)")
+    assert rows["The same beyond chance, kappa"] == (True, "0.40 (0.20-0.60)")
+    corrected = "The same, corrected by 50 labels of a person"
+    assert rows[corrected][0] is False
+    assert corrected in [bar.name for bar in rate_bars(found)[0]]
+    assert any("a coin would in 50 %" in text for text in evaluation_section(found).advice)
+    assert not glance_section(found, 0.5, "", [], []).is_good
 
 
 def test_the_first_page_has_advice_only_where_nothing_is_proven() -> None:

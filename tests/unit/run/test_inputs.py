@@ -33,15 +33,8 @@ def test_every_way_to_name_pairs_gives_the_same_reference(
 ) -> None:
     folder = tmp_path / "preferences" / "key"
     monkeypatch.chdir(tmp_path)
-    texts = [
-        folder,
-        f"{folder}/",
-        folder / "manifest.json",
-        folder / "train.jsonl",
-        pairs.model_dump_json(),
-        " preferences/key\n",
-    ]
-    for value in [pairs, pairs.model_dump(), *map(str, texts)]:
+    paths = [folder, f"{folder}/", folder / "manifest.json", folder / "train.jsonl", " preferences/key\n"]
+    for value in [pairs, pairs.model_dump(), pairs.model_dump_json(), *map(str, paths)]:
         assert PAIRS.validate_python(value) == pairs, value
 
 
@@ -61,7 +54,7 @@ def test_an_adapter_is_named_by_its_folder_or_its_trainings(tmp_path: Path, monk
     for text in (folder, f"{folder}/adapter", f"{folder}/manifest.json", "training/key"):
         assert adapter.validate_python(text) == ref, text
     with pytest.raises(ValidationError, match="is the manifest of adapter, and preferences is wanted here"):
-        PAIRS.validate_python(folder)
+        PAIRS.validate_python(folder)  # another stage's
 
 
 @pytest.mark.parametrize(
@@ -75,11 +68,6 @@ def test_an_adapter_is_named_by_its_folder_or_its_trainings(tmp_path: Path, monk
 def test_what_names_no_pairs_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         PAIRS.validate_python(text)
-
-
-def test_another_stages_folder_is_refused_by_both_names(pairs: PreferencesRef) -> None:
-    with pytest.raises(ValidationError, match="is the manifest of preferences, and adapter is wanted here"):
-        TypeAdapter(AdapterInput).validate_python(str(Path(pairs.uri).parent))
 
 
 def test_a_flow_says_which_parameter_names_nothing_and_sees_a_reference(pairs: PreferencesRef) -> None:

@@ -162,12 +162,3 @@ def test_the_forms_are_counted_and_text_that_is_none_is_named_by_its_line(tmp_pa
     (tmp_path / "latin.csv").write_bytes("prompt\na\nGrüße\n".encode("cp1252"))
     with pytest.raises(PreflowError, match=r"latin.csv:3: not utf-8 text .* Save the file as UTF-8"):
         list(read_rows(PromptRow, str(tmp_path / "latin.csv")))
-
-
-def test_one_group_for_all_rows_is_refused_and_an_empty_one_is_none(tmp_path: Path) -> None:
-    one, none = tmp_path / "one.jsonl", tmp_path / "none.jsonl"
-    one.write_text(lines(*({**row, "group": "all"} for row in ROWS)))
-    none.write_text(lines(*({**row, "group": ""} for row in ROWS)))
-    with pytest.raises(PreflowError, match="all 3 rows have the same `group`"):
-        import_prompts(str(one), str(tmp_path / "ws"))
-    assert import_prompts(str(none), str(tmp_path / "ws")).rows == 3

@@ -2,11 +2,11 @@
 
 import errno
 import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,16 @@ from tasks.store.workspace import (
 )
 
 
-def write_artifact(store: Workspace, name: str, rows: list[Any]) -> CompletionsRef:
+@pytest.fixture
+def store(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "ws")
+
+
+def write_rows(store: Workspace, name: str, rows: list[Any]) -> CompletionsRef:
     with store.writing(store.uri(name)) as out:
         for row in rows:
             out.write_row(row)
     return CompletionsRef(uri=store.uri(name), **out.facts())
-
-
-def write_half(store: Workspace, uri: str) -> None:
-    with store.writing(uri) as out:
-        out.write(b"new, but")
-        raise RuntimeError("half way")
 
 
 def make_adapter(folder: Path) -> Path:
@@ -74,185 +73,18 @@ def test_pickled_weights_are_no_adapter(tmp_path: Path) -> None:
         folder_digest(str(tmp_path / "missing"))
 
 
-# ---- whole or absent
-
-
-def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> None:
-    store = Workspace(tmp_path)
-    store.write_bytes(store.uri("a", "file"), b"old")
-    with pytest.raises(RuntimeError, match="half way"):
-        write_half(store, store.uri("a", "file"))
-    assert store.read_bytes(store.uri("a", "file")) == b"old"
-    assert os.listdir(tmp_path / "a") == ["file"]
-
-
-def test_a_process_killed_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys; from tasks.store.workspace import Workspace\n"
-        "store = Workspace(sys.argv[1])\n"
-        "with store.writing(store.uri('file')) as out:\n"
-        "    out.write(b'x' * 3_000_000)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    Workspace(tmp_path).write_bytes(str(tmp_path / "file"), b"old")
-    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    assert ended.returncode == -signal.SIGKILL
-    assert (tmp_path / "file").read_bytes() == b"old"
-
-
-def test_a_full_disk_damages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Workspace(tmp_path)
-    store.write_bytes(store.uri("file"), b"old")
-
-    def fail(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        store.write_bytes(store.uri("file"), b"new")
-    assert store.read_bytes(store.uri("file")) == b"old"
-    with pytest.raises(PreflowError, match=rf"{tmp_path}: cannot be written .*No space left.*nothing was spent"):
-        store.check_writable()
-
-
-def test_a_workspace_below_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(PreflowError, match="cannot be written"):
-        Workspace(tmp_path / "file" / "workspace").check_writable()
-
-
-def test_a_writable_workspace_keeps_no_trace_of_the_check(tmp_path: Path) -> None:
-    Workspace(tmp_path).check_writable()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-@pytest.mark.parametrize("root", ["s3://bucket/x", "http://host/x"])
-def test_other_schemes_are_no_workspace(root: str) -> None:
-    with pytest.raises(PreflowError, match="only a local folder or gs://"):
-        Workspace(root)
-
-
-# ---- reading
-
-
-def test_the_writer_s_facts_are_the_file_s(tmp_path: Path) -> None:
-    artifact = write_artifact(Workspace(tmp_path), "rows.jsonl", [{"a": "é"}, {"a": "line\nbreak"}])
-    content = (tmp_path / "rows.jsonl").read_bytes()
-    assert (artifact.size, artifact.rows) == (len(content), 2)
-    assert artifact.sha256 == hashlib.sha256(content).hexdigest()
-
-
-def test_lines_and_ranges_start_and_end_where_they_are_told(tmp_path: Path) -> None:
-    store, uri = Workspace(tmp_path), str(tmp_path / "f")
-    store.write_bytes(uri, b"one\ntwo\nthree\nfour")
-    assert list(store.lines(uri)) == [b"one\n", b"two\n", b"three\n", b"four"]
-    assert list(store.lines(uri, 4, 14)) == [b"two\n", b"three\n"]
-    assert list(store.read_ranges(uri, [(0, 4), (8, 14), (14, 99)])) == [b"one\n", b"three\n", b"four"]
-
-
-def test_damage_is_noticed(tmp_path: Path) -> None:
-    store = Workspace(tmp_path)
-    artifact = write_artifact(store, "rows.jsonl", [{"a": 1}, {"a": 2}])
-    assert store.is_intact(artifact)
-    (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n{"a": 3}\n')
-    assert not store.is_intact(artifact)
-    (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n')
-    assert not store.is_intact(artifact)
-    (tmp_path / "rows.jsonl").unlink()
-    assert not store.is_intact(artifact)
-
-
-def finished(store: Workspace, **files: FileFacts) -> str:
-    written = write_artifact(store, "out/rows.jsonl", [{"a": 1}])
-    artifact = written.model_copy(update={"manifest": store.uri("out", "manifest.json")})
-    files["rows.jsonl"] = FileFacts(size=artifact.size, sha256=artifact.sha256)
-    store.write_manifest(Manifest(artifact=artifact, stage="generation", version=1, key="k", files=files))
-    return str(artifact.manifest)
-
-
-def test_a_finished_artifact_is_found_only_while_it_is_whole(tmp_path: Path) -> None:
-    store = Workspace(tmp_path)
-    manifest = finished(store)
-    found = store.find_finished(manifest, CompletionsRef)
-    assert found is not None
-    assert found.rows == 1
-    assert store.find_finished(store.uri("elsewhere", "manifest.json"), CompletionsRef) is None
-    store.write_bytes(store.uri("out", "rows.jsonl"), b"")
-    assert store.find_finished(manifest, CompletionsRef) is None
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "{}", '{"artifact": 3}', '{"artifact": {"kind": "x"}}'])
-def test_a_damaged_manifest_means_that_nothing_is_finished(tmp_path: Path, content: str) -> None:
-    store = Workspace(tmp_path)
-    manifest = finished(store)
-    Path(manifest).write_text(content)
-    assert store.find_finished(manifest, CompletionsRef) is None
-
-
-def test_the_files_beside_an_artifact_must_be_whole_too(tmp_path: Path) -> None:
-    store = Workspace(tmp_path)
-    with store.writing(store.uri("out", "val.jsonl")) as val:
-        val.write_row({"b": 1})
-    manifest = finished(store, **{"val.jsonl": val.file})
-    assert store.find_finished(manifest, CompletionsRef) is not None
-    store.write_bytes(store.uri("out", "val.jsonl"), b'{"b": 2}\n')
-    assert store.find_finished(manifest, CompletionsRef) is None
-
-
-# ---- committed folders
-
-
-def test_a_folder_counts_once_it_is_committed_and_only_while_it_is_whole(tmp_path: Path) -> None:
-    store, source = Workspace(tmp_path / "ws"), make_adapter(tmp_path / "source")
-    target = store.uri("adapters", "a")
-    with pytest.raises(PreflowError, match=r"has no COMMITTED.json"):
-        store.verify_folder(target)
-    sha256 = store.commit_folder(source, target, {"step": 3})
-    assert store.verify_folder(target)["step"] == 3
-    files = {f"a/{name}": facts for name, facts in store.committed_files(target).items()}
-    manifest = store.uri("adapters", "manifest.json")
-    adapter = AdapterRef(uri=target, sha256=sha256, size=0, rows=0, manifest=manifest)
-    store.write_manifest(Manifest(artifact=adapter, stage="training", version=1, key="k", files=files))
-    assert store.is_intact(adapter)
-    (Path(target) / "adapter_model.safetensors").write_bytes(b"weighty")
-    with pytest.raises(PreflowError, match=r"adapter_model.safetensors: damaged"):
-        store.verify_folder(target)
-    assert not store.is_intact(adapter)
-    (Path(target) / "adapter_model.safetensors").unlink()
-    with pytest.raises(PreflowError, match=r"adapter_model.safetensors: missing"):
-        store.verify_folder(target)
-
-
-def test_a_reference_is_plain_json() -> None:
-    reference = Reference(kind="prompts", uri="/w/p.jsonl", sha256="0" * 64, size=3, rows=1)
-    assert Reference.model_validate(json.loads(reference.model_dump_json())) == reference
-
-
-def test_the_server_sees_the_workspace_where_it_is_mounted() -> None:
-    assert server_path("/ws/adapters/a", "/ws", "/mnt/bucket") == "/mnt/bucket/adapters/a"
-    assert server_path("/ws/adapters/a", "/ws", None) == "/ws/adapters/a"
-    for uri, root in (("gs://b/ws/a", "gs://team@b/ws"), ("gs://team@b/ws/a", "gs://b/ws")):
-        assert server_path(uri, root, "/mnt") == "/mnt/a"
-    with pytest.raises(PreflowError, match="mount the bucket there"):
-        server_path("gs://b/ws/adapters/a", "gs://b/ws", None)
-
-
-# ---- digests
-
-
 def test_a_settled_file_is_read_once_for_its_digest_and_again_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     opened = LocalWorkspace.open
     monkeypatch.setattr(LocalWorkspace, "open", lambda self, uri: read.append(uri) or opened(self, uri))
-    base = make_adapter(tmp_path / "base")
     monkeypatch.setattr(local, "SETTLED_SECONDS", -1)
+    base = make_adapter(tmp_path / "base")
     first = folder_digest(str(base))
-    assert len(read) == len(list(base.iterdir()))
     assert folder_digest(str(base)) == first
     Workspace(tmp_path).sha256(str(base / "adapter_config.json"))
-    assert len(read) == len(list(base.iterdir()))
+    assert len(read) == 2
     weights = base / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[::-1])
     os.utime(weights, (1, 1))
@@ -268,3 +100,157 @@ def test_a_file_that_was_just_written_is_read_each_time(tmp_path: Path) -> None:
     file.write_bytes(b"two")
     os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
     assert store.sha256(str(file)) != first
+
+
+# ---- whole or absent
+
+
+def test_a_file_that_fails_half_way_leaves_what_was_there(store: Workspace) -> None:
+    uri = store.uri("a", "file")
+    store.write_bytes(uri, b"old")
+    with suppress(RuntimeError), store.writing(uri) as out:
+        out.write(b"new, but")
+        raise RuntimeError("half way")
+    assert store.read_bytes(uri) == b"old"
+    assert store.list(store.uri("a")) == [uri]
+
+
+def test_a_process_killed_while_writing_leaves_what_was_there(store: Workspace) -> None:
+    script = (
+        "import os, signal, sys; from tasks.store.workspace import Workspace\n"
+        "store = Workspace(sys.argv[1])\n"
+        "with store.writing(store.uri('file')) as out:\n"
+        "    out.write(b'x' * 3_000_000)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    store.write_bytes(store.uri("file"), b"old")
+    ended = subprocess.run([sys.executable, "-c", script, store.root], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert store.read_bytes(store.uri("file")) == b"old"
+
+
+def test_a_full_disk_damages_nothing(store: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_bytes(store.uri("file"), b"old")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        store.write_bytes(store.uri("file"), b"new")
+    assert store.read_bytes(store.uri("file")) == b"old"
+    with pytest.raises(PreflowError, match=rf"{store.root}: cannot be written .*No space left.*nothing was spent"):
+        store.check_writable()
+
+
+def test_a_workspace_is_tried_and_keeps_no_trace_of_it(store: Workspace) -> None:
+    store.check_writable()
+    assert store.tree(store.root) == {}
+    store.write_bytes(store.uri("file"), b"")
+    with pytest.raises(PreflowError, match="cannot be written"):
+        Workspace(store.uri("file", "workspace")).check_writable()
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/x", "http://host/x"])
+def test_other_schemes_are_no_workspace(root: str) -> None:
+    with pytest.raises(PreflowError, match=rf"workspace '{root}': only a local folder or gs://"):
+        Workspace(root)
+
+
+# ---- reading
+
+
+def test_the_writer_s_facts_are_the_file_s(store: Workspace) -> None:
+    artifact = write_rows(store, "rows.jsonl", [{"a": "é"}, {"a": "line\nbreak"}])
+    content = store.read_bytes(artifact.uri)
+    assert (artifact.size, artifact.rows) == (len(content), 2)
+    assert artifact.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_lines_and_ranges_start_and_end_where_they_are_told(store: Workspace) -> None:
+    uri = store.uri("f")
+    store.write_bytes(uri, b"one\ntwo\nthree\nfour")
+    assert list(store.lines(uri)) == [b"one\n", b"two\n", b"three\n", b"four"]
+    assert list(store.lines(uri, 4, 14)) == [b"two\n", b"three\n"]
+    assert list(store.read_ranges(uri, [(0, 4), (8, 14), (14, 99)])) == [b"one\n", b"three\n", b"four"]
+
+
+def finished(store: Workspace, **files: FileFacts) -> CompletionsRef:
+    written = write_rows(store, "out/rows.jsonl", [{"a": 1}])
+    artifact = written.model_copy(update={"manifest": store.uri("out", "manifest.json")})
+    files["rows.jsonl"] = FileFacts(size=artifact.size, sha256=artifact.sha256)
+    store.write_manifest(Manifest(artifact=artifact, stage="generation", version=1, key="k", files=files))
+    return artifact
+
+
+def is_found(store: Workspace) -> bool:
+    return store.find_finished(store.uri("out", "manifest.json"), CompletionsRef) is not None
+
+
+@pytest.mark.parametrize("content", [b'{"a": 3}\n', b'{"a"', b"", None])
+@pytest.mark.parametrize("name", ["rows.jsonl", "val.jsonl"])
+def test_an_artifact_is_finished_only_while_all_its_files_are_whole(
+    store: Workspace, name: str, content: bytes | None
+) -> None:
+    assert not is_found(store)
+    with store.writing(store.uri("out", "val.jsonl")) as val:
+        val.write_row({"b": 1})
+    artifact = finished(store, **{"val.jsonl": val.file})
+    assert store.find_finished(str(artifact.manifest), CompletionsRef) == artifact
+    alone = artifact.model_copy(update={"manifest": None})
+    assert store.is_intact(artifact)
+    assert store.is_intact(alone)
+    store.delete(store.uri("out", name))
+    if content is not None:
+        store.write_bytes(store.uri("out", name), content)
+    assert not is_found(store)
+    assert not store.is_intact(artifact)
+    assert store.is_intact(alone) == (name != "rows.jsonl")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "{}", '{"artifact": 3}', '{"artifact": {"kind": "x"}}'])
+def test_a_damaged_manifest_means_that_nothing_is_finished(store: Workspace, content: str) -> None:
+    Path(str(finished(store).manifest)).write_text(content)
+    assert not is_found(store)
+
+
+# ---- committed folders
+
+
+def test_a_folder_counts_once_it_is_committed_and_only_while_it_is_whole(store: Workspace, tmp_path: Path) -> None:
+    target = store.uri("adapters", "a")
+    with pytest.raises(PreflowError, match=r"has no COMMITTED.json"):
+        store.verify_folder(target)
+    sha256 = store.commit_folder(make_adapter(tmp_path / "source"), target, {"step": 3})
+    assert store.read_json(f"{target}/COMMITTED.json")["step"] == 3
+    files = {f"a/{name}": facts for name, facts in store.verify_folder(target).items()}
+    assert files["a/COMMITTED.json"].sha256 == sha256
+    assert files["a/adapter_config.json"].size == 8
+    manifest = store.uri("adapters", "manifest.json")
+    adapter = AdapterRef(uri=target, sha256=sha256, size=0, rows=0, manifest=manifest)
+    store.write_manifest(Manifest(artifact=adapter, stage="training", version=1, key="k", files=files))
+    assert store.is_intact(adapter)
+    store.write_bytes(f"{target}/adapter_model.safetensors", b"weighty")
+    with pytest.raises(PreflowError, match=r"adapter_model.safetensors: damaged"):
+        store.verify_folder(target)
+    assert not store.is_intact(adapter)
+    store.delete(f"{target}/adapter_model.safetensors")
+    with pytest.raises(PreflowError, match=r"adapter_model.safetensors: missing"):
+        store.verify_folder(target)
+    store.write_bytes(f"{target}/COMMITTED.json", b'{"files": [1]}')
+    with pytest.raises(PreflowError, match=r"COMMITTED.json: damaged"):
+        store.verify_folder(target)
+
+
+def test_a_reference_is_plain_json() -> None:
+    reference = Reference(kind="prompts", uri="/w/p.jsonl", sha256="0" * 64, size=3, rows=1)
+    assert Reference.model_validate_json(reference.model_dump_json()) == reference
+
+
+def test_the_server_sees_the_workspace_where_it_is_mounted() -> None:
+    assert server_path("/ws/adapters/a", "/ws", "/mnt/bucket") == "/mnt/bucket/adapters/a"
+    assert server_path("/ws/adapters/a", "/ws", None) == "/ws/adapters/a"
+    for uri, root in (("gs://b/ws/a", "gs://team@b/ws"), ("gs://team@b/ws/a", "gs://b/ws")):
+        assert server_path(uri, root, "/mnt") == "/mnt/a"
+    with pytest.raises(PreflowError, match=r"mount the bucket there.*adapter_root"):
+        server_path("gs://b/ws/adapters/a", "gs://b/ws", None)

@@ -4,12 +4,12 @@ import asyncio
 import json
 import random
 import re
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from tasks.config import (
-    ApprovalPoint,
     GenerationConfig,
     JudgingConfig,
     PipelineConfig,
@@ -21,9 +21,10 @@ from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import win_rate
 from tasks.run.preflight import endpoint_lock, sharing_endpoints
 from tasks.store.measures import WinRate
-from tasks.sweep.estimate import SweepPlan, Work, check_budget
-from tasks.sweep.page import plan_section, ranking_section
-from tasks.sweep.points import expand_points, parameter_names
+from tasks.store.workspace import AdapterRef, Manifest, Workspace
+from tasks.sweep.estimate import SweepPlan, Work, check_budget, plan_sweep
+from tasks.sweep.page import plan_lines, plan_section, ranking_section
+from tasks.sweep.points import apply_change, expand_points, parameter_names
 from tasks.sweep.prepare import prepare_points, trainings_at_once
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
 from tests.fakes.comparisons import compared
@@ -51,28 +52,22 @@ def test_a_grid_is_the_product_and_changes_are_points_of_their_own() -> None:
         "training.beta=0.2, judging.model=a", "training.beta=0.2, judging.model=b",
         "training.num_train_epochs=3, training.learning_rate=1e-06", "unchanged",
     ]  # fmt: skip
-    assert [(c.training.beta, c.judging.model) for _, c in found[:4]] == [
-        (0.05, "a"),
-        (0.05, "b"),
-        (0.2, "a"),
-        (0.2, "b"),
-    ]
+    assert [(c.training.beta, c.judging.model) for _, c in found[1:3]] == [(0.05, "b"), (0.2, "a")]
     assert (found[4][1].training.num_train_epochs, found[4][1].training.learning_rate) == (3, 1e-6)
     assert found[5][1] == PipelineConfig().filled()
 
 
-@pytest.mark.parametrize("name", list(parameter_names()))
-def test_every_parameter_can_be_named(name: str) -> None:
+def test_every_parameter_can_be_named() -> None:
     base = PipelineConfig().filled()
-    value: Any = base.model_dump()
-    for part in name.split("."):
-        value = value[part]
-    ((_, config),) = points(changes=[{name: value}])
-    assert config == base
+    for name in parameter_names():
+        value: Any = base.model_dump()
+        for part in name.split("."):
+            value = value[part]
+        assert apply_change(base, {name: value}) == base, name
 
 
 def test_all_points_are_measured_by_one_judge_on_like_samples() -> None:
-    base = PipelineConfig(judging=JudgingConfig(model="labeller"), generation=GenerationConfig(temperature=0.8))
+    base = PipelineConfig(judging=JudgingConfig(model="first"), generation=GenerationConfig(temperature=0.8))
     grid = {"judging.model": ["a", "b"], "generation.temperature": [0.8, 1.1]}
     for _, config in points(base, grid=grid):
         assert config.evaluation.judging == base.judging
@@ -124,14 +119,14 @@ def test_all_wrong_points_are_told_at_once_and_no_key_with_them() -> None:
 
 
 def test_a_sweep_that_would_wait_for_a_person_at_every_point_is_refused() -> None:
-    config = PipelineConfig(approve_before=(ApprovalPoint.PROMOTION,))
+    config = PipelineConfig(approve_before=("promotion",))
     with pytest.raises(PreflowError, match="approve_before"):
         prepare_points(config, SweepConfig(grid={"training.beta": [0.1]}))
 
 
 def test_the_presets() -> None:
     base = PipelineConfig(training=TrainingConfig(max_steps=60))
-    sweep = {"presets": [preset.value for preset in Preset], "stronger_judge": "big", "more_prompts": "all.jsonl"}
+    sweep = {"presets": get_args(Preset), "stronger_judge": "big", "more_prompts": "all.jsonl"}
     assert [name for name, _ in points(base, **sweep)] == [
         "unchanged",
         "training.beta=0.05",
@@ -154,20 +149,20 @@ def test_a_point_has_the_keys_of_the_configuration_that_is_pasted_from_it() -> N
     pasted = PipelineConfig.model_validate(
         json.loads(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))
     )
-    assert json.dumps(pasted.training.identity()) == json.dumps(config.training.identity())
+    for other in (pasted.training, TrainingConfig(beta=0.2)):
+        assert json.dumps(other.identity()) == json.dumps(config.training.identity())
     assert json.dumps(pasted.judging.identity()) == json.dumps(config.judging.identity())
-    assert json.dumps(TrainingConfig(beta=0.2).identity()) == json.dumps(config.training.identity())
 
 
 # ---- the plan's figures
 
 
 WORK = (
-    Work(stage="sample completions", who="sft", points=(1, 2, 3, 5), requests=100, known=40, prompt_tokens=6000,
+    Work(stage="sample completions", who="sft", points=[1, 2, 3, 5], requests=100, known=40, prompt_tokens=6000,
          completion_tokens=9000, usd=None),
-    Work(stage="judge preferences", who="judge", points=(1, 2), requests=200, usd=2.5, most_usd=20.0),
-    Work(stage="train", who="beta 0.1", points=(1,), gpu_minutes=13.4, usd=0.08, most_usd=0.08),
-    Work(stage="train", who="beta 0.2", points=(2,), finished=True),
+    Work(stage="judge preferences", who="judge", points=[1, 2], requests=200, usd=2.5, most_usd=20.0),
+    Work(stage="train", who="beta 0.1", points=[1], gpu_minutes=13.4, usd=0.08, most_usd=0.08),
+    Work(stage="train", who="beta 0.2", points=[2], finished=True),
 )  # fmt: skip
 
 
@@ -191,6 +186,58 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     assert rows[2][7:] == ("13 min 24 s", "0.08")
     assert rows[3][4] == "finished"
     assert rows[-1][-1] == "about 2.58 US$, at most 20.08 and what has no price set"
+    assert list(plan_lines(SweepPlan(work=WORK))) == [
+        "  sample completions (sft, points 1-3, 5): 60 requests (40 more known), about 6,000 + 9,000 tokens, "
+        "no price set",
+        "  judge preferences (judge, points 1-2): 200 requests, about 0 + 0 tokens, 2.50 US$",
+        "  train (beta 0.1, points 1): about 13 min 24 s on an L4",
+        "cost: about 2.58 US$, at most 20.08 and what has no price set",
+    ]
+
+
+def test_work_that_points_share_is_planned_once(tmp_path: Path) -> None:
+    """Nothing is known yet: six prompts, two judges in two orders each, four trainings, three held-out prompts."""
+    for name, count in (("prompts", 6), ("held-out", 3)):
+        rows = ({"prompt": [{"role": "user", "content": f"{name} {number}"}]} for number in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "adapter_config.json").write_text("{}")
+    (tmp_path / "sft" / "adapter_model.safetensors").write_bytes(b"weights")
+    config = PipelineConfig.model_validate(
+        {
+            "prompts": str(tmp_path / "prompts.jsonl"), "eval_prompts": str(tmp_path / "held-out.jsonl"),
+            "workspace": str(tmp_path / "workspace"), "generation": {"num_completions": 3},
+            "judging": {"model": "a", "prompt_price": 1.0, "completion_price": 2.0, "rubric": "demo"},
+            "training": {"sft_adapter": str(tmp_path / "sft"), "max_steps": 8, "warmup_steps": 1},
+            "evaluation": {"num_samples": 2},
+        }
+    )  # fmt: skip
+    sweep = SweepConfig(grid={"training.beta": [0.1, 0.2], "judging.model": ["a", "b"]}, gpu_price=1.0)
+    plan = plan_sweep(expand_points(config, sweep).points, sweep)
+    found = [(work.stage.removeprefix("evaluate: "), tuple(work.points), work.requests) for work in plan.work]
+    assert found == [
+        ("sample completions", (1, 2, 3, 4), 6),
+        ("judge preferences", (1, 3), 12), ("judge preferences", (2, 4), 12),
+        *(("train", (point,), 0) for point in (1, 2, 3, 4)),
+        ("sample SFT adapter", (1, 2, 3, 4), 3), *(("sample new adapter", (point,), 3) for point in (1, 2, 3, 4)),
+        *(("compare", (point,), 12) for point in (1, 2, 3, 4)),
+        ("sample SFT adapter again", (1, 2, 3, 4), 3), ("compare SFT with itself", (1, 2, 3, 4), 12),
+    ]  # fmt: skip
+    judged, trained = plan.work[1], plan.work[3]
+    assert judged.completion_tokens == 12 * 30
+    assert judged.most_usd - (judged.usd or 0) == pytest.approx(12 * (config.judging.max_tokens - 30) * 2.0 / 1e6)
+    seconds = 8 * config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps / 1.14
+    assert (trained.gpu_minutes, trained.usd) == (pytest.approx(seconds / 60), pytest.approx(seconds / 3600))
+    known = AdapterRef(
+        uri="a", sha256="0" * 64, size=0, rows=0, manifest=f"{config.workspace}/training/k/manifest.json"
+    )
+    earlier = Manifest(
+        artifact=known, stage="training", version=1, key="k", config=config.training, files={}, counts={"steps": 4},
+        seconds=120,
+    )  # fmt: skip
+    Workspace(config.workspace).write_manifest(earlier)
+    again = next(work for work in plan_sweep(expand_points(config, sweep).points, sweep).work if work.stage == "train")
+    assert (again.is_measured, again.gpu_minutes) == (True, pytest.approx(4.0)), "eight steps at 30 s each"
 
 
 # ---- the best of many
@@ -198,12 +245,12 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
 
 def test_with_the_widened_confidence_all_intervals_hold_together() -> None:
     """Ten adapters that are all exactly as good as SFT: the best one's own interval misses 0.5 far too often."""
-    rng, confidence, tries, count = random.Random(5), 0.95, 400, 10
+    rng, confidence, tries, count = random.Random(5), 0.95, 60, 10
     alone = together = 0
     for _ in range(tries):
         rates = []
         for _ in range(count):
-            outcomes = {str(prompt): [float(rng.random() < 0.5)] for prompt in range(200)}
+            outcomes = {str(prompt): [float(rng.random() < 0.5)] for prompt in range(60)}
             rates.append(
                 (win_rate(compared(outcomes), confidence), win_rate(compared(outcomes), sidak(confidence, count)))
             )
@@ -212,21 +259,17 @@ def test_with_the_widened_confidence_all_intervals_hold_together() -> None:
         together += best[1].lower > 0.5
     assert alone / tries > 0.1, "then there would be nothing to widen"
     assert together / tries <= 0.05
+    assert (sidak(0.95, 1), sidak(0.95, 6)) == (0.95, pytest.approx(0.991487, abs=1e-6))
 
 
-def test_the_widened_confidence() -> None:
-    assert sidak(0.95, 1) == 0.95
-    assert sidak(0.95, 6) == pytest.approx(0.991487, abs=1e-6)
-
-
-def _result(number: int, rate: float | None, fingerprint: str = "one") -> PointResult:
+def _result(number: int, rate: float | None, measured: str = "one") -> PointResult:
+    name = f"n{number}"
     if rate is None:
-        return PointResult(number=number, change={}, name=f"n{number}", error="judge down")
-    found = [WinRate(win_rate=rate, lower=rate - half, upper=rate + half) for half in (0.03, 0.05)]
+        return PointResult(number=number, change={}, name=name, error="judge down")
     # What was made is not shown here, so a failed point is told by its error alone.
-    return PointResult(
-        number=number, change={}, name=f"n{number}", rate=found[0], widened=found[1], evaluation_fingerprint=fingerprint
-    )
+    alone, widened = (WinRate(win_rate=rate, lower=rate - half, upper=rate + half) for half in (0.03, 0.05))
+    about = {"number": number, "change": {}, "name": name, "evaluation_fingerprint": measured}
+    return PointResult(rate=alone, widened=widened, **about)
 
 
 def test_the_ranking_is_honest() -> None:
@@ -251,7 +294,7 @@ def test_the_ranking_is_honest() -> None:
 # ---- several points at once
 
 
-async def test_runs_beside_each_other_ask_one_after_another_and_only_in_a_sweep() -> None:
+async def test_runs_of_a_sweep_ask_one_after_another_and_others_at_once() -> None:
     asking = most = 0
 
     async def run() -> None:

@@ -1,6 +1,7 @@
-"""What is checked before anything is spent, and what a training's key depends on."""
+"""What a training's key depends on, how its end is told, and its log lines: none that repeats readings."""
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -11,116 +12,9 @@ import pytest
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.train import launch
-from tasks.train.launch import Preempted, check_training_inputs, run_training, training_key, with_measured_smoothing
-from tests.fakes.tiny_training import Shape, TinyWorld, build_adapter, build_base, pairs, write_preferences
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return TinyWorld.build(tmp_path_factory.mktemp("original"), train=4, val=2)
-
-
-@pytest.fixture
-def world(original: TinyWorld, tmp_path: Path) -> TinyWorld:
-    """A copy that a test may break."""
-    for name, source in (("base", original.base), ("sft", original.adapter)):
-        shutil.copytree(source, tmp_path / name)
-    preferences = write_preferences(tmp_path / "preferences", pairs(4, 3), pairs(2, 4))
-    return TinyWorld(tmp_path / "base", tmp_path / "sft", preferences)
-
-
-def change_adapter(world: TinyWorld, **changes: Any) -> None:
-    file = world.adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def test_good_inputs_pass(world: TinyWorld) -> None:
-    check_training_inputs(world.config())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"r": 0}, "rank r is 0"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-    ],
-)
-def test_adapters_that_cannot_be_trained_or_served_are_refused(
-    world: TinyWorld, changes: dict[str, Any], message: str
-) -> None:
-    change_adapter(world, **changes)
-    with pytest.raises(PreflowError, match=f"sft_adapter .*{message}"):
-        check_training_inputs(world.config())
-
-
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("sft/adapter_config.json", "no adapter_config.json there"),
-        ("sft/adapter_model.safetensors", "holds no .safetensors weights"),
-        ("base/config.json", "no config.json there"),
-        ("base/model.safetensors", "no .safetensors there"),
-        ("base/tokenizer.json", "no tokenizer in"),
-        ("base/chat_template.jinja", "no chat template in"),
-    ],
-)
-def test_a_missing_file_is_named(world: TinyWorld, file: str, message: str) -> None:
-    (world.base.parent / file).unlink()
-    with pytest.raises(PreflowError, match=message):
-        check_training_inputs(world.config())
-
-
-def test_a_tracker_that_is_not_installed_is_named(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.train.launch.find_spec", lambda name: None)
-    with pytest.raises(PreflowError, match="report_to wandb: not installed here"):
-        check_training_inputs(world.config(report_to="wandb"))
-    check_training_inputs(world.config())
-
-
-@pytest.mark.parametrize("folder", ["base_model", "sft_adapter"])
-def test_a_missing_folder_is_named(world: TinyWorld, folder: str) -> None:
-    with pytest.raises(PreflowError, match=f"{folder} .*/nowhere"):
-        check_training_inputs(world.config(**{folder: str(world.base.parent / "nowhere")}))
-
-
-def test_a_revision_of_a_folder_is_refused(world: TinyWorld) -> None:
-    with pytest.raises(PreflowError, match=r"base_revision v1: base_model .* is a folder"):
-        check_training_inputs(world.config(base_revision="v1"))
-
-
-def test_a_chat_template_beside_the_adapter_will_do(world: TinyWorld) -> None:
-    (world.base / "chat_template.jinja").rename(world.adapter / "chat_template.jinja")
-    check_training_inputs(world.config())
-
-
-def test_another_base_in_the_adapters_config_is_a_warning(world: TinyWorld, caplog: pytest.LogCaptureFixture) -> None:
-    change_adapter(world, base_model_name_or_path="someone/other-model")
-    check_training_inputs(world.config())
-    assert "names the base model someone/other-model" in caplog.text
-
-
-def test_shapes_that_contradict_the_base_are_an_error(world: TinyWorld, tmp_path: Path) -> None:
-    build_base(tmp_path / "wider", shape=Shape(hidden=128))
-    with pytest.raises(
-        PreflowError, match=r"of sizes \[64, \d+\], base_model .*wider has \[128, \d+\]. The adapter was"
-    ):
-        check_training_inputs(world.config(base_model=str(tmp_path / "wider")))
-
-
-def test_an_adapter_of_a_deeper_base_is_an_error(world: TinyWorld, tmp_path: Path) -> None:
-    build_base(tmp_path / "shallow", shape=Shape(layers=1))
-    with pytest.raises(PreflowError, match=r"layers\.1\..* has no such module"):
-        check_training_inputs(world.config(base_model=str(tmp_path / "shallow")))
-
-
-def test_damaged_weights_are_an_error(world: TinyWorld) -> None:
-    (world.adapter / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(PreflowError, match="damaged, its header cannot be read"):
-        check_training_inputs(world.config())
+from tasks.train.launch import Preempted, ProgressLog, run_training, training_key, with_measured_smoothing
+from tasks.train.spec import Progress
+from tests.fakes.tiny_training import TinyWorld, build_adapter, build_base, pairs, write_preferences
 
 
 def test_the_key_depends_on_content_and_settings_only(world: TinyWorld, tmp_path: Path) -> None:
@@ -222,3 +116,34 @@ def test_how_a_trainer_ends_decides_whether_it_is_run_again(
     key = training_key(world.preferences, world.config())
     with pytest.raises(ending, match=message):
         run_training(world.preferences, str(tmp_path / "workspace"), world.config(), key)
+
+
+def said(caplog: pytest.LogCaptureFixture, *steps: Progress) -> list[str]:
+    caplog.set_level(logging.INFO, "tasks")
+    log = ProgressLog()
+    for step in steps:
+        log.say(step)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_readings_that_have_not_changed_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    first = [Progress("training", step=step, total=60, loss=1.0746, accuracy=0.0, margin=0.0) for step in range(1, 10)]
+    then = [Progress("training", step=step, total=60, loss=0.61, accuracy=0.7, margin=0.1) for step in range(10, 14)]
+    lines = said(caplog, *first, *then)
+    assert lines == [
+        "training, step 1/60, loss 1.0746",
+        "training, step 10/60, loss 0.6100, accuracy 0.7000, margin 0.1000",
+    ]
+
+
+def test_another_phase_and_the_last_step_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    steps = [Progress("loading"), Progress("training", step=59, total=60, loss=0.5, margin=0.2, accuracy=0.8)]
+    lines = said(caplog, *steps, Progress("training", step=60, total=60, loss=0.5, margin=0.2, accuracy=0.8))
+    assert [line.split(",")[0] for line in lines] == ["loading"] + ["training"] * 2
+
+
+def test_ten_seconds_of_silence_are_enough(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr("tasks.train.launch.time.monotonic", lambda: next(clock))
+    steps = [Progress("training", step=step, total=60, loss=0.5) for step in range(1, 9)]
+    assert 1 < len(said(caplog, *steps)) < len(steps)

@@ -10,7 +10,7 @@ import torch
 from tasks.store.workspace import COMMITTED, Workspace
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 
-FILES = ["policy.safetensors", "optimizer.safetensors", "state.json", "trainer_state.json", COMMITTED]
+FILES = ["policy.safetensors", "optimizer.safetensors", "state.json", COMMITTED]
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -18,7 +18,7 @@ def checkpoint(step: int) -> Checkpoint:
         step,
         {"lora_A": torch.full((4, 4), float(step))},
         {"lora_A|exp_avg": torch.ones(4, 4), "lora_A|step": torch.tensor(float(step))},
-        {"step": step, "trainer_state": {"global_step": step}},
+        {"step": step},
     )
 
 

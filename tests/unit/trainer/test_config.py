@@ -7,38 +7,43 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tasks.config import ChatSettings, ComputeType, Divergence, LossType, QuantType, ReportTo, Schedule, TrainingConfig
+from tasks.config import ChatSettings, TrainingConfig
 from tasks.trainer import model
 from tasks.trainer.trainer import dpo_config
 
-# field: (a value that is not the default, attribute of DPOConfig, what it must be there)
-REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
-    "beta": (0.37, "beta", 0.37),
-    "loss_type": (LossType.IPO, "loss_type", ["ipo"]),
-    "sft_weight": (0.5, "loss_weights", [1.0, 0.5]),
-    "f_divergence": (Divergence.JS, "f_divergence_type", "js_divergence"),
-    "ld_alpha": (0.3, "ld_alpha", 0.3),
-    "use_weighting": (True, "use_weighting", True),
-    "router_aux_loss_coef": (0.01, "router_aux_loss_coef", 0.01),
-    "label_smoothing": (0.2, "label_smoothing", 0.2),
-    "learning_rate": (3e-4, "learning_rate", 3e-4),
-    "num_train_epochs": (2.5, "num_train_epochs", 2.5),
-    "max_steps": (77, "max_steps", 77),
-    "lr_scheduler_type": (Schedule.LINEAR, "lr_scheduler_type", "linear"),
-    "warmup_steps": (5, "warmup_steps", 5),
-    "weight_decay": (0.03, "weight_decay", 0.03),
-    "max_grad_norm": (0.4, "max_grad_norm", 0.4),
-    "per_device_train_batch_size": (6, "per_device_train_batch_size", 6),
-    "per_device_eval_batch_size": (7, "per_device_eval_batch_size", 7),
-    "gradient_accumulation_steps": (3, "gradient_accumulation_steps", 3),
-    "max_length": (99, "max_length", 99),
-    "gradient_checkpointing": (False, "activation_checkpointing", False),
-    "disable_dropout": (False, "disable_dropout", False),
-    "eval_steps": (11, "eval_steps", 11),
-    "save_steps": (13, "save_steps", 13),
-    "logging_steps": (17, "logging_steps", 17),
-    "seed": (5, "seed", 5),
-    "report_to": (ReportTo.TENSORBOARD, "report_to", ["tensorboard"]),
+# field: (a value that is not the default, what it must be in DPOConfig under the same name)
+REACHES_TRL: dict[str, tuple[Any, Any]] = {
+    "beta": (0.37, 0.37),
+    "loss_type": ("ipo", ["ipo"]),
+    "ld_alpha": (0.3, 0.3),
+    "use_weighting": (True, True),
+    "router_aux_loss_coef": (0.01, 0.01),
+    "label_smoothing": (0.2, 0.2),
+    "learning_rate": (3e-4, 3e-4),
+    "num_train_epochs": (2.5, 2.5),
+    "max_steps": (77, 77),
+    "lr_scheduler_type": ("linear", "linear"),
+    "warmup_steps": (5, 5),
+    "weight_decay": (0.03, 0.03),
+    "max_grad_norm": (0.4, 0.4),
+    "per_device_train_batch_size": (6, 6),
+    "per_device_eval_batch_size": (7, 7),
+    "gradient_accumulation_steps": (3, 3),
+    "max_length": (99, 99),
+    "gradient_checkpointing": (False, False),
+    "disable_dropout": (False, False),
+    "eval_steps": (11, 11),
+    "save_steps": (13, 13),
+    "logging_steps": (17, 17),
+    "seed": (5, 5),
+    "report_to": ("tensorboard", ["tensorboard"]),
+    "sft_weight": (0.5, [1.0, 0.5]),
+    "f_divergence": ("js_divergence", "js_divergence"),
+}
+OTHER_NAMES = {
+    "sft_weight": "loss_weights",
+    "f_divergence": "f_divergence_type",
+    "gradient_checkpointing": "activation_checkpointing",
 }
 # Tested below, or where the file names say: the loader, the launcher, the data, the lease, the cached reference.
 REACHES_OTHERS = {
@@ -54,8 +59,9 @@ def test_every_field_is_accounted_for() -> None:
 
 @pytest.mark.parametrize("field", REACHES_TRL)
 def test_a_field_reaches_trl(field: str, tmp_path: Path) -> None:
-    value, attribute, expected = REACHES_TRL[field]
-    changes = {field: value} | ({"loss_type": LossType.ROBUST} if field == "label_smoothing" else {})
+    value, expected = REACHES_TRL[field]
+    attribute = OTHER_NAMES.get(field, field)
+    changes = {field: value} | ({"loss_type": "robust"} if field == "label_smoothing" else {})
     default = getattr(dpo_config(TrainingConfig(), tmp_path, evaluate=True), attribute)
     found = getattr(dpo_config(TrainingConfig(**changes), tmp_path, evaluate=True), attribute)
     assert found == expected
@@ -92,8 +98,8 @@ def test_the_base_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(model.AutoConfig, "from_pretrained", lambda name, **options: LlamaConfig())
     training = TrainingConfig(
-        base_model="a/b", base_revision="abc", bnb_4bit_quant_type=QuantType.FP4,
-        bnb_4bit_compute_dtype=ComputeType.FLOAT16, bnb_4bit_use_double_quant=False,
+        base_model="a/b", base_revision="abc", bnb_4bit_quant_type="fp4",
+        bnb_4bit_compute_dtype="float16", bnb_4bit_use_double_quant=False,
     )  # fmt: skip
     model.load_base(training, device=0)
     quantisation = seen["quantization_config"]

@@ -43,7 +43,7 @@ def test_tokens_are_those_of_trl(tokenizer: Any) -> None:
     config = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=128)
     theirs = trainer._prepare_dataset(Dataset.from_list(rows), tokenizer, config, "train")
     reader = PairTokenizer(tokenizer)
-    ours = as_dataset([reader.tokenize(PairRow(**row), 1, LengthReport()) for row in rows])
+    ours = as_dataset(reader.tokenize([("f:1", PairRow(**row)) for row in rows], LengthReport()))
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert list(ours[name]) == list(theirs[name])
 
@@ -97,6 +97,20 @@ def test_rendered_pairs_are_prompt_text_and_end_of_turn(family: Family, text: st
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_texts_together_give_the_tokens_of_each_alone(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [conversation(text, f"{text} dog", chosen_finish_reason="length") for text in (*TEXTS, *TEXTS[::-1])]
+    tokenizer, together = load_as(family, tmp_path, rows)
+    monkeypatch.setattr(
+        PairTokenizer, "_encode", lambda _, texts: [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    )
+    _, alone = load_as(family, tmp_path, rows)
+    assert together == alone
+    assert len(together.pairs) == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_sampled_tokens_are_trained_on_as_they_are(family: Family, tmp_path: Path) -> None:
     tokenizer = family.build_tokenizer(tmp_path / "model")
     end = tokenizer.convert_tokens_to_ids(family.eos)
@@ -115,7 +129,7 @@ def test_sampled_tokens_are_trained_on_as_they_are(family: Family, tmp_path: Pat
 
 def test_a_side_cut_at_max_length_is_not_exact(tokenizer: Any) -> None:
     report, pair = LengthReport(), TokenPair(1, "", [1] * 4, [1] * 4, [2] * 5, (True, True))
-    report.use(pair, max_length=8)
+    report.add(pair, max_length=8)
     assert report.exact_share == 0.5
 
 

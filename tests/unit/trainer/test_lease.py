@@ -1,19 +1,20 @@
 """One trainer at a time: taking, keeping, losing and giving back the lease."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.store.workspace import Workspace
-from tasks.trainer.lease import Holder, Lease, LeaseLostError, SwapFile, is_dead, this_process
+from tasks.trainer.lease import Lease, LeaseLostError, is_dead, this_process
 from tests.fakes.gcs import BUCKET, FakeGcs
 
 
@@ -24,75 +25,50 @@ def gcs() -> Iterator[FakeGcs]:
 
 
 @pytest.fixture(params=["local", "gcs"])
-def make_file(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], SwapFile]:
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
-        return lambda: SwapFile(str(tmp_path / "training" / "lease.json"))
+        return str(tmp_path / "training" / "lease.json")
     request.getfixturevalue("gcs")
-    uri = f"gs://{BUCKET}/{uuid.uuid4().hex}/training/lease.json"
-    return lambda: SwapFile(uri)
+    return f"gs://{BUCKET}/{uuid.uuid4().hex}/training/lease.json"
 
 
 def ignore(*_: Any) -> None:
     """Take anything."""
 
 
-def foreign(file: SwapFile, **changes: Any) -> None:
+def foreign(uri: str, **changes: Any) -> None:
     """Let a trainer on another machine hold the lease."""
-    values = {"token": 7, "owner": "other", "beat": 0, "process": "boot/elsewhere/1/2", **changes}
-    _, version = file.read()
-    assert file.swap(version, Holder(**values))
+    store, values = Workspace.holding(uri), {"token": 7, "owner": "other", "beat": 0, "process": "boot/elsewhere/1/2"}
+    assert store.swap(uri, json.dumps({**values, **changes}).encode(), store.read_versioned(uri)[1])
 
 
-def test_a_swap_needs_the_version_that_was_read(make_file: Callable[[], SwapFile]) -> None:
-    file, other = make_file(), make_file()
-    _, version = file.read()
-    holder = Holder(token=1, owner="a", beat=0, process="")
-    assert file.swap(version, holder)
-    assert not other.swap(version, Holder(token=1, owner="b", beat=0, process=""))
-    assert other.read()[0] == holder
+def test_of_many_at_once_one_gets_it(uri: str) -> None:
+    leases, barrier, taken = [Lease(uri, 60, ignore) for _ in range(4)], threading.Barrier(4), []
 
-
-def test_of_many_at_once_one_gets_it(make_file: Callable[[], SwapFile]) -> None:
-    make_file().read()
-    barrier, won = threading.Barrier(4), []
-
-    def contend(name: str) -> None:
-        file = make_file()
-        _, version = file.read()
+    def contend(lease: Lease) -> None:
         barrier.wait()
-        if file.swap(version, Holder(token=1, owner=name, beat=0, process="")):
-            won.append(name)
+        lease.acquire(ignore)
+        taken.append(lease.token)
+        lease.release()
 
-    threads = [threading.Thread(target=contend, args=(str(number),)) for number in range(4)]
+    threads = [threading.Thread(target=contend, args=(lease,)) for lease in leases]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    holder = make_file().read()[0]
-    assert holder is not None
-    assert won == [holder.owner]
+    assert taken == [1, 2, 3, 4], "one after the other"
 
 
-def test_tokens_grow_and_a_released_lease_is_free_at_once(make_file: Callable[[], SwapFile]) -> None:
-    tokens = []
-    for _ in range(3):
-        lease = Lease(make_file(), 60, ignore)
-        lease.acquire(ignore)
-        tokens.append(lease.token)
-        lease.release()
-    assert tokens == [1, 2, 3]
-
-
-def test_a_holder_that_lives_is_waited_for_and_a_silent_one_replaced(make_file: Callable[[], SwapFile]) -> None:
-    file, told = make_file(), []
-    foreign(file)
-    lease = Lease(make_file(), 4.0, ignore)
+def test_a_holder_that_lives_is_waited_for_and_a_silent_one_replaced(uri: str) -> None:
+    told: list[str] = []
+    foreign(uri)
+    lease = Lease(uri, 2.0, ignore)
     beats = threading.Event()
 
     def live() -> None:
         for beat in range(1, 6):
             time.sleep(0.5)
-            foreign(file, beat=beat)
+            foreign(uri, beat=beat)
         beats.set()
 
     thread = threading.Thread(target=live)
@@ -106,7 +82,7 @@ def test_a_holder_that_lives_is_waited_for_and_a_silent_one_replaced(make_file: 
 
 
 def test_a_dead_process_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
-    file = SwapFile(str(tmp_path / "lease.json"))
+    uri = str(tmp_path / "lease.json")
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     here = this_process().split("/")
     started = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -115,9 +91,9 @@ def test_a_dead_process_on_this_machine_is_replaced_at_once(tmp_path: Path) -> N
     child.kill()
     child.wait()
     assert is_dead(name)
-    foreign(file, process=name)
+    foreign(uri, process=name)
     before = time.monotonic()
-    lease = Lease(file, 3600, ignore)
+    lease = Lease(uri, 3600, ignore)
     lease.acquire(ignore)
     assert time.monotonic() - before < 5
     lease.release()
@@ -131,12 +107,12 @@ def test_a_reused_pid_is_another_process() -> None:
 
 
 def test_a_zombie_cannot_write(tmp_path: Path) -> None:
-    file, lost = SwapFile(str(tmp_path / "lease.json")), threading.Event()
-    zombie = Lease(file, 0.6, lost.set)
+    uri, lost = str(tmp_path / "lease.json"), threading.Event()
+    zombie = Lease(uri, 0.6, lost.set)
     zombie.acquire(ignore)
     store = Workspace(str(tmp_path), guard=zombie.check)
     store.write_bytes(store.uri("mine"), b"before")
-    foreign(file, token=2)
+    foreign(uri, token=2)
     with pytest.raises(LeaseLostError, match=r"token 1.*token 2"):
         store.write_bytes(store.uri("mine"), b"after")
     with pytest.raises(LeaseLostError), store.writing(store.uri("late")) as out:
@@ -147,21 +123,20 @@ def test_a_zombie_cannot_write(tmp_path: Path) -> None:
     assert not store.exists(store.uri("late"))
     assert lost.wait(5), "the heartbeat notices and stops the trainer"
     zombie.release()
-    holder = file.read()[0]
-    assert holder is not None
-    assert (holder.owner, holder.released) == ("other", False)
+    holder = json.loads(Path(uri).read_text())
+    assert holder["owner"] == "other", "nobody else's lease is given back"
 
 
 def test_a_lease_lost_while_a_file_is_written_keeps_the_file_from_appearing(tmp_path: Path) -> None:
-    file = SwapFile(str(tmp_path / "lease.json"))
-    lease = Lease(file, 60, ignore)
+    uri = str(tmp_path / "lease.json")
+    lease = Lease(uri, 60, ignore)
     lease.acquire(ignore)
     store = Workspace(str(tmp_path), guard=lease.check)
 
     def write() -> None:
         with store.writing(store.uri("adapter")) as out:
             out.write(b"weights")
-            foreign(file, token=2)
+            foreign(uri, token=2)
 
     with pytest.raises(LeaseLostError):
         write()
@@ -171,7 +146,7 @@ def test_a_lease_lost_while_a_file_is_written_keeps_the_file_from_appearing(tmp_
 
 def test_a_torn_lease_file_counts_as_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "lease.json").write_text('{"token": 1, "ow')
-    lease = Lease(SwapFile(str(tmp_path / "lease.json")), 60, ignore)
+    lease = Lease(str(tmp_path / "lease.json"), 60, ignore)
     lease.acquire(ignore)
     assert "damaged" in caplog.text
     lease.release()

@@ -22,8 +22,9 @@ from tasks.errors import DiskFullError, PreflowError
 from tasks.store.workspace import PreferencesRef, Workspace, folder_digest
 from tasks.train.launch import base_digest, check_training_inputs, training_key
 from tasks.train.spec import TrainingSpec
-from tasks.trainer.run import TrainingRun
+from tasks.trainer.run import TrainingRun, gpu_usd_per_hour
 from tasks.trainer.stopping import StopFlag
+from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import build_adapter, build_base, pairs, write_preferences
 
 QV = ["q_proj", "v_proj"]
@@ -154,13 +155,17 @@ def test_an_adapter_that_did_not_move_is_not_committed(run: Run, monkeypatch: py
     assert not (run.folder / "adapter").exists()
 
 
-def test_validation_pairs_that_are_too_long_stop_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("too_long", [True, False])
+def test_without_usable_validation_pairs_nothing_is_evaluated(
+    tmp_path: Path, too_long: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     (long,) = pairs(1, 9)
     long["prompt"][0]["content"] = " ".join(["w1"] * 200)
-    run = Run(tmp_path, val=[long])
+    run = Run(tmp_path, val=[long] if too_long else [])
     build_adapter(run.sft, run.base)
     assert run.train().rows()[-1]["step"] == 2
-    assert "goes on without an evaluation" in caplog.text
+    assert not any("eval_loss" in row for row in run.rows())
+    assert ("goes on without an evaluation" in caplog.text) == too_long
 
 
 @pytest.mark.parametrize("failures", [1, 2])
@@ -188,3 +193,13 @@ def test_a_full_disk_at_the_end_costs_old_checkpoints_but_no_training(
     assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
     assert ("resuming from the checkpoint of step 3" in caplog.text) == (failures == 2)
     assert "no room for the finished adapter" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("node", "price"), [("gke-preflow-l4-spot-1f-x2", 0.4), ("gke-preflow-l4-on-demand-1f-x2", 1.0), ("worker-1", 0.0)]
+)
+def test_a_gpu_costs_what_its_kind_of_node_costs(node: str, price: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = json.loads((ROOT / "deployments" / "l4-spot.job-template.json").read_text())
+    monkeypatch.setenv("PREFLOW_GPU_USD_PER_HOUR", template["variables"]["properties"]["gpu_usd_per_hour"]["default"])
+    monkeypatch.setenv("PREFLOW_NODE", node)
+    assert gpu_usd_per_hour() == price

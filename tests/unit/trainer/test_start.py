@@ -7,32 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from tasks.config import TrainingConfig
-from tasks.errors import PreflowError
 from tasks.train import phases
+from tasks.train.launch import check_training_inputs
 from tasks.train.phases import Phases
 from tasks.train.spec import Progress
-from tasks.trainer.model import load_tokenizer
-from tests.fakes.tiny_training import large_tokenizer
+from tests.fakes.tiny_training import TinyWorld, large_tokenizer
 
 
 def test_a_vocabulary_of_128k_tokens_is_compared_in_seconds(tmp_path: Path) -> None:
-    training = TrainingConfig(base_model=str(large_tokenizer(tmp_path / "base")))
-    own = large_tokenizer(tmp_path / "sft")
+    world = TinyWorld.build(tmp_path)
+    for folder in (world.base, world.adapter):
+        large_tokenizer(folder)
+    config = world.base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 128_256}))
     started = time.monotonic()
-    assert len(load_tokenizer(training, own)) == 128_256
+    check_training_inputs(world.config())
     assert time.monotonic() - started < 60  # token by token it took 137 minutes
-
-
-def test_a_token_with_another_number_is_named_among_128k(tmp_path: Path) -> None:
-    training = TrainingConfig(base_model=str(large_tokenizer(tmp_path / "base")))
-    file = large_tokenizer(tmp_path / "sft") / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    words = tokenizer["model"]["vocab"]
-    words["w1000"], words["w2000"] = words["w2000"], words["w1000"]
-    file.write_text(json.dumps(tokenizer))
-    with pytest.raises(PreflowError, match=r"2 tokens have another number, 0 are missing \(e.g. 'w[12]000'\)"):
-        load_tokenizer(training, tmp_path / "sft")
 
 
 def test_a_long_phase_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,13 @@ import torch
 from safetensors import SafetensorError
 
 from tasks.config import TrainingConfig
+from tasks.errors import PreflowError
 from tasks.store.workspace import PreferencesRef
+from tasks.train.invariants import InvariantError
 from tasks.train.spec import ExitCode, TrainingSpec
 from tasks.trainer import worker
 from tasks.trainer.checkpoints import os_error
+from tasks.trainer.lease import LeaseLostError
 from tasks.trainer.stopping import StopFlag, StopTraining
 
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -26,6 +29,9 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
         (OSError(errno.EIO, "Input/output error"), ExitCode.DEFECT, "OSError: .*Input/output error"),
         (os_error(SafetensorError("bad header"), Path("/scratch")), ExitCode.DEFECT, "/scratch: bad header"),
         (torch.OutOfMemoryError("CUDA out of memory"), ExitCode.USER_ERROR, "out of memory on the accelerator"),
+        (PreflowError("give another base"), ExitCode.USER_ERROR, "give another base"),
+        (InvariantError("adapter-moves", "it did not"), ExitCode.INVARIANT, "invariant adapter-moves: it did not"),
+        (LeaseLostError("another trainer"), ExitCode.PREEMPTED, "another trainer"),
         (StopTraining("asked to stop"), ExitCode.PREEMPTED, "asked to stop"),
         (KeyError("x"), ExitCode.DEFECT, "KeyError: 'x'"),
     ],

@@ -1,18 +1,18 @@
-"""The process manager of the demo's vLLM, with a stub for vLLM: errors show the log, and nothing is left behind."""
+"""The demo's servers, with a stub for vLLM: errors show the log, and nothing is left running."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tasks.demo import watchdog
-from tasks.demo.serving import VllmOptions, vllm_server
+from tasks.demo.services import VllmOptions, vllm_server
 from tasks.errors import PreflowError
 
 # Answers /health, and has a child of its own that ignores SIGTERM, as an engine process in trouble would.
@@ -31,7 +31,7 @@ http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
 PARENT = """
 import sys, time
 from pathlib import Path
-from tasks.demo.serving import vllm_server
+from tasks.demo.services import vllm_server
 server = vllm_server(python=Path(sys.argv[1]), model=Path(sys.argv[2]), log=Path(sys.argv[3]))
 server.start()
 server.wait_ready(60)
@@ -55,32 +55,23 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pids(tmp_path: Path) -> Path:
-    return tmp_path / "pids"
+def stub(tmp_path: Path) -> Path:
+    return executable(tmp_path / "python", STUB.format(python=sys.executable, pids=str(tmp_path / "pids")))
 
 
-@pytest.fixture
-def stub(tmp_path: Path, pids: Path) -> Path:
-    return executable(tmp_path / "python", STUB.format(python=sys.executable, pids=str(pids)))
+def started(folder: Path) -> list[int]:
+    """Return the processes that the stub has written down: itself and its child."""
+    found = [int(pid) for pid in (folder / "pids").read_text().split()]
+    assert all(map(is_running, found))
+    return found
 
 
 def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_stop_ends_the_server_and_a_child_that_ignores_sigterm(
-    stub: Path, model: Path, pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stub: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.demo.services.GRACE_SECONDS", 0.5)
     lines: list[str] = []
@@ -88,23 +79,25 @@ def test_stop_ends_the_server_and_a_child_that_ignores_sigterm(
     server.start()
     server.wait_ready(60, lines.append)
     assert httpx.get(server.base_url.removesuffix("/v1") + "/health").status_code == 200
-    running = [int(pid) for pid in pids.read_text().split()]
-    assert all(map(is_running, running))
+    running = started(tmp_path)
     server.stop()
     assert not any(map(is_running, running))
     assert str(server.port) in lines[-1]
     server.stop()
 
 
-def test_kill_9_of_the_parent_leaves_nothing_behind(stub: Path, model: Path, pids: Path, tmp_path: Path) -> None:
+def test_kill_9_of_the_parent_leaves_nothing_behind(stub: Path, model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(stub), str(model), str(tmp_path / "vllm.log")]
     environment = {**os.environ, "PYTHONPATH": str(Path(watchdog.__file__).parents[2])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "ready\n"
-        running = [int(pid) for pid in pids.read_text().split()]
+        running = started(tmp_path)
         parent.send_signal(signal.SIGKILL)
-    assert wait_until(lambda: not any(map(is_running, running)))
+    deadline = time.monotonic() + 30
+    while any(map(is_running, running)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, running))
 
 
 def test_a_server_that_dies_while_starting_shows_the_end_of_its_log(model: Path, tmp_path: Path) -> None:

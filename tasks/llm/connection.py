@@ -1,0 +1,110 @@
+"""The connection to an OpenAI-compatible endpoint: one HTTP session, and every failure as what helps against it."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+
+from tasks.config import EndpointConfig
+from tasks.llm.responses import CreditUsedUp, KeyRefused, QuotaUsedUp, StageStopped, Transient, classify
+from tasks.llm.secrets import resolve_secret
+
+
+class Connection:
+    """An HTTP session with one endpoint. Use as an async context manager, in one event loop.
+
+    aiohttp by itself: a client on top of it takes as much CPU a request as all the rest.
+
+    Args:
+        config: says where and within which limits.
+        api_key: the key itself (see `resolve_secret`).
+        headers: further ones. Neither they nor the key appear in a message.
+    """
+
+    _session: aiohttp.ClientSession
+
+    def __init__(self, config: EndpointConfig, api_key: str | None, headers: Mapping[str, str] | None = None) -> None:
+        self.config = config
+        self._key = api_key
+        key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {"Content-Type": "application/json", **key, **(headers or {})}
+        address, mark, query = config.endpoint.partition("?")
+        self.base_url, self._query = address.rstrip("/"), mark + query
+
+    @classmethod
+    async def connect(cls, config: EndpointConfig, field: str) -> Self:
+        """Return the endpoint with its key and headers looked up; `field` names the configuration in messages.
+
+        Raises:
+            PreflowError: a secret is missing.
+        """
+        key = await resolve_secret(config.api_key, f"{field}.api_key")
+        names = config.extra_headers.items()
+        headers = {name: await resolve_secret(value, f"{field}.extra_headers.{name}") or "" for name, value in names}
+        return cls(config, key, headers)
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),  # the window of requests is the limit
+            timeout=aiohttp.ClientTimeout(sock_connect=min(30.0, self.config.request_timeout_seconds)),
+            headers=self._headers,
+            proxy=_proxy_of(self.base_url),
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def _call(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:
+        """Return what comes back for a POST of `body`, or a GET without one.
+
+        Every failure is raised as Transient, RequestRefused or StageStopped.
+        """
+        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        request = self._session.request(method, url + self._query, data=data)
+        try:
+            async with asyncio.timeout(seconds), request as response:
+                content = await response.read()
+        except aiohttp.ClientError as error:
+            sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
+        except TimeoutError:
+            raise Transient(f"no answer within {seconds:g} s", maybe_billed=True) from None
+        if response.status < 400:
+            return content
+        failure = classify(response.status, response.headers, content, hide=self._key)
+        raise self._explain(failure) if isinstance(failure, StageStopped) else failure
+
+    def _explain(self, stopped: StageStopped) -> StageStopped:
+        """Return why the stage stops with where, which key and what to do."""
+        name, where = self.config.api_key, f"{self.config.endpoint} (model {self.config.model})"
+        which = f"the key {name}" if name else "a request without a key"
+        kept = "Everything answered so far is kept"
+        if isinstance(stopped, CreditUsedUp):
+            return CreditUsedUp(f"{where}: {which} has no credit left: {stopped}. {kept}: top it up, then run again")
+        if isinstance(stopped, QuotaUsedUp):
+            return QuotaUsedUp(
+                f"{where}: the day's quota of {which} is used up: {stopped}. {kept}: run again after that"
+            )
+        if not isinstance(stopped, KeyRefused):
+            return stopped
+        if name is None:
+            remedy = "it wants a key: set api_key to env:NAME (and export NAME=...) or to a Prefect Secret block's name"
+        elif name.startswith("env:"):
+            remedy = f"check the key and its account, and export {name.removeprefix('env:')}=... where the flow runs"
+        else:
+            remedy = f"check the key and its account, and change the Prefect Secret block {name!r}"
+        return type(stopped)(f"{self.config.endpoint} refused {which} for {self.config.model}: {stopped}; {remedy}")
+
+
+def _proxy_of(address: str) -> str | None:
+    """Return the proxy that the environment names for an address; aiohttp would look, in a thread, at each request."""
+    parts, proxies = urlsplit(address), getproxies()
+    return None if proxy_bypass(parts.netloc) else proxies.get(parts.scheme, proxies.get("all"))

@@ -1,0 +1,162 @@
+"""Evidence of a verdict: whole, the same each time, and whatever is changed in it is noticed and named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preflow.cli import Exit, main
+from tasks.config import PromotionConfig
+from tasks.errors import PreflowError
+from tasks.evaluate.evidence import collect_evidence, find_differences, read_evidence
+from tasks.evaluate.labels import Labelling, record_agreement
+from tasks.store.workspace import EvaluationRef, Workspace
+from tests.fakes.evaluated import evaluated
+
+PROMOTION = PromotionConfig(min_win_rate=0.55)
+
+
+def mostly_new(identity: str) -> list[int | None]:
+    """Be undecided by the order now and then, unreadable once, and for the new adapter in most others."""
+    prompt, _, sample = identity[1:].partition("#")
+    number = 2 * int(prompt) + int(sample)
+    return [None, 1] if number == 31 else [0, 1] if number % 7 == 0 else [int(number % 5 > 0)] * 2
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> EvaluationRef:
+    made = evaluated(tmp_path_factory.mktemp("workspace"), mostly_new, judges=("other",))
+    labelling = Labelling(made, 20)
+    for number in range(labelling.total):
+        labelling.answer(number, "012"[number % 3])  # type: ignore[arg-type]
+    record_agreement(made)
+    return made
+
+
+@pytest.fixture
+def file(evaluation: EvaluationRef, tmp_path: Path) -> Path:
+    path = tmp_path / "evidence.json"
+    path.write_bytes(collect_evidence(evaluation, PROMOTION).text())
+    return path
+
+
+def differences(path: Path, change: Callable[[Any], object]) -> list[str]:
+    """Return what a verification finds after a change of the file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    return list(find_differences(read_evidence(path)))
+
+
+def test_what_was_written_holds_and_is_the_same_each_time(file: Path, evaluation: EvaluationRef) -> None:
+    assert collect_evidence(evaluation, PROMOTION).text() == file.read_bytes()
+    assert differences(file, lambda value: None) == []
+    found = read_evidence(file)
+    assert (len(found.comparisons), len(found.labels), found.verdict.unreadable) == (60, 20, 1)
+    assert found.verdict.second is not None
+    assert found.verdict.agreement is not None
+
+
+def test_answers_that_nobody_has_counted_yet_are_counted(tmp_path: Path) -> None:
+    made = evaluated(tmp_path, mostly_new)
+    Labelling(made, 20).answer(0, "1")
+    (tmp_path / "e.json").write_bytes(collect_evidence(made, PROMOTION).text())
+    assert differences(tmp_path / "e.json", lambda value: None) == []
+
+
+def test_it_tells_no_folder_no_address_and_no_secret(file: Path, evaluation: EvaluationRef) -> None:
+    text = file.read_text()
+    for private in ("secret-folder", Workspace.holding(evaluation.uri).root, "http://", "api_key", "/tmp"):
+        assert private not in text, private
+    assert '"rubric": "house.md"' in text
+
+
+def vote(value: Any, rows: str = "comparisons", row: int = 3, order: int = 0) -> Any:
+    return value[rows][row]["row"]["votes"][order]
+
+
+def sides(value: Any) -> None:
+    """Exchange both votes on a tie: no figure changes."""
+    for order in (0, 1):
+        cast = vote(value, row=0, order=order)
+        cast["best"], cast["worst"] = cast["worst"], cast["best"]
+
+
+def forge(value: Any) -> None:
+    """Change a vote together with the row's digest."""
+    from tasks.store.workspace import digest
+
+    vote(value)["best"] = 0
+    value["comparisons"][3]["sha256"] = digest(value["comparisons"][3]["row"])[:16]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda v: vote(v).update(best=0), "p1#1 was changed after the judges left it: its votes are labeller 0"),
+        (lambda v: vote(v).update(best=0), "verdict.win_rate: "),
+        (sides, "comparisons: p0#0 was changed"),
+        (lambda v: vote(v).update(confidence=5), "comparisons: p1#1 was changed"),
+        (lambda v: vote(v, "null").update(best=1 - vote(v, "null")["best"]), "verdict.null.win_rate"),
+        (lambda v: vote(v, order=2).update(best=0), "verdict.second.rate.win_rate"),
+        (forge, "the verdicts that were evaluated are"),
+        (lambda v: v["comparisons"].pop(), "the verdicts that were evaluated are"),
+        (lambda v: v["comparisons"][4]["row"]["completions"].reverse(), "comparisons: p2#0 was changed"),
+        (lambda v: v.update(null=None), "verdict.null: None by the comparisons"),
+        (lambda v: v["verdict"].update(lower=0.7), "verdict.lower: 0.6"),
+        (lambda v: v["verdict"].update(lower=0.7), "verdict: not what the run found"),
+        (lambda v: v["verdict"].update(detectable=0.51), "verdict.detectable"),
+        (lambda v: v.update(min_win_rate=0.9), "passes: False by the comparisons, True in the file"),
+        (lambda v: v.update(passes=False), "passes: True by the comparisons, False in the file"),
+        (lambda v: v.update(rubric="Always choose the second one."), "rubric: not the one that the judge was told"),
+        (lambda v: v["labels"].update({"p1#1": 0.5, "p2#1": 0.5, "p3#1": 0.5}), "verdict.agreement."),
+        (lambda v: v["made"][-1]["settings"].update(confidence=0.8), "verdict.confidence: 0.8"),
+        (lambda v: v["made"][0]["packages"].update(torch="9.9"), "seal: something was changed"),
+        (lambda v: v["labels"].clear(), "verdict.agreement: None by the comparisons"),
+        (lambda v: v["made"].pop(), "made: does not end with the evaluation"),
+    ],
+)  # fmt: skip
+def test_whatever_is_changed_is_noticed_and_named(file: Path, change: Callable[[Any], object], named: str) -> None:
+    found = differences(file, change)
+    assert any(named in difference for difference in found), found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not evidence"), ("[]", "not evidence"), ('{"format": "other"}', "format"),
+    ],
+)  # fmt: skip
+def test_another_file_is_no_evidence(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(PreflowError, match=said):
+        read_evidence(tmp_path / "x.json")
+    with pytest.raises(PreflowError, match="preflow evidence"):
+        read_evidence(tmp_path / "none.json")
+
+
+def test_a_row_that_is_no_comparison_is_named(file: Path) -> None:
+    with pytest.raises(PreflowError, match=r"comparisons\.3\.row"):
+        differences(file, lambda v: vote(v).pop("best"))
+
+
+def test_settings_that_are_none_are_refused(file: Path) -> None:
+    with pytest.raises(PreflowError, match="settings of the evaluation"):
+        differences(file, lambda v: v["made"][-1]["settings"].update(confidence=8))
+
+
+def test_verify_says_so_in_the_exit_code(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(file)]) == Exit.DONE
+    assert "holds: adapter aaaaaaaaaaaa wins" in capsys.readouterr().out
+    file.write_text(file.read_text().replace('"best": 1', '"best": 0', 1))
+    assert main(["verify", str(file)]) == Exit.WRONG
+    assert "was changed after the judges left it" in capsys.readouterr().out
+
+
+def test_what_is_no_longer_there_is_named(tmp_path: Path) -> None:
+    made = evaluated(tmp_path, mostly_new, prompts=4)
+    (tmp_path / "verdicts/main/rubric.md").unlink()
+    with pytest.raises(PreflowError, match=r"rubric\.md.*run the pipeline again"):
+        collect_evidence(made, PROMOTION)

@@ -1,0 +1,205 @@
+"""A person's labels: which comparisons are shown, what is kept, and what they say of the judge and the win rate."""
+
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks.config import EvaluationConfig, JudgingConfig, PromotionConfig
+from tasks.errors import PreflowError
+from tasks.evaluate.labels import (
+    Labelling,
+    choose_rows,
+    correct_rate,
+    labels_uri,
+    measure_agreement,
+    new_is_left,
+    read_labels,
+    record_agreement,
+)
+from tasks.promote.pointer import find_disagreement
+from tasks.store.measures import read_evaluation
+from tasks.store.workspace import EvaluationRef
+from tests.fakes.comparisons import ERRING_JUDGES, PlantedJudge, draw_labels
+from tests.fakes.evaluated import evaluated
+
+Row = dict[str, Any]
+EVALUATION = EvaluationConfig(judging=JudgingConfig(model="j"))
+
+
+def rows(*outcomes: float | None, start: int = 0) -> list[Row]:
+    """Return comparisons, one a prompt, whose votes in both orders come to these outcomes; None was not asked."""
+    best = {1.0: (1, 1), 0.0: (0, 0), 0.5: (0, 1)}
+    return [
+        {
+            "id": f"p{number}#0", "prompt_id": f"p{number}",
+            "completions": ["a", "b" if outcome is not None else ""],
+            "votes": [{"judge": "j", "best": side} for side in best[outcome]] if outcome is not None else [],
+        }
+        for number, outcome in enumerate(outcomes, start)
+    ]  # fmt: skip
+
+
+# ---- what is shown
+
+
+def test_the_sample_is_random_the_same_each_time_and_of_as_many_prompts_as_there_are() -> None:
+    asked = [{"id": f"p{p}#{s}", "prompt_id": f"p{p}", "votes": [1]} for p in range(30) for s in range(4)]
+    silent = [{"id": f"q{p}#0", "prompt_id": f"q{p}", "votes": []} for p in range(30)]
+    chosen = choose_rows(asked + silent, 40)
+    assert choose_rows(reversed(asked), 40) == chosen
+    assert len({row["id"] for row in chosen}) == 40
+    assert len({row["prompt_id"] for row in chosen[:30]}) == 30
+    assert all(row["votes"] for row in chosen)
+    assert choose_rows(asked, 50)[:40] == chosen, "with more pairs, those that were judged stay"
+    assert {row["id"][-1] for row in chosen[:30]} == set("0123"), "any sample of a prompt"
+    assert 20 <= sum(new_is_left(row["id"]) for row in asked[:60]) <= 40
+
+
+def test_answers_are_kept_as_they_come_and_outlive_another_judge(tmp_path: Path) -> None:
+    made = evaluated(tmp_path, lambda identity: [1, 1])
+    labelling = Labelling(made, 12)
+    for number in range(12):
+        left, _ = labelling.show(number)["sides"]
+        labelling.answer(number, "1" if "new" in left else "2")
+        assert len(read_labels(made)) == number + 1
+    assert Labelling(made, 12).missing == []
+    assert len(Labelling(made, 16).missing) == 4
+    assert set(read_labels(made).values()) == {1.0}
+    labelling.answer(0, "0")
+    assert list(read_labels(made).values()).count(0.5) == 1
+    found = record_agreement(made)
+    assert found is not None
+    assert read_evaluation(made).agreement == found
+    again = evaluated(tmp_path, lambda identity: [0, 0], judges=("other",))
+    assert again.uri != made.uri
+    assert len(read_labels(again)) == 12
+    disagreeing = record_agreement(again)
+    assert disagreeing is not None
+    assert disagreeing.share.value == pytest.approx(0.5 / 12)
+
+
+def test_nothing_to_judge_and_nothing_judged(tmp_path: Path) -> None:
+    made = evaluated(tmp_path, lambda identity: [1, 1], prompts=2)
+    assert record_agreement(made) is None
+    assert read_evaluation(made).agreement is None
+    assert not Path(labels_uri(made)).exists()
+    (tmp_path / "evaluations" / made.folder.rpartition("/")[2] / "comparisons.jsonl").write_text("")
+    with pytest.raises(PreflowError, match="asked nothing"):
+        Labelling(made, 40)
+
+
+def test_an_evaluation_that_names_no_samples_is_refused(tmp_path: Path) -> None:
+    made = evaluated(tmp_path, lambda identity: [1, 1], prompts=2)
+    (tmp_path / "verdicts/main/manifest.json").unlink()
+    with pytest.raises(PreflowError, match="missing"):
+        read_labels(made)
+
+
+# ---- what it says of the judge
+
+
+def test_agreement_by_hand() -> None:
+    judged = rows(1, 1, 0, 0.5, 0.5, 0, 1, 1)
+    labels = {"p0#0": 1.0, "p1#0": 0.0, "p2#0": 0.0, "p3#0": 0.5, "p4#0": 1.0}
+    found = measure_agreement(judged, labels, EVALUATION)
+    assert found is not None
+    assert found.labels == 5
+    assert found.share.value == pytest.approx((1 + 0 + 1 + 1 + 0.5) / 5)
+    human, judge = [1, 0, 0, 0.5, 1], [1, 1, 0, 0.5, 0.5]
+    chance = np.mean([1 - abs(h - j) for h in human for j in judge])
+    assert found.kappa is not None
+    assert found.kappa.value == pytest.approx((0.7 - chance) / (1 - chance))
+    assert found.share.lower < 0.7 < found.share.upper
+
+
+def test_labels_of_what_nobody_asked_and_of_other_runs_do_not_count() -> None:
+    judged = [*rows(1, 0, None), {**rows(1, start=3)[0], "votes": [{"judge": "j", "error": "unreadable"}]}]
+    assert measure_agreement(judged, {"p2#0": 1.0, "p3#0": 1.0, "x": 1.0}, EVALUATION) is None
+    found = measure_agreement(judged, {"p0#0": 1.0, "p2#0": 1.0}, EVALUATION)
+    assert found is not None
+    assert (found.labels, found.corrected.samples) == (1, 3)
+
+
+def test_where_everything_is_one_answer_there_is_no_kappa() -> None:
+    found = measure_agreement(rows(*[1.0] * 50), {f"p{number}#0": 1.0 for number in range(50)}, EVALUATION)
+    assert found is not None
+    assert found.kappa is None
+    assert (found.share.value, found.share.upper) == (1.0, 1.0)
+    assert 0.9 < found.share.lower < 0.95
+
+
+def test_a_judge_that_always_agrees_is_left_alone_and_one_that_errs_is_corrected() -> None:
+    judged = rows(*[1.0, 1.0, 0.0] * 100)
+    right = measure_agreement(judged, {row["id"]: float(row["votes"][0]["best"]) for row in judged[:60]}, EVALUATION)
+    assert right is not None
+    assert right.corrected.win_rate == pytest.approx(2 / 3, abs=0.01)
+    wrong = {row["id"]: float(row["votes"][0]["best"] and number % 2) for number, row in enumerate(judged[:60])}
+    corrected = measure_agreement(judged, wrong, EVALUATION)
+    assert corrected is not None
+    assert corrected.corrected.win_rate == pytest.approx(1 / 3, abs=0.03)
+    assert corrected.corrected.upper < 0.5
+
+
+# ---- by simulation; the long version is tests/benchmarks/bench_evidence.py
+
+
+@pytest.mark.parametrize("judge", ERRING_JUDGES, ids=lambda judge: judge.name)
+def test_the_corrected_interval_holds_the_true_rate(judge: PlantedJudge) -> None:
+    rng = np.random.default_rng(17)
+    held = runs = 0
+    for rate in (0.5, 0.65):
+        for labels in (40, 60):
+            for _ in range(100):
+                _, lower, upper = correct_rate(*astuple(draw_labels(rng, judge, rate, labels)), 0.95)
+                held += lower <= rate <= upper
+                runs += 1
+    # 95 % of 400 is 380, standard deviation 4.4.
+    assert held >= 367
+
+
+def test_a_judge_that_agrees_in_55_of_100_is_refused_and_a_good_one_is_not(tmp_path: Path) -> None:
+    found = read_evaluation(evaluated(tmp_path, lambda identity: [1, 1]))
+    rng = np.random.default_rng(19)
+    for wins, refused_in in ((0.55, (0.95, 1.0)), (0.85, (0.0, 0.15))):
+        planted = PlantedJudge("", wins, wins)
+        drawn = [draw_labels(rng, planted, 0.6).agreement() for _ in range(400)]
+        refused = [share.lower <= 0.6 for share in drawn]
+        assert refused_in[0] <= np.mean(refused) <= refused_in[1]
+        held = [share.lower <= wins <= share.upper for share in drawn]
+        assert np.mean(held) >= 0.92
+    assert "nobody has labelled" in (found.disagreement(0.6) or "")
+
+
+def test_a_run_waits_for_labels_only_if_it_won_and_is_told_to(tmp_path: Path) -> None:
+    won = evaluated(tmp_path, lambda identity: [1, 1])
+    asks = PromotionConfig(min_agreement=0.6)
+    assert "preflow label" in (find_disagreement(won, asks) or "")
+    assert find_disagreement(won, PromotionConfig()) is None
+    assert find_disagreement(won, asks.model_copy(update={"min_win_rate": 0.999})) is None, (
+        "it lost: nothing to wait for"
+    )
+    labelling = Labelling(won, 40)
+    for number in range(labelling.total):
+        labelling.answer(number, "1" if "new" in labelling.show(number)["sides"][0] else "2")
+    record_agreement(won)
+    assert find_disagreement(won, asks) is None
+    for number in range(labelling.total):
+        labelling.answer(number, "0")
+    record_agreement(won)
+    assert "agrees with a person in 50.0 %" in (find_disagreement(won, asks) or "")
+
+
+@pytest.mark.parametrize(("lower", "refused"), [(0.59, True), (0.61, False)])
+def test_the_gate_asks_for_labels_only_where_it_is_told_to(tmp_path: Path, lower: float, refused: bool) -> None:
+    made: EvaluationRef = evaluated(tmp_path, lambda identity: [1, 1])
+    found = read_evaluation(made)
+    assert found.refusal(0.5) is None
+    share = {"value": 0.7, "lower": lower, "upper": 0.8}
+    corrected = {"win_rate": 0.6, "lower": 0.5, "upper": 0.7}
+    agreement = {"labels": 50, "share": share, "kappa": None, "corrected": corrected}
+    judged = type(found).model_validate({**found.model_dump(), "agreement": agreement})
+    assert judged.refusal(0.5) is None
+    assert ("min_agreement (60 %)" in (judged.refusal(0.5, 0.6) or "")) == refused
