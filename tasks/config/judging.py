@@ -1,8 +1,8 @@
 """The judge, and the pairs made of its verdicts."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from tasks.config.base import ADDRESS, Operational, RubricLocation, SecretName
 from tasks.config.endpoint import EndpointConfig
@@ -80,7 +80,7 @@ class JudgingConfig(JudgeConfig):
         own = {name: getattr(self, name) for name in JudgeConfig.model_fields}
         return [JudgeConfig.model_construct(**own), *self.panel]
 
-    def verdict_identity(self) -> dict[str, Any]:
+    def verdict_identity(self) -> dict[str, JsonValue]:
         """Return the settings that determine the judges' answers; pair policy, bar and split are applied later."""
         applied_later = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "shard_size"}
         return {name: value for name, value in self.identity().items() if name not in applied_later}

@@ -15,8 +15,8 @@ from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, se
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.judge.prompt import INSTRUCTIONS, MARKS, build_messages, distinct_completions, orders_for, read_rubric
 from tasks.judge.verdict import UnreadableVerdict, Verdict, read_verdict, verdict_format
-from tasks.llm.client import Choice, Endpoint, RequestRefused
-from tasks.llm.responses import PERMANENT, price
+from tasks.llm.client import Endpoint
+from tasks.llm.responses import PERMANENT, Choice, RequestRefused, price
 from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, VerdictsRef, Workspace, digest, stage_key
 
 VERSION = 3
@@ -298,9 +298,13 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
             votes: list[Vote] = []
             for (model, count), (_, outcomes) in zip(counts.items(), of_judges, strict=True):
                 count.add(outcomes)
-                votes += ({"judge": model, **_as_vote(outcome)} for outcome in outcomes)
-                for outcome in filter(lambda outcome: outcome.error, outcomes):
-                    failures.write_row({"judge": model, **(outcome.error or {})})
+                for row, error in ((outcome.row, outcome.error) for outcome in outcomes):
+                    if error is None:
+                        votes.append({"judge": model, **(row or {})})
+                        continue
+                    failures.write_row({"judge": model, **error})
+                    failed = {"order": error["order"], "error": error["reason"], "raw": error["detail"]}
+                    votes.append({"judge": model, **failed})
             out.write_row({**of_judges[0][0], "votes": votes})
     artifact = VerdictsRef(uri=f"{folder}/verdicts.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
     _write_manifest(plan, artifact, counts, {"verdicts.jsonl": out.file, "failures.jsonl": failures.file})
@@ -315,12 +319,6 @@ def as_asked(question: Question, outcome: Outcome) -> Outcome:
     asked = outcome.row["order"]
     places = {name: question.order[asked.index(outcome.row[name])] for name in ("best", "worst")}
     return outcome.model_copy(update={"row": {**outcome.row, "order": question.order, **places}})
-
-
-def _as_vote(outcome: Outcome) -> Vote:
-    if outcome.error is None:
-        return outcome.row or {}
-    return {"order": outcome.error["order"], "error": outcome.error["reason"], "raw": outcome.error["detail"]}
 
 
 def _write_manifest(

@@ -14,16 +14,10 @@ from openai import AsyncOpenAI
 from tasks.config import EndpointConfig
 from tasks.llm.batches import MOST_REQUESTS, Batches
 from tasks.llm.dialect import CERTAIN, Dialect
-from tasks.llm.limits import Budget, BudgetExceeded, Gate, Window, per_minute
+from tasks.llm.limits import Budget, Gate, Window
 from tasks.llm.responses import (
     BATCH_PRICE,
     Answer,
-    Choice,
-    CreditUsedUp,
-    EndpointDown,
-    KeyRefused,
-    ModelInfo,
-    QuotaUsedUp,
     RequestRefused,
     StageStopped,
     Transient,
@@ -33,26 +27,9 @@ from tasks.llm.responses import (
     read_answer,
 )
 from tasks.llm.retries import Attempts, RetryPolicy
-from tasks.llm.secrets import resolve_secret
 from tasks.llm.vllm_admin import Administration, Template
 from tasks.store.refs import Cost
 from tasks.store.workspace import Workspace
-
-__all__ = [
-    "Answer",
-    "BudgetExceeded",
-    "Choice",
-    "CreditUsedUp",
-    "Endpoint",
-    "EndpointDown",
-    "KeyRefused",
-    "ModelInfo",
-    "QuotaUsedUp",
-    "RequestRefused",
-    "Stats",
-    "Template",
-    "resolve_secret",
-]
 
 # Completion tokens assumed for a request without max_tokens when money or tokens are set aside for it.
 UNBOUNDED_COMPLETION = 4096
@@ -78,8 +55,6 @@ class Stats:
 
     sent: int = 0
     succeeded: int = 0
-    retried: int = 0
-    in_flight: int = 0
     window: int = 0
     spent_usd: float = 0.0
     usage: Cost = field(default_factory=Cost)
@@ -118,8 +93,9 @@ class Endpoint(Administration):
         super().__init__(config, api_key, headers)
         self._stats = Stats()
         self._window = Window(config.max_concurrency)
-        caps = per_minute(config.requests_per_minute), per_minute(config.tokens_per_minute)
-        self._gate = Gate(*caps, on_pause=lambda: self._retries.say("asked to pause"))
+        self._gate = Gate(
+            config.requests_per_minute, config.tokens_per_minute, lambda: self._retries.say("asked to pause")
+        )
         self._retries = RetryPolicy(config, self.ping, self._gate.pause)
         self._budget = Budget(config.budget_usd)
         self._dialect = Dialect(config.model)
@@ -149,8 +125,7 @@ class Endpoint(Administration):
     @property
     def stats(self) -> Stats:
         """A snapshot of the counters."""
-        retried, window, spent = self._retries.failures, self._window.size, self._budget.spent
-        return replace(self._stats, retried=retried, window=window, spent_usd=spent)
+        return replace(self._stats, window=self._window.size, spent_usd=self._budget.spent)
 
     def allowed_tokens(self, wanted: int) -> int:
         """Return `wanted`, or the most completion tokens that the endpoint has said to allow."""
@@ -270,7 +245,6 @@ class Endpoint(Administration):
     async def _send(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:
         self._retries.sent(attempts)
         self._stats.sent += 1
-        self._stats.in_flight += 1
         try:
             content = await self._call(f"{self.base_url}/chat/completions", body, self.config.request_timeout_seconds)
             answer = self._read(content, request.prompt_bytes)
@@ -283,8 +257,6 @@ class Endpoint(Administration):
         except RequestRefused:
             self._retries.answered()
             raise
-        finally:
-            self._stats.in_flight -= 1
         self._retries.answered()
         self._window.succeeded()
         self._stats.usage += answer.usage

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prefect.artifacts import acreate_markdown_artifact
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
@@ -28,10 +28,8 @@ class PromotionRefused(PreflowError):
     """The adapter did not win by enough; what was served before is still served."""
 
 
-class Won(BaseModel):
+class Won(BaseModel, frozen=True):
     """The evaluation that an adapter was promoted by."""
-
-    model_config = ConfigDict(frozen=True)
 
     uri: str
     win_rate: float
@@ -39,10 +37,8 @@ class Won(BaseModel):
     upper: float
 
 
-class Entry(BaseModel):
+class Entry(BaseModel, frozen=True):
     """One adapter that is or was served under a name: a promotion of it, or a rollback to it."""
-
-    model_config = ConfigDict(frozen=True)
 
     adapter_sha256: str
     uri: str
@@ -57,10 +53,8 @@ class Entry(BaseModel):
         return f"{self.adapter_sha256[:12]} (win rate {self.evaluation.win_rate:.3f})"
 
 
-class Pointer(BaseModel):
+class Pointer(BaseModel, frozen=True):
     """`CURRENT.json`: what is served under a name, and what was before, the newest first."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     current: Entry
@@ -135,6 +129,17 @@ def read_pointer(workspace: str, name: str) -> Pointer | None:
         return None
 
 
+def read_promoted(workspace: str, name: str, otherwise: str) -> Pointer:
+    """Return what is served under `name`.
+
+    Raises:
+        PreflowError: nothing was promoted; says what that means.
+    """
+    if (pointer := read_pointer(workspace, name)) is not None:
+        return pointer
+    raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: {otherwise}")
+
+
 def _pointer(uri: str, value: object) -> Pointer:
     try:
         return Pointer.model_validate(value)
@@ -193,9 +198,7 @@ def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
     Raises:
         PreflowError: there is no such entry, or it is no longer whole; says which there are.
     """
-    pointer = read_pointer(workspace, name)
-    if pointer is None:
-        raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: there is nothing to roll back")
+    pointer = read_promoted(workspace, name, "there is nothing to roll back")
     current = pointer.current.adapter_sha256
     latest: dict[str, Entry] = {}
     for entry in pointer.history:
@@ -271,9 +274,7 @@ async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
     Raises:
         PreflowError: nothing was promoted, there is no server, or the adapter does not pass its probe.
     """
-    pointer = read_pointer(workspace, promotion.name)
-    if pointer is None:
-        raise PreflowError(f"nothing was ever promoted as {promotion.name!r} in {workspace}: there is nothing to serve")
+    pointer = read_promoted(workspace, promotion.name, "there is nothing to serve")
     if promotion.endpoint is None:
         raise PreflowError("promotion.endpoint is empty: give the address of the vLLM that is to serve the adapter")
     for _ in range(ATTEMPTS):

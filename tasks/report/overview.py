@@ -9,7 +9,7 @@ from tasks.config import JudgingConfig
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.sections import NULL, metric_row, rates_of
-from tasks.store.measures import Evaluation, Health, Metric, QualityReport, percent
+from tasks.store.measures import Evaluation, Health, JudgeEstimate, Metric, QualityReport, percent
 from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]
@@ -79,7 +79,7 @@ def glance_section(
 
 def rate_bars(found: Evaluation) -> tuple[list[RateBar], RateBar | None]:
     """Return what to draw of an evaluation: every win rate there is, and SFT against itself."""
-    bars = [RateBar(name, rate.win_rate, rate.lower, rate.upper) for name, rate, _, _ in rates_of(found, 0.5)]
+    bars = [RateBar(name, rate) for name, rate, _, _ in rates_of(found, 0.5)]
     null = bars.pop() if bars[-1].name == NULL else None
     return bars, null
 
@@ -169,25 +169,27 @@ def _models(manifests: Sequence[Manifest]) -> Iterator[tuple[Cell, ...]]:
             yield "rubric", judging.rubric, None
 
 
-def approval_section(estimates: Sequence[Row], comparisons: int) -> ReportSection:
+def approval_section(estimates: Sequence[JudgeEstimate], comparisons: int) -> ReportSection:
     """Show what the judges are about to be asked and what that will cost.
 
     Args:
-        estimates: one for each judge: model, requests, known, prompt_tokens, completion_tokens,
-            most_completion_tokens, usd, most_usd.
+        estimates: one for each judge.
         comparisons: verdicts that the evaluation will want later, at most.
     """
     columns = (
         "judge", "requests", "answered before", "prompt tokens", "completion tokens", "tokens at most", "US$",
         "US$ at most",
     )  # fmt: skip
-    counted = ("requests", "known", "prompt_tokens", "completion_tokens", "most_completion_tokens")
     rows = tuple(
-        (str(row["model"]), *(row[name] for name in counted), *(format_usd(row[name]) for name in ("usd", "most_usd")))
-        for row in estimates
-    )
-    requests, usd, most = (sum(row[name] for row in estimates) for name in ("requests", "usd", "most_usd"))
-    priced = f"about {format_usd(usd)} US$, at most {format_usd(most)}" if most else "no price is set"
+        (
+            one.model, one.requests, one.known, one.expected.prompt_tokens, one.expected.completion_tokens,
+            one.most.completion_tokens, format_usd(one.expected.usd), format_usd(one.most.usd),
+        )
+        for one in estimates
+    )  # fmt: skip
+    requests, expected = sum(one.requests for one in estimates), sum(one.expected.usd for one in estimates)
+    most = sum(one.most.usd for one in estimates)
+    priced = f"about {format_usd(expected)} US$, at most {format_usd(most)}" if most else "no price is set"
     advice = () if most else ("Set judging.prompt_price and completion_price to see what this will cost.",)
     summary = (
         f"The judge is about to be asked {requests:,} questions ({priced}); the evaluation will want up to "

@@ -197,7 +197,7 @@ def evaluation_section(
         f"{'over' if found.proven > bar else 'not over'} the bar of {percent(bar, '.3g')}."
     )
     rows = tuple(
-        (name, ok, percent(rate.win_rate), percent_range(rate.lower, rate.upper), percent(rate.confidence, ".3g"),
+        (name, ok, percent(rate.win_rate), rate.interval(), percent(rate.confidence, ".3g"),
          rate.samples, rate.prompts, percent(rate.ties))
         for name, rate, _, ok in rates_of(found, bar)
     )  # fmt: skip

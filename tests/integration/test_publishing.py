@@ -145,14 +145,13 @@ async def test_a_hub_that_stays_away_leaves_nothing_half_done(workspace: str, hu
     assert sum(method == "PUT" for method, _ in hub.asked) == 1, "what had arrived was sent again"
 
 
-async def test_a_large_file_that_does_not_get_through_is_said(workspace: str, hub: FakeHub) -> None:
-    hub.faults = {"/blob/": [400] * 50}
+async def test_what_the_hub_refuses_is_said(workspace: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PreflowError, match=r"answered 403.*may not write to other/better"):
+        await published(workspace, repo="other/better")
+    hub.faults = {"/blob/": [400] * 50}  # a large file does not get through
     with pytest.raises(PreflowError, match="does not take it"):
         await published(workspace)
     assert hub.repos["lab/better"].files == {}
-
-
-async def test_no_hub_is_said_plainly(workspace: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(PreflowError, match=r"http://127\.0\.0\.1:9 does not take it"):
         await published(workspace)
@@ -171,11 +170,6 @@ async def test_a_refused_token_is_named_and_not_shown(
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PreflowError, match=r"publishing\.token names env:HF_TOKEN, but it is not set"):
         await published(workspace)
-
-
-async def test_another_owners_repo_is_refused(workspace: str, hub: FakeHub) -> None:
-    with pytest.raises(PreflowError, match=r"answered 403.*may not write to other/better"):
-        await published(workspace, repo="other/better")
 
 
 async def test_what_cannot_be_published_is_refused_before_the_hub_is_asked(workspace: str, hub: FakeHub) -> None:

@@ -70,7 +70,7 @@ def make_metric(
         value: what was found; None: nothing to find it in.
         ok: whether it lies in its range; None: nothing to compare it with.
         advice: what to do.
-        detail: what the report shows of it besides.
+        detail: what else the report shows of it.
     """
     name, title, unit, healthy = about
     return Metric(
