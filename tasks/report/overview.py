@@ -38,7 +38,7 @@ def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
     if found.proven <= bar:
         return "Better, but not by enough", f"I{rate[1:]}; the bar is {percent(bar, '.3g')}."
     if found.agreement is not None and not found.agrees:
-        said = f"a person agrees with it in {found.agreement.share.text()}, and with a coin in 50 %"
+        said = f"a person agrees with it in {found.agreement.share.text()}, and would with a coin in 50 %"
         return "Better for the judge alone", f"By the judge {rate}, more than half; {said}."
     return "Better", f"The new adapter is better: {rate}, more than half."
 

@@ -171,7 +171,7 @@ def rates_of(found: Evaluation, bar: float) -> Iterator[Rate]:
         name = f"The same, by {', '.join(second.judges)}"
         yield Rate(name, second.rate, "lower bound over 50 %", second.rate.lower > 0.5)
     if (agreement := found.agreement) is not None:
-        name = f"The same, corrected by {agreement.labels} labels of a person"
+        name = f"Corrected by {agreement.labels} labels of a person"
         yield Rate(name, agreement.corrected, "lower bound over 50 %", agreement.corrected.lower > 0.5)
     if (null := found.null) is not None:
         yield Rate(NULL, null, f"50 % within the {percent(null.confidence, '.3g')} interval", found.null_holds)

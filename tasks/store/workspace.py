@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any, TypedDict
 
 from pydantic import BaseModel, ValidationError
@@ -311,7 +310,7 @@ class Workspace:
         stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
         return {posixpath.basename(stat.uri): self._sha256_of(stat) for stat in stats}
 
-    def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] = MappingProxyType({})) -> str:
+    def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] | None = None) -> str:
         """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256, and what is `extra`) last.
 
         Returns:
@@ -320,7 +319,7 @@ class Workspace:
         names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
             facts = pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)).model_dump(), names)
-        marker = indented_json({"files": dict(zip(names, facts, strict=True)), **extra})
+        marker = indented_json({"files": dict(zip(names, facts, strict=True)), **(extra or {})})
         self.write_bytes(posixpath.join(uri, COMMITTED), marker)
         return hashlib.sha256(marker).hexdigest()
 
