@@ -41,7 +41,7 @@ def chat(
 
     from tasks.demo.local import VLLM_PYTHON
     from tasks.errors import PreflowError
-    from tasks.llm.client import resolve_secret
+    from tasks.llm.secrets import resolve_secret
 
     address = endpoint or f"http://127.0.0.1:{os.environ.get('VLLM_PORT', '8000')}/v1"
     config = EndpointConfig(endpoint=address, model=model or "any", api_key=api_key)
@@ -65,8 +65,8 @@ async def choose(config: EndpointConfig, named: str | None, key: str | None) -> 
         PreflowError: the endpoint does not answer, or does not serve that model.
     """
     from tasks.errors import PreflowError
-    from tasks.llm.client import Endpoint, RequestRefused
-    from tasks.llm.responses import Transient
+    from tasks.llm.client import Endpoint
+    from tasks.llm.responses import RequestRefused, Transient
 
     async with Endpoint(config, key) as server:
         try:

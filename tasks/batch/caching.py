@@ -15,7 +15,6 @@ from prefect import Task
 from prefect.context import AsyncClientContext
 from prefect.filesystems import WritableFileSystem
 from prefect.serializers import JSONSerializer
-from pydantic import ConfigDict
 
 from tasks.errors import PreflowError
 from tasks.store.workspace import Origin, Reference, Workspace, digest
@@ -26,12 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Neither pickle nor Prefect's own "json" is safe to read from a bucket: both build objects that the file names.
 SERIALIZER = JSONSerializer(object_encoder=None, object_decoder=None)
-
-
-class _AnyReference(Reference):
-    """Any kind of reference, whatever fields its kind adds."""
-
-    model_config = ConfigDict(extra="ignore")
 
 
 class WorkspaceResults(WritableFileSystem):
@@ -79,7 +72,7 @@ def _find_problem(store: Workspace, content: bytes) -> str | None:
             return f"it wants to be read with the serializer {serializer.get('type')!r}, which could run code"
         if serializer.get("dumps_kwargs") or serializer.get("loads_kwargs"):
             return "its serializer has options that preflow never writes"
-        reference = _AnyReference.model_validate(json.loads(record["result"]))
+        reference = Reference.model_validate(json.loads(record["result"]), extra="ignore")  # of any kind
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "it is not a whole record of preflow"
     return None if store.is_intact(reference) else f"{reference.uri} is missing or differs from its digest"

@@ -21,8 +21,9 @@ from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
 from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
-from tasks.llm.client import Answer, Endpoint, RequestRefused, Template
-from tasks.llm.responses import PERMANENT, price
+from tasks.llm.client import Endpoint
+from tasks.llm.responses import PERMANENT, Answer, RequestRefused, price
+from tasks.llm.vllm_admin import Template
 from tasks.store.workspace import (
     MANIFEST,
     CompletionsRef,

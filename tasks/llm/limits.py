@@ -2,10 +2,7 @@
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from aiolimiter import AsyncLimiter
 
@@ -21,7 +18,7 @@ class BudgetExceeded(PreflowError):
     """The next request might cost more than what is left of `budget_usd`."""
 
 
-class Window:
+class Window(asyncio.Semaphore):
     """At most `size` requests in flight, over all callers, first come first served.
 
     Additive increase, multiplicative decrease (Chiu and Jain 1989): a throttled request halves the window, unless it
@@ -29,62 +26,39 @@ class Window:
     """
 
     def __init__(self, maximum: int) -> None:
+        super().__init__(maximum)
         self._maximum = maximum
         self._size = float(maximum)
         self._cut_at = float("-inf")
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self.in_flight = 0
+        self._to_close = 0  # places that go when the requests that have them are answered
 
     @property
     def size(self) -> int:
         """The number of requests that may be in flight now."""
         return int(self._size)
 
-    async def __aenter__(self) -> Self:
-        if self.in_flight < self.size and not self._waiting:
-            self.in_flight += 1
-            return self
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
-        self._admit()
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._leave()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        self.in_flight -= 1
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting and self.in_flight < self.size:
-            place = self._waiting.popleft()
-            if not place.done():
-                self.in_flight += 1
-                place.set_result(None)
+    def release(self) -> None:
+        """Give a place back."""
+        if self._to_close:
+            self._to_close -= 1
+        else:
+            super().release()
 
     def succeeded(self) -> None:
         """Grow by one per window of successes."""
-        if self._size < self._maximum:
-            self._size = min(float(self._maximum), self._size + 1 / self._size)
-            self._admit()
+        before, self._size = self.size, min(float(self._maximum), self._size + 1 / self._size)
+        if self.size > before:
+            self.release()
 
     def throttled(self, sent_at: float) -> None:
         """Halve, once for all requests that were in flight together; `sent_at` is of `time.monotonic`."""
         if sent_at > self._cut_at:
-            self._size = max(1.0, self._size / 2)
+            before, self._size = self.size, max(1.0, self._size / 2)
+            self._to_close += before - self.size
             self._cut_at = time.monotonic()
 
 
-def per_minute(limit: int | None) -> AsyncLimiter | None:
+def _per_minute(limit: int | None) -> AsyncLimiter | None:
     """Return a limiter that lets at most `limit` units through in any minute, or None.
 
     A leaky bucket lets its burst through on top of what leaks: the burst is a second's worth. It is taken off the
@@ -97,16 +71,14 @@ def per_minute(limit: int | None) -> AsyncLimiter | None:
 
 
 class Gate:
-    """Lets requests out one after the other, as the server's pauses and the caps per minute allow.
+    """Lets requests out one after the other, as the server's pauses and the caps of requests and tokens a minute allow.
 
     A request's tokens are known when it is answered: until then it counts somewhat more than the others on average, and
     the difference is settled with the next.
     """
 
-    def __init__(
-        self, requests: AsyncLimiter | None, tokens: AsyncLimiter | None, on_pause: Callable[[], None]
-    ) -> None:
-        self._requests, self._tokens, self._on_pause = requests, tokens, on_pause
+    def __init__(self, requests: int | None, tokens: int | None, on_pause: Callable[[], None]) -> None:
+        self._requests, self._tokens, self._on_pause = _per_minute(requests), _per_minute(tokens), on_pause
         self._turn = asyncio.Lock()
         self._paused_until = 0.0
         self._known, self._answered, self._debt = 0.0, 0, 0.0

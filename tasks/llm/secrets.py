@@ -33,8 +33,7 @@ async def _load_secret(name: str, field: str) -> str | None:
 
     create = f"""python -c "from prefect.blocks.system import Secret; Secret(value=input('value: ')).save('{name}')" """
     block = await _load_block(Secret, name, field, f"in the Prefect UI (Blocks > Secret), or with: {create.strip()}")
-    # Not `get()`: that would turn a key of digits into a number.
-    value = block.value.get_secret_value()
+    value = block.value.get_secret_value()  # not `get()`: that would turn a key of digits into a number
     return value if isinstance(value, str) else None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prefect.artifacts import acreate_markdown_artifact
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
@@ -28,21 +28,19 @@ class PromotionRefused(PreflowError):
     """The adapter did not win by enough; what was served before is still served."""
 
 
-class Won(BaseModel):
-    """The evaluation that an adapter was promoted by."""
-
-    model_config = ConfigDict(frozen=True)
+class Won(BaseModel, frozen=True):
+    """The evaluation that an adapter was promoted by, and the bars that it passed."""
 
     uri: str
     win_rate: float
     lower: float
     upper: float
+    min_win_rate: float = 0.5
+    min_agreement: float = 0.0
 
 
-class Entry(BaseModel):
+class Entry(BaseModel, frozen=True):
     """One adapter that is or was served under a name: a promotion of it, or a rollback to it."""
-
-    model_config = ConfigDict(frozen=True)
 
     adapter_sha256: str
     uri: str
@@ -57,10 +55,8 @@ class Entry(BaseModel):
         return f"{self.adapter_sha256[:12]} (win rate {self.evaluation.win_rate:.3f})"
 
 
-class Pointer(BaseModel):
+class Pointer(BaseModel, frozen=True):
     """`CURRENT.json`: what is served under a name, and what was before, the newest first."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     current: Entry
@@ -135,6 +131,17 @@ def read_pointer(workspace: str, name: str) -> Pointer | None:
         return None
 
 
+def read_promoted(workspace: str, name: str, otherwise: str) -> Pointer:
+    """Return what is served under `name`.
+
+    Raises:
+        PreflowError: nothing was promoted; says what that means.
+    """
+    if (pointer := read_pointer(workspace, name)) is not None:
+        return pointer
+    raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: {otherwise}")
+
+
 def _pointer(uri: str, value: object) -> Pointer:
     try:
         return Pointer.model_validate(value)
@@ -168,7 +175,10 @@ def move_pointer(
     adapter: AdapterRef, evaluation: EvaluationRef, uri: str, workspace: str, promotion: PromotionConfig
 ) -> PromotionRef:
     """Make `CURRENT.json` name the adapter; what it named before goes to the head of its history."""
-    won = Won(uri=evaluation.uri, win_rate=evaluation.win_rate, lower=evaluation.lower, upper=evaluation.upper)
+    won = Won(
+        **evaluation.model_dump(include={"uri", "win_rate", "lower", "upper"}),
+        **promotion.model_dump(include={"min_win_rate", "min_agreement"}),
+    )
 
     def move(before: Pointer | None) -> Pointer | None:
         if before is not None and before.current.adapter_sha256 == adapter.sha256:
@@ -193,9 +203,7 @@ def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
     Raises:
         PreflowError: there is no such entry, or it is no longer whole; says which there are.
     """
-    pointer = read_pointer(workspace, name)
-    if pointer is None:
-        raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: there is nothing to roll back")
+    pointer = read_promoted(workspace, name, "there is nothing to roll back")
     current = pointer.current.adapter_sha256
     latest: dict[str, Entry] = {}
     for entry in pointer.history:
@@ -271,9 +279,7 @@ async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:
     Raises:
         PreflowError: nothing was promoted, there is no server, or the adapter does not pass its probe.
     """
-    pointer = read_pointer(workspace, promotion.name)
-    if pointer is None:
-        raise PreflowError(f"nothing was ever promoted as {promotion.name!r} in {workspace}: there is nothing to serve")
+    pointer = read_promoted(workspace, promotion.name, "there is nothing to serve")
     if promotion.endpoint is None:
         raise PreflowError("promotion.endpoint is empty: give the address of the vLLM that is to serve the adapter")
     for _ in range(ATTEMPTS):
@@ -324,9 +330,14 @@ def find_rollback(adapter: AdapterRef, workspace: str, promotion: PromotionConfi
     return f"it was rolled back at {latest.rolled_back_at}; run promote-adapter to serve it again"
 
 
-def find_disagreement(evaluation: EvaluationRef, promotion: PromotionConfig) -> str | None:
-    """Return why an adapter that won waits for a person's labels, or is refused by them; None if it does not."""
-    if not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
+def find_disagreement(
+    evaluation: EvaluationRef, promotion: PromotionConfig, promoted: PromotionRef | None = None
+) -> str | None:
+    """Return why an adapter that won waits for a person's labels, or is refused by them; None if it does not.
+
+    One that is promoted already stays so.
+    """
+    if promoted is not None or not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
         return None
     return read_evaluation(evaluation).disagreement(promotion.min_agreement)
 

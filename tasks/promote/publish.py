@@ -7,22 +7,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import httpx2
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.config import PublishingConfig
 from tasks.errors import PreflowError
 from tasks.llm.secrets import resolve_secret
 from tasks.promote.model_card import Provenance, base_name, write_card
-from tasks.promote.pointer import Entry, read_pointer
+from tasks.promote.pointer import Entry, read_promoted
 from tasks.store.workspace import COMMITTED, Workspace
 
 logger = logging.getLogger(__name__)
 
 
-class Publication(BaseModel):
+class Publication(BaseModel, frozen=True):
     """Where an adapter was published: `commit` is the hub's, the same as before if nothing had changed."""
-
-    model_config = ConfigDict(frozen=True)
 
     repo: str
     url: str
@@ -38,27 +36,29 @@ def find_published(workspace: str, name: str, publishing: PublishingConfig) -> E
     """
     if not publishing.repo:
         raise PreflowError("publishing.repo is empty: name the repository on the hub, owner/name")
-    pointer = read_pointer(workspace, name)
-    if pointer is None:
-        raise PreflowError(
-            f"nothing was promoted as {name!r} in {workspace}, and only an adapter that passed its gate is published: "
-            "promote one first"
-        )
+    otherwise = "only an adapter that passed its gate is published; promote one first"
+    pointer = read_promoted(workspace, name, otherwise)
     Workspace(workspace).verify_folder(pointer.current.uri)
     return pointer.current
 
 
-async def publish(entry: Entry, workspace: str, publishing: PublishingConfig) -> Publication:
+async def publish(
+    entry: Entry, workspace: str, publishing: PublishingConfig, evidence: bytes | None = None
+) -> Publication:
     """Upload the adapter of a pointer's entry with its card in one commit; what is there already is not sent again.
+
+    The card names the evidence of its win rate, if there is any; that is uploaded where `publishing` says so.
 
     Raises:
         PreflowError: the token is missing or refused, the hub does not answer, or a manifest is missing.
     """
     provenance = Provenance.of(entry, workspace)
-    card = write_card(provenance, publishing)
+    card = write_card(provenance, publishing, evidence)
     token = await resolve_secret(publishing.token, "publishing.token")
     with TemporaryDirectory() as scratch:
         folder = _lay_out(entry.uri, Path(scratch), card, base_name(provenance, publishing))
+        if evidence is not None and publishing.evidence:
+            (folder / "evidence.json").write_bytes(evidence)
         found = _upload(folder, entry.adapter_sha256, publishing, str(token))
     logger.info("adapter %s is published as %s (commit %s)", entry.adapter_sha256[:12], found.url, found.commit[:12])
     return found

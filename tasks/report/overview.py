@@ -9,7 +9,7 @@ from tasks.config import JudgingConfig
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.sections import NULL, metric_row, rates_of
-from tasks.store.measures import Evaluation, Health, Metric, QualityReport, percent
+from tasks.store.measures import Evaluation, Health, JudgeEstimate, Metric, QualityReport, percent
 from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]
@@ -23,12 +23,7 @@ RATES_CAPTION = "How often the new adapter wins; bars are the intervals, the ban
 
 
 def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
-    """Say in a few words, and in one sentence, whether the new adapter is better than the SFT adapter, and how surely.
-
-    Args:
-        found: the evaluation.
-        bar: what the intervals' lower bounds must be over to be promoted.
-    """
+    """Say in a few words, and in one sentence, whether the new adapter is better than the SFT adapter, how surely."""
     rate = f"it wins {found.text()} of the comparisons ({percent(found.confidence, '.3g')} interval in brackets)"
     if found.null is not None and not found.null_holds:
         said = f"I{rate[1:]}, but the SFT adapter against itself comes out at {found.null.text()}."
@@ -43,7 +38,7 @@ def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
     if found.proven <= bar:
         return "Better, but not by enough", f"I{rate[1:]}; the bar is {percent(bar, '.3g')}."
     if found.agreement is not None and not found.agrees:
-        said = f"a person agrees with it in {found.agreement.share.text()}, and with a coin in 50 %"
+        said = f"a person agrees with it in {found.agreement.share.text()}, and would with a coin in 50 %"
         return "Better for the judge alone", f"By the judge {rate}, more than half; {said}."
     return "Better", f"The new adapter is better: {rate}, more than half."
 
@@ -55,7 +50,7 @@ def glance_section(
 
     Args:
         found: the evaluation.
-        bar: what the intervals' lower bounds must be over.
+        bar: what the intervals' lower bounds must be over to be promoted.
         served: what became of the adapter, as a sentence.
         figures: what carries the verdict.
         details: the pages that follow: the first one's comparisons are shown, and their advice if nothing is proven.
@@ -79,7 +74,7 @@ def glance_section(
 
 def rate_bars(found: Evaluation) -> tuple[list[RateBar], RateBar | None]:
     """Return what to draw of an evaluation: every win rate there is, and SFT against itself."""
-    bars = [RateBar(name, rate.win_rate, rate.lower, rate.upper) for name, rate, _, _ in rates_of(found, 0.5)]
+    bars = [RateBar(name, rate) for name, rate, _, _ in rates_of(found, 0.5)]
     null = bars.pop() if bars[-1].name == NULL else None
     return bars, null
 
@@ -114,12 +109,7 @@ def run_figures(
 ) -> list[Metric]:
     """Return the figures of the first page: evaluation, judge, training.
 
-    Args:
-        found: the evaluation.
-        bar: what its lower bounds must be over.
-        quality: what was measured about the judge and its pairs.
-        health: the readings of the training.
-        training: `figures` of the training's manifest; first_loss is the DPO loss before the first update.
+    `training` are the `figures` of the training's manifest; first_loss is the DPO loss before the first update.
     """
     judged = {metric.name: metric for metric in quality.metrics}
     read = {metric.name: metric for metric in health.readings}
@@ -132,12 +122,7 @@ def run_figures(
 
 
 def inputs_section(manifests: Sequence[Manifest], changed: Mapping[str, Any]) -> ReportSection:
-    """Show the prompts, models and judges that a run was made from, and the settings that are not the defaults.
-
-    Args:
-        manifests: the artifacts' manifests.
-        changed: dotted name of a setting to its value.
-    """
+    """Show the prompts, models and judges that a run was made from, and the settings that are not the defaults."""
     prompts = list[tuple[Cell, ...]]()
     for manifest in (manifest for manifest in manifests if manifest.stage == "prompts"):
         counts = (manifest.counts.get(name) for name in ("read", "duplicates", "in_training"))
@@ -169,25 +154,27 @@ def _models(manifests: Sequence[Manifest]) -> Iterator[tuple[Cell, ...]]:
             yield "rubric", judging.rubric, None
 
 
-def approval_section(estimates: Sequence[Row], comparisons: int) -> ReportSection:
+def approval_section(estimates: Sequence[JudgeEstimate], comparisons: int) -> ReportSection:
     """Show what the judges are about to be asked and what that will cost.
 
     Args:
-        estimates: one for each judge: model, requests, known, prompt_tokens, completion_tokens,
-            most_completion_tokens, usd, most_usd.
+        estimates: one for each judge.
         comparisons: verdicts that the evaluation will want later, at most.
     """
     columns = (
         "judge", "requests", "answered before", "prompt tokens", "completion tokens", "tokens at most", "US$",
         "US$ at most",
     )  # fmt: skip
-    counted = ("requests", "known", "prompt_tokens", "completion_tokens", "most_completion_tokens")
     rows = tuple(
-        (str(row["model"]), *(row[name] for name in counted), *(format_usd(row[name]) for name in ("usd", "most_usd")))
-        for row in estimates
-    )
-    requests, usd, most = (sum(row[name] for row in estimates) for name in ("requests", "usd", "most_usd"))
-    priced = f"about {format_usd(usd)} US$, at most {format_usd(most)}" if most else "no price is set"
+        (
+            one.model, one.requests, one.known, one.expected.prompt_tokens, one.expected.completion_tokens,
+            one.most.completion_tokens, format_usd(one.expected.usd), format_usd(one.most.usd),
+        )
+        for one in estimates
+    )  # fmt: skip
+    requests, expected = sum(one.requests for one in estimates), sum(one.expected.usd for one in estimates)
+    most = sum(one.most.usd for one in estimates)
+    priced = f"about {format_usd(expected)} US$, at most {format_usd(most)}" if most else "no price is set"
     advice = () if most else ("Set judging.prompt_price and completion_price to see what this will cost.",)
     summary = (
         f"The judge is about to be asked {requests:,} questions ({priced}); the evaluation will want up to "

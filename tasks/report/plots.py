@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from tasks.store.measures import WinRate
 
 # On a transparent ground this grey has a contrast of about 4 to 1 on white and on the dark page alike.
 INK = "#75808f"
@@ -22,15 +23,12 @@ PANELS = (
 )
 
 
-@dataclass(frozen=True)
-class RateBar:
-    """A win rate in a picture: its name and interval, and a wider interval to stand behind that, if there is one."""
+class RateBar(NamedTuple):
+    """A win rate in a picture, and one with a wider interval to stand behind it, if there is one."""
 
     name: str
-    rate: float
-    lower: float
-    upper: float
-    wider: tuple[float, float] | None = None
+    rate: WinRate
+    wider: WinRate | None = None
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -65,13 +63,9 @@ def legend_below(axes: Axes, columns: int) -> None:
 
 
 def plot_metrics(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Draw loss, accuracy, margin, rewards and log-probs over the steps; solid: training, dashed: held out.
+    """Return a PNG of loss, accuracy, margin, rewards and log-probs over the steps; solid: training, dashed: held out.
 
-    Args:
-        rows: of `metrics.jsonl`.
-
-    Returns:
-        A PNG. With no rows the panels are empty.
+    `rows` are those of `metrics.jsonl`; without any the panels are empty.
     """
     figure = new_figure(9, 9)
     for axes, (title, unit, names) in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
@@ -96,27 +90,19 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str, 
 
 
 def plot_rates(bars: Sequence[RateBar], null: RateBar | None) -> bytes:
-    """Draw win rates from the top down, the first one in blue, against one half and the SFT adapter against itself.
-
-    Args:
-        bars: the win rates.
-        null: SFT against itself, a line with a band.
-
-    Returns:
-        A PNG.
-    """
+    """Return a PNG of win rates from the top down, the first in blue, against one half and `null` (a band)."""
     figure = new_figure(5.6, 1.7 + 0.5 * len(bars))
     axes = figure.subplots()
     axes.axvline(50, color=INK, linestyle="--", linewidth=1, label="no better, no worse")
     if null is not None:
-        axes.axvspan(100 * null.lower, 100 * null.upper, color=ORANGE, alpha=0.15)
-        axes.axvline(100 * null.rate, color=ORANGE, linewidth=1.5, label=null.name)
-    for row, bar in enumerate(bars):
+        axes.axvspan(100 * null.rate.lower, 100 * null.rate.upper, color=ORANGE, alpha=0.15)
+        axes.axvline(100 * null.rate.win_rate, color=ORANGE, linewidth=1.5, label=null.name)
+    for row, (_, rate, wider) in enumerate(bars):
         colour = INK if row else BLUE
-        if bar.wider is not None:
-            axes.hlines(row, 100 * bar.wider[0], 100 * bar.wider[1], color=colour, linewidth=1, alpha=0.6)
-        axes.hlines(row, 100 * bar.lower, 100 * bar.upper, color=colour, linewidth=5)
-        axes.plot(100 * bar.rate, row, "o", color=colour, markeredgecolor="white", markersize=10)
+        if wider is not None:
+            axes.hlines(row, 100 * wider.lower, 100 * wider.upper, color=colour, linewidth=1, alpha=0.6)
+        axes.hlines(row, 100 * rate.lower, 100 * rate.upper, color=colour, linewidth=5)
+        axes.plot(100 * rate.win_rate, row, "o", color=colour, markeredgecolor="white", markersize=10)
     names = [bar.name if len(bar.name) <= 48 else f"{bar.name[:47]}…" for bar in bars]
     axes.set_yticks(range(len(bars)), names)
     axes.set_ylim(len(bars) - 0.5, -0.5)

@@ -24,18 +24,19 @@ from prefect.input.actions import aread_flow_run_input
 from prefect.input.run_input import keyset_from_base_key
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.power import power_before_price
 from tasks.judge.asking import VERDICT_TOKENS, JudgePlan, plan_judging
-from tasks.llm.responses import price
+from tasks.llm.responses import as_batch, price
 from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
 from tasks.report.run import evaluation_page
 from tasks.run.preflight import run_folder
+from tasks.store.measures import JudgeEstimate
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import CompletionsRef, Cost, EvaluationRef, PromotionRef, Workspace
 
@@ -53,10 +54,8 @@ class Decision(RunInput):
     note: str = Field("", title="Note", description="Why; it is kept with the run.")
 
 
-class Answer(BaseModel):
+class Answer(BaseModel, frozen=True):
     """What a person answered at one point of a run, about what, and when."""
-
-    model_config = ConfigDict(frozen=True)
 
     point: ApprovalPoint
     subject: str
@@ -84,8 +83,8 @@ async def approve_judging(config: PipelineConfig, completions: CompletionsRef) -
     if not any(estimate.requests for estimate in estimates):
         logger.info("every verdict is known: there is nothing to approve before judging")
         return
-    page = approval_section([estimate.model_dump() for estimate in estimates], count_comparisons(config))
-    each = sum(estimate.usd / estimate.requests for estimate in estimates if estimate.requests)
+    page = approval_section(estimates, count_comparisons(config))
+    each = sum(estimate.expected.usd / estimate.requests for estimate in estimates if estimate.requests)
     page = replace(page, notes=(power_before_price(config, each), *page.notes))
     answer = await _answer(config, point, completions.sha256, page)
     if answer.refusal:
@@ -130,7 +129,9 @@ async def _answer(config: PipelineConfig, point: ApprovalPoint, subject: str, pa
         flow_run_id=str(context.flow_run.id),
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _keep(config, [*answers, answer])
+    kept = {"answers": [one.model_dump(mode="json") for one in (*answers, answer)]}
+    Workspace(config.workspace).write_json(_answers_uri(config, point), kept)
+    logger.info("%s", answer.refusal or f"approved ({point}): {answer.note or 'no note'}")
     return answer
 
 
@@ -163,37 +164,14 @@ async def _show(page: ReportSection) -> str:
     return f"{page.summary}\n\n{where}"
 
 
-def answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
-    """Return where the answers given at a point of a run lie."""
+def _answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
     return posixpath.join(run_folder(config), "approvals", f"{point}.json")
 
 
 def read_answers(config: PipelineConfig, point: ApprovalPoint) -> list[Answer]:
     """Return every answer given at a point of a run, the oldest first."""
-    store, uri = Workspace(config.workspace), answers_uri(config, point)
+    store, uri = Workspace(config.workspace), _answers_uri(config, point)
     return [Answer.model_validate(row) for row in store.read_json(uri)["answers"]] if store.exists(uri) else []
-
-
-def _keep(config: PipelineConfig, answers: list[Answer]) -> None:
-    newest = answers[-1]
-    kept = {"answers": [answer.model_dump(mode="json") for answer in answers]}
-    Workspace(config.workspace).write_json(answers_uri(config, newest.point), kept)
-    logger.info("%s", newest.refusal or f"approved ({newest.point}): {newest.note or 'no note'}")
-
-
-class JudgeEstimate(BaseModel):
-    """What one judge is going to be asked: requests, those already answered, tokens and US$ (expected and at most)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    model: str
-    requests: int
-    known: int
-    prompt_tokens: int
-    completion_tokens: int
-    most_completion_tokens: int
-    usd: float
-    most_usd: float
 
 
 def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> list[JudgeEstimate]:
@@ -207,15 +185,14 @@ def _estimate(plan: JudgePlan) -> JudgeEstimate:
     asked, tokens = remaining.to_ask, remaining.prompt_tokens
     expected = Cost(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
     most = Cost(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
+    if judge.batch:
+        expected, most = as_batch(expected), as_batch(most)
     return JudgeEstimate(
         model=judge.model,
         requests=asked,
         known=remaining.known,
-        prompt_tokens=expected.prompt_tokens,
-        completion_tokens=expected.completion_tokens,
-        most_completion_tokens=most.completion_tokens,
-        usd=price(expected, judge).usd,
-        most_usd=price(most, judge).usd,
+        expected=price(expected, judge),
+        most=price(most, judge),
     )
 
 

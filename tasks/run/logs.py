@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from uuid import UUID
@@ -20,6 +21,8 @@ class _RunLog(logging.Handler):
     """Sends lines to the log, on the server, of the run that they were written in; outside of runs nowhere."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if "prefect" not in sys.modules:
+            return  # no run without it: a trainer would import it, for seconds, only to find none
         from prefect.context import FlowRunContext, TaskRunContext
         from prefect.logging.handlers import APILogHandler
 

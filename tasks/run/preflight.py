@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from tasks.config import EndpointConfig, PipelineConfig
 from tasks.errors import PreflowError
-from tasks.llm.client import Endpoint, resolve_secret
+from tasks.llm.client import Endpoint
+from tasks.llm.secrets import resolve_secret
 from tasks.run.stages import STAGES, Trial, fingerprint
 from tasks.store.workspace import PipelineResult, Workspace, stage_key
 

@@ -24,7 +24,6 @@ from tasks.store.workspace import Workspace
 
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
-Columns = Iterable[tuple[int, Any]]
 
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
@@ -65,7 +64,7 @@ def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
     elif head.startswith((b"\x1f\x8b", *(bom for bom, _ in ENCODINGS))) or b"\r" in head.rstrip(b"\r\n"):
         yield from _read_lines(uri, _text(uri, store).splitlines())
     elif head.lstrip().startswith(b"["):
-        yield from _read_array(uri, _text(uri, store))
+        yield from enumerate(parse_json(_text(uri, store), uri), 1)
     else:
         yield from _read_lines(uri, store.lines(uri))
 
@@ -138,13 +137,6 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
     return row
 
 
-def _read_array(uri: str, text: str) -> Iterator[tuple[int, Any]]:
-    rows = parse_json(text, uri)
-    if not isinstance(rows, list):
-        raise PreflowError(f"{uri}: a JSON {type(rows).__name__}, not a list of rows")
-    yield from enumerate(rows, 1)
-
-
 def _read_csv(text: str, delimiter: str) -> Iterator[tuple[int, Row]]:
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
     for row in reader:
@@ -172,16 +164,11 @@ def _read_arrow(uri: str, store: Workspace) -> Iterator[Row]:
             table = ipc.open_stream(content).read_all() if file.endswith(".arrow") else parquet.read_table(content)
         except ArrowException as error:
             raise PreflowError(f"{file}: damaged, or not what its name says ({error}). Write it again.") from error
-        yield from _plain(file, table.to_pylist())
-
-
-def _plain(uri: str, rows: Iterable[Row]) -> Iterator[Row]:
-    """Return rows as JSON holds them: dates as text, and no number that JSON has not."""
-    for number, row in enumerate(rows, 1):
-        try:
-            yield json.loads(json.dumps(row, default=str, allow_nan=False))
-        except ValueError as error:
-            raise PreflowError(f"{uri}, row {number}: {error}. Replace it by an empty value.") from error
+        for number, row in enumerate(table.to_pylist(), 1):
+            try:  # as JSON holds it: dates as text, and no number that JSON has not
+                yield json.loads(json.dumps(row, default=str, allow_nan=False))
+            except ValueError as error:
+                raise PreflowError(f"{file}, row {number}: {error}. Replace it by an empty value.") from error
 
 
 # ---- forms
@@ -200,7 +187,7 @@ def to_prompt(row: Any) -> tuple[Row, str]:
     for name, field, read in PROMPT_FORMS:
         if row.get(field) not in (None, ""):
             rest = {key: value for key, value in row.items() if key not in (field, "system", "system_prompt")}
-            converted = read(row, rest)
+            converted = read(row[field], field, rest)
             system = row.get("system") or row.get("system_prompt")
             if isinstance(system, str) and converted and converted[0]["role"] != "system":
                 converted = [{"role": "system", "content": system}, *converted]
@@ -219,32 +206,30 @@ def _user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def _from_prompt(row: Row, rest: Row) -> Messages:
-    prompt = row["prompt"]
-    return _user(prompt) if isinstance(prompt, str) else messages(prompt, "prompt")
+def _from_prompt(value: Any, field: str, rest: Row) -> Messages:
+    return _user(value) if isinstance(value, str) else messages(value, field)
 
 
-def _from_messages(row: Row, rest: Row) -> Messages:
+def _from_messages(value: Any, field: str, rest: Row) -> Messages:
     """Split a conversation into the prompt and the assistant's last answer, which is kept as `completion`."""
-    field = next(name for name in ("messages", "conversations", "conversation") if row.get(name))
-    found = messages(row[field], field)
+    found = messages(value, field)
     if found and found[-1]["role"] == "assistant":
         rest["completion"] = found.pop()["content"]
     return found
 
 
-def _from_instruction(row: Row, rest: Row) -> Messages:
+def _from_instruction(value: Any, field: str, rest: Row) -> Messages:
     given = rest.pop("input", None)
     if (answer := rest.pop("output", None)) is not None:
         rest["completion"] = answer
-    return _user(f"{row['instruction']}\n\n{given}" if given else str(row["instruction"]))
+    return _user(f"{value}\n\n{given}" if given else str(value))
 
 
-def _from_question(row: Row, rest: Row) -> Messages:
-    return _user(str(row.get("question") or row["query"]))
+def _from_question(value: Any, field: str, rest: Row) -> Messages:
+    return _user(str(value))
 
 
-PROMPT_FORMS: tuple[tuple[str, str, Callable[[Row, Row], Messages]], ...] = (
+PROMPT_FORMS: tuple[tuple[str, str, Callable[[Any, str, Row], Messages]], ...] = (
     ("prompt", "prompt", _from_prompt),
     ("messages (OpenAI)", "messages", _from_messages),
     ("conversations (ShareGPT)", "conversations", _from_messages),

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-from tasks.store.refs import EvaluationRef
+from tasks.store.refs import Cost, EvaluationRef
 from tasks.store.workspace import Workspace
 
 AGREEMENT = "agreement.json"
@@ -25,13 +25,11 @@ def p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
-class Metric(BaseModel):
+class Metric(BaseModel, frozen=True, extra="forbid"):
     """One measurement with the range it should lie in; `ok` is None where there is nothing to compare it with.
 
     `meaning` says in words what the value shows, and stands for it where it is not a single number.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     title: str
@@ -52,10 +50,8 @@ class Metric(BaseModel):
         return f"{self.value:,.3g} {self.unit or ''}".strip()
 
 
-class QualityReport(BaseModel):
+class QualityReport(BaseModel, frozen=True, extra="forbid"):
     """Everything measured about a set of judgements or pairs; plain JSON through `model_dump(mode="json")`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: int
     pairs: int
@@ -88,7 +84,17 @@ class QualityReport(BaseModel):
         return [metric for metric in self.metrics if metric.ok is False]
 
 
-class WinRate(BaseModel):
+class JudgeEstimate(BaseModel, frozen=True):
+    """What one judge is going to be asked, without what it has answered before (`known`), and what that will take."""
+
+    model: str
+    requests: int
+    known: int
+    expected: Cost
+    most: Cost
+
+
+class WinRate(BaseModel, frozen=True):
     """How often one adapter's samples won against another's (ties are halves), with its interval.
 
     Attributes:
@@ -105,8 +111,6 @@ class WinRate(BaseModel):
         silent: comparisons that the new adapter lost because it wrote nothing, or failed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     win_rate: float
     lower: float
     upper: float
@@ -121,14 +125,18 @@ class WinRate(BaseModel):
 
     def text(self) -> str:
         """Return the rate with its interval, in percent."""
-        return f"{percent(self.win_rate)} ({percent_range(self.lower, self.upper)})"
+        return f"{percent(self.win_rate)} ({self.interval()})"
+
+    def interval(self) -> str:
+        """Return the interval, in percent."""
+        return percent_range(self.lower, self.upper)
 
     def holds(self, value: float) -> bool:
         """Tell whether the interval holds `value`."""
         return self.lower <= value <= self.upper
 
 
-class SecondOpinion(BaseModel):
+class SecondOpinion(BaseModel, frozen=True):
     """What judges that did not make the labels say of the same samples.
 
     Attributes:
@@ -137,17 +145,13 @@ class SecondOpinion(BaseModel):
         transfer: their gain (over 0.5) as a share of that by the judge of the labels; None if that one sees no gain.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
     judges: tuple[str, ...]
     rate: WinRate
     transfer: float | None = None
 
 
-class Interval(BaseModel):
+class Interval(BaseModel, frozen=True):
     """A figure with its interval."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     value: float
     lower: float
@@ -158,7 +162,7 @@ class Interval(BaseModel):
         return f"{percent(self.value)} ({percent_range(self.lower, self.upper)})"
 
 
-class Agreement(BaseModel):
+class Agreement(BaseModel, frozen=True):
     """`agreement.json`: what a person, who did not know which side was which, says of the judge.
 
     Attributes:
@@ -167,8 +171,6 @@ class Agreement(BaseModel):
         kappa: Cohen's, the agreement beyond chance; None where chance explains everything.
         corrected: the win rate in the person's eyes; its interval holds the judge's errors and how few the labels are.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     labels: int
     share: Interval
@@ -270,10 +272,8 @@ def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
     return Evaluation.model_validate(found)
 
 
-class Health(BaseModel):
+class Health(BaseModel, frozen=True):
     """`health.json`: the readings of a training, the warnings that follow from them together, and what to try."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     source: str
     readings: tuple[Metric, ...] = ()

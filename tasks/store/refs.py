@@ -6,17 +6,15 @@ import posixpath
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, SerializeAsAny
 
 from tasks.config.base import field_title
 
 MANIFEST = "manifest.json"
 
 
-class Origin(BaseModel):
+class Origin(BaseModel, frozen=True, field_title_generator=field_title):
     """What something was made from: an artifact, or a file or model of the user's; and how its content is known."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", field_title_generator=field_title)
 
     kind: str = Field(description="What the artifact is.")
     uri: str = Field(description="Where it is: a path or gs:// address, of a file or (an adapter) a folder.")
@@ -24,10 +22,8 @@ class Origin(BaseModel):
     manifest: str | None = Field(None, description="Where its manifest.json is, which says what it was made from.")
 
 
-class Reference(Origin):
+class Reference(Origin, extra="forbid"):
     """What stages hand each other: where an artifact is and what it must contain, never the data itself."""
-
-    model_config = ConfigDict(extra="forbid")
 
     size: int = Field(description="Size of the file, in bytes.")
     rows: int = Field(description="Rows that the file holds.")
@@ -115,15 +111,13 @@ def _by_kind(value: object) -> object:
 Artifact = Annotated[SerializeAsAny[Reference], BeforeValidator(_by_kind)]
 
 
-class PipelineResult(BaseModel):
+class PipelineResult(BaseModel, frozen=True):
     """What a pipeline run made; `promotion` is None if the adapter did not win by enough, or was `declined`.
 
     `completions` is None for a run that began with pairs.
 
     `others` is what stages made that are not named here, by the stage.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     completions: CompletionsRef | None = None
     preferences: PreferencesRef
@@ -139,24 +133,25 @@ class PipelineResult(BaseModel):
         return [reference for reference in made if reference is not None]
 
 
-class FileFacts(BaseModel):
+class FileFacts(BaseModel, frozen=True):
     """The size in bytes and the digest of one file."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     size: int
     sha256: str
 
 
-class Cost(BaseModel):
-    """Something used, or saved: requests, tokens (completion includes thinking), GPU seconds and US$."""
+class Cost(BaseModel, frozen=True, extra="forbid"):
+    """Something used, or saved: requests, tokens (completion includes thinking), GPU seconds and US$.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    `batch_prompt_tokens` and `batch_completion_tokens` are those of the tokens that came through a batch API.
+    """
 
     requests: int = Field(0, ge=0)
     prompt_tokens: int = Field(0, ge=0)
     completion_tokens: int = Field(0, ge=0)
     thinking_tokens: int = Field(0, ge=0)
+    batch_prompt_tokens: int = Field(0, ge=0)
+    batch_completion_tokens: int = Field(0, ge=0)
     gpu_seconds: float = Field(0.0, ge=0)
     usd: float = Field(0.0, ge=0)
 
@@ -189,7 +184,7 @@ def _settings(config: object) -> object:
     return config.model_dump(mode="json") if isinstance(config, BaseModel) else config
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, frozen=True):
     """How one artifact was made. It is written last: an artifact without one was never finished.
 
     Attributes:
@@ -206,8 +201,6 @@ class Manifest(BaseModel):
         cost: what all rows of the artifact cost, whichever run paid for them.
         seconds: wall-clock time that making it took.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     artifact: Artifact
     stage: str

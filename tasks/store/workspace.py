@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from pydantic import BaseModel, ValidationError
 
@@ -311,7 +310,7 @@ class Workspace:
         stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
         return {posixpath.basename(stat.uri): self._sha256_of(stat) for stat in stats}
 
-    def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] = MappingProxyType({})) -> str:
+    def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] | None = None) -> str:
         """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256, and what is `extra`) last.
 
         Returns:
@@ -320,7 +319,7 @@ class Workspace:
         names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
             facts = pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)).model_dump(), names)
-        marker = indented_json({"files": dict(zip(names, facts, strict=True)), **extra})
+        marker = indented_json({"files": dict(zip(names, facts, strict=True)), **(extra or {})})
         self.write_bytes(posixpath.join(uri, COMMITTED), marker)
         return hashlib.sha256(marker).hexdigest()
 
@@ -337,7 +336,7 @@ class Workspace:
         self._fetch(uri, committed, local)
         for name, facts in committed.items():
             if file_sha256(local / name) != facts.sha256:
-                raise PreflowError(_damaged(posixpath.join(uri, name)))
+                raise PreflowError(_not_as_committed(f"{uri}/{name}: damaged"))
         return local
 
     def fetch_files(self, uri: str, local: Path) -> Path:
@@ -358,13 +357,19 @@ class Workspace:
         Raises:
             PreflowError: naming the first file that is missing, cut or changed.
         """
-        committed, there = self.committed_files(uri), self.tree(uri)
-        for name, facts in committed.items():
-            if name not in there:
-                raise PreflowError(_missing(posixpath.join(uri, name)))
-            if not self._is_as(there[name], facts):
-                raise PreflowError(_damaged(posixpath.join(uri, name)))
+        committed = self.committed_files(uri)
+        for problem in self._problems(uri, committed):
+            raise PreflowError(_not_as_committed(problem))
         return committed
+
+    def _problems(self, uri: str, files: Mapping[str, FileFacts]) -> Iterator[str]:
+        """Yield which of a folder's files are not as they should be."""
+        there = self.tree(uri)
+        for name, facts in files.items():
+            if name not in there:
+                yield f"{uri}/{name}: missing"
+            elif not self._is_as(there[name], facts):
+                yield f"{uri}/{name}: damaged"
 
     def committed_files(self, uri: str) -> dict[str, FileFacts]:
         """Return size and sha256 of the files of a committed folder, `COMMITTED.json` itself among them."""
@@ -377,7 +382,7 @@ class Workspace:
         try:
             files = _Committed.model_validate(_parse_json(marker, content)).files
         except ValidationError as error:
-            raise PreflowError(_damaged(marker)) from error
+            raise PreflowError(_not_as_committed(f"{marker}: damaged")) from error
         return {**files, COMMITTED: FileFacts(size=len(content), sha256=hashlib.sha256(content).hexdigest())}
 
     def write_manifest(self, manifest: Manifest) -> None:
@@ -434,11 +439,9 @@ class Workspace:
             if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 logger.warning("%s; its artifact is put together again", error)
             return None
-        there = self.tree(posixpath.dirname(uri))
-        for name, facts in manifest.files.items():
-            if name not in there or not self._is_as(there[name], facts):
-                logger.warning("%s: %s is missing or differs from its digest: it is put together again", uri, name)
-                return None
+        for problem in self._problems(posixpath.dirname(uri), manifest.files):
+            logger.warning("%s, not as %s has it: it is put together again", problem, uri)
+            return None
         return manifest
 
     def _put(self, local: Path, uri: str) -> FileFacts:
@@ -453,7 +456,7 @@ class Workspace:
             with self.open(uri) as file, local.open("wb") as out:
                 shutil.copyfileobj(file, out, CHUNK)
         except FileNotFoundError as error:
-            raise PreflowError(_missing(uri)) from error
+            raise PreflowError(_not_as_committed(f"{uri}: missing")) from error
 
 
 def indented_json(value: object) -> bytes:
@@ -490,12 +493,16 @@ class _Committed(BaseModel):
     files: dict[str, FileFacts]
 
 
-def _missing(uri: str) -> str:
-    return f"{uri}: missing, though {COMMITTED} lists it; delete the folder and run again"
+def _not_as_committed(problem: str) -> str:
+    return f"{problem}, not as {COMMITTED} has it; delete the folder and run again"
 
 
-def _damaged(uri: str) -> str:
-    return f"{uri}: damaged, differs from {COMMITTED}; delete the folder and run again"
+class Facts(TypedDict):
+    """What a reference says of its file."""
+
+    sha256: str
+    size: int
+    rows: int
 
 
 class DigestWriter:
@@ -514,7 +521,7 @@ class DigestWriter:
         self.size += len(content)
         self.rows += content.count(b"\n")
 
-    def write_row(self, row: dict[str, Any]) -> None:
+    def write_row(self, row: Mapping[str, object]) -> None:
         """Append one JSON row."""
         self.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
@@ -523,7 +530,7 @@ class DigestWriter:
         """The digest of everything written so far."""
         return self._sha256.hexdigest()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """Return sha256, size (bytes) and rows, as a reference wants them."""
         return {"sha256": self.sha256, "size": self.size, "rows": self.rows}
 

@@ -15,8 +15,8 @@ from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
 from tasks.report.run import add_up, gather_manifests, publish, run_sections
-from tasks.report.sections import cost_section, lineage_section
-from tasks.store.measures import WinRate
+from tasks.report.sections import NULL, cost_section, lineage_section
+from tasks.store.measures import WinRate, percent
 from tasks.store.workspace import Workspace
 from tasks.sweep.estimate import TRAINING, SweepPlan, Work
 from tasks.sweep.points import Point
@@ -110,15 +110,8 @@ def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSecti
     """Show the points from the best down, and what the best one's configuration is."""
     ranked, best = result.ranked(), result.best()
     null = next((point.null for point in ranked if point.null), None)
-    null_bar = RateBar("SFT against itself", null.win_rate, null.lower, null.upper) if null else None
-    bars = [
-        RateBar(
-            f"{point.number}. {point.name}", point.rate.win_rate, point.rate.lower, point.rate.upper,
-            (point.widened.lower, point.widened.upper),
-        )
-        for point in ranked
-        if point.rate is not None and point.widened is not None
-    ]  # fmt: skip
+    null_bar = RateBar(NULL, null) if null else None
+    bars = [RateBar(f"{point.number}. {point.name}", point.rate, point.widened) for point in ranked if point.rate]
     caption = "Win rates; thick: the interval of each alone, thin: the one that holds for all points at once."
     configs = {point.number: point.config for point in points}
     return ReportSection(
@@ -139,7 +132,7 @@ def _summary(result: SweepResult) -> str:
     return (
         f"Best{part}: point {best.number} ({best.name}) wins {best.rate.text()} against the SFT adapter. The best of "
         f"{len(result.ranking)} looks better than it is, since chance had so many tries: the interval that holds for "
-        f"all points at once is {_interval(best.widened)} (each at {100 * result.widened_confidence:.2f} %, "
+        f"all points at once is {best.widened.interval()} (each at {100 * result.widened_confidence:.2f} %, "
         f"together at least {100 * result.confidence:.3g} %; Sidak 1967)."
     )
 
@@ -167,26 +160,19 @@ def _advice(result: SweepResult) -> Iterator[str]:
 def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
     alone, together = f"{100 * result.confidence:.3g} % interval", "interval for all at once"
     rows: list[tuple[Cell, ...]] = [
-        (place, point.number, point.name, _share(point.rate), _interval(point.rate), _interval(point.widened),
+        (place, point.number, point.name, percent(point.rate.win_rate), point.rate.interval(), point.widened.interval(),
          point.made.preferences.rows if point.made else None)
         for place, point in enumerate(result.ranked(), 1)
+        if point.rate is not None and point.widened is not None
     ]  # fmt: skip
     if null is not None:
-        rows.append((None, None, "SFT against itself", _share(null), _interval(null), None, None))
+        rows.append((None, None, NULL, percent(null.win_rate), null.interval(), None, None))
     if rows:
         columns = ("place", "point", "change", "win rate", alone, together, "training pairs")
         yield Table("The points, the best first", columns, tuple(rows))
     failed = tuple((point.number, point.name, point.error) for point in result.failed())
     if failed:
         yield Table("Points that failed", ("point", "change", "error"), failed)
-
-
-def _share(rate: WinRate | None) -> str | None:
-    return f"{100 * rate.win_rate:.1f} %" if rate else None
-
-
-def _interval(rate: WinRate | None) -> str | None:
-    return f"{100 * rate.lower:.1f}-{100 * rate.upper:.1f} %" if rate else None
 
 
 def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from google.auth.credentials import AnonymousCredentials
 from prefect_gcp.cloud_storage import GcsBucket
@@ -24,93 +24,13 @@ from tests.fakes.gcs import BUCKET, FakeGcs
 RECORDS, FILES = 200, 50
 
 
-class Way(Protocol):
+class Way(NamedTuple):
     """One way to a bucket."""
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write one record."""
-
-    def read(self, name: str) -> bytes:
-        """Read one record."""
-
-    def put_folder(self, local: Path, name: str) -> None:
-        """Upload a folder."""
-
-    def get_folder(self, name: str, local: Path) -> None:
-        """Download a folder."""
-
-
-class Block:
-    """prefect-gcp's block, as Prefect's result storage calls it."""
-
-    def __init__(self) -> None:
-        self._bucket = GcsBucket(bucket=BUCKET, gcp_credentials=EmulatorCredentials(project="none"))
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write one record."""
-        self._bucket.write_path(name, content)
-
-    def read(self, name: str) -> bytes:
-        """Read one record."""
-        return bytes(self._bucket.read_path(name))
-
-    def put_folder(self, local: Path, name: str) -> None:
-        """Upload a folder."""
-        self._bucket.put_directory(local_path=str(local), to_path=name)
-
-    def get_folder(self, name: str, local: Path) -> None:
-        """Download a folder."""
-        self._bucket.get_directory(from_path=name, local_path=str(local))
-
-
-class Gcsfs:
-    """gcsfs, as the workspace used it before: md5 checked, folders through its own batches."""
-
-    def __init__(self, url: str) -> None:
-        # Otherwise it asks for the layout of the bucket before all else.
-        os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-        import gcsfs
-
-        self._fs = gcsfs.GCSFileSystem(endpoint_url=url, use_listings_cache=False, token="anon", consistency="md5")
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write one record."""
-        self._fs.pipe_file(f"{BUCKET}/{name}", content)
-
-    def read(self, name: str) -> bytes:
-        """Read one record."""
-        return bytes(self._fs.cat_file(f"{BUCKET}/{name}"))
-
-    def put_folder(self, local: Path, name: str) -> None:
-        """Upload a folder."""
-        self._fs.put(f"{local}/", f"{BUCKET}/{name}/", recursive=True, batch_size=PARALLEL_TRANSFERS)
-
-    def get_folder(self, name: str, local: Path) -> None:
-        """Download a folder."""
-        self._fs.get(f"{BUCKET}/{name}/", f"{local}/", recursive=True, batch_size=PARALLEL_TRANSFERS)
-
-
-class Ours:
-    """The workspace; a folder is committed with its manifest and verified when it is fetched."""
-
-    def __init__(self) -> None:
-        self._store = Workspace(f"gs://{BUCKET}")
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write one record."""
-        self._store.write_bytes(self._store.uri(name), content)
-
-    def read(self, name: str) -> bytes:
-        """Read one record."""
-        return self._store.read_bytes(self._store.uri(name))
-
-    def put_folder(self, local: Path, name: str) -> None:
-        """Upload a folder."""
-        self._store.commit_folder(local, self._store.uri(name))
-
-    def get_folder(self, name: str, local: Path) -> None:
-        """Download a folder."""
-        self._store.fetch_folder(self._store.uri(name), local)
+    write: Callable[[str, bytes], object]
+    read: Callable[[str], bytes]
+    put_folder: Callable[[Path, str], object]
+    get_folder: Callable[[str, Path], object]
 
 
 class EmulatorCredentials(GcpCredentials):
@@ -125,6 +45,44 @@ class EmulatorCredentials(GcpCredentials):
         from google.cloud import storage
 
         return storage.Client.create_anonymous_client()
+
+
+def block() -> Way:
+    """Return prefect-gcp's block, as Prefect's result storage calls it."""
+    bucket = GcsBucket(bucket=BUCKET, gcp_credentials=EmulatorCredentials(project="none"))
+    return Way(
+        bucket.write_path,
+        bucket.read_path,
+        lambda local, name: bucket.put_directory(local_path=str(local), to_path=name),
+        lambda name, local: bucket.get_directory(from_path=name, local_path=str(local)),
+    )
+
+
+def gcsfs(url: str) -> Way:
+    """Return gcsfs, as the workspace used it before: md5 checked, folders through its own batches."""
+    # Otherwise it asks for the layout of the bucket before all else.
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+    from gcsfs import GCSFileSystem
+
+    fs = GCSFileSystem(endpoint_url=url, use_listings_cache=False, token="anon", consistency="md5")
+    batches = {"recursive": True, "batch_size": PARALLEL_TRANSFERS}
+    return Way(
+        lambda name, content: fs.pipe_file(f"{BUCKET}/{name}", content),
+        lambda name: bytes(fs.cat_file(f"{BUCKET}/{name}")),
+        lambda local, name: fs.put(f"{local}/", f"{BUCKET}/{name}/", **batches),
+        lambda name, local: fs.get(f"{BUCKET}/{name}/", f"{local}/", **batches),
+    )
+
+
+def ours() -> Way:
+    """Return the workspace; a folder is committed with its manifest and verified when it is fetched."""
+    store = Workspace(f"gs://{BUCKET}")
+    return Way(
+        lambda name, content: store.write_bytes(store.uri(name), content),
+        lambda name: store.read_bytes(store.uri(name)),
+        lambda local, name: store.commit_folder(local, store.uri(name)),
+        lambda name, local: store.fetch_folder(store.uri(name), local),
+    )
 
 
 def measure(gcs: FakeGcs, action: Callable[[], object]) -> tuple[float, int, float]:
@@ -149,15 +107,8 @@ def run(way: Way, label: str, gcs: FakeGcs, folder: Path) -> list[tuple[float, i
             assert dict(zip(contents, pool.map(way.read, contents), strict=True)) == contents
 
     found = folder / label
-    measures = [
-        measure(gcs, action)
-        for action in (
-            write,
-            read,
-            lambda: way.put_folder(local, f"{label}-folder"),
-            lambda: way.get_folder(f"{label}-folder", found),
-        )
-    ]
+    folders = (lambda: way.put_folder(local, f"{label}-folder"), lambda: way.get_folder(f"{label}-folder", found))
+    measures = [measure(gcs, action) for action in (write, read, *folders)]
     got = {path.name: path.read_bytes() for path in found.rglob("*.bin")}
     assert got == {path.name: path.read_bytes() for path in local.iterdir()}, f"{label}: files differ"
     return measures
@@ -174,7 +125,7 @@ def main() -> None:
         (folder / "local").mkdir()
         for number in range(FILES):
             (folder / "local" / f"{number}.bin").write_bytes(rng.randbytes(100_000))
-        ways: dict[str, Way] = {"GcsBucket": Block(), "gcsfs": Gcsfs(gcs.url), "workspace": Ours()}
+        ways = {"GcsBucket": block(), "gcsfs": gcsfs(gcs.url), "workspace": ours()}
         for label, way in ways.items():
             cells = [f"{s:.2f} s, {n} requests, {cpu:.2f} s CPU" for s, n, cpu in run(way, label, gcs, folder)]
             print(f"| {label} | {' | '.join(cells)} |", flush=True)

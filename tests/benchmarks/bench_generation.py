@@ -36,13 +36,8 @@ Row = dict[str, Any]
 # ---- the contenders: each runs in its own process and prints one JSON line
 
 
-def bare_loop(order: Row) -> None:
+async def bare_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
     """What anyone would write first: one client, a semaphore, rows written as they come. Killed, it begins again."""
-    with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
-        asyncio.run(_bare_loop(order, prompts, out))
-
-
-async def _bare_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
     client = openai.AsyncOpenAI(base_url=order["endpoint"], api_key="none", max_retries=0)
     pending: set[asyncio.Task[None]] = set()
     window = asyncio.Semaphore(order["concurrency"])
@@ -68,13 +63,8 @@ async def _bare_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
     await asyncio.gather(*pending)
 
 
-def raw_loop(order: Row) -> None:
+async def raw_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
     """The least that can be done: aiohttp, a semaphore, and rows written as they come."""
-    with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
-        asyncio.run(_raw_loop(order, [json.loads(line) for line in prompts], out))
-
-
-async def _raw_loop(order: Row, rows: list[Row], out: TextIO) -> None:
     window, url = asyncio.Semaphore(order["concurrency"]), f"{order['endpoint']}/chat/completions"
     connector = aiohttp.TCPConnector(limit=order["concurrency"])
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -86,16 +76,12 @@ async def _raw_loop(order: Row, rows: list[Row], out: TextIO) -> None:
             texts = [choice["message"]["content"] for choice in answer["choices"]]
             out.write(json.dumps({**row, "completions": texts}) + "\n")
 
-        await asyncio.gather(*(one(row) for row in rows))
+        await asyncio.gather(*(one(json.loads(line)) for line in prompts))
 
 
-def gathered_batches(order: Row) -> None:
+async def gathered_batches(order: Row, prompts: TextIO, out: TextIO) -> None:
     """Batches of 8 prompts that wait for their slowest, one request for each completion."""
-    with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
-        asyncio.run(_gathered_batches(order, [json.loads(line) for line in prompts], out))
-
-
-async def _gathered_batches(order: Row, rows: list[Row], out: TextIO) -> None:
+    rows = [json.loads(line) for line in prompts]
     client = openai.AsyncOpenAI(base_url=order["endpoint"], api_key="none", max_retries=0)
     for start in range(0, len(rows), 8):
         batch = rows[start : start + 8]
@@ -110,32 +96,18 @@ async def _gathered_batches(order: Row, rows: list[Row], out: TextIO) -> None:
             out.write(json.dumps({**row, "completions": [a.choices[0].message.content for a in of_row]}) + "\n")
 
 
-def preflow_stage(order: Row) -> None:
-    """The stage as it is: Prefect flow, shards, journals, cache records, manifest."""
-    from flows.generate import generate_completions
-    from tasks.config import GenerationConfig
-
-    config = GenerationConfig(
-        endpoint=order["endpoint"], model="sampler", num_completions=COMPLETIONS, max_concurrency=order["concurrency"]
-    )
-    asyncio.run(generate_completions(order["prompts"], order["workspace"], config))
-
-
-def preflow_judging(order: Row) -> None:
-    """Generation, which is cached by then, and judging in two orders."""
-    asyncio.run(_preflow_judging(order))
-
-
-async def _preflow_judging(order: Row) -> None:
+async def preflow_stage(order: Row, prompts: TextIO, out: TextIO) -> None:
+    """The stages as they are: Prefect flows, shards, journals, cache records, manifests; judging in two orders."""
     from flows.generate import generate_completions
     from flows.judge import judge_preferences
     from tasks.config import GenerationConfig, JudgingConfig
 
     common: Row = {"endpoint": order["endpoint"], "max_concurrency": order["concurrency"]}
-    generation = GenerationConfig(model="sampler", **common)
+    generation = GenerationConfig(model="sampler", num_completions=COMPLETIONS, **common)
     completions = await generate_completions(order["prompts"], order["workspace"], generation)
-    judging = JudgingConfig(model="judge-hash", api_key=None, rubric="demo", **common)
-    await judge_preferences(completions, order["workspace"], judging)
+    if order["who"] == "preflow-judging":  # the completions are known by then
+        judging = JudgingConfig(model="judge-hash", api_key=None, rubric="demo", **common)
+        await judge_preferences(completions, order["workspace"], judging)
 
 
 CONTENDERS = {
@@ -143,7 +115,7 @@ CONTENDERS = {
     "bare": bare_loop,
     "batches": gathered_batches,
     "preflow": preflow_stage,
-    "preflow-judging": preflow_judging,
+    "preflow-judging": preflow_stage,
 }
 
 
@@ -153,7 +125,8 @@ def contend(order: Row) -> None:
         import flows.generate
         import flows.judge  # noqa: F401
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-    CONTENDERS[order["who"]](order)
+    with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
+        asyncio.run(CONTENDERS[order["who"]](order, prompts, out))
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(json.dumps({"seconds": time.monotonic() - start, "cpu": cpu, "rss_mb": after.ru_maxrss / 1024}), flush=True)
@@ -161,13 +134,8 @@ def contend(order: Row) -> None:
 
 def run(who: str, **order: Any) -> Row:
     """Run one contender in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmarks.bench_generation",
-        "--contend",
-        json.dumps({"who": who, **order}),
-    ]
+    contender = ["-m", "tests.benchmarks.bench_generation", "--contend", json.dumps({"who": who, **order})]
+    command = [sys.executable, *contender]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{who} failed:\n{done.stderr[-3000:]}")
@@ -204,10 +172,11 @@ def compare(prompts: Path, folder: Path, options: argparse.Namespace) -> None:
     results: dict[str, list[Row]] = {"bare": [], "preflow": []}
     with FakeOpenAI(plan, folder / "fake") as fake:
         common: Row = {"endpoint": fake.url, "prompts": str(prompts), "concurrency": options.concurrency}
+        common["out"] = str(folder / "out")
         for number in range(options.rounds):
             for who, runs in results.items():
-                runs.append(run(who, **common, out=str(folder / "out"), workspace=str(folder / f"ws{number}")))
-        results["batches"] = [run("batches", **common, out=str(folder / "out"))]
+                runs.append(run(who, **common, workspace=str(folder / f"ws{number}")))
+        results["batches"] = [run("batches", **common)]
         known: Row = {**common, "workspace": str(folder / "ws0")}
         results["replay"] = [run("preflow", **known)]
         results["judging"] = [run("preflow-judging", **known)]
@@ -243,20 +212,15 @@ def windows(sizes: list[int], folder: Path, options: argparse.Namespace) -> None
         prompts = synthetic_prompts(folder / f"prompts-{size}.jsonl", count)
         plan = {"latency_ms": options.latency_ms, "latency_sigma": SIGMA}
         with FakeOpenAI(plan, folder / f"fake-{size}") as fake:
-            order: Row = {
-                "endpoint": fake.url,
-                "prompts": str(prompts),
-                "concurrency": size,
-                "out": str(folder / "out"),
-            }
+            order: Row = {"endpoint": fake.url, "prompts": str(prompts), "concurrency": size}
+            order["out"] = str(folder / "out")
             base = 0.0
             for who in ("raw", "bare", "preflow"):
                 runs = [run(who, **order, workspace=str(folder / f"ws-{size}-{n}")) for n in range(options.rounds)]
                 seconds, cpu = median(runs, "seconds"), 1000 * median(runs, "cpu") / count
                 base = base or seconds
-                print(
-                    f"| {size:,} | {count:,} | {who} | {seconds:.1f} | {base / seconds:.3f} | {cpu:.2f} |", flush=True
-                )
+                ratio = base / seconds
+                print(f"| {size:,} | {count:,} | {who} | {seconds:.1f} | {ratio:.3f} | {cpu:.2f} |", flush=True)
 
 
 def scale(sizes: list[int], folder: Path, options: argparse.Namespace) -> None:

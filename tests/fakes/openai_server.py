@@ -86,7 +86,7 @@ class Server:
         self._seen: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
         self._chats = 0
-        self._in_flight = 0
+        self.in_flight = 0
         self._burst_left = 0
         self._recent: deque[float] = deque()
         self._outage_until = 0.0
@@ -149,7 +149,7 @@ class Server:
 
     def _limit(self) -> Reply | None:
         plan, now = self.plan, time.monotonic()
-        if plan.max_in_flight is not None and self._in_flight >= plan.max_in_flight:
+        if plan.max_in_flight is not None and self.in_flight >= plan.max_in_flight:
             return error(503, "too many requests in flight")
         if plan.limit_requests is None:
             return None
@@ -158,12 +158,8 @@ class Server:
         if len(self._recent) < plan.limit_requests:
             self._recent.append(now)
             return None
-        return error(
-            429,
-            "too many requests a minute",
-            "rate_limit_exceeded",
-            self._retry_after(self._recent[0] + plan.limit_seconds - now),
-        )
+        wait = self._retry_after(self._recent[0] + plan.limit_seconds - now)
+        return error(429, "too many requests a minute", "rate_limit_exceeded", wait)
 
     def _retry_after(self, seconds: float) -> dict[str, str]:
         if self.plan.retry_after_style == "ms":
@@ -178,59 +174,51 @@ class Server:
             request.fault = "burst"
             return error(503, "the fake has too much to do")
         request.fault = self.plan.fault(request.sha, request.attempt)
-        match request.fault:
-            case "rate_limit":
-                return error(429, "slow down", "rate_limit_exceeded")
-            case "rate_limit_after":
-                return error(429, "slow down", "rate_limit_exceeded", self._retry_after(self.plan.retry_after))
-            case "error_500":
-                return error(500, "the fake has failed")
-            case "unavailable":
-                self._burst_left = self.plan.burst
-                return error(503, "the fake has too much to do")
-        return None
+        if request.fault is None:
+            return None
+        self._burst_left = self.plan.burst if request.fault == "unavailable" else 0
+        wait = self._retry_after(self.plan.retry_after)
+        errors = {
+            "rate_limit": error(429, "slow down", "rate_limit_exceeded"),
+            "rate_limit_after": error(429, "slow down", "rate_limit_exceeded", wait),
+            "error_500": error(500, "the fake has failed"),
+            "unavailable": error(503, "the fake has too much to do"),
+        }
+        return errors.get(request.fault)
+
+    def _refuse(self, request: Request, text: str) -> Reply | None:
+        """Return the error that this request will always get, if it does."""
+        body, plan, model = request.body, self.plan, str(request.body.get("model"))
+        served, greedy = (*plan.samplers, *JUDGES, *self.adapters), body.get("temperature") == 0
+        length = f"This model's maximum context length is {plan.max_model_len} tokens."
+        name = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+        response_format = "response_format json_schema is not supported by this model"
+        rules = [
+            (model not in served, 404, f"The model `{model}` does not exist.", "model_not_found"),
+            (plan.context_marker in text, 400, length, "context_length_exceeded"),
+            (plan.filter_marker in text, 400, "The prompt triggered the content management policy.", "content_filter"),
+            (plan.poison_marker in text, 500, "the engine cannot digest this prompt", None),
+            (plan.reject_response_format and body.get("response_format"), 400, response_format, "unsupported_value"),
+            (plan.reject_max_tokens and "max_tokens" in body, 400, name, "unsupported_parameter"),
+            ((body.get("n") or 1) > 1 and greedy, 400, "n must be 1 when using greedy sampling", None),
+        ]
+        return next((error(status, message, code) for holds, status, message, code in rules if holds), None)
 
     def _chat(self, request: Request) -> Reply:
-        body, plan = request.body, self.plan
-        text = "\n".join(message.get("content") or "" for message in body.get("messages", []))
-        model = str(body.get("model"))
-        if model not in (*plan.samplers, *JUDGES, *self.adapters):
-            return error(404, f"The model `{model}` does not exist.", "model_not_found")
-        if plan.context_marker in text:
-            return error(
-                400, f"This model's maximum context length is {plan.max_model_len} tokens.", "context_length_exceeded"
-            )
-        if plan.filter_marker in text:
-            return error(400, "The prompt triggered the content management policy.", "content_filter")
-        if plan.poison_marker in text:
-            request.fault = "poison"
-            return error(500, "the engine cannot digest this prompt")
-        if plan.reject_response_format and body.get("response_format"):
-            return error(400, "response_format json_schema is not supported by this model", "unsupported_value")
-        if plan.reject_max_tokens and "max_tokens" in body:
-            return error(
-                400,
-                "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
-                "unsupported_parameter",
-            )
-        if (body.get("n") or 1) > 1 and body.get("temperature") == 0:
-            return error(400, "n must be 1 when using greedy sampling")
-        choices = self._verdict(request) if model in JUDGES else self._samples(body)
-        completion = sum(len(choice) for choice, _ in choices) // 4 + 1
-        return Reply(
-            200,
-            {
-                "id": f"fake-{request.sha[:12]}",
-                "object": "chat.completion",
-                "created": 0,
-                "model": model,
-                "choices": [
-                    {"index": index, "message": {"role": "assistant", "content": content}, "finish_reason": reason}
-                    for index, (content, reason) in enumerate(choices)
-                ],
-                "usage": usage_of(len(text) // 4 + 1, completion, plan.thinking_tokens * len(choices)),
-            },
-        )
+        model = str(request.body.get("model"))
+        text = "\n".join(message.get("content") or "" for message in request.body.get("messages", []))
+        if refused := self._refuse(request, text):
+            request.fault = "poison" if refused.status == 500 else request.fault
+            return refused
+        texts = self._verdict(request) if model in JUDGES else self._samples(request.body)
+        choices = [
+            {"index": index, "message": {"role": "assistant", "content": content}, "finish_reason": reason}
+            for index, (content, reason) in enumerate(texts)
+        ]
+        completion = sum(len(content) for content, _ in texts) // 4 + 1
+        usage = usage_of(len(text) // 4 + 1, completion, self.plan.thinking_tokens * len(texts))
+        head = {"id": f"fake-{request.sha[:12]}", "object": "chat.completion", "created": 0, "model": model}
+        return Reply(200, {**head, "choices": choices, "usage": usage})
 
     def _samples(self, body: dict[str, Any]) -> list[tuple[str, str]]:
         plan, model = self.plan, body["model"]
@@ -290,11 +278,8 @@ class Server:
         if name in self.plan.samplers[:1]:
             return error(400, f"The lora adapter '{name}' conflicts with a served base model.")
         if name in self.adapters and not body.get("load_inplace"):
-            return error(
-                400,
-                f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in "
-                "place, set 'load_inplace' to True.",
-            )
+            hint = "If you want to load the adapter in place, set 'load_inplace' to True."
+            return error(400, f"The lora adapter '{name}' has already been loaded. {hint}")
         settings = self.plan.read_mounted(f"{path}/adapter_config.json")
         if settings is None:
             return error(404, f"Loading lora {name} failed: No adapter found for {path}")
@@ -304,42 +289,25 @@ class Server:
         self.adapters[name] = path
         return Reply(200, f"Success: LoRA adapter '{name}' added successfully.")
 
-    def entered(self) -> None:
-        """Note that a chat request is being answered."""
-        self._in_flight += 1
-
-    def left(self) -> None:
-        """Note that it no longer is."""
-        self._in_flight -= 1
-
     def _note(self, request: Request, reply: Reply | None) -> None:
         if self._log is None:
             return
-        messages = request.body.get("messages")
+        body, messages = request.body, request.body.get("messages")
         row = {
-            "time": time.time(),
-            "method": request.method,
-            "path": request.path,
-            "sha": request.sha,
-            "attempt": request.attempt,
-            "prompt": prompt_id(messages) if messages else None,
-            "model": request.body.get("model"),
-            "n": request.body.get("n"),
-            "seed": request.body.get("seed"),
-            "status": reply.status if reply else 0,
-            "fault": request.fault,
-            "in_flight": self._in_flight,
+            "time": time.time(), "method": request.method, "path": request.path, "sha": request.sha,
+            "attempt": request.attempt, "prompt": prompt_id(messages) if messages else None,
+            "model": body.get("model"), "n": body.get("n"), "seed": body.get("seed"),
+            "status": reply.status if reply else 0, "fault": request.fault, "in_flight": self.in_flight,
             "usage": reply.body.get("usage") if reply and isinstance(reply.body, dict) else None,
-        }
+        }  # fmt: skip
         os.write(self._log, json.dumps(row).encode() + b"\n")
 
 
 def prompt_id(messages: list[dict[str, Any]]) -> str:
     """Return the sha256 of the canonical messages, as preflow names a prompt."""
     plain = [{"role": message.get("role"), "content": message.get("content")} for message in messages]
-    return hashlib.sha256(
-        json.dumps(plain, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    canonical = json.dumps(plain, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class Connection(asyncio.Protocol):
@@ -387,7 +355,7 @@ class Connection(asyncio.Protocol):
     def _serve(self, request: Request) -> None:
         self._busy = True
         reply = self._server.arrive(request)
-        self._server.entered()
+        self._server.in_flight += 1
         if reply is None:
             return
         if reply.delay > 0:
@@ -409,7 +377,7 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         if self._busy:
             self._busy = False
-            self._server.left()
+            self._server.in_flight -= 1
 
 
 async def serve(port: int, plan: Plan, log: Path | None) -> None:

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from tests.fakes.models import read_completions
 
 Body = dict[str, Any]
-Reply = tuple[int, Any]
+Reply = tuple[Any, ...]  # status, body, and headers if there are any
 ANSWER = "answer"
 
 
@@ -55,11 +55,8 @@ def answer(body: Body, n: int | None = None) -> Body:
         {"index": place, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
         for place, content in enumerate(contents)
     ]
-    usage = {
-        "prompt_tokens": len(shown) // 4,
-        "completion_tokens": 12 * count,
-        "total_tokens": len(shown) // 4 + 12 * count,
-    }
+    prompt, completion = len(shown) // 4, 12 * count
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     return {"id": "x", "object": "chat.completion", "model": body["model"], "choices": choices, "usage": usage}
 
 
@@ -77,7 +74,7 @@ class Provider:
     name: str
     quirks: str
     script: Callable[[Body], Reply]
-    failures: list[Callable[[Body], Reply]]
+    failures: list[Reply]
     models: tuple[str, ...] = ("m",)
     path: str = "/v1"
     query: str = ""
@@ -120,7 +117,7 @@ class Provider:
             return _respond(404, {"error": {"code": "404", "message": "Resource not found"}})
         if self.failures and self._draw.random() < self.share:
             self.failed += 1
-            return _respond(*self._draw.choice(self.failures)(body))
+            return _respond(*self._draw.choice(self.failures))
         status, content = self.script(body)
         if status == 200 and not (isinstance(content, dict) and "error" in content):
             key = json.dumps([body["messages"], body.get("seed")], sort_keys=True)
@@ -128,8 +125,7 @@ class Provider:
         return _respond(status, content)
 
 
-def _respond(status: int, content: Any) -> Response:
-    headers = dict(content.pop("HEADERS", {})) if isinstance(content, dict) else {}
+def _respond(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     return Response(raw, status, headers, media_type="application/json")
 
@@ -155,10 +151,11 @@ def _gemini(body: Body) -> Reply:
     return 200, found
 
 
-def _gemini_limit(body: Body) -> Reply:
-    text = "You exceeded your current quota, please check your plan and billing details."
-    quota = {"violations": [{"quotaId": "GenerateRequestsPerMinutePerProjectPerModel", "quotaValue": "10"}]}
-    return _google(429, "RESOURCE_EXHAUSTED", text, [quota, {"@type": "RetryInfo", "retryDelay": "0.05s"}])
+GEMINI_LIMIT = _google(
+    429, "RESOURCE_EXHAUSTED", "You exceeded your current quota, please check your plan and billing details.",
+    [{"violations": [{"quotaId": "GenerateRequestsPerMinutePerProjectPerModel", "quotaValue": "10"}]},
+     {"@type": "RetryInfo", "retryDelay": "0.05s"}],
+)  # fmt: skip
 
 
 def _gpt5(body: Body) -> Reply:
@@ -182,9 +179,8 @@ def _anthropic(body: Body) -> Reply:
     return 200, answer(body)
 
 
-def _anthropic_error(status: int, kind: str) -> Callable[[Body], Reply]:
-    headers = {"retry-after": "0"} if status == 429 else {}
-    return lambda _: (status, {"type": "error", "error": {"type": kind, "message": kind}, "HEADERS": headers})
+def _anthropic_error(status: int, kind: str) -> Reply:
+    return status, {"type": "error", "error": {"type": kind, "message": kind}}, {"retry-after": "0"}
 
 
 def _mistral(body: Body) -> Reply:
@@ -215,14 +211,14 @@ def _openrouter(body: Body) -> Reply:
     return 200, answer(body)
 
 
-def _broken_off(body: Body) -> Reply:
-    error = {"code": 502, "message": "Provider disconnected"}
-    message = {"role": "assistant", "content": "answer to"}
-    return 200, {"choices": [{"index": 0, "message": message, "finish_reason": "error", "error": error}]}
+BROKEN_OFF = {
+    "index": 0, "message": {"role": "assistant", "content": "answer to"}, "finish_reason": "error",
+    "error": {"code": 502, "message": "Provider disconnected"},
+}  # fmt: skip
 
 
-def _inside(code: int, message: str) -> Callable[[Body], Reply]:
-    return lambda _: (200, {"error": {"code": code, "message": message}})
+def _inside(code: int, message: str) -> Reply:
+    return 200, {"error": {"code": code, "message": message}}
 
 
 def _azure(body: Body) -> Reply:
@@ -249,39 +245,36 @@ def _litellm(body: Body) -> Reply:
     return 200, found
 
 
-def _status(code: int, content: Any, **headers: str) -> Callable[[Body], Reply]:
-    return lambda _: (code, {**content, "HEADERS": headers} if isinstance(content, dict) else content)
-
-
 PROVIDERS = [
     Provider("Gemini", "no seed, string enums only, hidden thinking, 429 names a billing page", _gemini,
-             [_gemini_limit, lambda _: _google(503, "UNAVAILABLE", "The model is overloaded."),
-              lambda _: _google(500, "INTERNAL", "An internal error has occurred.")], models=("models/m",)),
+             [GEMINI_LIMIT, _google(503, "UNAVAILABLE", "The model is overloaded."),
+              _google(500, "INTERNAL", "An internal error has occurred.")], models=("models/m",)),
     Provider("GPT-5-like", "max_completion_tokens, temperature 1 only, no top_p, no penalty", _gpt5,
-             [lambda _: refuse("Rate limit reached. Please try again in 50ms.", None, "rate_limit_exceeded", 429),
-              lambda _: refuse("The server had an error", None, "server_error", 500)]),
+             [refuse("Rate limit reached. Please try again in 50ms.", None, "rate_limit_exceeded", 429),
+              refuse("The server had an error", None, "server_error", 500)]),
     Provider("Anthropic's layer", "n must be 1, names not listed", _anthropic,
              [_anthropic_error(529, "overloaded_error"), _anthropic_error(429, "rate_limit_error"),
               _anthropic_error(500, "api_error")], models=("m-20260101",)),
     Provider("Mistral", "content in parts with thinking, extra fields refused", _mistral,
-             [_status(429, {"message": "Requests rate limit exceeded"}), _status(503, b"<html>upstream</html>")]),
+             [(429, {"message": "Requests rate limit exceeded"}), (503, b"<html>upstream</html>")]),
     Provider("DeepSeek, Qwen", "one choice, thinking with a closing tag alone, blanks, negative usage", _deepseek,
-             [_status(503, {"error": {"message": "Service is too busy"}}), _status(200, b"\n\n")]),
+             [(503, {"error": {"message": "Service is too busy"}}), (200, b"\n\n")]),
     Provider("OpenRouter", "errors inside a 200, broken choices, schema refused without a name", _openrouter,
-             [_inside(429, "Rate limit exceeded: free-models-per-min"), _inside(502, "Provider error"), _broken_off],
+             [_inside(429, "Rate limit exceeded: free-models-per-min"), _inside(502, "Provider error"),
+              (200, {"choices": [BROKEN_OFF]})],
              models=("m:free",)),
     Provider("Azure", "query in the address, key in a header of its own", _azure,
-             [_status(429, {"error": {"code": "429", "message": "Please retry."}}, **{"retry-after-ms": "50"}),
-              _status(500, {"error": {"code": "InternalServerError", "message": "x"}})],
+             [(429, {"error": {"code": "429", "message": "Please retry."}}, {"retry-after-ms": "50"}),
+              (500, {"error": {"code": "InternalServerError", "message": "x"}})],
              path="/openai/deployments/m", query="?api-version=2026-01-01", header=("api-key", "azure-key"),
              models=("other",)),
     Provider("Ollama", "one choice whatever n, :latest implied", lambda body: (200, answer(body, n=1)),
-             [_status(503, {"error": {"message": "server busy, please try again. maximum pending requests exceeded"}})],
+             [(503, {"error": {"message": "server busy, please try again. maximum pending requests exceeded"}})],
              models=("m:latest",)),
     Provider("llama.cpp", "one choice, grammar fails with a 500", _llama_cpp,
-             [_status(503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}})]),
+             [(503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}})]),
     Provider("LiteLLM", "no system role, wildcard names, usage that is none", _litellm,
-             [lambda _: refuse("litellm.RateLimitError: RateLimitError", None, "429", 429),
-              lambda _: refuse("litellm.InternalServerError: upstream", None, "500", 500),
-              _status(408, {"error": {"message": "litellm.Timeout", "code": "408"}})], models=("openai/*",)),
+             [refuse("litellm.RateLimitError: RateLimitError", None, "429", 429),
+              refuse("litellm.InternalServerError: upstream", None, "500", 500),
+              (408, {"error": {"message": "litellm.Timeout", "code": "408"}})], models=("openai/*",)),
 ]  # fmt: skip

@@ -7,6 +7,8 @@ import socket
 import time
 import traceback
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import pytest
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
-from tasks.llm import limits, retries
-from tasks.llm import vllm_admin as served
-from tasks.llm.client import Answer, BudgetExceeded, Endpoint, EndpointDown, KeyRefused, RequestRefused, resolve_secret
+from tasks.llm import limits, retries, vllm_admin
+from tasks.llm.client import Endpoint
+from tasks.llm.limits import BudgetExceeded
+from tasks.llm.responses import Answer, EndpointDown, KeyRefused, RequestRefused
+from tasks.llm.secrets import resolve_secret
 from tests.fakes import FakeOpenAI
 from tests.fakes.plan import FAULTS
 
@@ -28,12 +32,25 @@ def prompt(number: int, text: str = "") -> list[dict[str, str]]:
     return [{"role": "system", "content": "You write scenes."}, {"role": "user", "content": f"Scene {number}. {text}"}]
 
 
-def config_for(fake: FakeOpenAI, **settings: Any) -> EndpointConfig:
-    return EndpointConfig(**{"endpoint": fake.url, "model": "sampler", "request_timeout_seconds": 5, **settings})
+def open_endpoint(fake: FakeOpenAI, key: str | None = None, **settings: Any) -> Endpoint:
+    given = {"endpoint": fake.url, "model": "sampler", "request_timeout_seconds": 5, **settings}
+    return Endpoint(EndpointConfig(**given), key)
+
+
+@asynccontextmanager
+async def serving(plan: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[tuple[FakeOpenAI, Endpoint]]:
+    """Start a fake endpoint, and open it."""
+    with FakeOpenAI(plan) as fake:
+        async with open_endpoint(fake, **settings) as endpoint:
+            yield fake, endpoint
+
+
+async def ask(endpoint: Endpoint, number: int, text: str = "") -> Answer:
+    return await endpoint.chat(prompt(number, text), **SAMPLING)
 
 
 async def ask_all(endpoint: Endpoint, count: int) -> list[Answer]:
-    return await asyncio.gather(*(endpoint.chat(prompt(number), **SAMPLING) for number in range(count)))
+    return await asyncio.gather(*(ask(endpoint, number) for number in range(count)))
 
 
 def texts(answers: list[Answer]) -> list[list[str]]:
@@ -52,35 +69,39 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_seed_gives_the_same_samples_in_one_request_or_in_five() -> None:
-    with FakeOpenAI() as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            together = await endpoint.chat(prompt(1), n=5, seed=7, max_tokens=256)
-            apart = [await endpoint.chat(prompt(1), n=1, seed=7 + index, max_tokens=256) for index in range(5)]
-        assert together.choices == [answer.choices[0] for answer in apart]
-        assert together.usage.completion_tokens > 0
-        assert endpoint.stats.succeeded == 6
-        assert endpoint.stats.usage.requests == 6
+    async with serving() as (_, endpoint):
+        together = await endpoint.chat(prompt(1), n=5, seed=7, max_tokens=256)
+        apart = [await endpoint.chat(prompt(1), n=1, seed=7 + index, max_tokens=256) for index in range(5)]
+    assert together.choices == [answer.choices[0] for answer in apart]
+    assert together.usage.completion_tokens > 0
+    assert endpoint.stats.succeeded == endpoint.stats.usage.requests == 6
 
 
 async def test_what_is_none_is_not_sent_and_the_rest_arrives() -> None:
-    with FakeOpenAI() as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            await endpoint.chat(prompt(1), n=2, seed=9, temperature=None, response_format=None)
-            with pytest.raises(RequestRefused, match="greedy"):
-                await endpoint.chat(prompt(1), n=2, seed=9, temperature=0)
-        first = fake.requests()[0]
-        assert (first["n"], first["seed"], first["model"]) == (2, 9, "sampler")
+    async with serving() as (fake, endpoint):
+        await endpoint.chat(prompt(1), n=2, seed=9, temperature=None, response_format=None)
+        with pytest.raises(RequestRefused, match="greedy"):
+            await endpoint.chat(prompt(1), n=2, seed=9, temperature=0)
+    first = fake.requests()[0]
+    assert (first["n"], first["seed"], first["model"]) == (2, 9, "sampler")
 
 
 async def test_newer_openai_models_get_max_tokens_by_its_new_name() -> None:
-    with FakeOpenAI({"reject_max_tokens": True}) as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            answers = await ask_all(endpoint, 10)
-            await ask_all(endpoint, 3)
-        assert all(len(answer.choices) == 3 for answer in answers)
-        statuses = [row["status"] for row in fake.requests()]
-        assert statuses.count(400) <= 10
-        assert statuses[-3:] == [200, 200, 200]
+    async with serving({"reject_max_tokens": True}) as (fake, endpoint):
+        answers = await ask_all(endpoint, 10)
+        await ask_all(endpoint, 3)
+    assert all(len(answer.choices) == 3 for answer in answers)
+    statuses = [row["status"] for row in fake.requests()]
+    assert statuses.count(400) <= 10
+    assert statuses[-3:] == [200, 200, 200]
+
+
+async def test_a_response_format_that_is_refused_is_left_out_from_then_on_and_the_answers_say_so() -> None:
+    async with serving({"reject_response_format": True}) as (fake, endpoint):
+        for number in range(3):
+            answer = await endpoint.chat(prompt(number), **SAMPLING, response_format={"type": "json_object"})
+            assert answer.refused == ("response_format",)
+    assert [row["status"] for row in fake.requests()] == [400, 200, 200, 200]
 
 
 # ---- faults
@@ -89,22 +110,17 @@ async def test_newer_openai_models_get_max_tokens_by_its_new_name() -> None:
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_at_30_percent_faults_every_prompt_gets_its_own_answer(seed: int) -> None:
-    with FakeOpenAI() as healthy:
-        async with Endpoint(config_for(healthy), None) as endpoint:
-            expected = texts(await ask_all(endpoint, 150))
+    async with serving() as (_, healthy):
+        expected = texts(await ask_all(healthy, 150))
     plan = {
         "seed": seed, "latency_ms": 5, "retry_after": 0.05, "burst": 3, "slow_seconds": 0.2,
         "faults": dict.fromkeys(FAULTS, 0.3 / len(FAULTS)),
     }  # fmt: skip
-    with FakeOpenAI(plan) as fake:
-        async with Endpoint(config_for(fake, request_timeout_seconds=0.7), None) as endpoint:
-            assert texts(await ask_all(endpoint, 150)) == expected
-            stats = endpoint.stats
-        rows = fake.requests()
+    async with serving(plan, request_timeout_seconds=0.7) as (fake, endpoint):
+        assert texts(await ask_all(endpoint, 150)) == expected
+        stats, rows = endpoint.stats, fake.requests()
     assert set(FAULTS) <= {row["fault"] for row in rows}
-    assert stats.succeeded == 150
-    assert stats.sent == len(rows) == 150 + stats.retried
-    assert stats.in_flight == 0
+    assert (stats.sent, stats.succeeded) == (len(rows), 150)
     # Each body's last attempt is its only answered one: nothing was asked again after an answer.
     unanswered = {"reset_headers", "reset_body", "broken_json"}
     answered = Counter(row["sha"] for row in rows if row["status"] == 200 and row["fault"] not in unanswered)
@@ -117,12 +133,11 @@ async def test_at_30_percent_faults_every_prompt_gets_its_own_answer(seed: int) 
 @pytest.mark.parametrize("kind", ["refuse", "503", "hang"])
 async def test_an_outage_is_waited_out(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     plan = {"latency_ms": 5, "outage": {"after": 40, "seconds": 2.0, "kind": kind}}
-    with FakeOpenAI(plan) as fake, caplog.at_level(logging.WARNING):
-        settings = {"max_concurrency": 8, "max_outage_seconds": 20, "request_timeout_seconds": 0.5}
-        async with Endpoint(config_for(fake, **settings), None) as endpoint:
-            answers = await ask_all(endpoint, 120)
-            assert len(answers) == endpoint.stats.succeeded == 120
-            assert endpoint.stats.retried > 0
+    settings = {"max_concurrency": 8, "max_outage_seconds": 20, "request_timeout_seconds": 0.5}
+    with caplog.at_level(logging.WARNING):
+        async with serving(plan, **settings) as (_, endpoint):
+            assert len(await ask_all(endpoint, 120)) == endpoint.stats.succeeded == 120
+            assert endpoint.stats.sent > 120
     waiting = [record for record in caplog.records if "waiting" in record.message]
     assert len(waiting) == 1  # one line a minute, not one an attempt
 
@@ -132,8 +147,8 @@ async def test_waiting_is_logged_at_every_heartbeat(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "HEARTBEAT_SECONDS", 0.5)
-    with FakeOpenAI({"outage": {"after": 1, "seconds": 2.2}}) as fake, caplog.at_level(logging.WARNING):
-        async with Endpoint(config_for(fake, max_outage_seconds=20), None) as endpoint:
+    with caplog.at_level(logging.WARNING):
+        async with serving({"outage": {"after": 1, "seconds": 2.2}}, max_outage_seconds=20) as (_, endpoint):
             await ask_all(endpoint, 5)
     waiting = [record.message for record in caplog.records if "waiting" in record.message]
     assert 3 <= len(waiting) <= 6
@@ -143,109 +158,85 @@ async def test_waiting_is_logged_at_every_heartbeat(
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("kind", ["refuse", "503", "hang"])
 async def test_an_outage_that_lasts_too_long_ends_the_stage(kind: str) -> None:
-    with FakeOpenAI({"outage": {"after": 11, "seconds": 600, "kind": kind}}) as fake:
-        settings = {"max_concurrency": 4, "max_outage_seconds": 1.0, "request_timeout_seconds": 0.4}
-        async with Endpoint(config_for(fake, **settings), None) as endpoint:
-            started = time.monotonic()
-            with pytest.raises(EndpointDown, match="max_outage_seconds is 1") as caught:
-                await ask_all(endpoint, 100)
-            assert 1.0 <= time.monotonic() - started < 6
-            assert fake.url in str(caught.value)
-            assert "run again" in " ".join(str(caught.value).split())
-            assert endpoint.stats.succeeded == 10
+    plan = {"outage": {"after": 11, "seconds": 600, "kind": kind}}
+    settings = {"max_concurrency": 4, "max_outage_seconds": 1.0, "request_timeout_seconds": 0.4}
+    async with serving(plan, **settings) as (fake, endpoint):
+        started = time.monotonic()
+        with pytest.raises(EndpointDown, match=r"max_outage_seconds is 1.*run again") as caught:
+            await ask_all(endpoint, 100)
+        assert 1.0 <= time.monotonic() - started < 6
+        assert fake.url in str(caught.value)
+        assert endpoint.stats.succeeded == 10
 
 
 async def test_a_wish_to_wait_longer_than_the_longest_outage_is_not_granted() -> None:
-    with FakeOpenAI({"faults": {"rate_limit_after": 1.0}, "retry_after": 3600}) as fake:
-        async with Endpoint(config_for(fake, max_outage_seconds=60, max_concurrency=2), None) as endpoint:
-            with pytest.raises(EndpointDown, match="asks to wait 3600 s, and max_outage_seconds is 60"):
-                await endpoint.chat(prompt(1), **SAMPLING)
-            assert len(fake.requests()) == 1
-            async with asyncio.timeout(20):  # nobody waits for what was not granted
-                answers = await asyncio.gather(
-                    *(endpoint.chat(prompt(number), **SAMPLING) for number in range(6)), return_exceptions=True
-                )
-        assert all(isinstance(answer, EndpointDown) for answer in answers)
+    plan = {"faults": {"rate_limit_after": 1.0}, "retry_after": 3600}
+    async with serving(plan, max_outage_seconds=60, max_concurrency=2) as (fake, endpoint):
+        with pytest.raises(EndpointDown, match="asks to wait 3600 s, and max_outage_seconds is 60"):
+            await ask(endpoint, 1)
+        assert len(fake.requests()) == 1
+        async with asyncio.timeout(20):  # nobody waits for what was not granted
+            answers = await asyncio.gather(*(ask(endpoint, number) for number in range(6)), return_exceptions=True)
+    assert all(isinstance(answer, EndpointDown) for answer in answers)
 
 
 @pytest.mark.usefixtures("hasty")
 async def test_time_without_requests_is_no_outage() -> None:
     """An endpoint that nothing was asked of for longer than max_outage_seconds has not been down."""
-    with FakeOpenAI({"seed": 1, "faults": {"error_500": 1.0}, "max_faults": 1}) as fake:
-        async with Endpoint(config_for(fake, max_outage_seconds=0.5), None) as endpoint:
-            await endpoint.chat(prompt(1), **SAMPLING)
-            await asyncio.sleep(0.8)
-            await endpoint.chat(prompt(2), **SAMPLING)
-        assert [row["status"] for row in fake.requests()] == [500, 200, 500, 200]
+    plan = {"seed": 1, "faults": {"error_500": 1.0}, "max_faults": 1}
+    async with serving(plan, max_outage_seconds=0.5) as (fake, endpoint):
+        await ask(endpoint, 1)
+        await asyncio.sleep(0.8)
+        await ask(endpoint, 2)
+    assert [row["status"] for row in fake.requests()] == [500, 200, 500, 200]
 
 
 @pytest.mark.usefixtures("hasty")
 async def test_a_request_that_never_succeeds_is_refused_and_not_retried_for_ever() -> None:
-    with FakeOpenAI({"latency_ms": 20}) as fake:
-        async with Endpoint(config_for(fake, max_concurrency=4), None) as endpoint:
-            others = asyncio.ensure_future(ask_all(endpoint, 200))
-            with pytest.raises(RequestRefused, match="the engine cannot digest") as caught:
-                await endpoint.chat(prompt(1, "ALWAYS-FAILS"), **SAMPLING)
-            assert (caught.value.status, caught.value.reason) == (500, "keeps_failing")
-            assert len(await others) == 200
+    async with serving({"latency_ms": 20}, max_concurrency=4) as (_, endpoint):
+        others = asyncio.ensure_future(ask_all(endpoint, 200))
+        with pytest.raises(RequestRefused, match="the engine cannot digest") as caught:
+            await ask(endpoint, 1, "ALWAYS-FAILS")
+        assert (caught.value.status, caught.value.reason) == (500, "keeps_failing")
+        assert len(await others) == 200
 
 
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("seconds", [600, 0.3])
 async def test_the_last_request_that_never_succeeds_is_not_taken_for_an_outage(seconds: float) -> None:
-    with FakeOpenAI() as fake:
-        async with Endpoint(config_for(fake, max_outage_seconds=seconds), None) as endpoint:
-            with pytest.raises(RequestRefused) as caught:
-                await endpoint.chat(prompt(1, "ALWAYS-FAILS"), **SAMPLING)
-        assert caught.value.reason == "keeps_failing"
-        assert fake.requests()[-1]["status"] == 200  # the ping
+    async with serving(max_outage_seconds=seconds) as (fake, endpoint):
+        with pytest.raises(RequestRefused) as caught:
+            await ask(endpoint, 1, "ALWAYS-FAILS")
+    assert caught.value.reason == "keeps_failing"
+    assert fake.requests()[-1]["status"] == 200  # the ping
 
 
 @pytest.mark.parametrize(
-    ("text", "plan", "settings", "reason"),
+    ("plan", "text", "error", "message"),
     [
-        ("TOO-LONG-FOR-THE-CONTEXT", {}, {}, "context_length"),
-        ("WITHHELD-BY-THE-FILTER", {}, {}, "content_filter"),
+        ({}, "TOO-LONG-FOR-THE-CONTEXT", RequestRefused, "context_length"),
+        ({}, "WITHHELD-BY-THE-FILTER", RequestRefused, "content_filter"),
+        ({"samplers": ["other"]}, "", PreflowError, r"does not serve the model 'sampler'.*set model"),
     ],
 )
 async def test_what_can_never_be_answered_is_refused_at_once(
-    text: str, plan: dict[str, Any], settings: dict[str, Any], reason: str
+    plan: dict[str, Any], text: str, error: type[Exception], message: str
 ) -> None:
-    with FakeOpenAI(plan) as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            with pytest.raises(RequestRefused) as caught:
-                await endpoint.chat(prompt(1, text), **SAMPLING, **settings)
-            assert endpoint.stats.refused == 1
-        assert caught.value.reason == reason
-        assert len(fake.requests()) == 1
-
-
-async def test_a_model_that_is_not_served_ends_the_stage_at_the_first_question() -> None:
-    with FakeOpenAI({"samplers": ["other"]}) as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            with pytest.raises(PreflowError, match=r"does not serve the model 'sampler'.*set model"):
-                await endpoint.chat(prompt(1), **SAMPLING)
-        assert len(fake.requests()) == 1
-
-
-async def test_a_response_format_that_is_refused_is_left_out_from_then_on() -> None:
-    with FakeOpenAI({"reject_response_format": True}) as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            for number in range(3):
-                await endpoint.chat(prompt(number), **SAMPLING, response_format={"type": "json_object"})
-        assert [row["status"] for row in fake.requests()] == [400, 200, 200, 200]
+    async with serving(plan) as (fake, endpoint):
+        with pytest.raises(error, match=message):
+            await ask(endpoint, 1, text)
+    assert len(fake.requests()) == 1
 
 
 async def test_callers_that_go_away_leave_no_trace() -> None:
-    with FakeOpenAI({"latency_ms": 300, "latency_sigma": 0}) as fake:
-        async with Endpoint(config_for(fake, max_concurrency=2, prompt_price=1, budget_usd=10), None) as endpoint:
-            callers = [asyncio.ensure_future(endpoint.chat(prompt(number), **SAMPLING)) for number in range(6)]
-            await asyncio.sleep(0.1)
-            for caller in callers:
-                caller.cancel()
-            await asyncio.gather(*callers, return_exceptions=True)
-            assert endpoint.stats.in_flight == 0
-            assert len(await ask_all(endpoint, 4)) == 4
+    plan, money = {"latency_ms": 300, "latency_sigma": 0}, {"prompt_price": 1, "budget_usd": 10}
+    async with serving(plan, max_concurrency=2, **money) as (_, endpoint):
+        callers = [asyncio.ensure_future(ask(endpoint, number)) for number in range(6)]
+        await asyncio.sleep(0.1)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+        assert len(await ask_all(endpoint, 4)) == 4
 
 
 # ---- rates
@@ -254,10 +245,9 @@ async def test_callers_that_go_away_leave_no_trace() -> None:
 @pytest.mark.parametrize("style", ["seconds", "date", "ms"])
 async def test_retry_after_holds_all_requests_at_once(style: str) -> None:
     plan = {"latency_ms": 10, "limit_requests": 10, "limit_seconds": 1.5, "retry_after_style": style}
-    with FakeOpenAI(plan) as fake:
-        async with Endpoint(config_for(fake, max_concurrency=4), None) as endpoint:
-            assert len(await ask_all(endpoint, 20)) == 20
-        rows = fake.requests()
+    async with serving(plan, max_concurrency=4) as (fake, endpoint):
+        assert len(await ask_all(endpoint, 20)) == 20
+    rows = fake.requests()
     refused = [row["time"] for row in rows if row["status"] == 429]
     at_first = [moment for moment in refused if moment < refused[0] + 0.3]
     assert 1 <= len(at_first) <= 4  # those in flight when the limit was hit, and none of the six that waited
@@ -268,23 +258,20 @@ async def test_retry_after_holds_all_requests_at_once(style: str) -> None:
 
 @pytest.mark.usefixtures("hasty")
 async def test_the_window_shrinks_to_what_the_server_takes_and_grows_back() -> None:
-    with FakeOpenAI({"latency_ms": 20, "latency_sigma": 0.1, "max_in_flight": 4}) as fake:
-        async with Endpoint(config_for(fake, max_concurrency=64), None) as endpoint:
-            assert len(await ask_all(endpoint, 400)) == 400
-            assert endpoint.stats.window <= 8
-        rows = fake.requests()
+    plan = {"latency_ms": 20, "latency_sigma": 0.1, "max_in_flight": 4}
+    async with serving(plan, max_concurrency=64) as (fake, endpoint):
+        assert len(await ask_all(endpoint, 400)) == 400
+        assert endpoint.stats.window <= 8
+    rows = fake.requests()
     late = rows[len(rows) // 3 :]
     assert sum(row["status"] == 503 for row in late) / len(late) < 0.25
     assert max(row["in_flight"] for row in late) >= 4
-    with FakeOpenAI({"faults": {"unavailable": 1.0}, "max_faults": 1}) as fake:
-        async with Endpoint(config_for(fake, max_concurrency=8), None) as endpoint:
-            await endpoint.chat(prompt(0), **SAMPLING)
-            assert endpoint.stats.window == 4
-        fake.stop()
-    with FakeOpenAI() as fake:
-        async with Endpoint(config_for(fake, max_concurrency=8), None) as endpoint:
-            await ask_all(endpoint, 60)
-            assert endpoint.stats.window == 8
+    async with serving({"faults": {"unavailable": 1.0}, "max_faults": 1}, max_concurrency=8) as (_, endpoint):
+        await ask(endpoint, 0)
+        assert endpoint.stats.window == 4
+    async with serving(max_concurrency=8) as (_, endpoint):
+        await ask_all(endpoint, 60)
+        assert endpoint.stats.window == 8
 
 
 async def test_caps_per_minute_hold_in_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,16 +280,15 @@ async def test_caps_per_minute_hold_in_every_window(monkeypatch: pytest.MonkeyPa
     The server's window is shorter by what a request may take on its way on a busy machine.
     """
     monkeypatch.setattr(limits, "MINUTE", 4.0)
-    with FakeOpenAI({"limit_requests": 11, "limit_seconds": 3.7, "latency_ms": 5}) as fake:
-        async with Endpoint(config_for(fake, requests_per_minute=10), None) as endpoint:
-            await ask_all(endpoint, 25)
-        rows = fake.requests()
+    plan = {"limit_requests": 11, "limit_seconds": 3.7, "latency_ms": 5}
+    async with serving(plan, requests_per_minute=10) as (fake, endpoint):
+        await ask_all(endpoint, 25)
+    rows = fake.requests()
     assert [row["status"] for row in rows] == [200] * 25
     assert 7.7 <= rows[-1]["time"] - rows[0]["time"] < 20
-    with FakeOpenAI({"latency_ms": 5}) as fake:
-        async with Endpoint(config_for(fake, tokens_per_minute=6000), None) as endpoint:
-            await ask_all(endpoint, 60)
-        rows = fake.requests()
+    async with serving({"latency_ms": 5}, tokens_per_minute=6000) as (fake, endpoint):
+        await ask_all(endpoint, 60)
+    rows = fake.requests()
     for first in rows:
         inside = [row for row in rows if first["time"] <= row["time"] < first["time"] + 3.7]
         assert sum(row["usage"]["total_tokens"] for row in inside) <= 6000
@@ -315,51 +301,53 @@ async def test_caps_per_minute_hold_in_every_window(monkeypatch: pytest.MonkeyPa
 
 
 async def test_the_budget_is_never_exceeded_and_nearly_used() -> None:
-    prices = {"prompt_price": 1.0, "completion_price": 10.0}
-    with FakeOpenAI({"latency_ms": 5, "thinking_tokens": 50}) as fake:
-        config = config_for(fake, max_concurrency=16, budget_usd=0.2, **prices)
-        async with Endpoint(config, None) as endpoint:
-            answers = await asyncio.gather(
-                *(endpoint.chat(prompt(number), **SAMPLING) for number in range(400)), return_exceptions=True
-            )
-            spent = endpoint.stats.spent_usd
-        billed = sum(
-            (row["usage"]["prompt_tokens"] * 1.0 + row["usage"]["completion_tokens"] * 10.0) / 1e6
-            for row in fake.requests()
-        )
-    assert spent == pytest.approx(billed)
+    settings = {"max_concurrency": 16, "budget_usd": 0.2, "prompt_price": 1.0, "completion_price": 10.0}
+    async with serving({"latency_ms": 5, "thinking_tokens": 50}, **settings) as (fake, endpoint):
+        answers = await asyncio.gather(*(ask(endpoint, number) for number in range(400)), return_exceptions=True)
+        stats = endpoint.stats
+    used = [row["usage"] for row in fake.requests()]
+    billed = sum((usage["prompt_tokens"] * 1.0 + usage["completion_tokens"] * 10.0) / 1e6 for usage in used)
+    assert stats.spent_usd == pytest.approx(billed)
     assert 0.19 <= billed <= 0.2
     failures = [answer for answer in answers if isinstance(answer, BaseException)]
     assert failures
     assert all(isinstance(failure, BudgetExceeded) for failure in failures)
     assert "budget_usd is 0.2" in str(failures[0])
-    assert endpoint.stats.usage.thinking_tokens == 150 * endpoint.stats.succeeded
+    assert stats.usage.thinking_tokens == 150 * stats.succeeded
 
 
 # ---- keys
 
 
 async def test_a_refused_key_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "sk-wrong-and-secret")
     with FakeOpenAI({"key": "right"}) as fake:
-        config = config_for(fake, api_key="env:JUDGE_KEY")
-        key = await resolve_secret(config.api_key, "judging.api_key")
-        async with Endpoint(config, key) as endpoint:
-            for call in (endpoint.chat(prompt(1), **SAMPLING), endpoint.check_model()):
+        async with open_endpoint(fake, "sk-wrong-and-secret", api_key="env:JUDGE_KEY") as endpoint:
+            for call in (ask(endpoint, 1), endpoint.check_model()):
                 with pytest.raises(KeyRefused, match=r"env:JUDGE_KEY.*export JUDGE_KEY") as caught:
                     await call
                 assert fake.url in str(caught.value)
-                assert "wrong-and-secret" not in "".join(traceback.format_exception(caught.value))
-        async with Endpoint(config, "right") as endpoint:
-            await endpoint.chat(prompt(1), **SAMPLING)
-
-
-async def test_an_endpoint_without_a_key_is_not_sent_another_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-service")
-    with FakeOpenAI({"key": "sk-of-another-service"}) as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
+                assert "wrong-and-secret" not in "".join(traceback.format_exception(caught.value)) + repr(endpoint)
+        async with open_endpoint(fake, "right") as endpoint:
+            await ask(endpoint, 1)
+        monkeypatch.setenv("OPENAI_API_KEY", "right")  # of another service: an endpoint without a key is not sent it
+        async with open_endpoint(fake) as endpoint:
             with pytest.raises(KeyRefused, match=r"without a key.*set api_key"):
-                await endpoint.chat(prompt(1), **SAMPLING)
+                await ask(endpoint, 1)
+
+
+async def test_the_proxy_of_the_environment_is_taken_but_for_what_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FakeOpenAI() as proxy:  # it answers whatever host it is asked for
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        async with Endpoint(EndpointConfig(endpoint="http://models.invalid/v1", model="sampler"), None) as endpoint:
+            await endpoint.check_model()
+        (asked,) = proxy.requests(None)
+        assert asked["path"] == "http://models.invalid/v1/models"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        async with open_endpoint(proxy) as endpoint:
+            await endpoint.check_model()
+        assert proxy.requests(None)[-1]["path"] == "/v1/models"
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -376,50 +364,44 @@ async def test_a_key_comes_from_a_prefect_secret_block() -> None:
 
 
 async def test_the_model_is_found_under_either_of_its_names() -> None:
-    with FakeOpenAI({"gemini_names": True, "samplers": ["gemini-2.5-flash"]}) as fake:
+    with FakeOpenAI({"gemini_names": True, "samplers": ["gemini-2.5-flash"], "max_model_len": 512}) as fake:
         for name in ("gemini-2.5-flash", "models/gemini-2.5-flash"):
-            async with Endpoint(config_for(fake, model=name), None) as endpoint:
-                assert (await endpoint.check_model()).id == "models/gemini-2.5-flash"
-    with FakeOpenAI({"max_model_len": 512}) as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            assert (await endpoint.check_model()).max_model_len == 512
-        async with Endpoint(config_for(fake, model="sft-v2"), None) as endpoint:
-            with pytest.raises(PreflowError, match=r"does not serve the model 'sft-v2'.*dpo, .*sampler, sft"):
-                await endpoint.check_model()
+            async with open_endpoint(fake, model=name) as endpoint:
+                found = await endpoint.check_model()
+                assert (found.id, found.max_model_len) == ("models/gemini-2.5-flash", 512)
+    async with serving(model="sft-v2") as (_, endpoint):
+        with pytest.raises(PreflowError, match=r"does not serve the model 'sft-v2'.*dpo, .*sampler, sft"):
+            await endpoint.check_model()
 
 
 async def test_an_endpoint_that_lists_no_models_is_accepted_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    with FakeOpenAI({"list_models": False}) as fake, caplog.at_level(logging.WARNING):
-        async with Endpoint(config_for(fake), None) as endpoint:
+    with caplog.at_level(logging.WARNING):
+        async with serving({"list_models": False}) as (_, endpoint):
             assert (await endpoint.check_model()).max_model_len is None
     assert "does not list its models" in caplog.text
 
 
 async def test_an_address_without_v1_is_told_apart() -> None:
     with FakeOpenAI() as fake:
-        async with Endpoint(config_for(fake, endpoint=fake.url.removesuffix("/v1")), None) as endpoint:
+        async with open_endpoint(fake, endpoint=fake.url.removesuffix("/v1")) as endpoint:
             with pytest.raises(PreflowError, match=f"set endpoint to {fake.url}"):
                 await endpoint.check_model()
 
 
-async def test_an_endpoint_that_is_not_there_is_reported_within_seconds() -> None:
+@pytest.mark.parametrize(("listens", "message"), [(False, "is not usable.*curl {url}/models"), (True, "within 1 s")])
+async def test_an_endpoint_that_is_not_there_or_silent_is_reported_within_seconds(
+    listens: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_admin, "CHECK_SECONDS", 1.0 if listens else 10.0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        started = time.monotonic()
+        if listens:
+            taken.listen()
+        url, started = f"http://127.0.0.1:{taken.getsockname()[1]}/v1", time.monotonic()
         async with Endpoint(EndpointConfig(endpoint=url), None) as endpoint:
-            with pytest.raises(PreflowError, match=f"{url} is not usable.*curl {url}/models"):
+            with pytest.raises(PreflowError, match=message.format(url=url)):
                 await endpoint.check_model()
         assert time.monotonic() - started < 10
-
-
-async def test_an_endpoint_that_never_answers_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "CHECK_SECONDS", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
-        async with Endpoint(EndpointConfig(endpoint=url), None) as endpoint:
-            with pytest.raises(PreflowError, match="no answer within 1 s"):
-                await endpoint.check_model()
 
 
 def make_adapter(folder: Path, rank: int) -> str:
@@ -430,37 +412,35 @@ def make_adapter(folder: Path, rank: int) -> str:
 
 async def test_adapters_are_loaded_replaced_and_unloaded(tmp_path: Path) -> None:
     first, second = make_adapter(tmp_path / "a", 8), make_adapter(tmp_path / "b", 8)
-    with FakeOpenAI({"samplers": ["sampler"]}) as fake:
-        async with Endpoint(config_for(fake, model="tuned"), None) as endpoint:
-            await endpoint.load_adapter("tuned", first, replace=False)
-            info = await endpoint.check_model()
-            assert (info.root, info.parent) == (first, "sampler")
-            before = await endpoint.chat(prompt(1), **SAMPLING)
-            with pytest.raises(PreflowError, match=r"already been loaded.*replace"):
-                await endpoint.load_adapter("tuned", second, replace=False)
-            await endpoint.load_adapter("tuned", second, replace=True)
-            assert (await endpoint.check_model()).root == second
-            assert (await endpoint.chat(prompt(1), **SAMPLING)).choices != before.choices
-            await endpoint.unload_adapter("tuned")
-            await endpoint.unload_adapter("tuned")
-            assert "tuned" not in [model.id for model in await endpoint.models()]
+    async with serving({"samplers": ["sampler"]}, model="tuned") as (_, endpoint):
+        await endpoint.load_adapter("tuned", first, replace=False)
+        info = await endpoint.check_model()
+        assert (info.root, info.parent) == (first, "sampler")
+        before = await ask(endpoint, 1)
+        with pytest.raises(PreflowError, match=r"already been loaded.*replace"):
+            await endpoint.load_adapter("tuned", second, replace=False)
+        await endpoint.load_adapter("tuned", second, replace=True)
+        assert (await endpoint.check_model()).root == second
+        assert (await ask(endpoint, 1)).choices != before.choices
+        await endpoint.unload_adapter("tuned")
+        await endpoint.unload_adapter("tuned")
+        assert "tuned" not in [model.id for model in await endpoint.models()]
 
 
 async def test_an_adapter_that_cannot_be_loaded_is_explained(tmp_path: Path) -> None:
     high = make_adapter(tmp_path / "high", 128)
-    with FakeOpenAI() as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            with pytest.raises(PreflowError, match=r"No adapter found.*must exist where the server runs"):
-                await endpoint.load_adapter("x", str(tmp_path / "nowhere"), replace=True)
-            with pytest.raises(PreflowError, match=r"rank 128.*--max-lora-rank"):
-                await endpoint.load_adapter("x", high, replace=True)
-            with pytest.raises(PreflowError, match="conflicts with a served base model"):
-                await endpoint.load_adapter("sampler", high, replace=True)
-    with FakeOpenAI({"runtime_lora": False}) as fake:
-        async with Endpoint(config_for(fake), None) as endpoint:
-            for call in (endpoint.load_adapter("x", high, replace=True), endpoint.unload_adapter("x")):
-                with pytest.raises(PreflowError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
-                    await call
-    async with Endpoint(config_for(fake), None) as endpoint:
+    async with serving() as (fake, endpoint):
+        for name, path, message in (
+            ("x", str(tmp_path / "nowhere"), r"No adapter found.*must exist where the server runs"),
+            ("x", high, r"rank 128.*--max-lora-rank"),
+            ("sampler", high, "conflicts with a served base model"),
+        ):
+            with pytest.raises(PreflowError, match=message):
+                await endpoint.load_adapter(name, path, replace=True)
+        fake.stop()
         with pytest.raises(PreflowError, match="Check that the server is up"):
             await endpoint.load_adapter("x", high, replace=True)
+    async with serving({"runtime_lora": False}) as (_, endpoint):
+        for call in (endpoint.load_adapter("x", high, replace=True), endpoint.unload_adapter("x")):
+            with pytest.raises(PreflowError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+                await call

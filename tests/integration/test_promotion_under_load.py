@@ -251,7 +251,7 @@ async def test_a_wrong_adapter_fails_the_probe_and_the_old_one_is_put_back(stage
 
 
 def _with_probe_of_another(stage: Stage) -> str:
-    """Return a training folder with b's weights beside the log-probs of a."""
+    """Return a training folder with b's weights next to the log-probs of a."""
     store = Workspace(stage.workspace)
     folder = store.uri("training", "swapped")
     store.commit_folder(Path(stage.adapters["b"].uri), f"{folder}/adapter")
@@ -306,7 +306,7 @@ async def test_a_promotion_in_the_middle_of_a_reconciliation_is_seen_by_it(
         assert await stage.answer(http, NAME, 0) == stage.wanted["b", 0]
 
 
-async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_mended(
+async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_put_right(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await stage.promote("a")

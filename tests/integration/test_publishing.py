@@ -1,5 +1,6 @@
 """Publishing on a hub that is called by the hub's own client over HTTP; its faults, and the card that arrives there."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ import yaml
 from flows.publish import publish_adapter
 from tasks.config import PromotionConfig, PublishingConfig
 from tasks.errors import PreflowError
+from tasks.evaluate.evidence import collect_evidence
 from tasks.promote.pointer import install_adapter, move_pointer
 from tasks.store.workspace import AdapterRef, EvaluationRef, Manifest, Origin, PreferencesRef, Workspace
+from tests.fakes.evaluated import evaluated
 from tests.fakes.hub import FakeHub
 
 TOKEN = "hf_" + "t0ken" * 6
@@ -40,7 +43,7 @@ def workspace(tmp_path: Path) -> str:
     return str(root)
 
 
-def promote(root: Path, weights: bytes) -> None:
+def promote(root: Path, weights: bytes) -> AdapterRef:
     store = Workspace(root)
     made = root.parent / "made"
     made.mkdir(exist_ok=True)
@@ -75,6 +78,7 @@ def promote(root: Path, weights: bytes) -> None:
                         manifest=store.uri("evaluations/k/manifest.json"))  # fmt: skip
     store.write_manifest(Manifest(artifact=won, stage="evaluation", upstream=(adapter,), **common))
     move_pointer(adapter, won, install_adapter(adapter, str(root), "mine"), str(root), PromotionConfig(name="mine"))
+    return adapter
 
 
 async def published(workspace: str, **changes: Any) -> Any:
@@ -115,6 +119,30 @@ async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> No
     assert TOKEN not in card
 
 
+@pytest.mark.parametrize("uploads", [True, False])
+async def test_the_card_names_the_evidence_of_its_win_rate(tmp_path: Path, hub: FakeHub, uploads: bool) -> None:
+    root = tmp_path / "workspace"
+    adapter = promote(root, b"weights")
+    won, promotion = evaluated(root, lambda identity: [1, 1], adapter=adapter), PromotionConfig(name="mine2")
+    move_pointer(adapter, won, install_adapter(adapter, str(root), "mine2"), str(root), promotion)
+    await publish_adapter.fn(str(root), "mine2", PUBLISHING.model_copy(update={"evidence": uploads}))
+    files = hub.repos["lab/better"].files
+    card, evidence = files["README.md"].decode(), collect_evidence(won, promotion).text()
+    assert f"Its sha256 is `{hashlib.sha256(evidence).hexdigest()}`" in card
+    assert ("[`evidence.json`](evidence.json)" in card) == uploads
+    assert files.get("evidence.json") == (evidence if uploads else None)
+
+
+async def test_evidence_that_is_gone_is_not_named_and_cannot_be_uploaded(
+    workspace: str, hub: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    await published(workspace)
+    assert "the model card names no evidence" in caplog.text
+    assert "evidence" not in hub.repos["lab/better"].files["README.md"].decode()
+    with pytest.raises(PreflowError, match="which samples were compared"):
+        await published(workspace, evidence=True)
+
+
 async def test_the_same_adapter_again_is_no_commit_and_a_new_one_is(workspace: str, hub: FakeHub) -> None:
     first = await published(workspace)
     asked = len(hub.asked)
@@ -145,14 +173,13 @@ async def test_a_hub_that_stays_away_leaves_nothing_half_done(workspace: str, hu
     assert sum(method == "PUT" for method, _ in hub.asked) == 1, "what had arrived was sent again"
 
 
-async def test_a_large_file_that_does_not_get_through_is_said(workspace: str, hub: FakeHub) -> None:
-    hub.faults = {"/blob/": [400] * 50}
+async def test_what_the_hub_refuses_is_said(workspace: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PreflowError, match=r"answered 403.*may not write to other/better"):
+        await published(workspace, repo="other/better")
+    hub.faults = {"/blob/": [400] * 50}  # a large file does not get through
     with pytest.raises(PreflowError, match="does not take it"):
         await published(workspace)
     assert hub.repos["lab/better"].files == {}
-
-
-async def test_no_hub_is_said_plainly(workspace: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(PreflowError, match=r"http://127\.0\.0\.1:9 does not take it"):
         await published(workspace)
@@ -171,11 +198,6 @@ async def test_a_refused_token_is_named_and_not_shown(
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PreflowError, match=r"publishing\.token names env:HF_TOKEN, but it is not set"):
         await published(workspace)
-
-
-async def test_another_owners_repo_is_refused(workspace: str, hub: FakeHub) -> None:
-    with pytest.raises(PreflowError, match=r"answered 403.*may not write to other/better"):
-        await published(workspace, repo="other/better")
 
 
 async def test_what_cannot_be_published_is_refused_before_the_hub_is_asked(workspace: str, hub: FakeHub) -> None:

@@ -1,5 +1,6 @@
 """Generation, judging and evaluation as flows: a real Prefect server, and an endpoint that fails in every way."""
 
+import asyncio
 import json
 import os
 import pickle
@@ -56,10 +57,6 @@ def write_prompts(folder: Path, count: int, first: int = 0) -> Path:
 
 def read(uri: str | Path) -> list[Row]:
     return [json.loads(line) for line in Path(uri).read_text().splitlines()]
-
-
-def beside(reference: PreferencesRef | CompletionsRef, name: str) -> Path:
-    return Path(reference.uri).with_name(name)
 
 
 def generation(fake: FakeOpenAI, **settings: Any) -> GenerationConfig:
@@ -136,7 +133,7 @@ async def test_at_30_percent_faults_every_scene_is_judged_once_and_as_it_should_
 
 
 def check_completions(found: CompletionsRef, undisturbed: CompletionsRef, distinct: list[str]) -> None:
-    listed = [row["id"] for row in read(beside(found, "failures.jsonl"))]
+    listed = [row["id"] for row in read(found.sibling("failures.jsonl"))]
     rows = read(found.uri)
     assert [row["id"] for row in rows] == [i for i in distinct if i not in listed], "lost, doubled, or out of order"
     assert len(listed) <= 0.02 * len(distinct)
@@ -145,9 +142,9 @@ def check_completions(found: CompletionsRef, undisturbed: CompletionsRef, distin
 
 
 def check_preferences(found: PreferencesRef, completions: CompletionsRef) -> None:
-    judged, rows = read(beside(found, "judged.jsonl")), {row["id"]: row for row in read(completions.uri)}
+    judged, rows = read(found.sibling("judged.jsonl")), {row["id"]: row for row in read(completions.uri)}
     assert [row["id"] for row in judged] == list(rows), "judged rows are lost, doubled, or out of order"
-    pairs = {row["id"]: row for side in ("train", "val") for row in read(beside(found, f"{side}.jsonl"))}
+    pairs = {row["id"]: row for side in ("train", "val") for row in read(found.sibling(f"{side}.jsonl"))}
     for row in judged:
         if row["status"] == "pair":
             best, worst = expected_by_hash(row)
@@ -178,13 +175,12 @@ async def test_a_lost_completion_is_made_again_to_the_byte(tmp_path: Path, fake:
 
 async def test_an_oracle_s_choice_is_always_the_chosen_one(bench: Bench) -> None:
     preferences = await bench.judge(await bench.sample(120), model="judge-oracle", orders=3, val_ratio=0.25)
-    pairs = read(preferences.uri) + read(beside(preferences, "val.jsonl"))
+    pairs = read(preferences.uri) + read(preferences.sibling("val.jsonl"))
     assert len(pairs) == 120
     assert all("ORACLE" in pair["chosen"][0]["content"] for pair in pairs)
     assert not any("ORACLE" in pair["rejected"][0]["content"] for pair in pairs)
-    positions = Counter(
-        vote["order"].index(vote["best"]) for row in read(beside(preferences, "judged.jsonl")) for vote in row["votes"]
-    )
+    judged = read(preferences.sibling("judged.jsonl"))
+    positions = Counter(vote["order"].index(vote["best"]) for row in judged for vote in row["votes"])
     assert positions == {0: 120, 1: 120, 2: 120}, "in a Latin square each stands everywhere equally often"
 
 
@@ -206,10 +202,10 @@ async def test_a_judge_s_position_bias_does_not_reach_the_other_judges_pairs(ben
     panel = [{"endpoint": fake.url, "model": "judge-last", "api_key": None}]
     both = await bench.judge(completions, model="judge-oracle", orders=3, pair_policy="majority", panel=panel)
     assert len(fake.requests()) - before == 180, "only the judge that was added is asked"
-    judged = read(beside(both, "judged.jsonl"))
+    judged = read(both.sibling("judged.jsonl"))
     assert all([vote["judge"] for vote in row["votes"]] == ["judge-oracle"] * 3 + ["judge-last"] * 3 for row in judged)
     # judge-last names each completion once: with the oracle's three votes the marked one has four of six.
-    assert [row["best"] for row in judged] == [row["best"] for row in read(beside(alone, "judged.jsonl"))]
+    assert [row["best"] for row in judged] == [row["best"] for row in read(alone.sibling("judged.jsonl"))]
 
 
 async def test_equal_completions_are_merged_and_lines_can_be_kept(bench: Bench) -> None:
@@ -219,7 +215,7 @@ async def test_equal_completions_are_merged_and_lines_can_be_kept(bench: Bench) 
     assert "" in texts, "the sampler was expected to leave some scenes without these speakers"
     assert Workspace(bench.workspace).read_manifest(kept).counts["empty"] == texts.count("")
     preferences = await bench.judge(kept)
-    for row in read(beside(preferences, "judged.jsonl")):
+    for row in read(preferences.sibling("judged.jsonl")):
         assert (row["status"] == "skipped") == (len({text for text in row["completions"] if text}) < 2)
     assert all(row[side][0]["content"] for row in read(preferences.uri) for side in ("chosen", "rejected"))
 
@@ -245,7 +241,7 @@ async def test_hostile_completions_do_not_change_who_wins(bench: Bench, fake: Fa
             out.write_row({"id": prompt_id(messages), "prompt": messages, "completions": texts})
     reference = CompletionsRef(uri=store.uri("mine.jsonl"), **out.facts())
     preferences = await bench.judge(reference, model="judge-oracle", orders=3)
-    judged = read(beside(preferences, "judged.jsonl"))
+    judged = read(preferences.sibling("judged.jsonl"))
     assert [row["best"] for row in judged] == [number % 3 for number in range(30)]
     shown = {row["prompt"] for row in asked(fake, "judge-oracle")}
     questions = [build_messages(read_rubric("demo"), row, vote["order"]) for row in judged for vote in row["votes"]]
@@ -270,11 +266,25 @@ async def test_what_does_not_change_the_answers_is_not_asked_again(bench: Bench,
     assert await requests_of(200) == (100, 200), "100 prompts were added"
 
 
+async def test_parts_sampled_by_several_runs_at_once_make_the_whole(bench: Bench, fake: FakeOpenAI) -> None:
+    """So 100,000 prompts are spread over pods: a run a part, and then one of them all, which asks for nothing."""
+    whole = write_prompts(bench.folder, 90)
+    lines, parts = whole.read_text().splitlines(keepends=True), [bench.folder / f"part{i}.jsonl" for i in range(3)]
+    for number, part in enumerate(parts):
+        part.write_text("".join(lines[30 * number : 30 * number + 30]))
+    await asyncio.gather(*(bench.sample(part) for part in parts))
+    assert len(asked(fake, "sampler")) == 90
+    merged = await bench.sample(whole)
+    assert len(asked(fake, "sampler")) == 90
+    alone = await Bench(bench.folder / "alone", fake).sample(whole)
+    assert Path(merged.uri).read_bytes() == Path(alone.uri).read_bytes()
+
+
 async def test_the_manifest_and_the_cost_say_what_was_used_and_what_was_saved(bench: Bench, fake: FakeOpenAI) -> None:
     prices = {"prompt_price": 2.0, "completion_price": 10.0}
     await bench.sample(50, **prices)
     completions = await bench.sample(80, **prices)
-    cost = json.loads(beside(completions, "cost.json").read_text())
+    cost = json.loads(Path(completions.sibling("cost.json")).read_text())
     rows = asked(fake, "sampler")
     assert (cost["used"]["requests"], cost["cached"]["requests"]) == (30, 50)
     assert cost["used"]["prompt_tokens"] == sum(row["usage"]["prompt_tokens"] for row in rows[50:])
@@ -338,7 +348,7 @@ async def test_prompts_that_fail_for_good_are_listed_and_stop_nothing(bench: Ben
     prompts, markers = write_prompts(bench.folder, 197), ("TOO-LONG-FOR-THE-CONTEXT", "WITHHELD-BY-THE-FILTER")
     add_prompts(prompts, *markers)
     completions = await bench.sample(prompts, max_failure_ratio=0.02)
-    failures = {row["id"]: row["reason"] for row in read(beside(completions, "failures.jsonl"))}
+    failures = {row["id"]: row["reason"] for row in read(completions.sibling("failures.jsonl"))}
     ids = [prompt_id([{"role": "user", "content": marker}]) for marker in markers]
     assert failures == dict(zip(ids, ("context_length", "content_filter"), strict=True))
     assert completions.rows == 197
@@ -434,7 +444,7 @@ def unfinish(workspace: Path) -> None:
 async def run_both(bench: Bench) -> dict[str, bytes]:
     completions = await bench.sample(64)
     preferences = await bench.judge(completions)
-    files = [beside(preferences, name) for name in ("train.jsonl", "val.jsonl", "judged.jsonl", "quality.json")]
+    files = [Path(preferences.sibling(name)) for name in ("train.jsonl", "val.jsonl", "judged.jsonl", "quality.json")]
     return {path.name: path.read_bytes() for path in [Path(completions.uri), *files]}
 
 

@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.states import AwaitingRetry, Cancelling
 
@@ -82,13 +82,10 @@ async def deployed_parent(worker: Worker) -> AsyncIterator[str]:
 
 def settings(world: TinyWorld, workspace: Path, max_restarts: int = 5, **training: Any) -> PipelineConfig:
     return PipelineConfig(
-        workspace=str(workspace),
-        generation=GenerationConfig(max_tokens=64),
-        judging=JudgingConfig(rubric="neutral"),
+        workspace=str(workspace), training_deployment=DEPLOYMENT, max_restarts=max_restarts,
+        generation=GenerationConfig(max_tokens=64), judging=JudgingConfig(rubric="neutral"),
         training=world.config(**training),
-        training_deployment=DEPLOYMENT,
-        max_restarts=max_restarts,
-    )
+    )  # fmt: skip
 
 
 async def children(world: TinyWorld, config: PipelineConfig) -> list[FlowRun]:
@@ -110,14 +107,19 @@ async def newest_step(workspace: Path) -> int:
     return max((int(marker.parent.name.removeprefix("step-")) for marker in found), default=0)
 
 
-async def read(run_id: UUID) -> FlowRun:
+async def ended(run_id: UUID) -> FlowRun:
+    async def check() -> FlowRun | None:
+        async with get_client() as client:
+            run = await client.read_flow_run(run_id)
+        return run if run.state is not None and run.state.is_final() else None
+
+    run: FlowRun = await wait_for(check, f"end of run {run_id}")
+    return run
+
+
+async def set_state(run_id: UUID, state: State[Any]) -> None:
     async with get_client() as client:
-        return await client.read_flow_run(run_id)
-
-
-async def is_completed(run_id: UUID) -> bool:
-    state = (await read(run_id)).state
-    return state is not None and state.is_completed()
+        await client.set_flow_run_state(run_id, state)
 
 
 def finished(world: TinyWorld, config: PipelineConfig) -> AdapterRef:
@@ -148,9 +150,9 @@ def kill_group(run: FlowRun) -> None:
 
 
 @pytest.fixture(scope="module")
-def calm(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
+def uninterrupted(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> AdapterRef:
     """What an uninterrupted training on this machine gives, without any deployment."""
-    workspace = tmp_path_factory.mktemp("calm")
+    workspace = tmp_path_factory.mktemp("uninterrupted")
     order = TrainingOrder.of(world.preferences, settings(world, workspace, **LONG))
     return run_training(world.preferences, order.workspace, order.training, order.key)
 
@@ -183,23 +185,15 @@ async def start(parent: str, world: TinyWorld, config: PipelineConfig) -> UUID:
     return run.id
 
 
-async def ended(run_id: UUID) -> FlowRun:
-    async def check() -> FlowRun | None:
-        run = await read(run_id)
-        return run if run.state is not None and run.state.is_final() else None
-
-    run: FlowRun = await wait_for(check, f"end of run {run_id}")
-    return run
-
-
 @pytest.mark.long  # a training of 150 steps, twice
 async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
-    world: TinyWorld, deployed_parent: str, calm: AdapterRef, tmp_path: Path
+    world: TinyWorld, deployed_parent: str, uninterrupted: AdapterRef, tmp_path: Path
 ) -> None:
     config = settings(world, tmp_path, **LONG)
     parent = await start(deployed_parent, world, config)
     before = await wait_for(partial(newest_step, tmp_path), "checkpoint")
-    kill_group(await read(parent))
+    async with get_client() as client:
+        kill_group(await client.read_flow_run(parent))
 
     async def went_on() -> bool:
         return await newest_step(tmp_path) > before
@@ -208,14 +202,17 @@ async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
     run = await ended(parent)
     assert run.state is not None
     assert run.state.is_crashed(), run.state
-    async with get_client() as client:
-        await client.set_flow_run_state(parent, AwaitingRetry())
+    await set_state(parent, AwaitingRetry())
 
-    await wait_for(partial(is_completed, parent), "end of the parent that was executed again")
+    async def completed() -> FlowRun | None:  # the worker may report the killed process once more on the way
+        run = await ended(parent)
+        return run if run.state is not None and run.state.is_completed() else None
+
+    run = await wait_for(completed, "end of the parent that was executed again")
     (training,) = await children(world, config)
     assert (training.run_count, await count_crashes(training), lease_token(tmp_path)) == (1, 0, 1)
-    assert (await read(parent)).run_count >= 2
-    assert finished(world, config).sha256 == calm.sha256
+    assert run.run_count >= 2
+    assert finished(world, config).sha256 == uninterrupted.sha256
     assert any(str(training.id) in link["data"] for link in artifacts("markdown", parent))
 
 
@@ -241,14 +238,13 @@ async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_
 
     # Prefect takes five minutes to cancel a run whose process is about to start.
     await wait_for(trains, "trainer of the second run")
-    async with get_client() as client:
-        await client.set_flow_run_state(training.id, Cancelling())
+    await set_state(training.id, Cancelling())
     with pytest.raises(PreflowError, match=r"was cancelled .*run again"):
         await again
 
 
 @pytest.mark.long  # two trainings
-async def test_a_failed_training_says_why_and_starts_again_once_that_is_mended(
+async def test_a_failed_training_says_why_and_starts_again_once_that_is_fixed(
     world: TinyWorld, worker: Worker, tmp_path: Path
 ) -> None:
     config = settings(world, tmp_path)
@@ -274,8 +270,7 @@ async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deploye
     config = settings(world, tmp_path, max_steps=100_000, save_steps=10, eval_steps=100_000)
     parent = await start(deployed_parent, world, config)
     await wait_for(partial(newest_step, tmp_path), "checkpoint")
-    async with get_client() as client:
-        await client.set_flow_run_state(parent, Cancelling())
+    await set_state(parent, Cancelling())
     (training,) = await children(world, config)
     for cancelled in (parent, training.id):
         run = await ended(cancelled)
@@ -285,19 +280,19 @@ async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deploye
 
 @pytest.mark.long  # two preemptions
 async def test_the_drill_preempts_runs_of_the_process_pool(
-    world: TinyWorld, worker: Worker, calm: AdapterRef, tmp_path: Path
+    world: TinyWorld, worker: Worker, uninterrupted: AdapterRef, tmp_path: Path
 ) -> None:
     order = TrainingOrder.of(world.preferences, settings(world, tmp_path / "order", **LONG))
     drill = Drill(str(tmp_path), DEPLOYMENT, preemptions=2, steps=LONG["max_steps"])
     target, _ = await choose_target(drill)
     lost, digests = await train_with_preemptions(order, target, drill)
-    assert digests == read_digests(replace(order, workspace=str(Path(calm.uri).parents[2])))
+    assert digests == read_digests(replace(order, workspace=str(Path(uninterrupted.uri).parents[2])))
     assert [preemption.kind.value for preemption in lost] == ["SIGTERM", "SIGKILL"]
     assert lost[0].resumed_from >= lost[0].at_step, "on SIGTERM the trainer saves"
     assert lost[1].resumed_from % LONG["save_steps"] == 0 or lost[1].resumed_from == lost[0].resumed_from
     assert all(preemption.seconds_lost > 0 for preemption in lost)
-    (storm,) = tmp_path.glob("preempted-*")
-    (training,) = await replace(order, workspace=str(storm)).runs()
+    (preempted,) = tmp_path.glob("preempted-*")
+    (training,) = await replace(order, workspace=str(preempted)).runs()
     # On a loaded machine the worker's second report of a killed process may come late enough to cost an execution.
     assert training.run_count >= 3
     assert await count_crashes(training) >= 2
@@ -351,10 +346,7 @@ async def pods(deployed: None) -> str:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (
-            {"workspace": "/data/workspace"},
-            r"workspace /data/workspace: a pod of the work pool pods cannot see it.*gs://",
-        ),
+        ({"workspace": "/data/workspace"}, r"workspace /data/workspace: a pod of the work pool pods cannot.*gs://"),
         ({"training": {"sft_adapter": "sft"}}, r"training\.sft_adapter /.*/sft: a pod"),
         ({"training": {"base_model": "/models/base"}}, r"training\.base_model /models/base: a pod.*on the hub"),
         ({"training": {"base_model": "./base"}}, r"training\.base_model /.*/base: a pod.*on the hub"),

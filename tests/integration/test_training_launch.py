@@ -132,7 +132,7 @@ def test_a_damaged_adapter_is_made_again(
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert trained.run() == trained.adapter
-    assert "adapter/adapter_model.safetensors is missing or differs from its digest" in caplog.text
+    assert "adapter/adapter_model.safetensors: damaged" in caplog.text
     assert file.read_bytes() == content
 
 

@@ -11,7 +11,8 @@ from tasks.batch import progress
 from tasks.batch.progress import Monitor
 from tasks.batch.shards import Tally
 from tasks.config import EndpointConfig
-from tasks.llm.client import EndpointDown, Stats
+from tasks.llm.client import Stats
+from tasks.llm.responses import EndpointDown
 
 
 class Notes:

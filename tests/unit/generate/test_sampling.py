@@ -10,7 +10,7 @@ from tasks.batch.shards import ShardWorker, Tally
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
 from tasks.generate.sampling import Sampler, adapter_loaded, merge_completions, plan_generation, prompt_unit
-from tasks.llm.client import Answer, Choice, EndpointDown, RequestRefused
+from tasks.llm.responses import Answer, Choice, EndpointDown, RequestRefused
 from tasks.store.workspace import Cost, PromptsRef, Workspace, digest
 
 CONFIG = GenerationConfig(model="candidate", serve_from="/adapters/a", num_completions=2)

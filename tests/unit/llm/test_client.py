@@ -11,54 +11,75 @@ from typing import Any
 import pytest
 
 from tasks.config import EndpointConfig
-from tasks.llm import limits
-from tasks.llm.client import BudgetExceeded, CreditUsedUp, KeyRefused, QuotaUsedUp, RequestRefused
-from tasks.llm.limits import Budget, Gate, Window, per_minute
-from tasks.llm.responses import NotPermitted, Transient, classify, price, read_answer, shorten
+from tasks.llm.limits import Budget, BudgetExceeded, Gate, Window
+from tasks.llm.responses import (
+    CreditUsedUp,
+    KeyRefused,
+    NotPermitted,
+    QuotaUsedUp,
+    RequestRefused,
+    Transient,
+    classify,
+    price,
+    read_answer,
+    shorten,
+)
 from tasks.store.workspace import Cost
 
 # ---- the window
 
 
-async def test_window_never_lets_more_in_than_its_size() -> None:
-    window, most = Window(3), 0
+async def most_in(window: Window) -> int:
+    """Return how many of many requests were in flight together."""
+    most = now = 0
 
     async def work() -> None:
-        nonlocal most
+        nonlocal most, now
         async with window:
-            most = max(most, window.in_flight)
+            now += 1
+            most = max(most, now)
             await asyncio.sleep(0.001)
+            now -= 1
 
-    await asyncio.gather(*(work() for _ in range(30)))
-    assert (most, window.in_flight) == (3, 0)
+    await asyncio.gather(*(work() for _ in range(60)))
+    return most
 
 
 async def test_window_halves_once_for_requests_in_flight_together_and_grows_by_one_for_a_window_of_successes() -> None:
     window, sent_at = Window(16), time.monotonic()
-    for _ in range(10):
-        window.throttled(sent_at)
-    assert window.size == 8
-    for _ in range(9):
+    assert await most_in(window) == 16
+    async with asyncio.timeout(5):
+        holders = [asyncio.ensure_future(hold(window)) for _ in range(16)]
+        await asyncio.sleep(0)
+        for _ in range(10):
+            window.throttled(sent_at)
+        await asyncio.gather(*holders)
+        assert await most_in(window) == window.size == 8
+        for _ in range(9):
+            window.succeeded()
+        assert await most_in(window) == window.size == 9
+        for _ in range(1000):
+            window.succeeded()
+        assert await most_in(window) == window.size == 16
+        for _ in range(20):
+            window.throttled(time.monotonic())
+        assert window.size == 1
         window.succeeded()
-    assert window.size == 9
-    for _ in range(1000):
-        window.succeeded()
-    assert window.size == 16
-    for _ in range(20):
-        window.throttled(time.monotonic())
-    assert window.size == 1
+        assert window.size == 2
+        await most_in(window)
+        assert await most_in(window) == 2
+
+
+async def hold(window: Window) -> None:
+    async with window:
+        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("handed_over", [False, True], ids=["while it waits", "as it gets its place"])
 async def test_a_cancelled_waiter_takes_no_place(handed_over: bool) -> None:
     window = Window(1)
-
-    async def wait() -> None:
-        async with window:
-            pass
-
     async with window:
-        waiter = asyncio.ensure_future(wait())
+        waiter = asyncio.ensure_future(hold(window))
         await asyncio.sleep(0)
         if not handed_over:
             waiter.cancel()
@@ -67,49 +88,60 @@ async def test_a_cancelled_waiter_takes_no_place(handed_over: bool) -> None:
     await asyncio.gather(waiter, return_exceptions=True)
     assert waiter.cancelled()
     async with asyncio.timeout(1):
-        await wait()
-    assert window.in_flight == 0
+        assert await most_in(window) == 1
 
 
 # ---- caps per period
 
 
-@pytest.fixture
-def short_minute(monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(limits, "MINUTE", 0.5)
-    return 0.5
+class FastClock(asyncio.SelectorEventLoop):
+    """An event loop whose time jumps to the next timer instead of waiting for it."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self.now = max(self.now + 1e-4, self._scheduled[0].when())  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("limit", [5, 60])
-async def test_no_minute_holds_more_requests_than_the_cap(limit: int, short_minute: float) -> None:
-    gate = Gate(per_minute(limit), None, on_pause=lambda: None)
+def run(gate: Gate, expected: list[int], used: int | None = None) -> list[float]:
+    """Return the seconds at which a gate lets requests of so many tokens out, of which each uses so many in the end."""
     times: list[float] = []
 
-    async def request() -> None:
-        await gate.admit(1)
-        times.append(time.monotonic())
+    async def request(tokens: int) -> None:
+        counted = await gate.admit(tokens)
+        times.append(asyncio.get_running_loop().time())
+        gate.settle(counted, tokens if used is None else used)
 
-    await asyncio.gather(*(request() for _ in range(3 * limit)))
-    assert len(times) == 3 * limit
-    assert all(later - earlier >= 0.9 * short_minute for earlier, later in zip(times, times[limit:], strict=False))
-    assert times[-1] - times[0] < 4.5 * short_minute
+    async def all_requests() -> None:
+        await asyncio.gather(*map(request, expected))
+
+    with asyncio.Runner(loop_factory=FastClock) as runner:
+        runner.run(all_requests())
+    return times
 
 
-async def test_tokens_are_estimated_before_and_corrected_after(short_minute: float) -> None:
+@pytest.mark.parametrize("limit", [5, 60, 1000])
+def test_no_minute_holds_more_requests_than_the_cap(limit: int) -> None:
+    times = run(Gate(limit, None, on_pause=lambda: None), [1] * (3 * limit))
+    assert all(later - earlier >= 60 for earlier, later in zip(times, times[limit:], strict=False))
+    assert times[-1] - times[0] < 190
+
+
+def test_tokens_are_estimated_before_and_corrected_after() -> None:
     """What is set aside for a request follows the others' mean, and what it used more or less is made up for."""
-    gate, start = Gate(None, per_minute(1000), on_pause=lambda: None), time.monotonic()
-    gate.settle(await gate.admit(1000), 100)  # nothing is known before: the most it may be
-    assert time.monotonic() - start > 0.9 * short_minute
-    start = time.monotonic()
-    for _ in range(20):  # without correction they would take 20 minutes
-        gate.settle(await gate.admit(1000), 100)
-    assert 1.8 * short_minute < time.monotonic() - start < 4 * short_minute
+    first, *times = run(Gate(None, 1000, on_pause=lambda: None), [1000] * 21, used=100)
+    assert first > 55, "nothing is known before: the most it may be"
+    assert 110 < times[-1] - times[0] < 130, "without correction they would take 20 minutes"
 
 
-async def test_a_request_larger_than_the_cap_waits_its_time_and_not_for_ever(short_minute: float) -> None:
-    gate, start = Gate(None, per_minute(100), on_pause=lambda: None), time.monotonic()
-    await gate.admit(150)
-    assert 1.3 * short_minute < time.monotonic() - start < 3 * short_minute
+def test_a_request_larger_than_the_cap_waits_its_time_and_not_for_ever() -> None:
+    (out,) = run(Gate(None, 100, on_pause=lambda: None), [150])
+    assert 80 < out < 100
 
 
 async def test_a_pause_holds_all_requests() -> None:

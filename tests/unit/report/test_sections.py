@@ -30,7 +30,7 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
-from tasks.store.measures import Evaluation, Health, Metric, QualityReport
+from tasks.store.measures import Evaluation, Health, JudgeEstimate, Metric, QualityReport
 from tasks.store.workspace import AdapterRef, Artifact, CompletionsRef, Cost, Manifest, Origin, PromptsRef, VerdictsRef
 
 RATE: dict[str, Any] = {
@@ -87,7 +87,7 @@ def test_what_a_person_says_stands_on_the_first_page_and_in_its_picture() -> Non
     rows = {metric.title: (metric.ok, metric.text()) for metric in win_rate_figures(found, 0.5)}
     assert rows["Judge and person agree"] == (False, "70.0 % (48.0-80.0 %)")
     assert rows["The same beyond chance, kappa"] == (True, "0.40 (0.20-0.60)")
-    corrected = "The same, corrected by 50 labels of a person"
+    corrected = "Corrected by 50 labels of a person"
     assert rows[corrected][0] is False
     assert corrected in [bar.name for bar in rate_bars(found)[0]]
     assert any("a coin would in 50 %" in text for text in evaluation_section(found).advice)
@@ -130,7 +130,7 @@ def test_win_rates_are_shown_each_against_its_bar_and_drawn() -> None:
     bars, null = rate_bars(found)
     assert [bar.name for bar in bars] == [row[0] for row in rows[:3]]
     assert null is not None
-    assert (null.name, null.lower, null.upper) == ("SFT against itself", 0.48, 0.52)
+    assert null == ("SFT against itself", found.null, None)
     assert rate_bars(evaluated())[1] is None
 
 
@@ -184,15 +184,14 @@ def test_changed_settings_leave_out_what_was_only_written_out_and_what_is_of_thi
 
 
 def test_what_is_to_be_approved_has_requests_and_both_costs() -> None:
-    estimate = {
-        "model": "judge", "requests": 100, "known": 20, "prompt_tokens": 50_000, "completion_tokens": 3_000,
-        "most_completion_tokens": 102_400, "usd": 0.02, "most_usd": 0.3,
-    }  # fmt: skip
+    expected = Cost(prompt_tokens=50_000, completion_tokens=3_000, usd=0.02)
+    most = Cost(prompt_tokens=50_000, completion_tokens=102_400, usd=0.3)
+    estimate = JudgeEstimate(model="judge", requests=100, known=20, expected=expected, most=most)
     page = approval_section([estimate], 480)
     assert "asked 100 questions (about 0.02 US$, at most 0.30)" in page.summary
     assert "up to 480 verdicts more" in page.summary
     assert page.tables[0].rows == (("judge", 100, 20, 50_000, 3_000, 102_400, "0.02", "0.30"),)
-    free = approval_section([{**estimate, "usd": 0.0, "most_usd": 0.0}], 0)
+    free = approval_section([estimate.model_copy(update={"expected": Cost(), "most": Cost()})], 0)
     assert "no price is set" in free.summary
     assert "judging.prompt_price" in free.advice[0]
 

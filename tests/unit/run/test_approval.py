@@ -27,17 +27,17 @@ def make(folder: Path, **judging: object) -> tuple[PipelineConfig, CompletionsRe
 def test_every_question_is_counted_and_priced(tmp_path: Path) -> None:
     (estimate,) = estimate_judging(*make(tmp_path))
     assert (estimate.requests, estimate.known) == (10, 0)
-    assert estimate.completion_tokens == 300
-    assert estimate.most_completion_tokens == 1000
-    assert estimate.usd == pytest.approx((estimate.prompt_tokens + 10 * 300) / 1e6)
-    assert estimate.most_usd == pytest.approx((estimate.prompt_tokens + 10 * 1000) / 1e6)
+    assert estimate.expected.completion_tokens == 300
+    assert estimate.most.completion_tokens == 1000
+    assert estimate.expected.usd == pytest.approx((estimate.expected.prompt_tokens + 10 * 300) / 1e6)
+    assert estimate.most.usd == pytest.approx((estimate.most.prompt_tokens + 10 * 1000) / 1e6)
 
 
 def test_each_judge_of_a_panel_is_estimated_at_its_own_price(tmp_path: Path) -> None:
     panel = [{"model": "another", "prompt_price": 0, "completion_price": 0}]
     first, second = estimate_judging(*make(tmp_path, panel=panel, orders=3))
     assert (first.requests, second.requests) == (15, 15)
-    assert first.usd > 0 == second.usd
+    assert first.expected.usd > 0 == second.expected.usd
 
 
 async def test_what_is_known_is_not_asked_again(tmp_path: Path) -> None:

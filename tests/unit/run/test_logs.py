@@ -1,6 +1,8 @@
 """Log lines for people."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -46,3 +48,9 @@ def test_finished_shards_say_nothing_and_failed_ones_do(lines: pytest.LogCapture
     task_runs.error("Finished in state Failed('the disk is full')")
     said = [record.getMessage() for record in lines.records if record.name == "prefect.task_runs"]
     assert set(said) == {"Finished in state Failed('the disk is full')"}
+
+
+def test_a_line_in_a_process_without_runs_does_not_import_prefect() -> None:
+    """A trainer's first line took three seconds of CPU."""
+    code = "import logging, sys, tasks; logging.getLogger('tasks.x').error('said'); sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

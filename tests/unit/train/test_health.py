@@ -81,13 +81,9 @@ def test_one_evaluation_is_held_against_the_start() -> None:
     assert any("accuracy rose" in text for text in health.warnings)
 
 
-def test_overfitting_is_warned_of() -> None:
-    rows = [evaluation(25, 0.7, 0.1, -0.1, 0.60), evaluation(58, 0.7, 0.1, -0.1, 0.66)]
+def test_overfitting_and_a_margin_that_shrinks_are_seen() -> None:
+    rows = [evaluation(25, 0.7, 0.3, -0.1, 0.60), evaluation(58, 0.7, 0.1, -0.1, 0.66)]
     assert any("overfitting" in text for text in assess(run(rows)).warnings)
-
-
-def test_a_margin_that_shrinks_is_out_of_range() -> None:
-    rows = [evaluation(25, 0.7, 0.3, -0.1, 0.60), evaluation(58, 0.7, 0.1, -0.1, 0.60)]
     assert not reading(rows, "rewards/margins").ok
 
 
@@ -97,11 +93,8 @@ def test_without_held_out_pairs_the_training_rows_are_judged_and_it_is_said() ->
     assert "eval_loss" not in {reading.name for reading in health.readings}
 
 
-def test_beta_is_not_advised_below_what_is_sensible() -> None:
+def test_advice_goes_one_way_and_no_further_than_is_sensible() -> None:
     assert "beta is 0.01 already" in "\n".join(assess(run(FIRST, beta=0.01)).advice)
-
-
-def test_advice_on_the_learning_rate_goes_one_way() -> None:
     advice = " ".join(assess(run(FIRST)).advice)  # 5 % of its weights had moved
     assert "raise learning_rate" in advice
     assert "at a learning rate of" not in advice
@@ -118,10 +111,6 @@ def test_no_advice_is_given_that_is_followed_already() -> None:
     assert "epochs" not in " ".join(hopeless.advice)
 
 
-def test_nothing_yet_is_no_reading() -> None:
-    assert assess(run([])).readings == ()
-
-
 @pytest.mark.parametrize("rows", [[], GOOD, GOOD * 20])
 def test_plots_are_png(rows: list[dict[str, Any]]) -> None:
     picture = plot_metrics(rows)
@@ -129,3 +118,4 @@ def test_plots_are_png(rows: list[dict[str, Any]]) -> None:
     assert len(picture) < 400_000
     if rows:
         assert len(picture) > len(plot_metrics([]))
+    assert bool(assess(run(rows)).readings) == bool(rows)

@@ -32,7 +32,8 @@ def steps(tmp_path: Path) -> list[str]:
     return sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
 
 
-def test_the_newest_comes_back_as_it_was(store: CheckpointStore) -> None:
+def test_the_newest_comes_back_as_it_was(store: CheckpointStore, tmp_path: Path) -> None:
+    assert store.newest() is None
     store.save(checkpoint(5))
     store.save(checkpoint(10))
     found = store.newest()
@@ -41,10 +42,8 @@ def test_the_newest_comes_back_as_it_was(store: CheckpointStore) -> None:
     assert torch.equal(found.policy["lora_A"], checkpoint(10).policy["lora_A"])
     assert found.optimizer["lora_A|step"].shape == ()
     assert found.state == checkpoint(10).state
-
-
-def test_nothing_is_found_where_nothing_is(store: CheckpointStore) -> None:
-    assert store.newest() is None
+    suffixes = {file.suffix for file in (tmp_path / "checkpoints" / "step-000005").iterdir()}
+    assert suffixes == {".safetensors", ".json"}, "nothing in a checkpoint can run code"
 
 
 def test_the_last_two_are_kept(store: CheckpointStore, tmp_path: Path) -> None:
@@ -61,13 +60,14 @@ def test_a_torn_one_does_not_count_among_the_two(store: CheckpointStore, tmp_pat
     assert steps(tmp_path) == ["step-000005", "step-000015"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["removed", "cut", "emptied", "zeroed", "one bit"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in FILES for damage in ("removed", "cut", "emptied", "zeroed", "one bit")
+     if (name, damage) != (COMMITTED, "one bit")],  # it has no digest of its own: a bit of its white space may change
+)  # fmt: skip
 def test_every_damage_is_seen_and_the_one_before_is_taken(
     store: CheckpointStore, tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if (name, damage) == (COMMITTED, "one bit"):
-        pytest.skip("the manifest has no digest of its own; a bit of its white space may change")
     store.save(checkpoint(5))
     store.save(checkpoint(10))
     file = tmp_path / "checkpoints" / "step-000010" / name
@@ -97,20 +97,15 @@ def test_a_wrong_digest_is_seen(store: CheckpointStore, tmp_path: Path) -> None:
     assert store.newest() is None
 
 
-def test_a_whole_one_is_never_written_over(store: CheckpointStore, tmp_path: Path) -> None:
+def test_a_whole_one_is_never_written_over_and_a_torn_one_is(store: CheckpointStore, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-000005"
     assert store.save(checkpoint(5)) > 0
-    before = (tmp_path / "checkpoints" / "step-000005" / COMMITTED).stat().st_mtime_ns
+    before = (folder / COMMITTED).stat().st_mtime_ns
     assert store.save(checkpoint(5)) == 0
-    assert (tmp_path / "checkpoints" / "step-000005" / COMMITTED).stat().st_mtime_ns == before
-
-
-def test_a_torn_one_is_written_again(store: CheckpointStore, tmp_path: Path) -> None:
-    store.save(checkpoint(5))
-    (tmp_path / "checkpoints" / "step-000005" / "state.json").unlink()
-    store.save(checkpoint(5))
-    found = store.newest()
-    assert found is not None
-    assert found.step == 5
+    assert (folder / COMMITTED).stat().st_mtime_ns == before
+    (folder / "state.json").unlink()
+    assert store.save(checkpoint(5)) > 0
+    assert store.newest() is not None
 
 
 def test_a_file_that_cannot_be_written_leaves_what_was_there(store: CheckpointStore, tmp_path: Path) -> None:
@@ -131,9 +126,3 @@ def test_what_a_killed_trainer_was_writing_is_swept(store: CheckpointStore, tmp_
     (tmp_path / "checkpoints" / ".writing-abc" / "step-000010").mkdir(parents=True)
     store.sweep()
     assert steps(tmp_path) == ["step-000005"]
-
-
-def test_nothing_in_a_checkpoint_can_run_code(store: CheckpointStore, tmp_path: Path) -> None:
-    store.save(checkpoint(5))
-    suffixes = {file.suffix for file in (tmp_path / "checkpoints" / "step-000005").iterdir()}
-    assert suffixes == {".safetensors", ".json"}
