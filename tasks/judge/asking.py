@@ -281,12 +281,7 @@ async def try_judge(endpoint: Endpoint, judge: JudgeConfig, rubric: str) -> None
 
 
 def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> VerdictsRef:
-    """Put all judges' votes next to the completions, in input order, as `verdicts.jsonl` with a manifest.
-
-    Args:
-        plan: the judging.
-        shards: the shards of each judge, in the plan's order.
-    """
+    """Put all judges' votes (the shards of each) next to the completions, in input order, as `verdicts.jsonl`."""
     store, folder = Workspace(plan.workspace), plan.folder
     counts = {judge.judge.model: MergeCounts() for judge in plan.judges}
     merged = [
