@@ -166,13 +166,14 @@ class ShardWorker:
     async def _make(self, unit: Any) -> Outcome:
         async with self._gate:
             await self.get_ready()
-            if self._tried >= FIRST_ALONE:
-                return await self.work(unit)
-            async with self._first:
-                self._check_stopped()
-                outcome = await self.work(unit)
-                self._tried = FIRST_ALONE if outcome.error is None else self._tried + 1
-                return outcome
+            if self._tried < FIRST_ALONE:
+                async with self._first:
+                    self._check_stopped()
+                    if self._tried < FIRST_ALONE:  # those that have waited for the first ones need not be alone
+                        outcome = await self.work(unit)
+                        self._tried = FIRST_ALONE if outcome.error is None else self._tried + 1
+                        return outcome
+            return await self.work(unit)
 
     async def get_ready(self) -> None:
         """Await `prepare` if that has not been done; raises the reason if the stage has been stopped."""
