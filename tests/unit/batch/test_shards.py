@@ -355,6 +355,24 @@ async def test_no_more_units_are_under_way_than_twice_the_window(tmp_path: Path)
     assert most == 8
 
 
+async def test_after_the_first_success_units_no_longer_wait_for_each_other(tmp_path: Path) -> None:
+    started, together = 0, asyncio.Event()
+
+    async def work(row: Row) -> Outcome:
+        nonlocal started
+        started += 1
+        if started == 1 + 8:
+            together.set()
+        await (asyncio.sleep(0.01) if started == 1 else asyncio.wait_for(together.wait(), 5))
+        return Outcome(row={"id": row["id"]})
+
+    worker = make_worker(tmp_path, Maker(), 20)
+    worker.work = work
+    (part,) = slice_rows(Workspace(tmp_path), make_source(tmp_path, 20), 20)
+    await worker.run(part)
+    assert started == 20
+
+
 async def test_after_an_error_nothing_new_starts_and_what_runs_goes_on_to_its_end() -> None:
     ended: list[int] = []
 
@@ -413,6 +431,20 @@ async def test_equal_units_are_made_once_and_every_row_gets_them(tmp_path: Path,
     assert [row["number"] for row, _ in found] == list(range(25))
     assert all(made[0].row and made[0].row["square"] == (row["number"] % 3) ** 2 for row, made in found)
     assert sum(made[0].usage.requests for _, made in found) == 3
+
+
+async def test_a_unit_that_was_kept_since_its_shard_looked_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, maker = make_source(tmp_path, 6), Maker()
+    worker = make_worker(tmp_path, maker, 6)
+    worker.units_of = unit_of_three
+    first, second = slice_rows(Workspace(tmp_path), source, 3)
+    await worker.run(first)
+    find, looks = worker.rows.find, list[int]()
+    monkeypatch.setattr(worker.rows, "find", lambda keys: find(keys) if looks else looks.append(1) or {})
+    await worker.run(second)
+    assert maker.made == {0: 1, 1: 1, 2: 1}
 
 
 async def test_a_unit_that_fails_fails_for_the_shard_that_waits_for_it_too(tmp_path: Path) -> None:
