@@ -70,7 +70,7 @@ async def promote_if_better(made: PipelineResult, config: PipelineConfig) -> Pip
     """Serve the adapter under its name if it won by enough, and nobody who was asked said no."""
     promotion = find_promotion(made.adapter, config.workspace, config.promotion)
     declined = find_rollback(made.adapter, config.workspace, config.promotion)
-    declined = declined or find_disagreement(made.evaluation, config.promotion)
+    declined = declined or find_disagreement(made.evaluation, config.promotion, promotion)
     declined = declined or await approve_promotion(config, made.evaluation, promotion)
     if promotion is None and declined is None and made.evaluation.beats(config.promotion.min_win_rate):
         promotion = await promote_adapter(made.adapter, made.evaluation, config.workspace, config.promotion)

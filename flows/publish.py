@@ -4,6 +4,7 @@ from prefect import flow
 
 from tasks.config import Location, PublishingConfig
 from tasks.promote.publish import Publication, find_published, publish
+from tasks.run.evidence import published_evidence
 from tasks.run.names import named
 
 
@@ -17,4 +18,4 @@ async def publish_adapter(workspace: Location, name: str, publishing: Publishing
         publishing: The repository on the hub.
     """
     entry = find_published(workspace, name, publishing)
-    return await publish(entry, workspace, publishing)
+    return await publish(entry, workspace, publishing, published_evidence(entry, publishing))

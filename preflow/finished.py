@@ -32,6 +32,8 @@ def find_run(run: str, changes: Sequence[str] = ()) -> tuple[PipelineConfig, Pip
             raise PreflowError(
                 f"{posixpath.join(run, CONFIG)}: not there, or of another version: name the run's config.yaml"
             ) from error
+    if Path(run).is_dir():
+        raise PreflowError(f"{run}: holds no finished run; name its folder, <workspace>/runs/<key>, or its config.yaml")
     config = load_settings(Path(run), changes).config.filled()
     result = find_result(config)
     if result is None:

@@ -161,4 +161,5 @@ def say_prices(config: EndpointConfig) -> str:
     """Return the prices of a model's tokens, for a log line."""
     if not (config.prompt_price or config.completion_price):
         return "no prices set: its cost is not counted"
-    return f"{config.prompt_price:g} and {config.completion_price:g} US$ a million prompt and completion tokens"
+    half = ", half of that in a batch" if getattr(config, "batch", False) else ""
+    return f"{config.prompt_price:g} and {config.completion_price:g} US$ a million prompt and completion tokens{half}"

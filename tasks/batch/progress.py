@@ -100,7 +100,7 @@ async def run_shards(verb: str, plan: Plan, worker: ShardWorker, endpoint: Endpo
         try:
             if worker.rows.lacks(plan.slices):
                 await worker.get_ready()
-            many = open_shards(endpoint.config.max_concurrency, plan.slices)
+            many = open_shards(endpoint.most_in_flight, plan.slices)
             shards = await settle((run_one(part) for part in plan.slices), many)
             if worker.tally.stopped:
                 raise worker.tally.stopped

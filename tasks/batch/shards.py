@@ -171,7 +171,7 @@ class ShardWorker:
             if self._tried < FIRST_ALONE:
                 async with self._first:
                     self._check_stopped()
-                    if self._tried < FIRST_ALONE:  # still, after those that this unit has waited for
+                    if self._tried < FIRST_ALONE:  # those that have waited for the first ones need not be alone
                         outcome = await self.work(unit)
                         self._tried = FIRST_ALONE if outcome.error is None else self._tried + 1
                         return outcome

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote, urlparse
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
+
+# A JSON schema, or a part of one.
+Schema = dict[str, Any]
 
 # Whole titles, where a field's name alone would not do.
 TITLES = {
@@ -138,7 +141,7 @@ _SETTING = rf"(?:{_DATE}|[A-Za-z_-]*(?:version|deployment|model|region)=[A-Za-z0
 ADDRESS = rf"^https?://[^\s@?#]+(?:\?{_SETTING}(?:&{_SETTING})*)?$"
 
 
-def secrets_by_name(depth: int = 3) -> dict[str, Any]:
+def secrets_by_name(depth: int = 3) -> Schema:
     """Return a JSON schema for free-form settings, in which whatever is called a key or token must name a secret."""
     secret = {"anyOf": [{"type": "string", "pattern": SECRET_NAME}, {"type": "null"}]}
     listed = {"anyOf": [*secret["anyOf"], {"type": "array", "items": secret}]}
@@ -177,7 +180,7 @@ ModelLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_mode
 RubricLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_rubric)]
 
 
-def _explain_form(schema: dict[str, Any]) -> None:
+def _explain_form(schema: Schema) -> None:
     """Add each field's bounds to its help, and call nothing what the form does: None."""
     for field in schema.get("properties", {}).values():
         kinds = field.get("anyOf", [field])
@@ -189,7 +192,7 @@ def _explain_form(schema: dict[str, Any]) -> None:
         field["description"] = f"{text} {bounds}".strip()
 
 
-def _bounds(kind: dict[str, Any]) -> str:
+def _bounds(kind: Schema) -> str:
     """Return what a number may be, as a sentence."""
     low, high = kind.get("minimum"), kind.get("maximum")
     if low is not None and high is not None:
@@ -211,7 +214,7 @@ class StageConfig(BaseModel):
         json_schema_extra=_explain_form,
     )
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, JsonValue]:
         """Return the settings that determine the stage's output, JSON-ready, for its content key."""
         operational = {name for name, field in type(self).model_fields.items() if _OPERATIONAL in field.metadata}
         settings = self.model_dump(mode="json", exclude=operational)

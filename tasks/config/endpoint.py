@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint: address, limits, prices."""
 
 import os
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -76,7 +76,7 @@ class EndpointConfig(StageConfig):
         """Hash by content: `extra_body` is a dict, which pydantic's own hash does not take."""
         return hash(self.model_dump_json())
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, JsonValue]:
         """Return the settings that determine the answers; what is not sent is none of them."""
         settings = super().identity()
         return {name: value for name, value in settings.items() if value or name not in _SENT_IF_SET}

@@ -1,8 +1,8 @@
 """The judge, and the pairs made of its verdicts."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from tasks.config.base import ADDRESS, Operational, RubricLocation, SecretName
 from tasks.config.endpoint import EndpointConfig
@@ -36,6 +36,11 @@ class JudgeConfig(EndpointConfig):
         description="Judge temperature; empty: not sent, as reasoning models want it. 0 is the steadiest elsewhere.",
     )
     max_tokens: int = Field(1024, ge=16, le=65_536, description="Token budget of a verdict, thinking included.")
+    batch: Operational[bool] = Field(
+        False,
+        description="Ask through the provider's batch API (OpenAI, Google and others have one): half of the price, an "
+        "answer within a day. What fails there is asked the normal way.",
+    )
     max_attempts: int = Field(3, ge=1, le=10, description="Times one verdict is asked for until it can be read.")
 
 
@@ -75,7 +80,7 @@ class JudgingConfig(JudgeConfig):
         own = {name: getattr(self, name) for name in JudgeConfig.model_fields}
         return [JudgeConfig.model_construct(**own), *self.panel]
 
-    def verdict_identity(self) -> dict[str, Any]:
+    def verdict_identity(self) -> dict[str, JsonValue]:
         """Return the settings that determine the judges' answers; pair policy, bar and split are applied later."""
         applied_later = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "shard_size"}
         return {name: value for name, value in self.identity().items() if name not in applied_later}

@@ -44,6 +44,11 @@ class PublishingConfig(StageConfig):
         description="Repository on the hub, owner/name; made if it is not there.",
     )
     private: bool = Field(True, description="Make a new repository private; one that is there stays as it is.")
+    evidence: bool = Field(
+        False,
+        description="Also upload evidence.json, from which anyone can recompute the win rate: it holds the held-out "
+        "prompts, what was written on them, and every vote.",
+    )
     token: Operational[SecretName] = Field(
         "env:HF_TOKEN",
         description="Where the hub's write token is: env:NAME or the name of a Prefect Secret block. Never the token.",

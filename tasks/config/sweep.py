@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tasks.config.base import MaybeLocation, StageConfig, secrets_by_name
+from tasks.config.base import MaybeLocation, Schema, StageConfig, secrets_by_name
 
 
-def _in_lists(schema: dict[str, Any]) -> dict[str, Any]:
+def _in_lists(schema: Schema) -> Schema:
     """Return the JSON schema of an object as one whose every value is a list."""
     named = {name: {**values, "type": "array"} for name, values in schema["patternProperties"].items()}
     return {"patternProperties": named, "additionalProperties": {**schema["additionalProperties"], "type": "array"}}

@@ -18,7 +18,7 @@ from tasks.evaluate.labels import labelling_judges, measure_agreement, read_labe
 from tasks.evaluate.win_rate import judge_adapter
 from tasks.store.measures import Evaluation, read_evaluation
 from tasks.store.records import VerdictsRow
-from tasks.store.workspace import DigestWriter, EvaluationRef, Manifest, Origin, Workspace, digest, indented_json
+from tasks.store.workspace import DigestWriter, EvaluationRef, Manifest, Origin, Workspace, digest
 
 # The settings of these stages decide results, and are handed on without addresses, secrets' names and folders.
 SETTINGS: dict[str, type[StageConfig]] = {
@@ -176,7 +176,7 @@ def read_evidence(path: Path) -> Evidence:
         raise PreflowError(f"{path}: cannot be read: {error.strerror}; `preflow evidence` writes it") from error
     except ValidationError as error:
         wrong = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, wrong["loc"]))
+        where = ".".join(map(str, wrong["loc"])) or "the file"
         raise PreflowError(f"{path}: not evidence of a run, or damaged: {where}: {wrong['msg']}") from error
 
 
@@ -197,9 +197,6 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
     rubric = hashlib.sha256(evidence.rubric.encode()).hexdigest()
     if judging is None or judging.files.get("rubric.md") != rubric:
         yield f"rubric: not the one that the judge was told (its digest is {rubric[:16]})"
-    written = evidence.verdict.model_dump(mode="json", exclude_none=True, exclude={"agreement"})
-    if hashlib.sha256(indented_json(written)).hexdigest() != made.sha256:
-        yield f"verdict: not what the run found (its digest is not {made.sha256[:16]})"
     if evidence.contents() != evidence.seal:
         yield f"seal: something was changed after the file was written (its digest was {evidence.seal[:16]})"
     found = recompute(evidence)
@@ -210,7 +207,7 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
 
 
 def recompute(evidence: Evidence) -> Evaluation:
-    """Return the verdict as the comparisons, votes and labels of the evidence give it.
+    """Return the verdict that the comparisons, votes and labels of the evidence give.
 
     Raises:
         PreflowError: the settings are no settings, or no comparison can be read.
@@ -223,7 +220,7 @@ def recompute(evidence: Evidence) -> Evaluation:
     others = {judge.model for judge in settings.judges}
     null = None if evidence.null is None else [read_comparison(judged.row) for judged in evidence.null]
     found = judge_adapter(
-        evidence.verdict.adapter_sha256,
+        dict(evidence.made[-1].upstream).get("adapter", ""),
         [read_comparison(row, labelling_judges(settings)) for row in rows],
         [read_comparison(row, others) for row in rows] if others else [],
         null,

@@ -184,6 +184,7 @@ class Judge:
             try:
                 answer = await self._endpoint.chat(
                     _reminded(messages, reason),
+                    may_wait=not reason,
                     temperature=self._config.temperature,
                     max_tokens=budget,
                     response_format=None if plain else verdict_format(n),
@@ -249,12 +250,14 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
         say_prices(judge),
     )  # fmt: skip
     async with await Endpoint.connect(costs.left_of(judge), f"judging ({judge.model})") as endpoint:
+        if judge.batch:
+            endpoint.use_batches(Workspace(plan.workspace), Workspace(plan.workspace).uri("batches", plan.settings_key))
         worker = ShardWorker(
             rows=plan.rows(),
             units_of=judging.units_of,
             work=Judge(endpoint, judge, judging.rubric).judge,
             tally=Tally(judging.source.rows, judging.judging.orders, judge.max_failure_ratio),
-            concurrency=judge.max_concurrency,
+            concurrency=endpoint.most_in_flight,
             prepare=endpoint.check_model,
         )
         return await run_shards("judge", plan, worker, endpoint, costs)
@@ -278,12 +281,7 @@ async def try_judge(endpoint: Endpoint, judge: JudgeConfig, rubric: str) -> None
 
 
 def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> VerdictsRef:
-    """Put all judges' votes next to the completions, in input order, as `verdicts.jsonl` with a manifest.
-
-    Args:
-        plan: the judging.
-        shards: the shards of each judge, in the plan's order.
-    """
+    """Put all judges' votes (the shards of each) next to the completions, in input order, as `verdicts.jsonl`."""
     store, folder = Workspace(plan.workspace), plan.folder
     counts = {judge.judge.model: MergeCounts() for judge in plan.judges}
     merged = [
@@ -295,9 +293,13 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
             votes: list[Vote] = []
             for (model, count), (_, outcomes) in zip(counts.items(), of_judges, strict=True):
                 count.add(outcomes)
-                votes += ({"judge": model, **_as_vote(outcome)} for outcome in outcomes)
-                for outcome in filter(lambda outcome: outcome.error, outcomes):
-                    failures.write_row({"judge": model, **(outcome.error or {})})
+                for row, error in ((outcome.row, outcome.error) for outcome in outcomes):
+                    if error is None:
+                        votes.append({"judge": model, **(row or {})})
+                        continue
+                    failures.write_row({"judge": model, **error})
+                    failed = {"order": error["order"], "error": error["reason"], "raw": error["detail"]}
+                    votes.append({"judge": model, **failed})
             out.write_row({**of_judges[0][0], "votes": votes})
     artifact = VerdictsRef(uri=f"{folder}/verdicts.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
     _write_manifest(plan, artifact, counts, {"verdicts.jsonl": out.file, "failures.jsonl": failures.file})
@@ -312,12 +314,6 @@ def as_asked(question: Question, outcome: Outcome) -> Outcome:
     asked = outcome.row["order"]
     places = {name: question.order[asked.index(outcome.row[name])] for name in ("best", "worst")}
     return outcome.model_copy(update={"row": {**outcome.row, "order": question.order, **places}})
-
-
-def _as_vote(outcome: Outcome) -> Vote:
-    if outcome.error is None:
-        return outcome.row or {}
-    return {"order": outcome.error["order"], "error": outcome.error["reason"], "raw": outcome.error["detail"]}
 
 
 def _write_manifest(

@@ -1,5 +1,6 @@
 """The model card of a published adapter, written from the manifests of what made it; it holds no data and no path."""
 
+import hashlib
 import posixpath
 import re
 from dataclasses import dataclass
@@ -76,8 +77,14 @@ def base_name(provenance: Provenance, publishing: PublishingConfig) -> str:
     return named
 
 
-def write_card(provenance: Provenance, publishing: PublishingConfig) -> str:
-    """Return the card, Markdown with YAML front matter; equal manifests give equal bytes."""
+def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: bytes | None = None) -> str:
+    """Return the card, Markdown with YAML front matter; equal manifests give equal bytes.
+
+    Args:
+        provenance: what made the adapter.
+        publishing: the repository.
+        evidence: what the card names so that the win rate can be recomputed, if that is still there.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     base, training = base_name(provenance, publishing), provenance.training
@@ -95,6 +102,8 @@ def write_card(provenance: Provenance, publishing: PublishingConfig) -> str:
         name=publishing.repo.rsplit("/", 1)[-1],
         repo=publishing.repo,
         found=provenance.found,
+        evidence=hashlib.sha256(evidence).hexdigest() if evidence else None,
+        has_evidence=publishing.evidence,
         adapter_sha256=provenance.found.adapter_sha256,
         data=_data(training.counts, provenance.preferences.counts),
         judging=judging,

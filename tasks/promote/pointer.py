@@ -29,12 +29,14 @@ class PromotionRefused(PreflowError):
 
 
 class Won(BaseModel, frozen=True):
-    """The evaluation that an adapter was promoted by."""
+    """The evaluation that an adapter was promoted by, and the bars that it passed."""
 
     uri: str
     win_rate: float
     lower: float
     upper: float
+    min_win_rate: float = 0.5
+    min_agreement: float = 0.0
 
 
 class Entry(BaseModel, frozen=True):
@@ -173,7 +175,10 @@ def move_pointer(
     adapter: AdapterRef, evaluation: EvaluationRef, uri: str, workspace: str, promotion: PromotionConfig
 ) -> PromotionRef:
     """Make `CURRENT.json` name the adapter; what it named before goes to the head of its history."""
-    won = Won(uri=evaluation.uri, win_rate=evaluation.win_rate, lower=evaluation.lower, upper=evaluation.upper)
+    won = Won(
+        **evaluation.model_dump(include={"uri", "win_rate", "lower", "upper"}),
+        **promotion.model_dump(include={"min_win_rate", "min_agreement"}),
+    )
 
     def move(before: Pointer | None) -> Pointer | None:
         if before is not None and before.current.adapter_sha256 == adapter.sha256:
@@ -325,9 +330,14 @@ def find_rollback(adapter: AdapterRef, workspace: str, promotion: PromotionConfi
     return f"it was rolled back at {latest.rolled_back_at}; run promote-adapter to serve it again"
 
 
-def find_disagreement(evaluation: EvaluationRef, promotion: PromotionConfig) -> str | None:
-    """Return why an adapter that won waits for a person's labels, or is refused by them; None if it does not."""
-    if not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
+def find_disagreement(
+    evaluation: EvaluationRef, promotion: PromotionConfig, promoted: PromotionRef | None = None
+) -> str | None:
+    """Return why an adapter that won waits for a person's labels, or is refused by them; None if it does not.
+
+    One that is promoted already stays so.
+    """
+    if promoted is not None or not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
         return None
     return read_evaluation(evaluation).disagreement(promotion.min_agreement)
 

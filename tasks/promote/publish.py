@@ -42,17 +42,23 @@ def find_published(workspace: str, name: str, publishing: PublishingConfig) -> E
     return pointer.current
 
 
-async def publish(entry: Entry, workspace: str, publishing: PublishingConfig) -> Publication:
+async def publish(
+    entry: Entry, workspace: str, publishing: PublishingConfig, evidence: bytes | None = None
+) -> Publication:
     """Upload the adapter of a pointer's entry with its card in one commit; what is there already is not sent again.
+
+    The card names the evidence of its win rate, if there is any; that is uploaded where `publishing` says so.
 
     Raises:
         PreflowError: the token is missing or refused, the hub does not answer, or a manifest is missing.
     """
     provenance = Provenance.of(entry, workspace)
-    card = write_card(provenance, publishing)
+    card = write_card(provenance, publishing, evidence)
     token = await resolve_secret(publishing.token, "publishing.token")
     with TemporaryDirectory() as scratch:
         folder = _lay_out(entry.uri, Path(scratch), card, base_name(provenance, publishing))
+        if evidence is not None and publishing.evidence:
+            (folder / "evidence.json").write_bytes(evidence)
         found = _upload(folder, entry.adapter_sha256, publishing, str(token))
     logger.info("adapter %s is published as %s (commit %s)", entry.adapter_sha256[:12], found.url, found.commit[:12])
     return found

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import math
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tasks.config import EndpointConfig, PromotionConfig
@@ -15,6 +17,7 @@ from tasks.llm.vllm_admin import replicas
 from tasks.store.workspace import Workspace, server_path
 
 logger = logging.getLogger(__name__)
+FloatArray = NDArray[np.float64]
 
 PROBE = "probe.json"
 # Mean difference of a log-prob, in nats. Measured with the demo's model, right adapter: below 1e-5 where both sides are
@@ -50,11 +53,6 @@ class ProbeText(BaseModel, frozen=True, extra="forbid"):
         count = len(self.adapter)
         return list(range(count - 1, -1, -max(1, count // POSITIONS)))[:POSITIONS]
 
-    def chosen(self, name: str) -> list[float]:
-        """Return the log-probs of one way, `adapter`, `sft` or `base`, at these positions."""
-        values: list[float] = getattr(self, name)
-        return [values[position] for position in self.positions]
-
 
 class Probe(BaseModel, frozen=True, extra="forbid"):
     """How a finished adapter is known: `probe.json`, which training writes."""
@@ -71,12 +69,8 @@ class Probe(BaseModel, frozen=True, extra="forbid"):
         Raises:
             ProbeFailed: it is nearer to the SFT adapter or to the bare base, or too far from all of them.
         """
-        effect = _differences(served, served_base)
-        bare = [text.chosen("base") for text in self.texts]
-        distance = {
-            name: _mean_distance(effect, _differences([text.chosen(name) for text in self.texts], bare))
-            for name in ("adapter", "sft", "base")
-        }
+        effect = np.concatenate(served) - np.concatenate(served_base)
+        distance = {name: float(np.abs(effect - self._effect(name)).mean()) for name in ("adapter", "sft", "base")}
         told = ", ".join(f"{value:.4f} from {name}" for name, value in distance.items())
         if not math.isfinite(distance["adapter"]):
             raise ProbeFailed(f"it answers with log-probs that are no numbers ({told})")
@@ -89,19 +83,15 @@ class Probe(BaseModel, frozen=True, extra="forbid"):
             logger.warning("the adapter is so like the %s that the probe cannot tell them apart (%s)", nearest, told)
         return distance["adapter"]
 
+    def _effect(self, name: str) -> FloatArray:
+        """Return what was added to the base's log-probs one way, `adapter`, `sft` or `base`, at the positions."""
+        added = [np.subtract(getattr(text, name), text.base)[text.positions] for text in self.texts]
+        return np.concatenate(added)
+
     @property
     def tolerance(self) -> float:
         """Largest mean difference of a log-prob, in nats, that passes for the same adapter."""
         return TOLERANCE if self.base_precision in ("float32", "bfloat16") else TOLERANCE_4BIT
-
-
-def _differences(rows: list[list[float]], bases: list[list[float]]) -> list[float]:
-    pairs = zip(rows, bases, strict=True)
-    return [value - base for row, bare in pairs for value, base in zip(row, bare, strict=True)]
-
-
-def _mean_distance(left: list[float], right: list[float]) -> float:
-    return sum(abs(one - other) for one, other in zip(left, right, strict=True)) / len(left)
 
 
 def read_probe(folder: str) -> Probe | None:

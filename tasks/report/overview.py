@@ -23,12 +23,7 @@ RATES_CAPTION = "How often the new adapter wins; bars are the intervals, the ban
 
 
 def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
-    """Say in a few words, and in one sentence, whether the new adapter is better than the SFT adapter, and how surely.
-
-    Args:
-        found: the evaluation.
-        bar: what the intervals' lower bounds must be over to be promoted.
-    """
+    """Say in a few words, and in one sentence, whether the new adapter is better than the SFT adapter, how surely."""
     rate = f"it wins {found.text()} of the comparisons ({percent(found.confidence, '.3g')} interval in brackets)"
     if found.null is not None and not found.null_holds:
         said = f"I{rate[1:]}, but the SFT adapter against itself comes out at {found.null.text()}."
@@ -43,7 +38,7 @@ def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
     if found.proven <= bar:
         return "Better, but not by enough", f"I{rate[1:]}; the bar is {percent(bar, '.3g')}."
     if found.agreement is not None and not found.agrees:
-        said = f"a person agrees with it in {found.agreement.share.text()}, and with a coin in 50 %"
+        said = f"a person agrees with it in {found.agreement.share.text()}, and would with a coin in 50 %"
         return "Better for the judge alone", f"By the judge {rate}, more than half; {said}."
     return "Better", f"The new adapter is better: {rate}, more than half."
 
@@ -55,7 +50,7 @@ def glance_section(
 
     Args:
         found: the evaluation.
-        bar: what the intervals' lower bounds must be over.
+        bar: what the intervals' lower bounds must be over to be promoted.
         served: what became of the adapter, as a sentence.
         figures: what carries the verdict.
         details: the pages that follow: the first one's comparisons are shown, and their advice if nothing is proven.
@@ -114,12 +109,7 @@ def run_figures(
 ) -> list[Metric]:
     """Return the figures of the first page: evaluation, judge, training.
 
-    Args:
-        found: the evaluation.
-        bar: what its lower bounds must be over.
-        quality: what was measured about the judge and its pairs.
-        health: the readings of the training.
-        training: `figures` of the training's manifest; first_loss is the DPO loss before the first update.
+    `training` are the `figures` of the training's manifest; first_loss is the DPO loss before the first update.
     """
     judged = {metric.name: metric for metric in quality.metrics}
     read = {metric.name: metric for metric in health.readings}
@@ -132,12 +122,7 @@ def run_figures(
 
 
 def inputs_section(manifests: Sequence[Manifest], changed: Mapping[str, Any]) -> ReportSection:
-    """Show the prompts, models and judges that a run was made from, and the settings that are not the defaults.
-
-    Args:
-        manifests: the artifacts' manifests.
-        changed: dotted name of a setting to its value.
-    """
+    """Show the prompts, models and judges that a run was made from, and the settings that are not the defaults."""
     prompts = list[tuple[Cell, ...]]()
     for manifest in (manifest for manifest in manifests if manifest.stage == "prompts"):
         counts = (manifest.counts.get(name) for name in ("read", "duplicates", "in_training"))

@@ -105,10 +105,7 @@ def _example(number: int, prompt: Sequence[Row], note: str, sides: tuple[Side, S
 def training_section(health: Health, metrics: Sequence[Row], counts: Mapping[str, int] | None = None) -> ReportSection:
     """Show the readings and curves of a training.
 
-    Args:
-        health: the readings.
-        metrics: the rows of `metrics.jsonl`: {step, loss, eval_loss, rewards/..., ...}, each with some of them.
-        counts: `counts` of the training's manifest: what became of the pairs.
+    `metrics` are the rows of `metrics.jsonl`, `counts` those of the training's manifest: what became of the pairs.
     """
     readings = tuple((*metric_row(reading), reading.meaning) for reading in health.readings)
     columns = ("metric", "state", "value", "healthy", "meaning")
@@ -174,7 +171,7 @@ def rates_of(found: Evaluation, bar: float) -> Iterator[Rate]:
         name = f"The same, by {', '.join(second.judges)}"
         yield Rate(name, second.rate, "lower bound over 50 %", second.rate.lower > 0.5)
     if (agreement := found.agreement) is not None:
-        name = f"The same, corrected by {agreement.labels} labels of a person"
+        name = f"Corrected by {agreement.labels} labels of a person"
         yield Rate(name, agreement.corrected, "lower bound over 50 %", agreement.corrected.lower > 0.5)
     if (null := found.null) is not None:
         yield Rate(NULL, null, f"50 % within the {percent(null.confidence, '.3g')} interval", found.null_holds)
@@ -282,9 +279,7 @@ def cost_section(ledger: Ledger, is_priced: bool = True) -> ReportSection:
 def lineage_section(manifests: Sequence[Manifest], root: str = "") -> ReportSection:
     """Show what was made from what: digests, rows, package versions, and each stage's settings.
 
-    Args:
-        manifests: of the artifacts, each after those of what it was made from.
-        root: of the workspace: addresses below it are shown without it.
+    Addresses below `root`, that of the workspace, are shown without it.
     """
     made, packages = list[tuple[Cell, ...]](), dict[tuple[str, str], dict[str, None]]()
     for manifest in manifests:

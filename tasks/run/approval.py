@@ -30,7 +30,7 @@ from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.power import power_before_price
 from tasks.judge.asking import VERDICT_TOKENS, JudgePlan, plan_judging
-from tasks.llm.responses import price
+from tasks.llm.responses import as_batch, price
 from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
@@ -129,7 +129,9 @@ async def _answer(config: PipelineConfig, point: ApprovalPoint, subject: str, pa
         flow_run_id=str(context.flow_run.id),
         at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _keep(config, [*answers, answer])
+    kept = {"answers": [one.model_dump(mode="json") for one in (*answers, answer)]}
+    Workspace(config.workspace).write_json(_answers_uri(config, point), kept)
+    logger.info("%s", answer.refusal or f"approved ({point}): {answer.note or 'no note'}")
     return answer
 
 
@@ -162,22 +164,14 @@ async def _show(page: ReportSection) -> str:
     return f"{page.summary}\n\n{where}"
 
 
-def answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
-    """Return where the answers given at a point of a run lie."""
+def _answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:
     return posixpath.join(run_folder(config), "approvals", f"{point}.json")
 
 
 def read_answers(config: PipelineConfig, point: ApprovalPoint) -> list[Answer]:
     """Return every answer given at a point of a run, the oldest first."""
-    store, uri = Workspace(config.workspace), answers_uri(config, point)
+    store, uri = Workspace(config.workspace), _answers_uri(config, point)
     return [Answer.model_validate(row) for row in store.read_json(uri)["answers"]] if store.exists(uri) else []
-
-
-def _keep(config: PipelineConfig, answers: list[Answer]) -> None:
-    newest = answers[-1]
-    kept = {"answers": [answer.model_dump(mode="json") for answer in answers]}
-    Workspace(config.workspace).write_json(answers_uri(config, newest.point), kept)
-    logger.info("%s", newest.refusal or f"approved ({newest.point}): {newest.note or 'no note'}")
 
 
 def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> list[JudgeEstimate]:
@@ -191,6 +185,8 @@ def _estimate(plan: JudgePlan) -> JudgeEstimate:
     asked, tokens = remaining.to_ask, remaining.prompt_tokens
     expected = Cost(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
     most = Cost(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
+    if judge.batch:
+        expected, most = as_batch(expected), as_batch(most)
     return JudgeEstimate(
         model=judge.model,
         requests=asked,

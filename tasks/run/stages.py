@@ -61,7 +61,7 @@ def _generation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, 
     return [] if _given(config) else [(config.generation, partial(_try_generation, config=config))]
 
 
-def _judge(judging: JudgingConfig) -> dict[str, Any]:
+def _judge(judging: JudgingConfig) -> dict[str, object]:
     return {**judging.identity(), "rubric": digest(read_rubric(judging.rubric))}
 
 
@@ -158,6 +158,6 @@ STAGES = (
 )
 
 
-def fingerprint(config: PipelineConfig) -> dict[str, Any]:
+def fingerprint(config: PipelineConfig) -> dict[str, object]:
     """Return, for a filled configuration, what a run's win rate depends on; no file is read twice for it."""
     return {stage.name: stage.identity(config) for stage in STAGES}

@@ -1,9 +1,7 @@
 """Prompts into the workspace: validated whole, duplicates dropped and counted, held-out rows picked."""
 
-import json
 import logging
 from collections.abc import Iterable
-from typing import Any
 
 from tasks.config.base import resolve_location
 from tasks.errors import PreflowError
@@ -103,8 +101,7 @@ def _read_trained(store: Workspace, pairs: str | None) -> tuple[set[bytes], set[
     """Return the ids and the groups that occur in training pairs."""
     ids: set[bytes] = set()
     groups: set[str] = set()
-    for line in store.lines(pairs) if pairs else ():
-        row: dict[str, Any] = json.loads(line)
+    for row in store.read_rows(pairs) if pairs else ():
         ids.add(bytes.fromhex(row["id"]))
         if row.get("group") is not None:
             groups.add(row["group"])

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tasks.errors import PreflowError
 from tasks.store.forms import WrongForm, read_table, to_completions, to_pair, to_prompt
@@ -97,13 +97,6 @@ class VerdictsRow(CompletionsRow):
     votes: list[Vote]
 
 
-class ComparisonRow(VerdictsRow):
-    """Two samples of a held-out prompt, [baseline, candidate], and what the votes are worth to the candidate."""
-
-    prompt_id: str
-    outcome: float
-
-
 class PairRow(KeepingRow):
     """TRL's conversational preference row, with what was sampled next to it where that is known.
 
@@ -121,14 +114,6 @@ class PairRow(KeepingRow):
     rejected_token_ids: list[int] | None = None
     chosen_finish_reason: str | None = None
     rejected_finish_reason: str | None = None
-
-    @field_validator("chosen", "rejected")
-    @classmethod
-    def _check_side(cls, side: list[Message]) -> list[Message]:
-        if [message.role for message in side] != ["assistant"]:
-            roles = ", ".join(message.role for message in side) or "nothing"
-            raise ValueError(f"must be one message of the assistant, not {roles}; the conversation belongs in `prompt`")
-        return side
 
 
 def prompt_id(messages: list[dict[str, str]]) -> str:
@@ -151,13 +136,13 @@ WANTED: dict[type[BaseModel], str] = {
 }
 
 
-def _explain(error: ValidationError, value: dict[str, Any]) -> str:
+def _explain(error: ValidationError, value: object) -> str:
     fields = []
     for problem in error.errors(include_input=False, include_url=False):
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
         fields.append(f"{name}: {problem['msg']}" if name else problem["msg"].removeprefix("Value error, "))
-    has = ", ".join(sorted(value)) or "no fields"
-    return f"{'; '.join(fields[:3])} (the row has: {has})"
+    has = ", ".join(sorted(value)) if isinstance(value, dict) else ""
+    return f"{'; '.join(fields[:3])} (the row has: {has or 'no fields'})"
 
 
 def read_rows(model: type[Row], uri: str, store: Workspace | None = None) -> Iterator[Row]:
@@ -183,7 +168,7 @@ def number_rows(
     for number, value in read_table(uri, store):
         place = f"{uri}:{number}"
         try:
-            value, form = convert(value) if convert else (_object(value), "")
+            value, form = convert(value) if convert else (value, "")
             row = model.model_validate(value)
         except WrongForm as error:
             wrong.append(f"{place}: {error}")
@@ -199,9 +184,3 @@ def number_rows(
     if wrong:
         wanted = f"\nA row that is right: {WANTED[model]}" if model in WANTED else ""
         raise PreflowError("\n".join(wrong) + wanted)
-
-
-def _object(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise WrongForm(f"a JSON {type(value).__name__}, not an object")
-    return value

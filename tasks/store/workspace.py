@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from pydantic import BaseModel, ValidationError
 
@@ -311,7 +310,7 @@ class Workspace:
         stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
         return {posixpath.basename(stat.uri): self._sha256_of(stat) for stat in stats}
 
-    def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] = MappingProxyType({})) -> str:
+    def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] | None = None) -> str:
         """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256, and what is `extra`) last.
 
         Returns:
@@ -320,7 +319,7 @@ class Workspace:
         names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
             facts = pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)).model_dump(), names)
-        marker = indented_json({"files": dict(zip(names, facts, strict=True)), **extra})
+        marker = indented_json({"files": dict(zip(names, facts, strict=True)), **(extra or {})})
         self.write_bytes(posixpath.join(uri, COMMITTED), marker)
         return hashlib.sha256(marker).hexdigest()
 
@@ -498,6 +497,14 @@ def _not_as_committed(problem: str) -> str:
     return f"{problem}, not as {COMMITTED} has it; delete the folder and run again"
 
 
+class Facts(TypedDict):
+    """What a reference says of its file."""
+
+    sha256: str
+    size: int
+    rows: int
+
+
 class DigestWriter:
     """A binary file that counts lines and bytes and keeps the sha256 of what is written."""
 
@@ -514,7 +521,7 @@ class DigestWriter:
         self.size += len(content)
         self.rows += content.count(b"\n")
 
-    def write_row(self, row: dict[str, Any]) -> None:
+    def write_row(self, row: Mapping[str, object]) -> None:
         """Append one JSON row."""
         self.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
@@ -523,7 +530,7 @@ class DigestWriter:
         """The digest of everything written so far."""
         return self._sha256.hexdigest()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """Return sha256, size (bytes) and rows, as a reference wants them."""
         return {"sha256": self.sha256, "size": self.size, "rows": self.rows}
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def read_header(uri: str) -> dict[str, Tensor]:
             name: Tensor(entry["dtype"], entry["shape"], *(8 + length + at for at in entry["data_offsets"]))
             for name, entry in content.items()
         }
+        expected, size = max((tensor.end for tensor in found.values()), default=0), store.size(uri)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PreflowError(f"{uri}: damaged, its header cannot be read ({error}); copy the file again") from error
-    expected, size = max((tensor.end for tensor in found.values()), default=0), store.size(uri)
     if size < expected:
         raise PreflowError(f"{uri}: cut off, it has {size:,} bytes of {expected:,}; copy the file again")
     return found
@@ -100,7 +101,7 @@ class AdapterFiles:
 
     def check(self) -> None:
         """Check that this is an adapter that DPO can train and vLLM can serve."""
-        for problem in [*self._kind_problems(), *self._weight_problems()]:
+        for problem in chain(self._kind_problems(), self._weight_problems()):
             raise PreflowError(f"sft_adapter {self.uri}: {problem}")
         self._check_finite()
 
@@ -108,6 +109,11 @@ class AdapterFiles:
         config = self.config
         kind, rank, bias, init = (config.get(name) for name in ("peft_type", "r", "bias", "init_lora_weights"))
         targets = config.get("target_modules") or []
+        for pattern in [*([targets] if isinstance(targets, str) else []), *(config.get("rank_pattern") or {})]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"{pattern!r} is no regular expression ({error}): correct it (adapter_config.json)"
         unserved = "which vLLM does not serve; train the SFT adapter without"
         problems = {
             f"peft_type is {kind!r}; only LORA can be trained and served": kind != "LORA",
@@ -125,12 +131,12 @@ class AdapterFiles:
         for name in ("modules_to_save", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
                      "layer_replication"):  # fmt: skip
             problems[f"{name} is {config.get(name)}, {unserved}"] = config.get(name)
-        return (f"{problem} (adapter_config.json)" for problem, present in problems.items() if present)
+        yield from (f"{problem} (adapter_config.json)" for problem, present in problems.items() if present)
 
     def _weight_problems(self) -> Iterator[str]:
         for name, tensor in self.header.items():
             module, found, side = name.rpartition(".lora_")
-            if not found or side not in ("A.weight", "B.weight"):
+            if not found or side not in ("A.weight", "B.weight") or len(tensor.shape) != 2:
                 yield (
                     f"{ADAPTER_WEIGHTS} holds {name}, no LoRA weight of a linear layer. PEFT adds embeddings when the "
                     "vocabulary was resized or embed_tokens is a target; vLLM does not serve them. Train the SFT "
@@ -153,7 +159,8 @@ class AdapterFiles:
         for name, tensor in self.header.items():
             if tensor.dtype in EXPONENTS:
                 kind, mask = EXPONENTS[tensor.dtype]
-                if ((content[tensor.start : tensor.end].view(kind) & mask) == mask).any():
+                length = (tensor.end - tensor.start) // numpy.dtype(kind).itemsize
+                if ((numpy.frombuffer(content, kind, length, tensor.start) & mask) == mask).any():
                     raise PreflowError(
                         f"sft_adapter {self.uri}: its weight {name} holds NaN or infinite numbers. Its training "
                         "diverged, or the file is damaged: give an earlier checkpoint, or train it again."
@@ -196,7 +203,7 @@ class BaseFiles:
                 f"base_model {folder}: no .safetensors there. Save the model with save_pretrained(folder)."
             )
         index = folder / "model.safetensors.index.json"
-        named = set(read_json(str(index), "copy it again")["weight_map"].values()) if index.is_file() else set()
+        named = set(read_json(str(index), "copy it again").get("weight_map", {}).values()) if index.is_file() else set()
         for missing in sorted(named - {file.name for file in files}):
             raise PreflowError(f"base_model {folder}: {missing} is missing, which {index.name} names; copy it again.")
         shapes = {name: tensor.shape for file in files for name, tensor in read_header(str(file)).items()}
@@ -338,7 +345,7 @@ def _vocabulary(file: str) -> tuple[dict[str, int], set[str]]:
     if not Workspace.holding(file).exists(file):
         return {}, set()
     content = read_json(file, "save the tokenizer again")
-    tokens = content["model"].get("vocab", {})
+    tokens = content.get("model", {}).get("vocab", {})
     found = dict(tokens) if isinstance(tokens, dict) else {entry[0]: number for number, entry in enumerate(tokens)}
     added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     return found | added, set(added)

@@ -296,7 +296,8 @@ def _what_happened(run: FlowRun, order: TrainingOrder, crashes: int) -> str:
     if state.is_completed():
         return (
             f"{order.deployment} says that it has trained, but there is no adapter in {order.workspace} as it is seen "
-            f"from here. {where}. If it runs on another machine, give a workspace that both see (gs://bucket/prefix)."
+            f"from here. {where}. If it runs on another machine, give a workspace that both see (gs://bucket/prefix). "
+            "If they do, its image is of another commit, and so is its key: set `image` in the pool's settings."
         )
     if state.is_cancelled():
         return f"the training on {order.deployment} was cancelled ({state.message}). {where}. To go on, {again}."

@@ -21,7 +21,7 @@ LOG = logging.getLogger(__name__)
 # Share of prompts or completions that may be in other tokens than the model is sampled and served with.
 MOST_UNLIKE = 0.01
 # Rows whose texts go to the tokenizer in one call; more at once are not faster.
-ROWS_AT_ONCE = 500
+ROWS_AT_ONCE = 100
 
 
 class NoUsablePairsError(PreflowError):

@@ -105,10 +105,14 @@ def corrected(rng: np.random.Generator, runs: int) -> Rows:
 
 def agreement(rng: np.random.Generator, runs: int) -> Rows:
     for right in (0.5, 0.55, 0.65, 0.75, 0.85, 0.95):
+        says_new = right * 0.6 + (1 - right) * 0.4
+        by_chance = 0.6 * says_new + 0.4 * (1 - says_new)
+        true_kappa = (right - by_chance) / (1 - by_chance)
         for labels in (40, 60):
             drawn = [draw_labels(rng, PlantedJudge("", right, right), 0.6, labels).agreement() for _ in range(runs)]
-            held = fmean(share.lower <= right <= share.upper for share in drawn)
-            yield right, labels, held, *(fmean(share.lower <= bar for share in drawn) for bar in BARS)
+            held = fmean(share.lower <= right <= share.upper for share, _ in drawn)
+            kappa = fmean(kappa.lower <= true_kappa <= kappa.upper for _, kappa in drawn if kappa)
+            yield right, labels, held, kappa, *(fmean(share.lower <= bar for share, _ in drawn) for bar in BARS)
 
 
 def main() -> None:

@@ -131,10 +131,10 @@ class Labelled:
     human: NDArray[np.float64]
     clusters: NDArray[np.intp]
 
-    def agreement(self) -> Interval:
-        """Return the share in which both agree."""
+    def agreement(self) -> tuple[Interval, Interval | None]:
+        """Return the share in which both agree, and kappa."""
         known = ~np.isnan(self.human)
-        return measure_closeness(self.human[known], self.outcomes[known], self.clusters[known], 0.95)[0]
+        return measure_closeness(self.human[known], self.outcomes[known], self.clusters[known], 0.95)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,12 @@ Decide = Callable[[str], Sequence[int | None]]
 
 
 def evaluated(
-    root: Path, decide: Decide, prompts: int = 30, samples: int = 2, judges: Sequence[str] = ()
+    root: Path,
+    decide: Decide,
+    prompts: int = 30,
+    samples: int = 2,
+    judges: Sequence[str] = (),
+    adapter: AdapterRef | None = None,
 ) -> EvaluationRef:
     """Write samples, verdicts, the null test and an evaluation.
 
@@ -32,13 +37,14 @@ def evaluated(
         decide: the best sample (0: SFT, 1: new, None: unreadable) in both orders, given the comparison's id.
         prompts: held-out prompts.
         samples: of each prompt.
-        judges: models that are asked besides the one that made the labels.
+        judges: models that are asked, with the one that made the labels.
+        adapter: the new adapter; None: one of which only the reference is there.
     """
     judging = JudgingConfig(model="labeller", rubric=str(root / "secret-folder" / "house.md"))
     evaluation = EvaluationConfig(
         num_samples=samples, judging=judging, judges=tuple(JudgeConfig(model=model) for model in judges)
     )
-    adapter = AdapterRef(uri=str(root / "training/k/adapter"), sha256="a" * 64, size=1, rows=1)
+    adapter = adapter or AdapterRef(uri=str(root / "training/k/adapter"), sha256="a" * 64, size=1, rows=1)
     main = _verdicts(root, "main", decide, prompts, samples, evaluation.comparison_judge())
     rng = random.Random(1)
     even = _verdicts(root, "null", lambda _: [rng.randrange(2)] * 2, prompts, samples, evaluation.null_judge())

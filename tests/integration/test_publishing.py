@@ -1,5 +1,6 @@
 """Publishing on a hub that is called by the hub's own client over HTTP; its faults, and the card that arrives there."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ import yaml
 from flows.publish import publish_adapter
 from tasks.config import PromotionConfig, PublishingConfig
 from tasks.errors import PreflowError
+from tasks.evaluate.evidence import collect_evidence
 from tasks.promote.pointer import install_adapter, move_pointer
 from tasks.store.workspace import AdapterRef, EvaluationRef, Manifest, Origin, PreferencesRef, Workspace
+from tests.fakes.evaluated import evaluated
 from tests.fakes.hub import FakeHub
 
 TOKEN = "hf_" + "t0ken" * 6
@@ -40,7 +43,7 @@ def workspace(tmp_path: Path) -> str:
     return str(root)
 
 
-def promote(root: Path, weights: bytes) -> None:
+def promote(root: Path, weights: bytes) -> AdapterRef:
     store = Workspace(root)
     made = root.parent / "made"
     made.mkdir(exist_ok=True)
@@ -75,6 +78,7 @@ def promote(root: Path, weights: bytes) -> None:
                         manifest=store.uri("evaluations/k/manifest.json"))  # fmt: skip
     store.write_manifest(Manifest(artifact=won, stage="evaluation", upstream=(adapter,), **common))
     move_pointer(adapter, won, install_adapter(adapter, str(root), "mine"), str(root), PromotionConfig(name="mine"))
+    return adapter
 
 
 async def published(workspace: str, **changes: Any) -> Any:
@@ -113,6 +117,30 @@ async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> No
         assert fact in card, fact
     assert "/home/someone" not in card
     assert TOKEN not in card
+
+
+@pytest.mark.parametrize("uploads", [True, False])
+async def test_the_card_names_the_evidence_of_its_win_rate(tmp_path: Path, hub: FakeHub, uploads: bool) -> None:
+    root = tmp_path / "workspace"
+    adapter = promote(root, b"weights")
+    won, promotion = evaluated(root, lambda identity: [1, 1], adapter=adapter), PromotionConfig(name="mine2")
+    move_pointer(adapter, won, install_adapter(adapter, str(root), "mine2"), str(root), promotion)
+    await publish_adapter.fn(str(root), "mine2", PUBLISHING.model_copy(update={"evidence": uploads}))
+    files = hub.repos["lab/better"].files
+    card, evidence = files["README.md"].decode(), collect_evidence(won, promotion).text()
+    assert f"Its sha256 is `{hashlib.sha256(evidence).hexdigest()}`" in card
+    assert ("[`evidence.json`](evidence.json)" in card) == uploads
+    assert files.get("evidence.json") == (evidence if uploads else None)
+
+
+async def test_evidence_that_is_gone_is_not_named_and_cannot_be_uploaded(
+    workspace: str, hub: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    await published(workspace)
+    assert "the model card names no evidence" in caplog.text
+    assert "evidence" not in hub.repos["lab/better"].files["README.md"].decode()
+    with pytest.raises(PreflowError, match="which samples were compared"):
+        await published(workspace, evidence=True)
 
 
 async def test_the_same_adapter_again_is_no_commit_and_a_new_one_is(workspace: str, hub: FakeHub) -> None:

@@ -1,5 +1,6 @@
 """Generation, judging and evaluation as flows: a real Prefect server, and an endpoint that fails in every way."""
 
+import asyncio
 import json
 import os
 import pickle
@@ -263,6 +264,20 @@ async def test_what_does_not_change_the_answers_is_not_asked_again(bench: Bench,
     assert await requests_of(max_tokens=2000) == (0, 200)
     assert await requests_of(orders=3) == (0, 100), "two of three orders are known"
     assert await requests_of(200) == (100, 200), "100 prompts were added"
+
+
+async def test_parts_sampled_by_several_runs_at_once_make_the_whole(bench: Bench, fake: FakeOpenAI) -> None:
+    """So 100,000 prompts are spread over pods: a run a part, and then one of them all, which asks for nothing."""
+    whole = write_prompts(bench.folder, 90)
+    lines, parts = whole.read_text().splitlines(keepends=True), [bench.folder / f"part{i}.jsonl" for i in range(3)]
+    for number, part in enumerate(parts):
+        part.write_text("".join(lines[30 * number : 30 * number + 30]))
+    await asyncio.gather(*(bench.sample(part) for part in parts))
+    assert len(asked(fake, "sampler")) == 90
+    merged = await bench.sample(whole)
+    assert len(asked(fake, "sampler")) == 90
+    alone = await Bench(bench.folder / "alone", fake).sample(whole)
+    assert Path(merged.uri).read_bytes() == Path(alone.uri).read_bytes()
 
 
 async def test_the_manifest_and_the_cost_say_what_was_used_and_what_was_saved(bench: Bench, fake: FakeOpenAI) -> None:

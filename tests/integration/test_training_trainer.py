@@ -24,7 +24,7 @@ from tasks.train.spec import Progress
 from tasks.trainer.checkpoints import Checkpoint
 from tasks.trainer.data import load_pairs, make_micro_batches
 from tasks.trainer.model import AdapterWeights, adapter_state, load_base, load_policy, load_tokenizer, save_adapter
-from tasks.trainer.reference import ReferenceCache, ReferenceLogps, Split, reference_key
+from tasks.trainer.reference import ReferenceLogps, Split
 from tasks.trainer.stopping import StopFlag
 from tasks.trainer.trainer import ExactTrainer, Hooks
 from tests.fakes.tiny_training import TinyWorld, build_adapter
@@ -306,73 +306,9 @@ def test_an_adapter_of_another_base_is_named(world: TinyWorld, tmp_path: Path) -
         load_policy(load_base(training, 0), other, load_tokenizer(training, other))
 
 
-class TestReferenceCache:
-    """The artifact: taken when everything matches, made again when anything does not."""
-
-    WEIGHTS = {"base": "b", "sft": "s", "device": "cpu"}  # noqa: RUF012
-
-    @pytest.fixture
-    def bench(self, world: TinyWorld, tmp_path: Path) -> Bench:
-        return Bench(world, tmp_path / "bench", world.config())
-
-    @pytest.fixture
-    def found(self, bench: Bench) -> dict[str, ReferenceLogps]:
-        return {split.name: bench.trainer.reference_logps(split) for split in (bench.train, bench.val)}
-
-    def cache(self, root: Path, splits: list[Split], training: TrainingConfig, digest: str = "d") -> ReferenceCache:
-        return ReferenceCache(Workspace(root), reference_key(splits, training, self.WEIGHTS), digest)
-
-    def test_what_was_saved_comes_back_to_the_last_bit(
-        self, world: TinyWorld, bench: Bench, found: dict[str, ReferenceLogps], tmp_path: Path
-    ) -> None:
-        splits = [bench.train, bench.val]
-        cache = self.cache(tmp_path, splits, world.config())
-        assert cache.load(splits) is None
-        cache.save(splits, found, self.WEIGHTS)
-        assert cache.load(splits) == found
-
-    def test_beta_learning_rate_epochs_and_loss_share_it_but_content_does_not(
-        self, world: TinyWorld, bench: Bench
-    ) -> None:
-        splits = [bench.train, bench.val]
-        key = reference_key(splits, world.config(), self.WEIGHTS)
-        for same in ({"beta": 0.5}, {"learning_rate": 1e-4}, {"max_steps": 99}, {"loss_type": "ipo"}, {"seed": 9}):
-            assert reference_key(splits, world.config(**same), self.WEIGHTS) == key
-        for other in ({"max_length": 64}, {"load_in_4bit": True}):
-            assert reference_key(splits, world.config(**other), self.WEIGHTS) != key
-        assert reference_key([bench.train], world.config(), self.WEIGHTS) != key
-        assert reference_key(splits, world.config(), {**self.WEIGHTS, "sft": "x"}) != key
-        fewer = Split("train", bench.train.pairs[1:], bench.train.micro_batches)
-        assert reference_key([fewer, bench.val], world.config(), self.WEIGHTS) != key
-
-    @pytest.mark.parametrize("damage", ["cut", "changed", "no object", "other adapter", "row missing"])
-    def test_damage_is_seen_and_it_is_computed_again(
-        self, world: TinyWorld, bench: Bench, found: dict[str, ReferenceLogps], tmp_path: Path, damage: str,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:  # fmt: skip
-        splits = [bench.train, bench.val]
-        cache = self.cache(tmp_path, splits, world.config())
-        if damage == "row missing":
-            part = Split("train", bench.train.pairs[1:], bench.train.micro_batches)
-            short = ReferenceLogps(found["train"].chosen[1:], found["train"].rejected[1:])
-            cache.save([part, bench.val], {**found, "train": short}, self.WEIGHTS)
-        else:
-            cache.save(splits, found, self.WEIGHTS)
-        (file,) = tmp_path.glob("reference-logprobs/*.json")
-        content = file.read_bytes()
-        if damage == "cut":
-            file.write_bytes(content[:-20])
-        if damage == "changed":
-            file.write_bytes(content.replace(b"-1", b"-2", 1))
-        if damage == "no object":
-            file.write_bytes(b"[]")
-        if damage == "other adapter":
-            cache = self.cache(tmp_path, splits, world.config(), digest="another")
-        assert cache.load(splits) is None
-        assert "computed again" in caplog.text
-
-    def test_wrong_cached_values_are_caught_at_the_start(self, bench: Bench, found: dict[str, ReferenceLogps]) -> None:
-        wrong = ReferenceLogps([value + 5 for value in found["train"].chosen], found["train"].rejected)
-        bench.trainer.use_cached_reference(wrong, found["val"])
-        with pytest.raises(InvariantError, match="first-loss"):
-            bench.trainer.fit(None)
+def test_wrong_cached_values_are_caught_at_the_start(world: TinyWorld, tmp_path: Path) -> None:
+    bench = Bench(world, tmp_path, world.config())
+    right, val = (bench.trainer.reference_logps(split) for split in (bench.train, bench.val))
+    bench.trainer.use_cached_reference(ReferenceLogps([value + 5 for value in right.chosen], right.rejected), val)
+    with pytest.raises(InvariantError, match="first-loss"):
+        bench.trainer.fit(None)

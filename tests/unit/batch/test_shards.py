@@ -65,8 +65,8 @@ async def ready() -> None:
 def make_worker(folder: Path, maker: Maker, rows: int, **more: Any) -> ShardWorker:
     tally = Tally(rows=rows, allowed=more.pop("allowed", 1.0))
     return ShardWorker(
-        rows=RowStore(str(folder), "squares", "key"), units_of=unit, work=maker.work, tally=tally, concurrency=4,
-        prepare=more.pop("prepare", ready), **more,
+        rows=RowStore(str(folder), "squares", "key"), units_of=unit, work=maker.work, tally=tally,
+        concurrency=more.pop("concurrency", 4), prepare=more.pop("prepare", ready), **more,
     )  # fmt: skip
 
 
@@ -355,22 +355,23 @@ async def test_no_more_units_are_under_way_than_twice_the_window(tmp_path: Path)
     assert most == 8
 
 
-async def test_after_the_first_success_units_no_longer_wait_for_each_other(tmp_path: Path) -> None:
-    started, together = 0, asyncio.Event()
+async def test_only_the_first_units_are_made_alone(tmp_path: Path) -> None:
+    """Those that wait while the first one is made go on together, or a large window would begin one by one."""
+    under_way = most = 0
 
     async def work(row: Row) -> Outcome:
-        nonlocal started
-        started += 1
-        if started == 1 + 8:
-            together.set()
-        await (asyncio.sleep(0.01) if started == 1 else asyncio.wait_for(together.wait(), 5))
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.01)
+        under_way -= 1
         return Outcome(row={"id": row["id"]})
 
-    worker = make_worker(tmp_path, Maker(), 20)
-    worker.work = work
-    (part,) = slice_rows(Workspace(tmp_path), make_source(tmp_path, 20), 20)
-    await worker.run(part)
-    assert started == 20
+    source = make_source(tmp_path, 100)
+    maker = Maker()
+    maker.work = work  # type: ignore[method-assign]
+    await run_all(tmp_path, maker, source, size=100, concurrency=100)
+    assert most == 99
 
 
 async def test_after_an_error_nothing_new_starts_and_what_runs_goes_on_to_its_end() -> None:

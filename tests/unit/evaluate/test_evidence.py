@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from preflow.cli import Exit, main
-from tasks.config import PromotionConfig
+from tasks.config import PipelineConfig, PromotionConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.evidence import collect_evidence, find_differences, read_evidence
 from tasks.evaluate.labels import Labelling, record_agreement
-from tasks.store.workspace import EvaluationRef, Workspace
+from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef, Workspace
 from tests.fakes.evaluated import evaluated
 
 PROMOTION = PromotionConfig(min_win_rate=0.55)
@@ -106,7 +106,7 @@ def forge(value: Any) -> None:
         (lambda v: v["comparisons"][4]["row"]["completions"].reverse(), "comparisons: p2#0 was changed"),
         (lambda v: v.update(null=None), "verdict.null: None by the comparisons"),
         (lambda v: v["verdict"].update(lower=0.7), "verdict.lower: 0.6"),
-        (lambda v: v["verdict"].update(lower=0.7), "verdict: not what the run found"),
+        (lambda v: v["verdict"].update(adapter_sha256="c" * 64), "verdict.adapter_sha256: aaa"),
         (lambda v: v["verdict"].update(detectable=0.51), "verdict.detectable"),
         (lambda v: v.update(min_win_rate=0.9), "passes: False by the comparisons, True in the file"),
         (lambda v: v.update(passes=False), "passes: True by the comparisons, False in the file"),
@@ -153,6 +153,27 @@ def test_verify_says_so_in_the_exit_code(file: Path, capsys: pytest.CaptureFixtu
     file.write_text(file.read_text().replace('"best": 1', '"best": 0', 1))
     assert main(["verify", str(file)]) == Exit.WRONG
     assert "was changed after the judges left it" in capsys.readouterr().out
+
+
+def test_a_run_is_named_by_its_folder(
+    evaluation: EvaluationRef, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that was started from the UI, which has no config.yaml."""
+    root = Workspace.holding(evaluation.uri).uri("..")
+    facts: Any = {"uri": "gone", "sha256": "a" * 64, "size": 1, "rows": 1}
+    result = PipelineResult(preferences=PreferencesRef(**facts), adapter=AdapterRef(**facts), evaluation=evaluation)
+    config = PipelineConfig(prompts="x.jsonl", workspace=root, promotion=PROMOTION)
+    store, folder, to = Workspace(tmp_path), str(tmp_path / "runs" / "k"), tmp_path / "written.json"
+    for name, content in (("config", config), ("result", result)):
+        store.write_json(f"{folder}/{name}.json", content.model_dump(mode="json"))
+    assert main(["evidence", folder, "--to", str(to)]) == Exit.DONE
+    assert to.read_bytes() == file.read_bytes()
+    assert main(["evidence", str(tmp_path)]) == Exit.WRONG
+    (Path(folder) / "config.json").unlink()
+    assert main(["evidence", folder]) == Exit.WRONG
+    said = capsys.readouterr().err
+    assert "holds no finished run; name its folder" in said
+    assert "config.json: not there, or of another version: name the run's config.yaml" in said
 
 
 def test_what_is_no_longer_there_is_named(tmp_path: Path) -> None:

@@ -324,73 +324,51 @@ async def test_a_vote_is_in_indexes_and_not_in_positions() -> None:
     assert (outcome.usage.requests, outcome.refused) == (1, ("temperature",))
 
 
-async def test_a_cut_verdict_is_asked_for_again_with_twice_the_tokens() -> None:
-    endpoint = ScriptedEndpoint(("", "length"), ('{"best": 2', "length"), V)
+CUT = ("Let me think", "length")
+REFUSED = RequestRefused(200, "content_filter", "refused", usage=Cost(requests=1, prompt_tokens=5))
+TOO_LONG = RequestRefused(400, "cut", "max_tokens was reached")
+# What the endpoint answers, the most tokens that it allows; those asked for, each with or without (-) a grammar; why
+# there is no vote (None: there is one), whether that is final.
+ASKED: dict[str, tuple[list[Any], int, list[int], str | None, bool | None]] = {
+    "cut: twice the tokens": ([("", "length"), ('{"best": 2', "length"), V], 10**6, [100, -200, 400], None, None),
+    "a grammar that ran off": ([(" \n" * 50, "length"), V], 10**6, [100, -200], None, None),
+    "cut at what the endpoint allows": ([CUT, V], 100, [100, -200], None, None),
+    "cut to the end": ([CUT] * 3, 100, [100, -200, -400], "cut at 100 tokens", None),
+    "cut, the provider says": ([TOO_LONG, V], 10**6, [100, -200], None, None),
+    "unreadable to the end": (["no"] * 3, 10**6, [100] * 3, "no JSON object with a `best`", None),
+    "refused for what it says": ([REFUSED], 10**6, [100], "refused: content_filter", True),
+    "refused for another reason": (
+        [RequestRefused(400, "bad_request", "x")],
+        10**6,
+        [100],
+        "refused: bad_request",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+async def test_a_judge_is_asked_until_it_can_be_read_and_no_more(name: str) -> None:
+    answers, most, tokens, reason, final = ASKED[name]
+    endpoint = ScriptedEndpoint(*answers, most_tokens=most)
     outcome = await make_judge(endpoint).judge(QUESTION)
-    assert [asked["max_tokens"] for asked in endpoint.asked] == [100, 200, 400]
-    assert outcome.row is not None
-    assert outcome.usage == Cost(requests=3, prompt_tokens=30, completion_tokens=6)
+    assert [asked["max_tokens"] * (1 if asked["response_format"] else -1) for asked in endpoint.asked] == tokens
+    assert (outcome.row is None, outcome.final) == (reason is not None, final)
+    assert reason is None or (outcome.error or {})["reason"] == reason
+    free = sum(isinstance(answer, RequestRefused) and answer is not REFUSED for answer in answers)
+    assert outcome.usage.requests == len(answers) - free
 
 
-async def test_a_grammar_that_ran_off_is_left_out_the_next_time() -> None:
-    endpoint = ScriptedEndpoint(V, (" \n" * 50, "length"), V)
-    judge = make_judge(endpoint)
-    await judge.judge(QUESTION)
-    await judge.judge(QUESTION)
-    assert [bool(asked["response_format"]) for asked in endpoint.asked] == [True, True, False]
-
-
-async def test_an_unreadable_verdict_is_asked_for_again_with_the_reason() -> None:
-    endpoint = ScriptedEndpoint('{"best": 2, "worst": 2}', V)
+async def test_an_unreadable_verdict_is_asked_for_again_with_the_reason_and_recorded_with_its_words() -> None:
+    endpoint = ScriptedEndpoint('{"best": 2, "worst": 2}', "no", "never\ud800")
     outcome = await make_judge(endpoint).judge(QUESTION)
-    first, second = (asked["messages"][1]["content"] for asked in endpoint.asked)
+    first, second, _ = (asked["messages"][1]["content"] for asked in endpoint.asked)
     note = "An earlier answer of yours could not be read: best and worst are both 2. Answer with the JSON object alone."
     assert second == f"{first}\n\n{note}"
     assert read_completions(second) == ["c", "a", "b"]
-    assert outcome.row is not None
-
-
-async def test_what_stays_unreadable_is_recorded_with_the_judge_s_words() -> None:
-    outcome = await make_judge(ScriptedEndpoint("no", "no", "never\ud800")).judge(QUESTION)
-    assert outcome.row is None
     assert outcome.error == {
         "id": "a" * 64, "order": [2, 0, 1], "reason": "no JSON object with a `best`", "detail": "never?",
     }  # fmt: skip
-    assert outcome.usage.requests == 3
-
-
-async def test_a_refused_question_is_asked_once() -> None:
-    endpoint = ScriptedEndpoint(V, RequestRefused(400, "content_filter", "not this"))
-    judge = make_judge(endpoint)
-    await judge.judge(QUESTION)
-    outcome = await judge.judge(QUESTION)
-    assert outcome.error is not None
-    assert outcome.error["reason"] == "refused: content_filter"
-    assert len(endpoint.asked) == 2
-
-
-async def test_a_cut_verdict_stays_within_what_the_endpoint_allows() -> None:
-    endpoint = ScriptedEndpoint(("Let me think", "length"), V, most_tokens=100)
-    assert (await make_judge(endpoint).judge(QUESTION)).row is not None
-    assert [bool(asked["response_format"]) for asked in endpoint.asked] == [True, False]
-    endpoint = ScriptedEndpoint(*[("Let me think", "length")] * 3, most_tokens=100)
-    outcome = await make_judge(endpoint).judge(QUESTION)
-    assert outcome.error is not None
-    assert outcome.error["reason"] == "cut at 100 tokens"
-
-
-async def test_an_answer_that_the_provider_refuses_as_cut_is_asked_for_with_more_tokens() -> None:
-    endpoint = ScriptedEndpoint(RequestRefused(400, "cut", "max_tokens was reached"), V)
-    assert (await make_judge(endpoint).judge(QUESTION)).row is not None
-    assert [asked["max_tokens"] for asked in endpoint.asked] == [100, 200]
-
-
-async def test_only_what_the_question_is_to_blame_for_is_final() -> None:
-    refused = RequestRefused(200, "content_filter", "refused", usage=Cost(requests=1, prompt_tokens=5))
-    for answers, final in (([refused], True), (["no"] * 3, None), ([RequestRefused(400, "bad_request", "x")], None)):
-        outcome = await make_judge(ScriptedEndpoint(*answers)).judge(QUESTION)
-        assert outcome.final is final
-        assert outcome.usage.requests == (0 if "bad_request" in str(answers) else len(answers))
 
 
 # ---- what identifies a verdict

@@ -87,7 +87,7 @@ def test_what_a_person_says_stands_on_the_first_page_and_in_its_picture() -> Non
     rows = {metric.title: (metric.ok, metric.text()) for metric in win_rate_figures(found, 0.5)}
     assert rows["Judge and person agree"] == (False, "70.0 % (48.0-80.0 %)")
     assert rows["The same beyond chance, kappa"] == (True, "0.40 (0.20-0.60)")
-    corrected = "The same, corrected by 50 labels of a person"
+    corrected = "Corrected by 50 labels of a person"
     assert rows[corrected][0] is False
     assert corrected in [bar.name for bar in rate_bars(found)[0]]
     assert any("a coin would in 50 %" in text for text in evaluation_section(found).advice)

@@ -133,6 +133,7 @@ def test_files(tmp_path: Path, name: str) -> None:
     assert found == [row["prompt"] for row in ROWS]
 
 
+@pytest.mark.slow  # importing `datasets`
 def test_parquet_and_a_folder_of_datasets(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="the extra train brings it")
     from datasets import Dataset, DatasetDict

@@ -15,6 +15,8 @@ from tasks.train.launch import check_training_inputs
 from tests.fakes.tiny_training import Shape, TinyWorld, build_adapter, build_base, large_tokenizer
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+OFFSETS = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": ["x", "y"]}}'
+WRONG_HEADER = len(OFFSETS).to_bytes(8, "little") + OFFSETS
 
 
 def change(file: Path, **changes: Any) -> None:
@@ -52,6 +54,8 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
         ({"target_modules": ["q_proj", "lm_head"]}, "it targets lm_head"),
         ({"target_modules": r".*(q_proj|lm_head)"}, "it targets lm_head"),
         ({"r": 8}, r"has rank 4, where adapter_config.json says 8 \(r, rank_pattern\)"),
+        ({"target_modules": r"(q_proj"}, r"'\(q_proj' is no regular expression \(missing \)"),
+        ({"rank_pattern": {"*": 8}}, r"'\*' is no regular expression \(nothing to repeat"),
         ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight has rank 4, where adapter_config.json says 8"),
     ],
 )
@@ -99,9 +103,14 @@ def test_nan_in_the_adapter_is_called_nan(world: TinyWorld, value: float, kind: 
     refused(world, f"its weight {Q} holds NaN or infinite numbers")
 
 
-def test_whole_embeddings_in_the_adapter_are_refused_with_their_cause(world: TinyWorld) -> None:
-    name = "base_model.model.model.embed_tokens.weight"
-    change_weights(world, lambda weights: weights.update({name: numpy.zeros((128, 64), numpy.float32)}))
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("base_model.model.model.embed_tokens.weight", (128, 64)), (Q, (4,)), (Q, (4, 64, 1, 1)), (Q, ())],
+)
+def test_weights_of_no_linear_layer_are_refused_with_their_cause(
+    world: TinyWorld, name: str, shape: tuple[int, ...]
+) -> None:
+    change_weights(world, lambda weights: weights.update({name: numpy.zeros(shape, numpy.float32)}))
     refused(world, f"holds {name}.*PEFT adds embeddings")
 
 
@@ -116,6 +125,7 @@ def test_whole_embeddings_in_the_adapter_are_refused_with_their_cause(world: Tin
         ("base/model.safetensors", None, "no .safetensors there"),
         ("base/model.safetensors", -1000, r"base/model.safetensors: cut off, it has [\d,]+ bytes of [\d,]+"),
         ("base/model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}', "model-2.* is missing"),
+        ("base/model.safetensors", WRONG_HEADER, "damaged, its header cannot be read"),
         ("base/config.json", None, "no config.json there"),
         ("base/tokenizer.json", None, "no tokenizer in"),
         ("base/chat_template.jinja", None, "no chat template in"),

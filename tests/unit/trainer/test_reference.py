@@ -1,0 +1,69 @@
+"""The reference's log-probs as an artifact: taken when everything matches, made again when anything does not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.config import TrainingConfig
+from tasks.store.workspace import Workspace
+from tasks.trainer.data import TokenPair
+from tasks.trainer.reference import ReferenceCache, ReferenceLogps, Split, reference_key
+
+PAIRS = [TokenPair(number, str(number) * 64, [1], [2], [3]) for number in range(3)]
+SPLITS = [Split("train", PAIRS[:2], [[1, 0]]), Split("val", PAIRS[2:], [[0]])]
+FOUND = {"train": ReferenceLogps([-1.1, -1 / 3], [-3.7, -40.0]), "val": ReferenceLogps([-0.1], [-7e-9])}
+WEIGHTS = {"base": "b", "sft": "s", "device": "cpu"}
+
+
+def cache(root: Path, digest: str = "d") -> ReferenceCache:
+    return ReferenceCache(Workspace(root), reference_key(SPLITS, TrainingConfig(), WEIGHTS), digest)
+
+
+def test_what_was_saved_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    assert cache(tmp_path).load(SPLITS) is None
+    cache(tmp_path).save(SPLITS, FOUND, WEIGHTS)
+    assert cache(tmp_path).load(SPLITS) == FOUND
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-20],
+        lambda content: b"[]",
+        lambda content: content.replace(b"-1.1", b"-2.1"),
+        lambda content: content.replace(b'"content"', b'"other"'),
+    ],
+)
+def test_damage_is_seen_and_it_is_computed_again(
+    tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    cache(tmp_path).save(SPLITS, FOUND, WEIGHTS)
+    (file,) = tmp_path.glob("reference-logprobs/*.json")
+    file.write_bytes(damage(file.read_bytes()))
+    assert cache(tmp_path).load(SPLITS) is None
+    assert "computed again" in caplog.text
+    cache(tmp_path).save(SPLITS, FOUND, WEIGHTS)
+    assert json.loads(file.read_bytes())["content"]["logps"]["train"]["chosen"] == FOUND["train"].chosen
+
+
+def test_another_adapter_or_other_pairs_are_seen(tmp_path: Path) -> None:
+    cache(tmp_path).save(SPLITS, FOUND, WEIGHTS)
+    assert cache(tmp_path, digest="another").load(SPLITS) is None
+    assert cache(tmp_path).load([Split("train", PAIRS[1:], [[0, 1]]), SPLITS[1]]) is None
+
+
+def test_beta_learning_rate_epochs_and_loss_share_it_but_content_does_not() -> None:
+    key = reference_key(SPLITS, TrainingConfig(), WEIGHTS)
+    for same in ({"beta": 0.5}, {"learning_rate": 1e-4}, {"max_steps": 99}, {"loss_type": "ipo"}, {"seed": 9}):
+        assert reference_key(SPLITS, TrainingConfig(**same), WEIGHTS) == key
+    fewer = Split("train", PAIRS[:1], SPLITS[0].micro_batches)
+    others = [
+        reference_key(SPLITS, TrainingConfig(max_length=64), WEIGHTS),
+        reference_key(SPLITS, TrainingConfig(load_in_4bit=False), WEIGHTS),
+        reference_key(SPLITS, TrainingConfig(), {**WEIGHTS, "sft": "x"}),
+        reference_key(SPLITS[:1], TrainingConfig(), WEIGHTS),
+        reference_key([fewer, SPLITS[1]], TrainingConfig(), WEIGHTS),
+    ]
+    assert key not in others
