@@ -47,7 +47,7 @@ async def most_in(window: Window) -> int:
 async def test_window_halves_once_for_requests_in_flight_together_and_grows_by_one_for_a_window_of_successes() -> None:
     window, sent_at = Window(16), time.monotonic()
     assert await most_in(window) == 16
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         holders = [asyncio.ensure_future(hold(window)) for _ in range(16)]
         await asyncio.sleep(0)
         for _ in range(10):
@@ -86,7 +86,7 @@ async def test_a_cancelled_waiter_takes_no_place(handed_over: bool) -> None:
     waiter.cancel()  # the place has been handed over, but the waiter has not run yet
     await asyncio.gather(waiter, return_exceptions=True)
     assert waiter.cancelled()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(60):
         assert await most_in(window) == 1
 
 
