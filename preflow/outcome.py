@@ -3,18 +3,22 @@
 from preflow.cli import Exit
 from tasks.config import PipelineConfig
 from tasks.run.preflight import report_uri
-from tasks.store.workspace import PipelineResult
+from tasks.store.measures import Evaluation, percent, percent_range
+from tasks.store.workspace import PipelineResult, Workspace
 
 
 def tell(config: PipelineConfig, result: PipelineResult) -> Exit:
     """Print the verdict and where the report is, and return the exit code."""
-    found, bar = result.evaluation, config.promotion.min_win_rate
-    rate = f"it wins {found.win_rate:.1%} of the comparisons [{found.lower:.1%}, {found.upper:.1%}]"
+    found = result.evaluation
+    rate = f"it wins {percent(found.win_rate)} of the comparisons ({percent_range(found.lower, found.upper)})"
     if result.promotion is not None:
         print(f"better: {rate}; {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name}")
     elif result.declined:
         print(f"not served: {rate}; {result.declined}")
     else:
-        print(f"not proven better: {rate}, and the lower bound is not over {bar:.0%}; what was served still is")
+        measured = Evaluation.model_validate(Workspace(config.workspace).read_json(found.uri))
+        promotion = config.promotion
+        refusal = measured.refusal(promotion.min_win_rate, promotion.min_agreement)
+        print(f"not proven better, what was served still is: {refusal or rate}")
     print(f"report: {report_uri(config.filled())}")
     return Exit.DONE if result.promotion is not None else Exit.NOT_BETTER

@@ -143,18 +143,16 @@ def write_manifest(store: Workspace, made: Manifest) -> None:
     # Judges of a panel work at the same time.
     stage = StageCost(stage=made.stage, used=used, cached=saved, seconds=max(by_model.values(), default=0.0))
     store.write_json(f"{folder}/cost.json", stage.model_dump())
-    logger.info(
-        "%s: %s US$ for %s requests and %s tokens in %s, all attempts together",
-        made.stage, format_usd(used.usd), f"{used.requests:,}", f"{used.prompt_tokens + used.completion_tokens:,}",
-        format_seconds(stage.seconds),
-    )  # fmt: skip
+    together = ", all attempts together" if len(noted) > 1 else ""
+    logger.info("%s: %s in %s%s", made.stage, _used(used), format_seconds(stage.seconds), together)
     if saved.requests:
-        tokens = saved.prompt_tokens + saved.completion_tokens
-        logger.info(
-            "%s: rows that other runs had paid for saved %s US$ and %s tokens",
-            made.stage, format_usd(saved.usd), f"{tokens:,}",
-        )  # fmt: skip
+        logger.info("%s: rows that other runs have paid for saved %s", made.stage, _used(saved))
     store.write_manifest(made.model_copy(update={"seconds": stage.seconds}))
+
+
+def _used(cost: Cost) -> str:
+    usd = f", {format_usd(cost.usd)} US$" if cost.usd else ""
+    return f"{cost.requests:,} requests, {cost.prompt_tokens + cost.completion_tokens:,} tokens{usd}"
 
 
 def say_prices(config: EndpointConfig) -> str:

@@ -19,7 +19,7 @@ MOST_ADVICE = 3
 OPEN_EXAMPLES = 3
 # Below this share of the gain the labelling judge's own taste is the likelier explanation.
 LEAST_TRANSFER = 0.5
-RATES_CAPTION = "How often the new adapter wins; bars are the intervals, the band is SFT against itself."
+BETTER = "Better"
 
 
 def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
@@ -40,7 +40,7 @@ def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
     if found.agreement is not None and not found.agrees:
         said = f"a person agrees with it in {found.agreement.share.text()}, and would with a coin in 50 %"
         return "Better for the judge alone", f"By the judge {rate}, more than half; {said}."
-    return "Better", f"The new adapter is better: {rate}, more than half."
+    return BETTER, f"The new adapter is better: {rate}, more than half."
 
 
 def glance_section(
@@ -56,15 +56,17 @@ def glance_section(
         details: the pages that follow: the first one's comparisons are shown, and their advice if nothing is proven.
     """
     headline, sentence = verdict(found, bar)
-    is_better = found.null_holds and found.proven > bar and found.agrees
+    is_better = headline == BETTER  # not by the bar alone: one under 50 % lets worse ones pass
     advice = tuple(f"{page.title}: {text}" for page in details for text in page.advice[:MOST_ADVICE])
+    caption = "How often the new adapter wins; bars are the intervals"
+    caption += ", the band is SFT against itself." if found.null else "."
     places = " and ".join(page.title for page in details if page.advice)
     return ReportSection(
         "At a glance",
         f"{sentence} {served}",
         () if is_better else advice,
         (Table("The run in figures", ("figure", "state", "value", "healthy"), tuple(map(metric_row, figures))),),
-        (Picture(plot_rates(*rate_bars(found)), RATES_CAPTION, is_wide=False),),
+        (Picture(plot_rates(*rate_bars(found)), caption, is_wide=False),),
         (f"It won. What could still be better stands under {places}.",) if is_better and places else (),
         tuple(replace(example, is_open=True) for page in details[:1] for example in page.examples[:OPEN_EXAMPLES]),
         headline=headline,
