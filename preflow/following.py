@@ -13,6 +13,7 @@ from prefect.settings import PREFECT_API_URL
 from preflow.cli import Exit
 from preflow.outcome import tell
 from preflow.settings import Settings
+from tasks.demo.local import pointed_at
 from tasks.demo.up import Up
 from tasks.errors import PreflowError
 from tasks.run.preflight import find_result
@@ -26,7 +27,7 @@ def follow(name: str, settings: Settings, *, sweep: bool) -> int:
     api = PREFECT_API_URL.value() or Up(settings.folder).api()
     if api is None:
         raise PreflowError("there is no Prefect server: `preflow up`, or export PREFECT_API_URL=http://HOST:4200/api")
-    with get_client(sync_client=True) as client:
+    with pointed_at(api), get_client(sync_client=True) as client:
         run = start(client, name, settings.parameters(sweep=sweep))
         where = f"{api.removesuffix('/api')}/v2/runs/flow-run/{run.id}"
         print(f"{run.name}: {where}", flush=True)

@@ -59,6 +59,7 @@ class Display(logging.Handler):
         self._console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
         self._waiting = Stage("prepare")
         self._open: dict[tuple[str, str], Stage] = {}
+        self._warned: set[str] = set()
         self._live = Live(get_renderable=self._render, console=self._console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -97,7 +98,8 @@ class Display(logging.Handler):
 
     def _warn(self, record: logging.LogRecord, message: str) -> None:
         # An error is what the run ends with, and the command says it then.
-        if record.levelno < logging.ERROR:
+        if record.levelno < logging.ERROR and message not in self._warned:
+            self._warned.add(message)
             self._console.print(Text.assemble(("warning: ", "yellow"), message))
 
     def _begin(self, flow: str, run: str) -> None:

@@ -24,14 +24,14 @@ def up(file: Path | None = None, /, *, folder: Folder = Path(".demo")) -> None:
     running, ports = Up(root), Ports.from_environment()
     if api := running.api():
         print("it runs already:")
-        show(running, api)
+        show(running, api, file)
         return
     running.stop()  # what one that was killed has left
     if file:
         start_for(running, file, ports)
     else:
         start_demo(running, ports)
-    show(running, ports.api)
+    show(running, ports.api, file)
 
 
 def start_for(running: Up, file: Path, ports: Ports) -> None:
@@ -95,10 +95,10 @@ def flow_server(running: Up, ports: Ports) -> Any:
     return Service("deployments", command, 0, "", running.logs / "deployments.log", environment)
 
 
-def show(running: Up, api: str) -> None:
+def show(running: Up, api: str, file: Path | None) -> None:
     """Say where to look and what to press."""
     name = json.loads((running.run / "serving.json").read_text())["name"]
     print(f"Prefect UI:  {api.removesuffix('/api')}/v2/deployments: choose {name} (dpo-pipeline), then Run > Quick run")
-    print(f"Terminal:    export PREFECT_API_URL={api}; preflow run CONFIG --on dpo-pipeline/{name}")
+    print(f"Terminal:    export PREFECT_API_URL={api}; preflow run {file or 'CONFIG'} --on dpo-pipeline/{name}")
     print(f"Logs:        {running.logs}")
-    print("`preflow chat` talks to what is served; `preflow down` ends it all.")
+    print(f"`preflow chat` talks to what is served; `preflow down{f' {file}' if file else ''}` ends it all.")

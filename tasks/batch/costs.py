@@ -129,7 +129,7 @@ def read_log(store: Workspace, folder: str) -> list[tuple[str, Cost, float]]:
 
 
 def write_manifest(store: Workspace, made: Manifest) -> None:
-    """Write the manifest of what was paid for, and `cost.json`: what was used now, and what its rows had cost before.
+    """Write the manifest of what was paid for, and `cost.json`: what all attempts used, and what others had paid.
 
     The cost in `made` is that of all rows, whoever paid for them.
     """
@@ -143,22 +143,21 @@ def write_manifest(store: Workspace, made: Manifest) -> None:
     # Judges of a panel work at the same time.
     stage = StageCost(stage=made.stage, used=used, cached=saved, seconds=max(by_model.values(), default=0.0))
     store.write_json(f"{folder}/cost.json", stage.model_dump())
-    logger.info(
-        "%s: %s US$ for %s requests and %s tokens in %s, all attempts together",
-        made.stage, format_usd(used.usd), f"{used.requests:,}", f"{used.prompt_tokens + used.completion_tokens:,}",
-        format_seconds(stage.seconds),
-    )  # fmt: skip
+    together = ", all attempts together" if len(noted) > 1 else ""
+    logger.info("%s: %s in %s%s", made.stage, _used(used), format_seconds(stage.seconds), together)
     if saved.requests:
-        tokens = saved.prompt_tokens + saved.completion_tokens
-        logger.info(
-            "%s: rows that other runs had paid for saved %s US$ and %s tokens",
-            made.stage, format_usd(saved.usd), f"{tokens:,}",
-        )  # fmt: skip
+        logger.info("%s: rows that other runs have paid for saved %s", made.stage, _used(saved))
     store.write_manifest(made.model_copy(update={"seconds": stage.seconds}))
+
+
+def _used(cost: Cost) -> str:
+    usd = f", {format_usd(cost.usd)} US$" if cost.usd else ""
+    return f"{cost.requests:,} requests, {cost.prompt_tokens + cost.completion_tokens:,} tokens{usd}"
 
 
 def say_prices(config: EndpointConfig) -> str:
     """Return the prices of a model's tokens, for a log line."""
     if not (config.prompt_price or config.completion_price):
         return "no prices set: its cost is not counted"
-    return f"{config.prompt_price:g} and {config.completion_price:g} US$ a million prompt and completion tokens"
+    half = ", half of that in a batch" if getattr(config, "batch", False) else ""
+    return f"{config.prompt_price:g} and {config.completion_price:g} US$ a million prompt and completion tokens{half}"

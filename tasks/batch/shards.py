@@ -153,7 +153,9 @@ class ShardWorker:
             return await asyncio.shield(twin)
         made = self._making[key] = asyncio.get_running_loop().create_future()
         try:
-            outcome = await self._make(unit)
+            # A shard with an equal unit may have been committed between this one's look and now.
+            kept = await asyncio.to_thread(self.rows.find, [key]) if self.rows.was_kept(key) else {}
+            outcome = kept.get(key) or await self._make(unit)
             await journal.append(key, outcome)
         except BaseException as error:
             del self._making[key]
@@ -166,13 +168,14 @@ class ShardWorker:
     async def _make(self, unit: Any) -> Outcome:
         async with self._gate:
             await self.get_ready()
-            if self._tried >= FIRST_ALONE:
-                return await self.work(unit)
-            async with self._first:
-                self._check_stopped()
-                outcome = await self.work(unit)
-                self._tried = FIRST_ALONE if outcome.error is None else self._tried + 1
-                return outcome
+            if self._tried < FIRST_ALONE:
+                async with self._first:
+                    self._check_stopped()
+                    if self._tried < FIRST_ALONE:  # those that have waited for the first ones need not be alone
+                        outcome = await self.work(unit)
+                        self._tried = FIRST_ALONE if outcome.error is None else self._tried + 1
+                        return outcome
+            return await self.work(unit)
 
     async def get_ready(self) -> None:
         """Await `prepare` if that has not been done; raises the reason if the stage has been stopped."""

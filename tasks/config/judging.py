@@ -36,6 +36,11 @@ class JudgeConfig(EndpointConfig):
         description="Judge temperature; empty: not sent, as reasoning models want it. 0 is the steadiest elsewhere.",
     )
     max_tokens: int = Field(1024, ge=16, le=65_536, description="Token budget of a verdict, thinking included.")
+    batch: Operational[bool] = Field(
+        False,
+        description="Ask through the provider's batch API (OpenAI, Google and others have one): half of the price, an "
+        "answer within a day. What fails there is asked the normal way.",
+    )
     max_attempts: int = Field(3, ge=1, le=10, description="Times one verdict is asked for until it can be read.")
 
 

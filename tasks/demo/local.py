@@ -90,19 +90,25 @@ def prefect_api(places: Places) -> Iterator[str]:
     server of our own.
     """
     if url := PREFECT_API_URL.value() or Up(places.root).api():
-        os.environ["PREFECT_API_URL"] = url
-        with temporary_settings({PREFECT_API_URL: url}):
+        with pointed_at(url):
             yield url.removesuffix("/api")
         return
     with prefect_server(places.prefect_home) as server:
         ui = f"http://127.0.0.1:{server.port}"
-        os.environ["PREFECT_API_URL"] = f"{ui}/api"
-        with temporary_settings({PREFECT_API_URL: f"{ui}/api", PREFECT_HOME: places.prefect_home}):
+        with pointed_at(f"{ui}/api"), temporary_settings({PREFECT_HOME: places.prefect_home}):
             try:
                 yield ui
             finally:
                 for handler in logging.getLogger("prefect.flow_runs").handlers:
                     handler.flush()  # the server must not go before the last lines have reached it
+
+
+@contextmanager
+def pointed_at(url: str) -> Iterator[None]:
+    """Have this process, and those that it starts, use the Prefect API at an address."""
+    os.environ["PREFECT_API_URL"] = url
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
 
 
 @contextmanager

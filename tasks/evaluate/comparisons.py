@@ -19,12 +19,8 @@ def join_samples(
 ) -> Iterator[dict[str, Any]]:
     """Yield the i-th samples of both adapters as rows of two completions, [baseline, candidate].
 
-    Both files are in the order of the held-out prompts, so that only rows without a partner are held meanwhile.
-
-    Args:
-        baseline: the SFT adapter's completions.
-        candidate: the new adapter's.
-        failed: prompts for which the new adapter has none; they are paired with silence.
+    Both files are in the order of the held-out prompts, so that only rows without a partner are held meanwhile. The
+    `failed` are prompts for which the new adapter has no completions; they are paired with silence.
     """
     others, waiting = iter(candidate), dict[str, Row]()
     for row in baseline:

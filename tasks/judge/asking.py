@@ -184,6 +184,7 @@ class Judge:
             try:
                 answer = await self._endpoint.chat(
                     _reminded(messages, reason),
+                    may_wait=not reason,
                     temperature=self._config.temperature,
                     max_tokens=budget,
                     response_format=None if plain else verdict_format(n),
@@ -249,12 +250,14 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
         say_prices(judge),
     )  # fmt: skip
     async with await Endpoint.connect(costs.left_of(judge), f"judging ({judge.model})") as endpoint:
+        if judge.batch:
+            endpoint.use_batches(Workspace(plan.workspace), Workspace(plan.workspace).uri("batches", plan.settings_key))
         worker = ShardWorker(
             rows=plan.rows(),
             units_of=judging.units_of,
             work=Judge(endpoint, judge, judging.rubric).judge,
             tally=Tally(judging.source.rows, judging.judging.orders, judge.max_failure_ratio),
-            concurrency=judge.max_concurrency,
+            concurrency=endpoint.most_in_flight,
             prepare=endpoint.check_model,
         )
         return await run_shards("judge", plan, worker, endpoint, costs)
@@ -278,12 +281,7 @@ async def try_judge(endpoint: Endpoint, judge: JudgeConfig, rubric: str) -> None
 
 
 def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> VerdictsRef:
-    """Put all judges' votes next to the completions, in input order, as `verdicts.jsonl` with a manifest.
-
-    Args:
-        plan: the judging.
-        shards: the shards of each judge, in the plan's order.
-    """
+    """Put all judges' votes (the shards of each) next to the completions, in input order, as `verdicts.jsonl`."""
     store, folder = Workspace(plan.workspace), plan.folder
     counts = {judge.judge.model: MergeCounts() for judge in plan.judges}
     merged = [

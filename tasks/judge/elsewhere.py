@@ -18,9 +18,7 @@ logger = logging.getLogger(__name__)
 def import_completions(source: str, workspace: str) -> CompletionsRef:
     """Keep completions that something else sampled, to be judged; a prompt that comes again is left out and counted.
 
-    Args:
-        source: a file in a form of `tasks.store.forms`: a path or gs:// address.
-        workspace: where to keep them.
+    `source` is a file in a form of `tasks.store.forms`: a path or gs:// address.
 
     Raises:
         PreflowError: a row is wrong (file, line, field), or there is none.
@@ -57,10 +55,7 @@ def import_completions(source: str, workspace: str) -> CompletionsRef:
 def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> PreferencesRef:
     """Keep pairs that something else made, split into train and validation by prompt or group, and measure them.
 
-    Args:
-        source: a file in a form of `tasks.store.forms`: a path or gs:// address.
-        workspace: where to keep them.
-        judging: its val_ratio and seed decide the split.
+    `source` is a file in a form of `tasks.store.forms`; val_ratio and seed of `judging` decide the split.
 
     Raises:
         PreflowError: a row is wrong (file, line, field), or there is none to train on.

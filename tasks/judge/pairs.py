@@ -138,8 +138,10 @@ def finish_pairs(
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
     train, val = written["train.jsonl"], written["val.jsonl"]
-    counts = {**about.pop("counts", {}), "train": train.rows, "val": val.rows}
-    logger.info("preferences: %s", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    found = about.pop("counts", {})
+    counts = {**found, "train": train.rows, "val": val.rows}
+    told = ", ".join(f"{name} {count:,}" for name, count in found.items())
+    logger.info("preferences: %d pairs to train on, %d held out (%s)", train.rows, val.rows, told)
     files = {**written, "quality.json": measured, "quality.png": picture}
     artifact = PreferencesRef(
         uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()

@@ -53,13 +53,8 @@ def read_rubric(name: str | None) -> str:
 def orders_for(identity: str, distinct: Sequence[int], orders: int, seed: int) -> list[list[int]]:
     """Return the orders in which completions are shown: rotations of one shuffle, evenly spaced.
 
-    With `orders` equal to the number of completions each stands once in every position (a Latin square).
-
-    Args:
-        identity: the prompt's id.
-        distinct: indexes of the distinct completions.
-        orders: rotations wanted; more than `len(distinct)` give no new one.
-        seed: seed of the shuffle.
+    With `orders` equal to the number of completions each stands once in every position (a Latin square); more give no
+    new one. `identity` is the prompt's id, `distinct` the indexes of the distinct completions.
     """
     base = list(distinct)
     random.Random(f"{seed}:{identity}").shuffle(base)

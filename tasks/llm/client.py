@@ -5,15 +5,31 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import TracebackType
 from typing import Any, NotRequired, Unpack
+from urllib.parse import parse_qsl
+
+from openai import AsyncOpenAI
 
 from tasks.config import EndpointConfig
+from tasks.llm.batches import MOST_REQUESTS, Batches
 from tasks.llm.dialect import CERTAIN, Dialect
 from tasks.llm.limits import Budget, Gate, Window
-from tasks.llm.responses import Answer, RequestRefused, StageStopped, Transient, price, read_answer
+from tasks.llm.responses import (
+    BATCH_PRICE,
+    Answer,
+    RequestRefused,
+    StageStopped,
+    Transient,
+    as_batch,
+    classify,
+    price,
+    read_answer,
+)
 from tasks.llm.retries import Attempts, RetryPolicy
 from tasks.llm.vllm_admin import Administration, Template
 from tasks.store.refs import Cost
+from tasks.store.workspace import Workspace
 
 # Completion tokens assumed for a request without max_tokens when money or tokens are set aside for it.
 UNBOUNDED_COMPLETION = 4096
@@ -47,7 +63,14 @@ class Stats:
 class _Request:
     """One chat request over all its attempts."""
 
-    def __init__(self, config: EndpointConfig, messages: Sequence[Mapping[str, str]], settings: Sampling) -> None:
+    def __init__(
+        self,
+        config: EndpointConfig,
+        messages: Sequence[Mapping[str, str]],
+        settings: Sampling,
+        may_wait: bool = False,
+    ) -> None:
+        self.may_wait = may_wait
         given = {name: value for name, value in settings.items() if value is not None}
         if config.reasoning_effort:
             given["reasoning_effort"] = config.reasoning_effort
@@ -76,6 +99,28 @@ class Endpoint(Administration):
         self._retries = RetryPolicy(config, self.ping, self._gate.pause)
         self._budget = Budget(config.budget_usd)
         self._dialect = Dialect(config.model)
+        self._batches: Batches | None = None
+
+    def use_batches(self, store: Workspace, folder: str) -> None:
+        """Send what may wait through the batch API from now on; batches are written down in `folder`."""
+        headers = {name: value for name, value in self._headers.items() if name != "Content-Type"}
+        client = AsyncOpenAI(
+            base_url=self.base_url, api_key=self._key or "none", default_headers=headers, max_retries=0,
+            default_query=dict(parse_qsl(self._query.removeprefix("?"))),
+        )  # fmt: skip
+        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self._key)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._batches is not None:
+            await self._batches.close()
+        await super().__aexit__(kind, error, trace)
+
+    @property
+    def most_in_flight(self) -> int:
+        """How many requests callers may have under way at once."""
+        return MOST_REQUESTS if self._batches else self.config.max_concurrency
 
     @property
     def stats(self) -> Stats:
@@ -86,15 +131,18 @@ class Endpoint(Administration):
         """Return `wanted`, or the most completion tokens that the endpoint has said to allow."""
         return self._dialect.allowed_tokens(wanted)
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], **sampling: Unpack[Sampling]) -> Answer:
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], may_wait: bool = False, **sampling: Unpack[Sampling]
+    ) -> Answer:
         """Return the model's answer to `messages`, trying again for as long as that can help.
 
+        What `may_wait` goes through the batch API where that is used.
         Where the endpoint gives fewer than `n` completions, the others are asked for one by one, with seeds seed + i.
         Raises `RequestRefused` if this request can never be answered, and `PreflowError` if none can: `KeyRefused`,
         `EndpointDown` or `BudgetExceeded`.
         """
         try:
-            answer = await self._chat(messages, sampling)
+            answer = await self._chat(messages, sampling, may_wait)
         except RequestRefused as refused:
             if refused.reason == "not_found" and not self._stats.succeeded:
                 raise self.not_served(refused) from refused
@@ -102,10 +150,10 @@ class Endpoint(Administration):
         self._stats.succeeded += 1
         return answer
 
-    async def _chat(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> Answer:
+    async def _chat(self, messages: Sequence[Mapping[str, str]], sampling: Sampling, may_wait: bool) -> Answer:
         wanted, answers = sampling.get("n") or 1, list[Answer]()
         if wanted == 1 or "n" not in self._dialect.dropped:
-            answers.append(await self._ask(_Request(self.config, messages, sampling)))
+            answers.append(await self._ask(_Request(self.config, messages, sampling, may_wait)))
             if len(answers[0].choices) == 1 < wanted and "n" not in self._dialect.dropped:
                 self._dialect.drop("n")
         given = answers[0].choices if answers else []
@@ -152,6 +200,10 @@ class Endpoint(Administration):
             return replace(answer, refused=self._dialect.refused(request.body, body))
 
     async def _attempt(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:
+        # The first answer comes the normal way: what the endpoint does not take is found out by one request.
+        if self._batches is not None and request.may_wait and self._stats.succeeded:
+            request.may_wait = False
+            return await self._attempt_in_batch(self._batches, request, body)
         async with self._window:
             await self._budget.reserve(request.most_usd)
             cost: float | None = 0.0
@@ -168,6 +220,26 @@ class Endpoint(Administration):
                 raise
             finally:
                 self._budget.settle(request.most_usd, cost)
+        return answer
+
+    async def _attempt_in_batch(self, batches: Batches, request: _Request, body: dict[str, Any]) -> Answer:
+        most, cost = request.most_usd * BATCH_PRICE, 0.0
+        await self._budget.reserve(most)
+        try:
+            line = await batches.ask(body)
+            if line is None:
+                raise Transient("the batch ended without an answer")
+            content = json.dumps(line.body).encode()
+            if line.status >= 400:
+                failure = classify(line.status, {}, content, hide=self._key)
+                raise self._explain(failure) if isinstance(failure, StageStopped) else failure
+            answer = self._read(content, request.prompt_bytes)
+            answer = replace(answer, usage=as_batch(answer.usage))
+            cost = price(answer.usage, self.config).usd
+        finally:
+            self._budget.settle(most, cost)
+        self._stats.sent += 1
+        self._stats.usage += answer.usage
         return answer
 
     async def _send(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:

@@ -76,11 +76,22 @@ _FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", 
 _WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
+# What a token costs through the batch APIs of OpenAI and Google (2026-11), as a share of its price.
+BATCH_PRICE = 0.5
+
 
 def price(cost: Cost, config: EndpointConfig) -> Cost:
-    """Return a cost with the US$ that its tokens take at the prices of `config`."""
-    usd = (cost.prompt_tokens * config.prompt_price + cost.completion_tokens * config.completion_price) / 1e6
+    """Return a cost with the US$ that its tokens take at the prices of `config`, and half of them in a batch."""
+    prompt = cost.prompt_tokens - (1 - BATCH_PRICE) * cost.batch_prompt_tokens
+    completion = cost.completion_tokens - (1 - BATCH_PRICE) * cost.batch_completion_tokens
+    usd = (prompt * config.prompt_price + completion * config.completion_price) / 1e6
     return cost.model_copy(update={"usd": usd})
+
+
+def as_batch(cost: Cost) -> Cost:
+    """Return a cost with all of its tokens marked as those of a batch."""
+    tokens = {"batch_prompt_tokens": cost.prompt_tokens, "batch_completion_tokens": cost.completion_tokens}
+    return cost.model_copy(update=tokens)
 
 
 @dataclass(frozen=True, slots=True)

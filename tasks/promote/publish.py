@@ -56,19 +56,17 @@ async def publish(
     card = write_card(provenance, publishing, evidence)
     token = await resolve_secret(publishing.token, "publishing.token")
     with TemporaryDirectory() as scratch:
-        folder = _lay_out(entry.uri, Path(scratch), card, base_name(provenance, publishing))
+        _lay_out(entry.uri, Path(scratch), card, base_name(provenance, publishing))
         if evidence is not None and publishing.evidence:
-            (folder / "evidence.json").write_bytes(evidence)
-        found = _upload(folder, entry.adapter_sha256, publishing, str(token))
+            (Path(scratch) / "evidence.json").write_bytes(evidence)
+        found = _upload(Path(scratch), entry.adapter_sha256, publishing, str(token))
     logger.info("adapter %s is published as %s (commit %s)", entry.adapter_sha256[:12], found.url, found.commit[:12])
     return found
 
 
-def _lay_out(uri: str, scratch: Path, card: str, base: str) -> Path:
+def _lay_out(uri: str, folder: Path, card: str, base: str) -> None:
     """Copy the committed files of an adapter, with the base's public name instead of a path, and add the card."""
     store = Workspace.holding(uri)
-    folder = scratch / "upload"
-    folder.mkdir()
     for name in store.verify_folder(uri).keys() - {COMMITTED}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(store.read_bytes(f"{uri}/{name}"))
@@ -76,7 +74,6 @@ def _lay_out(uri: str, scratch: Path, card: str, base: str) -> Path:
     settings = json.loads(config.read_text()) | {"base_model_name_or_path": base}
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return folder
 
 
 def _upload(folder: Path, sha256: str, publishing: PublishingConfig, token: str) -> Publication:

@@ -105,10 +105,7 @@ def _example(number: int, prompt: Sequence[Row], note: str, sides: tuple[Side, S
 def training_section(health: Health, metrics: Sequence[Row], counts: Mapping[str, int] | None = None) -> ReportSection:
     """Show the readings and curves of a training.
 
-    Args:
-        health: the readings.
-        metrics: the rows of `metrics.jsonl`: {step, loss, eval_loss, rewards/..., ...}, each with some of them.
-        counts: `counts` of the training's manifest: what became of the pairs.
+    `metrics` are the rows of `metrics.jsonl`, `counts` those of the training's manifest: what became of the pairs.
     """
     readings = tuple((*metric_row(reading), reading.meaning) for reading in health.readings)
     columns = ("metric", "state", "value", "healthy", "meaning")
@@ -282,9 +279,7 @@ def cost_section(ledger: Ledger, is_priced: bool = True) -> ReportSection:
 def lineage_section(manifests: Sequence[Manifest], root: str = "") -> ReportSection:
     """Show what was made from what: digests, rows, package versions, and each stage's settings.
 
-    Args:
-        manifests: of the artifacts, each after those of what it was made from.
-        root: of the workspace: addresses below it are shown without it.
+    Addresses below `root`, that of the workspace, are shown without it.
     """
     made, packages = list[tuple[Cell, ...]](), dict[tuple[str, str], dict[str, None]]()
     for manifest in manifests:

@@ -30,7 +30,7 @@ from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.power import power_before_price
 from tasks.judge.asking import VERDICT_TOKENS, JudgePlan, plan_judging
-from tasks.llm.responses import price
+from tasks.llm.responses import as_batch, price
 from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
@@ -185,6 +185,8 @@ def _estimate(plan: JudgePlan) -> JudgeEstimate:
     asked, tokens = remaining.to_ask, remaining.prompt_tokens
     expected = Cost(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
     most = Cost(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
+    if judge.batch:
+        expected, most = as_batch(expected), as_batch(most)
     return JudgeEstimate(
         model=judge.model,
         requests=asked,

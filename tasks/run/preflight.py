@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from typing import TypeAlias
 
 from pydantic import ValidationError
 
@@ -21,6 +22,8 @@ from tasks.store.workspace import PipelineResult, Workspace, stage_key
 VERSION = 3
 RESULT, CONFIG = "result.json", "config.json"
 logger = logging.getLogger(__name__)
+# Endpoint, model, and where its key is.
+Model: TypeAlias = tuple[str, str, str | None]
 _lock: ContextVar[asyncio.Lock | None] = ContextVar("lock", default=None)
 
 
@@ -94,30 +97,35 @@ def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
         yield from stage.checks(config)
 
 
-async def check_services(config: PipelineConfig) -> None:
+async def check_services(config: PipelineConfig, answered: set[Model] | None = None) -> None:
     """Ask every model one real question, and see that the training deployment can train.
+
+    Args:
+        config: a whole run's.
+        answered: models that have answered and are not asked again; those that answer now are added.
 
     Raises:
         PreflowError: one does not, or it cannot.
     """
-    for check in _service_checks(config):
+    for check in _service_checks(config, answered if answered is not None else set()):
         await check()
 
 
-def _service_checks(config: PipelineConfig) -> Iterator[Callable[[], Awaitable[object]]]:
+def _service_checks(config: PipelineConfig, answered: set[Model]) -> Iterator[Callable[[], Awaitable[object]]]:
     # Before any question to a model, which costs something: the deployment, and every endpoint's secrets.
     for stage in STAGES:
         yield from stage.service_checks(config)
-    for stage in STAGES:
-        for settings, _ in stage.endpoints(config):
-            yield partial(Endpoint.connect, settings, stage.name)
-    asked: set[tuple[str, str, str | None]] = set()
+    models: dict[Model, tuple[str, EndpointConfig, Trial]] = {}
     for stage in STAGES:
         for settings, trial in stage.endpoints(config):
             who = (settings.endpoint, settings.model, settings.api_key)
-            if who not in asked:
-                asked.add(who)
-                yield partial(_check_endpoint, stage.name, settings, trial)
+            models.setdefault(who, (stage.name, settings, trial))
+    for name, settings, _ in models.values():
+        yield partial(Endpoint.connect, settings, name)
+    for who, (name, settings, trial) in models.items():
+        if who not in answered:
+            yield partial(_check_endpoint, name, settings, trial)
+            answered.add(who)  # whoever goes on here has had its answer
 
 
 async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> None:
@@ -131,7 +139,7 @@ async def find_problems(config: PipelineConfig) -> list[str]:
     config, found = config.filled(), list[str]()
     secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
     checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
-    checks += [secret, *_service_checks(config)]
+    checks += [secret, *_service_checks(config, set())]
     for check in checks:
         try:
             if inspect.isawaitable(result := check()):

@@ -141,12 +141,17 @@ class FileFacts(BaseModel, frozen=True):
 
 
 class Cost(BaseModel, frozen=True, extra="forbid"):
-    """Something used, or saved: requests, tokens (completion includes thinking), GPU seconds and US$."""
+    """Something used, or saved: requests, tokens (completion includes thinking), GPU seconds and US$.
+
+    `batch_prompt_tokens` and `batch_completion_tokens` are those of the tokens that came through a batch API.
+    """
 
     requests: int = Field(0, ge=0)
     prompt_tokens: int = Field(0, ge=0)
     completion_tokens: int = Field(0, ge=0)
     thinking_tokens: int = Field(0, ge=0)
+    batch_prompt_tokens: int = Field(0, ge=0)
+    batch_completion_tokens: int = Field(0, ge=0)
     gpu_seconds: float = Field(0.0, ge=0)
     usd: float = Field(0.0, ge=0)
 

@@ -21,6 +21,7 @@ from tasks.generate.sampling import plan_generation
 from tasks.judge.asking import CHARACTERS_PER_TOKEN, VERDICT_TOKENS, plan_judging
 from tasks.judge.pairs import APPLIED, find_preferences
 from tasks.judge.prompt import INSTRUCTIONS, read_rubric
+from tasks.llm.responses import BATCH_PRICE
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import (
     MANIFEST,
@@ -68,8 +69,10 @@ class Work:
         """Take in requests, those of them that are known, and the tokens of each of the others, at a model's prices."""
         self.requests, self.known = requests, requests if self.finished else known
         self.prompt_tokens, self.completion_tokens = self.to_ask * prompt, self.to_ask * completion
-        self.usd = (self.prompt_tokens * of.prompt_price + self.completion_tokens * of.completion_price) / 1e6
-        self.most_usd = self.usd + self.to_ask * max(0.0, most - completion) * of.completion_price / 1e6
+        share = BATCH_PRICE if getattr(of, "batch", False) else 1.0
+        prompt_price, completion_price = share * of.prompt_price / 1e6, share * of.completion_price / 1e6
+        self.usd = self.prompt_tokens * prompt_price + self.completion_tokens * completion_price
+        self.most_usd = self.usd + self.to_ask * max(0.0, most - completion) * completion_price
         if self.to_ask and not (of.prompt_price or of.completion_price):
             self.usd = None
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
-from tasks.run.preflight import check_inputs, check_services
+from tasks.run.preflight import Model, check_inputs, check_services
 from tasks.store.workspace import Workspace, digest, server_path
 from tasks.sweep.estimate import SweepPlan
 from tasks.sweep.points import Point, Points, drop_equal, expand_points
@@ -53,12 +53,13 @@ def _check_files(point: Point) -> None:
 
 
 async def find_unready(points: Sequence[Point], plan: SweepPlan) -> dict[int, PreflowError]:
-    """Ask the endpoints of every point that is not finished, and return why some cannot run, by their numbers.
+    """Ask the models of every point that is not finished, each once, and return why some cannot run, by their numbers.
 
     Raises:
         PreflowError: no point can run.
     """
     unfinished = plan.points(unfinished=True)
+    answered: set[Model] = set()
     found: dict[str, PreflowError | None] = {}
     unready: dict[int, PreflowError] = {}
     for point in points:
@@ -66,7 +67,11 @@ async def find_unready(points: Sequence[Point], plan: SweepPlan) -> dict[int, Pr
             continue
         who = _services(point.config)
         if who not in found:
-            found[who] = await _try_services(point.config)
+            try:
+                await check_services(point.config, answered)
+                found[who] = None
+            except PreflowError as failure:
+                found[who] = failure
         if error := found[who]:
             unready[point.number] = error
     if unready and len(unready) == len(points):
@@ -80,14 +85,6 @@ def _services(config: PipelineConfig) -> str:
     samplers = [config.generation, *filter(None, [config.evaluation.generation])]
     asked = [settings.model_dump(include=names) for settings in (*samplers, *judges)]
     return digest([config.training_deployment, asked])
-
-
-async def _try_services(config: PipelineConfig) -> PreflowError | None:
-    try:
-        await check_services(config)
-    except PreflowError as error:
-        return error
-    return None
 
 
 def trainings_at_once(points: Sequence[Point], sweep: SweepConfig) -> int:

@@ -91,7 +91,8 @@ class Progress:
 
     def text(self) -> str:
         """Return one line for the terminal."""
-        parts = [self.phase, f"step {self.step}/{self.total}" if self.total else "", self.message]
+        is_told = self.message or (self.phase == "training" and self.total)
+        parts = ["" if is_told else self.phase, f"step {self.step}/{self.total}" if self.total else "", self.message]
         # At the start policy and reference are equal: there is no margin, and an accuracy of 0 would look broken.
         named = {"loss": self.loss} | ({"accuracy": self.accuracy, "margin": self.margin} if self.margin else {})
         parts += [f"{name} {value:.4f}" for name, value in named.items() if value is not None]

@@ -44,7 +44,12 @@ async def train_adapter(preferences: PreferencesRef, workspace: str, training: T
     results = await open_results(workspace)
     # A synchronous task runs here, in the main thread: only there does Prefect's SIGTERM reach it.
     record = cached(dpo_training, key, results)(preferences, workspace, training, key)
-    return AdapterRef.model_validate(record)
+    adapter = AdapterRef.model_validate(record)
+    made = Workspace(workspace).read_manifest(adapter)
+    named = {"eval_loss": "loss", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
+    told = ", ".join(f"{title} {made.figures[name]:.3f}" for name, title in named.items() if name in made.figures)
+    logger.info("training: %d steps; on held-out pairs: %s", made.counts["steps"], told or "there are none")
+    return adapter
 
 
 @task(name="train-adapter", retries=3, retry_delay_seconds=10, retry_condition_fn=is_worth_retrying)

@@ -1,4 +1,4 @@
-"""The walk of the README: the five commands on 50 prompts, and their output as it is, written into README.md.
+"""The walk of the README: its commands on 50 prompts, proven on 40 others; their output, wrapped, goes into README.md.
 
     preflow up; python -m tests.benchmarks.walk       --config-only: only the config.yaml that `init` writes
 
@@ -11,11 +11,12 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tasks.demo.corpus import training_prompts
+from tasks.demo.corpus import heldout_prompts, training_prompts
 from tasks.demo.local import JUDGE_KEY
 from tasks.demo.materials import locate_materials
 from tasks.demo.up import Up
@@ -23,7 +24,7 @@ from tasks.demo.up import Up
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DEMO = ROOT / ".demo"
-PROMPTS, SEED = 50, 11
+PROMPTS, HELD_OUT, SEED = 50, 40, 11
 
 
 def edits() -> dict[str, str]:
@@ -43,13 +44,14 @@ def edit(file: Path) -> None:
     for name, value in edits().items():
         key = name.split(":")[0]
         text = re.sub(rf"(?m)^(\s+){re.escape(name)}.*$", lambda m, k=key, v=value: f"{m[1]}{k}: {v}", text, count=1)
-    file.write_text(text)
+    file.write_text(text.replace("workspace: workspace ", "eval_prompts: held-out.jsonl\nworkspace: workspace "))
 
 
 def walk(folder: Path) -> str:
     """Run the five commands and return what was typed and what came, as on a terminal."""
-    rows = training_prompts(PROMPTS, SEED)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for name, rows in (("prompts", training_prompts(PROMPTS, SEED)), ("held-out", heldout_prompts(HELD_OUT, SEED))):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
     key = judge_key()
     said: list[str] = []
     for command in ("init", "check", "run", "report"):
@@ -96,8 +98,9 @@ def main() -> None:
         start = time.monotonic()
         said = walk(Path(folder))
         seconds = time.monotonic() - start
-    about = f"{PROMPTS} prompts, with the demo's tiny model and its judge of rules, on 2 cores: {seconds:.0f} s in all."
-    put("walk", f"What they print ({about}):\n\n```console\n{said}```\n")
+    about = f"{PROMPTS} prompts and {HELD_OUT} held-out ones, the demo's model and judge, 2 busy cores: {seconds:.0f} s"
+    lines = [textwrap.fill(line, 118, subsequent_indent="      ") for line in said.splitlines()]
+    put("walk", f"What they print ({about}):\n\n```console\n" + "\n".join(lines) + "\n```\n")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_a_launcher_that_is_killed_leaves_no_trainer_behind(world: TinyWorld, tm
     (trainer,) = trainers(tmp_path)
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: trainer not in trainers(tmp_path), training.grace_seconds + 5)
+    wait_for(lambda: trainer not in trainers(tmp_path), training.grace_seconds + 60)
     assert len(checkpoints(tmp_path)) == 1, "its last act was to save"
 
 

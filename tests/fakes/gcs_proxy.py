@@ -26,6 +26,9 @@ from yarl import URL
 from tests.fakes.gcs_plan import GcsPlan
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-encoding", "content-length", "host", "date"}
+REFUSALS = {
+    "unavailable": (503, "backendError"), "error_500": (500, "internalError"), "rate_limit": (429, "rateLimitExceeded"),
+}  # fmt: skip
 
 
 class Cut(Exception):
@@ -82,13 +85,12 @@ class Call:
 class Proxy:
     """Passes requests on, or lets them fail as the plan says."""
 
-    def __init__(self, upstream: str, plan: GcsPlan, log: Path) -> None:
-        self._upstream, self._plan = upstream, plan
+    def __init__(self, upstream: str, plan: GcsPlan, log: Path, origin: str) -> None:
+        self._upstream, self._plan, self._origin = upstream, plan, origin
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._in_a_row: Counter[tuple[str, str]] = Counter()
         self._session: aiohttp.ClientSession | None = None
-        self.origin = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request."""
@@ -132,13 +134,9 @@ class Proxy:
         return fault
 
     def _refuse(self, call: Call) -> web.Response | None:
-        match call.fault:
-            case "unavailable":
-                return refuse(call, 503, "backendError")
-            case "error_500":
-                return refuse(call, 500, "internalError")
-            case "rate_limit":
-                return refuse(call, 429, "rateLimitExceeded", {"Retry-After": str(self._plan.retry_after)})
+        if call.fault in REFUSALS:
+            status, reason = REFUSALS[call.fault]
+            return refuse(call, status, reason, {"Retry-After": str(self._plan.retry_after)} if status == 429 else None)
         if call.operation == "upload" and not declared_crc32c_holds(call.body):
             return refuse(call, 400, "invalid: Provided CRC32C doesn't match calculated CRC32C")
         return None
@@ -154,7 +152,7 @@ class Proxy:
             content = await reply.read()
             call.status = reply.status
             kept = [(name, value) for name, value in reply.headers.items() if name.lower() not in HOP_BY_HOP]
-        kept = [(name, value.replace(self._upstream, self.origin)) for name, value in kept]
+        kept = [(name, value.replace(self._upstream, self._origin)) for name, value in kept]
         if call.fault == "lost_reply":
             raise Cut
         if call.fault == "cut_download":
@@ -204,28 +202,19 @@ def declared_crc32c_holds(body: bytes) -> bool:
     return bool(json.loads(found.group(2))["crc32c"] == base64.b64encode(digest).decode())
 
 
-async def serve(arguments: argparse.Namespace) -> None:
-    """Run until the process is ended."""
-    plan = GcsPlan.from_json(json.loads(arguments.plan.read_text()))
-    proxy = Proxy(arguments.upstream, plan, arguments.log)
-    app = web.Application(client_max_size=2**31)
-    app.router.add_route("*", "/{path:.*}", proxy.handle)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", arguments.port)
-    await site.start()
-    proxy.origin = f"http://127.0.0.1:{arguments.port}"
-    await asyncio.Event().wait()
-
-
 def main() -> None:
-    """Read the command line and serve."""
+    """Read the command line and serve, until the process is ended."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--upstream", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
-    asyncio.run(serve(parser.parse_args()))
+    arguments = parser.parse_args()
+    plan = GcsPlan.from_json(json.loads(arguments.plan.read_text()))
+    proxy = Proxy(arguments.upstream, plan, arguments.log, f"http://127.0.0.1:{arguments.port}")
+    app = web.Application(client_max_size=2**31)
+    app.router.add_route("*", "/{path:.*}", proxy.handle)
+    web.run_app(app, host="127.0.0.1", port=arguments.port, access_log=None, print=None, handle_signals=False)
 
 
 if __name__ == "__main__":

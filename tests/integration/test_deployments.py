@@ -199,14 +199,15 @@ def test_the_defaults_alone_are_a_valid_start(api: Api) -> None:
 
 def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -> None:
     """The server takes a while to see that a trigger was turned on, and runs of other tests may be there too."""
-    automation, wanted = api.automation("preflow-new-prompts"), {"config": {"prompts": "/new/prompts.jsonl"}}
+    automation, arrived = api.automation("preflow-new-prompts"), {"prompts": "/new/prompts.jsonl"}
+    wanted = {"config": {**arrived, "judging": {"rubric": "neutral"}}}
     api.patch(f"/automations/{automation['id']}", {"enabled": True})
     deadline, started = time.monotonic() + 90, list[Any]()
     try:
         while wanted not in started and time.monotonic() < deadline:
             event = {
                 "id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": "preflow.prompts.arrived",
-                "resource": {"prefect.resource.id": "preflow.prompts.scenes"}, "payload": wanted["config"],
+                "resource": {"prefect.resource.id": "preflow.prompts.scenes"}, "payload": arrived,
             }  # fmt: skip
             api.send([event])
             time.sleep(2)

@@ -65,12 +65,7 @@ def make_metric(
 ) -> Metric:
     """Return a metric; its advice only where it is out of range, or could not be measured.
 
-    Args:
-        about: its name, its title, its unit and the range it should lie in.
-        value: what was found; None: nothing to find it in.
-        ok: whether it lies in its range; None: nothing to compare it with.
-        advice: what to do.
-        detail: what else the report shows of it.
+    `about` is its name, its title, its unit and the range it should lie in; `detail` is what else the report shows.
     """
     name, title, unit, healthy = about
     return Metric(

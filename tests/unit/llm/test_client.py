@@ -22,7 +22,6 @@ from tasks.llm.responses import (
     classify,
     price,
     read_answer,
-    shorten,
 )
 from tasks.store.workspace import Cost
 
@@ -48,7 +47,7 @@ async def most_in(window: Window) -> int:
 async def test_window_halves_once_for_requests_in_flight_together_and_grows_by_one_for_a_window_of_successes() -> None:
     window, sent_at = Window(16), time.monotonic()
     assert await most_in(window) == 16
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         holders = [asyncio.ensure_future(hold(window)) for _ in range(16)]
         await asyncio.sleep(0)
         for _ in range(10):
@@ -87,7 +86,7 @@ async def test_a_cancelled_waiter_takes_no_place(handed_over: bool) -> None:
     waiter.cancel()  # the place has been handed over, but the waiter has not run yet
     await asyncio.gather(waiter, return_exceptions=True)
     assert waiter.cancelled()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(60):
         assert await most_in(window) == 1
 
 
@@ -444,12 +443,7 @@ def test_a_refusal_survives_the_way_between_processes() -> None:
     assert str(refused) == "refused (400, context_length): too long"
 
 
-def test_a_key_that_the_server_repeats_is_hidden() -> None:
-    refused = failure_of(401, openai_error("bad key sk-very-secret!"), hide="sk-very-secret")
-    assert "sk-very-secret" not in str(refused)
-    assert "***" in str(refused)
-
-
-def test_shorten_keeps_one_line_of_limited_length() -> None:
-    assert shorten("a\n b\t c") == "a b c"
-    assert len(shorten("x" * 1000)) == 300
+def test_a_key_that_the_server_repeats_is_hidden_and_a_page_is_shortened() -> None:
+    refused = failure_of(401, openai_error("bad key\n sk-very-secret!" + 1000 * "x"), hide="sk-very-secret")
+    assert str(refused).startswith("bad key ***!x")
+    assert len(str(refused)) <= 300

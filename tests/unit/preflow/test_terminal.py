@@ -32,6 +32,7 @@ def test_a_stage_is_one_line_with_the_last_that_it_said(tmp_path: Path, capsys: 
         begin("generate-completions", "sample sft")
         OWN.info("sample (sft): 45 of 240, 12.3/s, about 16 s to go")
         OWN.warning("27 %% of the completions were cut")
+        OWN.warning("27 %% of the completions were cut")
         OWN.info("sample (sft): 240 of 240")
         end("generate-completions", "sample sft")
         begin("evaluate-adapter", "evaluate 0123")

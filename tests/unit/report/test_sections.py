@@ -112,6 +112,10 @@ def test_the_first_page_has_advice_only_where_nothing_is_proven() -> None:
     assert "Evaluation and Training" in page.notes[0]
     assert [(example.title, example.is_open) for example in page.examples] == [("0", True), ("1", True), ("2", True)]
     assert page.pictures[0].png.startswith(b"\x89PNG")
+    assert page.pictures[0].caption.endswith("intervals.")
+    page = glance_section(evaluated(**LOST, null=NULL), 0.0, "It is served.", [], pages)
+    assert (page.headline, page.is_good, len(page.advice)) == ("Worse", False, 4), "whatever the bar lets pass"
+    assert page.pictures[0].caption.endswith("the band is SFT against itself.")
 
 
 def test_win_rates_are_shown_each_against_its_bar_and_drawn() -> None:

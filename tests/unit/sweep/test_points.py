@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from tasks.config import (
+    EndpointConfig,
     GenerationConfig,
     JudgingConfig,
     PipelineConfig,
@@ -19,13 +20,14 @@ from tasks.config import (
 )
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import win_rate
+from tasks.run import preflight
 from tasks.run.preflight import endpoint_lock, sharing_endpoints
 from tasks.store.measures import WinRate
 from tasks.store.workspace import AdapterRef, Manifest, Workspace
 from tasks.sweep.estimate import SweepPlan, Work, check_budget, plan_sweep
 from tasks.sweep.page import plan_lines, plan_section, ranking_section
 from tasks.sweep.points import apply_change, expand_points, parameter_names
-from tasks.sweep.prepare import prepare_points, trainings_at_once
+from tasks.sweep.prepare import find_unready, prepare_points, trainings_at_once
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
 from tests.fakes.comparisons import compared
 
@@ -238,6 +240,23 @@ def test_work_that_points_share_is_planned_once(tmp_path: Path) -> None:
     Workspace(config.workspace).write_manifest(earlier)
     again = next(work for work in plan_sweep(expand_points(config, sweep).points, sweep).work if work.stage == "train")
     assert (again.is_measured, again.gpu_minutes) == (True, pytest.approx(4.0)), "eight steps at 30 s each"
+
+
+async def test_a_model_that_several_points_ask_has_one_question_on_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def trial(stage: str, settings: EndpointConfig, _: object) -> None:
+        asked.append(settings.model)
+        if settings.model == "down":
+            raise PreflowError("does not answer")
+
+    monkeypatch.setattr(preflight, "_check_endpoint", trial)
+    config = PipelineConfig.model_validate({"judging": {"model": "a", "api_key": None}})
+    points = expand_points(config, SweepConfig(grid={"judging.model": ["a", "b", "down"], "training.beta": [0.1, 0.2]}))
+    work = Work("train", "here", points=[point.number for point in points.points])
+    unready = await find_unready(points.points, SweepPlan([work]))
+    assert sorted(unready) == [5, 6]
+    assert sorted(asked) == ["a", "b", "down", config.generation.model]
 
 
 # ---- the best of many

@@ -131,15 +131,15 @@ def test_readings_that_have_not_changed_are_said_once(caplog: pytest.LogCaptureF
     then = [Progress("training", step=step, total=60, loss=0.61, accuracy=0.7, margin=0.1) for step in range(10, 14)]
     lines = said(caplog, *first, *then)
     assert lines == [
-        "training, step 1/60, loss 1.0746",
-        "training, step 10/60, loss 0.6100, accuracy 0.7000, margin 0.1000",
+        "step 1/60, loss 1.0746",
+        "step 10/60, loss 0.6100, accuracy 0.7000, margin 0.1000",
     ]
 
 
 def test_another_phase_and_the_last_step_are_said(caplog: pytest.LogCaptureFixture) -> None:
     steps = [Progress("loading"), Progress("training", step=59, total=60, loss=0.5, margin=0.2, accuracy=0.8)]
     lines = said(caplog, *steps, Progress("training", step=60, total=60, loss=0.5, margin=0.2, accuracy=0.8))
-    assert [line.split(",")[0] for line in lines] == ["loading"] + ["training"] * 2
+    assert [line.split(",")[0] for line in lines] == ["loading", "step 59/60", "step 60/60"]
 
 
 def test_ten_seconds_of_silence_are_enough(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,247 @@
+"""A provider's batch API: requests that are answered within a day, at half of the price.
+
+A batch is an uploaded file of requests and comes back as files of answers, in any order, perhaps not all of them
+(https://platform.openai.com/docs/guides/batch). Callers hand in one request each and wait for its line: requests are
+gathered until no more come. What a batch asks is written down before it is sent, so a process that was killed finds
+its batches again, and nothing is paid for twice.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
+from openai.pagination import AsyncCursorPage
+from openai.types import Batch, FileObject
+from pydantic import BaseModel, ConfigDict
+
+from tasks.errors import PreflowError
+from tasks.llm.responses import StageStopped, Transient, classify
+from tasks.store.refs import digest
+from tasks.store.workspace import Workspace
+
+# At OpenAI a file holds 50,000 requests and 200 MB at most.
+MOST_REQUESTS = 20_000
+MOST_BYTES = 150_000_000
+# No request for so long: no more are coming.
+QUIET_SECONDS = 5.0
+FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 5.0, 60.0
+ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+Awaited: TypeAlias = "asyncio.Task[dict[str, Line]]"
+
+
+class Record(BaseModel):
+    """What was handed in as one batch; without an id, the process ended before the answer that tells it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    requests: list[str]
+    batch: str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """The answer to one request of a batch: what the endpoint would have sent for it alone."""
+
+    status: int
+    body: Any
+
+
+class _Open:
+    """Requests that wait for others: until no more have come for a while, or the file is full."""
+
+    def __init__(self) -> None:
+        self.bodies: dict[str, dict[str, Any]] = {}
+        self.closed = asyncio.Event()
+        self._size = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, name: str, body: dict[str, Any]) -> None:
+        self.bodies[name] = body
+        self._size += len(json.dumps(body))
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(QUIET_SECONDS, self.closed.set)
+        if len(self.bodies) >= MOST_REQUESTS or self._size >= MOST_BYTES:
+            self.closed.set()
+
+
+class Batches:
+    """The batches of one model under one key.
+
+    Args:
+        client: where they go.
+        store: the workspace.
+        folder: where they are written down.
+        wait_seconds: how long an endpoint that does not answer is waited for.
+        hide: the key, which no message may show.
+    """
+
+    def __init__(
+        self, client: AsyncOpenAI, store: Workspace, folder: str, wait_seconds: float, hide: str | None
+    ) -> None:
+        self._client, self._store, self._folder = client, store, folder
+        self._wait_seconds, self._hide = wait_seconds, hide
+        self._earlier: dict[str, Record] = {}
+        self._lines: dict[str, Awaited] = {}
+        self._open: tuple[_Open, Awaited] | None = None
+        self._found: asyncio.Task[None] | None = None
+
+    async def ask(self, body: dict[str, Any]) -> Line | None:
+        """Return the answer to a chat request's body; None if its batch ended without one.
+
+        Raises:
+            PreflowError: the endpoint takes no batches, or this one.
+        """
+        self._found = self._found or asyncio.create_task(self._find_earlier())
+        await asyncio.shield(self._found)
+        name = digest(body)
+        if name not in self._lines:
+            if record := self._earlier.get(name):
+                self._lines |= dict.fromkeys(record.requests, asyncio.create_task(self._take_up(record)))
+            else:
+                self._lines[name] = self._gather(name, body)
+        return (await asyncio.shield(self._lines[name])).pop(name, None)
+
+    async def close(self) -> None:
+        """Leave the batches to the next process, which finds them."""
+        for task in filter(None, (self._found, *self._lines.values())):
+            task.cancel()
+        await self._client.close()
+
+    def _gather(self, name: str, body: dict[str, Any]) -> Awaited:
+        if self._open is None or self._open[0].closed.is_set():
+            group = _Open()
+            self._open = group, asyncio.create_task(self._run(group))
+        group, task = self._open
+        group.add(name, body)
+        return task
+
+    async def _run(self, group: _Open) -> dict[str, Line]:
+        await group.closed.wait()
+        requests = sorted(group.bodies)
+        record = Record(name=digest([requests, time.time_ns()])[:32], requests=requests)
+        self._write(record)
+        batch = await self._create(record, group.bodies)
+        group.bodies.clear()
+        self._write(record.model_copy(update={"batch": batch.id}))
+        logger.info("batch %s: %d requests handed in; answers come within a day", batch.id, len(requests))
+        return await self._collect(record, batch)
+
+    async def _create(self, record: Record, bodies: dict[str, dict[str, Any]]) -> Batch:
+        lines = (
+            json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body})
+            for name, body in bodies.items()
+        )
+        content = ("\n".join(lines) + "\n").encode()
+        upload = partial(self._client.files.create, file=(f"{record.name}.jsonl", content), purpose="batch")
+        file: FileObject = await self._try(upload)
+
+        async def create() -> Batch:
+            # An answer that was lost on its way may have made it.
+            return await self._find(record.name) or await self._client.batches.create(
+                input_file_id=file.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                metadata={"preflow": record.name},
+            )
+
+        return await self._try(create)
+
+    async def _collect(self, record: Record, batch: Batch) -> dict[str, Line]:
+        wait = FIRST_POLL_SECONDS
+        while batch.status not in ENDED:
+            await asyncio.sleep(wait)
+            wait = min(LONGEST_POLL_SECONDS, wait * 1.5)
+            before = batch.request_counts
+            batch = await self._try(partial(self._client.batches.retrieve, batch.id))
+            if (counts := batch.request_counts) and counts != before:
+                logger.info("batch %s: %d of %d answered", batch.id, counts.completed + counts.failed, counts.total)
+        if batch.status == "failed":
+            self._store.delete(self._uri(record))
+            causes = "; ".join(str(error.message) for error in (batch.errors and batch.errors.data) or ())
+            raise PreflowError(
+                f"batch {batch.id} was refused: {causes or 'no reason was given'}. Nothing of it was asked: set "
+                "judging.batch to false to ask the normal way, or run again when the cause is gone."
+            )
+        lines: dict[str, Line] = {}
+        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+            lines.update(await self._download(file))
+        if missing := len(set(record.requests) - lines.keys()):
+            logger.warning("batch %s %s: %d requests go the normal way", batch.id, batch.status, missing)
+        return lines
+
+    async def _download(self, file: str) -> dict[str, Line]:
+        content = await self._try(partial(self._client.files.content, file))
+        lines = {}
+        for text in content.content.splitlines():
+            row = json.loads(text)
+            if answer := row.get("response"):
+                lines[str(row["custom_id"])] = Line(int(answer.get("status_code") or 200), answer.get("body"))
+        return lines
+
+    async def _find_earlier(self) -> None:
+        """Take up what an earlier process has handed in."""
+        for uri in self._store.list(self._folder):
+            record = Record.model_validate(self._store.read_json(uri))
+            batch = None if record.batch else await self._find(record.name)
+            if record.batch is None and batch is None:
+                self._store.delete(uri)
+                continue
+            if batch is not None:
+                record = record.model_copy(update={"batch": batch.id})
+                self._write(record)
+            self._earlier |= dict.fromkeys(record.requests, record)
+
+    async def _take_up(self, record: Record) -> dict[str, Line]:
+        batch = await self._try(partial(self._client.batches.retrieve, str(record.batch)))
+        logger.info("batch %s of an earlier start: %s", batch.id, batch.status)
+        return await self._collect(record, batch)
+
+    async def _find(self, name: str) -> Batch | None:
+        """Return the batch that was handed in under `name`."""
+        page: AsyncCursorPage[Batch] = await self._try(partial(self._client.batches.list, limit=100))
+        return next((batch for batch in page.data if (batch.metadata or {}).get("preflow") == name), None)
+
+    def _uri(self, record: Record) -> str:
+        return f"{self._folder}/{record.name}.json"
+
+    def _write(self, record: Record) -> None:
+        self._store.write_json(self._uri(record), record.model_dump())
+
+    async def _try(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        """Await a call until it is answered.
+
+        Raises:
+            PreflowError: it is refused, or there has been no answer for too long.
+        """
+        started = time.monotonic()
+        while True:
+            try:
+                return await call()
+            except APIError as error:
+                failure = self._classify(error)
+                if not isinstance(failure, Transient) or time.monotonic() - started > self._wait_seconds:
+                    if isinstance(failure, StageStopped):
+                        raise failure from None
+                    raise PreflowError(
+                        f"{self._client.base_url}: no batch could be handed in or fetched: {failure}. What was handed "
+                        "in is found again: run again later, or set judging.batch to false where there is no batch API."
+                    ) from None
+            await asyncio.sleep(FIRST_POLL_SECONDS)
+
+    def _classify(self, error: APIError) -> Exception:
+        if isinstance(error, APIStatusError):
+            answer = error.response
+            return classify(answer.status_code, answer.headers, answer.content, hide=self._hide)
+        if isinstance(error, APIConnectionError):
+            return Transient(str(error))
+        return error
