@@ -8,5 +8,6 @@ from tasks.config.generation import GenerationConfig
 from tasks.config.judging import JudgeConfig, JudgingConfig, PairPolicy
 from tasks.config.pipeline import ApprovalPoint, PipelineConfig
 from tasks.config.promotion import PromotionConfig, PublishingConfig
+from tasks.config.rounds import RoundsConfig
 from tasks.config.sweep import Preset, SweepConfig
 from tasks.config.training import TrainingConfig

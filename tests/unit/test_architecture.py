@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "trainer": STAGE | {"train"},
     "run": STAGE | STAGES,
     "sweep": STAGE | STAGES | {"run"},
+    "rounds": STAGE | STAGES | {"run"},
     "demo": STAGE | STAGES | {"run"},
     "drill": STAGE | STAGES | {"trainer", "demo"},
 }

@@ -1,0 +1,1 @@
+"""Rounds: a run whose adapter is what the next run samples from."""

@@ -1,0 +1,129 @@
+"""What each round samples from and begins with, when the rounds end, and the page that shows them.
+
+Every round is a run of the pipeline, so each of its stages is cached: a run of rounds that was killed finds what it has
+made, and two rounds share the prompts, the SFT adapter's samples and the judge's answers to equal questions.
+
+The reference is the SFT adapter in every round (`start: sft`), as in "On-policy data" rounds of offline DPO: the new
+pairs come from the best adapter so far, and the policy cannot drift further from the SFT adapter than beta allows. The
+alternative, `start: previous`, takes the adapter of the round before as start and reference, as Yuan et al. (2024),
+"Self-Rewarding Language Models", arXiv 2401.10020, do: it goes further, and nothing holds it to where it came from.
+"""
+
+import logging
+import posixpath
+
+from pydantic import BaseModel
+
+from tasks.config import PipelineConfig, RoundsConfig
+from tasks.report.page import Picture, ReportSection, Table
+from tasks.report.plots import RateBar, plot_rates
+from tasks.report.render import render_html
+from tasks.store.measures import read_evaluation
+from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Workspace, digest, server_path
+
+logger = logging.getLogger(__name__)
+
+
+class Round(BaseModel, frozen=True):
+    """One round: what it made, how it did against the round before, and why it is the last one, if it is."""
+
+    number: int
+    made: PipelineResult
+    against_before: EvaluationRef | None = None
+    ended: str | None = None
+
+
+class RoundsResult(BaseModel, frozen=True):
+    """The rounds in their order, the number of the best (None: none won), and its promotion."""
+
+    rounds: tuple[Round, ...]
+    best: int | None = None
+    promotion: PromotionRef | None = None
+
+
+def round_config(config: PipelineConfig, rounds: RoundsConfig, before: Round | None) -> PipelineConfig:
+    """Return the pipeline's configuration of the round after `before`.
+
+    Args:
+        config: that of the first round, written out in full: its evaluation compares with the SFT adapter in all.
+        rounds: where a round begins.
+        before: the last round; None for the first one.
+
+    Raises:
+        PreflowError: the server cannot see the adapter of the round before.
+    """
+    if before is None:
+        return config
+    adapter = before.made.adapter
+    generation = config.generation.model_copy(
+        update={
+            "adapter": adapter.uri,
+            "model": f"round-{adapter.sha256[:12]}",
+            "serve_from": server_path(adapter.uri, config.workspace, config.evaluation.adapter_root),
+        }
+    )
+    training = config.training
+    if rounds.start == "previous":
+        training = training.model_copy(update={"sft_adapter": adapter.uri})
+    given = {"completions": None, "preferences": None}  # what was made elsewhere is the first round's
+    return config.model_copy(update={"generation": generation, "training": training, **given})
+
+
+def why_last(number: int, made: PipelineResult, against: EvaluationRef | None, bar: float, most: int) -> str | None:
+    """Return why no round follows, or None: it must win against the SFT adapter and against the round before."""
+    found = made.evaluation
+    if not found.beats(bar):
+        return f"round {number} is not proven to win against the SFT adapter ({interval(found)}, bar {bar:.1%})"
+    if against is not None and not against.beats(0.5):
+        return f"round {number} is not proven to win against round {number - 1} ({interval(against)})"
+    return f"{most} rounds were asked for" if number == most else None
+
+
+def interval(found: EvaluationRef) -> str:
+    """Return a win rate with its interval."""
+    return f"{found.win_rate:.3f} [{found.lower:.3f}, {found.upper:.3f}]"
+
+
+def best_round(rounds: tuple[Round, ...], bar: float) -> Round | None:
+    """Return the last round that won against the SFT adapter and against the round before it."""
+    won = [
+        one for one in rounds
+        if one.made.evaluation.beats(bar) and (one.against_before is None or one.against_before.beats(0.5))
+    ]  # fmt: skip
+    return won[-1] if won else None
+
+
+def rounds_section(result: RoundsResult) -> ReportSection:
+    """Show how far each round came, against the SFT adapter and against the round before."""
+    rows, bars = [], []
+    for one in result.rounds:
+        found, against = one.made.evaluation, one.against_before
+        mark = "best" if one.number == result.best else ""
+        won_before = interval(against) if against else None
+        rows.append((one.number, mark, interval(found), won_before, found.adapter_sha256[:12]))
+        bars.append(RateBar(f"round {one.number}", read_evaluation(found), None))
+    best = "no round won" if result.best is None else f"round {result.best} is the best"
+    last = result.rounds[-1]
+    return ReportSection(
+        title="Rounds",
+        headline=best[0].upper() + best[1:],
+        is_good=result.best is not None,
+        summary=f"{len(result.rounds)} rounds; {best}. The end: {last.ended}.",
+        tables=(Table("Rounds", ("round", "", "against SFT", "against the round before", "adapter"), tuple(rows)),),
+        pictures=(Picture(plot_rates(bars, None), "Wins over the SFT adapter, round by round, with intervals."),),
+        notes=("A round is kept if its lower bound against the SFT adapter is over the bar, and that against the round "
+               "before over one half.",),
+    )  # fmt: skip
+
+
+def record_rounds(result: RoundsResult, config: PipelineConfig, rounds: RoundsConfig) -> str:
+    """Write the result and its page to `rounds/<key>/`, and return the page's uri."""
+    first = result.rounds[0].made
+    key = digest([first.adapter.sha256, first.evaluation.sha256, rounds.model_dump(mode="json")])[:32]
+    store = Workspace(config.workspace)
+    folder = store.uri("rounds", key)
+    store.write_json(posixpath.join(folder, "result.json"), result.model_dump(mode="json"))
+    page, section = posixpath.join(folder, "report.html"), rounds_section(result)
+    store.write_bytes(page, render_html(f"preflow rounds for {config.promotion.name}", [section]).encode())
+    logger.info("%s The whole report: %s", section.summary, page)
+    return page

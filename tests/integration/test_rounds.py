@@ -1,0 +1,53 @@
+"""Two rounds with real trainings: what each samples from, what is paid, and how they end."""
+
+from collections import Counter
+
+import pytest
+import pytest_asyncio
+
+from flows.rounds import dpo_rounds
+from tasks.config import RoundsConfig
+from tasks.rounds.rounds import RoundsResult
+from tests.integration.test_sweep import HELD_OUT, PROMPTS, Bench, bench
+
+__all__ = ["bench"]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # two trainings
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def result(bench: Bench) -> RoundsResult:
+    return await dpo_rounds(bench.config(), RoundsConfig(rounds=2))
+
+
+def test_the_second_round_samples_from_the_adapter_of_the_first(bench: Bench, result: RoundsResult) -> None:
+    first, second = result.rounds
+    count = Counter((row["model"], row["n"]) for row in bench.asked() if row["n"])
+    assert count["sampler", 3] == PROMPTS
+    assert count[f"round-{first.made.adapter.sha256[:12]}", 3] == PROMPTS
+    assert second.made.adapter.sha256 != first.made.adapter.sha256
+    assert second.made.preferences != first.made.preferences
+
+
+def test_only_what_is_new_is_paid_for(bench: Bench, result: RoundsResult) -> None:
+    asked = bench.asked()
+    assert len({row["sha"] for row in asked}) == len(asked), "something was asked twice"
+    count = Counter((row["model"], row["n"]) for row in asked)
+    assert count["sampler", 2] == 2 * HELD_OUT, "the SFT adapter's samples and those of the null test, once for both"
+    for one in result.rounds:
+        assert count[f"candidate-{one.made.adapter.sha256[:12]}", 2] == HELD_OUT, (
+            "sampled once, compared twice"
+        )
+
+
+async def test_it_says_why_it_ended_and_a_second_run_asks_nobody(bench: Bench, result: RoundsResult) -> None:
+    first, second = result.rounds
+    assert first.ended is None
+    assert first.against_before is None
+    assert second.against_before is not None
+    assert second.ended is not None
+    assert result.best in (1, 2)
+    asked = len(bench.asked())
+    assert await dpo_rounds(bench.config(), RoundsConfig(rounds=2)) == result
+    assert len(bench.asked()) == asked
+    (page,) = bench.workspace.glob("rounds/*/report.html")
+    assert "against the round before" in page.read_text()

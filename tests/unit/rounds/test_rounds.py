@@ -1,0 +1,70 @@
+"""When rounds end, which is the best, and what the next one begins with."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.config import PipelineConfig, RoundsConfig
+from tasks.rounds.rounds import Round, best_round, round_config, why_last
+from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef
+
+FACTS = {"sha256": "a" * 64, "size": 1, "rows": 1}
+
+
+def evaluation(lower: float, null_holds: bool = True) -> EvaluationRef:
+    return EvaluationRef(
+        uri="/w/e", adapter_sha256="a" * 64, win_rate=lower + 0.05, lower=lower, upper=lower + 0.1,
+        null_holds=null_holds, **FACTS,
+    )  # fmt: skip
+
+
+def made(lower: float, workspace: str = "/w") -> PipelineResult:
+    return PipelineResult(
+        preferences=PreferencesRef(uri=f"{workspace}/p", val_rows=0, **FACTS),
+        adapter=AdapterRef(uri=f"{workspace}/training/k/adapter", **FACTS),
+        evaluation=evaluation(lower),
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "against_sft", "against_before", "why"),
+    [
+        (1, evaluation(0.6), None, None),
+        (1, evaluation(0.5), None, "round 1 is not proven to win against the SFT adapter"),
+        (1, evaluation(0.6, null_holds=False), None, "against the SFT adapter"),
+        (2, evaluation(0.6), evaluation(0.51), None),
+        (2, evaluation(0.6), evaluation(0.49), "round 2 is not proven to win against round 1"),
+        (2, evaluation(0.4), evaluation(0.6), "against the SFT adapter"),
+        (3, evaluation(0.6), evaluation(0.6), "3 rounds were asked for"),
+    ],
+)
+def test_a_round_that_does_not_win_is_the_last(
+    number: int, against_sft: EvaluationRef, against_before: EvaluationRef | None, why: str | None
+) -> None:
+    found = why_last(number, made(0.6).model_copy(update={"evaluation": against_sft}), against_before, 0.5, 3)
+    assert found is None if why is None else found is not None and why in found
+
+
+def test_a_round_that_went_astray_is_not_the_best() -> None:
+    good = Round(number=1, made=made(0.6))
+    better = Round(number=2, made=made(0.6), against_before=evaluation(0.55))
+    worse = Round(number=3, made=made(0.4), against_before=evaluation(0.55))
+    even = Round(number=3, made=made(0.6), against_before=evaluation(0.45))
+    assert best_round((good, better, worse), 0.5) == better
+    assert best_round((good, better, even), 0.5) == better
+    assert best_round((Round(number=1, made=made(0.4)),), 0.5) is None
+
+
+@pytest.mark.parametrize("start", ["sft", "previous"])
+def test_the_next_round_samples_from_the_last_adapter_and_is_measured_against_sft(start: str, tmp_path: Path) -> None:
+    config = PipelineConfig.model_validate(
+        {"workspace": str(tmp_path), "training": {"sft_adapter": "/sft"}, "completions": str(tmp_path / "given.jsonl")}
+    ).filled()
+    before = Round(number=1, made=made(0.6, str(tmp_path)))
+    assert round_config(config, RoundsConfig(start=start), None) == config
+    then = round_config(config, RoundsConfig(start=start), before)
+    adapter = before.made.adapter.uri
+    assert (then.generation.adapter, then.generation.serve_from) == (adapter, adapter)
+    assert then.training.sft_adapter == (config.training.sft_adapter if start == "sft" else adapter)
+    assert then.evaluation == config.evaluation
+    assert then.completions is None
