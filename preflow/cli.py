@@ -37,6 +37,7 @@ COMMANDS = {
     "check": (MINE, "List all that is wrong, what a run costs, what it can show."),
     "run": (MINE, "Make a better adapter: sample, judge, train, prove, serve."),
     "sweep": (MINE, "Try several settings against each other."),
+    "rounds": (MINE, "Go on: sample from what won, judge, train, prove again."),
     "report": (MINE, "Say how a run ended; --open shows its report."),
     "label": (MINE, "Judge some comparisons yourself: does the judge agree?"),
     "evidence": (MINE, "Write all that a run's verdict rests on into one file."),

@@ -34,6 +34,7 @@ from flows.judge import judge_preferences
 from flows.pipeline import dpo_pipeline
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
+from flows.rounds import dpo_rounds
 from flows.sweep import dpo_sweep
 from flows.train import train_dpo
 from tasks.config import PipelineConfig, StageConfig
@@ -48,6 +49,7 @@ ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrat
 FLOWS: dict[Flow[..., Any], tuple[str, bool]] = {
     dpo_pipeline: ("", True),
     dpo_sweep: ("sweep", True),
+    dpo_rounds: ("rounds", True),
     generate_completions: ("generate", False),
     judge_preferences: ("judge", False),
     train_dpo: ("train", True),
@@ -66,6 +68,7 @@ def parameters_of(config: PipelineConfig, sweep: dict[str, Any]) -> dict[str, di
     return {
         "dpo-pipeline": {"config": whole},
         "dpo-sweep": {"config": whole, "sweep": sweep},
+        "dpo-rounds": {"config": whole, "rounds": {}},
         "generate-completions": {**common, "prompts": config.prompts, "generation": changed(config.generation)},
         "judge-preferences": {**common, "judging": changed(config.judging)},
         "train-dpo": {**common, "training": changed(config.training)},

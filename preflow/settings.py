@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
 
-from tasks.config import PipelineConfig, SweepConfig
+from tasks.config import PipelineConfig, RoundsConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.sweep.points import setting_names
 
@@ -28,9 +28,10 @@ SCHEMA_LINE = "# yaml-language-server: $schema=preflow.schema.json"
 
 
 class RunFile(PipelineConfig):
-    """A config.yaml: one whole run, and what a sweep varies."""
+    """A config.yaml: one whole run, what a sweep varies, and how far rounds go."""
 
     sweep: SweepConfig = Field(default_factory=SweepConfig, description="What `preflow sweep` varies.")
+    rounds: RoundsConfig = Field(default_factory=RoundsConfig, description="How far `preflow rounds` goes.")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Settings:
     file: Path
     config: PipelineConfig
     sweep: SweepConfig
+    rounds: RoundsConfig
 
     @property
     def folder(self) -> Path:
@@ -93,17 +95,22 @@ def _read(file: Path) -> str:
 
 def _validate(file: Path, values: dict[str, Any], lines: CommentedMap, changed: dict[str, Any]) -> Settings:
     problems: list[str] = []
-    sweep, made = values.pop("sweep", None) or {}, dict[str, Any]()
-    for model, given, prefix in ((PipelineConfig, values, ()), (SweepConfig, sweep, ("sweep",))):
+    sweep, rounds = values.pop("sweep", None) or {}, values.pop("rounds", None) or {}
+    made: list[Any] = []
+    for model, given, section in (
+        (PipelineConfig, values, ""),
+        (SweepConfig, sweep, "sweep"),
+        (RoundsConfig, rounds, "rounds"),
+    ):
         try:
-            made[model.__name__] = model.model_validate(given)
+            made.append(model.model_validate(given))
         except ValidationError as error:
             for item in error.errors():
-                where = (*prefix, *item["loc"])
+                where = (*filter(None, [section]), *item["loc"])
                 problems.append(f"{_place(file, lines, where, changed)}: {_explain(where, dict(item))}")
     if problems:
         raise PreflowError("\n".join(problems))
-    return Settings(file.absolute(), made["PipelineConfig"], made["SweepConfig"])
+    return Settings(file.absolute(), *made)
 
 
 def _place(file: Path, lines: CommentedMap, where: Sequence[int | str], changed: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ STAGES = {
     "evaluate-adapter": "evaluate", "promote-adapter": "promote",
 }  # fmt: skip
 POINTS = {"sweep-point": "point"}
+ROUNDS = {"round": "round"}
 BEGUN = re.compile(r"Beginning (?:sub)?flow run '(.*)' for flow '(.*)'$")
 ENDED = re.compile(r"Finished in state (\w+)")
 # Prefect's own remarks are for the file.

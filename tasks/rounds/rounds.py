@@ -116,6 +116,15 @@ def rounds_section(result: RoundsResult) -> ReportSection:
     )  # fmt: skip
 
 
+def rounds_text(result: RoundsResult) -> str:
+    """Return a line for each round, and the end."""
+    lines = []
+    for one in result.rounds:
+        against = f", against round {one.number - 1} {interval(one.against_before)}" if one.against_before else ""
+        lines.append(f"round {one.number}: against SFT {interval(one.made.evaluation)}{against}")
+    return "\n".join([*lines, rounds_section(result).summary])
+
+
 def record_rounds(result: RoundsResult, config: PipelineConfig, rounds: RoundsConfig) -> str:
     """Write the result and its page to `rounds/<key>/`, and return the page's uri."""
     first = result.rounds[0].made

@@ -20,7 +20,7 @@ TEMPLATE = "deployments/l4-spot.job-template.json"
 NAMES = {
     "dpo-pipeline/local", "dpo-sweep/local", "generate-completions/local", "judge-preferences/local", "train-dpo/local",
     "train-dpo/l4-spot", "evaluate-adapter/local", "promote-adapter/local", "rollback-adapter/local",
-    "audit-preferences/local",
+    "audit-preferences/local", "dpo-rounds/local",
     "reconcile-served/local", "publish-adapter/local",
 }  # fmt: skip
 IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
@@ -95,7 +95,7 @@ def test_every_deployment_is_there_and_nothing_starts_by_itself(api: Api) -> Non
 def test_runs_that_would_harm_each_other_wait(api: Api) -> None:
     alone = {
         "dpo-pipeline/local", "dpo-sweep/local", "train-dpo/local", "promote-adapter/local", "rollback-adapter/local",
-        "reconcile-served/local", "publish-adapter/local",
+        "dpo-rounds/local", "reconcile-served/local", "publish-adapter/local",
     }  # fmt: skip
     limited = {name: item for name in NAMES if (item := api.deployment(name))["global_concurrency_limit"]}
     assert set(limited) == alone

@@ -46,6 +46,7 @@ from tasks.demo.corpus import heldout_prompts, training_prompts
 from tasks.demo.services import Service, free_port, judge_server, vllm_server
 from tasks.evaluate.labels import labels_uri, record_agreement
 from tasks.promote.pointer import PromotionRefused, read_pointer
+from tasks.rounds.rounds import RoundsResult
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.ranking import SweepResult
 from tests.deployed import process_worker, register, run_to_the_end
@@ -313,6 +314,17 @@ async def test_a_run_that_wants_labels_waits_for_them(bench: Bench, result: Pipe
     agreed = await dpo_pipeline(config)
     assert agreed.promotion is not None
     assert agreed.declined is None
+
+
+@pytest.mark.long  # another run
+async def test_the_first_of_several_rounds_is_the_run(bench: Bench, result: PipelineResult) -> None:
+    asked = bench.judge_requests()
+    config = bench.config().model_dump(mode="json")
+    await run_to_the_end("dpo-rounds/local", config=config, rounds={"rounds": 1})
+    (kept,) = bench.workspace.glob("rounds/*/result.json")
+    (only,) = RoundsResult.model_validate_json(kept.read_text()).rounds
+    assert only.made.adapter == result.adapter
+    assert bench.judge_requests() == asked
 
 
 @pytest.mark.long  # another run

@@ -22,7 +22,7 @@ async def result(bench: Bench) -> RoundsResult:
 def test_the_second_round_samples_from_the_adapter_of_the_first(bench: Bench, result: RoundsResult) -> None:
     first, second = result.rounds
     count = Counter((row["model"], row["n"]) for row in bench.asked() if row["n"])
-    assert count["sampler", 3] == PROMPTS
+    assert count["sampler", 3] == PROMPTS + 1, "with the trial question before the run"
     assert count[f"round-{first.made.adapter.sha256[:12]}", 3] == PROMPTS
     assert second.made.adapter.sha256 != first.made.adapter.sha256
     assert second.made.preferences != first.made.preferences
@@ -34,9 +34,7 @@ def test_only_what_is_new_is_paid_for(bench: Bench, result: RoundsResult) -> Non
     count = Counter((row["model"], row["n"]) for row in asked)
     assert count["sampler", 2] == 2 * HELD_OUT, "the SFT adapter's samples and those of the null test, once for both"
     for one in result.rounds:
-        assert count[f"candidate-{one.made.adapter.sha256[:12]}", 2] == HELD_OUT, (
-            "sampled once, compared twice"
-        )
+        assert count[f"candidate-{one.made.adapter.sha256[:12]}", 2] == HELD_OUT, "sampled once, compared twice"
 
 
 async def test_it_says_why_it_ended_and_a_second_run_asks_nobody(bench: Bench, result: RoundsResult) -> None:

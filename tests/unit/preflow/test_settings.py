@@ -106,7 +106,7 @@ def test_the_schema_is_that_of_the_form_and_takes_what_init_writes(tmp_path: Pat
     schema = json.loads((tmp_path / "preflow.schema.json").read_text())
     assert validate(given, schema) == []
     assert schema == RunFile.model_json_schema()
-    assert set(PipelineConfig.model_fields) | {"sweep"} == set(schema["properties"])
+    assert set(PipelineConfig.model_fields) | {"sweep", "rounds"} == set(schema["properties"])
     assert load_settings(tmp_path / "config.yaml").sweep.grid == {"training.beta": [0.03, 0.1, 0.3]}
     with pytest.raises(PreflowError, match="is there already"):
         init(tmp_path / "config.yaml")
