@@ -129,7 +129,7 @@ def read_log(store: Workspace, folder: str) -> list[tuple[str, Cost, float]]:
 
 
 def write_manifest(store: Workspace, made: Manifest) -> None:
-    """Write the manifest of what was paid for, and `cost.json`: what was used now, and what its rows had cost before.
+    """Write the manifest of what was paid for, and `cost.json`: what all attempts used, and what others had paid.
 
     The cost in `made` is that of all rows, whoever paid for them.
     """

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
@@ -149,6 +150,7 @@ class Monitor:
     def __init__(self, name: str, tally: Tally, endpoint: Endpoint, costs: CostLog) -> None:
         self._name, self._tally, self._endpoint, self._costs = name, tally, endpoint, costs
         self._start = time.monotonic()
+        self._noting = threading.Lock()  # so that an older note never replaces a newer one
         self._made = 0
         self._per_unit: float | None = None
 
@@ -218,9 +220,10 @@ class Monitor:
                 logger.warning("%s: progress or cost could not be written (%s)", self._name, shorten(repr(error)))
 
     def _note(self) -> None:
-        stats = self._endpoint.stats
-        if stats.sent:
-            self._costs.note(stats.usage.model_copy(update={"usd": round(stats.spent_usd, 9)}))
+        with self._noting:
+            stats = self._endpoint.stats
+            if stats.sent:
+                self._costs.note(stats.usage.model_copy(update={"usd": round(stats.spent_usd, 9)}))
 
     def describe(self) -> str:
         """Return one line: done of all, rate, failures, time to go and cost."""

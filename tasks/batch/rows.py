@@ -173,6 +173,10 @@ class RowStore:
         index = self._indexed()
         return {key for key in keys if bytes.fromhex(key) in index}
 
+    def was_kept(self, key: str) -> bool:
+        """Tell whether something is kept under `key`, as far as that is known without looking into files."""
+        return self._index is not None and bytes.fromhex(key) in self._index
+
     def _indexed(self) -> dict[bytes, Place]:
         with self._indexing:
             if self._index is None:

@@ -153,7 +153,9 @@ class ShardWorker:
             return await asyncio.shield(twin)
         made = self._making[key] = asyncio.get_running_loop().create_future()
         try:
-            outcome = await self._make(unit)
+            # A shard with an equal unit may have been committed between this one's look and now.
+            kept = await asyncio.to_thread(self.rows.find, [key]) if self.rows.was_kept(key) else {}
+            outcome = kept.get(key) or await self._make(unit)
             await journal.append(key, outcome)
         except BaseException as error:
             del self._making[key]

@@ -15,7 +15,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,10 @@ class Reply:
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
 
-def error(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> Reply:
-    """Return an error in OpenAI's form."""
-    return Reply(status, {"error": {"message": message, "type": "fake", "param": None, "code": code}}, headers or {})
+def error(status: int, message: str, code: str | None = None, wait: float | None = None) -> Reply:
+    """Return an error in OpenAI's form; `wait` is the Retry-After in seconds."""
+    headers = {} if wait is None else {"retry-after": f"{wait:.3f}"}
+    return Reply(status, {"error": {"message": message, "type": "fake", "param": None, "code": code}}, headers)
 
 
 def usage_of(prompt: int, completion: int, thinking: int) -> dict[str, Any]:
@@ -158,15 +158,8 @@ class Server:
         if len(self._recent) < plan.limit_requests:
             self._recent.append(now)
             return None
-        wait = self._retry_after(self._recent[0] + plan.limit_seconds - now)
+        wait = self._recent[0] + plan.limit_seconds - now
         return error(429, "too many requests a minute", "rate_limit_exceeded", wait)
-
-    def _retry_after(self, seconds: float) -> dict[str, str]:
-        if self.plan.retry_after_style == "ms":
-            return {"retry-after-ms": f"{seconds * 1000:.0f}"}
-        if self.plan.retry_after_style == "date":
-            return {"retry-after": formatdate(time.time() + seconds + 1, usegmt=True)}
-        return {"retry-after": f"{seconds:.3f}"}
 
     def _fault(self, request: Request) -> Reply | None:
         if self._burst_left:
@@ -177,10 +170,9 @@ class Server:
         if request.fault is None:
             return None
         self._burst_left = self.plan.burst if request.fault == "unavailable" else 0
-        wait = self._retry_after(self.plan.retry_after)
         errors = {
             "rate_limit": error(429, "slow down", "rate_limit_exceeded"),
-            "rate_limit_after": error(429, "slow down", "rate_limit_exceeded", wait),
+            "rate_limit_after": error(429, "slow down", "rate_limit_exceeded", self.plan.retry_after),
             "error_500": error(500, "the fake has failed"),
             "unavailable": error(503, "the fake has too much to do"),
         }
@@ -191,15 +183,11 @@ class Server:
         body, plan, model = request.body, self.plan, str(request.body.get("model"))
         served, greedy = (*plan.samplers, *JUDGES, *self.adapters), body.get("temperature") == 0
         length = f"This model's maximum context length is {plan.max_model_len} tokens."
-        name = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-        response_format = "response_format json_schema is not supported by this model"
         rules = [
             (model not in served, 404, f"The model `{model}` does not exist.", "model_not_found"),
             (plan.context_marker in text, 400, length, "context_length_exceeded"),
             (plan.filter_marker in text, 400, "The prompt triggered the content management policy.", "content_filter"),
             (plan.poison_marker in text, 500, "the engine cannot digest this prompt", None),
-            (plan.reject_response_format and body.get("response_format"), 400, response_format, "unsupported_value"),
-            (plan.reject_max_tokens and "max_tokens" in body, 400, name, "unsupported_parameter"),
             ((body.get("n") or 1) > 1 and greedy, 400, "n must be 1 when using greedy sampling", None),
         ]
         return next((error(status, message, code) for holds, status, message, code in rules if holds), None)

@@ -67,7 +67,6 @@ class Plan(BaseModel):
     faults: Mapping[Fault, float] = {}
     max_faults: int | None = None  # attempts at one body after which it is answered
     retry_after: float = 1.0
-    retry_after_style: str = "seconds"  # or "date", "ms" (retry-after-ms)
     burst: int = 0
     slow_seconds: float = 2.0
     outage: Outage | None = None
@@ -80,8 +79,6 @@ class Plan(BaseModel):
     poison_marker: str = "ALWAYS-FAILS"  # 500 at every attempt
     oracle_word: str = "ORACLE"
     oracle_every: int = 0  # one of this many samples with consecutive seeds holds `oracle_word`; 0: none
-    reject_response_format: bool = False
-    reject_max_tokens: bool = False  # as newer OpenAI models, which want max_completion_tokens
     list_models: bool = True
     gemini_names: bool = False  # ids in /models as models/NAME
     thinking_tokens: int = 0

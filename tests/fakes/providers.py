@@ -69,12 +69,16 @@ def refuse(
 
 @dataclass
 class Provider:
-    """One provider: `script` answers a request that does not fail, `failures` are what others get."""
+    """One provider: `script` answers a request that does not fail, `failures` are what others get.
+
+    `refused` are the settings that it does not take, and that an answer is made without.
+    """
 
     name: str
     quirks: str
     script: Callable[[Body], Reply]
     failures: list[Reply]
+    refused: tuple[str, ...] = ()
     models: tuple[str, ...] = ("m",)
     path: str = "/v1"
     query: str = ""
@@ -248,21 +252,24 @@ def _litellm(body: Body) -> Reply:
 PROVIDERS = [
     Provider("Gemini", "no seed, string enums only, hidden thinking, 429 names a billing page", _gemini,
              [GEMINI_LIMIT, _google(503, "UNAVAILABLE", "The model is overloaded."),
-              _google(500, "INTERNAL", "An internal error has occurred.")], models=("models/m",)),
+              _google(500, "INTERNAL", "An internal error has occurred.")],
+             ("frequency_penalty", "seed"), ("models/m",)),
     Provider("GPT-5-like", "max_completion_tokens, temperature 1 only, no top_p, no penalty", _gpt5,
              [refuse("Rate limit reached. Please try again in 50ms.", None, "rate_limit_exceeded", 429),
-              refuse("The server had an error", None, "server_error", 500)]),
+              refuse("The server had an error", None, "server_error", 500)],
+             ("frequency_penalty", "temperature", "top_p")),
     Provider("Anthropic's layer", "n must be 1, names not listed", _anthropic,
              [_anthropic_error(529, "overloaded_error"), _anthropic_error(429, "rate_limit_error"),
               _anthropic_error(500, "api_error")], models=("m-20260101",)),
     Provider("Mistral", "content in parts with thinking, extra fields refused", _mistral,
-             [(429, {"message": "Requests rate limit exceeded"}), (503, b"<html>upstream</html>")]),
+             [(429, {"message": "Requests rate limit exceeded"}), (503, b"<html>upstream</html>")],
+             ("frequency_penalty", "seed")),
     Provider("DeepSeek, Qwen", "one choice, thinking with a closing tag alone, blanks, negative usage", _deepseek,
              [(503, {"error": {"message": "Service is too busy"}}), (200, b"\n\n")]),
     Provider("OpenRouter", "errors inside a 200, broken choices, schema refused without a name", _openrouter,
              [_inside(429, "Rate limit exceeded: free-models-per-min"), _inside(502, "Provider error"),
               (200, {"choices": [BROKEN_OFF]})],
-             models=("m:free",)),
+             ("response_format",), ("m:free",)),
     Provider("Azure", "query in the address, key in a header of its own", _azure,
              [(429, {"error": {"code": "429", "message": "Please retry."}}, {"retry-after-ms": "50"}),
               (500, {"error": {"code": "InternalServerError", "message": "x"}})],
@@ -272,9 +279,11 @@ PROVIDERS = [
              [(503, {"error": {"message": "server busy, please try again. maximum pending requests exceeded"}})],
              models=("m:latest",)),
     Provider("llama.cpp", "one choice, grammar fails with a 500", _llama_cpp,
-             [(503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}})]),
+             [(503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}})],
+             ("response_format",)),
     Provider("LiteLLM", "no system role, wildcard names, usage that is none", _litellm,
              [refuse("litellm.RateLimitError: RateLimitError", None, "429", 429),
               refuse("litellm.InternalServerError: upstream", None, "500", 500),
-              (408, {"error": {"message": "litellm.Timeout", "code": "408"}})], models=("openai/*",)),
+              (408, {"error": {"message": "litellm.Timeout", "code": "408"}})],
+             ("frequency_penalty", "system role"), ("openai/*",)),
 ]  # fmt: skip

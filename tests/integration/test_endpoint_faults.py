@@ -86,34 +86,15 @@ async def test_what_is_none_is_not_sent_and_the_rest_arrives() -> None:
     assert (first["n"], first["seed"], first["model"]) == (2, 9, "sampler")
 
 
-async def test_newer_openai_models_get_max_tokens_by_its_new_name() -> None:
-    async with serving({"reject_max_tokens": True}) as (fake, endpoint):
-        answers = await ask_all(endpoint, 10)
-        await ask_all(endpoint, 3)
-    assert all(len(answer.choices) == 3 for answer in answers)
-    statuses = [row["status"] for row in fake.requests()]
-    assert statuses.count(400) <= 10
-    assert statuses[-3:] == [200, 200, 200]
-
-
-async def test_a_response_format_that_is_refused_is_left_out_from_then_on_and_the_answers_say_so() -> None:
-    async with serving({"reject_response_format": True}) as (fake, endpoint):
-        for number in range(3):
-            answer = await endpoint.chat(prompt(number), **SAMPLING, response_format={"type": "json_object"})
-            assert answer.refused == ("response_format",)
-    assert [row["status"] for row in fake.requests()] == [400, 200, 200, 200]
-
-
 # ---- faults
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("seed", [1, 2])
-async def test_at_30_percent_faults_every_prompt_gets_its_own_answer(seed: int) -> None:
+async def test_at_30_percent_faults_every_prompt_gets_its_own_answer() -> None:
     async with serving() as (_, healthy):
         expected = texts(await ask_all(healthy, 150))
     plan = {
-        "seed": seed, "latency_ms": 5, "retry_after": 0.05, "burst": 3, "slow_seconds": 0.2,
+        "seed": 1, "latency_ms": 5, "retry_after": 0.05, "burst": 3, "slow_seconds": 0.2,
         "faults": dict.fromkeys(FAULTS, 0.3 / len(FAULTS)),
     }  # fmt: skip
     async with serving(plan, request_timeout_seconds=0.7) as (fake, endpoint):
@@ -131,27 +112,18 @@ async def test_at_30_percent_faults_every_prompt_gets_its_own_answer(seed: int) 
 
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("kind", ["refuse", "503", "hang"])
-async def test_an_outage_is_waited_out(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_is_waited_out_and_said_at_every_heartbeat(
+    kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "HEARTBEAT_SECONDS", 0.8)
     plan = {"latency_ms": 5, "outage": {"after": 40, "seconds": 2.0, "kind": kind}}
     settings = {"max_concurrency": 8, "max_outage_seconds": 20, "request_timeout_seconds": 0.5}
     with caplog.at_level(logging.WARNING):
         async with serving(plan, **settings) as (_, endpoint):
             assert len(await ask_all(endpoint, 120)) == endpoint.stats.succeeded == 120
             assert endpoint.stats.sent > 120
-    waiting = [record for record in caplog.records if "waiting" in record.message]
-    assert len(waiting) == 1  # one line a minute, not one an attempt
-
-
-@pytest.mark.usefixtures("hasty")
-async def test_waiting_is_logged_at_every_heartbeat(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retries, "HEARTBEAT_SECONDS", 0.5)
-    with caplog.at_level(logging.WARNING):
-        async with serving({"outage": {"after": 1, "seconds": 2.2}}, max_outage_seconds=20) as (_, endpoint):
-            await ask_all(endpoint, 5)
     waiting = [record.message for record in caplog.records if "waiting" in record.message]
-    assert 2 <= len(waiting) <= 6
+    assert 2 <= len(waiting) <= 6, "a line at each heartbeat, not one an attempt"
     assert "giving up after 20 s" in waiting[-1]
 
 
@@ -242,9 +214,8 @@ async def test_callers_that_go_away_leave_no_trace() -> None:
 # ---- rates
 
 
-@pytest.mark.parametrize("style", ["seconds", "date", "ms"])
-async def test_retry_after_holds_all_requests_at_once(style: str) -> None:
-    plan = {"latency_ms": 10, "limit_requests": 10, "limit_seconds": 1.5, "retry_after_style": style}
+async def test_retry_after_holds_all_requests_at_once() -> None:
+    plan = {"latency_ms": 10, "limit_requests": 10, "limit_seconds": 1.5}
     async with serving(plan, max_concurrency=4) as (fake, endpoint):
         assert len(await ask_all(endpoint, 20)) == 20
     rows = fake.requests()

@@ -126,6 +126,7 @@ def longer(row: Row) -> int:
 async def test_at_30_percent_faults_nothing_is_lost_doubled_or_wrong(provider: Provider, tmp_path: Path) -> None:
     found = await measure(provider, tmp_path)
     assert (found.lost, found.doubled, found.wrong) == (0, 0, 0)
+    assert tuple(found.left_out) == provider.refused
     assert found.failed > 0.2 * found.requests
 
 

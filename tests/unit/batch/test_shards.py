@@ -100,22 +100,15 @@ def test_shards_are_neither_too_many_nor_too_few(total: int) -> None:
     assert shard_rows(total, 3) == 3, "a wanted size is taken"
 
 
-def test_slices_are_the_whole_file_in_order(tmp_path: Path) -> None:
-    source = make_source(tmp_path, 103)
-    slices = slice_rows(Workspace(tmp_path), source, 10)
+def test_slices_are_the_whole_file_in_order_and_one_that_changed_is_refused(tmp_path: Path) -> None:
+    source, store = make_source(tmp_path, 103), Workspace(tmp_path)
+    slices = slice_rows(store, source, 10)
     assert [part.rows for part in slices] == [10] * 10 + [3]
-    numbers = [row["number"] for part in slices for row in read_slice(Workspace(tmp_path), part)]
-    assert numbers == list(range(103))
+    assert [row["number"] for part in slices for row in read_slice(store, part)] == list(range(103))
     assert len({part.sha256 for part in slices}) == 11
-
-
-def test_a_file_that_changed_under_a_slice_is_refused(tmp_path: Path) -> None:
-    source = make_source(tmp_path, 20)
-    part = slice_rows(Workspace(tmp_path), source, 10)[1]
-    content = load(source.uri)
-    save(source.uri, content.replace(b'"number": 15', b'"number": 51'))
+    save(source.uri, load(source.uri).replace(b'"number": 15', b'"number": 51'))
     with pytest.raises(PreflowError, match="changed while it was being read"):
-        read_slice(Workspace(tmp_path), part)
+        read_slice(store, slices[1])
 
 
 def test_enough_shards_are_open_to_fill_the_window() -> None:
@@ -288,25 +281,19 @@ async def test_preparation_comes_once_before_the_first_unit_and_only_if_there_is
         await asyncio.sleep(0.01)
         events.append("prepared")
 
-    source, maker = make_source(tmp_path, 30), Maker()
-    await run_all(tmp_path, maker, source, prepare=prepare, watch=lambda: events.append("made"))
-    assert events == ["prepared", *["made"] * 30]
-    events.clear()
-    await run_all(tmp_path, maker, source, prepare=prepare)
-    assert events == []
-
-
-async def test_a_preparation_that_fails_is_tried_once(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    async def prepare() -> None:
-        calls.append(1)
+    async def fail() -> None:
+        events.append("tried")
         raise PreflowError("no such model")
 
-    maker = Maker()
+    source, maker = make_source(tmp_path, 30), Maker()
     with pytest.raises(PreflowError, match="no such model"):
-        await run_all(tmp_path, maker, make_source(tmp_path, 30), prepare=prepare)
-    assert (len(calls), maker.made.total()) == (1, 0)
+        await run_all(tmp_path, maker, source, prepare=fail)
+    assert (events, maker.made.total()) == (["tried"], 0)
+    await run_all(tmp_path, maker, source, prepare=prepare, watch=lambda: events.append("made"))
+    assert events == ["tried", "prepared", *["made"] * 30]
+    await run_all(tmp_path, maker, source, prepare=prepare)
+    assert len(events) == 32
+    assert events.count("prepared") == 1
 
 
 async def test_what_no_request_can_survive_stops_the_stage_at_once(tmp_path: Path) -> None:
@@ -445,6 +432,20 @@ async def test_equal_units_are_made_once_and_every_row_gets_them(tmp_path: Path,
     assert [row["number"] for row, _ in found] == list(range(25))
     assert all(made[0].row and made[0].row["square"] == (row["number"] % 3) ** 2 for row, made in found)
     assert sum(made[0].usage.requests for _, made in found) == 3
+
+
+async def test_a_unit_that_was_kept_since_its_shard_looked_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, maker = make_source(tmp_path, 6), Maker()
+    worker = make_worker(tmp_path, maker, 6)
+    worker.units_of = unit_of_three
+    first, second = slice_rows(Workspace(tmp_path), source, 3)
+    await worker.run(first)
+    find, looks = worker.rows.find, list[int]()
+    monkeypatch.setattr(worker.rows, "find", lambda keys: find(keys) if looks else looks.append(1) or {})
+    await worker.run(second)
+    assert maker.made == {0: 1, 1: 1, 2: 1}
 
 
 async def test_a_unit_that_fails_fails_for_the_shard_that_waits_for_it_too(tmp_path: Path) -> None:
