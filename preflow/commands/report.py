@@ -1,19 +1,20 @@
 """`preflow report`."""
 
+import posixpath
 import webbrowser
 from pathlib import Path
 
-from preflow.options import CONFIG, Changes, File, Switch
+from preflow.options import Changes, Run, Switch
 
 
 def report(
-    file: File = CONFIG,
+    run: Run = "config.yaml",
     /,
     *,
     changes: Changes = (),
     open: Switch = False,
 ) -> int:
-    """Say how the run of a configuration ended and where its report is.
+    """Say how a run ended and where its report is.
 
     Parameters
     ----------
@@ -22,17 +23,13 @@ def report(
     open
         Show the report in the browser.
     """
+    from preflow.finished import find_run
     from preflow.outcome import tell
-    from preflow.settings import load_settings
     from tasks.errors import PreflowError
-    from tasks.run.preflight import find_result, report_uri
 
-    config = load_settings(file, changes).config
-    result = find_result(config)
-    if result is None:
-        raise PreflowError(f"no run with the settings of {file} has finished: preflow run {file}")
-    code = tell(config, result)
-    uri = report_uri(config.filled())
+    config, result, folder = find_run(run, changes)
+    uri = posixpath.join(folder, "report.html")
+    code = tell(config, result, uri)
     if open and not webbrowser.open(uri if "://" in uri else Path(uri).as_uri()):
         raise PreflowError(f"there is no browser here: open {uri} elsewhere; it is one file, to send or to copy")
     return code

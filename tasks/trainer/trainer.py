@@ -65,7 +65,7 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
     """
     weighted = training.sft_weight > 0
     return DPOConfig(
-        **training.model_dump(mode="json", include=SAME),
+        **training.model_dump(include=SAME),
         output_dir=str(output_dir),
         loss_type=[training.loss_type, "sft"] if weighted else [training.loss_type],
         loss_weights=[1.0, training.sft_weight] if weighted else None,

@@ -9,42 +9,26 @@ from transformers import LlamaConfig
 
 from tasks.config import ChatSettings, TrainingConfig
 from tasks.trainer import model
-from tasks.trainer.trainer import dpo_config
+from tasks.trainer.trainer import SAME, dpo_config
 
-# field: (a value that is not the default, what it must be in DPOConfig under the same name)
-REACHES_TRL: dict[str, tuple[Any, Any]] = {
-    "beta": (0.37, 0.37),
-    "loss_type": ("ipo", ["ipo"]),
-    "ld_alpha": (0.3, 0.3),
-    "use_weighting": (True, True),
-    "router_aux_loss_coef": (0.01, 0.01),
-    "label_smoothing": (0.2, 0.2),
-    "learning_rate": (3e-4, 3e-4),
-    "num_train_epochs": (2.5, 2.5),
-    "max_steps": (77, 77),
-    "lr_scheduler_type": ("linear", "linear"),
-    "warmup_steps": (5, 5),
-    "weight_decay": (0.03, 0.03),
-    "max_grad_norm": (0.4, 0.4),
-    "per_device_train_batch_size": (6, 6),
-    "per_device_eval_batch_size": (7, 7),
-    "gradient_accumulation_steps": (3, 3),
-    "max_length": (99, 99),
-    "gradient_checkpointing": (False, False),
-    "disable_dropout": (False, False),
-    "eval_steps": (11, 11),
-    "save_steps": (13, 13),
-    "logging_steps": (17, 17),
-    "seed": (5, 5),
-    "report_to": ("tensorboard", ["tensorboard"]),
-    "sft_weight": (0.5, [1.0, 0.5]),
-    "f_divergence": ("js_divergence", "js_divergence"),
-}
-OTHER_NAMES = {
-    "sft_weight": "loss_weights",
-    "f_divergence": "f_divergence_type",
-    "gradient_checkpointing": "activation_checkpointing",
-}
+
+def another(value: Any) -> Any:
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 + 0.01
+
+
+# field: (a value that is not the default, attribute of DPOConfig, what it must be there)
+REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
+    **{name: (another(value), name, another(value)) for name, value in TrainingConfig().model_dump(include=SAME).items()
+       if isinstance(value, int | float)},
+    "loss_type": ("ipo", "loss_type", ["ipo"]),
+    "ld_alpha": (0.3, "ld_alpha", 0.3),
+    "max_steps": (77, "max_steps", 77),
+    "lr_scheduler_type": ("linear", "lr_scheduler_type", "linear"),
+    "gradient_checkpointing": (False, "activation_checkpointing", False),
+    "report_to": ("tensorboard", "report_to", ["tensorboard"]),
+    "sft_weight": (0.5, "loss_weights", [1.0, 0.5]),
+    "f_divergence": ("js_divergence", "f_divergence_type", "js_divergence"),
+}  # fmt: skip
 # Tested below, or where the file names say: the loader, the launcher, the data, the lease, the cached reference.
 REACHES_OTHERS = {
     "base_model", "base_revision", "sft_adapter", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype",
@@ -59,8 +43,7 @@ def test_every_field_is_accounted_for() -> None:
 
 @pytest.mark.parametrize("field", REACHES_TRL)
 def test_a_field_reaches_trl(field: str, tmp_path: Path) -> None:
-    value, expected = REACHES_TRL[field]
-    attribute = OTHER_NAMES.get(field, field)
+    value, attribute, expected = REACHES_TRL[field]
     changes = {field: value} | ({"loss_type": "robust"} if field == "label_smoothing" else {})
     default = getattr(dpo_config(TrainingConfig(), tmp_path, evaluate=True), attribute)
     found = getattr(dpo_config(TrainingConfig(**changes), tmp_path, evaluate=True), attribute)
