@@ -25,6 +25,9 @@ from prefect.flows import Flow
 from flows.sweep import dpo_sweep
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
+from tasks.generate import sampling
+from tasks.judge import asking
+from tasks.judge.prompt import build_messages, read_rubric
 from tasks.promote.pointer import read_pointer
 from tasks.sweep.estimate import plan_sweep
 from tasks.sweep.prepare import prepare_points
@@ -32,6 +35,7 @@ from tasks.sweep.ranking import SweepResult
 from tasks.train import work_pool as remote
 from tests.deployed import ask, process_worker
 from tests.fakes import FakeOpenAI
+from tests.fakes.openai_server import prompt_id
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import WORDS, build_adapter, build_base
 
@@ -44,6 +48,9 @@ PROMPTS, HELD_OUT, CONCURRENCY = 14, 5, 4
 BETAS, JUDGES = [0.05, 0.1, 0.2], ["judge-hash", "judge-length"]
 GRID = {"training.beta": BETAS, "judging.model": JUDGES}
 PLAN = {"latency_ms": 15, "oracle_every": 3}
+TRIALS = {
+    prompt_id(sampling.TRIAL["prompt"]), prompt_id(build_messages(read_rubric("demo"), asking.TRIAL, [0, 1])),
+}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -80,8 +87,8 @@ class Bench:
         )  # fmt: skip
 
     def asked(self, start: int = 0) -> list[Row]:
-        """The chat requests that the endpoint answered, from the `start`-th on."""
-        return [row for row in self.fake.requests()[start:] if row["status"] == 200]
+        """The chat requests that the endpoint answered, from the `start`-th on, without the questions on trial."""
+        return [row for row in self.fake.requests()[start:] if row["status"] == 200 and row["prompt"] not in TRIALS]
 
     def trainings(self) -> list[Path]:
         """The folders of the finished trainings."""
