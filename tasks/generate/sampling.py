@@ -316,7 +316,7 @@ async def try_sampler(endpoint: Endpoint, generation: GenerationConfig) -> None:
 
 
 class SampleCounts(MergeCounts):
-    """What a merge of completions found: besides, completions cut at `max_tokens` and such that ended up empty."""
+    """What a merge of completions found, with completions cut at `max_tokens` and such that ended up empty."""
 
     cut: int = 0
     empty: int = 0

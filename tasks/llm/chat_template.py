@@ -68,7 +68,7 @@ class ChatTemplate:
 
     @cached_property
     def around_answer(self) -> tuple[str, str]:
-        """What stands before an answer, besides the prompt (white space at most), and after it: its end of turn.
+        """What stands between prompt and answer (white space at most), and after the answer: its end of turn.
 
         Raises `TemplateRefused` if it takes no answer, or drops it.
         """
