@@ -21,6 +21,7 @@ from google.cloud.secretmanager_v1.services.secret_manager_service.transports im
 
 from tasks.errors import PreflowError
 from tasks.llm.secrets import resolve_secret
+from tasks.store import gcs
 from tasks.store.workspace import Workspace
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.fakes.process import ROOT
@@ -71,6 +72,12 @@ class SecretManager(grpc.GenericRpcHandler):
         if request.name != SECRET:
             context.abort(grpc.StatusCode.NOT_FOUND, f"Secret {request.name} not found.")
         return secretmanager.AccessSecretVersionResponse(name=SECRET, payload={"data": b"sk-of-the-judge\n"})
+
+
+@pytest.fixture(autouse=True)
+def own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget at the end which bucket has a block: other tests have the bucket without one."""
+    monkeypatch.setattr(gcs, "_blocks", {})
 
 
 @pytest.fixture(scope="module")

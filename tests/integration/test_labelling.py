@@ -51,9 +51,15 @@ def served(evaluation: EvaluationRef) -> Iterator[str]:
         assert not thread.is_alive()
 
 
+def idle(page: Page) -> None:
+    """Wait until the page has its answer: what is pressed before that is not meant for the next pair."""
+    expect(page.locator("body[aria-busy=true]")).to_have_count(0)
+
+
 def judge(page: Page, done: int, key: str = "") -> None:
     """Wait for a pair and press a key; without one, that of the new adapter's side."""
     expect(page.locator("#count")).to_have_text(f"{done} of {PAIRS} judged")
+    idle(page)
     page.keyboard.press(key or ("1" if "new" in page.locator("#left").inner_text() else "2"))
 
 
@@ -72,8 +78,9 @@ def test_a_person_judges_blind_stops_and_goes_on(evaluation: EvaluationRef, page
         for done in range(4, 6):
             judge(page, done)
         expect(page.locator("#count")).to_have_text(f"6 of {PAIRS} judged")
+        idle(page)
         page.keyboard.press("Backspace")
-        expect(page.locator("#back")).to_be_visible()
+        idle(page)
         page.locator("button[data-choice='0']").click()
         expect(page.locator("#count")).to_have_text(f"6 of {PAIRS} judged")
         judge(page, 6, "0")
