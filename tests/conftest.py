@@ -53,6 +53,8 @@ def empty_prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 @contextmanager
 def _pointed_at_a_server(folder: Path) -> Iterator[str]:
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
     from tasks.demo.services import prefect_server as start_server
@@ -68,3 +70,6 @@ def _pointed_at_a_server(folder: Path) -> Iterator[str]:
         assert os.environ["PREFECT_API_URL"] == url
         with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: home}):
             yield url
+            # What is told now takes a second; at the end of the process, with the server gone, each event takes many.
+            for queue in (EventsWorker, APILogWorker):
+                queue.drain_all(timeout=60)
