@@ -28,7 +28,7 @@ async def dpo_rounds(config: PipelineConfig, rounds: RoundsConfig) -> RoundsResu
 
     Args:
         config: What dpo-pipeline takes, for the first round.
-        rounds: How many rounds, and where each begins.
+        rounds: How many at most, and the adapter that each training begins with.
     """
     config = await prepare_run(config)
     done = await run_rounds(config, rounds)

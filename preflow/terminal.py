@@ -106,7 +106,7 @@ class Display(logging.Handler):
     def _begin(self, flow: str, run: str) -> None:
         if flow in self._stages and all(other == flow for other, _ in self._open):
             title = self._stages[flow]
-            self._open[flow, run] = Stage(run if self._stages is POINTS else title)
+            self._open[flow, run] = Stage(title if self._stages is STAGES else run)
 
     def _end(self, flow: str, run: str, state: str) -> None:
         stage = self._open.pop((flow, run), None)

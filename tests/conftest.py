@@ -51,18 +51,25 @@ def empty_prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         yield url
 
 
+@pytest.fixture(scope="module")
+def registered_prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """As `empty_prefect_server`, with the pools, deployments and automations that register.sh makes."""
+    with _pointed_at_a_server(tmp_path_factory.mktemp("prefect"), registered=True) as url:
+        yield url
+
+
 @contextmanager
-def _pointed_at_a_server(folder: Path) -> Iterator[str]:
+def _pointed_at_a_server(folder: Path, registered: bool = False) -> Iterator[str]:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
     from tasks.demo.services import prefect_server as start_server
     from tasks.run.logs import set_up_logs
+    from tests.deployed import prefect_home, registered_home
 
     set_up_logs()
-    home = folder / "home"
-    home.mkdir()
+    home = registered_home(folder / "home") if registered else prefect_home(folder / "home")
     with start_server(home) as server, pytest.MonkeyPatch.context() as environment:
         url = f"http://127.0.0.1:{server.port}/api"
         for name, value in {**PREFECT, "PREFECT_API_URL": url, "PREFECT_HOME": str(home)}.items():

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import httpx
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import arun_deployment
 
+from tasks.demo.services import prefect_server
+from tasks.store.workspace import file_sha256
 from tests.fakes.process import ROOT
+from tests.models import kept
 
 # A worker that looks every second, and starts nothing before its time.
 EAGER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_WORKER_PREFETCH_SECONDS": "0"}
@@ -41,6 +45,31 @@ def ask(url: str, method: str, path: str, body: object = None) -> Any:
     """Ask the Prefect REST API at `url` once, and return its answer."""
     with rest_client(url) as client:
         return client.request(method, path, json=body).raise_for_status().json()
+
+
+def prefect_home(out: Path) -> Path:
+    """Lay down the folder of a Prefect server whose database has its tables."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        with prefect_server(folder):
+            pass
+
+    return kept(out, make, version("prefect"))
+
+
+def registered_home(out: Path) -> Path:
+    """Lay down the folder of a Prefect server that register.sh was run against."""
+
+    def make(folder: Path) -> None:
+        with prefect_server(prefect_home(folder)) as server:
+            api = f"http://127.0.0.1:{server.port}/api"
+            register(PREFECT_API_URL=api, PREFECT_HOME=str(folder), DO_NOT_TRACK="1")
+
+    # The forms are made from the signatures and the settings of the flows.
+    files = [path for name in ("deployments", "flows", "tasks") for path in sorted((ROOT / name).rglob("*.*"))]
+    sources = [(str(path), file_sha256(path)) for path in files if path.suffix in (".py", ".yaml", ".json", ".sh")]
+    return kept(out, make, (version("prefect"), sources))
 
 
 def register(*arguments: str, **environment: str) -> None:

@@ -13,12 +13,13 @@ from tasks.store.workspace import file_sha256
 from tests.fakes.process import ROOT
 
 KEPT = ROOT / ".cache" / "tests"
+PACKAGES = ("torch", "transformers", "peft")
 BASE = Recipe(rows=400, steps=60, batch_size=8, learning_rate=3e-3)
 
 
 def demo_base(out: Path) -> Path:
     """Lay down a base model that was hardly trained: 18 CPU seconds where it is not kept."""
-    return _copy(out, lambda folder: build_base_model(folder, 7, BASE), BASE)
+    return kept(out, lambda folder: build_base_model(folder, 7, BASE), (_sources(), BASE))
 
 
 def demo_adapter(out: Path, seed: int, learning_rate: float = 2e-3) -> Path:
@@ -31,17 +32,23 @@ def demo_adapter(out: Path, seed: int, learning_rate: float = 2e-3) -> Path:
         build_sft_adapter(base, folder, seed, recipe)
         shutil.rmtree(base.parent)
 
-    return _copy(out, make, (BASE, seed, recipe))
+    return kept(out, make, (_sources(), BASE, seed, recipe))
 
 
-def _copy(out: Path, make: Callable[[Path], None], recipe: object) -> Path:
-    """Copy a folder that `make` fills, which it is asked to do only once; other processes wait."""
-    sources = [file_sha256(Path(str(path))) for path in (__file__, corpus.__file__, world.FILE, model.__file__)]
-    key = digest([sources, [version(name) for name in ("torch", "transformers", "peft")], repr(recipe)])
-    folder = KEPT / key[:16]
+def _sources() -> object:
+    paths = (__file__, corpus.__file__, world.FILE, model.__file__)
+    return [file_sha256(Path(str(path))) for path in paths], [version(name) for name in PACKAGES]
+
+
+def kept(out: Path, make: Callable[[Path], object], recipe: object) -> Path:
+    """Copy a folder that `make` fills, which is asked to do it only once for a `recipe`; other processes wait."""
+    folder = KEPT / digest(repr(recipe))[:16]
     KEPT.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            make(folder)
+            made = folder.with_suffix(".new")
+            shutil.rmtree(made, ignore_errors=True)
+            make(made)
+            made.rename(folder)
     return Path(shutil.copytree(folder, out))

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, PromotionConfig, TrainingConfig
@@ -99,8 +100,11 @@ def prefect_api(places: Places) -> Iterator[str]:
             try:
                 yield ui
             finally:
+                # The server must not go before the last lines and events have reached it: with nobody there, each
+                # event holds this process up for many seconds at its end.
                 for handler in logging.getLogger("prefect.flow_runs").handlers:
-                    handler.flush()  # the server must not go before the last lines have reached it
+                    handler.flush()
+                EventsWorker.drain_all(timeout=30)
 
 
 @contextmanager

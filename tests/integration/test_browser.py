@@ -22,7 +22,7 @@ from playwright.sync_api import expect
 
 from tasks.demo.up import Up
 from tests.browser import PrefectUi, open_browser
-from tests.deployed import process_worker, register, rest_client
+from tests.deployed import process_worker, rest_client
 from tests.fakes.process import ROOT, FakeOpenAI
 from tests.fakes.tiny_training import build_adapter, build_base
 
@@ -96,10 +96,9 @@ def write_prompts(path: Path, name: str, count: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(registered_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("browser")
     build_adapter(folder / "sft", build_base(folder / "base"))
-    register()
     with (
         pytest.MonkeyPatch.context() as environment,
         FakeOpenAI({"oracle_every": 3, "base": str(folder / "base")}, folder / "sampler") as sampler,
@@ -108,8 +107,8 @@ def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
         environment.setenv("BROWSER_JUDGE_KEY", KEY)
         environment.setenv("PREFECT_LOGGING_TO_API_ENABLED", "true")
         with process_worker(folder), open_browser() as page:
-            ui = PrefectUi(page, empty_prefect_server.removesuffix("/api"))
-            found = World(folder, rest_client(empty_prefect_server), ui, sampler, judge)
+            ui = PrefectUi(page, registered_prefect_server.removesuffix("/api"))
+            found = World(folder, rest_client(registered_prefect_server), ui, sampler, judge)
             turn_off(found, "preflow-restart-crashed")  # here a person presses Retry
             yield found
 

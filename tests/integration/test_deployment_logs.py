@@ -15,7 +15,7 @@ import pytest
 from prefect.deployments import run_deployment
 from prefect.exceptions import PrefectHTTPStatusError
 
-from tests.deployed import process_worker, register, rest_client
+from tests.deployed import process_worker, rest_client
 from tests.fakes.process import ROOT, FakeOpenAI
 from tests.fakes.tiny_training import build_adapter, build_base
 
@@ -97,13 +97,12 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(registered_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("logs")
     build_adapter(folder / "sft", build_base(folder / "base"))
     for name, place, count in (("prompts", "CAFE", 24), ("held-out", "KITCHEN", 6)):
         rows = [{"prompt": [{"role": "user", "content": f"INT. {place} - SCENE {n}"}]} for n in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    register()
     with (
         pytest.MonkeyPatch.context() as environment,
         FakeOpenAI({"oracle_every": 3, "base": str(folder / "base")}, folder / "sampler") as sampler,
@@ -111,7 +110,7 @@ def world(empty_prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -
     ):
         environment.setenv("PREFECT_LOGGING_TO_API_ENABLED", "true")
         with process_worker(folder):
-            yield World(folder, empty_prefect_server, sampler, judge)
+            yield World(folder, registered_prefect_server, sampler, judge)
 
 
 @pytest.mark.long  # a run through a worker

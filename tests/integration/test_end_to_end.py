@@ -49,7 +49,7 @@ from tasks.promote.pointer import PromotionRefused, read_pointer
 from tasks.rounds.rounds import RoundsResult
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.ranking import SweepResult
-from tests.deployed import process_worker, register, run_to_the_end
+from tests.deployed import process_worker, run_to_the_end
 from tests.fakes.hub import FakeHub
 from tests.models import demo_adapter, demo_base
 
@@ -124,13 +124,12 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, empty_prefect_server: str) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, registered_prefect_server: str) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
     demo_base(folder / "base")
     demo_adapter(folder / "sft", seed=7)
     for name, rows in (("prompts", training_prompts(24, 7)), ("held-out", heldout_prompts(10, 7))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    register()
     key = secrets.token_hex(8)
     vllm = vllm_server(VLLM_PYTHON, folder / "base", folder / "vllm.log", {"sft": folder / "sft"})
     with ExitStack() as stack:
