@@ -63,6 +63,7 @@ def checkpoints(workspace: Path) -> list[Path]:
     return list(workspace.glob("training/*/checkpoints/step-*/COMMITTED.json"))
 
 
+@pytest.mark.long  # SIGTERM is sent in test_training_exactness, too
 def test_an_interrupted_task_lets_the_trainer_save_and_raises_on(world: TinyWorld, tmp_path: Path) -> None:
     training = world.config(**ENDLESS)
 

@@ -194,6 +194,7 @@ def test_a_run_is_started_from_the_form_and_unchanged_fields_keep_their_defaults
     assert [len(json.loads(line)["completions"]) for line in file.read_text().splitlines()] == [4] * 6
 
 
+@pytest.mark.long  # a run; another test runs the pipeline
 def test_quick_run_starts_with_two_clicks(world: World) -> None:
     """As `preflow up` serves it: nothing is typed, no form opens."""
     up = Up(world.folder / "served")

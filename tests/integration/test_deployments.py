@@ -128,6 +128,7 @@ def test_the_pool_has_the_template_with_the_image_that_was_named(api: Api) -> No
     assert api.get("/work_pools/l4-spot")["base_job_template"] == template
 
 
+@pytest.mark.long  # registers twice
 def test_registering_again_leaves_the_settings_of_a_pool_alone(api: Api) -> None:
     before = api.get("/work_pools/l4-spot")
     register("pools", PREFLOW_TRAIN_IMAGE="registry.example/another:1")

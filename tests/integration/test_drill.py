@@ -52,6 +52,7 @@ def test_a_difference_is_seen_and_named(workspace: Path) -> None:
     assert "DIFFER from those of the uninterrupted training: metrics.jsonl" in done.stdout
 
 
+@pytest.mark.long  # three commands
 @pytest.mark.parametrize(
     ("options", "said"),
     [

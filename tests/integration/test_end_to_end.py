@@ -47,7 +47,7 @@ from tasks.demo.services import Service, free_port, judge_server, vllm_server
 from tasks.evaluate.labels import labels_uri, record_agreement
 from tasks.promote.pointer import PromotionRefused, read_pointer
 from tasks.rounds.rounds import RoundsResult
-from tasks.store.workspace import PipelineResult
+from tasks.store.workspace import PipelineResult, Workspace
 from tasks.sweep.ranking import SweepResult
 from tests.deployed import process_worker, run_to_the_end
 from tests.fakes.hub import FakeHub
@@ -176,6 +176,8 @@ def test_the_run_is_whole(bench: Bench, result: PipelineResult) -> None:
     first = json.loads((Path(result.adapter.uri).parent / "metrics.jsonl").read_text().splitlines()[0])
     assert first["dpo_loss" if "dpo_loss" in first else "loss"] == pytest.approx(0.693147, abs=1e-3)
     assert first["rewards/margins"] == 0
+    counts = Workspace(bench.workspace).read_manifest(result.adapter).counts
+    assert counts["train_exact"] == 2 * counts["train_used"] > 0, "trained on other tokens than were sampled"
     assert sorted(path.name for path in Path(result.adapter.uri).iterdir()) == [
         "COMMITTED.json",
         "adapter_config.json",

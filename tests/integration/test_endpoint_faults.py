@@ -245,6 +245,7 @@ async def test_the_window_shrinks_to_what_the_server_takes_and_grows_back() -> N
         assert endpoint.stats.window == 8
 
 
+@pytest.mark.long  # a clock that jumps shows it in the unit tests
 async def test_caps_per_minute_hold_in_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a minute of four seconds: no 429 from a server that counts exactly, and no second burst at the edge.
 

@@ -266,6 +266,7 @@ async def test_what_does_not_change_the_answers_is_not_asked_again(bench: Bench,
     assert await requests_of(200) == (100, 200), "100 prompts were added"
 
 
+@pytest.mark.long  # several runs
 async def test_parts_sampled_by_several_runs_at_once_make_the_whole(bench: Bench, fake: FakeOpenAI) -> None:
     """So 100,000 prompts are spread over pods: a run a part, and then one of them all, which asks for nothing."""
     whole = write_prompts(bench.folder, 90)
@@ -514,7 +515,9 @@ def write_adapter(workspace: Path, trained_on: list[Row]) -> AdapterRef:
     return adapter
 
 
-@pytest.mark.parametrize(("judge", "ties"), [("judge-hash", 0.0), ("judge-last", 1.0)])
+@pytest.mark.parametrize(
+    ("judge", "ties"), [("judge-hash", 0.0), pytest.param("judge-last", 1.0, marks=pytest.mark.long)]
+)
 async def test_an_adapter_like_any_other_wins_half_and_is_unloaded_again(
     tmp_path: Path, fake: FakeOpenAI, judge: str, ties: float
 ) -> None:

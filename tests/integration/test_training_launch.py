@@ -133,6 +133,7 @@ def test_a_damaged_adapter_is_made_again(
     assert file.read_bytes() == content
 
 
+@pytest.mark.long  # another training
 def test_an_invariant_reaches_the_caller_with_its_name(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(PreflowError, match="invariant adapter-moves"):
         Trained(world, tmp_path, learning_rate=1e-30)

@@ -184,6 +184,7 @@ def alone() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+@pytest.mark.long  # test_training_exactness compares the bytes after a kill
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_resuming_is_exact(world: TinyWorld, tmp_path: Path, load_in_4bit: bool, alone: ProcessPoolExecutor) -> None:
     alone.submit(compare_resumed, world, tmp_path, load_in_4bit).result()

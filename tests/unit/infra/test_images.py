@@ -226,6 +226,7 @@ parser.parse_args([*sys.argv[1:], "--enable-loras-please"])
 """
 
 
+@pytest.mark.long  # starts vLLM
 @pytest.mark.slow  # vLLM is imported
 @pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="make .venv-serve/ready installs vLLM")
 def test_vllm_knows_every_flag(tmp_path: Path) -> None:

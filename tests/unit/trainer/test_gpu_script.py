@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.long  # loads all of TRL
 @pytest.mark.slow  # TRL is imported
 def test_what_the_measurements_watch_is_there() -> None:
     code = "from tests.gpu.product import import_all, watch; import_all(); watch(print)"
