@@ -207,7 +207,7 @@ def test_the_command_checks_runs_and_follows_to_the_verdict(world: World) -> Non
     followed = preflow(world, "run", "--on", "dpo-pipeline/local", *change)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert "/v2/runs/flow-run/" in followed.stdout.splitlines()[0]
-    for pattern in (r"sft answers", r"better: it wins .*% of the comparisons \[", r"report: .*report\.html"):
+    for pattern in (r"sft answers", r"better: it wins .*% of the comparisons \(", r"report: .*report\.html"):
         assert re.search(pattern, followed.stdout), followed.stdout
     asked = len(world.judge.requests())
     here = preflow(world, "run", *change)
