@@ -3,10 +3,10 @@
 Every round is a run of the pipeline, so each of its stages is cached: a run of rounds that was killed finds what it has
 made, and two rounds share the prompts, the SFT adapter's samples and the judge's answers to equal questions.
 
-The reference is the SFT adapter in every round (`start: sft`), as in "On-policy data" rounds of offline DPO: the new
-pairs come from the best adapter so far, and the policy cannot drift further from the SFT adapter than beta allows. The
-alternative, `start: previous`, takes the adapter of the round before as start and reference, as Yuan et al. (2024),
-"Self-Rewarding Language Models", arXiv 2401.10020, do: it goes further, and nothing holds it to where it came from.
+The reference is the SFT adapter in every round (`start: sft`): the new pairs come from the best adapter so far, and the
+policy cannot drift further from the SFT adapter than beta allows. The alternative, `start: previous`, takes the adapter
+of the round before as start and reference, as Yuan et al. (2024), "Self-Rewarding Language Models", arXiv 2401.10020,
+do: it goes further, and nothing holds it to where it came from.
 """
 
 import logging
