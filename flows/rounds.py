@@ -12,6 +12,7 @@ from tasks.rounds.rounds import (
     Round,
     RoundsResult,
     best_round,
+    check_held_out,
     record_rounds,
     round_config,
     rounds_section,
@@ -30,6 +31,7 @@ async def dpo_rounds(config: PipelineConfig, rounds: RoundsConfig) -> RoundsResu
         config: What dpo-pipeline takes, for the first round.
         rounds: How many at most, and the adapter that each training begins with.
     """
+    check_held_out(config, rounds)
     config = await prepare_run(config)
     done = await run_rounds(config, rounds)
     result = RoundsResult(rounds=done)

@@ -15,6 +15,7 @@ import posixpath
 from pydantic import BaseModel
 
 from tasks.config import PipelineConfig, RoundsConfig
+from tasks.errors import PreflowError
 from tasks.report.page import Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html
@@ -39,6 +40,20 @@ class RoundsResult(BaseModel, frozen=True):
     rounds: tuple[Round, ...]
     best: int | None = None
     promotion: PromotionRef | None = None
+
+
+def check_held_out(config: PipelineConfig, rounds: RoundsConfig) -> None:
+    """Refuse several rounds without held-out prompts of their own, before anything is spent.
+
+    Raises:
+        PreflowError: `eval_prompts` is empty. Each round makes pairs of other prompts, so what one round leaves of
+            `prompts` another one was trained on.
+    """
+    if rounds.rounds > 1 and config.eval_prompts is None:
+        raise PreflowError(
+            "eval_prompts is empty: each round trains on pairs of other prompts, so none of `prompts` is held out from "
+            "all rounds. Give eval_prompts, a file of other prompts, or set rounds.rounds to 1."
+        )
 
 
 def round_config(config: PipelineConfig, rounds: RoundsConfig, before: Round | None) -> PipelineConfig:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tasks.config import PipelineConfig, RoundsConfig
-from tasks.rounds.rounds import Round, best_round, round_config, why_last
+from tasks.errors import PreflowError
+from tasks.rounds.rounds import Round, best_round, check_held_out, round_config, why_last
 from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef
 
 FACTS = {"sha256": "a" * 64, "size": 1, "rows": 1}
@@ -53,6 +54,13 @@ def test_a_round_that_went_astray_is_not_the_best() -> None:
     assert best_round((good, better, worse), 0.5) == better
     assert best_round((good, better, even), 0.5) == better
     assert best_round((Round(number=1, made=made(0.4)),), 0.5) is None
+
+
+def test_what_one_round_leaves_another_may_have_trained_on() -> None:
+    with pytest.raises(PreflowError, match=r"eval_prompts is empty.*rounds\.rounds to 1"):
+        check_held_out(PipelineConfig(), RoundsConfig(rounds=2))
+    check_held_out(PipelineConfig(), RoundsConfig(rounds=1))
+    check_held_out(PipelineConfig(eval_prompts="/held-out.jsonl"), RoundsConfig(rounds=2))
 
 
 @pytest.mark.parametrize("start", ["sft", "previous"])
