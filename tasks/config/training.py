@@ -83,6 +83,9 @@ class TrainingConfig(ChatSettings):
     cache_reference: Operational[bool] = Field(
         True, description="Compute the reference log-probs once and keep them; off: again in every step, same result."
     )
+    full_determinism: Operational[bool] = Field(
+        False, description="Compute on a GPU so that equal work gives equal bytes, after a preemption too; slower."
+    )
     eval_steps: int = Field(25, ge=1, description="Optimizer steps between evaluations.")
     save_steps: Operational[int] = Field(25, ge=1, description="Optimizer steps between checkpoints.")
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")

@@ -161,7 +161,7 @@ def make_order(drill: Drill, variables: Mapping[str, Any]) -> TrainingOrder:
             ) from error
         settings = made | settings
     own = {"max_steps": drill.steps, "save_steps": max(1, drill.steps // 4), "eval_steps": drill.steps,
-           "logging_steps": 1, "warmup_steps": 2, "lease_seconds": 10}  # fmt: skip
+           "logging_steps": 1, "warmup_steps": 2, "lease_seconds": 10, "full_determinism": True}  # fmt: skip
     try:
         training = TrainingConfig.model_validate(own | settings)
     except ValidationError as error:

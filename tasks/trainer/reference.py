@@ -46,7 +46,7 @@ def reference_key(splits: Sequence[Split], training: TrainingConfig, weights: Ma
     Args:
         splits: the pairs.
         training: for quantisation and length.
-        weights: digests of the base and of the SFT adapter, and the device's kind.
+        weights: digests of the base and of the SFT adapter, and what computes with them (`model.arithmetic`).
     """
     names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "bf16",
              "max_length", "ld_alpha")  # fmt: skip

@@ -38,6 +38,7 @@ from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_mi
 from tasks.trainer.model import (
     AdapterWeights,
     adapter_state,
+    arithmetic,
     as_loaded,
     has_cuda,
     load_base,
@@ -46,6 +47,7 @@ from tasks.trainer.model import (
     probe_texts,
     record_probe,
     save_adapter,
+    use_deterministic_kernels,
 )
 from tasks.trainer.reference import ReferenceCache, Split, reference_key
 from tasks.trainer.stopping import StopFlag
@@ -153,6 +155,8 @@ class TrainingRun:
         if self._training.bf16 and not has_cuda():
             LOG.info("bf16 is ignored: no CUDA here, training is fp32")
         torch.manual_seed(self._training.seed)
+        if self._training.full_determinism:
+            use_deterministic_kernels()
         with self._phases.phase("loading the base model"):
             base = load_base(self._training, int(os.environ.get("LOCAL_RANK", "0")))
         self._training = as_loaded(self._training, base.config)
@@ -172,9 +176,7 @@ class TrainingRun:
             self._progress(progress)
 
     def _use_cached_reference(self, trainer: ExactTrainer, splits: list[Split]) -> None:
-        weights = {
-            "base": self._spec.base_sha256, "sft": self._spec.sft_sha256, "device": "cuda" if has_cuda() else "cpu",
-        }  # fmt: skip
+        weights = {"base": self._spec.base_sha256, "sft": self._spec.sft_sha256, "device": arithmetic()}
         key = reference_key(splits, self._training, weights)
         cache = ReferenceCache(self._store, key, trainer.sft.digest())
         found = trainer.agree(cache.load(splits))

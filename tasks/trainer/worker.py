@@ -134,6 +134,11 @@ def run_and_classify(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> 
                 f"out of memory on the accelerator ({str(error).splitlines()[0]}). Set gradient_checkpointing, or "
                 "lower per_device_train_batch_size (and raise gradient_accumulation_steps) or max_length."
             )
+        if "does not have a deterministic implementation" in str(error):
+            return ExitCode.USER_ERROR, (
+                f"{str(error).splitlines()[0][:200]}: this model needs it, so set full_determinism to false; a resumed "
+                "training is then exact but for the last bits."
+            )
         return ExitCode.DEFECT, f"{type(error).__name__}: {error}"
     return ExitCode.DONE, "trained"
 

@@ -1,6 +1,6 @@
 """A process that trains once: `python -m tests.gpu.child [JOB]`; without JOB it imports everything and waits for one.
 
-JOB is JSON: `folder` with spec.json, `plain` for TRL without preflow, and `kernels` (see `Case`). What happens is
+JOB is JSON: `folder` with spec.json, `plain` for TRL without preflow, and `no_cudnn` (see `Case`). What happens is
 written, with the time, to timeline.jsonl in that folder. Standard input stays open as long as the parent lives.
 """
 
@@ -9,7 +9,6 @@ import time
 BORN = time.time()
 
 import json  # noqa: E402
-import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -21,13 +20,16 @@ def main(arguments: list[str]) -> int:
     """Import, take the job, do it, and say how much memory it took."""
     started = time.monotonic()
     product.import_all()
+    import torch
+
     imported = time.monotonic() - started
     line = arguments[0] if arguments else sys.stdin.buffer.readline().decode()
     if not line:
         return 0
     job = json.loads(line)
     folder = Path(job["folder"])
-    choose_kernels(job["kernels"])
+    if job["no_cudnn"]:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     with (folder / "timeline.jsonl").open("a") as out:
 
         def say(what: dict[str, Any]) -> None:
@@ -39,17 +41,6 @@ def main(arguments: list[str]) -> int:
             return product.train_plainly(folder, say) if job["plain"] else product.train(folder, say)
         finally:
             say({"memory": memory()})
-
-
-def choose_kernels(kernels: str) -> None:
-    """Choose kernels that give the same bits twice (`exact`), or attention without cuDNN (`no cudnn`)."""
-    import torch
-
-    if kernels == "no cudnn":
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    elif kernels == "exact":
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)  # with warn_only cuDNN's attention would stay as it is
 
 
 def memory() -> dict[str, float]:

@@ -39,8 +39,7 @@ class Case:
         steps: optimizer steps of 16 pairs; the first one is not timed.
         plain: TRL without preflow.
         cold: a process that has imported nothing yet.
-        kernels: `exact` for torch's deterministic ones, with which equal work must give equal bytes; `no cudnn` for
-            attention without cuDNN, which prepares itself for every new length.
+        no_cudnn: attention without cuDNN, which prepares itself for every new length.
         stop_after: SIGTERM half a second after this step; the exit is timed.
         resumes: the case whose training is taken up again.
         like: the case whose adapter must be the same.
@@ -52,7 +51,7 @@ class Case:
     steps: int = 4
     plain: bool = False
     cold: bool = False
-    kernels: str = ""
+    no_cudnn: bool = False
     stop_after: int | None = None
     resumes: str | None = None
     like: str | None = None
@@ -64,6 +63,7 @@ class Case:
         return self.resumes or self.name
 
 
+EXACT: dict[str, Any] = {"full_determinism": True}  # equal work must give equal bytes
 NO_GC: dict[str, Any] = {"gradient_checkpointing": False}
 BATCH_4: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
 # In the order of what is most worth knowing: what does not fit into the time is left out.
@@ -75,17 +75,18 @@ CASES = (
     Case("short, SIGTERM", stop_after=2),
     Case("short, resumed", cold=True, resumes="short, SIGTERM", like="short"),
     Case("short, again", like="short"),
-    Case("exact", kernels="exact"),
-    Case("exact, again", kernels="exact", like="exact"),
-    Case("exact, SIGTERM", kernels="exact", stop_after=2),
-    Case("exact, resumed", kernels="exact", resumes="exact, SIGTERM", like="exact"),
+    Case("exact", settings=EXACT),
+    Case("exact, again", settings=EXACT, like="exact"),
+    Case("exact, SIGTERM", stop_after=2, settings=EXACT),
+    Case("exact, resumed", resumes="exact, SIGTERM", like="exact", settings=EXACT),
     Case("short, without checkpointing", settings=NO_GC),
     Case("short, without checkpointing, plain TRL", plain=True, settings=NO_GC),
     Case("long, batch 4", "long", steps=3, settings=BATCH_4),
     Case("long, without checkpointing", "long", steps=3, settings=NO_GC),
     Case("short, batch 4", settings=BATCH_4),
     Case("mixed, by length", "mixed"),
-    Case("mixed, without cuDNN attention", "mixed", kernels="no cudnn"),
+    Case("mixed, exact", "mixed", settings=EXACT),
+    Case("mixed, without cuDNN attention", "mixed", no_cudnn=True, settings={"cache_reference": False}),
     Case("mixed, plain TRL", "mixed", plain=True),
     Case("mixed, shuffled", "mixed", settings={"group_by_length": False}),
 )
@@ -172,7 +173,7 @@ class Bench:
         )  # fmt: skip
 
     def _launch(self, case: Case, folder: Path) -> subprocess.Popen[bytes]:
-        job = json.dumps({"folder": str(folder), "plain": case.plain, "kernels": case.kernels})
+        job = json.dumps({"folder": str(folder), "plain": case.plain, "no_cudnn": case.no_cudnn})
         if case.cold:
             return self._start(job)
         process, self._spare = self._spare or self._start(), None

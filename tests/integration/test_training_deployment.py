@@ -255,12 +255,12 @@ async def test_a_failed_training_says_why_and_starts_again_once_that_is_fixed(
             PreflowError, match=r"failed: no chat template in [\s\S]*Its run is http.*run again"
         ) as caught:
             await pool_parent(world.preferences, config)
+        (failed,) = await children(world, config)
     finally:
         aside.rename(template)
-    (failed,) = await children(world, config)
     assert str(failed.id) in str(caught.value)
     assert Path((await pool_parent(world.preferences, config)).uri).is_dir()
-    _, again = await children(world, config)
+    (again,) = await children(world, config)  # the template is part of the key
     assert again.state is not None
     assert again.state.is_completed()
 

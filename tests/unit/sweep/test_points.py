@@ -25,7 +25,7 @@ from tasks.run.preflight import endpoint_lock, sharing_endpoints
 from tasks.store.measures import WinRate
 from tasks.store.workspace import AdapterRef, Manifest, Workspace
 from tasks.sweep.estimate import SweepPlan, Work, check_budget, plan_sweep
-from tasks.sweep.page import plan_lines, plan_section, ranking_section
+from tasks.sweep.page import conclude, plan_lines, plan_section, ranking_section
 from tasks.sweep.points import apply_change, expand_points, parameter_names
 from tasks.sweep.prepare import find_unready, prepare_points, trainings_at_once
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
@@ -289,6 +289,13 @@ def _result(number: int, rate: float | None, measured: str = "one") -> PointResu
     alone, widened = (WinRate(win_rate=rate, lower=rate - half, upper=rate + half) for half in (0.03, 0.05))
     about = {"number": number, "change": {}, "name": name, "evaluation_fingerprint": measured}
     return PointResult(rate=alone, widened=widened, **about)
+
+
+def test_a_sweep_of_which_nothing_is_left_says_why() -> None:
+    results = (_result(1, None), _result(2, None))
+    result = SweepResult(key="k", points=results, ranking=(), confidence=0.95, widened_confidence=0.95)
+    with pytest.raises(PreflowError, match=r"all 2 points failed.*\npoint 1 \(n1\): judge down\npoint 2 \(n2\): judge"):
+        conclude(result, "runs")
 
 
 def test_the_ranking_is_honest() -> None:

@@ -63,6 +63,7 @@ def test_beta_learning_rate_epochs_and_loss_share_it_but_content_does_not() -> N
         reference_key(SPLITS, TrainingConfig(max_length=64), WEIGHTS),
         reference_key(SPLITS, TrainingConfig(load_in_4bit=False), WEIGHTS),
         reference_key(SPLITS, TrainingConfig(), {**WEIGHTS, "sft": "x"}),
+        reference_key(SPLITS, TrainingConfig(), {**WEIGHTS, "device": "NVIDIA L4"}),
         reference_key(SPLITS[:1], TrainingConfig(), WEIGHTS),
         reference_key([fewer, SPLITS[1]], TrainingConfig(), WEIGHTS),
     ]

@@ -29,6 +29,7 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
         (OSError(errno.EIO, "Input/output error"), ExitCode.DEFECT, "OSError: .*Input/output error"),
         (os_error(SafetensorError("bad header"), Path("/scratch")), ExitCode.DEFECT, "/scratch: bad header"),
         (torch.OutOfMemoryError("CUDA out of memory"), ExitCode.USER_ERROR, "out of memory on the accelerator"),
+        (RuntimeError("histc does not have a deterministic implementation"), ExitCode.USER_ERROR, "full_determinism"),
         (PreflowError("give another base"), ExitCode.USER_ERROR, "give another base"),
         (InvariantError("adapter-moves", "it did not"), ExitCode.INVARIANT, "invariant adapter-moves: it did not"),
         (LeaseLostError("another trainer"), ExitCode.PREEMPTED, "another trainer"),
