@@ -235,7 +235,7 @@ async def test_a_point_that_fails_leaves_the_others(bench: Bench, result: SweepR
         shown = artifacts(bench, "sweep")[0]["data"]
         assert "Points that failed" in shown
         assert "Points 1-2 failed" in shown
-        with pytest.raises(PreflowError, match="judge-first.* has given no answer"):  # before any point is begun
+        with pytest.raises(PreflowError, match=r"judge-first.* has given no answer"):  # before any point is begun
             await dpo_sweep(bench.config(), SweepConfig(changes=changes[:1]))
 
 
