@@ -124,7 +124,7 @@ def preference_sections(preferences: PreferencesRef, workspace: str) -> list[Rep
     """Return the sections on the judge's quality and on the pairs."""
     store = Workspace(workspace)
     picture = store.read_bytes(preferences.sibling("quality.png"))
-    pairs = sample_rows(store.read_rows(preferences.uri))
+    pairs = sample_rows(row for row in store.read_rows(preferences.uri) if not row.get("sft_only"))
     return [quality_section(read_quality(store, preferences), picture), pairs_section(pairs)]
 
 
