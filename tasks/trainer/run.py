@@ -322,9 +322,7 @@ class TrainingRun:
         if paths != self._paths:
             whole = store.committed_files(self._paths.adapter)[COMMITTED].sha256
             upstream.append(
-                Origin(
-                    kind="training", uri=self._paths.adapter, sha256=whole, manifest=self._paths.file(MANIFEST)
-                )
+                Origin(kind="training", uri=self._paths.adapter, sha256=whole, manifest=self._paths.file(MANIFEST))
             )
         return Manifest(
             artifact=artifact,
