@@ -41,7 +41,8 @@ async def evaluate_adapter(
     """Have the judge compare samples of the new adapter with the SFT adapter's, on prompts it was not trained on.
 
     Args:
-        adapter: The new adapter, or with evaluation.checkpoints the last of those that a training kept: its folder in the workspace, its training's manifest.json, or the reference itself.
+        adapter: The new adapter: its folder in the workspace, its training's manifest.json, or the reference itself.
+            With evaluation.checkpoints, the last of those that its training kept.
         prompts: Held-out prompts, JSONL: a path or gs:// address; those that were trained on are left out.
         workspace: Where everything is kept: a folder or gs:// address.
         evaluation: Number of samples, endpoint and judge.

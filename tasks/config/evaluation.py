@@ -9,7 +9,6 @@ from tasks.config.base import Operational, StageConfig
 from tasks.config.generation import GenerationConfig
 from tasks.config.judging import JudgeConfig, JudgingConfig
 
-
 # So many verdicts more, in percent, may the choice among checkpoints cost.
 MOST_MORE = 35
 
@@ -24,8 +23,8 @@ class EvaluationConfig(StageConfig):
         0,
         ge=0,
         le=8,
-        description="Checkpoints of the training, evenly spaced, the last among them, of which the judge chooses the best "
-        "on a part of the held-out prompts; the rest of these decide. 3 takes at most 35 % more verdicts. 0: the last.",
+        description="Checkpoints of the training, evenly spaced, the last among them: the judge chooses the best on a "
+        "part of the held-out prompts, and the others decide. 3 is usual; at most 35 % more verdicts. 0: the last.",
     )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the win rate's interval.")
     seed: int = Field(1042, ge=0, lt=2**31, description="Seed of the samples and of the interval's bootstrap.")

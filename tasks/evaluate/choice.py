@@ -1,11 +1,11 @@
-"""The best checkpoint of a training, by the judge: on a part of the held-out prompts, which then decides nothing else."""
+"""The best checkpoint of a training, by the judge, on a part of the held-out prompts that decides nothing else."""
 
 import logging
 from collections.abc import Sequence
 
 from tasks.config import EvaluationConfig, PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.evaluate.comparisons import length_controlled, read_comparison, win_rate
+from tasks.evaluate.comparisons import Comparison, length_controlled, read_comparison, win_rate
 from tasks.store.measures import Choice, Tried
 from tasks.store.prompts import import_prompts, split_prompts
 from tasks.store.workspace import (
@@ -41,7 +41,7 @@ def check_choice(config: PipelineConfig) -> None:
     if not evaluation.parts(expected)[0]:
         raise PreflowError(
             f"evaluation.checkpoints {evaluation.checkpoints}: about {expected} prompts will be held out, too few to "
-            "choose with a part of them. Give eval_prompts, raise judging.val_ratio, or set evaluation.checkpoints to 0."
+            "choose with a part of them. Give eval_prompts, raise judging.val_ratio, or set it to 0."
         )
 
 
@@ -87,11 +87,13 @@ def record_choice(
         "choice", VERSION, judged=[reference.sha256 for reference in upstream], confidence=evaluation.confidence
     )
     folder = store.uri("choices", key)
-    rows = store.read_rows(judged[0][1].uri)
-    choice = Choice(
-        tried=tuple(_try(store, adapter, verdicts, evaluation.confidence) for adapter, verdicts in judged),
-        prompts=tuple(dict.fromkeys(row["prompt_id"] for row in rows)),
-    )
+    tried, prompts = list[Tried](), dict[str, None]()
+    for adapter, verdicts in judged:
+        comparisons = [read_comparison(row) for row in store.read_rows(verdicts.uri)]
+        prompts |= dict.fromkeys(one.prompt for one in comparisons)
+        step = store.read_manifest(adapter).counts["steps"]
+        tried.append(try_checkpoint(step, adapter.sha256, comparisons, evaluation.confidence))
+    choice = Choice(tried=tuple(tried), prompts=tuple(prompts))
     best = next(adapter for adapter, _ in judged if adapter.sha256 == choice.best.adapter_sha256)
     with store.writing(f"{folder}/choice.json") as out:
         out.write(indented_json(choice.model_dump(mode="json", exclude_none=True)))
@@ -110,11 +112,7 @@ def record_choice(
     return artifact
 
 
-def _try(store: Workspace, adapter: AdapterRef, verdicts: VerdictsRef, confidence: float) -> Tried:
-    comparisons = [read_comparison(row) for row in store.read_rows(verdicts.uri)]
-    return Tried(
-        step=store.read_manifest(adapter).counts["steps"],
-        adapter_sha256=adapter.sha256,
-        length_controlled=length_controlled(comparisons, confidence),
-        **win_rate(comparisons, confidence).model_dump(),
-    )
+def try_checkpoint(step: int, sha256: str, comparisons: Sequence[Comparison], confidence: float) -> Tried:
+    """Measure how often a checkpoint won, in both rates that the gate looks at."""
+    rate, controlled = win_rate(comparisons, confidence), length_controlled(comparisons, confidence)
+    return Tried(step=step, adapter_sha256=sha256, length_controlled=controlled, **rate.model_dump())

@@ -216,7 +216,7 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
 
 
 def _wrong_choice(evidence: Evidence, choice: Choice) -> Iterator[str]:
-    """Yield what is wrong with the choice of the checkpoint: another is better, or it was made on these very prompts."""
+    """Yield what is wrong with the choice of a checkpoint: another is better, or it was made on these very prompts."""
     if choice.best.adapter_sha256 != evidence.verdict.adapter_sha256:
         yield f"choice: step {choice.best.step} has the highest lower bound, and another adapter was evaluated"
     deciding = {str(judged.row["prompt_id"]) for judged in evidence.comparisons}

@@ -49,7 +49,7 @@ class Design:
         return math.sqrt(self.design_effect * spread(rate, ties) / (self.prompts * self.samples))
 
     def finds(self, lead: float, checkpoints: int) -> float:
-        """Return the probability that the best of the checkpoints is chosen, if it truly wins `lead` more than each other.
+        """Return the probability that the best checkpoint is chosen, if it truly wins `lead` more than each other one.
 
         Their rates are taken as independent and normal; that they share the SFT adapter's samples makes it likelier.
         """
@@ -166,8 +166,8 @@ def power_before_price(config: PipelineConfig, usd_per_verdict: float = 0.0) -> 
         return said
     found = replace(design, prompts=choosing).finds(LEAD, evaluation.checkpoints)
     return (
-        f"{said} Another {choosing:,} choose among {evaluation.checkpoints} checkpoints, which finds one that truly wins "
-        f"{percent(LEAD, '.0f')} more than the others in {percent(found, '.0f')} of runs."
+        f"{said} Another {choosing:,} choose among {evaluation.checkpoints} checkpoints: one that truly wins "
+        f"{percent(LEAD, '.0f')} more often than the others is found in {percent(found, '.0f')} of runs."
     )
 
 

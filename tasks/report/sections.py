@@ -230,13 +230,13 @@ def choice_section(choice: Choice) -> ReportSection:
     return ReportSection(
         title="Best checkpoint",
         summary=(
-            f"Of {len(choice.tried)} checkpoints the one of step {best.step} is chosen, by {len(choice.prompts):,} held-out "
-            "prompts. The verdict on it comes from the other held-out prompts."
+            f"Of {len(choice.tried)} checkpoints the one of step {best.step} is chosen, by {len(choice.prompts):,} "
+            "held-out prompts. The verdict on it comes from the other held-out prompts."
         ),
         tables=(Table("Checkpoints against the SFT adapter", columns, rows),),
         notes=(
-            "Chosen is the highest lower bound, of the two that the gate looks at. The rate of the chosen one is too high "
-            "here, because it was chosen for it; that of the evaluation is not.",
+            "Chosen is the highest lower bound, of the two that the gate looks at. The rate of the chosen one is too "
+            "high here, because it was chosen for it; that of the evaluation is not.",
         ),
     )
 

@@ -265,7 +265,7 @@ class Tried(Evaluation):
 
 
 class Choice(BaseModel, frozen=True):
-    """`choice.json`: the checkpoints of a training, in their order, and the prompts that chose, which then do not decide.
+    """`choice.json`: the checkpoints of a training, in their order, and the prompts that chose, which do not decide.
 
     The rate of the chosen one is too high, because it was chosen for it; the evaluation's is not.
     """
