@@ -7,7 +7,8 @@ import pytest
 import pytest_asyncio
 
 from flows.pipeline import dpo_pipeline
-from tasks.config import PipelineConfig, SweepConfig
+from flows.rounds import dpo_rounds
+from tasks.config import PipelineConfig, RoundsConfig, SweepConfig
 from tasks.evaluate.evidence import collect_evidence, find_differences
 from tasks.promote.pointer import read_pointer
 from tasks.run.approval import count_comparisons
@@ -96,8 +97,20 @@ async def test_a_second_run_asks_nobody_and_the_last_adapter_needs_new_compariso
     last = config.evaluation.model_copy(update={"checkpoints": 0})
     training = config.training.model_copy(update={"checkpoints": CHECKPOINTS})
     whole = await dpo_pipeline(config.model_copy(update={"evaluation": last, "training": training}))
-    assert len(bench.trainings()) == CHECKPOINTS, "the last one and those that it kept; nothing is trained again"
+    assert len(bench.trainings()) == 1, "nothing is trained again"
     assert whole.adapter.sha256 == choice_of(result).tried[-1].adapter_sha256
     new = bench.asked()[asked:]
     assert Counter(row["n"] for row in new)[SAMPLES] <= HELD_OUT
     assert len({row["sha"] for row in bench.asked()}) == len(bench.asked()), "something was asked twice"
+
+
+async def test_rounds_choose_a_checkpoint_each_and_go_on_from_it(
+    bench: Bench, config: PipelineConfig, result: PipelineResult
+) -> None:
+    first, second = (await dpo_rounds(config, RoundsConfig(rounds=2))).rounds
+    assert first.made.adapter == result.adapter
+    asked = bench.asked()
+    assert Counter(row["model"] for row in asked)[f"round-{result.adapter.sha256[:12]}"] == PROMPTS
+    assert second.made.adapter.sha256 == choice_of(second.made).best.adapter_sha256
+    assert choice_of(second.made).prompts == choice_of(result).prompts, "and so they decide in no round"
+    assert len({row["sha"] for row in asked}) == len(asked), "something was asked twice"
