@@ -5,7 +5,7 @@ import posixpath
 from dataclasses import dataclass
 from enum import IntEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.config import TrainingConfig
 from tasks.store.workspace import PreferencesRef
@@ -28,10 +28,8 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-class TrainingSpec(BaseModel):
+class TrainingSpec(BaseModel, frozen=True, extra="forbid"):
     """One training: everything the child needs to know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     preferences: PreferencesRef
     workspace: str
