@@ -83,4 +83,5 @@ class EvaluationConfig(StageConfig):
 
     def null_judge(self) -> JudgingConfig:
         """Return the judges as they compare the SFT adapter with itself: those that made the labels, in both orders."""
-        return (self.judging or JudgingConfig()).model_copy(update={"orders": 2})
+        for_pairs = {"rejected_sigmas": None, "min_chosen_score": None}
+        return (self.judging or JudgingConfig()).model_copy(update={"orders": 2, **for_pairs})

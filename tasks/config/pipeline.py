@@ -73,6 +73,14 @@ class PipelineConfig(StageConfig):
                 f"judging.orders ({self.judging.orders}) is more than generation.num_completions "
                 f"({self.generation.num_completions}): there are only so many rotations"
             )
+        sigmas, count = self.judging.rejected_sigmas, self.generation.num_completions
+        if sigmas is not None and count - 1 <= sigmas**2:
+            # Samuelson's inequality: of n values none lies more than sqrt(n - 1) standard deviations from their mean.
+            raise ValueError(
+                f"judging.rejected_sigmas {sigmas:g} does nothing with generation.num_completions {count}: of so few "
+                f"none scores that far below their mean. Take {int(sigmas**2) + 2} or more (16 is usual), or leave it "
+                "empty"
+            )
         if self.training.max_length <= self.generation.max_tokens:
             raise ValueError(
                 f"training.max_length ({self.training.max_length} tokens, prompt and completion) leaves no room for a "

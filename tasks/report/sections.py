@@ -82,7 +82,8 @@ def _detail_table(metric: Metric) -> Table | None:
         rows = [(of["speaker"], percent(of["chosen"]), percent(of["rejected"])) for of in detail["speakers"]]
         return Table("Lines by speaker", ("speaker", "in chosen", "in rejected"), tuple(rows))
     if "histogram" in detail:
-        return Table(metric.title, ("confidence", "votes"), tuple(detail["histogram"].items()))
+        columns = ("score", "prompts") if metric.name == "best_score" else ("confidence", "votes")
+        return Table(metric.title, columns, tuple(detail["histogram"].items()))
     if metric.name == "distinct_2":
         rows = [(f"{n}-grams", percent(detail[f"distinct_{n}"])) for n in (1, 2, 3)]
         return Table("Distinct n-grams in two completions of a prompt", ("of", "distinct"), tuple(rows))
@@ -96,8 +97,9 @@ def pairs_section(pairs: Sequence[Row]) -> ReportSection:
     shown = pairs[:EXAMPLES]
     examples = []
     for number, pair in enumerate(shown, 1):
-        confidence = pair.get("confidence")
-        note = f"confidence {confidence:.3g}" if isinstance(confidence, int | float) else ""
+        known = {"confidence": pair.get("confidence")}
+        known |= {f"{side} scores": pair.get(f"{side}_score") for side in ("chosen", "rejected")}
+        note = ", ".join(f"{name} {value:.3g}" for name, value in known.items() if isinstance(value, int | float))
         sides = Side("chosen", pair["chosen"][-1]["content"]), Side("rejected", pair["rejected"][-1]["content"])
         examples.append(_example(number, pair["prompt"], note, sides))
     summary = f"{len(shown)} preference pairs, drawn at random. Would you have chosen the left ones?"

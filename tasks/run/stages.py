@@ -121,7 +121,7 @@ async def _try_generation(endpoint: Endpoint, config: PipelineConfig) -> None:
 
 def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
     async def ask(endpoint: Endpoint, judge: JudgeConfig) -> None:
-        await try_judge(endpoint, judge, read_rubric(judging.rubric))
+        await try_judge(endpoint, judge, read_rubric(judging.rubric), judging.wants_scores)
 
     return [(judge, partial(ask, judge=judge)) for judge in judging.judges()]
 

@@ -80,13 +80,17 @@ class CompletionsRow(KeepingRow):
 
 
 class Vote(KeepingRow):
-    """What one judge said about a row's completions in one order; `best` and `worst` are indexes of completions."""
+    """What one judge said about a row's completions in one order; `best` and `worst` are indexes of completions.
+
+    `scores`, where they were asked for, are in the order in which the completions were shown.
+    """
 
     judge: str
     order: list[int]
     best: int | None = None
     worst: int | None = None
     confidence: int | None = None
+    scores: list[int] | None = None
     error: str | None = None
     raw: str | None = None
 

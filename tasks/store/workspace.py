@@ -120,10 +120,6 @@ class Workspace:
         """Return the bytes from `start` up to `end`, or the whole file; less where the file ends before."""
         raise NotImplementedError
 
-    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """Return the bytes from start up to end of each range; in ascending order it is fast."""
-        raise NotImplementedError
-
     def open(self, uri: str) -> IO[bytes]:
         """Open a whole file for reading from its start to its end."""
         raise NotImplementedError

@@ -19,9 +19,9 @@ from tasks.errors import PreflowError
 from tasks.evaluate.choice import find_checkpoints, record_choice
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import plan_generation
-from tasks.judge.asking import CHARACTERS_PER_TOKEN, VERDICT_TOKENS, plan_judging
-from tasks.judge.pairs import APPLIED, find_preferences
-from tasks.judge.prompt import INSTRUCTIONS, read_rubric
+from tasks.judge.asking import CHARACTERS_PER_TOKEN, plan_judging, verdict_tokens
+from tasks.judge.pairs import find_preferences
+from tasks.judge.prompt import instructions, read_rubric
 from tasks.llm.responses import BATCH_PRICE
 from tasks.store.prompts import import_prompts, split_prompts
 from tasks.store.workspace import (
@@ -245,17 +245,19 @@ class _Planner:
         Before there are completions, what can be said is how much there is to ask at most.
         """
         rubric = read_rubric(judging.rubric)
-        key = digest([samples.key, judging.verdict_identity(), rubric])
+        told = instructions(judging.wants_scores)
+        key = digest([samples.key, judging.verdict_identity(), rubric, told])
         plan = plan_judging(samples.ref, self._workspace, judging) if samples.ref else None
         verdicts = plan.finished if plan else None
-        instructed = samples.prompt_tokens + (len(rubric) + len(INSTRUCTIONS)) / CHARACTERS_PER_TOKEN
+        instructed = samples.prompt_tokens + (len(rubric) + len(told)) / CHARACTERS_PER_TOKEN
         for place, judge in enumerate(judging.judges()):
             measured = None if judging.panel else verdicts
-            tokens = self._tokens(f"judge {judge.model}", VERDICT_TOKENS, measured)
+            expected = verdict_tokens(judging, samples.count)
+            tokens = self._tokens(f"judge {judge.model}, {expected:.0f} tokens", expected, measured)
             work = self._open(f"{stage} {key} {place}", number, stage, judge.model, verdicts is not None)
             if work is None:
                 continue
-            group = digest([samples.group, judge.identity(), rubric, judging.orders, judging.seed])
+            group = digest([samples.group, judge.identity(), rubric, told, judging.orders, judging.seed])
             new = self._claim(group, samples.ids)
             if plan:
                 left = plan.judges[place].remaining()
@@ -272,8 +274,8 @@ class _Planner:
         """Plan a training; return what stands for its adapter, and the adapter if it is there."""
         training, adapter = config.training, None
         if preferences is None:
-            applied = config.judging.model_dump(mode="json", include=APPLIED)
-            key = digest([judged, applied, training.identity(), training.sft_adapter, training.base_model])
+            paired = config.judging.pairs_identity()
+            key = digest([judged, paired, training.identity(), training.sft_adapter, training.base_model])
         else:
             key = training_key(preferences, training)
             adapter = self._store.find_finished(self._store.uri("training", key, MANIFEST), AdapterRef)

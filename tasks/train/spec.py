@@ -5,7 +5,7 @@ import posixpath
 from dataclasses import dataclass
 from enum import IntEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.config import TrainingConfig
 from tasks.store.workspace import PreferencesRef
@@ -33,10 +33,8 @@ def kept_steps(total: int, checkpoints: int) -> list[int]:
     return sorted({total * number // checkpoints for number in range(1, checkpoints)} - {0})
 
 
-class TrainingSpec(BaseModel):
+class TrainingSpec(BaseModel, frozen=True, extra="forbid"):
     """One training: everything the child needs to know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     preferences: PreferencesRef
     workspace: str

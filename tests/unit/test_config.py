@@ -152,6 +152,11 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "cap below one answer": (GenerationConfig, {"tokens_per_minute": 99}, r"tokens_per_minute \(99\) .*max_tokens"),
     "equal samples": (EvaluationConfig, {"generation": GREEDY}, r"generation.temperature 0 .*num_samples \(4\)"),
     "equal draws": (EvaluationConfig, {"generation": GREEDY, "num_samples": 1}, "null_test .*generation.temperature"),
+    "too few to lie so far below": (
+        PipelineConfig,
+        {"judging": {"rejected_sigmas": 2}, "generation": {"num_completions": 5}},
+        r"rejected_sigmas 2 does nothing with generation.num_completions 5: .* Take 6 or more",
+    ),
     "rotations": (PipelineConfig, {"judging": {"orders": 4}}, r"judging.orders \(4\) .*num_completions \(3\)"),
     "no room": (
         PipelineConfig,
