@@ -119,6 +119,12 @@ class PipelineConfig(StageConfig):
             raise ValueError(
                 f"evaluation.judges: {', '.join(known)} made the labels; a second opinion takes another model"
             )
+        kept, tried = self.training.checkpoints, self.evaluation.checkpoints
+        if kept and tried and kept != tried:
+            raise ValueError(
+                f"evaluation.checkpoints ({tried}) chooses among as many as training.checkpoints ({kept}) keeps: leave "
+                "training.checkpoints 0, it then takes this number"
+            )
         best, bar = self.evaluation.best_lower_bound(), self.promotion.min_win_rate
         if best <= bar:
             raise ValueError(
@@ -149,5 +155,6 @@ class PipelineConfig(StageConfig):
                 "judging": judging,
             }
         )
-        training = self.training.model_copy(update=chat)
+        kept = self.evaluation.checkpoints or self.training.checkpoints
+        training = self.training.model_copy(update={**chat, "checkpoints": kept})
         return self.model_copy(update={"generation": generation, "training": training, "evaluation": evaluation})

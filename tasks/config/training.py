@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from tasks.config.base import Location, ModelLocation, Operational
 from tasks.config.chat import ChatSettings
@@ -88,6 +88,13 @@ class TrainingConfig(ChatSettings):
     )
     eval_steps: int = Field(25, ge=1, description="Optimizer steps between evaluations.")
     save_steps: Operational[int] = Field(25, ge=1, description="Optimizer steps between checkpoints.")
+    checkpoints: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Adapters that are kept of one training, evenly spaced over its steps, the last among them, for "
+        "evaluation.checkpoints to choose from, which sets this too. 0: the last alone.",
+    )
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of shuffling and dropout.")
     report_to: Operational[Tracker] = Field("none", description="Experiment tracker.")
@@ -103,6 +110,10 @@ class TrainingConfig(ChatSettings):
         le=3600,
         description="A trainer that gave no sign of life for so long, in seconds, is replaced by a waiting one.",
     )
+
+    def identity(self) -> dict[str, JsonValue]:
+        """As of every stage; keeping the last adapter alone is no setting, so that older trainings are found."""
+        return {name: value for name, value in super().identity().items() if name != "checkpoints" or value}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

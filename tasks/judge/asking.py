@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.batch.caching import find_finished
 from tasks.batch.costs import CostLog, say_prices, write_manifest
@@ -38,10 +38,8 @@ def verdict_tokens(judging: JudgingConfig, shown: float) -> float:
     return VERDICT_TOKENS + (SCORE_TOKENS * shown if judging.wants_scores else 0)
 
 
-class JudgingPlan(BaseModel):
+class JudgingPlan(BaseModel, frozen=True):
     """What a judging will do: its judges, its shards, and what the verdicts depend on."""
-
-    model_config = ConfigDict(frozen=True)
 
     workspace: str
     source: Reference
@@ -85,10 +83,8 @@ class JudgingPlan(BaseModel):
         return build_messages(self.rubric, question.row, question.order, self.judging.wants_scores)
 
 
-class Remaining(BaseModel):
+class Remaining(BaseModel, frozen=True):
     """What is still to be asked: requests in all, those of them known, and the tokens of the others, as expected."""
-
-    model_config = ConfigDict(frozen=True)
 
     requests: int
     known: int
@@ -101,10 +97,8 @@ class Remaining(BaseModel):
         return self.requests - self.known
 
 
-class JudgePlan(BaseModel):
+class JudgePlan(BaseModel, frozen=True):
     """What one judge of a judging will do. A vote is known by the judge's settings and the exact messages."""
-
-    model_config = ConfigDict(frozen=True)
 
     judging: JudgingPlan
     judge: JudgeConfig
@@ -115,24 +109,12 @@ class JudgePlan(BaseModel):
         settings = {name: value for name, value in self.judge.identity().items() if name != "max_attempts"}
         return stage_key("judging", VERSION, settings=settings)
 
-    @property
-    def workspace(self) -> str:
-        """Where the artifacts are kept."""
-        return self.judging.workspace
-
-    @property
-    def folder(self) -> str:
-        """Where the finished artifact of all judges lies."""
-        return self.judging.folder
-
-    @property
-    def slices(self) -> list[Slice]:
-        """The shards' input."""
-        return self.judging.slices
-
     def rows(self) -> RowStore:
         """Open the votes given under these settings."""
-        return RowStore(self.workspace, "votes", self.settings_key, variant=self._asked)
+        judging = self.judging
+        shown = judging.judging.model_dump(include={"orders", "seed"})
+        asked = digest([judging.rubric, instructions(judging.judging.wants_scores), MARKS, shown])
+        return RowStore(judging.workspace, "votes", self.settings_key, variant=asked)
 
     def remaining(self) -> Remaining:
         """Count what this judge is still to be asked, an equal question once; tokens are characters / 4."""
@@ -140,7 +122,7 @@ class JudgePlan(BaseModel):
         characters: dict[str, int] = {}
         answers = 0.0
         rows = self.rows()
-        for row in Workspace(self.workspace).read_rows(self.judging.source.uri):
+        for row in rows.store.read_rows(self.judging.source.uri):
             units = self.judging.units_of(dict(row))
             for key in units.keys() - keys - rows.known(units):
                 characters[key] = sum(len(message["content"]) for message in self.judging.messages(units[key]))
@@ -153,15 +135,6 @@ class JudgePlan(BaseModel):
             prompt_tokens=tokens,
             completion_tokens=round(answers),
         )
-
-    def shard_key(self, part: Slice) -> str:
-        """Return the content key of one shard."""
-        return stage_key("judge-shard", VERSION, settings=self.settings_key, asked=self._asked, rows=part.sha256)
-
-    @property
-    def _asked(self) -> str:
-        shown = self.judging.judging.model_dump(include={"orders", "seed"})
-        return digest([self.judging.rubric, instructions(self.judging.judging.wants_scores), MARKS, shown])
 
 
 def plan_judging(source: Reference, workspace: str, judging: JudgingConfig) -> JudgingPlan:
@@ -263,14 +236,14 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
             key; later: it is down for too long, the budget is used up, or too much failed.
     """
     judge, judging = plan.judge, plan.judging
-    costs = CostLog(plan.workspace, plan.folder, judge.model)
+    costs, store = CostLog(judging.workspace, judging.folder, judge.model), Workspace(judging.workspace)
     logger.info(
         "judging with %s: rubric %s, %d orders, %s", judge.model, judging.judging.rubric, judging.judging.orders,
         say_prices(judge),
     )  # fmt: skip
     async with await Endpoint.connect(costs.left_of(judge), f"judging ({judge.model})") as endpoint:
         if judge.batch:
-            endpoint.use_batches(Workspace(plan.workspace), Workspace(plan.workspace).uri("batches", plan.settings_key))
+            endpoint.use_batches(store, store.uri("batches", plan.settings_key))
         worker = ShardWorker(
             rows=plan.rows(),
             units_of=judging.units_of,
@@ -279,7 +252,7 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
             concurrency=endpoint.most_in_flight,
             prepare=endpoint.check_model,
         )
-        return await run_shards("judge", plan, worker, endpoint, costs)
+        return await run_shards("judge", judging.slices, worker, endpoint, costs)
 
 
 # Two answers that anyone can tell apart.

@@ -182,6 +182,12 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
         "evaluation.judges: m made the labels",
     ),
     "a second opinion twice": (EvaluationConfig, {"judges": [{"model": "m"}, {"model": "m"}]}, "judges: m .*another"),
+    "nothing to choose": (EvaluationConfig, {"checkpoints": 1}, "checkpoints 1 .*nothing to choose"),
+    "other checkpoints": (
+        PipelineConfig,
+        {"evaluation": {"checkpoints": 3}, "training": {"checkpoints": 2}},
+        r"evaluation.checkpoints \(3\) .*training.checkpoints \(2\)",
+    ),
     "own place": (PipelineConfig, {"promotion": {"name": "sft"}}, "promotion.name and generation.model"),
     "failures": (JudgingConfig, {"max_failure_ratio": 1.5}, "max_failure_ratio"),
 }
@@ -249,3 +255,10 @@ def test_a_filled_pipeline_writes_out_what_stages_share() -> None:
     assert filled.evaluation.generation == filled.generation
     assert filled.evaluation.comparison_judge().model == "j"
     assert filled.filled() == filled
+
+
+def test_a_training_keeps_what_the_evaluation_chooses_among_and_is_else_the_one_that_it_was() -> None:
+    base = PipelineConfig.model_validate({"evaluation": {"checkpoints": 3}}).filled()
+    assert base.training.checkpoints == 3
+    assert base.training.identity()["checkpoints"] == 3
+    assert "checkpoints" not in PipelineConfig().filled().training.identity()
