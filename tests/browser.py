@@ -29,6 +29,14 @@ FAULTS = """(root) => {
     .map(e => `beyond the window: ${name(e)}`);
   const scrolls = inside.filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
     .map(e => `wider than its box: ${name(e)}`);
+  const shown = (box, node) => {  // and not scrolled out of a box with a height of its own
+    for (let e = node.parentElement; e; e = e.parentElement) {
+      const around = e.getBoundingClientRect();
+      const isOutside = box.top > around.bottom || box.bottom < around.top;
+      if (isOutside && getComputedStyle(e).overflowY !== 'visible') return false;
+    }
+    return true;
+  };
   const texts = [];
   const walker = document.createTreeWalker(document.querySelector(root), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
@@ -36,7 +44,7 @@ FAULTS = """(root) => {
     const range = document.createRange();
     range.selectNodeContents(walker.currentNode);
     for (const box of range.getClientRects())
-      if (box.width > 1 && box.height > 1) texts.push([box, walker.currentNode]);
+      if (box.width > 1 && box.height > 1 && shown(box, walker.currentNode)) texts.push([box, walker.currentNode]);
   }
   texts.sort((a, b) => a[0].top - b[0].top);
   const on = [];

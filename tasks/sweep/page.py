@@ -50,7 +50,10 @@ def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, d
             Table(
                 "What is to be done, each once for all its points",
                 ("work", "by", "points", "requests", "known", "tokens in", "tokens out", "training", "US$"),
-                (*(_work_row(work, format_price(work.usd)) for work in plan.work), _work_row(total, money)),
+                (
+                    *(_work_row(work, format_price(work.usd)) for work in plan.work),
+                    _work_row(total, format_price(total.usd if plan.is_priced or total.usd else None)),
+                ),
             ),
             Table("Points", ("point", "change"), tuple((point.number, point.name) for point in points)),
         ),
