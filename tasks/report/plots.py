@@ -38,7 +38,7 @@ class RateBar(NamedTuple):
 
 def new_axes(height: float = 3.0) -> Axes:
     """Return the axes of an empty figure of WIDTH and a height, in inches, that `to_png` draws."""
-    figure = Figure(figsize=(WIDTH, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
 

@@ -126,7 +126,7 @@ def _figure_columns(table: Table) -> list[bool]:
 def _markdown(text: str) -> str:
     """Escape one line of text so that markdown shows it and obeys nothing in it."""
     # The UI breaks no word, however long: a model that repeats one letter would push its page apart.
-    line = html.escape(re.sub(r"(\w{70})(?=\w)", "\\1\N{ZERO WIDTH SPACE}", _inline(text)), quote=False)
+    line = html.escape(re.sub(r"(\w{32})(?=\w)", "\\1\N{ZERO WIDTH SPACE}", _inline(text)), quote=False)
     line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
     line = re.sub(r"^([#+=-])", r"\\\1", line)
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
