@@ -12,7 +12,17 @@ from tasks.batch.costs import Ledger, format_usd
 from tasks.report.page import Cell, Example, Picture, ReportSection, Side, Table
 from tasks.report.plots import plot_metrics
 from tasks.report.quality_plots import plot_quality
-from tasks.store.measures import Evaluation, Health, Metric, QualityReport, WinRate, p_text, percent, percent_range
+from tasks.store.measures import (
+    Choice,
+    Evaluation,
+    Health,
+    Metric,
+    QualityReport,
+    WinRate,
+    p_text,
+    percent,
+    percent_range,
+)
 from tasks.store.workspace import Manifest
 
 EXAMPLES = 20
@@ -72,7 +82,8 @@ def _detail_table(metric: Metric) -> Table | None:
         rows = [(of["speaker"], percent(of["chosen"]), percent(of["rejected"])) for of in detail["speakers"]]
         return Table("Lines by speaker", ("speaker", "in chosen", "in rejected"), tuple(rows))
     if "histogram" in detail:
-        return Table(metric.title, ("confidence", "votes"), tuple(detail["histogram"].items()))
+        columns = ("score", "prompts") if metric.name == "best_score" else ("confidence", "votes")
+        return Table(metric.title, columns, tuple(detail["histogram"].items()))
     if metric.name == "distinct_2":
         rows = [(f"{n}-grams", percent(detail[f"distinct_{n}"])) for n in (1, 2, 3)]
         return Table("Distinct n-grams in two completions of a prompt", ("of", "distinct"), tuple(rows))
@@ -86,8 +97,9 @@ def pairs_section(pairs: Sequence[Row]) -> ReportSection:
     shown = pairs[:EXAMPLES]
     examples = []
     for number, pair in enumerate(shown, 1):
-        confidence = pair.get("confidence")
-        note = f"confidence {confidence:.3g}" if isinstance(confidence, int | float) else ""
+        known = {"confidence": pair.get("confidence")}
+        known |= {f"{side} scores": pair.get(f"{side}_score") for side in ("chosen", "rejected")}
+        note = ", ".join(f"{name} {value:.3g}" for name, value in known.items() if isinstance(value, int | float))
         sides = Side("chosen", pair["chosen"][-1]["content"]), Side("rejected", pair["rejected"][-1]["content"])
         examples.append(_example(number, pair["prompt"], note, sides))
     summary = f"{len(shown)} preference pairs, drawn at random. Would you have chosen the left ones?"
@@ -205,6 +217,29 @@ def evaluation_section(
         advice=tuple(_evaluation_advice(found, bar)),
         tables=(Table("Win rates", columns, rows), *([lengths] if lengths else [])),
         examples=tuple(_comparison(number, row) for number, row in enumerate(comparisons[:EXAMPLES], 1)),
+    )
+
+
+def choice_section(choice: Choice) -> ReportSection:
+    """Show the checkpoints of a training as the judge compared them, and which one was chosen."""
+    best = choice.best
+    rows = tuple(
+        (one.step, "chosen" if one is best else None, percent(one.win_rate), one.interval(),
+         one.length_controlled.text() if one.length_controlled else None, one.samples, one.adapter_sha256[:12])
+        for one in choice.tried
+    )  # fmt: skip
+    columns = ("optimizer step", "", "win rate", "interval", "length taken out", "samples", "adapter")
+    return ReportSection(
+        title="Best checkpoint",
+        summary=(
+            f"Of {len(choice.tried)} checkpoints the one of step {best.step} is chosen, by {len(choice.prompts):,} "
+            "held-out prompts. The verdict on it comes from the other held-out prompts."
+        ),
+        tables=(Table("Checkpoints against the SFT adapter", columns, rows),),
+        notes=(
+            "Chosen is the highest lower bound, of the two that the gate looks at. The rate of the chosen one is too "
+            "high here, because it was chosen for it; that of the evaluation is not.",
+        ),
     )
 
 
