@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_pairs FOLDER [--seeds 42 43 44]
 
 A sweep on the demo's model and prompts, with vLLM and the judge of rules; everything is kept in FOLDER, so that more
-seeds cost only themselves. Prints the table of docs/training.md. A point takes about two minutes of two cores.
+seeds cost only themselves. Prints the table of docs/judging.md. A point takes about two minutes of two cores.
 """
 
 import argparse
@@ -26,6 +26,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "the same, `min_chosen_score: 10`": {**FEW, "judging.min_chosen_score": 10},
     "best and worst of 16": MANY,
     "the same, `rejected_sigmas: 2`": {**MANY, "judging.rejected_sigmas": 2},
+    "of 4, `min_confidence: 5` and `unsure_for_sft: true`": {
+        **FEW,
+        "judging.min_confidence": 5,
+        "judging.unsure_for_sft": True,
+    },
 }
 
 
