@@ -143,7 +143,8 @@ def finish_pairs(
     train, val = written["train.jsonl"], written["val.jsonl"]
     found = about.pop("counts", {})
     counts = {**found, "train": train.rows, "val": val.rows}
-    told = ", ".join(f"{count:,} {TOLD.get(name, name)}" for name, count in found.items() if count)
+    names = [name for name in dict.fromkeys(("pair", *found)) if found.get(name)]
+    told = ", ".join(f"{found[name]:,} {TOLD.get(name, name)}" for name in names)
     logger.info("preferences: %s/train.jsonl", folder)
     logger.info("preferences: %d pairs to train on, %d held out%s", train.rows, val.rows, f" ({told})" if told else "")
     files = {**written, "quality.json": measured}
