@@ -156,7 +156,8 @@ class Cost(BaseModel, frozen=True, extra="forbid"):
     usd: float = Field(0.0, ge=0)
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
+        ours, theirs = self.__dict__, other.__dict__
+        return type(self).model_construct(**{name: value + theirs[name] for name, value in ours.items()})
 
 
 def canonical_json(value: object) -> bytes:
