@@ -26,7 +26,7 @@ def drill(
     workspace
         Where everything is kept: a folder or gs:// address.
     deployment
-        What trains, such as train-dpo/l4-spot; else a child process on this machine.
+        A deployment on a pool of type kubernetes, such as train-dpo/l4-spot; else a child process here.
     preemptions
         Times that it is preempted.
     steps

@@ -7,7 +7,7 @@ import uuid
 from collections import defaultdict
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
@@ -16,10 +16,8 @@ from tasks.store.workspace import Cost, Manifest, Workspace
 COLUMNS = ("requests", "prompt tokens", "completion tokens", "thinking tokens", "GPU", "time", "US$")
 
 
-class StageCost(BaseModel):
+class StageCost(BaseModel, frozen=True, extra="forbid"):
     """One stage: what it used now, what its cached results had cost, and its wall-clock seconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str = Field(min_length=1)
     used: Cost = Cost()
@@ -32,10 +30,8 @@ class StageCost(BaseModel):
         return StageCost(stage=self.stage, used=used, cached=cached, seconds=seconds)
 
 
-class Ledger(BaseModel):
+class Ledger(BaseModel, frozen=True, extra="forbid"):
     """The costs of a run's stages, in the order in which they came."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     stages: tuple[StageCost, ...] = ()
 
@@ -80,7 +76,7 @@ def _cells(name: str, spent: Cost, seconds: float | None) -> list[str]:
         *(f"{count:,}" if count else "-" for count in counts),
         format_seconds(spent.gpu_seconds) if spent.gpu_seconds else "-",
         "-" if seconds is None else format_seconds(seconds),
-        format_usd(spent.usd),
+        format_usd(spent.usd) if spent.usd else "-",
     ]
 
 
@@ -95,10 +91,10 @@ class CostLog:
     """
 
     def __init__(self, workspace: str, folder: str, model: str) -> None:
-        self._store, self._folder, self._model = Workspace(workspace), f"{folder}/attempts", model
-        self._uri = f"{self._folder}/{uuid.uuid4().hex}.json"
+        self._store, self.folder, self._model = Workspace(workspace), folder, model
+        self._uri = f"{folder}/attempts/{uuid.uuid4().hex}.json"
         self._start = time.monotonic()
-        self.earlier = sum(cost.usd for of, cost, _ in read_log(self._store, self._folder) if of == model)
+        self.earlier = sum(cost.usd for of, cost, _ in read_log(self._store, folder) if of == model)
 
     def note(self, used: Cost) -> None:
         """Write down what this process has used so far."""
@@ -123,8 +119,8 @@ class CostLog:
 
 
 def read_log(store: Workspace, folder: str) -> list[tuple[str, Cost, float]]:
-    """Return what was noted in a folder: model, cost and seconds of each process."""
-    noted = map(store.read_json, store.list(folder))
+    """Return what was noted for the artifact in a folder: model, cost and seconds of each process."""
+    noted = map(store.read_json, store.list(f"{folder}/attempts"))
     return [(str(one["model"]), Cost.model_validate(one["cost"]), float(one["seconds"])) for one in noted]
 
 
@@ -134,7 +130,7 @@ def write_manifest(store: Workspace, made: Manifest) -> None:
     The cost in `made` is that of all rows, whoever paid for them.
     """
     folder = made.artifact.folder
-    noted = read_log(store, f"{folder}/attempts")
+    noted = read_log(store, folder)
     used = sum((cost for _, cost, _ in noted), Cost())
     saved = Cost(**{name: max(0, value - getattr(used, name)) for name, value in made.cost.model_dump().items()})
     by_model: dict[str, float] = defaultdict(float)

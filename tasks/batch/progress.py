@@ -5,9 +5,9 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 from prefect import Task, task
@@ -38,25 +38,6 @@ async def is_worth_retrying(task: Task[..., Any], run: TaskRun, state: State[Any
     return not isinstance(error, PreflowError)
 
 
-class Plan(Protocol):
-    """A stage's plan, as far as running its shards needs it."""
-
-    @property
-    def workspace(self) -> str:
-        """Where the artifacts are kept."""
-
-    @property
-    def folder(self) -> str:
-        """Where the finished artifact lies."""
-
-    @property
-    def slices(self) -> list[Slice]:
-        """The shards' input."""
-
-    def shard_key(self, part: Slice) -> str:
-        """Return the content key of one shard."""
-
-
 def shard_task(verb: str) -> Task[..., Any]:
     """Return the task that makes one shard of a stage.
 
@@ -77,20 +58,22 @@ def shard_task(verb: str) -> Task[..., Any]:
     return make_shard
 
 
-async def run_shards(verb: str, plan: Plan, worker: ShardWorker, endpoint: Endpoint, costs: CostLog) -> list[ShardRef]:
+async def run_shards(
+    verb: str, slices: Sequence[Slice], worker: ShardWorker, endpoint: Endpoint, costs: CostLog
+) -> list[ShardRef]:
     """Run every shard as a cached task, with as many open as keep the window of requests full.
 
     Raises:
         PreflowError: a shard failed for a reason that the user can fix, or too much failed for good; what was
             finished is kept.
     """
-    results, shell = await open_results(plan.workspace), shard_task(verb)
+    results, shell = await open_results(worker.rows.store.root), shard_task(verb)
     monitor = Monitor(f"{shell.name} ({endpoint.config.model})", worker.tally, endpoint, costs)
     worker.watch = monitor.count
 
     async def run_one(part: Slice) -> ShardRef:
-        arguments = opaque(f"{part.index + 1} of {len(plan.slices)}"), opaque(part), opaque(worker)
-        key = plan.shard_key(part)
+        arguments = opaque(f"{part.index + 1} of {len(slices)}"), opaque(part), opaque(worker)
+        key = worker.rows.shard_key(part)
         shard = ShardRef.model_validate(await cached(shell, key, results)(*arguments))
         if shard.passing and part.index not in worker.tally.shards:  # of an earlier start: what failed is asked again
             shard = ShardRef.model_validate(await cached(shell, key, results, refresh=True)(*arguments))
@@ -102,14 +85,14 @@ async def run_shards(verb: str, plan: Plan, worker: ShardWorker, endpoint: Endpo
     gc.freeze()
     async with monitor.showing():
         try:
-            if worker.rows.lacks(plan.slices):
+            if worker.rows.lacks(slices):
                 await worker.get_ready()
-            many = open_shards(endpoint.most_in_flight, plan.slices)
-            shards = await settle((run_one(part) for part in plan.slices), many)
+            shards = await settle(map(run_one, slices), open_shards(endpoint.most_in_flight, slices))
             if worker.tally.stopped:
                 raise worker.tally.stopped
         except TooManyFailures as reason:
-            raise refuse_failures(plan, worker, endpoint.config.max_failure_ratio) from reason
+            where = f"{costs.folder}/failures.jsonl"
+            raise refuse_failures(where, worker, endpoint.config.max_failure_ratio) from reason
     return shards
 
 
@@ -132,9 +115,9 @@ async def try_question(stage: str, endpoint: Endpoint, answering: Awaitable[Outc
     )  # fmt: skip
 
 
-def refuse_failures(plan: Plan, worker: ShardWorker, allowed: float) -> PreflowError:
-    """Write the failures where the user finds them, have the next run try them again, and return the error."""
-    tally, where = worker.tally, f"{plan.folder}/failures.jsonl"
+def refuse_failures(where: str, worker: ShardWorker, allowed: float) -> PreflowError:
+    """Write the failures to the file `where`, have the next run try them again, and return the error."""
+    tally = worker.tally
     with worker.rows.store.writing(where) as out:
         for failure in tally.failures:
             out.write_row(failure)

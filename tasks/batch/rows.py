@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.errors import PreflowError
 from tasks.store.workspace import Cost, Reference, Workspace, digest
@@ -37,10 +37,8 @@ SEGMENT_SECONDS = 5.0
 Row = dict[str, Any]
 
 
-class Slice(BaseModel):
+class Slice(BaseModel, frozen=True):
     """A run of consecutive rows of a JSONL artifact: bytes `start` to `end`, with the digest of just these bytes."""
-
-    model_config = ConfigDict(frozen=True)
 
     index: int
     uri: str
@@ -148,7 +146,7 @@ class RowStore:
 
     def __init__(self, workspace: str, stage: str, settings_key: str, variant: str = "") -> None:
         self.store = Workspace(workspace)
-        self._variant = variant
+        self._settings_key, self._variant = settings_key, variant
         self.folder = self.store.uri("rows", stage, settings_key)
         self._index: dict[bytes, Place] | None = None
         self._indexing = threading.Lock()
@@ -157,6 +155,10 @@ class RowStore:
     def shard_uri(self, part: Slice) -> str:
         """Return where the finished shard of `part` lies."""
         return posixpath.join(self.folder, f"{self._name(part)}.jsonl")
+
+    def shard_key(self, part: Slice) -> str:
+        """Return the content key of the finished shard of `part`."""
+        return digest([self._settings_key, self._name(part)])[:32]
 
     def _name(self, part: Slice) -> str:
         return digest([part.sha256, self._variant])[:32]
@@ -193,12 +195,13 @@ class RowStore:
         return found
 
     def _read_places(self, uri: str, wanted: list[tuple[int, int, str]]) -> Iterator[tuple[str, Outcome]]:
+        first, last = wanted[0][0], wanted[-1][1]
         try:
-            lines = self.store.read_ranges(uri, [(start, end) for start, end, _ in wanted])
+            content = self.store.read_bytes(uri, first, last)
         except FileNotFoundError:
-            lines = [b""] * len(wanted)
-        for (start, _, key), line in zip(wanted, lines, strict=True):
-            decoded = _decode(line)
+            content = b""
+        for start, end, key in wanted:
+            decoded = _decode(content[start - first : end - first])
             if decoded is not None and decoded[0] == key:
                 yield decoded
             else:

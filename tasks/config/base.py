@@ -55,6 +55,7 @@ TITLES = {
     "max_tokens": "Longest answer (tokens)",
     "measured_label_smoothing": "Label smoothing as measured",
     "min_agreement": "Bar for the agreement with a person",
+    "min_chosen_score": "Score of the chosen side, at least (1-10)",
     "min_confidence": "Confidence of a pair, at least (1-5)",
     "min_win_rate": "Bar for the win rate's lower bound",
     "name": "Name it is served under",
@@ -70,6 +71,7 @@ TITLES = {
     "gradient_accumulation_steps": "Micro-batches in an optimizer step",
     "prompt_price": "Price of prompt tokens (US$ per million)",
     "prompts": "Prompts (JSONL)",
+    "rejected_sigmas": "Rejected: standard deviations below the mean",
     "report_to": "Experiment tracker",
     "requests_per_minute": "Requests per minute, at most",
     "save_steps": "Checkpoint every (optimizer steps)",
@@ -79,6 +81,7 @@ TITLES = {
     "size": "Size (bytes)",
     "stop": "Stop texts",
     "tokens_per_minute": "Tokens per minute, at most",
+    "unsure_for_sft": "Unsure verdicts for the SFT term",
     "val_ratio": "Held-out share of the pairs",
     "val_rows": "Held-out pairs",
     "warmup_steps": "Warm-up (optimizer steps)",
@@ -97,8 +100,12 @@ def field_title(name: str, _: Any) -> str:
 # Fields that do not change what a stage produces (addresses, concurrency, keys, prices) carry this mark: they stay
 # out of `identity()`, and so out of every cache key.
 _OPERATIONAL = "operational"
+# Fields with this mark are part of `identity()` only where they are set: a setting that came later leaves the keys of
+# those who do not use it as they were.
+_IF_SET = "if set"
 T = TypeVar("T")
 Operational = Annotated[T, _OPERATIONAL]
+IfSet = Annotated[T, _IF_SET]
 
 
 # What refuses a literal key where the name of one belongs. The pattern stands in the form's schema too, so that a
@@ -216,8 +223,12 @@ class StageConfig(BaseModel):
 
     def identity(self) -> dict[str, JsonValue]:
         """Return the settings that determine the stage's output, JSON-ready, for its content key."""
-        operational = {name for name, field in type(self).model_fields.items() if _OPERATIONAL in field.metadata}
-        settings = self.model_dump(mode="json", exclude=operational)
+        left_out = {
+            name
+            for name, field in type(self).model_fields.items()
+            if _OPERATIONAL in field.metadata or (_IF_SET in field.metadata and not getattr(self, name))
+        }
+        settings = self.model_dump(mode="json", exclude=left_out)
         for name, value in self:
             if name in settings and isinstance(value, tuple):
                 settings[name] = [item.identity() if isinstance(item, StageConfig) else item for item in value]

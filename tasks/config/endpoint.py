@@ -5,9 +5,7 @@ from typing import Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from tasks.config.base import ADDRESS, Operational, SecretName, StageConfig
-
-_SENT_IF_SET = frozenset({"extra_body", "reasoning_effort"})
+from tasks.config.base import ADDRESS, IfSet, Operational, SecretName, StageConfig
 
 # On a cluster more than the ten minutes: there a model's node may be taken away, and a new one takes its time to come.
 OUTAGE_SECONDS = float(os.environ.get("PREFLOW_MAX_OUTAGE_SECONDS", "600"))
@@ -45,12 +43,12 @@ class EndpointConfig(StageConfig):
     tokens_per_minute: Operational[int | None] = Field(
         None, ge=1, description="Hard cap on tokens per minute; empty: none."
     )
-    reasoning_effort: str | None = Field(
+    reasoning_effort: IfSet[str | None] = Field(
         None,
         pattern=r"^[a-z]+$",
         description="How much a model thinks before it answers (none, minimal, low, medium, high); empty: not sent.",
     )
-    extra_body: dict[str, JsonValue] = Field(
+    extra_body: IfSet[dict[str, JsonValue]] = Field(
         {},
         description="Further fields of every request, as the endpoint names them, such as "
         '{"chat_template_kwargs": {"enable_thinking": false}}.',
@@ -75,11 +73,6 @@ class EndpointConfig(StageConfig):
     def __hash__(self) -> int:
         """Hash by content: `extra_body` is a dict, which pydantic's own hash does not take."""
         return hash(self.model_dump_json())
-
-    def identity(self) -> dict[str, JsonValue]:
-        """Return the settings that determine the answers; what is not sent is none of them."""
-        settings = super().identity()
-        return {name: value for name, value in settings.items() if value or name not in _SENT_IF_SET}
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:

@@ -4,10 +4,22 @@ from typing import Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from tasks.config.base import ADDRESS, Operational, RubricLocation, SecretName
+from tasks.config.base import ADDRESS, IfSet, Operational, RubricLocation, SecretName
 from tasks.config.endpoint import EndpointConfig
 
 PairPolicy = Literal["unanimous", "majority", "borda"]
+# What makes pairs of the verdicts, and of itself changes none of them.
+_APPLIED_LATER = frozenset(
+    {
+        "pair_policy",
+        "min_confidence",
+        "rejected_sigmas",
+        "min_chosen_score",
+        "unsure_for_sft",
+        "leave_out_cut",
+        "val_ratio",
+    }
+)
 
 # The judge of those who choose none: a current, cheap model, as of 2026-11-26 and by public reports. They name it in
 # the place of gemini-2.5-flash, whose end was announced for 2026-10-16; models end, so look again.
@@ -60,6 +72,25 @@ class JudgingConfig(JudgeConfig):
         description="unanimous: best and worst the same in every vote; majority: in most; borda: by summed ranks.",
     )
     min_confidence: int = Field(1, ge=1, le=5, description="Pairs whose mean confidence is lower are dropped (1-5).")
+    rejected_sigmas: IfSet[float | None] = Field(
+        None,
+        gt=0,
+        le=5,
+        description="Rejected is the completion that scores closest to so many standard deviations below the mean of "
+        "its prompt: 2 for 16 completions or more (arXiv 2502.16825). Empty: the worst. Asks for scores.",
+    )
+    min_chosen_score: IfSet[float | None] = Field(
+        None,
+        ge=1,
+        le=10,
+        description="Pairs whose chosen side scores lower are left out: the best of bad ones teaches little. Empty: "
+        "none is. Asks for scores.",
+    )
+    unsure_for_sft: IfSet[bool] = Field(
+        False,
+        description="Of prompts without a pair on whose best most votes agree, train the SFT term on it, and the DPO "
+        "loss on nothing (arXiv 2602.00954). Off: they are left out.",
+    )
     leave_out_cut: bool = Field(
         False,
         description="Leave out pairs with a side that was cut at max_tokens. Off: they are trained on as they are, the "
@@ -80,7 +111,15 @@ class JudgingConfig(JudgeConfig):
         own = {name: getattr(self, name) for name in JudgeConfig.model_fields}
         return [JudgeConfig.model_construct(**own), *self.panel]
 
+    @property
+    def wants_scores(self) -> bool:
+        """Whether the judges are also asked for a score from 1 to 10 of each completion."""
+        return self.rejected_sigmas is not None or self.min_chosen_score is not None
+
     def verdict_identity(self) -> dict[str, JsonValue]:
-        """Return the settings that determine the judges' answers; pair policy, bar and split are applied later."""
-        applied_later = {"pair_policy", "min_confidence", "leave_out_cut", "val_ratio", "shard_size"}
-        return {name: value for name, value in self.identity().items() if name not in applied_later}
+        """Return the settings that determine the judges' answers; what they are asked for is not among them."""
+        return {name: value for name, value in self.identity().items() if name not in _APPLIED_LATER}
+
+    def pairs_identity(self) -> dict[str, JsonValue]:
+        """Return the settings by which pairs are made of given verdicts."""
+        return {name: value for name, value in self.identity().items() if name in _APPLIED_LATER | {"seed"}}

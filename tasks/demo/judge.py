@@ -48,16 +48,23 @@ def parse_prompt(text: str) -> tuple[str, list[str]]:
     return blocks[0][2], [shown for _, _, shown in blocks[1:]]
 
 
-def verdict(scene: str, completions: Sequence[str]) -> dict[str, int]:
+def verdict(scene: str, completions: Sequence[str], scored: bool = False) -> dict[str, int]:
     """Return the 1-based positions of best and worst and a confidence from 1 to 5; ties go to the lower position.
 
-    The worst is looked for among the others, so that best and worst differ even where all are equal.
+    The worst is looked for among the others, so that best and worst differ even where all are equal. With scores, a
+    completion gets 1 to 10 by its own marks.
     """
     marks = [score(scene, completion).total for completion in completions]
     best = max(range(len(marks)), key=lambda i: (marks[i], -i))
     worst = min((i for i in range(len(marks)) if i != best), key=lambda i: (marks[i], i))
     gap = marks[best] - marks[worst]
-    return {"best": best + 1, "worst": worst + 1, "confidence": 1 + sum(gap >= step for step in CONFIDENCE_STEPS)}
+    scores = {f"score_{number}": 1 + round(9 * mark) for number, mark in enumerate(marks, 1)} if scored else {}
+    return {
+        **scores,
+        "best": best + 1,
+        "worst": worst + 1,
+        "confidence": 1 + sum(gap >= step for step in CONFIDENCE_STEPS),
+    }
 
 
 def create_app(log: Path | None = None, key: str | None = None) -> Starlette:
@@ -96,7 +103,7 @@ def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
         return _error(400, f"The demo judge cannot read this prompt: {problem}.", "invalid_prompt"), {}
     except (ValueError, KeyError, TypeError) as problem:
         return _error(400, f"This is not a chat completion request: {problem!r}.", "invalid_request"), {}
-    decision = verdict(scene, completions)
+    decision = verdict(scene, completions, scored='"score_1"' in str(body["messages"][0]["content"]))
     content = f"```json\n{json.dumps(decision)}\n```"
     asked = _estimate_tokens("".join(str(message["content"]) for message in body["messages"]))
     answered = _estimate_tokens(content)

@@ -3,15 +3,13 @@
 import tomllib
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 FILE = Path(__file__).with_name("world.toml")
 
 
-class Character(BaseModel):
+class Character(BaseModel, frozen=True):
     """A lodger with a voice: `markers` are words that only this character uses, lower case."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     role: str
@@ -20,10 +18,8 @@ class Character(BaseModel):
     closers: tuple[str, ...]
 
 
-class Topic(BaseModel):
+class Topic(BaseModel, frozen=True):
     """A thing to talk about. Every trouble and remedy holds one of the topic's `keywords`."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     thing: str

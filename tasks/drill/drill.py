@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from tasks.config import TrainingConfig
 from tasks.demo.materials import make_tiny_materials
-from tasks.drill.preemption import Kind, PodTarget, ProcessTarget, Target
+from tasks.drill.preemption import ChildTarget, Kind, PodTarget, Target
 from tasks.errors import PreflowError
 from tasks.report.render import render_text_table
 from tasks.store.workspace import COMMITTED, AdapterRef, PreferencesRef, Workspace, digest
@@ -124,17 +124,18 @@ async def choose_target(drill: Drill) -> tuple[Target, dict[str, Any]]:
         PreflowError: runs of such a pool cannot be preempted from here.
     """
     if drill.deployment is None:
-        return ProcessTarget(drill.grace_seconds, is_deployed=False), {}
+        return ChildTarget(drill.grace_seconds), {}
     deployment = await read_deployment(drill.deployment)
     async with get_client() as client:
         pool = await client.read_work_pool(deployment.work_pool_name) if deployment.work_pool_name else None
-    if pool is not None and pool.type == "process":
-        return ProcessTarget(drill.grace_seconds, is_deployed=True), {}
-    if pool is not None and pool.type == "kubernetes":
-        # A container that is killed counts as a failed pod, unlike an evicted one.
-        return PodTarget(drill.grace_seconds, namespace_of(pool)), {"backoff_limit": 6 + drill.preemptions}
-    kind = pool.type if pool else "no work pool"
-    raise PreflowError(f"deployment {drill.deployment} runs on {kind}; the drill preempts process and kubernetes pools")
+    if pool is None or pool.type != "kubernetes":
+        kind = f"a pool of type {pool.type}" if pool else "no work pool"
+        raise PreflowError(
+            f"deployment {drill.deployment} runs on {kind}: the drill preempts pods of a pool of type kubernetes, and "
+            "without --deployment a training on this machine"
+        )
+    # A container that is killed counts as a failed pod, unlike an evicted one.
+    return PodTarget(drill.grace_seconds, namespace_of(pool)), {"backoff_limit": 6 + drill.preemptions}
 
 
 def make_order(drill: Drill, variables: Mapping[str, Any]) -> TrainingOrder:

@@ -1,4 +1,4 @@
-"""Taking a machine away from a training: a process here, a run of a process pool, a pod of a Kubernetes pool."""
+"""Taking a machine away from a training: from a child of this process, or from a pod of a Kubernetes pool."""
 
 import asyncio
 import logging
@@ -6,13 +6,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import TypeAlias, cast
 
-import psutil
 from aiohttp import ClientError
 from kubernetes_asyncio import client as kubernetes
 from kubernetes_asyncio.stream import WsApiClient
@@ -26,7 +25,6 @@ from tasks.train.work_pool import TrainingOrder, obtain_adapter
 from tasks.trainer.lease import is_dead
 
 logger = logging.getLogger(__name__)
-C = TypeVar("C", bound=kubernetes.ApiClient)
 
 POLL_SECONDS, POD_SECONDS = 0.05, 1.0
 # Everything in the container but its first process, which no signal from inside kills, and which ends with its child.
@@ -40,23 +38,20 @@ class Kind(StrEnum):
     AT_ONCE = "SIGKILL"
 
 
-@dataclass
-class ProcessTarget:
-    """A training in a child of this process, or as a run of a process worker on this machine."""
+@dataclass(frozen=True)
+class ChildTarget:
+    """A training in a child of this process."""
 
     grace_seconds: float
-    is_deployed: bool
     _over: threading.Event = field(default_factory=threading.Event)
 
     async def train(self, order: TrainingOrder) -> AdapterRef:
-        """Train as the pipeline does, or in a thread that starts the child again after every preemption."""
-        if self.is_deployed:
-            return await obtain_adapter(order)
+        """Train as the pipeline does, in a thread that starts the child again after every preemption."""
         try:
             return await asyncio.to_thread(self._train, order)
         except asyncio.CancelledError:
             self._over.set()
-            _signal([find_trainer(order)], signal.SIGTERM)
+            signal_trainer(find_trainer(order), signal.SIGTERM)
             raise
 
     def _train(self, order: TrainingOrder) -> AdapterRef:
@@ -69,18 +64,36 @@ class ProcessTarget:
                 logger.info("preempted (%s); started again", reason)
 
     async def preempt(self, order: TrainingOrder, kind: Kind) -> None:
-        """Signal the run's process, or the trainer where there is no run; both if they are to vanish at once."""
+        """Signal the trainer, and kill it when its grace is over."""
         trainer = find_trainer(order)
         if trainer is None:
-            raise PreflowError("no trainer holds the lease on this machine: the work pool's worker must run here, too")
-        processes = [trainer]
-        if self.is_deployed:
-            processes.insert(0, int(str((await order.runs())[-1].infrastructure_pid).rpartition(":")[2]))
+            raise PreflowError("no trainer holds the lease on this machine")
         if kind is Kind.NOTICE:
-            _signal(processes[:1], signal.SIGTERM)
-            await _gone(processes, self.grace_seconds)
-        _signal(processes, signal.SIGKILL)
-        await _gone(processes)
+            signal_trainer(trainer, signal.SIGTERM)
+            await self._wait_for_end(trainer, self.grace_seconds)
+        signal_trainer(trainer, signal.SIGKILL)
+        await self._wait_for_end(trainer, 60.0)
+
+    async def _wait_for_end(self, trainer: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not is_dead(trainer) and time.monotonic() < deadline:  # noqa: ASYNC110  another process sets no event
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def find_trainer(order: TrainingOrder) -> str | None:
+    """Return the process that holds the training's lease, as the lease names it, if it lives on this machine."""
+    store = Workspace(order.workspace)
+    lease = TrainingPaths.of(store.root, order.key).lease
+    holder = store.read_json(lease) if store.exists(lease) else {"released": True}
+    process = str(holder.get("process", ""))
+    return None if holder.get("released") or process.count("/") != 3 or is_dead(process) else process
+
+
+def signal_trainer(process: str | None, number: int) -> None:
+    """Signal the group of a process that a lease names."""
+    with suppress(ProcessLookupError):
+        if process is not None:
+            os.killpg(os.getpgid(int(process.split("/")[2])), number)
 
 
 @dataclass(frozen=True)
@@ -97,33 +110,19 @@ class PodTarget:
     async def preempt(self, order: TrainingOrder, kind: Kind) -> None:
         """Evict the run's pod with its grace, or kill all processes in its container; wait until it is over."""
         run = (await order.runs())[-1]
-        async with self._cluster(kubernetes.ApiClient) as connection:
-            api = kubernetes.CoreV1Api(connection)
-            pod = await self._running_pod(api, f"prefect.io/flow-run-id={run.id}")
-            if kind is Kind.NOTICE:
-                eviction = kubernetes.V1Eviction(
-                    metadata=kubernetes.V1ObjectMeta(name=pod, namespace=self.namespace),
-                    delete_options=kubernetes.V1DeleteOptions(grace_period_seconds=int(self.grace_seconds)),
-                )
-                await api.create_namespaced_pod_eviction(pod, self.namespace, eviction)
-            else:
-                await self._kill(pod)
-            while await self._is_there(api, pod):  # noqa: ASYNC110  a pod sets no event
-                await asyncio.sleep(POD_SECONDS)
+        with self._explained():
+            async with kubernetes.ApiClient(await cluster_settings()) as connection:
+                api = kubernetes.CoreV1Api(connection)
+                pod = await self._running_pod(api, f"prefect.io/flow-run-id={run.id}")
+                await (self._evict(api, pod) if kind is Kind.NOTICE else self._kill(pod))
+                while await self._is_there(api, pod):  # noqa: ASYNC110  nor does a pod
+                    await asyncio.sleep(POD_SECONDS)
 
-    async def _kill(self, pod: str) -> None:
-        async with self._cluster(WsApiClient) as connection:
-            # The annotation knows one word; the websocket client takes a list and the API wants one.
-            await kubernetes.CoreV1Api(connection).connect_get_namespaced_pod_exec(
-                pod, self.namespace, command=cast(str, KILL_ALL), stderr=True, stdin=False, stdout=True, tty=False,
-            )  # fmt: skip
-
-    @asynccontextmanager
-    async def _cluster(self, kind: type[C]) -> AsyncIterator[C]:
-        """Yield a connection to the cluster; what it refuses becomes a message."""
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the cluster refuses into a message."""
         try:
-            async with kind(await cluster_settings()) as connection:
-                yield connection
+            yield
         except (ClientError, kubernetes.ApiException, OSError) as error:
             status = getattr(error, "status", None)
             said = f"{status} {getattr(error, 'reason', None) or getattr(error, 'message', '')}" if status else error
@@ -141,6 +140,20 @@ class PodTarget:
             f"no running pod with {selector} in namespace {self.namespace}: is that the work pool's namespace?"
         )
 
+    async def _evict(self, api: kubernetes.CoreV1Api, pod: str) -> None:
+        eviction = kubernetes.V1Eviction(
+            metadata=kubernetes.V1ObjectMeta(name=pod, namespace=self.namespace),
+            delete_options=kubernetes.V1DeleteOptions(grace_period_seconds=int(self.grace_seconds)),
+        )
+        await api.create_namespaced_pod_eviction(pod, self.namespace, eviction)
+
+    async def _kill(self, pod: str) -> None:
+        async with WsApiClient(await cluster_settings()) as connection:
+            # The annotation knows one word; the websocket client takes a list and the API wants one.
+            await kubernetes.CoreV1Api(connection).connect_get_namespaced_pod_exec(
+                pod, self.namespace, command=cast(str, KILL_ALL), stderr=True, stdin=False, stdout=True, tty=False,
+            )  # fmt: skip
+
     async def _is_there(self, api: kubernetes.CoreV1Api, pod: str) -> bool:
         try:
             return (await api.read_namespaced_pod(pod, self.namespace)).status.phase not in OVER
@@ -150,36 +163,4 @@ class PodTarget:
             raise
 
 
-Target: TypeAlias = ProcessTarget | PodTarget
-
-
-def find_trainer(order: TrainingOrder) -> int | None:
-    """Return the pid of the process that holds the training's lease, if it lives on this machine."""
-    store = Workspace(order.workspace)
-    lease = TrainingPaths.of(store.root, order.key).lease
-    holder: dict[str, Any] = store.read_json(lease) if store.exists(lease) else {}
-    process = str(holder.get("process", ""))
-    if holder.get("released", True) or process.count("/") != 3 or is_dead(process):
-        return None
-    return int(process.split("/")[2])
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _signal(processes: list[int] | list[int | None], number: int) -> None:
-    """Signal the process groups of these processes."""
-    for pid in processes:
-        with suppress(ProcessLookupError):
-            if pid is not None:
-                os.killpg(os.getpgid(pid), number)
-
-
-async def _gone(processes: list[int], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while any(map(_lives, processes)) and time.monotonic() < deadline:  # noqa: ASYNC110  nor does another process
-        await asyncio.sleep(POLL_SECONDS)
+Target: TypeAlias = ChildTarget | PodTarget

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from tasks.batch.caching import find_finished
@@ -43,10 +43,8 @@ MOST_CUT = 0.1
 logger = logging.getLogger(__name__)
 
 
-class GenerationPlan(BaseModel):
+class GenerationPlan(BaseModel, frozen=True):
     """What a generation will do: its shards, and the key of the settings that its rows depend on."""
-
-    model_config = ConfigDict(frozen=True)
 
     workspace: str
     prompts: PromptsRef
@@ -67,10 +65,6 @@ class GenerationPlan(BaseModel):
     def find_finished(self) -> CompletionsRef | None:
         """Return the completions if an equal generation has finished."""
         return find_finished(Workspace(self.workspace), self.folder, CompletionsRef)
-
-    def shard_key(self, part: Slice) -> str:
-        """Return the content key of one shard."""
-        return stage_key("generate-shard", VERSION, settings=self.settings_key, rows=part.sha256)
 
 
 def sampling_identity(generation: GenerationConfig) -> dict[str, Any]:
@@ -208,7 +202,7 @@ async def sample_shards(plan: GenerationPlan) -> list[ShardRef]:
             concurrency=config.max_concurrency,
             prepare=prepare,
         )
-        return await run_shards("generate", plan, worker, endpoint, costs)
+        return await run_shards("generate", plan.slices, worker, endpoint, costs)
 
 
 def prompt_unit(prompt: Row) -> dict[str, Row]:

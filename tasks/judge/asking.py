@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.batch.caching import find_finished
 from tasks.batch.costs import CostLog, say_prices, write_manifest
@@ -13,7 +13,7 @@ from tasks.batch.progress import run_shards, try_question
 from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, settle
 from tasks.config import JudgeConfig, JudgingConfig
-from tasks.judge.prompt import INSTRUCTIONS, MARKS, build_messages, distinct_completions, orders_for, read_rubric
+from tasks.judge.prompt import MARKS, build_messages, distinct_completions, instructions, orders_for, read_rubric
 from tasks.judge.verdict import UnreadableVerdict, Verdict, read_verdict, verdict_format
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import PERMANENT, Choice, RequestRefused, price
@@ -26,16 +26,20 @@ logger = logging.getLogger(__name__)
 
 Vote: TypeAlias = dict[str, Any]
 
-# For estimates: English prose, and a verdict that is a JSON object of three numbers. A thinking model may use all of
-# `max_tokens` for it.
+# For estimates: English prose, and a verdict that is a JSON object of three numbers, and of a score for each completion
+# where those are asked for. A thinking model may use all of `max_tokens` for it.
 CHARACTERS_PER_TOKEN = 4
 VERDICT_TOKENS = 30
+SCORE_TOKENS = 8
 
 
-class JudgingPlan(BaseModel):
+def verdict_tokens(judging: JudgingConfig, shown: float) -> float:
+    """Return how many tokens a verdict over so many completions is expected to have."""
+    return VERDICT_TOKENS + (SCORE_TOKENS * shown if judging.wants_scores else 0)
+
+
+class JudgingPlan(BaseModel, frozen=True):
     """What a judging will do: its judges, its shards, and what the verdicts depend on."""
-
-    model_config = ConfigDict(frozen=True)
 
     workspace: str
     source: Reference
@@ -52,7 +56,7 @@ class JudgingPlan(BaseModel):
     def key(self) -> str:
         """The content key of all verdicts together."""
         settings = {**self.judging.verdict_identity(), "rubric": digest(self.rubric)}
-        settings["instructions"] = digest([INSTRUCTIONS, MARKS])
+        settings["instructions"] = digest([instructions(self.judging.wants_scores), MARKS])
         return stage_key("verdicts", VERSION, settings=settings, source=self.source.sha256)
 
     @property
@@ -71,17 +75,21 @@ class JudgingPlan(BaseModel):
         if len(distinct) < 2:
             return {}
         orders = orders_for(row["id"], distinct, self.judging.orders, self.judging.seed)
-        return {digest(build_messages(self.rubric, row, order)): Question(row, order) for order in orders}
+        questions = (Question(row, order) for order in orders)
+        return {digest(self.messages(question)): question for question in questions}
+
+    def messages(self, question: "Question") -> list[dict[str, str]]:
+        """Return what a judge is shown."""
+        return build_messages(self.rubric, question.row, question.order, self.judging.wants_scores)
 
 
-class Remaining(BaseModel):
-    """What is still to be asked: requests in all, those of them known, and the prompt tokens of the others."""
-
-    model_config = ConfigDict(frozen=True)
+class Remaining(BaseModel, frozen=True):
+    """What is still to be asked: requests in all, those of them known, and the tokens of the others, as expected."""
 
     requests: int
     known: int
     prompt_tokens: int
+    completion_tokens: int
 
     @property
     def to_ask(self) -> int:
@@ -89,10 +97,8 @@ class Remaining(BaseModel):
         return self.requests - self.known
 
 
-class JudgePlan(BaseModel):
+class JudgePlan(BaseModel, frozen=True):
     """What one judge of a judging will do. A vote is known by the judge's settings and the exact messages."""
-
-    model_config = ConfigDict(frozen=True)
 
     judging: JudgingPlan
     judge: JudgeConfig
@@ -103,47 +109,32 @@ class JudgePlan(BaseModel):
         settings = {name: value for name, value in self.judge.identity().items() if name != "max_attempts"}
         return stage_key("judging", VERSION, settings=settings)
 
-    @property
-    def workspace(self) -> str:
-        """Where the artifacts are kept."""
-        return self.judging.workspace
-
-    @property
-    def folder(self) -> str:
-        """Where the finished artifact of all judges lies."""
-        return self.judging.folder
-
-    @property
-    def slices(self) -> list[Slice]:
-        """The shards' input."""
-        return self.judging.slices
-
     def rows(self) -> RowStore:
         """Open the votes given under these settings."""
-        return RowStore(self.workspace, "votes", self.settings_key, variant=self._asked)
+        judging = self.judging
+        shown = judging.judging.model_dump(include={"orders", "seed"})
+        asked = digest([judging.rubric, instructions(judging.judging.wants_scores), MARKS, shown])
+        return RowStore(judging.workspace, "votes", self.settings_key, variant=asked)
 
     def remaining(self) -> Remaining:
         """Count what this judge is still to be asked, an equal question once; tokens are characters / 4."""
         keys: set[str] = set()
         characters: dict[str, int] = {}
+        answers = 0.0
         rows = self.rows()
-        for row in Workspace(self.workspace).read_rows(self.judging.source.uri):
+        for row in rows.store.read_rows(self.judging.source.uri):
             units = self.judging.units_of(dict(row))
             for key in units.keys() - keys - rows.known(units):
-                messages = build_messages(self.judging.rubric, units[key].row, units[key].order)
-                characters[key] = sum(len(message["content"]) for message in messages)
+                characters[key] = sum(len(message["content"]) for message in self.judging.messages(units[key]))
+                answers += verdict_tokens(self.judging.judging, len(units[key].order))
             keys |= units.keys()
         tokens = round(sum(characters.values()) / CHARACTERS_PER_TOKEN)
-        return Remaining(requests=len(keys), known=len(keys) - len(characters), prompt_tokens=tokens)
-
-    def shard_key(self, part: Slice) -> str:
-        """Return the content key of one shard."""
-        return stage_key("judge-shard", VERSION, settings=self.settings_key, asked=self._asked, rows=part.sha256)
-
-    @property
-    def _asked(self) -> str:
-        shown = self.judging.judging.model_dump(include={"orders", "seed"})
-        return digest([self.judging.rubric, INSTRUCTIONS, MARKS, shown])
+        return Remaining(
+            requests=len(keys),
+            known=len(keys) - len(characters),
+            prompt_tokens=tokens,
+            completion_tokens=round(answers),
+        )
 
 
 def plan_judging(source: Reference, workspace: str, judging: JudgingConfig) -> JudgingPlan:
@@ -169,14 +160,14 @@ class Question(NamedTuple):
 
 
 class Judge:
-    """One judge: asks until a verdict can be read."""
+    """One judge: asks until a verdict can be read, with a score of each completion if it is to be `scored`."""
 
-    def __init__(self, endpoint: Endpoint, judge: JudgeConfig, rubric: str) -> None:
-        self._endpoint, self._config, self._rubric = endpoint, judge, rubric
+    def __init__(self, endpoint: Endpoint, judge: JudgeConfig, rubric: str, scored: bool = False) -> None:
+        self._endpoint, self._config, self._rubric, self._scored = endpoint, judge, rubric, scored
 
     async def judge(self, question: Question) -> Outcome:
         """Return the vote on a row's completions in one order, or what kept it from being read, with what it used."""
-        messages, n = build_messages(self._rubric, question.row, question.order), len(question.order)
+        messages, n = build_messages(self._rubric, *question, self._scored), len(question.order)
         budget, plain, usage = self._config.max_tokens, False, Cost()
         reason = raw = ""
         final, left_out = False, tuple[str, ...]()
@@ -187,7 +178,7 @@ class Judge:
                     may_wait=not reason,
                     temperature=self._config.temperature,
                     max_tokens=budget,
-                    response_format=None if plain else verdict_format(n),
+                    response_format=None if plain else verdict_format(n, self._scored),
                 )
             except RequestRefused as refused:
                 usage += refused.usage
@@ -201,7 +192,7 @@ class Judge:
                 raw = choice.text or choice.note
             cut = choice.finish_reason == "length"
             try:
-                verdict = read_verdict(choice.text, n, cut)
+                verdict = read_verdict(choice.text, n, cut, self._scored)
             except UnreadableVerdict as error:
                 allowed = self._endpoint.allowed_tokens(budget)
                 reason = f"cut at {allowed} tokens" if cut else choice.note or str(error)
@@ -225,7 +216,8 @@ def _reminded(messages: list[dict[str, str]], reason: str) -> list[dict[str, str
 
 def _make_vote(order: Sequence[int], verdict: Verdict) -> Vote:
     best, worst = order[verdict.best], order[verdict.worst]
-    return {"order": order, "best": best, "worst": worst, "confidence": verdict.confidence}
+    vote = {"order": order, "best": best, "worst": worst, "confidence": verdict.confidence}
+    return vote if verdict.scores is None else {**vote, "scores": verdict.scores}
 
 
 async def collect_verdicts(plan: JudgingPlan) -> VerdictsRef:
@@ -244,23 +236,23 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
             key; later: it is down for too long, the budget is used up, or too much failed.
     """
     judge, judging = plan.judge, plan.judging
-    costs = CostLog(plan.workspace, plan.folder, judge.model)
+    costs, store = CostLog(judging.workspace, judging.folder, judge.model), Workspace(judging.workspace)
     logger.info(
         "judging with %s: rubric %s, %d orders, %s", judge.model, judging.judging.rubric, judging.judging.orders,
         say_prices(judge),
     )  # fmt: skip
     async with await Endpoint.connect(costs.left_of(judge), f"judging ({judge.model})") as endpoint:
         if judge.batch:
-            endpoint.use_batches(Workspace(plan.workspace), Workspace(plan.workspace).uri("batches", plan.settings_key))
+            endpoint.use_batches(store, store.uri("batches", plan.settings_key))
         worker = ShardWorker(
             rows=plan.rows(),
             units_of=judging.units_of,
-            work=Judge(endpoint, judge, judging.rubric).judge,
+            work=Judge(endpoint, judge, judging.rubric, judging.judging.wants_scores).judge,
             tally=Tally(judging.source.rows, judging.judging.orders, judge.max_failure_ratio),
             concurrency=endpoint.most_in_flight,
             prepare=endpoint.check_model,
         )
-        return await run_shards("judge", plan, worker, endpoint, costs)
+        return await run_shards("judge", judging.slices, worker, endpoint, costs)
 
 
 # Two answers that anyone can tell apart.
@@ -271,13 +263,14 @@ TRIAL = {
 }
 
 
-async def try_judge(endpoint: Endpoint, judge: JudgeConfig, rubric: str) -> None:
+async def try_judge(endpoint: Endpoint, judge: JudgeConfig, rubric: str, scored: bool = False) -> None:
     """Ask a judge one real question, as the stage will; nothing of it is kept.
 
     Raises:
         PreflowError: no verdict can be read from its answer.
     """
-    await try_question("judging", endpoint, Judge(endpoint, judge, rubric).judge(Question(TRIAL, [0, 1])))
+    question = Question(TRIAL, [0, 1])
+    await try_question("judging", endpoint, Judge(endpoint, judge, rubric, scored).judge(question))
 
 
 def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> VerdictsRef:

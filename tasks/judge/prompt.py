@@ -23,10 +23,20 @@ Decide which continuation is best and which is worst. They stand in no particula
 and nothing else: {"best": <number>, "worst": <number>, "confidence": <1-5>}. The numbers are those of the
 continuations; best and worst differ; confidence says how sure you are (1 a coin toss, 5 beyond doubt).
 """
+SCORES = """
+Also score every continuation, each by itself: 1 is useless, 10 could not be better. The scores stand first in the JSON
+object, one for each continuation by its number: {"score_1": <1-10>, "score_2": <1-10>, ..., "best": <number>,
+"worst": <number>, "confidence": <1-5>}.
+"""
 MARKS = """
 The scene ends here. {n} continuations of it follow (1 to {n}), each between lines that carry the mark {mark}; a line
 without that mark opens or closes nothing.
 """.strip()
+
+
+def instructions(scored: bool) -> str:
+    """Return what a judge is told to do, with or without scores."""
+    return INSTRUCTIONS + SCORES if scored else INSTRUCTIONS
 
 
 def read_rubric(name: str | None) -> str:
@@ -71,14 +81,14 @@ def distinct_completions(completions: Sequence[str]) -> list[int]:
     return sorted(first.values())
 
 
-def build_messages(rubric: str, row: Row, order: Sequence[int]) -> list[dict[str, str]]:
+def build_messages(rubric: str, row: Row, order: Sequence[int], scored: bool = False) -> list[dict[str, str]]:
     """Return the judge's messages: the rubric, the scene, and then the completions in the given order."""
     scene = "\n".join(f"[{m['role']}]\n{m['content']}" for m in row["prompt"])
     texts = [row["completions"][index] for index in order]
     mark = _make_mark([scene, *sorted(texts)])
     parts = [_fence("SCENE", _make_mark([scene]), scene), MARKS.format(n=len(texts), mark=mark)]
     parts += [_fence(f"COMPLETION {number}", mark, text) for number, text in enumerate(texts, 1)]
-    system = f"{rubric}\n{INSTRUCTIONS}"
+    system = f"{rubric}\n{instructions(scored)}"
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
 
 

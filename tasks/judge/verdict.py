@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 # Objects in an answer that are tried as the verdict, from its end.
 MOST_OBJECTS = 50
+MOST_SCORE = 10
 _CLOSING = re.compile(r"[<\[]/(?:think(?:ing)?|thought|reasoning)[>\]]|<\|channel\|>final<\|message\|>", re.IGNORECASE)
 _OPENING = re.compile(r"[<\[](?:think(?:ing)?|thought|reasoning)[>\]]|<\|channel\|>analysis", re.IGNORECASE)
 _FENCE = re.compile(r"\s*(?:```\w*\s*)?")
@@ -19,34 +20,39 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
 
 
 class Verdict(BaseModel):
-    """A verdict in positions, 0-based, as shown."""
+    """A verdict in positions, 0-based, as shown; `scores`, where they were asked for, in the order shown."""
 
     best: int
     worst: int
     confidence: int | None = None
+    scores: list[int] | None = None
 
 
 class UnreadableVerdict(Exception):
     """The judge's answer holds no usable verdict; the message says why."""
 
 
-def verdict_format(n: int) -> dict[str, Any]:
-    """Return the `response_format` that forces a verdict over `n` completions.
+def verdict_format(n: int, scored: bool = False) -> dict[str, Any]:
+    """Return the `response_format` that forces a verdict over `n` completions, with a score of each if they are wanted.
 
-    The numbers are strings: some endpoints take no enum of integers.
+    The numbers are strings: some endpoints take no enum of integers. Each score has a name: some take no list of a
+    given length.
     """
-    number = {"type": "string", "enum": [str(number) for number in range(1, n + 1)]}
-    confidence = {"type": "string", "enum": ["1", "2", "3", "4", "5"]}
+    most = {f"score_{number}": MOST_SCORE for number in range(1, n + 1)} if scored else {}
+    most |= {"best": n, "worst": n, "confidence": 5}
     schema = {
         "type": "object",
-        "properties": {"best": number, "worst": number, "confidence": confidence},
-        "required": ["best", "worst", "confidence"],
+        "properties": {
+            name: {"type": "string", "enum": [str(number) for number in range(1, top + 1)]}
+            for name, top in most.items()
+        },
+        "required": list(most),
         "additionalProperties": False,
     }
     return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
 
-def read_verdict(text: str, n: int, cut: bool = False) -> Verdict:
+def read_verdict(text: str, n: int, cut: bool = False, scored: bool = False) -> Verdict:
     """Read a verdict over `n` completions from whatever the judge wrote around it.
 
     An answer that is one JSON object is that object. Else fences, text before and after, trailing commas and numbers as
@@ -56,9 +62,10 @@ def read_verdict(text: str, n: int, cut: bool = False) -> Verdict:
         text: the judge's answer.
         n: how many completions it was shown.
         cut: the answer was cut at its token limit: what it began with counts, the rest may be thinking.
+        scored: it was asked for a score of each as well.
 
     Raises:
-        UnreadableVerdict: nothing of the kind is there, a number is out of range, or best equals worst.
+        UnreadableVerdict: nothing of the kind is there, a number is missing or out of range, or best equals worst.
     """
     try:
         is_whole = isinstance(json.loads(text.strip()), dict)
@@ -70,7 +77,7 @@ def read_verdict(text: str, n: int, cut: bool = False) -> Verdict:
     found = [value for value in _objects(visible, cut) if "best" in value]
     if not found:
         raise UnreadableVerdict("no JSON object with a `best`")
-    return _check_verdict(found[0] if cut else found[-1], n)
+    return _check_verdict(found[0] if cut else found[-1], n, scored)
 
 
 def _objects(text: str, cut: bool) -> list[dict[str, Any]]:
@@ -122,7 +129,7 @@ def _verdicts_in(value: Any, depth: int = 3) -> list[dict[str, Any]]:
     return [found for inner in value.values() for found in _verdicts_in(inner, depth - 1)]
 
 
-def _check_verdict(value: dict[str, Any], n: int) -> Verdict:
+def _check_verdict(value: dict[str, Any], n: int, scored: bool) -> Verdict:
     best, worst, confidence = (_whole_number(value.get(name)) for name in ("best", "worst", "confidence"))
     if best is None or worst is None:
         raise UnreadableVerdict("best or worst is not a number")
@@ -132,7 +139,15 @@ def _check_verdict(value: dict[str, Any], n: int) -> Verdict:
         raise UnreadableVerdict(f"best and worst are both {best}")
     if confidence is not None and not 1 <= confidence <= 5:
         confidence = None
-    return Verdict(best=best - 1, worst=worst - 1, confidence=confidence)
+    scores = [_read_score(value, number) for number in range(1, n + 1)] if scored else None
+    return Verdict(best=best - 1, worst=worst - 1, confidence=confidence, scores=scores)
+
+
+def _read_score(value: dict[str, Any], number: int) -> int:
+    score = _whole_number(value.get(f"score_{number}"))
+    if score is None or not 1 <= score <= MOST_SCORE:
+        raise UnreadableVerdict(f"score_{number} is not a whole number from 1 to {MOST_SCORE}")
+    return score
 
 
 def _whole_number(value: Any) -> int | None:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 from openai.pagination import AsyncCursorPage
 from openai.types import Batch, FileObject
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.errors import PreflowError
 from tasks.llm.responses import StageStopped, Transient, classify
@@ -37,10 +37,8 @@ Result = TypeVar("Result")
 Awaited: TypeAlias = "asyncio.Task[dict[str, Line]]"
 
 
-class Record(BaseModel):
+class Record(BaseModel, frozen=True):
     """What was handed in as one batch; without an id, the process ended before the answer that tells it."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     requests: list[str]

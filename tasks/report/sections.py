@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 from tasks.batch.costs import Ledger, format_usd
 from tasks.report.page import Cell, Example, Picture, ReportSection, Side, Table
 from tasks.report.plots import plot_metrics
-from tasks.store.measures import Evaluation, Health, Metric, QualityReport, WinRate, p_text, percent, percent_range
+from tasks.report.quality_plots import plot_quality
+from tasks.store.measures import (
+    Choice,
+    Evaluation,
+    Health,
+    Metric,
+    QualityReport,
+    WinRate,
+    p_text,
+    percent,
+    percent_range,
+)
 from tasks.store.workspace import Manifest
 
 EXAMPLES = 20
@@ -37,11 +48,10 @@ def sample_rows(rows: Iterable[Row], count: int = EXAMPLES, seed: int = 42) -> l
     return [row for _, _, row in sorted(drawn, key=itemgetter(1))]
 
 
-def quality_section(report: QualityReport, png: bytes | None = None) -> ReportSection:
+def quality_section(report: QualityReport) -> ReportSection:
     """Show what was measured about the judge and its pairs, and what to change."""
     columns = ("measurement", "state", "value", "healthy")
     details = (_detail_table(metric) for metric in report.metrics)
-    caption = "Positions of best and worst against chance with 95 % intervals, and lengths of chosen and rejected."
     return ReportSection(
         title="Preferences",
         summary=report.summary() + ".",
@@ -51,7 +61,7 @@ def quality_section(report: QualityReport, png: bytes | None = None) -> ReportSe
             *(table for table in details if table),
             Table("Why rows gave no pair", ("reason", "rows"), tuple(report.reasons.items())),
         ),
-        pictures=(Picture(png, caption),) if png else (),
+        pictures=tuple(plot_quality(report)),
     )
 
 
@@ -72,7 +82,8 @@ def _detail_table(metric: Metric) -> Table | None:
         rows = [(of["speaker"], percent(of["chosen"]), percent(of["rejected"])) for of in detail["speakers"]]
         return Table("Lines by speaker", ("speaker", "in chosen", "in rejected"), tuple(rows))
     if "histogram" in detail:
-        return Table(metric.title, ("confidence", "votes"), tuple(detail["histogram"].items()))
+        columns = ("score", "prompts") if metric.name == "best_score" else ("confidence", "votes")
+        return Table(metric.title, columns, tuple(detail["histogram"].items()))
     if metric.name == "distinct_2":
         rows = [(f"{n}-grams", percent(detail[f"distinct_{n}"])) for n in (1, 2, 3)]
         return Table("Distinct n-grams in two completions of a prompt", ("of", "distinct"), tuple(rows))
@@ -86,8 +97,9 @@ def pairs_section(pairs: Sequence[Row]) -> ReportSection:
     shown = pairs[:EXAMPLES]
     examples = []
     for number, pair in enumerate(shown, 1):
-        confidence = pair.get("confidence")
-        note = f"confidence {confidence:.3g}" if isinstance(confidence, int | float) else ""
+        known = {"confidence": pair.get("confidence")}
+        known |= {f"{side} scores": pair.get(f"{side}_score") for side in ("chosen", "rejected")}
+        note = ", ".join(f"{name} {value:.3g}" for name, value in known.items() if isinstance(value, int | float))
         sides = Side("chosen", pair["chosen"][-1]["content"]), Side("rejected", pair["rejected"][-1]["content"])
         examples.append(_example(number, pair["prompt"], note, sides))
     summary = f"{len(shown)} preference pairs, drawn at random. Would you have chosen the left ones?"
@@ -114,17 +126,17 @@ def training_section(health: Health, metrics: Sequence[Row], counts: Mapping[str
         summary=f"{'Healthy' if health.ok else 'Needs attention'}: readings from {health.source}.",
         advice=(*health.warnings, *health.advice),
         tables=(Table("Readings", columns, readings), _course(metrics), _pairs_used(counts or {})),
-        pictures=(_curves(metrics),),
+        pictures=_curves(metrics),
     )
 
 
 def live_section(summary: str, metrics: Sequence[Row]) -> ReportSection:
     """Show a training that is still running: how far it is, and the rows of `metrics.jsonl` so far."""
-    return ReportSection("Training live", summary, tables=(_course(metrics),), pictures=(_curves(metrics),))
+    return ReportSection("Training live", summary, tables=(_course(metrics),), pictures=_curves(metrics))
 
 
-def _curves(metrics: Sequence[Row]) -> Picture:
-    return Picture(plot_metrics(metrics), "Loss, accuracy and rewards over the optimizer steps.")
+def _curves(metrics: Sequence[Row]) -> tuple[Picture, ...]:
+    return tuple(Picture(png, f"{title}, by optimizer step.") for title, png in plot_metrics(metrics).items())
 
 
 def _course(metrics: Sequence[Row]) -> Table:
@@ -208,6 +220,29 @@ def evaluation_section(
     )
 
 
+def choice_section(choice: Choice) -> ReportSection:
+    """Show the checkpoints of a training as the judge compared them, and which one was chosen."""
+    best = choice.best
+    rows = tuple(
+        (one.step, "chosen" if one is best else None, percent(one.win_rate), one.interval(),
+         one.length_controlled.text() if one.length_controlled else None, one.samples, one.adapter_sha256[:12])
+        for one in choice.tried
+    )  # fmt: skip
+    columns = ("optimizer step", "", "win rate", "interval", "length taken out", "samples", "adapter")
+    return ReportSection(
+        title="Best checkpoint",
+        summary=(
+            f"Of {len(choice.tried)} checkpoints the one of step {best.step} is chosen, by {len(choice.prompts):,} "
+            "held-out prompts. The verdict on it comes from the other held-out prompts."
+        ),
+        tables=(Table("Checkpoints against the SFT adapter", columns, rows),),
+        notes=(
+            "Chosen is the highest lower bound, of the two that the gate looks at. The rate of the chosen one is too "
+            "high here, because it was chosen for it; that of the evaluation is not.",
+        ),
+    )
+
+
 def sample_lengths(comparisons: Iterable[Row]) -> Table:
     """Return the mean length of both adapters' samples."""
     words = [[len(text.split()) for text in row["completions"]] for row in comparisons]
@@ -261,7 +296,7 @@ def _comparison(number: int, row: Row) -> Example:
     return _example(number, row["prompt"], note, sides)
 
 
-def cost_section(ledger: Ledger, is_priced: bool = True) -> ReportSection:
+def cost_section(ledger: Ledger, is_priced: bool) -> ReportSection:
     """Show tokens, GPU time and money by stage, and what the cache saved; without prices no sum of money is claimed."""
     heading, *rows = ledger.rows()
     total = ledger.total()

@@ -29,7 +29,7 @@ from pydantic import BaseModel, Field
 from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.power import power_before_price
-from tasks.judge.asking import VERDICT_TOKENS, JudgePlan, plan_judging
+from tasks.judge.asking import JudgePlan, plan_judging
 from tasks.llm.responses import as_batch, price
 from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
@@ -183,7 +183,7 @@ def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> lis
 def _estimate(plan: JudgePlan) -> JudgeEstimate:
     remaining, judge = plan.remaining(), plan.judge
     asked, tokens = remaining.to_ask, remaining.prompt_tokens
-    expected = Cost(prompt_tokens=tokens, completion_tokens=asked * VERDICT_TOKENS)
+    expected = Cost(prompt_tokens=tokens, completion_tokens=remaining.completion_tokens)
     most = Cost(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
     if judge.batch:
         expected, most = as_batch(expected), as_batch(most)
@@ -200,6 +200,7 @@ def count_comparisons(config: PipelineConfig) -> int:
     """Return how many verdicts the evaluation will want at most, over all its judges: two orders of every sample."""
     evaluation, judging = config.evaluation, config.evaluation.judging or config.judging
     held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows
-    draws = 2 if evaluation.null_test else 1
-    verdicts = draws * len(judging.judges()) + len(evaluation.judges)
-    return 2 * verdicts * evaluation.num_samples * min(held_out, evaluation.max_prompts)
+    draws, labelling = 2 if evaluation.null_test else 1, len(judging.judges())
+    choosing, deciding = evaluation.parts(held_out)
+    verdicts = evaluation.checkpoints * labelling * choosing + (draws * labelling + len(evaluation.judges)) * deciding
+    return 2 * verdicts * evaluation.num_samples

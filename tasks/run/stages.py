@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.evaluate.choice import check_choice
 from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity, try_sampler
 from tasks.judge.asking import try_judge
 from tasks.judge.elsewhere import import_completions, import_preferences
@@ -120,7 +121,7 @@ async def _try_generation(endpoint: Endpoint, config: PipelineConfig) -> None:
 
 def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
     async def ask(endpoint: Endpoint, judge: JudgeConfig) -> None:
-        await try_judge(endpoint, judge, read_rubric(judging.rubric))
+        await try_judge(endpoint, judge, read_rubric(judging.rubric), judging.wants_scores)
 
     return [(judge, partial(ask, judge=judge)) for judge in judging.judges()]
 
@@ -154,7 +155,12 @@ STAGES = (
         checks=_training_checks,
         service_checks=_training_service,
     ),
-    Stage("evaluation", identity=_evaluation, endpoints=_evaluation_endpoints),
+    Stage(
+        "evaluation",
+        identity=_evaluation,
+        checks=lambda config: [partial(check_choice, config)],
+        endpoints=_evaluation_endpoints,
+    ),
 )
 
 

@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
@@ -51,8 +51,6 @@ CONNECTIONS = 32
 PARALLEL_DELETES = 16
 # Held in memory up to here, and on the local disk beyond.
 SPOOLED = 8 << 20
-# Ranges that lie nearer to each other than this are read in one request, and up to this many bytes in one.
-NEAR, BLOCK = 1 << 18, 8 << 20
 _blocks: dict[str, str] = {}
 LISTED = "items(name,size,generation,metadata),prefixes,nextPageToken"
 
@@ -166,15 +164,6 @@ class GcsWorkspace(Workspace):
                 raise
         return out.getvalue()
 
-    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """Return the bytes of each range; ranges near to each other come in one request."""
-        found: list[bytes] = []
-        for group in _near(ranges):
-            start = group[0][0]
-            block = self.read_bytes(uri, start, max(end for _, end in group))
-            found += [block[first - start : end - start] for first, end in group]
-        return found
-
     def open(self, uri: str) -> IO[bytes]:
         """Fetch an object whole, so that its crc32c is known to be right before a byte is used."""
         file = tempfile.SpooledTemporaryFile(SPOOLED)  # noqa: SIM115  the caller closes it
@@ -262,15 +251,3 @@ def _stat(neighbour: str, blob: Any) -> Stat:
     """Return the facts of an object; `neighbour` is an address in the same bucket."""
     root = "/".join(neighbour.split("/", 3)[:3])
     return Stat(f"{root}/{blob.name}", int(blob.size), (blob.metadata or {}).get("sha256"), blob.generation)
-
-
-def _near(ranges: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Group ranges that are worth reading in one request."""
-    group: list[tuple[int, int]] = []
-    for start, end in ranges:
-        if group and not (group[0][0] <= start <= group[-1][1] + NEAR and end - group[0][0] <= BLOCK):
-            yield group
-            group = []
-        group.append((start, end))
-    if group:
-        yield group

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
@@ -30,14 +30,6 @@ class LocalWorkspace(Workspace):
         with open(uri, "rb") as file:
             file.seek(start)
             return file.read() if end is None else file.read(end - start)
-
-    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        found = []
-        with open(uri, "rb") as file:
-            for start, end in ranges:
-                file.seek(start)
-                found.append(file.read(end - start))
-        return found
 
     def open(self, uri: str) -> IO[bytes]:
         return open(uri, "rb")

@@ -20,6 +20,11 @@ def percent_range(low: float, high: float) -> str:
     return f"{100 * low:.1f}-{100 * high:.1f} %"
 
 
+def rate_text(rate: float, low: float, high: float) -> str:
+    """Return a rate with its interval, in percent."""
+    return f"{percent(rate)} ({percent_range(low, high)})"
+
+
 def p_text(p_value: float) -> str:
     """Return a p-value as it is read."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
@@ -125,7 +130,7 @@ class WinRate(BaseModel, frozen=True):
 
     def text(self) -> str:
         """Return the rate with its interval, in percent."""
-        return f"{percent(self.win_rate)} ({self.interval()})"
+        return rate_text(self.win_rate, self.lower, self.upper)
 
     def interval(self) -> str:
         """Return the interval, in percent."""
@@ -159,7 +164,7 @@ class Interval(BaseModel, frozen=True):
 
     def text(self) -> str:
         """Return the figure with its interval, in percent."""
-        return f"{percent(self.value)} ({percent_range(self.lower, self.upper)})"
+        return rate_text(self.value, self.lower, self.upper)
 
 
 class Agreement(BaseModel, frozen=True):
@@ -256,6 +261,34 @@ class Evaluation(WinRate):
                 "Sharpen judging.rubric, or take another judging.model; more labels narrow the interval."
             )
         return None
+
+
+class Tried(Evaluation):
+    """A checkpoint against the SFT adapter, on the prompts that choose; `step` is that of the training."""
+
+    step: int
+
+
+class Choice(BaseModel, frozen=True):
+    """`choice.json`: the checkpoints of a training, in their order, and the prompts that chose, which do not decide.
+
+    The rate of the chosen one is too high, because it was chosen for it; the evaluation's is not.
+    """
+
+    tried: tuple[Tried, ...]
+    prompts: tuple[str, ...]
+
+    @property
+    def best(self) -> Tried:
+        """The checkpoint with the highest lower bound, as the gate looks at it; of equal ones the later."""
+        return max(reversed(self.tried), key=lambda one: one.proven)
+
+
+def read_choice(evaluation: EvaluationRef) -> Choice | None:
+    """Return how the adapter that was evaluated was chosen; None if it is the last of its training."""
+    store = Workspace.holding(evaluation.uri)
+    made = store.read_manifest(evaluation).origin("choice") if evaluation.manifest else None
+    return Choice.model_validate(store.read_json(made.uri)) if made else None
 
 
 def read_evaluation(evaluation: EvaluationRef) -> Evaluation:

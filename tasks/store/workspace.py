@@ -26,6 +26,7 @@ from tasks.store.refs import (  # others take them from here
     MANIFEST,
     AdapterRef,
     Artifact,
+    ChoiceRef,
     CompletionsRef,
     Cost,
     EvaluationRef,
@@ -117,10 +118,6 @@ class Workspace:
 
     def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Return the bytes from `start` up to `end`, or the whole file; less where the file ends before."""
-        raise NotImplementedError
-
-    def read_ranges(self, uri: str, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """Return the bytes from start up to end of each range; in ascending order it is fast."""
         raise NotImplementedError
 
     def open(self, uri: str) -> IO[bytes]:

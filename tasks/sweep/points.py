@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tasks.config import PipelineConfig, Preset, StageConfig, SweepConfig
 from tasks.errors import PreflowError
@@ -25,10 +25,8 @@ EXAMPLE = '{"training.beta": [0.05, 0.1]}'
 logger = logging.getLogger(__name__)
 
 
-class Point(BaseModel):
+class Point(BaseModel, frozen=True):
     """One run of a sweep: what it changes, and the whole configuration that comes of it."""
-
-    model_config = ConfigDict(frozen=True)
 
     number: int
     change: Change
@@ -40,10 +38,8 @@ class Point(BaseModel):
         return name_change(self.change)
 
 
-class Points(BaseModel):
+class Points(BaseModel, frozen=True):
     """All points of a sweep, numbered from 1, and how many were left out as equal to one of them."""
-
-    model_config = ConfigDict(frozen=True)
 
     points: tuple[Point, ...]
     duplicates: int = 0

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import length_controlled, read_comparison, win_rate
@@ -16,15 +16,13 @@ VERSION = 2
 logger = logging.getLogger(__name__)
 
 
-class PointResult(BaseModel):
+class PointResult(BaseModel, frozen=True):
     """What came of one point: what it made and how often that won, or the error it ended with.
 
     `widened` is the interval that holds for all points of the sweep at once, and `proven` its lower bound or that with
     length taken out, the lower one; `null` is SFT against itself; `evaluation_fingerprint` is the digest of what the
     win rate was measured with: prompts, sampling settings and judge.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     number: int
     change: Change
@@ -38,10 +36,8 @@ class PointResult(BaseModel):
     evaluation_fingerprint: str | None = None
 
 
-class SweepResult(BaseModel):
+class SweepResult(BaseModel, frozen=True):
     """A sweep's points in their order, and the numbers of those that finished, the best first."""
-
-    model_config = ConfigDict(frozen=True)
 
     key: str
     points: tuple[PointResult, ...]

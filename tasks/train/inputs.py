@@ -51,8 +51,8 @@ def read_header(uri: str) -> dict[str, Tensor]:
     """Read the header of a safetensors file (8 bytes of length, then JSON); the file must be as long as it says."""
     store = Workspace.holding(uri)
     try:
-        length = int.from_bytes(store.read_ranges(uri, [(0, 8)])[0], "little")
-        content = json.loads(store.read_ranges(uri, [(8, 8 + min(length, LONGEST_HEADER))])[0])
+        length = int.from_bytes(store.read_bytes(uri, 0, 8), "little")
+        content = json.loads(store.read_bytes(uri, 8, 8 + min(length, LONGEST_HEADER)))
         content.pop("__metadata__", None)
         found = {
             name: Tensor(entry["dtype"], entry["shape"], *(8 + length + at for at in entry["data_offsets"]))

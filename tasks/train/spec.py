@@ -5,7 +5,7 @@ import posixpath
 from dataclasses import dataclass
 from enum import IntEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from tasks.config import TrainingConfig
 from tasks.store.workspace import PreferencesRef
@@ -28,10 +28,13 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-class TrainingSpec(BaseModel):
-    """One training: everything the child needs to know."""
+def kept_steps(total: int, checkpoints: int) -> list[int]:
+    """Return the steps before the last of `total` whose adapters are kept, so that there are `checkpoints` in all."""
+    return sorted({total * number // checkpoints for number in range(1, checkpoints)} - {0})
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+class TrainingSpec(BaseModel, frozen=True, extra="forbid"):
+    """One training: everything the child needs to know."""
 
     preferences: PreferencesRef
     workspace: str
@@ -66,6 +69,10 @@ class TrainingPaths:
     def lease(self) -> str:
         """File that says who trains."""
         return posixpath.join(self.folder, "lease.json")
+
+    def at(self, step: int) -> "TrainingPaths":
+        """Return the paths of the adapter that is kept of a step before the last."""
+        return TrainingPaths(posixpath.join(self.folder, f"step-{step:06d}"))
 
     def file(self, name: str) -> str:
         """Return the uri of a file directly in the training's folder."""

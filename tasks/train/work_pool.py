@@ -2,30 +2,20 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import acreate_link_artifact, acreate_progress_artifact, aupdate_progress_artifact
+from prefect.artifacts import acreate_link_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterType,
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterIdempotencyKey,
-)
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkPool
-from prefect.client.schemas.sorting import ArtifactSort
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run as this_run
@@ -198,13 +188,18 @@ def _is_outage(error: BaseException) -> bool:
 
 
 async def _follow(run: FlowRun, order: TrainingOrder) -> AdapterRef:
-    """Wait until the adapter is there; show the run's states and progress as this run's own."""
-    view = await retry_while_api_is_down(_RunView.open, run, order.deployment)
+    """Wait until the adapter is there; link to the run, which shows its progress, and log its states."""
+    if (address := url_for(run)) is not None:
+        about = f"The training, on {order.deployment}."
+        await retry_while_api_is_down(partial(acreate_link_artifact, address, link_text=run.name, description=about))
     pool = await retry_while_api_is_down(_read_pool, run)
     heartbeat, pods = _HeartbeatMonitor(order), PodWatch.of(run.id, pool, order.job_variables)
+    said: UUID | None = None
     while True:
         run = await retry_while_api_is_down(_read, run.id)
-        await view.show(run)
+        if _state(run).id != said:
+            said = _state(run).id
+            logger.info("%s, run %r: %s", order.deployment, run.name, _describe(_state(run)))
         quiet = heartbeat.quiet_seconds(_state(run))
         if pods is not None and not _state(run).is_final():
             await pods.say(quiet)
@@ -310,54 +305,10 @@ def _what_happened(run: FlowRun, order: TrainingOrder, crashes: int) -> str:
     return f"the training on {order.deployment} failed: {reason}\n{where}. Fix the cause and {again}."
 
 
-class _RunView:
-    """What the UI shows of the other run in this one: a link, a progress bar, and a log line for each new state."""
-
-    def __init__(self, deployment: str, bar: UUID) -> None:
-        self._deployment, self._bar = deployment, bar
-        self._state: UUID | None = None
-        self._shown = -math.inf
-
-    @classmethod
-    async def open(cls, run: FlowRun, deployment: str) -> "_RunView":
-        """Make the link and the bar."""
-        address = url_for(run)
-        if address is not None:
-            await acreate_link_artifact(address, link_text=run.name, description=f"The training, on {deployment}.")
-        bar = await acreate_progress_artifact(0.0, description=f"{deployment}: optimizer steps")
-        return cls(deployment, bar)
-
-    async def show(self, run: FlowRun) -> None:
-        """Log a new state, and move the bar to where the run's own is."""
-        state = _state(run)
-        if state.id != self._state:
-            self._state = state.id
-            logger.info("%s, run %r: %s", self._deployment, run.name, _describe(state))
-        try:
-            percent = 100.0 if state.is_completed() else await _progress(run)
-            if percent != self._shown:
-                await aupdate_progress_artifact(self._bar, progress=percent)
-                self._shown = percent
-        except (httpx.HTTPError, PrefectException) as error:  # a display is not worth a training
-            logger.debug("the progress could not be shown: %s", error)
-
-
 def _describe(state: State[Any]) -> str:
     if state.type is StateType.SCHEDULED and state.name in ("Scheduled", "Late"):
         return f"{state.name}, waiting for a worker"
     return f"{state.name} ({state.message})" if state.message else str(state.name)
-
-
-async def _progress(run: FlowRun) -> float:
-    """Return how far the newest execution of a run is, in per cent."""
-    async with get_client() as client:
-        bars = await client.read_artifacts(
-            artifact_filter=ArtifactFilter(type=ArtifactFilterType(any_=["progress"])),
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
-            sort=ArtifactSort.CREATED_DESC,
-            limit=1,
-        )
-    return float(bars[0].data) if bars and isinstance(bars[0].data, int | float) else 0.0
 
 
 @contextmanager

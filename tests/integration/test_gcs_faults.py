@@ -79,9 +79,8 @@ def test_lines_and_parts_are_read_whole_in_spite_of_cuts(store: Workspace) -> No
     for number, start in enumerate(starts):
         row = rows[number * 500]
         assert list(store.lines(store.uri("rows"), start, start + len(row) + 3)) == [row, b"row"]
-    ranges = [(start, start + 10) for start in starts]
-    assert store.read_ranges(store.uri("rows"), ranges) == [b"".join(rows)[start:end] for start, end in ranges]
-    assert store.read_ranges(store.uri("rows"), [(10**9, 10**9 + 5)]) == [b""]
+        assert store.read_bytes(store.uri("rows"), start, start + 10) == b"".join(rows)[start : start + 10]
+    assert store.read_bytes(store.uri("rows"), 10**9, 10**9 + 5) == b""
 
 
 def test_digests_come_with_the_objects_and_are_read_once_where_they_do_not(

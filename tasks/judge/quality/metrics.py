@@ -27,7 +27,7 @@ def measure_judgements(rows: Iterable[Mapping[str, Any]], usage: Mapping[str, in
         _pair_yield(tally), _failed_prompts(tally), *positions(tally), _flip_rate(tally), _agreement(tally),
         confidence(tally), _parse_failures(tally), _tokens_per_verdict(tally, usage or {}),
     )  # fmt: skip
-    return make_report(tally, [*judge, *texts(tally)])
+    return make_report(tally, [*judge, *_scores(tally), *texts(tally)])
 
 
 def make_report(tally: Tally, metrics: Sequence[Metric]) -> QualityReport:
@@ -115,6 +115,11 @@ def _pair_yield(tally: Tally) -> Metric:
         )
     elif "confidence" in reason:
         advice += "Lower judging.min_confidence, or raise generation.num_completions so that the extremes differ."
+    elif "score" in reason:
+        advice += (
+            "Lower judging.min_chosen_score, or raise generation.num_completions so that one of them is good. Where "
+            "most scores are equal, say in judging.rubric what tells a good answer from a fair one."
+        )
     elif "distinct" in reason:
         advice += "The completions are equal: raise generation.temperature and generation.num_completions."
     else:
@@ -289,6 +294,16 @@ def confidence(tally: Tally) -> Metric:
         )
     histogram = {str(value): count for value, count in sorted(tally.confidence.items())}
     return make_metric(about, mean, advice is None, advice, {"histogram": histogram})
+
+
+def _scores(tally: Tally) -> list[Metric]:
+    """Return how good the best completions are by themselves, if the judges were asked for scores."""
+    if not tally.scores:
+        return []
+    mean = sum(score * count for score, count in tally.scores.items()) / tally.scores.total()
+    histogram = {str(score): count for score, count in sorted(tally.scores.items())}
+    about = ("best_score", "Score of a prompt's best completion (1-10)", None, "for information")
+    return [make_metric(about, mean, detail={"histogram": histogram})]
 
 
 # ---- the texts

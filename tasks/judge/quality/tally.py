@@ -33,6 +33,7 @@ class Tally:
         compared: pairs of verdicts of one judge on one row in two orders; `flipped`: those with another best or worst.
         distinct: summed shares of distinct n-grams of `scored` prompts.
         scenes: pairs in which both sides name who speaks.
+        scores: of the best completion of a prompt, rounded, where the judges were asked for scores.
     """
 
     rows: int = 0
@@ -49,6 +50,7 @@ class Tally:
     scored: int = 0
     distinct: dict[int, float] = field(default_factory=lambda: dict.fromkeys(NGRAMS, 0.0))
     scenes: int = 0
+    scores: Counter[int] = field(default_factory=Counter)
     speakers: dict[str, Counter[str]] = field(default_factory=lambda: {"chosen": Counter(), "rejected": Counter()})
     finish_reasons: Counter[str] = field(default_factory=Counter)
 
@@ -75,6 +77,8 @@ class Tally:
             _count(self.finish_reasons, str(reason))
         self._add_diversity(row["completions"])
         self._add_votes(row["votes"])
+        if row.get("scores") and row["best"] is not None:
+            self.scores[round(row["scores"][str(row["best"])])] += 1
         if row["status"] == "pair":
             self._add_pair(row["completions"][row["best"]], row["completions"][row["worst"]])
 

@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from tasks.demo.judge import parse_prompt, verdict
+from tasks.judge.prompt import build_messages
+from tasks.judge.verdict import read_verdict
 
 NONCE = "9f3ac0d1e2b45678"
 SCENE = """[system]
@@ -89,6 +91,18 @@ def test_a_tie_goes_to_the_lower_position_so_that_it_flips_when_swapped(client: 
     other = GOOD.replace("warm the egg", "count the feathers")
     for pair in ([GOOD, other], [other, GOOD]):
         assert ask(client, pair) == {"best": 1, "worst": 2, "confidence": 1}
+
+
+def test_scores_are_given_if_they_are_asked_for_and_do_not_depend_on_the_others(client: httpx.Client) -> None:
+    def scores(*texts: str) -> list[int]:
+        row = {"prompt": [{"role": "user", "content": SCENE}], "completions": texts}
+        messages = build_messages("r", row, range(len(texts)), scored=True)
+        content = client.post("chat/completions", json={"model": "demo-judge", "messages": messages}).json()
+        return read_verdict(content["choices"][0]["message"]["content"], len(texts), scored=True).scores or []
+
+    good, middling, bad = scores(GOOD, MIDDLING, BAD)
+    assert 10 >= good > middling > bad == 1
+    assert scores(BAD, GOOD) == [bad, good]
 
 
 def test_confidence_grows_with_the_gap(client: httpx.Client) -> None:

@@ -282,6 +282,21 @@ def test_the_schema_allows_verdicts_only() -> None:
     assert set(schema["required"]) == set(schema["properties"])
 
 
+def test_scores_are_asked_for_and_read_one_for_each() -> None:
+    schema = verdict_format(2, scored=True)["json_schema"]["schema"]
+    assert schema["required"] == ["score_1", "score_2", "best", "worst", "confidence"]
+    assert schema["properties"]["score_2"]["enum"] == [str(score) for score in range(1, 11)]
+    whole = '{"score_1": "3", "score_2": 10, "best": 2, "worst": 1, "confidence": 4}'
+    assert read_verdict(whole, 2, scored=True).scores == [3, 10]
+    assert read_verdict(whole, 2).scores is None
+    for wrong in ('"score_1": 3,', '"score_1": 3, "score_2": 11,', '"score_1": 3, "score_2": 4.5,'):
+        with pytest.raises(UnreadableVerdict, match="score_2 is not a whole number from 1 to 10"):
+            read_verdict(f'{{{wrong} "best": 2, "worst": 1}}', 2, scored=True)
+    asked, plain = (build_messages("r", make_row("a", "b"), [0, 1], scored) for scored in (True, False))
+    assert asked[0]["content"].startswith(plain[0]["content"]), "a provider's cache keeps what stands first"
+    assert (asked[1], "score_1" in asked[0]["content"]) == (plain[1], True)
+
+
 # ---- asking
 
 
@@ -310,9 +325,9 @@ class ScriptedEndpoint:
         )
 
 
-def make_judge(endpoint: ScriptedEndpoint, **settings: Any) -> Judge:
+def make_judge(endpoint: ScriptedEndpoint, scored: bool = False, **settings: Any) -> Judge:
     config = JudgeConfig.model_validate({"max_tokens": 100, **settings})
-    return Judge(endpoint, config, "rubric")  # type: ignore[arg-type]
+    return Judge(endpoint, config, "rubric", scored)  # type: ignore[arg-type]
 
 
 QUESTION = Question(make_row("a", "b", "c"), [2, 0, 1])
@@ -322,6 +337,14 @@ async def test_a_vote_is_in_indexes_and_not_in_positions() -> None:
     outcome = await make_judge(ScriptedEndpoint(V)).judge(QUESTION)
     assert outcome.row == {"order": [2, 0, 1], "best": 0, "worst": 1, "confidence": 4}
     assert (outcome.usage.requests, outcome.refused) == (1, ("temperature",))
+
+
+async def test_scores_stand_in_the_order_shown_and_are_asked_for_again_if_missing() -> None:
+    endpoint = ScriptedEndpoint(V, '{"score_1": 2, "score_2": 9, "score_3": 5, "best": 2, "worst": 1}')
+    outcome = await make_judge(endpoint, scored=True).judge(QUESTION)
+    assert outcome.row == {"order": [2, 0, 1], "best": 0, "worst": 2, "confidence": None, "scores": [2, 9, 5]}
+    assert "score_1 is not" in endpoint.asked[1]["messages"][1]["content"]
+    assert "score_3" in endpoint.asked[0]["response_format"]["json_schema"]["schema"]["properties"]
 
 
 CUT = ("Let me think", "length")
@@ -390,6 +413,7 @@ CHANGES: list[tuple[dict[str, Any], bool, bool]] = [
     ({"temperature": 0.5}, True, True),
     ({"max_tokens": 5000}, True, True),
     ({"panel": [{"model": "other"}]}, True, False),
+    ({"min_chosen_score": 5}, True, False),
 ]
 
 
@@ -408,6 +432,9 @@ def test_the_rubric_changes_every_question_and_a_third_order_none() -> None:
     assert not plan.units_of(row).keys() & other.units_of(row).keys()
     assert plan.key != other.key
     assert plan.units_of(row).keys() < make_plan(orders=3).units_of(row).keys()
+    scored = make_plan(min_chosen_score=5)
+    assert not plan.units_of(row).keys() & scored.units_of(row).keys()
+    assert scored.key == make_plan(min_chosen_score=6).key == make_plan(rejected_sigmas=2).key
     assert plan.units_of(make_row("a", "a ", "")) == {}, "one distinct completion raises no question"
 
 

@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 import pytest
 
-from tasks.config import JudgingConfig, PairPolicy
+from tasks.config import EvaluationConfig, JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.asking import plan_judging
+from tasks.judge.elsewhere import import_preferences
 from tasks.judge.pairs import (
     Decision,
     check_groups,
@@ -20,16 +21,12 @@ from tasks.judge.pairs import (
     make_preferences,
     preference_pair,
 )
+from tasks.judge.quality.audit import measure_pairs
+from tasks.store.measures import QualityReport
 from tasks.store.records import VerdictsRow, Vote
 from tasks.store.workspace import CompletionsRef, Cost, Manifest, PreferencesRef, VerdictsRef, Workspace, digest
 
 Row = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def quick_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The picture takes most of the time here; it is looked at where quality is."""
-    monkeypatch.setattr("tasks.judge.pairs.plot_quality", lambda quality: b"a picture")
 
 
 ORDERS = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
@@ -69,7 +66,7 @@ CASES: list[tuple[str, list[Row], dict[PairPolicy, Any]]] = [
 def test_policies_decide_as_they_say(
     name: str, votes: list[Row], expected: dict[PairPolicy, Any], policy: PairPolicy
 ) -> None:
-    decision, wanted = decide(read_votes(votes), policy), expected[policy]
+    decision, wanted = decide(read_votes(votes), JudgingConfig(pair_policy=policy)), expected[policy]
     if isinstance(wanted, tuple):
         assert (decision.status, decision.best, decision.worst, decision.reason) == ("pair", *wanted, None)
     elif wanted in ("best", "worst"):
@@ -83,18 +80,143 @@ def test_policies_decide_as_they_say(
 def test_no_policy_makes_a_pair_of_one_completion(policy: PairPolicy) -> None:
     for a, b, c in itertools.product(range(3), repeat=3):
         votes = [vote(a, (a + 1) % 3), vote(b, (b + 2) % 3), vote(c, (c + 1) % 3)]
-        decision = decide(read_votes(votes), policy)
+        decision = decide(read_votes(votes), JudgingConfig(pair_policy=policy))
         assert decision.status != "pair" or decision.best != decision.worst
 
 
 def test_unsure_pairs_are_dropped_and_say_how_unsure() -> None:
     votes = [vote(0, 2, 2), vote(0, 2, 3)]
-    assert decide(read_votes(votes), U, 2).status == "pair"
-    decision = decide(read_votes(votes), U, 3)
+    assert decide(read_votes(votes), JudgingConfig(min_confidence=2)).status == "pair"
+    decision = decide(read_votes(votes), JudgingConfig(min_confidence=3))
     assert (decision.status, decision.reason, decision.confidence) == ("dropped", "confidence 2.5 < 3", 2.5)
-    unknown = decide(read_votes([vote(0, 2, None), vote(0, 2, None)]), U, 5)
+    unknown = decide(read_votes([vote(0, 2, None), vote(0, 2, None)]), JudgingConfig(min_confidence=5))
     assert unknown.status == "pair", "no confidence is no low one"
-    assert decide(read_votes([vote(0, 2), vote(0, 2), vote(1, 2)]), U).agreement == 0.6667
+    assert decide(read_votes([vote(0, 2), vote(0, 2), vote(1, 2)]), JudgingConfig()).agreement == 0.6667
+
+
+def scored(*rows: list[int], policy: PairPolicy = "unanimous", **settings: Any) -> Decision:
+    """Decide on one vote for each list of scores: best and worst are the highest and the lowest, shown in turn."""
+    votes = []
+    for shift, scores in enumerate(rows):
+        order = [*range(shift, len(scores)), *range(shift)]
+        best, worst = (scores.index(pick(scores)) for pick in (max, min))
+        votes.append({**vote(best, worst), "order": order, "scores": [scores[index] for index in order]})
+    return decide(read_votes(votes), JudgingConfig(pair_policy=policy, **settings))
+
+
+# Mean 6, standard deviation 2.06: the worst, index 4, is further from it than twice that.
+MANY = [10, 6, 6, 7, 1, 6, 6, 2, 6, 6, 7, 6, 6, 9, 6, 6]
+
+
+def test_rejected_is_the_worst_or_what_lies_so_far_below_the_mean() -> None:
+    assert (scored(MANY, MANY).best, scored(MANY, MANY).worst) == (0, 4)
+    assert scored(MANY, MANY, rejected_sigmas=2).worst == 7
+    assert scored(MANY, MANY, rejected_sigmas=0.1).worst == 1, "of equals the first"
+    assert scored(MANY, MANY, rejected_sigmas=5).worst == 4
+    assert scored(MANY, MANY, rejected_sigmas=2).scores[7] == 2
+    mixed = [MANY, [*MANY[:4], 3, *MANY[5:7], 1, *MANY[8:]]]  # the votes differ in the worst, and it is not asked about
+    assert scored(*mixed).reason == "worst not unanimous"
+    assert (scored(*mixed, rejected_sigmas=2).worst, scored(*mixed, rejected_sigmas=2).scores[4]) == (4, 2)
+    assert scored([5, 4, 3], [3, 4, 5], rejected_sigmas=2).reason == "best not unanimous"
+    flat = decide(read_votes([{**vote(0, 2), "scores": [5, 5, 5]}]), JudgingConfig(rejected_sigmas=2))
+    assert (flat.status, flat.reason, flat.worst) == ("dropped", "none scores lower than the best", None)
+
+
+def test_the_best_of_bad_ones_makes_no_pair_below_the_floor() -> None:
+    assert scored([6, 2, 3], [5, 2, 3], min_chosen_score=5.5).status == "pair"
+    low = scored([6, 2, 3], [5, 2, 3], min_chosen_score=6)
+    assert (low.status, low.reason, low.is_low) == ("dropped", "score of the best 5.5 < 6", True)
+    assert not scored([6, 2, 3], [2, 5, 3], min_chosen_score=6).is_low, "the best is not known"
+
+
+@pytest.mark.parametrize(
+    ("votes", "settings", "status", "best"),
+    [
+        ([vote(0, 2), vote(0, 1)], {}, "sft_only", 0),
+        ([vote(0, 2), vote(0, 2), vote(1, 2)], {}, "sft_only", 0),
+        ([vote(0, 2), vote(1, 2)], {}, "dropped", None),
+        ([vote(0, 2), vote(0, 2)], {}, "pair", 0),
+        ([vote(0, 2, 1), vote(0, 2, 1)], {"min_confidence": 3}, "sft_only", 0),
+        ([vote(0, 2), ERROR], {}, "failed", None),
+    ],
+)
+def test_what_is_too_unsure_for_a_pair_goes_to_the_sft_term(
+    votes: list[Row], settings: dict[str, Any], status: str, best: int | None
+) -> None:
+    decision = decide(read_votes(votes), JudgingConfig(unsure_for_sft=True, **settings))
+    assert (decision.status, decision.best) == (status, best)
+    assert (decision.reason is None) == (status == "pair")
+    assert decision.worst == (2 if status == "pair" else None)
+    assert decide(read_votes(votes), JudgingConfig(**settings)).status != "sft_only"
+
+
+def test_a_low_best_is_not_imitated_either() -> None:
+    rows = [6, 2, 3], [5, 3, 2]
+    assert scored(*rows, unsure_for_sft=True, min_chosen_score=5).status == "sft_only"
+    assert scored(*rows, unsure_for_sft=True, min_chosen_score=6).status == "dropped"
+
+
+def test_rows_for_the_sft_term_have_equal_sides_and_are_never_held_out(tmp_path: Path) -> None:
+    rows = make_rows(100)
+    for row in rows[::5]:  # the best is sure, the worst is not
+        row["votes"] = [vote(0, 1), vote(0, 2, order=1)]
+    preferences, off = make(tmp_path, rows, unsure_for_sft=True), make(tmp_path, rows)
+    found, without = sides(preferences), sides(off)
+    alone = [row for row in found["train"] if row.get("sft_only")]
+    assert all(row["chosen"] == row["rejected"] for row in alone)
+    assert [row for row in found["train"] if not row.get("sft_only")] == without["train"]
+    assert found["val"] == without["val"]
+    counts = Workspace(tmp_path).read_json(str(preferences.manifest))["counts"]
+    assert counts["sft_only"] == len(alone) == preferences.rows - off.rows
+    assert 0 < len(alone) < 20, "what lies on the held-out side is left out"
+    quality = QualityReport.model_validate_json(Path(preferences.sibling("quality.json")).read_text())
+    assert (quality.pairs, quality.statuses["sft_only"]) == (80, len(alone))
+    assert quality.metric("degenerate_pairs").value == 0
+    audited = measure_pairs(preferences.uri, preferences.sibling("val.jsonl"))
+    assert (audited.pairs, audited.metric("degenerate_pairs").value) == (80, 0)
+    imported = import_preferences(preferences.uri, str(tmp_path / "other"), JudgingConfig(seed=1, val_ratio=0.3))
+    assert not any(row.get("sft_only") for row in sides_of(imported, "val"))
+    assert any(row.get("sft_only") for row in sides_of(imported, "train"))
+
+
+def test_nothing_but_rows_for_the_sft_term_is_no_pair(tmp_path: Path) -> None:
+    rows = [{**row, "votes": [vote(0, 1), vote(0, 2, order=1)]} for row in make_rows(10)]
+    preferences = make(tmp_path, rows, unsure_for_sft=True, val_ratio=0)
+    assert preferences.rows == 10
+    with pytest.raises(PreflowError, match="no pair to train on: of 10 prompts 10 sft_only"):
+        check_yield(preferences, str(tmp_path))
+
+
+def test_settings_that_are_off_leave_keys_and_rows_as_they_were(tmp_path: Path) -> None:
+    names = {"rejected_sigmas", "min_chosen_score", "unsure_for_sft"}
+    on = JudgingConfig(rejected_sigmas=2, min_chosen_score=6, unsure_for_sft=True)
+    assert not names & JudgingConfig().identity().keys()
+    assert not names & JudgingConfig().pairs_identity().keys()
+    assert names <= on.pairs_identity().keys() & on.identity().keys()
+    assert not names & on.verdict_identity().keys(), "another floor asks nobody"
+    off = EvaluationConfig(judging=on).comparison_judge()
+    assert not off.wants_scores, "comparisons need no scores"
+    found = make(tmp_path, make_rows(10))
+    assert not any("scores" in row or "scores" in row["votes"][0] for row in sides(found)["judged"])
+    assert "low_scores" not in Workspace(tmp_path).read_json(str(found.manifest))["counts"]
+
+
+def test_scores_are_counted_measured_and_travel_with_the_pair(tmp_path: Path) -> None:
+    rows = make_rows(10)
+    for number, row in enumerate(rows):
+        for given in row["votes"]:
+            marks = {given["best"]: 4 + number % 5, given["worst"]: 1}
+            given["scores"] = [marks.get(index, 3) for index in given["order"]]
+    preferences = make(tmp_path, rows, min_chosen_score=6, val_ratio=0)
+    found = sides(preferences)
+    # Rows 0 and 5 have no best; of the others 1 and 6 score 5.
+    assert [row["chosen_score"] for row in found["train"]] == [6, 7, 8] * 2
+    assert {row["rejected_score"] for row in found["train"]} == {1}
+    manifest = Workspace(tmp_path).read_json(str(preferences.manifest))
+    assert (manifest["counts"]["low_scores"], manifest["counts"]["train"]) == (2, 6)
+    quality = QualityReport.model_validate_json(Path(preferences.sibling("quality.json")).read_text())
+    assert quality.reasons == {"best not unanimous": 2, "score of the best n < n": 2}
+    assert quality.metric("best_score").detail == {"histogram": {"5": 2, "6": 2, "7": 2, "8": 2}}
 
 
 # ---- split
@@ -177,9 +299,12 @@ def make_rows(count: int, first: int = 0, groups: int = 0) -> list[Row]:
     return rows
 
 
+def sides_of(preferences: PreferencesRef, name: str) -> list[Row]:
+    return [json.loads(line) for line in Path(preferences.sibling(f"{name}.jsonl")).read_text().splitlines()]
+
+
 def sides(preferences: PreferencesRef) -> dict[str, list[Row]]:
-    found = {name: Path(preferences.sibling(f"{name}.jsonl")).read_text() for name in ("train", "val", "judged")}
-    return {name: [json.loads(line) for line in text.splitlines()] for name, text in found.items()}
+    return {name: sides_of(preferences, name) for name in ("train", "val", "judged")}
 
 
 def make(folder: Path, rows: list[Row], **settings: Any) -> PreferencesRef:
