@@ -228,7 +228,7 @@ def choice_section(choice: Choice) -> ReportSection:
          one.length_controlled.text() if one.length_controlled else None, one.samples, one.adapter_sha256[:12])
         for one in choice.tried
     )  # fmt: skip
-    columns = ("optimizer step", "", "win rate", "interval", "length taken out", "samples", "adapter")
+    columns = ("optimizer step", "state", "win rate", "interval", "length taken out", "samples", "adapter")
     return ReportSection(
         title="Best checkpoint",
         summary=(

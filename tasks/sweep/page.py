@@ -57,7 +57,7 @@ def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, d
             ),
             Table("Points", ("point", "change"), tuple((point.number, point.name) for point in points)),
         ),
-        blocks=(("How this is estimated", HOW_ESTIMATED.format(rate=sweep.pairs_per_second)),),
+        notes=(HOW_ESTIMATED.format(rate=sweep.pairs_per_second),),
     )
 
 

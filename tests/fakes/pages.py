@@ -10,6 +10,7 @@ from tasks.judge.quality.metrics import measure_judgements
 from tasks.report.overview import approval_section, glance_section, inputs_section, win_rate_figures
 from tasks.report.page import ReportSection, Table
 from tasks.report.sections import (
+    choice_section,
     cost_section,
     evaluation_section,
     lineage_section,
@@ -20,7 +21,7 @@ from tasks.report.sections import (
     training_section,
 )
 from tasks.rounds.rounds import Round, RoundsResult, rounds_section
-from tasks.store.measures import Evaluation, Health, JudgeEstimate, Metric, WinRate
+from tasks.store.measures import Choice, Evaluation, Health, JudgeEstimate, Metric, WinRate
 from tasks.store.workspace import (
     AdapterRef,
     Cost,
@@ -126,8 +127,15 @@ def run_pages() -> list[ReportSection]:
     used = Cost(requests=1_234_567, prompt_tokens=1_234_567_890, completion_tokens=987_654_321, usd=12_345.678)
     ledger = Ledger().plus(StageCost(stage="evaluation", used=used, cached=used, seconds=123_456.0))
     first = ReportSection(**{**vars(glance), "tables": (facts, *glance.tables)})
-    return [first, inputs_section(made, settings), compared, quality(), pairs_section([pair] * 3), trained,
+    return [first, inputs_section(made, settings), compared, choice(), quality(), pairs_section([pair] * 3), trained,
             cost_section(ledger, is_priced=True), lineage_section(made)]  # fmt: skip
+
+
+def choice() -> ReportSection:
+    """Return the page of a choice among three checkpoints."""
+    about = {"length_controlled": rate(0.5, 0.1), "adapter_sha256": "a" * 64}
+    tried = [{**rate(0.6, 0.02 * k), "step": 123_456 * k, **about} for k in (1, 2, 3)]
+    return choice_section(Choice.model_validate({"tried": tried, "prompts": ["p"] * 60}))
 
 
 def manifests() -> list[Manifest]:
