@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
 
-from tasks.batch.costs import Ledger, StageCost, format_seconds, format_usd
+from tasks.batch.costs import add_up, format_seconds, format_usd
 from tasks.config import PipelineConfig, StageConfig
 from tasks.report.overview import glance_section, inputs_section, run_figures
 from tasks.report.page import ReportSection, Table
@@ -27,7 +27,6 @@ from tasks.store.measures import Health, QualityReport, read_evaluation
 from tasks.store.workspace import (
     MANIFEST,
     AdapterRef,
-    Cost,
     EvaluationRef,
     Manifest,
     Origin,
@@ -86,8 +85,8 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     else:
         served = f"It is not served: {result.declined or 'it did not win by enough'}."
     glance = glance_section(found, bar, served, figures, shown)
-    ledger = add_up(manifests)
-    total = ledger.total()
+    costs = add_up(manifests)
+    total = costs[-1]
     is_priced = any(judge.prompt_price or judge.completion_price for judge in config.judging.judges())
     unknown = "not known: prompt_price and completion_price are not set"
     facts = (
@@ -99,7 +98,7 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     )
     glance = replace(glance, tables=(*glance.tables, Table("The run", ("what", "value"), facts)))
     inputs = inputs_section(manifests, changed_settings(config))
-    return [glance, inputs, *shown, cost_section(ledger, is_priced), lineage_section(manifests, store.root)]
+    return [glance, inputs, *shown, cost_section(costs, is_priced), lineage_section(manifests, store.root)]
 
 
 def changed_settings(config: PipelineConfig) -> dict[str, Any]:
@@ -181,12 +180,3 @@ def _with_origin(store: Workspace, manifest: Manifest) -> Manifest:
     left_out = {name: manifest.counts[name] + origin.counts[name] for name in ("duplicates", "in_training")}
     counts = {"read": origin.counts["read"], **left_out}
     return manifest.model_copy(update={"upstream": (origin.upstream[0], *others), "counts": counts})
-
-
-def add_up(manifests: Sequence[Manifest]) -> Ledger:
-    """Return what the artifacts of a run cost to make, whichever run made them, at the prices of then."""
-    ledger = Ledger()
-    for made in manifests:
-        if made.cost != Cost() or made.seconds:
-            ledger = ledger.plus(StageCost(stage=made.stage, used=made.cost, seconds=made.seconds))
-    return ledger
