@@ -27,11 +27,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_fix
 from tasks.batch.caching import mark_used
 from tasks.config import PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest
+from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace, digest
 from tasks.train.deployment import FLOW
-from tasks.train.launch import training_key
+from tasks.train.launch import find_adapter, training_key
 from tasks.train.pods import PodWatch
-from tasks.train.spec import TrainingPaths
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -89,8 +88,7 @@ class TrainingOrder:
 
     def find_adapter(self) -> AdapterRef | None:
         """Return the adapter from the workspace, if it is finished; what a run returned is never read."""
-        store = Workspace(self.workspace)
-        return store.find_finished(store.uri("training", self.key, MANIFEST), AdapterRef)
+        return find_adapter(Workspace(self.workspace), self.key)
 
     def attempt_key(self, attempt: int) -> str:
         """Return the idempotency key under which everybody finds the same run."""
@@ -110,19 +108,15 @@ class TrainingOrder:
 
     async def runs(self) -> list[FlowRun]:
         """Return the runs of all attempts so far, the newest last."""
-        found: list[FlowRun] = []
-        while (run := await self._find(len(found))) is not None:
-            found.append(run)
-        return found
-
-    async def _find(self, attempt: int) -> FlowRun | None:
-        key = FlowRunFilterIdempotencyKey(any_=[self.attempt_key(attempt)])
+        found, flow = list[FlowRun](), FlowFilter(name=FlowFilterName(any_=[FLOW]))
         async with get_client() as client:
-            runs = await client.read_flow_runs(
-                flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
-                flow_run_filter=FlowRunFilter(idempotency_key=key),
-            )
-        return runs[0] if runs else None
+            while True:
+                key = FlowRunFilterIdempotencyKey(any_=[self.attempt_key(len(found))])
+                wanted = FlowRunFilter(idempotency_key=key)
+                run = await client.read_flow_runs(flow_filter=flow, flow_run_filter=wanted, limit=1)
+                if not run:
+                    return found
+                found += run
 
     async def _is_over(self, run: FlowRun) -> bool:
         state = _state(run)
@@ -233,7 +227,7 @@ class _HeartbeatMonitor:
 
     def __init__(self, order: TrainingOrder) -> None:
         self._store = Workspace(order.workspace)
-        self._lease = TrainingPaths.of(self._store.root, order.key).lease
+        self._lease = self._store.uri("training", order.key, "lease.json")
         self.limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
         self._seen: object = None
         self._since = time.monotonic()
@@ -284,8 +278,8 @@ async def _reschedule(run: FlowRun, order: TrainingOrder) -> None:
 def _what_happened(run: FlowRun, order: TrainingOrder, crashes: int) -> str:
     state = _state(run)
     where = f"Its run is {url_for(run) or run.id}"
-    log = TrainingPaths.of(order.workspace, order.key).file("train.log")
-    if Workspace(order.workspace).exists(log):
+    store = Workspace(order.workspace)
+    if store.exists(log := store.uri("training", order.key, "train.log")):
         where += f" and its log {log}"
     again = "run again: what it had saved is kept, and a new training run goes on from there"
     if state.is_completed():

@@ -32,7 +32,7 @@ from tasks.store.workspace import (
 from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
-from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec, is_main_process
+from tasks.train.spec import STAGE_VERSION, MetricsRow, Progress, TrainingSpec, is_main_process
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
@@ -75,7 +75,7 @@ class TrainingRun:
         self._scratch = scratch
         self._progress = progress
         self._stop = stop
-        self._paths = TrainingPaths.of(store.root, spec.key)
+        self._folder = store.uri("training", spec.key)
         self._started = time.monotonic()
         self._phases = Phases(self._tell)
         self._checkpoint_seconds: list[float] = []
@@ -109,22 +109,22 @@ class TrainingRun:
 
     def _sweep(self) -> None:
         """Remove files that a killed trainer was just writing."""
-        for uri in self._store.list(self._paths.folder):
+        for uri in self._store.list(self._folder):
             if posixpath.basename(uri).startswith(".writing-"):
                 self._store.delete(uri)
         self._checkpoints.sweep()
 
     @cached_property
     def _checkpoints(self) -> CheckpointStore:
-        return CheckpointStore(self._store, self._paths.checkpoints, self._scratch)
+        return CheckpointStore(self._store, f"{self._folder}/checkpoints", self._scratch)
 
     def _check_tokens(self, checkpoint: Checkpoint) -> None:
         """See that a checkpoint was trained on these very tokens; else half of the training would be on others."""
         if checkpoint.state.get("tokens") != self._tokens:
             raise PreflowError(
-                f"{self._paths.checkpoints}: the checkpoint of step {checkpoint.step} was trained on other tokens than "
-                f"the pairs give now (chat template of {self._template.source}). Put back the tokenizer and the "
-                "packages that it was started with, or delete this folder to start from step 0."
+                f"{self._folder}/checkpoints: that of step {checkpoint.step} was trained on other tokens than the "
+                f"pairs give now (chat template of {self._template.source}). Put back the tokenizer and the packages "
+                "that it was started with, or delete this folder to start from step 0."
             )
 
     def _load_splits(self, tokenizer: Any) -> list[Split]:
@@ -194,12 +194,12 @@ class TrainingRun:
         self._checkpoint_seconds.append(seconds)
         return seconds
 
-    def _write_rows(self, rows: list[dict[str, Any]], is_last: bool = False) -> None:
+    def _write_rows(self, rows: list[MetricsRow], is_last: bool = False) -> None:
         """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
         started = time.monotonic()
         if is_main_process() and (is_last or started >= self._rows_due):
             content = b"".join(canonical_json(row) + b"\n" for row in rows)
-            self._store.write_bytes(self._paths.file("metrics.jsonl"), content)
+            self._store.write_bytes(f"{self._folder}/metrics.jsonl", content)
             self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
 
     def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
@@ -214,7 +214,7 @@ class TrainingRun:
             trainer.check_saved(folder, check)
             if is_main_process():
                 self._store.write_json(
-                    self._paths.file("probe.json"), record_probe(trainer.model, adapter, probe_texts(check.pairs))
+                    f"{self._folder}/probe.json", record_probe(trainer.model, adapter, probe_texts(check.pairs))
                 )
                 self._commit(trainer, folder)
         except OSError:
@@ -222,20 +222,26 @@ class TrainingRun:
             raise
 
     def _commit(self, trainer: ExactTrainer, folder: Path) -> None:
-        rows: list[dict[str, Any]] = trainer.state.log_history
+        rows: list[MetricsRow] = trainer.state.log_history
         self._write_rows(rows, is_last=True)
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
         health = assess(Run(rows, self._training, *used))
-        self._store.write_json(self._paths.file("health.json"), health.model_dump())
-        self._store.write_json(self._paths.file("timing.json"), self._timing())
-        self._store.delete_folder(self._paths.adapter)
+        self._store.write_json(f"{self._folder}/health.json", health.model_dump())
+        timing = {
+            "seconds": time.monotonic() - self._started,
+            "phases": self._phases.seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            "peak_accelerator_bytes": torch.cuda.max_memory_allocated() if has_cuda() else None,
+        }
+        self._store.write_json(f"{self._folder}/timing.json", timing)
+        self._store.delete_folder(f"{self._folder}/adapter")
         facts = {"step": trainer.state.global_step}
         try:
-            self._store.commit_folder(folder, self._paths.adapter, facts)
+            self._store.commit_folder(folder, f"{self._folder}/adapter", facts)
         except DiskFullError:
             LOG.warning("no room for the finished adapter: all checkpoints but the newest are removed for it")
             self._checkpoints.prune(kept=1)
-            self._store.commit_folder(folder, self._paths.adapter, facts)
+            self._store.commit_folder(folder, f"{self._folder}/adapter", facts)
         self._store.write_manifest(self._manifest(trainer, rows))
 
     def _cost(self) -> Cost:
@@ -245,25 +251,16 @@ class TrainingRun:
         seconds = self._training.num_processes * (time.monotonic() - self._started)
         return self._cost_before + Cost(gpu_seconds=seconds, usd=seconds / 3600 * gpu_usd_per_hour())
 
-    def _timing(self) -> dict[str, Any]:
-        peak = torch.cuda.max_memory_allocated() if has_cuda() else None
-        return {
-            "seconds": time.monotonic() - self._started,
-            "phases": self._phases.seconds,
-            "checkpoint_seconds": self._checkpoint_seconds,
-            "peak_accelerator_bytes": peak,
-        }
-
-    def _manifest(self, trainer: ExactTrainer, rows: list[dict[str, Any]]) -> Manifest:
-        spec, store, adapter = self._spec, self._store, self._paths.adapter
+    def _manifest(self, trainer: ExactTrainer, rows: list[MetricsRow]) -> Manifest:
+        spec, store, adapter = self._spec, self._store, f"{self._folder}/adapter"
         seconds = time.monotonic() - self._started
         files = {f"adapter/{name}": facts for name, facts in store.committed_files(adapter).items()}
         for name in ("metrics.jsonl", "health.json", "probe.json"):
-            uri = self._paths.file(name)
+            uri = f"{self._folder}/{name}"
             files[name] = FileFacts(size=store.size(uri), sha256=store.sha256(uri))
         artifact = AdapterRef(
             uri=adapter,
-            manifest=self._paths.file(MANIFEST),
+            manifest=f"{self._folder}/{MANIFEST}",
             sha256=files[f"adapter/{COMMITTED}"].sha256,
             size=sum(facts.size for name, facts in files.items() if name.endswith(".safetensors")),
             rows=len(self._train_data.pairs),
@@ -327,7 +324,7 @@ def count_pairs(side: str, data: PairData | None) -> dict[str, int]:
     return {f"{side}_{name}": round(count) for name, count in counts.items()}
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(rows: list[MetricsRow]) -> dict[str, float]:
     """Return the first loss, and the figures of the last evaluation, of a run's metrics."""
     trained = [row for row in rows if "loss" in row]
     evaluated = [row for row in rows if "eval_loss" in row]
