@@ -10,8 +10,6 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TypeAlias
 
-from pydantic import ValidationError
-
 from tasks.config import EndpointConfig, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint
@@ -46,15 +44,8 @@ def report_uri(config: PipelineConfig) -> str:
 def find_result(config: PipelineConfig) -> PipelineResult | None:
     """Return the result of an equal run, if it finished and everything it made is still intact."""
     store = Workspace(config.workspace)
-    uri = posixpath.join(run_folder(config), RESULT)
-    if not store.exists(uri):
-        return None
-    try:
-        result = PipelineResult.model_validate(store.read_json(uri))
-    except ValidationError:
-        logger.warning("%s was written by another version of preflow: the run's stages are looked up one by one", uri)
-        return None
-    return result if all(store.is_intact(ref) for ref in result.references()) else None
+    result = store.read_kept(posixpath.join(run_folder(config), RESULT), PipelineResult)
+    return result if result and all(store.is_intact(ref) for ref in result.references()) else None
 
 
 def record_result(config: PipelineConfig, result: PipelineResult) -> str:

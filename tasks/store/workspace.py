@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Any, TypedDict, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -51,6 +51,7 @@ PROBED_SECONDS = 300.0
 COMMITTED = "COMMITTED.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger(__name__)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 _writable_until: dict[str, float] = {}
 
 
@@ -210,6 +211,16 @@ class Workspace:
             PreflowError: the file does not hold JSON.
         """
         return _parse_json(uri, self.read_bytes(uri))
+
+    def read_kept(self, uri: str, kind: type[ModelT]) -> ModelT | None:
+        """Return what was kept in a JSON file; None where there is none, or one of another version."""
+        if not self.exists(uri):
+            return None
+        try:
+            return kind.model_validate(self.read_json(uri))
+        except ValidationError:
+            logger.warning("%s was written by another version of preflow: what it names is looked up again", uri)
+            return None
 
     def write_bytes(self, uri: str, content: bytes) -> None:
         """Write a whole file, or leave what was there untouched."""

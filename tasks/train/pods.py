@@ -91,7 +91,8 @@ class Sight:
     def _events_of(self, item: Item) -> Iterator[str]:
         """Yield the newest message of each reason that is no good news."""
         newest: dict[str, str] = {}
-        for event in sorted(self.events, key=_time_of):
+        dated = sorted(self.events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+        for event in dated:
             about = event.get("involvedObject", {}).get("uid") == item["metadata"]["uid"]
             if about and (
                 event.get("type") == "Warning" or event.get("reason") in ("NotTriggerScaleUp", "TriggeredScaleUp")
@@ -114,10 +115,6 @@ class Sight:
                 yield f"Pod {name} was preempted ({lost[0].get('reason')}); that uses up no retry."
             elif ends:
                 yield f"Pod {name} ended with exit code {ends[0].get('exitCode')}; its log is the run's."
-
-
-def _time_of(event: Item) -> str:
-    return str(event.get("lastTimestamp") or event.get("eventTime") or "")
 
 
 async def cluster_settings() -> kubernetes.Configuration:

@@ -361,20 +361,16 @@ def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> dict[str,
     was_training = model.training
     model.eval()
     model.load_adapter(str(sft), "probe-sft")
+    rows: list[dict[str, Any]] = [{"token_ids": ids} for ids in texts]
     try:
-        rows = [_row(model, ids) for ids in texts]
+        for name, adapter in (("adapter", "default"), ("sft", "probe-sft"), ("base", None)):
+            with use_adapter(model, adapter):
+                for row in rows:
+                    row[name] = _log_probs(model, row["token_ids"])
     finally:
         model.delete_adapter("probe-sft")
         model.train(was_training)
     return {"base_precision": precision(model.get_base_model().config), "texts": rows}
-
-
-def _row(model: Any, ids: list[int]) -> dict[str, Any]:
-    row: dict[str, Any] = {"token_ids": ids}
-    for name, adapter in (("adapter", "default"), ("sft", "probe-sft"), ("base", None)):
-        with use_adapter(model, adapter):
-            row[name] = _log_probs(model, ids)
-    return row
 
 
 def _log_probs(model: Any, ids: list[int]) -> list[float]:

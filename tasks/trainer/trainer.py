@@ -449,6 +449,10 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
         }
         scheduler = {name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
+        # Shallow: this happens twice a step, and the rows, ever more of them, are not changed any more.
+        trainer = {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
+        # The operations are an estimate that is not restored exactly; nothing here reads it.
+        trainer |= {"log_history": list(self.state.log_history), "stateful_callbacks": {}, "total_flos": 0}
         return {
             "step": self.state.global_step,
             "pending": pending,
@@ -457,16 +461,8 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             "groups": [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups],
             "last_logged": self._globalstep_last_logged,
             "train_tokens": self._total_train_tokens,
-            "trainer_state": self._trainer_state(),
+            "trainer_state": trainer,
         }
-
-    def _trainer_state(self) -> dict[str, Any]:
-        # Shallow: this happens twice a step, and the rows, ever more of them, are not changed any more.
-        fields = {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
-        fields["log_history"] = list(self.state.log_history)
-        fields["stateful_callbacks"] = {}
-        fields["total_flos"] = 0  # an estimate that is not restored exactly; nothing here reads it
-        return fields
 
     def save_boundary(self) -> None:
         """Save the last complete step, if there is one; called by all processes together."""
