@@ -104,7 +104,10 @@ class Dialect:
             self._most_tokens = max(told, default=max(FEWEST_TOKENS, limit // 2))
             return self._say(f"allows at most {self._most_tokens} completion tokens")
         for said in filter(None, (refused.param, text)):
-            named = [name for name, words in OPTIONAL.items() if name in sent and _names(name, words, said)]
+            named = [
+                name for name, words in OPTIONAL.items()
+                if name in sent and (said.strip() == name or re.search(words, said, re.IGNORECASE))
+            ]  # fmt: skip
             if named:
                 # Of temperature and top_p together some take either: the first is the one that matters.
                 return self.drop("top_p" if {"top_p", "temperature"} <= set(named) else named[0])
@@ -118,10 +121,6 @@ class Dialect:
     def _say(self, what: str) -> bool:
         log.warning("%s %s (found out from its refusal; so for the rest of this run)", self._model, what)
         return True
-
-
-def _names(name: str, words: str, text: str) -> bool:
-    return text.strip() == name or re.search(words, text, re.IGNORECASE) is not None
 
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
