@@ -165,7 +165,7 @@ async def test_two_who_ask_at_once_get_the_same_training(world: TinyWorld, worke
     assert first.sha256 == here.sha256
     (run,) = await children(world, config)
     assert (run.run_count, lease_token(tmp_path)) == (1, 1)
-    links = [link["data"] for link in artifacts("link") if DEPLOYMENT in link["description"]]
+    links = [link["data"] for link in artifacts("markdown") if DEPLOYMENT in link["description"]]
     assert len(links) == 2, "each of the two links to the training's run"
     assert await pool_parent(world.preferences, config) == first, "a finished training starts nothing"
     assert len(await children(world, config)) == 1
