@@ -57,10 +57,6 @@ def _given_checks(config: PipelineConfig) -> list[Callable[[], object]]:
     return [partial(import_completions, config.completions, config.workspace)] if config.completions else []
 
 
-def _generation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, Trial]]:
-    return [] if _given(config) else [(config.generation, partial(_try_generation, config=config))]
-
-
 def _judge(judging: JudgingConfig) -> dict[str, object]:
     return {**judging.identity(), "rubric": digest(read_rubric(judging.rubric))}
 
