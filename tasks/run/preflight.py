@@ -22,6 +22,8 @@ RESULT, CONFIG = "result.json", "config.json"
 logger = logging.getLogger(__name__)
 # Endpoint, model, and where its key is.
 Model: TypeAlias = tuple[str, str, str | None]
+# Why a model is of no use, None for one that answered.
+Asked: TypeAlias = dict[Model, PreflowError | None]
 _lock: ContextVar[asyncio.Lock | None] = ContextVar("lock", default=None)
 
 
@@ -88,21 +90,21 @@ def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
         yield from stage.checks(config)
 
 
-async def check_services(config: PipelineConfig, answered: set[Model] | None = None) -> None:
+async def check_services(config: PipelineConfig, asked: Asked | None = None) -> None:
     """Ask every model one real question, and see that the training deployment can train.
 
     Args:
         config: a whole run's.
-        answered: models that have answered and are not asked again; those that answer now are added.
+        asked: models that were asked before and are not asked again; those that are asked now are added.
 
     Raises:
-        PreflowError: one does not, or it cannot.
+        PreflowError: one does not answer, or it cannot.
     """
-    for check in _service_checks(config, answered if answered is not None else set()):
+    for check in _service_checks(config, {} if asked is None else asked):
         await check()
 
 
-def _service_checks(config: PipelineConfig, answered: set[Model]) -> Iterator[Callable[[], Awaitable[object]]]:
+def _service_checks(config: PipelineConfig, asked: Asked) -> Iterator[Callable[[], Awaitable[object]]]:
     # Before any question to a model, which costs something: the deployment, and every endpoint's secrets.
     for stage in STAGES:
         yield from stage.service_checks(config)
@@ -113,10 +115,19 @@ def _service_checks(config: PipelineConfig, answered: set[Model]) -> Iterator[Ca
             models.setdefault(who, (stage.name, settings, trial))
     for name, settings, _ in models.values():
         yield partial(Endpoint.connect, settings, name)
-    for who, (name, settings, trial) in models.items():
-        if who not in answered:
-            yield partial(_check_endpoint, name, settings, trial)
-            answered.add(who)  # whoever goes on here has had its answer
+    for who, model in models.items():
+        yield partial(_ask_once, asked, who, *model)
+
+
+async def _ask_once(asked: Asked, who: Model, name: str, settings: EndpointConfig, trial: Trial) -> None:
+    if who not in asked:
+        asked[who] = None
+        try:
+            await _check_endpoint(name, settings, trial)
+        except PreflowError as error:
+            asked[who] = error
+    if (problem := asked[who]) is not None:
+        raise problem
 
 
 async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> None:
@@ -130,7 +141,7 @@ async def find_problems(config: PipelineConfig) -> list[str]:
     config, found = config.filled(), list[str]()
     secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
     checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
-    checks += [secret, *_service_checks(config, set())]
+    checks += [secret, *_service_checks(config, {})]
     for check in checks:
         try:
             if inspect.isawaitable(result := check()):
