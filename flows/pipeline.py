@@ -8,6 +8,7 @@ from flows.judge import judge_preferences
 from flows.promote import promote_adapter
 from flows.train import train_dpo
 from tasks.config import PipelineConfig
+from tasks.evaluate.choice import evaluated_adapter
 from tasks.judge.elsewhere import import_completions, import_preferences
 from tasks.promote.pointer import find_disagreement, find_promotion, find_rollback
 from tasks.report.run import report_run
@@ -39,10 +40,11 @@ async def improve(config: PipelineConfig) -> PipelineResult:
     """Make a new adapter and measure how often it wins; nothing is promoted."""
     async with endpoint_lock():
         completions, preferences = await label(config)
-    adapter = await train(preferences, config)
+    trained = await train(preferences, config)
     held_out, bar = config.eval_prompts or config.prompts, config.promotion.min_win_rate
     async with endpoint_lock():
-        evaluation = await evaluate_adapter(adapter, held_out, config.workspace, config.evaluation, bar)
+        evaluation = await evaluate_adapter(trained, held_out, config.workspace, config.evaluation, bar)
+    adapter = evaluated_adapter(trained, evaluation)
     return PipelineResult(completions=completions, preferences=preferences, adapter=adapter, evaluation=evaluation)
 
 

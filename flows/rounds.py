@@ -65,7 +65,7 @@ async def run_round(number: int, config: PipelineConfig) -> PipelineResult:
 async def compare_with(before: PipelineResult, made: PipelineResult, config: PipelineConfig) -> EvaluationRef:
     """Have the judge compare the samples that both rounds were evaluated by; nothing new is sampled."""
     workspace, evaluation = config.workspace, config.evaluation
-    held_out = select_held_out(made.adapter, config.eval_prompts or config.prompts, workspace, evaluation).uri
+    held_out = select_held_out(made.adapter, config.eval_prompts or config.prompts, workspace, evaluation).deciding.uri
     old, new = [
         await generate_completions(held_out, workspace, draw_settings(evaluation, CANDIDATE, workspace, one.adapter))
         for one in (before, made)

@@ -73,6 +73,11 @@ class PipelineConfig(StageConfig):
                 f"judging.orders ({self.judging.orders}) is more than generation.num_completions "
                 f"({self.generation.num_completions}): there are only so many rotations"
             )
+        if self.judging.unsure_for_sft and not self.training.sft_weight:
+            raise ValueError(
+                "judging.unsure_for_sft gives the SFT term more to learn from, and training.sft_weight is 0: set it to "
+                "1, or leave unsure_for_sft off"
+            )
         sigmas, count = self.judging.rejected_sigmas, self.generation.num_completions
         if sigmas is not None and count - 1 <= sigmas**2:
             # Samuelson's inequality: of n values none lies more than sqrt(n - 1) standard deviations from their mean.
@@ -114,6 +119,12 @@ class PipelineConfig(StageConfig):
             raise ValueError(
                 f"evaluation.judges: {', '.join(known)} made the labels; a second opinion takes another model"
             )
+        kept, tried = self.training.checkpoints, self.evaluation.checkpoints
+        if kept and tried and kept != tried:
+            raise ValueError(
+                f"evaluation.checkpoints ({tried}) chooses among as many as training.checkpoints ({kept}) keeps: leave "
+                "training.checkpoints 0, it then takes this number"
+            )
         best, bar = self.evaluation.best_lower_bound(), self.promotion.min_win_rate
         if best <= bar:
             raise ValueError(
@@ -144,5 +155,6 @@ class PipelineConfig(StageConfig):
                 "judging": judging,
             }
         )
-        training = self.training.model_copy(update=chat)
+        kept = self.evaluation.checkpoints or self.training.checkpoints
+        training = self.training.model_copy(update={**chat, "checkpoints": kept})
         return self.model_copy(update={"generation": generation, "training": training, "evaluation": evaluation})

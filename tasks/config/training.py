@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from tasks.config.base import Location, ModelLocation, Operational
 from tasks.config.chat import ChatSettings
@@ -88,6 +88,13 @@ class TrainingConfig(ChatSettings):
     )
     eval_steps: int = Field(25, ge=1, description="Optimizer steps between evaluations.")
     save_steps: Operational[int] = Field(25, ge=1, description="Optimizer steps between checkpoints.")
+    checkpoints: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Adapters that are kept of one training, evenly spaced over its steps, the last among them, for "
+        "evaluation.checkpoints to choose from, which sets this too. 0: the last alone.",
+    )
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of shuffling and dropout.")
     report_to: Operational[Tracker] = Field("none", description="Experiment tracker.")
@@ -104,6 +111,10 @@ class TrainingConfig(ChatSettings):
         description="A trainer that gave no sign of life for so long, in seconds, is replaced by a waiting one.",
     )
 
+    def identity(self) -> dict[str, JsonValue]:
+        """As of every stage; keeping the last adapter alone is no setting, so that older trainings are found."""
+        return {name: value for name, value in super().identity().items() if name != "checkpoints" or value}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         smoothed = [name for name in ("label_smoothing", "measured_label_smoothing") if getattr(self, name)]
@@ -117,6 +128,12 @@ class TrainingConfig(ChatSettings):
             )
         if self.loss_type == "apo_zero" and self.f_divergence != "reverse_kl":
             raise ValueError(f"loss_type apo_zero works with f_divergence reverse_kl, not {self.f_divergence}")
+        if self.use_weighting and self.sft_weight:
+            # trl 1.16 multiplies the SFT loss in place, which is one number for the whole batch: torch refuses that.
+            raise ValueError(
+                f"use_weighting and sft_weight ({self.sft_weight:g}) do not go together: trl cannot weight the SFT "
+                "loss. Set sft_weight to 0, or use_weighting to false"
+            )
         if self.bnb_4bit_quant_type != "nf4" and not self.load_in_4bit:
             raise ValueError(f"bnb_4bit_quant_type {self.bnb_4bit_quant_type} does nothing without load_in_4bit")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:

@@ -16,7 +16,7 @@ from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import read_comparison
 from tasks.evaluate.labels import labelling_judges, measure_agreement, read_labels, record_agreement
 from tasks.evaluate.win_rate import judge_adapter
-from tasks.store.measures import Evaluation, read_evaluation
+from tasks.store.measures import Choice, Evaluation, read_choice, read_evaluation
 from tasks.store.records import VerdictsRow
 from tasks.store.workspace import DigestWriter, EvaluationRef, Manifest, Origin, Workspace, digest
 
@@ -91,6 +91,7 @@ class Evidence(BaseModel):
         made: every artifact, each after those of what it was made from; the evaluation last.
         comparisons: of the new adapter with the SFT adapter, with every vote.
         null: the same of two draws of the SFT adapter; None if that was not tested.
+        choice: how the adapter was chosen among the checkpoints of its training; None if it is the last.
         seal: digest of all else.
     """
 
@@ -106,15 +107,20 @@ class Evidence(BaseModel):
     made: tuple[Made, ...]
     comparisons: tuple[Judged, ...]
     null: tuple[Judged, ...] | None
+    choice: Choice | None = None
     seal: str = ""
 
     def contents(self) -> str:
         """Return the digest of all but the seal."""
-        return digest(self.model_dump(mode="json", exclude={"seal"}))
+        return digest({name: value for name, value in self._fields().items() if name != "seal"})
 
     def text(self) -> bytes:
         """Return the file; equal runs give equal bytes."""
-        return (json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n").encode()
+        return (json.dumps(self._fields(), ensure_ascii=False, indent=1) + "\n").encode()
+
+    def _fields(self) -> dict[str, Any]:
+        """Return the file's fields; without a choice there is none, so that older files keep their seal."""
+        return self.model_dump(mode="json", exclude=None if self.choice else {"choice"})
 
 
 def public_settings(settings: StageConfig) -> dict[str, Any]:
@@ -151,6 +157,7 @@ def collect_evidence(evaluation: EvaluationRef, promotion: PromotionConfig) -> E
             made=tuple(map(Made.of, gather_manifests(store, evaluation))),
             comparisons=_rows(store, verdicts),
             null=_rows(store, null[0]) if null else None,
+            choice=read_choice(evaluation),
         )
         return evidence.model_copy(update={"seal": evidence.contents()})
     except (FileNotFoundError, ValueError) as error:
@@ -199,11 +206,22 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
         yield f"rubric: not the one that the judge was told (its digest is {rubric[:16]})"
     if evidence.contents() != evidence.seal:
         yield f"seal: something was changed after the file was written (its digest was {evidence.seal[:16]})"
+    if evidence.choice is not None:
+        yield from _wrong_choice(evidence, evidence.choice)
     found = recompute(evidence)
     yield from _differing("verdict", evidence.verdict.model_dump(mode="json"), found.model_dump(mode="json"))
     yield from _differing(
         "passes", evidence.passes, found.refusal(evidence.min_win_rate, evidence.min_agreement) is None
     )
+
+
+def _wrong_choice(evidence: Evidence, choice: Choice) -> Iterator[str]:
+    """Yield what is wrong with the choice of a checkpoint: another is better, or it was made on these very prompts."""
+    if choice.best.adapter_sha256 != evidence.verdict.adapter_sha256:
+        yield f"choice: step {choice.best.step} has the highest lower bound, and another adapter was evaluated"
+    deciding = {str(judged.row["prompt_id"]) for judged in evidence.comparisons}
+    if shared := deciding & set(choice.prompts):
+        yield f"choice: {len(shared):,} prompts of the comparisons chose the checkpoint too"
 
 
 def recompute(evidence: Evidence) -> Evaluation:

@@ -21,6 +21,8 @@ POWER = 0.8
 # do, and two samples of a prompt agree by 0.3 more than chance.
 TIES, ALIKE = 0.3, 0.3
 MOST_PROMPTS = 10_000_000
+# Between checkpoints of one training, a difference that is worth the choice.
+LEAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ class Design:
         """Return the standard error of the win rate, if that is truly `rate`."""
         ties = min(self.ties, 2 * rate, 2 * (1 - rate))
         return math.sqrt(self.design_effect * spread(rate, ties) / (self.prompts * self.samples))
+
+    def finds(self, lead: float, checkpoints: int) -> float:
+        """Return the probability that the best checkpoint is chosen, if it truly wins `lead` more than each other one.
+
+        Their rates are taken as independent and normal; that they share the SFT adapter's samples makes it likelier.
+        """
+        from scipy.integrate import quad
+        from scipy.stats import norm
+
+        error = max(1e-9, self.standard_error(0.5))
+        chance = quad(lambda x: norm.pdf(x) * norm.cdf(x + lead / error) ** (checkpoints - 1), -8, 8)[0]
+        return float(chance)
 
     def power(self, rate: float, bar: float, confidence: float) -> float:
         """Return the probability that an adapter whose true win rate is `rate` gets a lower bound over `bar`.
@@ -143,10 +157,18 @@ def power_before_price(config: PipelineConfig, usd_per_verdict: float = 0.0) -> 
     held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows
     if config.eval_prompts is None:  # the others become training pairs
         held_out = round(held_out * config.judging.val_ratio)
-    design = plan_design(config.workspace, evaluation, max(1, held_out))
+    choosing, deciding = evaluation.parts(held_out)
+    design = plan_design(config.workspace, evaluation, max(1, deciding))
     draws = 2 if evaluation.null_test else 1
     price = 2 * draws * evaluation.num_samples * usd_per_verdict
-    return describe_power(design, config.promotion.min_win_rate, evaluation.confidence, price)
+    said = describe_power(design, config.promotion.min_win_rate, evaluation.confidence, price)
+    if not choosing:
+        return said
+    found = replace(design, prompts=choosing).finds(LEAD, evaluation.checkpoints)
+    return (
+        f"{said} Another {choosing:,} choose among {evaluation.checkpoints} checkpoints: one that truly wins "
+        f"{percent(LEAD, '.0f')} more often than the others is found in {percent(found, '.0f')} of runs."
+    )
 
 
 def describe_power(design: Design, bar: float, confidence: float, usd_per_prompt: float = 0.0) -> str:

@@ -2,16 +2,17 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import Comparison, join_samples, length_controlled, read_comparison, win_rate
 from tasks.evaluate.power import design_of, smallest_detectable
 from tasks.store.measures import Evaluation, SecondOpinion
-from tasks.store.prompts import import_prompts
+from tasks.store.prompts import import_prompts, split_prompts
 from tasks.store.workspace import (
     AdapterRef,
+    ChoiceRef,
     CompletionsRef,
     EvaluationRef,
     FileFacts,
@@ -35,18 +36,28 @@ NULL_CONFIDENCE = 0.99
 SMALLEST_GAIN = 0.01
 
 
-def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluation: EvaluationConfig) -> PromptsRef:
+class HeldOut(NamedTuple):
+    """Held-out prompts: those that choose the checkpoint, if it is chosen, and those that decide on it."""
+
+    choosing: PromptsRef | None
+    deciding: PromptsRef
+
+
+def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluation: EvaluationConfig) -> HeldOut:
     """Return the prompts to evaluate on: those that share no id and no group with a pair the adapter was trained on.
 
     Raises:
-        PreflowError: a row is wrong, or every prompt was trained on.
+        PreflowError: a row is wrong, every prompt was trained on, or there are too few to choose a checkpoint with.
     """
     trained_on = None
     if adapter.manifest is not None:
         trained_on = Workspace(workspace).read_manifest(adapter).origin("preferences")
     if trained_on is None:
         logger.warning("%s has no manifest that names its pairs: no prompt can be left out as trained on", adapter.uri)
-    return import_prompts(prompts, workspace, evaluation.max_prompts, trained_on.uri if trained_on else None)
+    held_out = import_prompts(prompts, workspace, evaluation.max_prompts, trained_on.uri if trained_on else None)
+    if not evaluation.checkpoints:
+        return HeldOut(None, held_out)
+    return HeldOut(*split_prompts(held_out, workspace, evaluation.parts(held_out.rows)[0], evaluation.seed))
 
 
 def draw_settings(
@@ -109,10 +120,15 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
 
 
 def summarise_evaluation(
-    adapter: AdapterRef, verdicts: VerdictsRef, null: VerdictsRef | None, workspace: str, evaluation: EvaluationConfig
+    adapter: AdapterRef,
+    verdicts: VerdictsRef,
+    null: VerdictsRef | None,
+    workspace: str,
+    evaluation: EvaluationConfig,
+    choice: ChoiceRef | None = None,
 ) -> EvaluationRef:
     """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
-    store, upstream = Workspace(workspace), tuple(ref for ref in (adapter, verdicts, null) if ref)
+    store, upstream = Workspace(workspace), tuple(ref for ref in (adapter, verdicts, null, choice) if ref)
     key = stage_key(
         "evaluation",
         VERSION,
@@ -121,6 +137,7 @@ def summarise_evaluation(
         null=null.sha256 if null else None,
         confidence=evaluation.confidence,
         second=[judge.model for judge in evaluation.judges],
+        **({"choice": choice.sha256} if choice else {}),
     )
     folder = store.uri("evaluations", key)
     first, second, comparisons = _write_comparisons(store, folder, verdicts, evaluation)

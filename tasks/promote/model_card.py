@@ -9,7 +9,7 @@ from pathlib import Path
 from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.promote.pointer import Entry, read_evaluation
-from tasks.store.measures import Evaluation
+from tasks.store.measures import Choice, Evaluation, read_choice
 from tasks.store.workspace import MANIFEST, EvaluationRef, Manifest, Origin, Workspace
 
 HYPER_PARAMETERS = (
@@ -27,6 +27,7 @@ class Provenance:
     """The manifests of an adapter's training and pairs, and what its evaluation found."""
 
     found: Evaluation
+    choice: Choice | None
     training: Manifest
     preferences: Manifest
 
@@ -42,7 +43,8 @@ class Provenance:
             evaluation = store.read_manifest(posixpath.join(posixpath.dirname(entry.evaluation.uri), MANIFEST))
             training = store.read_manifest(_upstream(evaluation, "adapter"))
             preferences = store.read_manifest(_upstream(training, "preferences"))
-            return cls(_found(evaluation), training, preferences)
+            found, choice = _found(evaluation)
+            return cls(found, choice, training, preferences)
         except PreflowError as error:
             raise PreflowError(
                 f"the model card cannot say how the adapter was made: {error}. Publish from the workspace that it was "
@@ -50,9 +52,9 @@ class Provenance:
             ) from error
 
 
-def _found(manifest: Manifest) -> Evaluation:
+def _found(manifest: Manifest) -> tuple[Evaluation, Choice | None]:
     if isinstance(manifest.artifact, EvaluationRef):
-        return read_evaluation(manifest.artifact)
+        return read_evaluation(manifest.artifact), read_choice(manifest.artifact)
     raise PreflowError(f"{manifest.artifact.manifest}: is of no evaluation; run evaluate-adapter again")
 
 
@@ -102,6 +104,7 @@ def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: b
         name=publishing.repo.rsplit("/", 1)[-1],
         repo=publishing.repo,
         found=provenance.found,
+        choice=provenance.choice,
         evidence=hashlib.sha256(evidence).hexdigest() if evidence else None,
         has_evidence=publishing.evidence,
         adapter_sha256=provenance.found.adapter_sha256,

@@ -14,6 +14,7 @@ from tasks.report.overview import glance_section, inputs_section, run_figures
 from tasks.report.page import ReportSection, Table
 from tasks.report.render import render_html, render_markdown
 from tasks.report.sections import (
+    choice_section,
     cost_section,
     evaluation_section,
     lineage_section,
@@ -23,10 +24,11 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
-from tasks.store.measures import Health, QualityReport, read_evaluation
+from tasks.store.measures import Choice, Health, QualityReport, read_choice, read_evaluation
 from tasks.store.workspace import (
     MANIFEST,
     AdapterRef,
+    ChoiceRef,
     EvaluationRef,
     Manifest,
     Origin,
@@ -70,8 +72,10 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     """Return every page on a run: first the verdict, then what shows it, then how it came about."""
     store, bar = Workspace(config.workspace), config.promotion.min_win_rate
     manifests = gather_manifests(store, *result.references())
+    choice = read_choice(result.evaluation)
     shown = [
         evaluation_page(result.evaluation, store.root, bar),
+        *([choice_section(choice)] if choice else []),
         *preference_sections(result.preferences, store.root),
         training_page(result.adapter, store.root),
     ]
@@ -123,7 +127,7 @@ def preference_sections(preferences: PreferencesRef, workspace: str) -> list[Rep
     """Return the sections on the judge's quality and on the pairs."""
     store = Workspace(workspace)
     picture = store.read_bytes(preferences.sibling("quality.png"))
-    pairs = sample_rows(store.read_rows(preferences.uri))
+    pairs = sample_rows(row for row in store.read_rows(preferences.uri) if not row.get("sft_only"))
     return [quality_section(read_quality(store, preferences), picture), pairs_section(pairs)]
 
 
@@ -150,6 +154,11 @@ def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> Re
     store, comparisons = Workspace(workspace), evaluation.sibling("comparisons.jsonl")
     lengths = sample_lengths(store.read_rows(comparisons))
     return evaluation_section(read_evaluation(evaluation), sample_rows(store.read_rows(comparisons)), bar, lengths)
+
+
+def choice_page(choice: ChoiceRef) -> ReportSection:
+    """Return the section on the checkpoints of a training."""
+    return choice_section(Choice.model_validate(Workspace.holding(choice.uri).read_json(choice.uri)))
 
 
 def gather_manifests(store: Workspace, *references: Origin) -> list[Manifest]:

@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 from tasks.batch.costs import COLUMNS, StageCost, format_usd
 from tasks.report.page import Cell, Example, Picture, ReportSection, Side, Table
 from tasks.report.plots import plot_metrics
-from tasks.store.measures import Evaluation, Health, Metric, QualityReport, WinRate, p_text, percent, percent_range
+from tasks.store.measures import (
+    Choice,
+    Evaluation,
+    Health,
+    Metric,
+    QualityReport,
+    WinRate,
+    p_text,
+    percent,
+    percent_range,
+)
 from tasks.store.workspace import Manifest
 
 EXAMPLES = 20
@@ -207,6 +217,29 @@ def evaluation_section(
         advice=tuple(_evaluation_advice(found, bar)),
         tables=(Table("Win rates", columns, rows), *([lengths] if lengths else [])),
         examples=tuple(_comparison(number, row) for number, row in enumerate(comparisons[:EXAMPLES], 1)),
+    )
+
+
+def choice_section(choice: Choice) -> ReportSection:
+    """Show the checkpoints of a training as the judge compared them, and which one was chosen."""
+    best = choice.best
+    rows = tuple(
+        (one.step, "chosen" if one is best else None, percent(one.win_rate), one.interval(),
+         one.length_controlled.text() if one.length_controlled else None, one.samples, one.adapter_sha256[:12])
+        for one in choice.tried
+    )  # fmt: skip
+    columns = ("optimizer step", "", "win rate", "interval", "length taken out", "samples", "adapter")
+    return ReportSection(
+        title="Best checkpoint",
+        summary=(
+            f"Of {len(choice.tried)} checkpoints the one of step {best.step} is chosen, by {len(choice.prompts):,} "
+            "held-out prompts. The verdict on it comes from the other held-out prompts."
+        ),
+        tables=(Table("Checkpoints against the SFT adapter", columns, rows),),
+        notes=(
+            "Chosen is the highest lower bound, of the two that the gate looks at. The rate of the chosen one is too "
+            "high here, because it was chosen for it; that of the evaluation is not.",
+        ),
     )
 
 

@@ -11,16 +11,27 @@ do: it goes further, and nothing holds it to where it came from.
 
 import logging
 import posixpath
+from collections.abc import Iterator
 
 from pydantic import BaseModel
 
 from tasks.config import PipelineConfig, RoundsConfig
 from tasks.errors import PreflowError
+from tasks.judge.elsewhere import import_completions, import_preferences
 from tasks.report.page import Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html
 from tasks.store.measures import read_evaluation
-from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Workspace, digest, server_path
+from tasks.store.prompts import count_shared, import_prompts
+from tasks.store.workspace import (
+    EvaluationRef,
+    PipelineResult,
+    PromotionRef,
+    Reference,
+    Workspace,
+    digest,
+    server_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +56,37 @@ class RoundsResult(BaseModel, frozen=True):
 def check_held_out(config: PipelineConfig, rounds: RoundsConfig) -> None:
     """Refuse several rounds without held-out prompts of their own, before anything is spent.
 
+    A single run leaves out what its own pairs came from; each round makes pairs of other prompts, so what one round
+    leaves another one was trained on.
+
     Raises:
-        PreflowError: `eval_prompts` is empty. Each round makes pairs of other prompts, so what one round leaves of
-            `prompts` another one was trained on.
+        PreflowError: `eval_prompts` is empty, or shares prompts or groups with what the rounds are trained on.
     """
-    if rounds.rounds > 1 and config.eval_prompts is None:
+    if rounds.rounds == 1:
+        return
+    if config.eval_prompts is None:
         raise PreflowError(
             "eval_prompts is empty: each round trains on pairs of other prompts, so none of `prompts` is held out from "
             "all rounds. Give eval_prompts, a file of other prompts, or set rounds.rounds to 1."
         )
+    held_out = import_prompts(config.eval_prompts, config.workspace)
+    for source, read in _trained_on(config):
+        if shared := count_shared(held_out.uri, read.uri, Workspace(config.workspace)):
+            raise PreflowError(
+                f"{config.eval_prompts}: {shared:,} of {held_out.rows:,} prompts are in {source} too, or share a "
+                "`group` with a row there: one round or another is trained on them, so they prove nothing. Take them "
+                "out of one of the files."
+            )
+
+
+def _trained_on(config: PipelineConfig) -> Iterator[tuple[str, Reference]]:
+    """Yield what the rounds make pairs of, and the pairs that the first one begins with: the file and its rows here."""
+    workspace = config.workspace
+    yield config.prompts, import_prompts(config.prompts, workspace)
+    if config.preferences:
+        yield config.preferences, import_preferences(config.preferences, workspace, config.judging)
+    elif config.completions:
+        yield config.completions, import_completions(config.completions, workspace)
 
 
 def round_config(config: PipelineConfig, rounds: RoundsConfig, before: Round | None) -> PipelineConfig:

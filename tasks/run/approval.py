@@ -200,6 +200,7 @@ def count_comparisons(config: PipelineConfig) -> int:
     """Return how many verdicts the evaluation will want at most, over all its judges: two orders of every sample."""
     evaluation, judging = config.evaluation, config.evaluation.judging or config.judging
     held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows
-    draws = 2 if evaluation.null_test else 1
-    verdicts = draws * len(judging.judges()) + len(evaluation.judges)
-    return 2 * verdicts * evaluation.num_samples * min(held_out, evaluation.max_prompts)
+    draws, labelling = 2 if evaluation.null_test else 1, len(judging.judges())
+    choosing, deciding = evaluation.parts(held_out)
+    verdicts = evaluation.checkpoints * labelling * choosing + (draws * labelling + len(evaluation.judges)) * deciding
+    return 2 * verdicts * evaluation.num_samples

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from tasks.config import EndpointConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.evaluate.choice import check_choice
 from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity, try_sampler
 from tasks.judge.asking import try_judge
 from tasks.judge.elsewhere import import_completions, import_preferences
@@ -149,7 +150,12 @@ STAGES = (
         checks=_training_checks,
         service_checks=_training_service,
     ),
-    Stage("evaluation", identity=_evaluation, endpoints=_evaluation_endpoints),
+    Stage(
+        "evaluation",
+        identity=_evaluation,
+        checks=lambda config: [partial(check_choice, config)],
+        endpoints=_evaluation_endpoints,
+    ),
 )
 
 

@@ -258,6 +258,34 @@ class Evaluation(WinRate):
         return None
 
 
+class Tried(Evaluation):
+    """A checkpoint against the SFT adapter, on the prompts that choose; `step` is that of the training."""
+
+    step: int
+
+
+class Choice(BaseModel, frozen=True):
+    """`choice.json`: the checkpoints of a training, in their order, and the prompts that chose, which do not decide.
+
+    The rate of the chosen one is too high, because it was chosen for it; the evaluation's is not.
+    """
+
+    tried: tuple[Tried, ...]
+    prompts: tuple[str, ...]
+
+    @property
+    def best(self) -> Tried:
+        """The checkpoint with the highest lower bound, as the gate looks at it; of equal ones the later."""
+        return max(reversed(self.tried), key=lambda one: one.proven)
+
+
+def read_choice(evaluation: EvaluationRef) -> Choice | None:
+    """Return how the adapter that was evaluated was chosen; None if it is the last of its training."""
+    store = Workspace.holding(evaluation.uri)
+    made = store.read_manifest(evaluation).origin("choice") if evaluation.manifest else None
+    return Choice.model_validate(store.read_json(made.uri)) if made else None
+
+
 def read_evaluation(evaluation: EvaluationRef) -> Evaluation:
     """Return what the comparisons came to, with the agreement of a person if somebody has labelled.
 

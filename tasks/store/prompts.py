@@ -1,6 +1,7 @@
 """Prompts into the workspace: validated whole, duplicates dropped and counted, held-out rows picked."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 
 from tasks.config.base import resolve_location
@@ -61,6 +62,54 @@ def _check_groups(source: str, groups: int, kept: int, read: int, is_whole: bool
             f"{source}: all {kept} rows have the same `group`, so that none can be held out of the others' "
             "training. Take the field out, or give the rows groups that differ."
         )
+
+
+def count_shared(prompts: str, others: str, store: Workspace) -> int:
+    """Return how many rows of one artifact share an id or a group with a row of another: prompts, samples or pairs."""
+    ids, groups = _read_trained(store, others)
+    return sum(bytes.fromhex(row["id"]) in ids or row.get("group") in groups for row in store.read_rows(prompts))
+
+
+def split_prompts(prompts: PromptsRef, workspace: str, most: int, seed: int) -> tuple[PromptsRef, PromptsRef]:
+    """Divide prompts into a part of at most `most`, drawn at random, and the rest; a group is never divided.
+
+    Raises:
+        PreflowError: no group is that small.
+    """
+    store = Workspace(workspace)
+    sizes = Counter(row.get("group") or row["id"] for row in store.read_rows(prompts.uri))
+    drawn, left = set[str](), most
+    for cluster in sorted(sizes, key=lambda name: digest([seed, name])):
+        if sizes[cluster] <= left:
+            drawn.add(cluster)
+            left -= sizes[cluster]
+    if not drawn:
+        raise PreflowError(
+            f"{prompts.rows} held-out prompts, the smallest group of {min(sizes.values())}: at most {most} of them may "
+            "choose among evaluation.checkpoints, and a group is not divided. Give more held-out prompts or smaller "
+            "groups, or set evaluation.checkpoints to 0."
+        )
+    return _write_part(store, prompts, drawn, True), _write_part(store, prompts, drawn, False)
+
+
+def _write_part(store: Workspace, prompts: PromptsRef, drawn: set[str], is_drawn: bool) -> PromptsRef:
+    key = stage_key("prompts", VERSION, source=prompts.sha256, drawn=sorted(drawn), is_drawn=is_drawn)
+    folder = store.uri("prompts", key)
+    if known := store.find_finished(f"{folder}/{MANIFEST}", PromptsRef):
+        return known
+    with store.writing(f"{folder}/prompts.jsonl") as out:
+        for row in store.read_rows(prompts.uri):
+            if ((row.get("group") or row["id"]) in drawn) == is_drawn:
+                out.write_row(row)
+    artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())
+    store.write_manifest(
+        Manifest(
+            artifact=artifact, stage="prompts", version=VERSION, key=key, files={"prompts.jsonl": out.file},
+            upstream=[Origin(kind="file", uri=prompts.uri, sha256=prompts.sha256)],
+            counts={"read": prompts.rows, "duplicates": 0, "in_training": 0},
+        )
+    )  # fmt: skip
+    return artifact
 
 
 def source_digest(source: str) -> str:

@@ -73,6 +73,13 @@ class AdapterRef(Reference):
     kind: Literal["adapter"] = Field("adapter", description="What the artifact is.")
 
 
+class ChoiceRef(Reference):
+    """What the judge said of the checkpoints of a training: `choice.json`."""
+
+    kind: Literal["choice"] = Field("choice", description="What the artifact is.")
+    adapter: AdapterRef = Field(description="The checkpoint that was chosen.")
+
+
 class EvaluationRef(Reference):
     """A win rate with its interval: `win_rate.json`; `comparisons.jsonl` lies next to it."""
 

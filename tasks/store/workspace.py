@@ -26,6 +26,7 @@ from tasks.store.refs import (  # others take them from here
     MANIFEST,
     AdapterRef,
     Artifact,
+    ChoiceRef,
     CompletionsRef,
     Cost,
     EvaluationRef,

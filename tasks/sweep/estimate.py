@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tasks.config import (
@@ -16,13 +16,14 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.errors import PreflowError
+from tasks.evaluate.choice import find_checkpoints, record_choice
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import plan_generation
 from tasks.judge.asking import CHARACTERS_PER_TOKEN, plan_judging, verdict_tokens
 from tasks.judge.pairs import find_preferences
 from tasks.judge.prompt import instructions, read_rubric
 from tasks.llm.responses import BATCH_PRICE
-from tasks.store.prompts import import_prompts
+from tasks.store.prompts import import_prompts, split_prompts
 from tasks.store.workspace import (
     MANIFEST,
     AdapterRef,
@@ -170,7 +171,11 @@ class _Planner:
         # Before there are pairs, the held-out prompts are taken to be as many as there can be.
         source, most = config.eval_prompts or config.prompts, config.evaluation.max_prompts
         held_out = import_prompts(source, self._workspace, *((most, preferences.uri) if preferences else ()))
-        self._evaluate(number, trained, adapter, self._read(held_out, most), config.evaluation)
+        deciding, evaluation = self._read(held_out, most), config.evaluation
+        if evaluation.checkpoints:
+            choosing, deciding = self._split(deciding, evaluation, preferences is not None)
+            trained, adapter = f"chosen {trained}", self._choose(number, trained, adapter, choosing, evaluation)
+        self._evaluate(number, trained, adapter, deciding, evaluation)
 
     def plan(self) -> SweepPlan:
         """Return all work, stage by stage."""
@@ -193,6 +198,14 @@ class _Planner:
             tokens = characters / CHARACTERS_PER_TOKEN / max(1, len(rows))
             self._prompts[key] = _Prompts(tuple(row["id"] for row in rows), tokens, ref)
         return self._prompts[key]
+
+    def _split(self, prompts: _Prompts, evaluation: EvaluationConfig, is_final: bool) -> tuple[_Prompts, _Prompts]:
+        """Return the prompts that choose the checkpoint and the others, by their number as long as pairs may come."""
+        most = evaluation.parts(len(prompts.ids))[0]
+        if is_final:
+            choosing, deciding = split_prompts(prompts.ref, self._workspace, most, evaluation.seed)
+            return self._read(choosing), self._read(deciding)
+        return replace(prompts, ids=prompts.ids[:most]), replace(prompts, ids=prompts.ids[most:])
 
     def _open(self, key: str, number: int, stage: str, who: str, finished: bool) -> Work | None:
         """Note one more point for the piece of work under a key; return the piece if it is new, to be filled in."""
@@ -292,6 +305,22 @@ class _Planner:
             break
         return self._measured.get(measured)
 
+    def _choose(
+        self, number: int, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig
+    ) -> AdapterRef | None:
+        """Plan the choice among the checkpoints of a training; return the one that is chosen, if that is known."""
+        sft = draw_settings(evaluation, BASELINE, self._workspace)
+        before = self._sample("evaluate: sample SFT adapter", number, prompts, sft)
+        tried = find_checkpoints(adapter, evaluation) if adapter else [None] * evaluation.checkpoints
+        judged = list[tuple[AdapterRef, VerdictsRef]]()
+        for place, one in enumerate(tried):
+            new = draw_settings(evaluation, CANDIDATE, self._workspace, one)
+            untrained = None if one else f"{place} {trained}"
+            after = self._sample("evaluate: sample checkpoints", number, prompts, new, untrained)
+            verdicts = self._compare("evaluate: compare checkpoints", number, before, after, evaluation.null_judge())
+            judged += [(one, verdicts)] if one and verdicts else []
+        return record_choice(judged, self._workspace, evaluation).adapter if len(judged) == len(tried) else None
+
     def _evaluate(
         self, number: int, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig
     ) -> None:
@@ -306,7 +335,7 @@ class _Planner:
             null = self._sample("evaluate: sample SFT adapter again", number, prompts, again)
             self._compare("evaluate: compare SFT with itself", number, before, null, evaluation.null_judge())
 
-    def _compare(self, stage: str, number: int, a: _Samples, b: _Samples, judging: JudgingConfig) -> None:
+    def _compare(self, stage: str, number: int, a: _Samples, b: _Samples, judging: JudgingConfig) -> VerdictsRef | None:
         """Plan the comparison of two draws: each pair of samples is a row of its own with two completions."""
         ids = tuple(f"{identity}#{sample}" for identity in a.ids for sample in range(min(a.count, b.count)))
         samples = _Samples(
@@ -314,4 +343,4 @@ class _Planner:
             count=2, tokens=a.tokens,
             ref=pair_samples(a.ref, b.ref, self._workspace) if a.ref and b.ref else None,
         )  # fmt: skip
-        self._judge(stage, number, samples, judging)
+        return self._judge(stage, number, samples, judging)[1]

@@ -30,6 +30,11 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def kept_steps(total: int, checkpoints: int) -> list[int]:
+    """Return the steps before the last of `total` whose adapters are kept, so that there are `checkpoints` in all."""
+    return sorted({total * number // checkpoints for number in range(1, checkpoints)} - {0})
+
+
 class TrainingSpec(BaseModel, frozen=True, extra="forbid"):
     """One training: everything the child needs to know."""
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,8 @@ class CheckpointStore:
         self._folder = folder
         self._scratch = scratch
 
-    def save(self, checkpoint: Checkpoint) -> float:
-        """Commit a checkpoint and drop all but the last two; one that is already there and whole is left.
+    def save(self, checkpoint: Checkpoint, spared: Collection[int] = ()) -> float:
+        """Commit a checkpoint and drop all but the last two and the `spared` steps; one that is whole is left.
 
         Returns the seconds it took. An OSError leaves what was there before untouched.
         """
@@ -107,7 +108,7 @@ class CheckpointStore:
             with tempfile.TemporaryDirectory(dir=self._scratch) as name:
                 checkpoint.write(Path(name))
                 self._store.commit_folder(Path(name), uri, {"step": checkpoint.step})
-        self.prune()
+        self.prune(spared=spared)
         return time.monotonic() - started
 
     def _commit_in_place(self, checkpoint: Checkpoint, folder: Path) -> None:
@@ -145,6 +146,20 @@ class CheckpointStore:
             LOG.warning("checkpoint %s is skipped: %s", posixpath.basename(uri), problem)
         return None
 
+    def at(self, step: int) -> Checkpoint:
+        """Return the checkpoint of a step.
+
+        Raises:
+            PreflowError: it is gone or damaged.
+        """
+        uri = posixpath.join(self._folder, f"step-{step:06d}")
+        if problem := self._problem(uri):
+            raise PreflowError(
+                f"the checkpoint of step {step}, which training.checkpoints keeps, is no longer whole ({problem}). "
+                f"Delete {self._folder} and run again: the training starts over."
+            )
+        return self._read(uri)
+
     def _read(self, uri: str) -> Checkpoint:
         local = self._scratch / "resumed"
         shutil.rmtree(local, ignore_errors=True)
@@ -161,10 +176,10 @@ class CheckpointStore:
         names = [name for name in self._store.folders(self._folder) if re.fullmatch(r"step-\d{6,}", name)]
         return [posixpath.join(self._folder, name) for name in sorted(names, key=lambda name: int(name[5:]))]
 
-    def prune(self, kept: int = KEPT) -> None:
-        """Remove all but the newest `kept` whole checkpoints."""
+    def prune(self, kept: int = KEPT, spared: Collection[int] = ()) -> None:
+        """Remove all but the newest `kept` whole checkpoints and those of the `spared` steps."""
         uris = self._uris()
         whole = [uri for uri in uris if self._store.exists(posixpath.join(uri, COMMITTED))]
         for uri in uris:
-            if uri not in whole[-kept:]:
+            if uri not in whole[-kept:] and int(uri.rpartition("-")[2]) not in spared:
                 self._store.delete_folder(uri)

@@ -6,7 +6,7 @@ import os
 import posixpath
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from tasks.store.workspace import (
 from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
-from tasks.train.spec import STAGE_VERSION, MetricsRow, Progress, TrainingSpec, is_main_process
+from tasks.train.spec import STAGE_VERSION, MetricsRow, Progress, TrainingSpec, is_main_process, kept_steps
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
@@ -57,6 +57,16 @@ LOG = logging.getLogger(__name__)
 
 # Writing metrics.jsonl takes at most a twentieth of the time, however many rows there are.
 ROWS_PAUSE = 20
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An adapter that is ready to be committed: of which step, the folder that gets it, the local one, its probe."""
+
+    step: int
+    uri: str
+    folder: Path
+    probe: dict[str, Any]
 
 
 class TrainingRun:
@@ -190,16 +200,16 @@ class TrainingRun:
 
     def _save(self, checkpoint: Checkpoint) -> float:
         checkpoint.state.update(tokens=self._tokens, cost=self._cost().model_dump())
-        seconds = self._checkpoints.save(checkpoint)
+        kept = kept_steps(checkpoint.state["trainer_state"]["max_steps"], self._training.checkpoints)
+        seconds = self._checkpoints.save(checkpoint, kept)
         self._checkpoint_seconds.append(seconds)
         return seconds
 
-    def _write_rows(self, rows: list[MetricsRow], is_last: bool = False) -> None:
+    def _write_rows(self, rows: list[MetricsRow]) -> None:
         """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
         started = time.monotonic()
-        if is_main_process() and (is_last or started >= self._rows_due):
-            content = b"".join(canonical_json(row) + b"\n" for row in rows)
-            self._store.write_bytes(f"{self._folder}/metrics.jsonl", content)
+        if is_main_process() and started >= self._rows_due:
+            self._store.write_bytes(f"{self._folder}/metrics.jsonl", as_lines(rows))
             self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
 
     def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
@@ -207,42 +217,61 @@ class TrainingRun:
             raise RuntimeError(f"training ended at step {trainer.state.global_step} of {trainer.state.max_steps}")
         check_weights_moved(trainer.sft.movement(trainer.model)["weights/moved"], trainer.state.global_step)
         self._tell(Progress("saving", "checking and committing the adapter"))
-        folder = self._scratch / "adapter"
         try:
-            save_adapter(trainer.model, adapter, folder)
-            (folder / "chat_template.jinja").write_text(self._template.text)
-            trainer.check_saved(folder, check)
+            done = []
+            for step in kept_steps(trainer.state.max_steps, self._training.checkpoints):
+                with trainer.holding(self._checkpoints.at(step).policy):
+                    done.append(self._save_adapter(trainer, adapter, check, step, f"{self._folder}/step-{step:06d}"))
+            done.append(self._save_adapter(trainer, adapter, check, trainer.state.global_step, self._folder))
             if is_main_process():
-                self._store.write_json(
-                    f"{self._folder}/probe.json", record_probe(trainer.model, adapter, probe_texts(check.pairs))
-                )
-                self._commit(trainer, folder)
+                self._commit(trainer, done)
         except OSError:
             trainer.save_boundary()  # the training is done, and is not done again when there is room
             raise
 
-    def _commit(self, trainer: ExactTrainer, folder: Path) -> None:
-        rows: list[MetricsRow] = trainer.state.log_history
-        self._write_rows(rows, is_last=True)
+    def _save_adapter(self, trainer: ExactTrainer, adapter: Path, check: Split, step: int, uri: str) -> Finished:
+        """Write the policy, as it is now, to a local folder, and see that it is what was written."""
+        folder = self._scratch / f"adapter-{step}"
+        save_adapter(trainer.model, adapter, folder)
+        (folder / "chat_template.jinja").write_text(self._template.text)
+        trainer.check_saved(folder, check)
+        probe = record_probe(trainer.model, adapter, probe_texts(check.pairs)) if is_main_process() else {}
+        return Finished(step, uri, folder, probe)
+
+    def _commit(self, trainer: ExactTrainer, done: list[Finished]) -> None:
+        """Commit what is kept of the training, the last adapter's manifest last: that finishes all of it."""
+        kept = kept_steps(trainer.state.max_steps, self._training.checkpoints)
+        for one in done:
+            self._commit_adapter(one, trainer, kept)
+        *earlier, last = done
+        self._store.write_json(f"{last.uri}/timing.json", self._timing())
+        files = dict[str, FileFacts]()
+        for one in earlier:
+            made = self._manifest(one, trainer)
+            self._store.write_manifest(made)
+            name = posixpath.basename(one.uri)
+            files |= {posixpath.join(name, file): facts for file, facts in made.files.items()}
+            files[posixpath.join(name, MANIFEST)] = self._facts(f"{one.uri}/{MANIFEST}")
+        made = self._manifest(last, trainer)
+        whole = {"files": made.files | files, "cost": self._cost(), "seconds": time.monotonic() - self._started}
+        self._store.write_manifest(made.model_copy(update=whole))
+        self._checkpoints.prune()
+
+    def _commit_adapter(self, one: Finished, trainer: ExactTrainer, kept: list[int]) -> None:
+        """Write the files of one adapter, with the metrics up to its step, and the readings that these give."""
+        rows = rows_until(one.step, trainer)
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
-        health = assess(Run(rows, self._training, *used))
-        self._store.write_json(f"{self._folder}/health.json", health.model_dump())
-        timing = {
-            "seconds": time.monotonic() - self._started,
-            "phases": self._phases.seconds,
-            "checkpoint_seconds": self._checkpoint_seconds,
-            "peak_accelerator_bytes": torch.cuda.max_memory_allocated() if has_cuda() else None,
-        }
-        self._store.write_json(f"{self._folder}/timing.json", timing)
-        self._store.delete_folder(f"{self._folder}/adapter")
-        facts = {"step": trainer.state.global_step}
+        self._store.write_bytes(f"{one.uri}/metrics.jsonl", as_lines(rows))
+        self._store.write_json(f"{one.uri}/health.json", assess(Run(rows, self._training, *used)).model_dump())
+        self._store.write_json(f"{one.uri}/probe.json", one.probe)
+        self._store.delete_folder(f"{one.uri}/adapter")
+        facts = {"step": one.step}
         try:
-            self._store.commit_folder(folder, f"{self._folder}/adapter", facts)
+            self._store.commit_folder(one.folder, f"{one.uri}/adapter", facts)
         except DiskFullError:
             LOG.warning("no room for the finished adapter: all checkpoints but the newest are removed for it")
-            self._checkpoints.prune(kept=1)
-            self._store.commit_folder(folder, f"{self._folder}/adapter", facts)
-        self._store.write_manifest(self._manifest(trainer, rows))
+            self._checkpoints.prune(kept=1, spared=kept)
+            self._store.commit_folder(one.folder, f"{one.uri}/adapter", facts)
 
     def _cost(self) -> Cost:
         """Return what the GPUs have cost, earlier processes' share up to the checkpoint that this one went on from."""
@@ -251,44 +280,68 @@ class TrainingRun:
         seconds = self._training.num_processes * (time.monotonic() - self._started)
         return self._cost_before + Cost(gpu_seconds=seconds, usd=seconds / 3600 * gpu_usd_per_hour())
 
-    def _manifest(self, trainer: ExactTrainer, rows: list[MetricsRow]) -> Manifest:
-        spec, store, adapter = self._spec, self._store, f"{self._folder}/adapter"
-        seconds = time.monotonic() - self._started
+    def _timing(self) -> dict[str, Any]:
+        peak = torch.cuda.max_memory_allocated() if has_cuda() else None
+        return {
+            "seconds": time.monotonic() - self._started,
+            "phases": self._phases.seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            "peak_accelerator_bytes": peak,
+        }
+
+    def _facts(self, uri: str) -> FileFacts:
+        return FileFacts(size=self._store.size(uri), sha256=self._store.sha256(uri))
+
+    def _manifest(self, one: Finished, trainer: ExactTrainer) -> Manifest:
+        """Return the manifest of one adapter; an earlier one names the whole training, which has the cost of all."""
+        spec, store, rows = self._spec, self._store, rows_until(one.step, trainer)
+        adapter = f"{one.uri}/adapter"
         files = {f"adapter/{name}": facts for name, facts in store.committed_files(adapter).items()}
-        for name in ("metrics.jsonl", "health.json", "probe.json"):
-            uri = f"{self._folder}/{name}"
-            files[name] = FileFacts(size=store.size(uri), sha256=store.sha256(uri))
+        files |= {name: self._facts(f"{one.uri}/{name}") for name in ("metrics.jsonl", "health.json", "probe.json")}
         artifact = AdapterRef(
             uri=adapter,
-            manifest=f"{self._folder}/{MANIFEST}",
+            manifest=f"{one.uri}/{MANIFEST}",
             sha256=files[f"adapter/{COMMITTED}"].sha256,
             size=sum(facts.size for name, facts in files.items() if name.endswith(".safetensors")),
             rows=len(self._train_data.pairs),
         )
+        upstream = [
+            spec.preferences,
+            Origin(kind="sft_adapter", uri=spec.training.sft_adapter, sha256=spec.sft_sha256),
+            Origin(kind="base_model", uri=spec.training.base_model, sha256=spec.base_sha256),
+            Origin(kind="chat_template", uri=self._template.source, sha256=digest(self._template.text)),
+        ]
+        if one.uri != self._folder:
+            whole, manifest = f"{self._folder}/adapter", f"{self._folder}/{MANIFEST}"
+            sha256 = store.committed_files(whole)[COMMITTED].sha256
+            upstream.append(Origin(kind="training", uri=whole, sha256=sha256, manifest=manifest))
         return Manifest(
             artifact=artifact,
             stage="training",
             version=STAGE_VERSION,
             key=spec.key,
             config=self._training,
-            upstream=(
-                spec.preferences,
-                Origin(kind="sft_adapter", uri=spec.training.sft_adapter, sha256=spec.sft_sha256),
-                Origin(kind="base_model", uri=spec.training.base_model, sha256=spec.base_sha256),
-                Origin(kind="chat_template", uri=self._template.source, sha256=digest(self._template.text)),
-            ),
+            upstream=tuple(upstream),
             files=files,
             counts={
-                "steps": trainer.state.global_step,
+                "steps": one.step,
                 # The highest, which a server must allow.
                 "lora_rank": max(w.shape[0] for name, w in adapter_state(trainer.model).items() if ".lora_A." in name),
                 **count_pairs("train", self._train_data),
                 **count_pairs("val", self._val_data),
             },
             figures={**summarise(rows), "exact_share": self._train_data.report.exact_share},
-            cost=self._cost(),
-            seconds=seconds,
         )
+
+
+def as_lines(rows: list[MetricsRow]) -> bytes:
+    """Return rows of metrics as JSONL."""
+    return b"".join(canonical_json(row) + b"\n" for row in rows)
+
+
+def rows_until(step: int, trainer: ExactTrainer) -> list[MetricsRow]:
+    """Return the rows of metrics up to a step."""
+    return [row for row in trainer.state.log_history if row["step"] <= step]
 
 
 def gpu_usd_per_hour() -> float:

@@ -24,7 +24,7 @@ from trl.trainer.utils import use_adapter
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.train import invariants
-from tasks.train.spec import MetricsRow, Progress
+from tasks.train.spec import MetricsRow, Progress, kept_steps
 from tasks.trainer.checkpoints import Checkpoint
 from tasks.trainer.data import MicroBatchSampler, as_dataset
 from tasks.trainer.model import AdapterWeights, adapter_state, has_cuda, trainable_parameters, weights_digest
@@ -136,7 +136,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             train_dataset=as_dataset(train.pairs),
             eval_dataset=as_dataset(val.pairs) if val else None,
             processing_class=tokenizer,
-            callbacks=[_TrainingHooks(self.begin)],
+            callbacks=[_TrainingHooks(self.begin, training.checkpoints)],
         )
         # TRL rounds the policy of a 4-bit model to bfloat16, in which small updates are lost.
         sft.copy_to(self.model, "default")
@@ -484,6 +484,8 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         try:
             seconds = self._hooks.save(checkpoint)
         except OSError as error:
+            if checkpoint.step in kept_steps(self.state.max_steps, self._training.checkpoints):
+                raise  # it is to be kept: the training stops, and goes on from the one before when there is room
             LOG.error(
                 "checkpoint of step %d could not be written (%s): free space in the workspace. Training goes on; if "
                 "it is preempted now, it resumes from the checkpoint before",
@@ -507,9 +509,22 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         assert self._restored is not None
+        self._put(self._restored.policy)
+
+    def _put(self, policy: Mapping[str, torch.Tensor]) -> None:
         state = adapter_state(self.model)
-        for name, tensor in self._restored.policy.items():
+        for name, tensor in policy.items():
             state[name].copy_(tensor)
+
+    @contextmanager
+    def holding(self, policy: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Have the adapter hold the weights of another step for the time of the block."""
+        own = {name: tensor.clone() for name, tensor in adapter_state(self.model).items()}
+        try:
+            self._put(policy)
+            yield
+        finally:
+            self._put(own)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -551,16 +566,18 @@ _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref
 
 
 class _TrainingHooks(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
-    """Let the trainer restore its state when training begins, and log the last step whatever its number."""
+    """Let the trainer restore its state when training begins, log the last step, and save those that are kept."""
 
-    def __init__(self, begin: Callable[[], None]) -> None:
+    def __init__(self, begin: Callable[[], None], checkpoints: int) -> None:
         self._begin = begin
+        self._checkpoints = checkpoints
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_log = control.should_log or state.global_step >= state.max_steps
+        control.should_save = control.should_save or state.global_step in kept_steps(state.max_steps, self._checkpoints)
 
 
 def random_state() -> dict[str, Any]:

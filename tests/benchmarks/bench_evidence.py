@@ -1,6 +1,6 @@
 """How far the gate can be believed: coverage, power, length, other judges, a person. Prints docs/evidence.md's tables.
 
-Run `python -m tests.benchmarks.bench_evidence` (about six minutes on one core; `--runs 200` for a glance).
+Run `python -m tests.benchmarks.bench_evidence` (about ten minutes on one core; `--runs 200` for a glance).
 """
 
 import argparse
@@ -12,20 +12,23 @@ import numpy as np
 from scipy.stats import norm
 
 from tasks.config import EvaluationConfig, JudgeConfig
+from tasks.evaluate.choice import try_checkpoint
 from tasks.evaluate.comparisons import Comparison, length_controlled, win_rate
 from tasks.evaluate.labels import correct_rate
-from tasks.evaluate.power import design_of
+from tasks.evaluate.power import Design, design_of
 from tasks.evaluate.win_rate import judge_adapter
-from tasks.store.measures import Evaluation
+from tasks.store.measures import Choice, Evaluation
 from tests.fakes.comparisons import (
     ERRING_JUDGES,
     LENGTH_JUDGES,
     PlantedJudge,
     better_wins,
+    draw_checkpoints,
     draw_groups,
     draw_labels,
     draw_opinions,
     draw_texts,
+    longer_wins_mostly,
 )
 
 Rows = Iterator[tuple[object, ...]]
@@ -115,6 +118,53 @@ def agreement(rng: np.random.Generator, runs: int) -> Rows:
             yield right, labels, held, kappa, *(fmean(share.lower <= bar for share, _ in drawn) for bar in BARS)
 
 
+def chosen(rng: np.random.Generator, runs: int) -> Rows:
+    for held_out in (200, 500, 1000):
+        for rates in ((0.5, 0.55, 0.5), (0.5, 0.6, 0.5), (0.6, 0.55, 0.5), (0.65, 0.55, 0.45)):
+            best, lead = max(rates), max(rates) - sorted(rates)[-2]
+            choosing, _ = EvaluationConfig(checkpoints=3, max_prompts=held_out).parts(held_out)
+            picked = [rates[draw_checkpoints(rng, rates, choosing).best.step] for _ in range(runs)]
+            predicted = Design(choosing, 4, 0.3, 1.9, 4).finds(lead, 3)
+            true = ", ".join(f"{rate:.2f}" for rate in rates)
+            yield held_out, choosing, true, fmean(one == best for one in picked), predicted, fmean(picked)
+
+
+def chosen_gate(rng: np.random.Generator, runs: int) -> Rows:
+    """Three checkpoints that are all as good as the SFT adapter: how often the gate lets the chosen one through."""
+    choosing, deciding = EvaluationConfig(checkpoints=3).parts(500)
+    for name, count in (("the others, as preflow does", choosing), ("the same", 500)):
+        tried = [draw_checkpoints(rng, (0.5,) * 3, count).best for _ in range(runs)]
+        decided = tried
+        if count == choosing:
+            decided = [draw_checkpoints(rng, (0.5,), deciding).best for _ in range(runs)]
+        yield (
+            name,
+            fmean(one.win_rate for one in tried),
+            fmean(one.win_rate for one in decided),
+            fmean(one.proven > 0.5 for one in decided),
+        )
+
+
+def chosen_length(rng: np.random.Generator, runs: int) -> Rows:
+    """A judge that likes length, one checkpoint that writes longer, and one that is better."""
+    choosing, _ = EvaluationConfig(checkpoints=3).parts(500)
+
+    def by_merit_or_length(old: int, new: int, merit: float) -> float:
+        return (longer_wins_mostly(old, new, merit) + better_wins(old, new, merit)) / 2
+
+    for longer in (0.3, 0.8):
+        by_rate, by_gate = 0, 0
+        for _ in range(runs):
+            writes = ((longer, 0.0), (0.0, 0.6), (0.0, 0.0))
+            drawn = [draw_texts(rng, by_merit_or_length, *of, choosing) for of in writes]
+            choice = Choice(
+                tried=tuple(try_checkpoint(step, "", one, 0.95) for step, one in enumerate(drawn)), prompts=()
+            )
+            by_rate += max(choice.tried, key=lambda one: one.win_rate).step == 1
+            by_gate += choice.best.step == 1
+        yield f"{100 * (np.exp(longer) - 1):.0f} %", by_rate / runs, by_gate / runs
+
+
 def main() -> None:
     """Print every table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -139,6 +189,19 @@ def main() -> None:
         ("judge is right in", "labels", "holds the truth", "kappa does", *(f"refused at {bar:g}" for bar in BARS)),
         agreement(np.random.default_rng(13), runs // 2),
     )
+    rng = np.random.default_rng(13)
+    table(
+        "The best of three checkpoints",
+        ("held out", "of them choose", "truly win", "best found", "predicted", "the chosen one truly wins"),
+        chosen(rng, runs // 5),
+    )
+    table(
+        "Three checkpoints no better than the SFT adapter",
+        ("decided by", "chosen one's rate where chosen", "where decided", "passes the gate"),
+        chosen_gate(rng, runs // 4),
+    )
+    table("A longer checkpoint and a better one", ("longer by", "better one found by the raw rate", "by both bounds"),
+          chosen_length(rng, runs // 20))  # fmt: skip
 
 
 if __name__ == "__main__":

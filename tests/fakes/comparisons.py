@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.evaluate.choice import try_checkpoint
 from tasks.evaluate.comparisons import Comparison
 from tasks.evaluate.labels import measure_closeness
-from tasks.store.measures import Interval
+from tasks.store.measures import Choice, Interval
 
 Taste = Callable[[int, int, float], float]
 
@@ -37,6 +38,15 @@ def draw_groups(
                 outcome = 0.5 if rng.random() < ties else float(rng.random() < chance)
                 drawn.append(Comparison(name, f"g{group}" if icc else name, outcome, (100, 100)))
     return drawn
+
+
+def draw_checkpoints(rng: np.random.Generator, rates: Sequence[float], prompts: int, ties: float = 0.3) -> Choice:
+    """Draw what the judge says of checkpoints that truly win at `rates`, on prompts that choose among them."""
+    tried = [
+        try_checkpoint(step, str(step), draw_groups(rng, prompts, 1, 0.0, (rate - ties / 2) / (1 - ties), ties), 0.95)
+        for step, rate in enumerate(rates)
+    ]
+    return Choice(tried=tuple(tried), prompts=())
 
 
 def _scattered(rng: np.random.Generator, mean: float, icc: float, count: int) -> list[float]:

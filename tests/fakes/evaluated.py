@@ -9,6 +9,7 @@ from tasks.config import EvaluationConfig, JudgeConfig, JudgingConfig
 from tasks.evaluate.win_rate import summarise_evaluation
 from tasks.store.workspace import (
     AdapterRef,
+    ChoiceRef,
     CompletionsRef,
     EvaluationRef,
     Manifest,
@@ -29,6 +30,7 @@ def evaluated(
     samples: int = 2,
     judges: Sequence[str] = (),
     adapter: AdapterRef | None = None,
+    choice: ChoiceRef | None = None,
 ) -> EvaluationRef:
     """Write samples, verdicts, the null test and an evaluation.
 
@@ -39,6 +41,7 @@ def evaluated(
         samples: of each prompt.
         judges: models that are asked, with the one that made the labels.
         adapter: the new adapter; None: one of which only the reference is there.
+        choice: how it was chosen among the checkpoints of its training.
     """
     judging = JudgingConfig(model="labeller", rubric=str(root / "secret-folder" / "house.md"))
     evaluation = EvaluationConfig(
@@ -48,7 +51,7 @@ def evaluated(
     main = _verdicts(root, "main", decide, prompts, samples, evaluation.comparison_judge())
     rng = random.Random(1)
     even = _verdicts(root, "null", lambda _: [rng.randrange(2)] * 2, prompts, samples, evaluation.null_judge())
-    return summarise_evaluation(adapter, main, even, str(root), evaluation)
+    return summarise_evaluation(adapter, main, even, str(root), evaluation, choice)
 
 
 def _verdicts(root: Path, name: str, decide: Decide, prompts: int, samples: int, judging: JudgingConfig) -> VerdictsRef:

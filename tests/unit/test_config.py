@@ -152,6 +152,8 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "cap below one answer": (GenerationConfig, {"tokens_per_minute": 99}, r"tokens_per_minute \(99\) .*max_tokens"),
     "equal samples": (EvaluationConfig, {"generation": GREEDY}, r"generation.temperature 0 .*num_samples \(4\)"),
     "equal draws": (EvaluationConfig, {"generation": GREEDY, "num_samples": 1}, "null_test .*generation.temperature"),
+    "weighted SFT": (TrainingConfig, {"use_weighting": True, "sft_weight": 1}, "do not go together"),
+    "nothing to feed": (PipelineConfig, {"judging": {"unsure_for_sft": True}}, "training.sft_weight is 0: set it to 1"),
     "too few to lie so far below": (
         PipelineConfig,
         {"judging": {"rejected_sigmas": 2}, "generation": {"num_completions": 5}},
@@ -180,6 +182,12 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
         "evaluation.judges: m made the labels",
     ),
     "a second opinion twice": (EvaluationConfig, {"judges": [{"model": "m"}, {"model": "m"}]}, "judges: m .*another"),
+    "nothing to choose": (EvaluationConfig, {"checkpoints": 1}, "checkpoints 1 .*nothing to choose"),
+    "other checkpoints": (
+        PipelineConfig,
+        {"evaluation": {"checkpoints": 3}, "training": {"checkpoints": 2}},
+        r"evaluation.checkpoints \(3\) .*training.checkpoints \(2\)",
+    ),
     "own place": (PipelineConfig, {"promotion": {"name": "sft"}}, "promotion.name and generation.model"),
     "failures": (JudgingConfig, {"max_failure_ratio": 1.5}, "max_failure_ratio"),
 }
@@ -247,3 +255,10 @@ def test_a_filled_pipeline_writes_out_what_stages_share() -> None:
     assert filled.evaluation.generation == filled.generation
     assert filled.evaluation.comparison_judge().model == "j"
     assert filled.filled() == filled
+
+
+def test_a_training_keeps_what_the_evaluation_chooses_among_and_is_else_the_one_that_it_was() -> None:
+    base = PipelineConfig.model_validate({"evaluation": {"checkpoints": 3}}).filled()
+    assert base.training.checkpoints == 3
+    assert base.training.identity()["checkpoints"] == 3
+    assert "checkpoints" not in PipelineConfig().filled().training.identity()

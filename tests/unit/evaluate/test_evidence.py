@@ -12,6 +12,7 @@ from tasks.config import PipelineConfig, PromotionConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.evidence import collect_evidence, find_differences, read_evidence
 from tasks.evaluate.labels import Labelling, record_agreement
+from tasks.store.measures import Choice, Tried
 from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef, Workspace
 from tests.fakes.evaluated import evaluated
 
@@ -121,6 +122,24 @@ def forge(value: Any) -> None:
 def test_whatever_is_changed_is_noticed_and_named(file: Path, change: Callable[[Any], object], named: str) -> None:
     found = differences(file, change)
     assert any(named in difference for difference in found), found
+
+
+def test_how_the_checkpoint_was_chosen_is_in_it_and_is_checked(file: Path) -> None:
+    """Without a choice the file has no such field, so that the seals of older ones hold."""
+    assert "choice" not in json.loads(file.read_text())
+    value = read_evidence(file)
+    tried = [Tried(**value.verdict.model_dump() | {"adapter_sha256": of * 64, "step": int(of, 16)}) for of in "1a"]
+    good = Choice(tried=tuple(tried), prompts=("other",))
+
+    def verify(choice: Choice) -> list[str]:
+        changed = value.model_copy(update={"choice": choice})
+        return list(find_differences(changed.model_copy(update={"seal": changed.contents()})))
+
+    assert verify(good) == []
+    assert verify(good.model_copy(update={"prompts": ("p1", "p2", "other")})) == [
+        "choice: 2 prompts of the comparisons chose the checkpoint too"
+    ]
+    assert "another adapter was evaluated" in verify(good.model_copy(update={"tried": tuple(tried[::-1])}))[0]
 
 
 @pytest.mark.parametrize(

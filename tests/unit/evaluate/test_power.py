@@ -84,4 +84,8 @@ def test_power_stands_before_the_price(tmp_path: Path) -> None:
     assert "passes in 80 % of runs. To show 52.9 % takes 801 prompts (about 12.82 US$)." in said
     held_out = power_before_price(config.model_copy(update={"eval_prompts": None}))
     assert held_out.startswith("20 held-out prompts x 4 samples: "), "a tenth of the prompts is held out"
+    chosen = config.model_copy(update={"evaluation": EvaluationConfig(checkpoints=3)})
+    assert power_before_price(chosen).startswith("165 held-out prompts x 4 samples: ")
+    assert "Another 35 choose among 3 checkpoints: " in power_before_price(chosen)
+    assert power_before_price(chosen).endswith("wins 10 % more often than the others is found in 87 % of runs.")
     assert "too few for any adapter" in describe_power(Design(1, 1, 0.0, 1.0, 1.0), 0.5, 0.95)

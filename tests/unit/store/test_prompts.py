@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
-from tasks.store.prompts import import_prompts
+from tasks.store.prompts import import_prompts, split_prompts
 from tasks.store.workspace import PromptsRef, Workspace
 
 Row = dict[str, Any]
@@ -87,3 +87,20 @@ def test_one_group_for_all_rows_is_refused_and_an_empty_one_is_none(imported: Im
     with pytest.raises(PreflowError, match="all 3 rows have the same `group`"):
         imported([prompt(n, group="all") for n in range(3)])
     assert imported([prompt(n, group="") for n in range(3)]).rows == 3
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_part_is_drawn_by_groups_and_the_rest_is_the_rest(imported: Import, tmp_path: Path, grouped: bool) -> None:
+    rows = [prompt(n, **({"group": f"g{n % 20}"} if grouped else {})) for n in range(60)]
+    whole = imported(rows)
+    part, rest = split_prompts(whole, str(tmp_path / "ws"), 10, 7)
+    assert split_prompts(whole, str(tmp_path / "ws"), 10, 7) == (part, rest)
+    assert split_prompts(whole, str(tmp_path / "ws"), 10, 8) != (part, rest)
+    assert part.rows == (9 if grouped else 10)
+    assert sorted(numbers(part) + numbers(rest)) == list(range(60))
+    assert numbers(rest) == sorted(numbers(rest)), "in the order of the file"
+    assert numbers(part) != list(range(10)), "not the first ones of the file"
+    if grouped:
+        assert not {row["group"] for row in read(part)} & {row["group"] for row in read(rest)}
+        with pytest.raises(PreflowError, match=r"the smallest group of 3: at most 2"):
+            split_prompts(whole, str(tmp_path / "ws"), 2, 7)

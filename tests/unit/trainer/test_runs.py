@@ -19,9 +19,10 @@ from transformers import (
 
 from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
-from tasks.store.workspace import PreferencesRef, Workspace, folder_digest
+from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace, folder_digest
 from tasks.train.launch import base_digest, check_training_inputs, training_key
 from tasks.train.spec import TrainingSpec
+from tasks.trainer.checkpoints import CheckpointStore
 from tasks.trainer.run import TrainingRun, gpu_usd_per_hour
 from tasks.trainer.stopping import StopFlag
 from tests.fakes.process import ROOT
@@ -193,6 +194,44 @@ def test_a_full_disk_at_the_end_costs_old_checkpoints_but_no_training(
     assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
     assert ("resuming from the checkpoint of step 3" in caplog.text) == (failures == 2)
     assert "no room for the finished adapter" in caplog.text
+
+
+def test_the_adapters_of_earlier_steps_are_kept_as_they_were(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is what a training leaves, and the training is whole only with all of them; a cut-off end is made again."""
+    build_adapter(run.sft, run.base)
+    settings: dict[str, Any] = {"max_steps": 6, "save_steps": 100, "lr_scheduler_type": "constant_with_warmup"}
+    original = CheckpointStore.prune
+    monkeypatch.setattr(CheckpointStore, "prune", lambda *args, **more: original(*args, **{**more, "kept": 1}))
+    with monkeypatch.context() as broken:
+        broken.setattr(Workspace, "write_manifest", _raise_disk_full)
+        with pytest.raises(DiskFullError):
+            run.train(checkpoints=3, **settings)
+    folder = run.train(checkpoints=3, **settings).folder
+    assert sorted(path.parent.name for path in folder.glob("*/manifest.json")) == ["step-000002", "step-000004"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000006"], "its size is given back"
+    store = Workspace(folder)
+    for step in (2, 4):
+        made = store.read_manifest(str(folder / f"step-{step:06d}" / "manifest.json"))
+        assert store.is_intact(made.artifact)
+        assert made.counts["steps"] == step
+        assert {"preferences", "training"} <= {origin.kind for origin in made.upstream}
+        assert [row["step"] for row in store.read_rows(made.artifact.sibling("metrics.jsonl"))][-1] == step
+        texts = store.read_json(made.artifact.sibling("probe.json"))["texts"]
+        # The very weights that a training of so many steps ends with.
+        alone = run.train(**{**settings, "max_steps": step}).folder
+        for name in ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"):
+            assert (alone / "adapter" / name).read_bytes() == (Path(made.artifact.uri) / name).read_bytes()
+        assert texts == Workspace(alone).read_json(str(alone / "probe.json"))["texts"]
+    without = run.train(**settings).folder
+    assert without != folder
+    assert store.sha256(str(without / "adapter/COMMITTED.json")) == store.sha256(str(folder / "adapter/COMMITTED.json"))
+    assert store.find_finished(str(folder / "manifest.json"), AdapterRef)
+    (folder / "step-000002" / "adapter" / "adapter_model.safetensors").unlink()
+    assert store.find_finished(str(folder / "manifest.json"), AdapterRef) is None
+
+
+def _raise_disk_full(*_: object) -> None:
+    raise DiskFullError("the disk is full")
 
 
 @pytest.mark.parametrize(
