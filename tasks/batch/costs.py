@@ -33,7 +33,7 @@ class StageCost(BaseModel, frozen=True, extra="forbid"):
             *(f"{count:,}" if count else "-" for count in counts),
             format_seconds(used.gpu_seconds) if used.gpu_seconds else "-",
             format_seconds(self.seconds),
-            format_usd(used.usd),
+            format_usd(used.usd) if used.usd else "-",
         ]
 
 

@@ -13,7 +13,6 @@ from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.asking import JudgingPlan
 from tasks.judge.quality.metrics import measure_judgements
-from tasks.judge.quality.plot import plot_quality
 from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import (
@@ -25,7 +24,7 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-VERSION = 4
+VERSION = 5
 TOKENS = {"prompt_token_ids", "token_ids"}
 CUT = "a side was cut at max_tokens"
 LOW = "score of the best"
@@ -75,7 +74,7 @@ def check_spread(uri: str, rows: int, groups: Collection[str], judging: JudgingC
 
 
 def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
-    """Write `judged.jsonl`, `train.jsonl`, `val.jsonl`, `quality.json` and `quality.png` of one set of verdicts.
+    """Write `judged.jsonl`, `train.jsonl`, `val.jsonl` and `quality.json` of one set of verdicts.
 
     Rows without a pair are in `judged.jsonl` with the reason; `check_yield` tells whether any has one.
     """
@@ -134,12 +133,10 @@ def is_cut(row: VerdictsRow, decision: "Decision") -> bool:
 def finish_pairs(
     store: Workspace, folder: str, written: Mapping[str, DigestWriter], quality: QualityReport, **about: Any
 ) -> PreferencesRef:
-    """Write what was measured of the pairs in a folder, `quality.json` and `quality.png`, and the manifest.
+    """Write what was measured of the pairs in a folder, `quality.json`, and the manifest.
 
     `about` is what else the manifest says: its version, its key, what the pairs were made from.
     """
-    with store.writing(f"{folder}/quality.png") as picture:
-        picture.write(plot_quality(quality))
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
     train, val = written["train.jsonl"], written["val.jsonl"]
@@ -147,7 +144,7 @@ def finish_pairs(
     counts = {**found, "train": train.rows, "val": val.rows}
     told = ", ".join(f"{name} {count:,}" for name, count in found.items())
     logger.info("preferences: %d pairs to train on, %d held out (%s)", train.rows, val.rows, told)
-    files = {**written, "quality.json": measured, "quality.png": picture}
+    files = {**written, "quality.json": measured}
     artifact = PreferencesRef(
         uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()
     )

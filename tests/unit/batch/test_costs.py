@@ -23,7 +23,7 @@ def test_costs_are_added_up_by_stage_with_a_cell_for_each_column() -> None:
         made("train", Cost(gpu_seconds=2 * 900, usd=0.18), 900), made("judge", Cost(requests=8, usd=0.1), 10),
     ])  # fmt: skip
     assert [cost.row() for cost in costs] == [
-        ["generate", "1,021", "-", "-", "-", "-", "20 min 00 s", "0.00"],
+        ["generate", "1,021", "-", "-", "-", "-", "20 min 00 s", "-"],
         ["judge", "2,050", "3,000,000", "400,000", "350,000", "-", "5 min 10 s", "2.00"],
         ["train", "-", "-", "-", "-", "30 min 00 s", "15 min 00 s", "0.18"],
         ["total", "3,071", "3,000,000", "400,000", "350,000", "30 min 00 s", "40 min 10 s", "2.18"],

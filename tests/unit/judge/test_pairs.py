@@ -29,12 +29,6 @@ from tasks.store.workspace import CompletionsRef, Cost, Manifest, PreferencesRef
 Row = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def quick_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The picture takes most of the time here; it is looked at where quality is."""
-    monkeypatch.setattr("tasks.judge.pairs.plot_quality", lambda quality: b"a picture")
-
-
 ORDERS = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
 
 
