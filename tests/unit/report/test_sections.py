@@ -315,7 +315,8 @@ def test_comparisons_are_before_and_after() -> None:
 
 
 def test_cost_section_sums_up_and_claims_no_money_without_prices() -> None:
-    section = cost_section([StageCost(stage=name, used=Cost(requests=10, usd=0.5)) for name in ("judge", "total")])
+    costs = [StageCost(stage=name, used=Cost(requests=10, usd=0.5)) for name in ("judge", "total")]
+    section = cost_section(costs, is_priced=True)
     assert section.summary == "Making everything in this run cost 0.50 US$, whichever run made it."
     assert [row[0] for row in section.tables[0].rows] == ["judge", "total"]
     free = [StageCost(stage="total", used=Cost(requests=10))]
