@@ -4,7 +4,6 @@ from prefect import flow
 
 from tasks.config import Location
 from tasks.judge.quality.audit import measure_pairs
-from tasks.judge.quality.plot import plot_quality
 from tasks.report.run import publish
 from tasks.report.sections import quality_section
 from tasks.store.measures import QualityReport
@@ -22,5 +21,5 @@ async def audit_preferences(
         completions: The completions that were judged, in the order shown; empty: nothing is said about positions.
     """
     report = measure_pairs(pairs, val_pairs, completions)
-    await publish(quality_section(report, plot_quality(report)))
+    await publish(quality_section(report))
     return report

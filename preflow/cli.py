@@ -27,8 +27,8 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-CODES = """Exit codes: 0 done; 1 the adapter is not better, or was not approved; 2 you can fix
-it, the message says how; 3 a defect of preflow; 130 stopped by Ctrl-C."""
+CODES = """Exit codes: 0 done; 1 the adapter is not better, or was not approved; 2 you
+can fix it, the message says how; 3 a defect of preflow; 130 stopped by Ctrl-C."""
 
 MINE, MODELS, SERVICE, FILES = (Group.create_ordered(name) for name in (
     "Your model", "What is served", "This machine", "The configuration"))  # fmt: skip

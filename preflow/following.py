@@ -52,7 +52,7 @@ def start(client: SyncPrefectClient, name: str, parameters: dict[str, object]) -
     try:
         deployment = client.read_deployment_by_name(name)
         return client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
-    except ObjectNotFound as error:
+    except (ObjectNotFound, ValueError) as error:  # ValueError: a name without a slash
         flow = name.partition("/")[0]
         known = [f"{client.read_flow(item.flow_id).name}/{item.name}" for item in client.read_deployments()]
         near = [other for other in known if other.startswith(f"{flow}/")] or known

@@ -9,9 +9,14 @@ CONFIG = Path("config.yaml")
 File: TypeAlias = Annotated[Path, Parameter(help="The configuration.")]
 Changes: TypeAlias = Annotated[
     tuple[str, ...],
-    Parameter("--set", negative=(), help="A setting to change, such as training.beta=0.05; may be given again."),
+    Parameter(
+        "--set",
+        negative=(),
+        show_default=False,
+        help="A setting to change, such as training.beta=0.05; may be given again.",
+    ),
 ]
-Switch: TypeAlias = Annotated[bool, Parameter(negative=())]
+Switch: TypeAlias = Annotated[bool, Parameter(negative=(), show_default=False)]
 Folder: TypeAlias = Annotated[Path, Parameter(help="Where the demo is kept.")]
 On: TypeAlias = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
 
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -19,6 +19,46 @@ FLAGS = (
 # How long a page may take on a loaded machine, in milliseconds.
 PATIENCE = 60_000
 PICTURES = Path(os.environ.get("PREFLOW_TEST_PICTURES", Path(__file__).parent / "output"))
+
+SIZES = (1400, 390)
+# What is wider than the window or its own box, and which texts lie on each other. What is folded has no box.
+FAULTS = """([root, scrolling]) => {
+  const inside = [...document.querySelector(root).querySelectorAll('*')]
+    .filter(e => !scrolling || !e.closest(scrolling) && !e.querySelector(scrolling));
+  const width = document.documentElement.clientWidth;
+  const name = e => `${e.tagName} ${e.className} "${(e.textContent || '').trim().slice(0, 40)}"`;
+  const wide = inside.filter(e => e.getBoundingClientRect().right > width + 1)
+    .map(e => `beyond the window: ${name(e)}`);
+  const scrolls = inside.filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
+    .map(e => `wider than its box: ${name(e)}`);
+  const shown = (box, node) => {  // and not scrolled out of a box with a height of its own
+    for (let e = node.parentElement; e; e = e.parentElement) {
+      const around = e.getBoundingClientRect();
+      const isOutside = box.top > around.bottom || box.bottom < around.top;
+      if (isOutside && getComputedStyle(e).overflowY !== 'visible') return false;
+    }
+    return true;
+  };
+  const texts = [];
+  const walker = document.createTreeWalker(document.querySelector(root), NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    if (!walker.currentNode.textContent.trim()) continue;
+    const range = document.createRange();
+    range.selectNodeContents(walker.currentNode);
+    for (const box of range.getClientRects())
+      if (box.width > 1 && box.height > 1 && shown(box, walker.currentNode)) texts.push([box, walker.currentNode]);
+  }
+  texts.sort((a, b) => a[0].top - b[0].top);
+  const on = [];
+  for (let i = 0; i < texts.length; i++)
+    for (let j = i + 1; j < texts.length && texts[j][0].top < texts[i][0].bottom - 4; j++) {
+      const [a, b] = [texts[i][0], texts[j][0]];
+      if (a.left < b.right - 2 && b.left < a.right - 2 && texts[i][1] !== texts[j][1])
+        on.push(`on each other: ${[i, j].map(k => texts[k][1].textContent.slice(0, 40)).join(" and ")}`);
+    }
+  const page = document.documentElement.scrollWidth;
+  return [...(page > width ? [`the page is ${page} wide`] : []), ...wide, ...scrolls, ...on].slice(0, 20);
+}"""
 
 
 def find_chromium() -> str:
@@ -104,3 +144,21 @@ class PrefectUi:
             "[...document.images].filter(i => i.src.startsWith('data:image/png')).map(i => i.naturalWidth)"
         )
         return found
+
+
+def faults(page: Page, root: str = "body", scrolling: str = "") -> list[str]:
+    """Return what of a page is wider than the window or lies on something else; what `scrolling` selects may scroll."""
+    found: list[str] = page.evaluate(FAULTS, [root, scrolling])
+    return found
+
+
+def look(page: Page, name: str, root: str = "body", scrolling: tuple[str, str] = ("", "")) -> None:
+    """Look at the page that is shown in both SIZES, and keep pictures of it, light and dark."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for width, may_scroll in zip(SIZES, scrolling, strict=True):
+        page.set_viewport_size(ViewportSize(width=width, height=900))
+        found = faults(page, root, may_scroll)
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.screenshot(path=PICTURES / f"page-{name}-{width}-{scheme}.png", full_page=True)
+        assert not found, f"{name} at {width}: {found}"

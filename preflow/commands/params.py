@@ -2,14 +2,14 @@
 
 import json
 
-from preflow.options import CONFIG, Changes, File
+from preflow.options import CONFIG, Changes, File, Switch
 
 
 def params(
     file: File = CONFIG,
     /,
     *,
-    sweep: bool = False,
+    sweep: Switch = False,
     changes: Changes = (),
 ) -> None:
     """Print a configuration as the parameters of dpo-pipeline, or of dpo-sweep.

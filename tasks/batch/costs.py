@@ -76,7 +76,7 @@ def _cells(name: str, spent: Cost, seconds: float | None) -> list[str]:
         *(f"{count:,}" if count else "-" for count in counts),
         format_seconds(spent.gpu_seconds) if spent.gpu_seconds else "-",
         "-" if seconds is None else format_seconds(seconds),
-        format_usd(spent.usd),
+        format_usd(spent.usd) if spent.usd else "-",
     ]
 
 

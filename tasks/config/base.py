@@ -81,6 +81,7 @@ TITLES = {
     "size": "Size (bytes)",
     "stop": "Stop texts",
     "tokens_per_minute": "Tokens per minute, at most",
+    "unsure_for_sft": "Unsure verdicts for the SFT term",
     "val_ratio": "Held-out share of the pairs",
     "val_rows": "Held-out pairs",
     "warmup_steps": "Warm-up (optimizer steps)",

@@ -83,5 +83,5 @@ class EvaluationConfig(StageConfig):
 
     def null_judge(self) -> JudgingConfig:
         """Return the judges as they compare the SFT adapter with itself: those that made the labels, in both orders."""
-        for_pairs = {"rejected_sigmas": None, "min_chosen_score": None}
+        for_pairs = {"rejected_sigmas": None, "min_chosen_score": None, "unsure_for_sft": False}
         return (self.judging or JudgingConfig()).model_copy(update={"orders": 2, **for_pairs})

@@ -10,7 +10,15 @@ from tasks.config.endpoint import EndpointConfig
 PairPolicy = Literal["unanimous", "majority", "borda"]
 # What makes pairs of the verdicts, and of itself changes none of them.
 _APPLIED_LATER = frozenset(
-    {"pair_policy", "min_confidence", "rejected_sigmas", "min_chosen_score", "leave_out_cut", "val_ratio"}
+    {
+        "pair_policy",
+        "min_confidence",
+        "rejected_sigmas",
+        "min_chosen_score",
+        "unsure_for_sft",
+        "leave_out_cut",
+        "val_ratio",
+    }
 )
 
 # The judge of those who choose none: a current, cheap model, as of 2026-11-26 and by public reports. They name it in
@@ -77,6 +85,11 @@ class JudgingConfig(JudgeConfig):
         le=10,
         description="Pairs whose chosen side scores lower are left out: the best of bad ones teaches little. Empty: "
         "none is. Asks for scores.",
+    )
+    unsure_for_sft: IfSet[bool] = Field(
+        False,
+        description="Of prompts without a pair on whose best most votes agree, train the SFT term on it, and the DPO "
+        "loss on nothing (arXiv 2602.00954). Off: they are left out.",
     )
     leave_out_cut: bool = Field(
         False,

@@ -73,6 +73,11 @@ class PipelineConfig(StageConfig):
                 f"judging.orders ({self.judging.orders}) is more than generation.num_completions "
                 f"({self.generation.num_completions}): there are only so many rotations"
             )
+        if self.judging.unsure_for_sft and not self.training.sft_weight:
+            raise ValueError(
+                "judging.unsure_for_sft gives the SFT term more to learn from, and training.sft_weight is 0: set it to "
+                "1, or leave unsure_for_sft off"
+            )
         sigmas, count = self.judging.rejected_sigmas, self.generation.num_completions
         if sigmas is not None and count - 1 <= sigmas**2:
             # Samuelson's inequality: of n values none lies more than sqrt(n - 1) standard deviations from their mean.

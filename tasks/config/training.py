@@ -128,6 +128,12 @@ class TrainingConfig(ChatSettings):
             )
         if self.loss_type == "apo_zero" and self.f_divergence != "reverse_kl":
             raise ValueError(f"loss_type apo_zero works with f_divergence reverse_kl, not {self.f_divergence}")
+        if self.use_weighting and self.sft_weight:
+            # trl 1.16 multiplies the SFT loss in place, which is one number for the whole batch: torch refuses that.
+            raise ValueError(
+                f"use_weighting and sft_weight ({self.sft_weight:g}) do not go together: trl cannot weight the SFT "
+                "loss. Set sft_weight to 0, or use_weighting to false"
+            )
         if self.bnb_4bit_quant_type != "nf4" and not self.load_in_4bit:
             raise ValueError(f"bnb_4bit_quant_type {self.bnb_4bit_quant_type} does nothing without load_in_4bit")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:

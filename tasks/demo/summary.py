@@ -3,6 +3,7 @@
 from typing import Any
 
 from tasks.report.run import gather_manifests
+from tasks.store.measures import WinRate, percent, read_evaluation
 from tasks.store.workspace import Cost, PipelineResult, Workspace
 
 
@@ -11,10 +12,10 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
     store = Workspace(workspace)
     pairs = store.read_manifest(result.preferences).counts
     training = store.read_manifest(result.adapter).figures
-    rates = store.read_json(result.evaluation.uri)
+    found = read_evaluation(result.evaluation)
     verdict = [
-        ("win rate", f"{_rate(rates)}, {rates['samples']} samples of {rates['prompts']} held-out prompts"),
-        ("SFT against itself", _rate(rates["null"])),
+        ("win rate", f"{_rate(found)}, {found.samples} samples of {found.prompts} held-out prompts"),
+        ("SFT against itself", _rate(found.null) if found.null else "not asked"),
         ("adapter served", _served(result)),
     ]
     if short:
@@ -31,9 +32,8 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
     ]
 
 
-def _rate(found: dict[str, float]) -> str:
-    interval = f"[{found['lower']:.3f}, {found['upper']:.3f}] at {100 * found['confidence']:.3g} %"
-    return f"{found['win_rate']:.3f} {interval}"
+def _rate(found: WinRate) -> str:
+    return f"{found.text()} at {percent(found.confidence, '.3g')}"
 
 
 def _position_lift(quality: dict[str, Any]) -> str:

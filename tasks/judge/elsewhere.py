@@ -11,7 +11,7 @@ from tasks.store.prompts import source_digest
 from tasks.store.records import CompletionsRow, PairRow, number_rows, prompt_id
 from tasks.store.workspace import CompletionsRef, Manifest, Origin, PreferencesRef, Workspace, stage_key
 
-VERSION = 1
+VERSION = 2
 logger = logging.getLogger(__name__)
 
 
@@ -73,7 +73,9 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
         for _, row in number_rows(PairRow, source, origin, forms):
             identity, group = prompt_id([message.model_dump() for message in row.prompt]), getattr(row, "group", None)
             pair = {**row.model_dump(exclude_none=True), "id": identity}
-            (val if is_validation(identity, group, judging.seed, judging.val_ratio) else train).write_row(pair)
+            held_out = is_validation(identity, group, judging.seed, judging.val_ratio)
+            if not (held_out and row.sft_only):
+                (val if held_out else train).write_row(pair)
             if len(groups) < 2:
                 groups.add(group or identity)
         check_spread(source, train.rows + val.rows, groups, judging)

@@ -13,7 +13,6 @@ from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.asking import JudgingPlan
 from tasks.judge.quality.metrics import measure_judgements
-from tasks.judge.quality.plot import plot_quality
 from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import (
@@ -25,10 +24,11 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-VERSION = 4
+VERSION = 5
 TOKENS = {"prompt_token_ids", "token_ids"}
 CUT = "a side was cut at max_tokens"
 LOW = "score of the best"
+SFT = "sft_only"
 NONE_LOWER = "none scores lower than the best"
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def check_spread(uri: str, rows: int, groups: Collection[str], judging: JudgingC
 
 
 def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
-    """Write `judged.jsonl`, `train.jsonl`, `val.jsonl`, `quality.json` and `quality.png` of one set of verdicts.
+    """Write `judged.jsonl`, `train.jsonl`, `val.jsonl` and `quality.json` of one set of verdicts.
 
     Rows without a pair are in `judged.jsonl` with the reason; `check_yield` tells whether any has one.
     """
@@ -106,6 +106,9 @@ def _write_pairs(
             if len(groups) < 2:
                 groups.add(row.group or row.id)
             decision = decide(row.votes, judging)
+            held_out = is_validation(row.id, row.group, judging.seed, judging.val_ratio)
+            if decision.status == SFT and held_out:
+                decision = decision.model_copy(update={"status": "dropped"})
             if is_cut(row, decision):
                 counts["cut_pairs"] += 1
                 if judging.leave_out_cut:
@@ -114,29 +117,26 @@ def _write_pairs(
             if judging.min_chosen_score is not None:
                 counts["low_scores"] += decision.is_low
             judged.write_row({**row.model_dump(exclude=TOKENS, exclude_none=True), **decision.as_judged()})
-            if decision.status == "pair":
-                held_out = is_validation(row.id, row.group, judging.seed, judging.val_ratio)
+            if decision.status in ("pair", SFT):
                 (val if held_out else train).write_row(preference_pair(row, decision).model_dump(exclude_none=True))
         check_spread(verdicts.uri, verdicts.rows, groups, judging)
     return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, counts
 
 
 def is_cut(row: VerdictsRow, decision: "Decision") -> bool:
-    """Tell whether a pair has a side that did not end by itself."""
+    """Tell whether what is trained on has a side that did not end by itself."""
     reasons = row.finish_reasons
-    sides = (decision.best, decision.worst) if decision.status == "pair" else ()
+    sides = (decision.best, decision.worst) if decision.status in ("pair", SFT) else ()
     return any(side is not None and side < len(reasons) and reasons[side] == "length" for side in sides)
 
 
 def finish_pairs(
     store: Workspace, folder: str, written: Mapping[str, DigestWriter], quality: QualityReport, **about: Any
 ) -> PreferencesRef:
-    """Write what was measured of the pairs in a folder, `quality.json` and `quality.png`, and the manifest.
+    """Write what was measured of the pairs in a folder, `quality.json`, and the manifest.
 
     `about` is what else the manifest says: its version, its key, what the pairs were made from.
     """
-    with store.writing(f"{folder}/quality.png") as picture:
-        picture.write(plot_quality(quality))
     with store.writing(f"{folder}/quality.json") as measured:
         measured.write((quality.model_dump_json(indent=2) + "\n").encode())
     train, val = written["train.jsonl"], written["val.jsonl"]
@@ -144,7 +144,7 @@ def finish_pairs(
     counts = {**found, "train": train.rows, "val": val.rows}
     told = ", ".join(f"{name} {count:,}" for name, count in found.items())
     logger.info("preferences: %d pairs to train on, %d held out (%s)", train.rows, val.rows, told)
-    files = {**written, "quality.json": measured, "quality.png": picture}
+    files = {**written, "quality.json": measured}
     artifact = PreferencesRef(
         uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()
     )
@@ -159,7 +159,8 @@ def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
     Raises:
         PreflowError: there is none; with what was measured about the judge, and what to do about it.
     """
-    if preferences.rows:
+    counts = Workspace(workspace).read_manifest(preferences).counts if preferences.manifest else {}
+    if preferences.rows > counts.get(SFT, 0):
         return preferences
     quality = QualityReport.model_validate(Workspace(workspace).read_json(preferences.sibling("quality.json")))
     statuses = ", ".join(f"{count} {name}" for name, count in quality.statuses.items())
@@ -172,6 +173,7 @@ class Decision(BaseModel):
     """What the votes on one row come to.
 
     Attributes:
+        status: pair; sft_only, where the best alone is sure enough; dropped, failed or skipped, for a `reason`.
         best: index of the chosen one of the row's completions; likewise `worst`, the rejected one.
         agreement: the share of votes for the most frequent best and worst.
         scores: by the completion's index, the mean of its scores; empty where none were asked for.
@@ -212,11 +214,14 @@ def decide(votes: Sequence[Vote], judging: JudgingConfig) -> Decision:
     given = [vote.confidence for vote in read if vote.confidence is not None]
     confidence = round(fmean(given), 3) if given else None
     reason = _why_no_pair(best, worst, confidence, scores, judging)
+    status = "dropped" if reason else "pair"
     if best is None or worst is None:
         best = worst = None
+    if reason and judging.unsure_for_sft and (liked := _liked(read, scores, judging)) is not None:
+        status, best, worst = SFT, liked, None
     most = Counter((vote.best, vote.worst) for vote in read).most_common(1)[0][1]
     return Decision(
-        status="dropped" if reason else "pair",
+        status=status,
         reason=reason,
         best=best,
         worst=worst,
@@ -238,6 +243,14 @@ def _why_no_pair(
     if judging.min_chosen_score is not None and scores[best] < judging.min_chosen_score:
         return f"{LOW} {scores[best]:.1f} < {judging.min_chosen_score:g}"
     return None
+
+
+def _liked(votes: Sequence[Vote], scores: Mapping[int, float], judging: JudgingConfig) -> int | None:
+    """Return the completion that most votes name the best, unless it scores too low."""
+    best, count = Counter(vote.best for vote in votes).most_common(1)[0]
+    if best is None or count <= len(votes) // 2 or scores.get(best, 0) < (judging.min_chosen_score or 0):
+        return None
+    return best
 
 
 def _mean_scores(votes: Sequence[Vote]) -> dict[int, float]:
@@ -288,15 +301,17 @@ def preference_pair(row: VerdictsRow, decision: Decision) -> PairRow:
     """Return the row of `train.jsonl` or `val.jsonl`: TRL's conversational form, and what was sampled.
 
     Raises:
-        ValueError: the decision is not a pair.
+        ValueError: the decision is not a pair, nor one for the SFT term alone.
     """
-    if decision.best is None or decision.worst is None:
+    sft_only = decision.status == SFT or None
+    rejected = decision.best if sft_only else decision.worst
+    if decision.best is None or rejected is None:
         raise ValueError(f"row {row.id} has no pair: {decision.reason}")
     sampled = dict(enumerate(row.token_ids)), dict(enumerate(row.finish_reasons))
     pair: dict[str, Any] = {"id": row.id, "prompt": row.prompt, "prompt_token_ids": row.prompt_token_ids}
-    for name, index in (("chosen", decision.best), ("rejected", decision.worst)):
+    for name, index in (("chosen", decision.best), ("rejected", rejected)):
         pair[name] = [Message(role="assistant", content=row.completions[index])]
         pair[f"{name}_token_ids"], pair[f"{name}_finish_reason"] = (known.get(index) for known in sampled)
         if decision.scores:
             pair[f"{name}_score"] = decision.scores[index]
-    return PairRow(**pair, confidence=decision.confidence, group=row.group)
+    return PairRow(**pair, sft_only=sft_only, confidence=decision.confidence, group=row.group)

@@ -23,8 +23,8 @@ from tasks.llm.responses import (
     Transient,
     as_batch,
     classify,
-    price,
     read_answer,
+    usd_of,
 )
 from tasks.llm.retries import Attempts, RetryPolicy
 from tasks.llm.vllm_admin import Administration, Template
@@ -81,9 +81,8 @@ class _Request:
         completion_tokens = (settings.get("max_tokens") or UNBOUNDED_COMPLETION) * (settings.get("n") or 1)
         self.tokens = self.prompt_bytes // 3 + completion_tokens
         # A byte-level tokenizer makes at most one token of a byte; the chat template adds some.
-        self.most_usd = price(
-            Cost(prompt_tokens=self.prompt_bytes + 64, completion_tokens=completion_tokens), config
-        ).usd
+        most = Cost(prompt_tokens=self.prompt_bytes + 64, completion_tokens=completion_tokens)
+        self.most_usd = usd_of(most, config)
 
 
 class Endpoint(Administration):
@@ -211,7 +210,7 @@ class Endpoint(Administration):
                 counted = await self._gate.admit(request.tokens)
                 cost = None
                 answer = await self._send(request, body, attempts)
-                cost = price(answer.usage, self.config).usd
+                cost = usd_of(answer.usage, self.config)
                 self._gate.settle(counted, answer.usage.prompt_tokens + answer.usage.completion_tokens)
             except (Transient, RequestRefused, StageStopped) as failure:
                 if not getattr(failure, "maybe_billed", False):
@@ -235,7 +234,7 @@ class Endpoint(Administration):
                 raise self._explain(failure) if isinstance(failure, StageStopped) else failure
             answer = self._read(content, request.prompt_bytes)
             answer = replace(answer, usage=as_batch(answer.usage))
-            cost = price(answer.usage, self.config).usd
+            cost = usd_of(answer.usage, self.config)
         finally:
             self._budget.settle(most, cost)
         self._stats.sent += 1

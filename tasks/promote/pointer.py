@@ -52,7 +52,7 @@ class Entry(BaseModel, frozen=True):
 
     def text(self) -> str:
         """Return how the adapter is called on the page of a rollback."""
-        return f"{self.adapter_sha256[:12]} (win rate {self.evaluation.win_rate:.3f})"
+        return f"{self.adapter_sha256[:12]} (win rate {measures.percent(self.evaluation.win_rate)})"
 
 
 class Pointer(BaseModel, frozen=True):

@@ -66,7 +66,7 @@ def glance_section(
         f"{sentence} {served}",
         () if is_better else advice,
         (Table("The run in figures", ("figure", "state", "value", "healthy"), tuple(map(metric_row, figures))),),
-        (Picture(plot_rates(*rate_bars(found)), caption, is_wide=False),),
+        (Picture(plot_rates(*rate_bars(found)), caption),),
         (f"It won. What could still be better stands under {places}.",) if is_better and places else (),
         tuple(replace(example, is_open=True) for page in details[:1] for example in page.examples[:OPEN_EXAMPLES]),
         headline=headline,

@@ -24,11 +24,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and what it shows; a wide one is scrolled on a phone, where it would be too small to read."""
+    """A PNG and what it shows; narrow enough to be read on a phone (`plots.WIDTH`)."""
 
     png: bytes
     caption: str
-    is_wide: bool = True
 
     def data_uri(self) -> str:
         """Return the picture as an address that holds it whole."""
@@ -57,8 +56,9 @@ class Example:
 class ReportSection:
     """One part of the report: a summary, what to do, and what shows it.
 
-    `headline` is shown in large letters, green or red by `is_good`; `notes` say how the tables are to be read; `blocks`
-    are (title, text) pairs that are shown as they are, folded.
+    `headline` is shown in large letters, green or red by `is_good`: a first page, where a first table of two columns
+    stands next to the picture, and examples come before the other tables. `notes` say how the tables are to be read;
+    `blocks` are (title, text) pairs that are shown as they are, folded.
     """
 
     title: str

@@ -13,13 +13,18 @@ from tasks.store.measures import WinRate
 # On a transparent ground this grey has a contrast of about 4 to 1 on white and on the dark page alike.
 INK = "#75808f"
 BLUE, ORANGE = "#2f7dc4", "#d9722e"
+# In inches: as wide as a phone, where a page scales it down by a quarter at most.
+WIDTH = 4.0
+# In characters, of the names in a picture so wide, and of two entries of a legend in one line.
+LONGEST_NAME = 40
+LONGEST_OF_TWO = 24
 PANELS = (
-    ("loss", "nats", ("loss",)),
-    ("accuracy", "share of pairs", ("rewards/accuracies",)),
-    ("margin", "reward", ("rewards/margins",)),
-    ("rewards", "beta x nats", ("rewards/chosen", "rewards/rejected")),
-    ("log-probs", "nats", ("logps/chosen", "logps/rejected")),
-    ("gradient norm", "norm", ("grad_norm",)),
+    ("Loss", "nats", ("loss",)),
+    ("Accuracy", "share of pairs", ("rewards/accuracies",)),
+    ("Margin", "reward", ("rewards/margins",)),
+    ("Rewards", "beta x nats", ("rewards/chosen", "rewards/rejected")),
+    ("Log-probs", "nats", ("logps/chosen", "logps/rejected")),
+    ("Gradient norm", "norm", ("grad_norm",)),
 )
 
 
@@ -31,55 +36,53 @@ class RateBar(NamedTuple):
     wider: WinRate | None = None
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches, that `to_png` draws."""
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+def new_axes(height: float = 3.0) -> Axes:
+    """Return the axes of an empty figure of WIDTH and a height, in inches, that `to_png` draws."""
+    figure = Figure(figsize=(WIDTH, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure
+    return figure.subplots()
 
 
-def to_png(figure: Figure) -> bytes:
-    """Draw a figure in the colours of the report; the same figure gives the same bytes."""
-    for axes in figure.axes:
-        axes.set_facecolor("none")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(INK)
-        axes.tick_params(colors=INK)
-        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            text.set_color(INK)
-    for legend in [*figure.legends, *(axes.get_legend() for axes in figure.axes)]:
-        if legend is not None:
-            legend.set_frame_on(False)
-            for text in legend.get_texts():
-                text.set_color(INK)
+def to_png(axes: Axes) -> bytes:
+    """Draw a picture in the colours of the report, its legend below the axes; always the same bytes."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "the axes of new_axes are in a figure"
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK)
+    for text in (axes.xaxis.label, axes.yaxis.label, *axes.texts):
+        text.set_color(INK)
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = 2 if len(max(labels, key=len)) <= LONGEST_OF_TWO else 1
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, labelcolor=INK
+        )
     out = io.BytesIO()
     figure.savefig(out, format="png", transparent=True, metadata={"Software": None})
     return out.getvalue()
 
 
-def legend_below(axes: Axes, columns: int) -> None:
-    """Put the legend under the axes, where no line crosses it."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+def plot_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Return a PNG each of loss, accuracy, margin, rewards, log-probs and gradient norm over the steps.
 
-
-def plot_metrics(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a PNG of loss, accuracy, margin, rewards and log-probs over the steps; solid: training, dashed: held out.
-
-    `rows` are those of `metrics.jsonl`; without any the panels are empty.
+    `rows` are those of `metrics.jsonl`; what they have nothing of is left out. Solid: training, dashed: held out.
     """
-    figure = new_figure(9, 9)
-    for axes, (title, unit, names) in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
+    pictures = {}
+    for title, unit, names in PANELS:
+        axes = new_axes()
         for name, colour in zip(names, (BLUE, ORANGE), strict=False):
-            label = name.rpartition("/")[2]
+            label = name.rpartition("/")[2] if len(names) > 1 else "training"
             _draw(axes, rows, name, label, color=colour)
-            _draw(axes, rows, f"eval_{name}", f"{label}, held out", color=colour, linestyle="--")
-        axes.set_title(title)
+            held_out = f"{label}, held out" if len(names) > 1 else "held out"
+            _draw(axes, rows, f"eval_{name}", held_out, color=colour, linestyle="--")
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
-    return to_png(figure)
+        if axes.lines:
+            pictures[title] = to_png(axes)
+    return pictures
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str, **style: Any) -> None:
@@ -91,22 +94,25 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str, 
 
 def plot_rates(bars: Sequence[RateBar], null: RateBar | None) -> bytes:
     """Return a PNG of win rates from the top down, the first in blue, against one half and `null` (a band)."""
-    figure = new_figure(5.6, 1.7 + 0.5 * len(bars))
-    axes = figure.subplots()
-    axes.axvline(50, color=INK, linestyle="--", linewidth=1, label="no better, no worse")
+    axes = new_axes(1.4 + 0.55 * len(bars))
+    # Between the names: no line crosses a text.
+    tops, ends = [row - 0.1 for row in range(len(bars))], [row + 0.4 for row in range(len(bars))]
+    axes.vlines([50] * len(bars), tops, ends, color=INK, linestyle="--", linewidth=1, label="no better, no worse")
     if null is not None:
-        axes.axvspan(100 * null.rate.lower, 100 * null.rate.upper, color=ORANGE, alpha=0.15)
-        axes.axvline(100 * null.rate.win_rate, color=ORANGE, linewidth=1.5, label=null.name)
-    for row, (_, rate, wider) in enumerate(bars):
+        band, middle = 100 * (null.rate.upper - null.rate.lower), 100 * null.rate.win_rate
+        axes.bar([100 * null.rate.lower] * len(bars), 0.5, band, tops, align="edge", color=ORANGE, alpha=0.15)
+        axes.vlines([middle] * len(bars), tops, ends, color=ORANGE, linewidth=1.5, label=null.name)
+    for row, (name, rate, wider) in enumerate(bars):
         colour = INK if row else BLUE
+        at = row + 0.15
         if wider is not None:
-            axes.hlines(row, 100 * wider.lower, 100 * wider.upper, color=colour, linewidth=1, alpha=0.6)
-        axes.hlines(row, 100 * rate.lower, 100 * rate.upper, color=colour, linewidth=5)
-        axes.plot(100 * rate.win_rate, row, "o", color=colour, markeredgecolor="white", markersize=10)
-    names = [bar.name if len(bar.name) <= 48 else f"{bar.name[:47]}…" for bar in bars]
-    axes.set_yticks(range(len(bars)), names)
-    axes.set_ylim(len(bars) - 0.5, -0.5)
+            axes.hlines(at, 100 * wider.lower, 100 * wider.upper, color=colour, linewidth=1, alpha=0.6)
+        axes.hlines(at, 100 * rate.lower, 100 * rate.upper, color=colour, linewidth=5)
+        axes.plot(100 * rate.win_rate, at, "o", color=colour, markeredgecolor="white", markersize=10)
+        # Above its bar: next to it, long names would leave no room for the bars.
+        short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+        axes.text(0.01, row - 0.3, short, transform=axes.get_yaxis_transform(), ha="left", va="center")
+    axes.set_yticks([])
+    axes.set_ylim(len(bars) - 0.5, -0.55)
     axes.set_xlabel("wins over the SFT adapter (%)")
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2)
-    return to_png(figure)
+    return to_png(axes)

@@ -4,6 +4,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -17,6 +18,8 @@ from tasks.report.page import Cell, Example, ReportSection, Table
 
 LONGEST_TEXT = 6000
 LONGEST_CELL = 60
+# In characters, of a cell that is worth a line of its own.
+ONE_LINE = 24
 # Control characters (terminal escapes), text direction overrides and lone surrogates, which UTF-8 cannot hold.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 FIGURE = re.compile(r"(< ?)?[-+]?\d[\d,.]*(-\d[\d,.]*)?(e[-+]\d+)?( %| s| points from chance| min.*| h.*)?|[-–]")
@@ -24,21 +27,32 @@ FIGURE = re.compile(r"(< ?)?[-+]?\d[\d,.]*(-\d[\d,.]*)?(e[-+]\d+)?( %| s| points
 
 def render_html(title: str, sections: Sequence[ReportSection]) -> str:
     """Return one page that needs nothing else: no script, style and pictures inside, light or dark as the reader's."""
-    return _page_template().render(title=title, sections=sections)
+    written = f"{datetime.now(UTC):%-d %B %Y, %H:%M} UTC"
+    return _page_template().render(title=title, sections=sections, written=written)
 
 
 @cache
 def _page_template() -> Template:
     page = Environment(autoescape=True, undefined=StrictUndefined, loader=PackageLoader("tasks.report", ""))
-    page.filters.update(clean=_clean, cell_text=_cell_text, cell_class=_cell_class, figure_columns=_figure_columns)
+    page.filters.update(clean=_clean, joined=_joined, cell_text=_cell_text, cell_class=_cell_class)
+    page.filters.update(figure_columns=_figure_columns, table_class=_table_class)
     return page.get_template("report.html.j2")
 
 
-def _cell_class(is_figure: bool, cell: Cell = None) -> Markup:
-    """Return the class of a cell: good or bad for a state, figure in a column of figures."""
+def _cell_class(is_figure: bool, cell: Cell) -> Markup:
+    """Return the class of a cell: good or bad for a state, figure in a column of figures, short to stay in one line."""
     if isinstance(cell, bool):
         return Markup(' class="good"') if cell else Markup(' class="bad"')
-    return Markup(' class="figure"') if is_figure else Markup("")
+    is_short = len(_cell_text(cell)) <= ONE_LINE
+    return Markup(' class="figure"') if is_figure else Markup(' class="short"') if is_short else Markup(' class="long"')
+
+
+def _table_class(table: Table) -> str:
+    """Return how a table is laid out on a phone: `two` a line for each row, `stacks` a line for each cell."""
+    cells = [*table.columns, *(_cell_text(cell) for row in table.rows for cell in row)]
+    if len(table.columns) == 2:
+        return "two"
+    return "three" if len(table.columns) == 3 and max(map(len, cells)) <= ONE_LINE // 2 else "stacks"
 
 
 def render_markdown(section: ReportSection) -> str:
@@ -47,7 +61,9 @@ def render_markdown(section: ReportSection) -> str:
     parts.append(_markdown(section.summary))
     if section.advice:
         parts.append("**What to do**\n\n" + "\n".join(f"- {_markdown(text)}" for text in section.advice))
-    parts += [f"![{_markdown(picture.caption)}]({picture.data_uri()})" for picture in section.pictures]
+    for picture in section.pictures:
+        caption = _markdown(picture.caption)
+        parts.append(f"![{caption}]({picture.data_uri()})\n\n*{caption}*")
     parts += [_markdown_table(table) for table in section.tables if table.rows]
     parts += [_markdown(text) for text in section.notes]
     parts += [_markdown_example(example) for example in section.examples]
@@ -76,6 +92,11 @@ def _clean(text: str) -> str:
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", _shorten(text, LONGEST_TEXT))
 
 
+def _joined(text: str) -> str:
+    """Return a text in which no line ends between a figure and its unit."""
+    return re.sub(r"(?<=\d) (?=%|US\$|min\b|s\b)", "\N{NO-BREAK SPACE}", _clean(text))
+
+
 def _shorten(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
@@ -97,7 +118,7 @@ def _cell_text(cell: Cell) -> str:
 
 
 def _is_figures(column: Sequence[str]) -> bool:
-    return any(text not in "-–" for text in column) and all(FIGURE.fullmatch(text) for text in column)
+    return all(FIGURE.fullmatch(text) for text in column)
 
 
 def _figure_columns(table: Table) -> list[bool]:
@@ -106,7 +127,8 @@ def _figure_columns(table: Table) -> list[bool]:
 
 def _markdown(text: str) -> str:
     """Escape one line of text so that markdown shows it and obeys nothing in it."""
-    line = html.escape(_inline(text), quote=False)
+    # The UI breaks no word, however long: a model that repeats one letter would push its page apart.
+    line = html.escape(re.sub(r"(\w{32})(?=\w)", "\\1\N{ZERO WIDTH SPACE}", _inline(text)), quote=False)
     line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
     line = re.sub(r"^([#+=-])", r"\\\1", line)
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)

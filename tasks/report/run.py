@@ -89,21 +89,31 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
         served = f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
     else:
         served = f"It is not served: {result.declined or 'it did not win by enough'}."
-    glance = glance_section(found, bar, served, figures, shown)
     ledger = add_up(manifests)
-    total = ledger.total()
-    is_priced = any(judge.prompt_price or judge.completion_price for judge in config.judging.judges())
+    glance = glance_section(found, bar, served, figures, shown)
+    glance = replace(glance, tables=(_facts(config, result, ledger.total()), *glance.tables))
+    inputs = inputs_section(manifests, changed_settings(config))
+    return [glance, inputs, *shown, cost_section(ledger, has_prices(config)), lineage_section(manifests, store.root)]
+
+
+def has_prices(config: PipelineConfig) -> bool:
+    """Tell whether any judge has a price: without one, no sum of money is known."""
+    return any(judge.prompt_price or judge.completion_price for judge in config.judging.judges())
+
+
+def _facts(config: PipelineConfig, result: PipelineResult, total: StageCost) -> Table:
     unknown = "not known: prompt_price and completion_price are not set"
+    *folders, owner, model = ["", *config.training.base_model.strip("/").split("/")]
     facts = (
+        ("Base model", "/".join([*("…" for _ in folders[:1]), owner, model])),
         ("New adapter", result.adapter.sha256[:12]),
+        ("Judge", ", ".join(judge.model for judge in config.judging.judges())),
         ("Prompts sampled", f"{result.completions.rows:,}" if result.completions else "none: pairs were given"),
         ("Preference pairs", f"{result.preferences.rows:,} to train, {result.preferences.val_rows:,} held out"),
         ("Time of all stages", format_seconds(total.seconds)),
-        ("Cost of everything, US$", format_usd(total.used.usd) if is_priced or total.used.usd else unknown),
+        ("Cost, US$", format_usd(total.used.usd) if has_prices(config) or total.used.usd else unknown),
     )
-    glance = replace(glance, tables=(*glance.tables, Table("The run", ("what", "value"), facts)))
-    inputs = inputs_section(manifests, changed_settings(config))
-    return [glance, inputs, *shown, cost_section(ledger, is_priced), lineage_section(manifests, store.root)]
+    return Table("The run", ("what", "value"), facts)
 
 
 def changed_settings(config: PipelineConfig) -> dict[str, Any]:
@@ -127,9 +137,8 @@ def _differences(prefix: str, given: StageConfig, defaults: StageConfig) -> Iter
 def preference_sections(preferences: PreferencesRef, workspace: str) -> list[ReportSection]:
     """Return the sections on the judge's quality and on the pairs."""
     store = Workspace(workspace)
-    picture = store.read_bytes(preferences.sibling("quality.png"))
-    pairs = sample_rows(store.read_rows(preferences.uri))
-    return [quality_section(read_quality(store, preferences), picture), pairs_section(pairs)]
+    pairs = sample_rows(row for row in store.read_rows(preferences.uri) if not row.get("sft_only"))
+    return [quality_section(read_quality(store, preferences)), pairs_section(pairs)]
 
 
 def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport:

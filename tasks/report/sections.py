@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tasks.batch.costs import Ledger, format_usd
 from tasks.report.page import Cell, Example, Picture, ReportSection, Side, Table
 from tasks.report.plots import plot_metrics
+from tasks.report.quality_plots import plot_quality
 from tasks.store.measures import (
     Choice,
     Evaluation,
@@ -47,11 +48,10 @@ def sample_rows(rows: Iterable[Row], count: int = EXAMPLES, seed: int = 42) -> l
     return [row for _, _, row in sorted(drawn, key=itemgetter(1))]
 
 
-def quality_section(report: QualityReport, png: bytes | None = None) -> ReportSection:
+def quality_section(report: QualityReport) -> ReportSection:
     """Show what was measured about the judge and its pairs, and what to change."""
     columns = ("measurement", "state", "value", "healthy")
     details = (_detail_table(metric) for metric in report.metrics)
-    caption = "Positions of best and worst against chance with 95 % intervals, and lengths of chosen and rejected."
     return ReportSection(
         title="Preferences",
         summary=report.summary() + ".",
@@ -61,7 +61,7 @@ def quality_section(report: QualityReport, png: bytes | None = None) -> ReportSe
             *(table for table in details if table),
             Table("Why rows gave no pair", ("reason", "rows"), tuple(report.reasons.items())),
         ),
-        pictures=(Picture(png, caption),) if png else (),
+        pictures=tuple(plot_quality(report)),
     )
 
 
@@ -126,17 +126,17 @@ def training_section(health: Health, metrics: Sequence[Row], counts: Mapping[str
         summary=f"{'Healthy' if health.ok else 'Needs attention'}: readings from {health.source}.",
         advice=(*health.warnings, *health.advice),
         tables=(Table("Readings", columns, readings), _course(metrics), _pairs_used(counts or {})),
-        pictures=(_curves(metrics),),
+        pictures=_curves(metrics),
     )
 
 
 def live_section(summary: str, metrics: Sequence[Row]) -> ReportSection:
     """Show a training that is still running: how far it is, and the rows of `metrics.jsonl` so far."""
-    return ReportSection("Training live", summary, tables=(_course(metrics),), pictures=(_curves(metrics),))
+    return ReportSection("Training live", summary, tables=(_course(metrics),), pictures=_curves(metrics))
 
 
-def _curves(metrics: Sequence[Row]) -> Picture:
-    return Picture(plot_metrics(metrics), "Loss, accuracy and rewards over the optimizer steps.")
+def _curves(metrics: Sequence[Row]) -> tuple[Picture, ...]:
+    return tuple(Picture(png, f"{title}, by optimizer step.") for title, png in plot_metrics(metrics).items())
 
 
 def _course(metrics: Sequence[Row]) -> Table:
@@ -228,7 +228,7 @@ def choice_section(choice: Choice) -> ReportSection:
          one.length_controlled.text() if one.length_controlled else None, one.samples, one.adapter_sha256[:12])
         for one in choice.tried
     )  # fmt: skip
-    columns = ("optimizer step", "", "win rate", "interval", "length taken out", "samples", "adapter")
+    columns = ("optimizer step", "state", "win rate", "interval", "length taken out", "samples", "adapter")
     return ReportSection(
         title="Best checkpoint",
         summary=(
@@ -296,7 +296,7 @@ def _comparison(number: int, row: Row) -> Example:
     return _example(number, row["prompt"], note, sides)
 
 
-def cost_section(ledger: Ledger, is_priced: bool = True) -> ReportSection:
+def cost_section(ledger: Ledger, is_priced: bool) -> ReportSection:
     """Show tokens, GPU time and money by stage, and what the cache saved; without prices no sum of money is claimed."""
     heading, *rows = ledger.rows()
     total = ledger.total()

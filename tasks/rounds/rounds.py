@@ -11,16 +11,27 @@ do: it goes further, and nothing holds it to where it came from.
 
 import logging
 import posixpath
+from collections.abc import Iterator
 
 from pydantic import BaseModel
 
 from tasks.config import PipelineConfig, RoundsConfig
 from tasks.errors import PreflowError
+from tasks.judge.elsewhere import import_completions, import_preferences
 from tasks.report.page import Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html
-from tasks.store.measures import read_evaluation
-from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Workspace, digest, server_path
+from tasks.store.measures import percent, rate_text, read_evaluation
+from tasks.store.prompts import count_shared, import_prompts
+from tasks.store.workspace import (
+    EvaluationRef,
+    PipelineResult,
+    PromotionRef,
+    Reference,
+    Workspace,
+    digest,
+    server_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +56,37 @@ class RoundsResult(BaseModel, frozen=True):
 def check_held_out(config: PipelineConfig, rounds: RoundsConfig) -> None:
     """Refuse several rounds without held-out prompts of their own, before anything is spent.
 
+    A single run leaves out what its own pairs came from; each round makes pairs of other prompts, so what one round
+    leaves another one was trained on.
+
     Raises:
-        PreflowError: `eval_prompts` is empty. Each round makes pairs of other prompts, so what one round leaves of
-            `prompts` another one was trained on.
+        PreflowError: `eval_prompts` is empty, or shares prompts or groups with what the rounds are trained on.
     """
-    if rounds.rounds > 1 and config.eval_prompts is None:
+    if rounds.rounds == 1:
+        return
+    if config.eval_prompts is None:
         raise PreflowError(
             "eval_prompts is empty: each round trains on pairs of other prompts, so none of `prompts` is held out from "
             "all rounds. Give eval_prompts, a file of other prompts, or set rounds.rounds to 1."
         )
+    held_out = import_prompts(config.eval_prompts, config.workspace)
+    for source, read in _trained_on(config):
+        if shared := count_shared(held_out.uri, read.uri, Workspace(config.workspace)):
+            raise PreflowError(
+                f"{config.eval_prompts}: {shared:,} of {held_out.rows:,} prompts are in {source} too, or share a "
+                "`group` with a row there: one round or another is trained on them, so they prove nothing. Take them "
+                "out of one of the files."
+            )
+
+
+def _trained_on(config: PipelineConfig) -> Iterator[tuple[str, Reference]]:
+    """Yield what the rounds make pairs of, and the pairs that the first one begins with: the file and its rows here."""
+    workspace = config.workspace
+    yield config.prompts, import_prompts(config.prompts, workspace)
+    if config.preferences:
+        yield config.preferences, import_preferences(config.preferences, workspace, config.judging)
+    elif config.completions:
+        yield config.completions, import_completions(config.completions, workspace)
 
 
 def round_config(config: PipelineConfig, rounds: RoundsConfig, before: Round | None) -> PipelineConfig:
@@ -88,15 +121,20 @@ def why_last(number: int, made: PipelineResult, against: EvaluationRef | None, b
     """Return why no round follows, or None: it must win against the SFT adapter and against the round before."""
     found = made.evaluation
     if not found.beats(bar):
-        return f"round {number} is not proven to win against the SFT adapter ({interval(found)}, bar {bar:.1%})"
+        rate = f"{interval(found)}, bar {percent(bar, '.3g')}"
+        return f"round {number} is not proven to win against the SFT adapter ({rate})"
     if against is not None and not against.beats(0.5):
         return f"round {number} is not proven to win against round {number - 1} ({interval(against)})"
-    return f"{most} rounds were asked for" if number == most else None
+    return f"{_count(most)} asked for" if number == most else None
+
+
+def _count(rounds: int) -> str:
+    return "one round was" if rounds == 1 else f"{rounds} rounds were"
 
 
 def interval(found: EvaluationRef) -> str:
     """Return a win rate with its interval."""
-    return f"{found.win_rate:.3f} [{found.lower:.3f}, {found.upper:.3f}]"
+    return rate_text(found.win_rate, found.lower, found.upper)
 
 
 def best_round(rounds: tuple[Round, ...], bar: float) -> Round | None:
@@ -113,18 +151,19 @@ def rounds_section(result: RoundsResult) -> ReportSection:
     rows, bars = [], []
     for one in result.rounds:
         found, against = one.made.evaluation, one.against_before
-        mark = "best" if one.number == result.best else ""
+        state = "the best" if one.number == result.best else None
         won_before = interval(against) if against else None
-        rows.append((one.number, mark, interval(found), won_before, found.adapter_sha256[:12]))
+        rows.append((f"round {one.number}", interval(found), won_before, state, found.adapter_sha256[:12]))
         bars.append(RateBar(f"round {one.number}", read_evaluation(found), None))
+    columns = ("round", "against SFT", "against the round before", "state", "adapter")
     best = "no round won" if result.best is None else f"round {result.best} is the best"
     last = result.rounds[-1]
     return ReportSection(
         title="Rounds",
         headline=best[0].upper() + best[1:],
         is_good=result.best is not None,
-        summary=f"{len(result.rounds)} rounds; {best}. The end: {last.ended}.",
-        tables=(Table("Rounds", ("round", "", "against SFT", "against the round before", "adapter"), tuple(rows)),),
+        summary=f"{_count(len(rows)).capitalize()} run; {best}. The end: {last.ended}.",
+        tables=(Table("Rounds", columns, tuple(rows)),),
         pictures=(Picture(plot_rates(bars, None), "Wins over the SFT adapter, round by round, with intervals."),),
         notes=("A round is kept if its lower bound against the SFT adapter is over the bar, and that against the round "
                "before over one half.",),

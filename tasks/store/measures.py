@@ -20,6 +20,11 @@ def percent_range(low: float, high: float) -> str:
     return f"{100 * low:.1f}-{100 * high:.1f} %"
 
 
+def rate_text(rate: float, low: float, high: float) -> str:
+    """Return a rate with its interval, in percent."""
+    return f"{percent(rate)} ({percent_range(low, high)})"
+
+
 def p_text(p_value: float) -> str:
     """Return a p-value as it is read."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
@@ -125,7 +130,7 @@ class WinRate(BaseModel, frozen=True):
 
     def text(self) -> str:
         """Return the rate with its interval, in percent."""
-        return f"{percent(self.win_rate)} ({self.interval()})"
+        return rate_text(self.win_rate, self.lower, self.upper)
 
     def interval(self) -> str:
         """Return the interval, in percent."""
@@ -159,7 +164,7 @@ class Interval(BaseModel, frozen=True):
 
     def text(self) -> str:
         """Return the figure with its interval, in percent."""
-        return f"{percent(self.value)} ({percent_range(self.lower, self.upper)})"
+        return rate_text(self.value, self.lower, self.upper)
 
 
 class Agreement(BaseModel, frozen=True):

@@ -61,6 +61,12 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     return artifact
 
 
+def count_shared(prompts: str, others: str, store: Workspace) -> int:
+    """Return how many rows of one artifact share an id or a group with a row of another: prompts, samples or pairs."""
+    ids, groups = _read_trained(store, others)
+    return sum(bytes.fromhex(row["id"]) in ids or row.get("group") in groups for row in store.read_rows(prompts))
+
+
 def split_prompts(prompts: PromptsRef, workspace: str, most: int, seed: int) -> tuple[PromptsRef, PromptsRef]:
     """Divide prompts into a part of at most `most`, drawn at random, and the rest; a group is never divided.
 

@@ -108,6 +108,7 @@ class PairRow(KeepingRow):
         prompt_token_ids: the prompt's tokens, template included.
         chosen_token_ids: what was sampled, its end of turn included; likewise `rejected_token_ids`.
         chosen_finish_reason: `length` for a side that was cut at max_tokens; likewise `rejected_finish_reason`.
+        sft_only: no pair: both sides are equal, so that DPO has no gradient, and an added SFT loss learns from it.
     """
 
     prompt: list[Message] = Field(min_length=1)
@@ -118,6 +119,7 @@ class PairRow(KeepingRow):
     rejected_token_ids: list[int] | None = None
     chosen_finish_reason: str | None = None
     rejected_finish_reason: str | None = None
+    sft_only: bool | None = None
 
 
 def prompt_id(messages: list[dict[str, str]]) -> str:

@@ -397,7 +397,7 @@ class Workspace:
         uri = of if isinstance(of, str) else of.manifest
         try:
             if uri is not None:
-                return Manifest.model_validate(self.read_json(uri))
+                return Manifest.model_validate(self.read_json(uri)).found_at(uri, self.root)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise PreflowError(f"{uri}: missing; run the stage that makes it") from error
         except ValidationError as error:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +15,7 @@ from tasks.errors import PreflowError
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
-from tasks.report.run import add_up, gather_manifests, publish, run_sections
+from tasks.report.run import add_up, gather_manifests, has_prices, publish, run_sections
 from tasks.report.sections import NULL, cost_section, lineage_section
 from tasks.store.measures import WinRate, percent
 from tasks.store.workspace import Workspace
@@ -49,11 +50,14 @@ def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, d
             Table(
                 "What is to be done, each once for all its points",
                 ("work", "by", "points", "requests", "known", "tokens in", "tokens out", "training", "US$"),
-                (*(_work_row(work, format_price(work.usd)) for work in plan.work), _work_row(total, money)),
+                (
+                    *(_work_row(work, format_price(work.usd)) for work in plan.work),
+                    _work_row(total, format_price(total.usd if plan.is_priced or total.usd else None)),
+                ),
             ),
             Table("Points", ("point", "change"), tuple((point.number, point.name) for point in points)),
         ),
-        blocks=(("How this is estimated", HOW_ESTIMATED.format(rate=sweep.pairs_per_second)),),
+        notes=(HOW_ESTIMATED.format(rate=sweep.pairs_per_second),),
     )
 
 
@@ -111,7 +115,9 @@ def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSecti
     ranked, best = result.ranked(), result.best()
     null = next((point.null for point in ranked if point.null), None)
     null_bar = RateBar(NULL, null) if null else None
-    bars = [RateBar(f"{point.number}. {point.name}", point.rate, point.widened) for point in ranked if point.rate]
+    # Without the sections, "training.": there is room for little, and the number says which it is.
+    names = {point.number: f"{point.number}. {re.sub(r'[a-z]+[.](?=[a-z_]+=)', '', point.name)}" for point in ranked}
+    bars = [RateBar(names[point.number], point.rate, point.widened) for point in ranked if point.rate]
     caption = "Win rates; thick: the interval of each alone, thin: the one that holds for all points at once."
     configs = {point.number: point.config for point in points}
     return ReportSection(
@@ -202,7 +208,8 @@ async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
     store, folder = Workspace(workspace), sweep_folder(workspace, result.key)
     made = [(point, found.made) for point, found in zip(points, result.points, strict=True) if found.made]
     manifests = gather_manifests(store, *(reference for _, run in made for reference in run.references()))
-    sections = [section, cost_section(add_up(manifests)), lineage_section(manifests, store.root)]
+    is_priced = any(has_prices(point.config) for point in points)
+    sections = [section, cost_section(add_up(manifests), is_priced), lineage_section(manifests, store.root)]
     store.write_bytes(f"{folder}/report.html", render_html("preflow: sweep", sections).encode())
     for point, run in made:
         uri = f"{folder}/point-{point.number}.html"

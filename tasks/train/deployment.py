@@ -39,7 +39,7 @@ async def read_deployment(name: str) -> DeploymentResponse:
     async with get_client() as client:
         try:
             return await client.read_deployment_by_name(name)
-        except ObjectNotFound as error:
+        except (ObjectNotFound, ValueError) as error:  # ValueError: a name without a slash
             found = await client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])))
             names = ", ".join(sorted(f"{FLOW}/{deployment.name}" for deployment in found)) or "none"
             raise PreflowError(

@@ -100,7 +100,7 @@ def _readings(run: Run, first: Row, last: Row) -> list[Metric]:
     if moved is not None:
         readings.append(
             _reading("weights/moved", moved, f"> {MOVED}", moved > MOVED,
-                    f"moved by {run.last('weights/distance') or 0:.2e} of their norm")
+                    f"moved by {run.last('weights/distance') or 0:.2g} of their norm")
         )  # fmt: skip
     return readings
 

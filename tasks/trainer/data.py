@@ -30,7 +30,11 @@ class NoUsablePairsError(PreflowError):
 
 @dataclass(frozen=True)
 class TokenPair:
-    """One pair in tokens; `line` is its line in the file, from 1, `sampled` which sides have the sampled tokens."""
+    """One pair in tokens; `line` is its line in the file, from 1, `sampled` which sides have the sampled tokens.
+
+    One that is `sft_only` has equal sides: every DPO loss is a function of how both differ from the reference, so its
+    gradient cancels out, and an SFT loss on the chosen side remains.
+    """
 
     line: int
     sha256: str
@@ -38,6 +42,7 @@ class TokenPair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     sampled: tuple[bool, bool] = (False, False)
+    sft_only: bool = False
 
     def length(self, max_length: int) -> int:
         """Return the length of the longer side with its prompt, in tokens, after truncation."""
@@ -50,7 +55,7 @@ class TokenPair:
             return f"the prompt alone has {len(self.prompt_ids)} tokens"
         if not (self.chosen_ids and self.rejected_ids):
             return "a side is empty"
-        if self.chosen_ids[:room] == self.rejected_ids[:room]:
+        if not self.sft_only and self.chosen_ids[:room] == self.rejected_ids[:room]:
             return "chosen and rejected are equal" + ("" if room >= len(self.chosen_ids) else " up to the cut")
         return None
 
@@ -214,10 +219,14 @@ class PairTokenizer:
             prompt = known
         sides = list(_sides(row))
         chosen, rejected = (self._side(*side, ids, report) for side, ids in zip(sides, answers, strict=True))
+        if row.sft_only:
+            rejected = chosen
         sampled_chosen, sampled_rejected = (known is not None and ids is not None for _, ids, _ in sides)
         line = int(place.rpartition(":")[2])
         tokens = prompt, chosen, rejected
-        return TokenPair(line, digest(list(tokens)), *tokens, (sampled_chosen, sampled_rejected))
+        return TokenPair(
+            line, digest(list(tokens)), *tokens, (sampled_chosen, sampled_rejected), sft_only=bool(row.sft_only)
+        )
 
     def _side(
         self, answer: Message, sampled: list[int] | None, reason: str | None, rendered: list[int], report: LengthReport

@@ -14,8 +14,9 @@ from playwright.sync_api import Page, expect
 from preflow.labelling import serve
 from tasks.evaluate.labels import Labelling, labels_uri, read_labels, record_agreement
 from tasks.store.workspace import EvaluationRef
-from tests.browser import PICTURES, open_browser
+from tests.browser import PICTURES, look, open_browser
 from tests.fakes.evaluated import evaluated
+from tests.fakes.pages import LONG, WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PAIRS = 8
@@ -119,3 +120,12 @@ def test_another_site_can_neither_read_nor_answer(evaluation: EvaluationRef) -> 
         assert not Path(labels_uri(evaluation)).exists()
         assert set(client.get("/pairs").json()) == {"number", "done", "total", "prompt", "sides"}
         assert client.post("/answers", json=good).json()["number"] == 1
+
+
+def test_the_page_fits_a_wide_window_and_a_phone_whatever_the_texts_are(evaluation: EvaluationRef, page: Page) -> None:
+    with served(evaluation) as address:
+        page.goto(address)
+        expect(page.locator("#pair")).to_be_visible()
+        for name, text in (("prompt", LONG + WORDS), ("left", LONG), ("right", WORDS)):
+            page.locator(f"#{name}").evaluate("(place, text) => { place.textContent = text }", text)
+        look(page, "label")

@@ -1,6 +1,9 @@
 """Two rounds with real trainings: what each samples from, what is paid, and how they end."""
 
+import shutil
 from collections import Counter
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -8,10 +11,11 @@ import pytest_asyncio
 from flows.rounds import dpo_rounds
 from tasks.config import RoundsConfig
 from tasks.rounds.rounds import RoundsResult
-from tests.integration.test_sweep import HELD_OUT, PROMPTS, Bench, bench
+from tests.chaos.test_pipeline_gcs import SAME
+from tests.integration.test_sweep import CONCURRENCY, HELD_OUT, PROMPTS, Bench, bench, run_killed
 
 __all__ = ["bench"]
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # two trainings
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # two trainings, twice
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -49,3 +53,47 @@ async def test_it_says_why_it_ended_and_a_second_run_asks_nobody(bench: Bench, r
     assert len(bench.asked()) == asked
     (page,) = bench.workspace.glob("rounds/*/report.html")
     assert "against the round before" in page.read_text()
+
+
+ROUNDS = """
+import asyncio, json, sys
+from flows.rounds import dpo_rounds
+from tasks.config import PipelineConfig, RoundsConfig
+config, rounds = (json.loads(argument) for argument in sys.argv[1:])
+asyncio.run(dpo_rounds(PipelineConfig.model_validate(config), RoundsConfig.model_validate(rounds)))
+"""
+
+
+def contents(bench: Bench) -> dict[str, str]:
+    """The digest of every file that depends on nothing but inputs and settings."""
+    files = [path for path in bench.workspace.rglob("*") if path.name in SAME]
+    return {str(path.relative_to(bench.workspace)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kept(workspace: Path) -> RoundsResult:
+    """The result as it was kept, without the digest of the pointer, which says when it was written."""
+    (file,) = workspace.glob("rounds/*/result.json")
+    found = RoundsResult.model_validate_json(file.read_text())
+    assert found.promotion is not None
+    return found.model_copy(update={"promotion": found.promotion.model_copy(update={"sha256": ""})})
+
+
+def test_killed_in_each_round_it_ends_with_the_bytes_of_an_uninterrupted_one(
+    bench: Bench, result: RoundsResult
+) -> None:
+    """Runs last: it starts over in the place of the workspace before, so that all paths are the same."""
+    expected = contents(bench)
+    shutil.move(bench.workspace, bench.folder / "before")
+    first = len(bench.fake.requests())
+
+    def asked_of(name: str) -> int:
+        return sum(row["model"].startswith(name) for row in bench.asked(first))
+
+    def training(number: int) -> bool:
+        return len({path.parent for path in bench.workspace.glob("training/*/checkpoints/step-*")}) == number
+
+    moments = (lambda: training(1), lambda: asked_of("round-") >= 5, lambda: training(2))
+    run_killed(bench, bench.folder / "rounds.log", ROUNDS, {"rounds": 2}, moments, len(moments) * CONCURRENCY)
+    assert contents(bench) == expected
+    assert kept(bench.workspace) == kept(bench.folder / "before")
+    assert {name.split("/")[0] for name in expected} > {"training", "evaluations", "preferences"}

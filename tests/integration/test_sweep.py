@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -306,25 +306,35 @@ asyncio.run(dpo_sweep(PipelineConfig.model_validate(config), SweepConfig.model_v
 """
 
 
-def start(bench: Bench, log: Path) -> subprocess.Popen[bytes]:
-    """Start the sweep of two betas as a process of its own, which finds its way to the server by the environment."""
-    config = bench.config().model_dump_json()
-    sweep = json.dumps({"grid": {"training.beta": BETAS[:2]}})
+def start(bench: Bench, log: Path, script: str, settings: Row) -> subprocess.Popen[bytes]:
+    """Start a flow as a process of its own, which finds its way to the server by the environment."""
     with log.open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-c", SWEEP, config, sweep],
+            [sys.executable, "-c", script, bench.config().model_dump_json(), json.dumps(settings)],
             cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=out, start_new_session=True,
         )  # fmt: skip
 
 
-def kill_when(bench: Bench, log: Path, reached: Callable[[], bool]) -> None:
-    """Start the sweep, and kill -9 its process when something is reached; the trainer is a session of its own."""
-    process = start(bench, log)
-    while not reached():
-        assert process.poll() is None, f"the sweep ended before it was to be killed:\n{log.read_text()[-3000:]}"
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def run_killed(
+    bench: Bench, log: Path, script: str, settings: Row, moments: Sequence[Callable[[], bool]], repeated: int
+) -> None:
+    """Run a flow to its end, killed -9 at each of some moments; the trainer is a session of its own.
+
+    Of all that is asked no more than `repeated` requests may be asked twice.
+    """
+    first = len(bench.fake.requests())
+    for reached in moments:
+        process = start(bench, log, script, settings)
+        while not reached():
+            assert process.poll() is None, f"it ended before it was to be killed:\n{log.read_text()[-3000:]}"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    process = start(bench, log, script, settings)
+    assert process.wait(600) == 0, log.read_text()[-3000:]
+    asked = bench.asked(first)
+    twice = len(asked) - len({row["sha"] for row in asked})
+    assert twice <= repeated, f"{twice} requests were repeated"
 
 
 def test_killed_and_started_again_it_asks_nothing_twice_and_ends_the_same(bench: Bench, result: SweepResult) -> None:
@@ -342,12 +352,7 @@ def test_killed_and_started_again_it_asks_nothing_twice_and_ends_the_same(bench:
     def second_training_begun() -> bool:
         return len({path.parent for path in bench.workspace.glob("training/*/checkpoints/step-*")}) == 2
 
-    for reached in (judging_begun, second_training_begun):
-        kill_when(bench, log, reached)
-    process = start(bench, log)
-    assert process.wait(600) == 0, log.read_text()[-3000:]
+    settings = {"grid": {"training.beta": BETAS[:2]}}
+    run_killed(bench, log, SWEEP, settings, (judging_begun, second_training_begun), CONCURRENCY)
     assert (bench.workspace / name).read_bytes() == expected
-    asked = bench.asked(first)
-    repeated = len(asked) - len({row["sha"] for row in asked})
-    assert repeated <= CONCURRENCY, f"{repeated} requests were repeated"
     assert len(bench.trainings()) == len(list(bench.workspace.glob("training/*"))) == 2

@@ -23,7 +23,15 @@ from tasks.train.invariants import InvariantError, loss_at_margin_zero
 from tasks.train.spec import Progress
 from tasks.trainer.checkpoints import Checkpoint
 from tasks.trainer.data import load_pairs, make_micro_batches
-from tasks.trainer.model import AdapterWeights, adapter_state, load_base, load_policy, load_tokenizer, save_adapter
+from tasks.trainer.model import (
+    AdapterWeights,
+    adapter_state,
+    load_base,
+    load_policy,
+    load_tokenizer,
+    save_adapter,
+    trainable_parameters,
+)
 from tasks.trainer.reference import ReferenceLogps, Split
 from tasks.trainer.stopping import StopFlag
 from tasks.trainer.trainer import ExactTrainer, Hooks
@@ -114,6 +122,33 @@ def test_every_loss_starts_at_its_value_and_falls(
         assert start["loss"] > start["dpo_loss"] + 1
     assert bench.rows[-1]["step"] == 8
     assert "eval_loss" in bench.rows[-1]
+
+
+@pytest.mark.parametrize(("loss_type", "options", "first"), LOSSES)
+def test_equal_sides_leave_the_sft_term_alone(
+    world: TinyWorld, tmp_path: Path, loss_type: str, options: dict[str, Any], first: float
+) -> None:
+    """What `judging.unsure_for_sft` trains on: no loss of DPO has a gradient there, also far from the reference."""
+    trainer = Bench(world, tmp_path, world.config(loss_type=loss_type, **options)).trainer
+    rows = [trainer.train_dataset[number] for number in (0, 1)]
+    weights = trainable_parameters(trainer.model)
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.add_(torch.full_like(weight, 0.05))
+
+    def gradient(rows: list[dict[str, Any]], names: list[str]) -> torch.Tensor:
+        trainer.loss_types, trainer.loss_weights = names, [1.0] * len(names)
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows))).backward()
+        return torch.cat([weight.grad.flatten() for weight in weights.values()])
+
+    equal = [{**row, "rejected_ids": row["chosen_ids"]} for row in rows]
+    of_pairs = gradient(rows, [loss_type])
+    assert gradient(equal, [loss_type]).norm() < 1e-5 * of_pairs.norm()
+    if "use_weighting" in options:
+        return  # which has no SFT term next to it
+    of_sft = gradient(equal, ["sft"])
+    assert (gradient(equal, [loss_type, "sft"]) - of_sft).norm() < 1e-5 * of_sft.norm()
 
 
 def test_cached_and_live_reference_give_the_same_bits(world: TinyWorld, tmp_path: Path) -> None:

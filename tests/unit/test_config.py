@@ -152,6 +152,8 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "cap below one answer": (GenerationConfig, {"tokens_per_minute": 99}, r"tokens_per_minute \(99\) .*max_tokens"),
     "equal samples": (EvaluationConfig, {"generation": GREEDY}, r"generation.temperature 0 .*num_samples \(4\)"),
     "equal draws": (EvaluationConfig, {"generation": GREEDY, "num_samples": 1}, "null_test .*generation.temperature"),
+    "weighted SFT": (TrainingConfig, {"use_weighting": True, "sft_weight": 1}, "do not go together"),
+    "nothing to feed": (PipelineConfig, {"judging": {"unsure_for_sft": True}}, "training.sft_weight is 0: set it to 1"),
     "too few to lie so far below": (
         PipelineConfig,
         {"judging": {"rejected_sigmas": 2}, "generation": {"num_completions": 5}},

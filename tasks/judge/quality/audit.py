@@ -39,6 +39,8 @@ def measure_pairs(train: str, val: str | None = None, completions: str | None = 
             key = prompt_id([message.model_dump() for message in pair.prompt])
             prompts[side].add(key)
             rows[side] += 1
+            if pair.sft_only:
+                continue
             tally.add(_as_judged(pair, None if candidates is None else candidates.get(key, []), lost))
             if (given := (pair.model_extra or {}).get("confidence")) is not None:
                 if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):

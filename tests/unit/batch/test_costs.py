@@ -41,7 +41,7 @@ def test_rows_have_a_cell_for_each_column_and_show_apart_what_the_cache_saved() 
     ledger = make_ledger()
     assert ledger.rows() == [
         ["stage", *COLUMNS],
-        ["generate", "1,021", "-", "-", "-", "-", "20 min 00 s", "0.00"],
+        ["generate", "1,021", "-", "-", "-", "-", "20 min 00 s", "-"],
         ["judge", "2,042", "3,000,000", "400,000", "350,000", "-", "5 min 00 s", "1.90"],
         ["train", "-", "-", "-", "-", "30 min 00 s", "15 min 00 s", "0.18"],
         ["total", "3,063", "3,000,000", "400,000", "350,000", "30 min 00 s", "40 min 00 s", "2.08"],

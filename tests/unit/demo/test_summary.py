@@ -25,7 +25,7 @@ def test_each_interval_is_printed_with_its_own_confidence(tmp_path: Path) -> Non
     )
     result = PipelineResult(preferences=preferences, adapter=adapter, evaluation=evaluation)
     assert summarise(result, store.root, short=True) == [
-        ("win rate", "0.830 [0.802, 0.854] at 95 %, 800 samples of 200 held-out prompts"),
-        ("SFT against itself", "0.506 [0.461, 0.551] at 99 %"),
+        ("win rate", "83.0 % (80.2-85.4 %) at 95 %, 800 samples of 200 held-out prompts"),
+        ("SFT against itself", "50.6 % (46.1-55.1 %) at 99 %"),
         ("adapter served", "none: it did not win by enough"),
     ]

@@ -11,6 +11,7 @@ import pytest
 from tasks.config import EvaluationConfig, JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.asking import plan_judging
+from tasks.judge.elsewhere import import_preferences
 from tasks.judge.pairs import (
     Decision,
     check_groups,
@@ -20,17 +21,12 @@ from tasks.judge.pairs import (
     make_preferences,
     preference_pair,
 )
+from tasks.judge.quality.audit import measure_pairs
 from tasks.store.measures import QualityReport
 from tasks.store.records import VerdictsRow, Vote
 from tasks.store.workspace import CompletionsRef, Cost, Manifest, PreferencesRef, VerdictsRef, Workspace, digest
 
 Row = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def quick_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The picture takes most of the time here; it is looked at where quality is."""
-    monkeypatch.setattr("tasks.judge.pairs.plot_quality", lambda quality: b"a picture")
 
 
 ORDERS = [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
@@ -133,9 +129,67 @@ def test_the_best_of_bad_ones_makes_no_pair_below_the_floor() -> None:
     assert not scored([6, 2, 3], [2, 5, 3], min_chosen_score=6).is_low, "the best is not known"
 
 
+@pytest.mark.parametrize(
+    ("votes", "settings", "status", "best"),
+    [
+        ([vote(0, 2), vote(0, 1)], {}, "sft_only", 0),
+        ([vote(0, 2), vote(0, 2), vote(1, 2)], {}, "sft_only", 0),
+        ([vote(0, 2), vote(1, 2)], {}, "dropped", None),
+        ([vote(0, 2), vote(0, 2)], {}, "pair", 0),
+        ([vote(0, 2, 1), vote(0, 2, 1)], {"min_confidence": 3}, "sft_only", 0),
+        ([vote(0, 2), ERROR], {}, "failed", None),
+    ],
+)
+def test_what_is_too_unsure_for_a_pair_goes_to_the_sft_term(
+    votes: list[Row], settings: dict[str, Any], status: str, best: int | None
+) -> None:
+    decision = decide(read_votes(votes), JudgingConfig(unsure_for_sft=True, **settings))
+    assert (decision.status, decision.best) == (status, best)
+    assert (decision.reason is None) == (status == "pair")
+    assert decision.worst == (2 if status == "pair" else None)
+    assert decide(read_votes(votes), JudgingConfig(**settings)).status != "sft_only"
+
+
+def test_a_low_best_is_not_imitated_either() -> None:
+    rows = [6, 2, 3], [5, 3, 2]
+    assert scored(*rows, unsure_for_sft=True, min_chosen_score=5).status == "sft_only"
+    assert scored(*rows, unsure_for_sft=True, min_chosen_score=6).status == "dropped"
+
+
+def test_rows_for_the_sft_term_have_equal_sides_and_are_never_held_out(tmp_path: Path) -> None:
+    rows = make_rows(100)
+    for row in rows[::5]:  # the best is sure, the worst is not
+        row["votes"] = [vote(0, 1), vote(0, 2, order=1)]
+    preferences, off = make(tmp_path, rows, unsure_for_sft=True), make(tmp_path, rows)
+    found, without = sides(preferences), sides(off)
+    alone = [row for row in found["train"] if row.get("sft_only")]
+    assert all(row["chosen"] == row["rejected"] for row in alone)
+    assert [row for row in found["train"] if not row.get("sft_only")] == without["train"]
+    assert found["val"] == without["val"]
+    counts = Workspace(tmp_path).read_json(str(preferences.manifest))["counts"]
+    assert counts["sft_only"] == len(alone) == preferences.rows - off.rows
+    assert 0 < len(alone) < 20, "what lies on the held-out side is left out"
+    quality = QualityReport.model_validate_json(Path(preferences.sibling("quality.json")).read_text())
+    assert (quality.pairs, quality.statuses["sft_only"]) == (80, len(alone))
+    assert quality.metric("degenerate_pairs").value == 0
+    audited = measure_pairs(preferences.uri, preferences.sibling("val.jsonl"))
+    assert (audited.pairs, audited.metric("degenerate_pairs").value) == (80, 0)
+    imported = import_preferences(preferences.uri, str(tmp_path / "other"), JudgingConfig(seed=1, val_ratio=0.3))
+    assert not any(row.get("sft_only") for row in sides_of(imported, "val"))
+    assert any(row.get("sft_only") for row in sides_of(imported, "train"))
+
+
+def test_nothing_but_rows_for_the_sft_term_is_no_pair(tmp_path: Path) -> None:
+    rows = [{**row, "votes": [vote(0, 1), vote(0, 2, order=1)]} for row in make_rows(10)]
+    preferences = make(tmp_path, rows, unsure_for_sft=True, val_ratio=0)
+    assert preferences.rows == 10
+    with pytest.raises(PreflowError, match="no pair to train on: of 10 prompts 10 sft_only"):
+        check_yield(preferences, str(tmp_path))
+
+
 def test_settings_that_are_off_leave_keys_and_rows_as_they_were(tmp_path: Path) -> None:
-    names = {"rejected_sigmas", "min_chosen_score"}
-    on = JudgingConfig(rejected_sigmas=2, min_chosen_score=6)
+    names = {"rejected_sigmas", "min_chosen_score", "unsure_for_sft"}
+    on = JudgingConfig(rejected_sigmas=2, min_chosen_score=6, unsure_for_sft=True)
     assert not names & JudgingConfig().identity().keys()
     assert not names & JudgingConfig().pairs_identity().keys()
     assert names <= on.pairs_identity().keys() & on.identity().keys()
@@ -245,9 +299,12 @@ def make_rows(count: int, first: int = 0, groups: int = 0) -> list[Row]:
     return rows
 
 
+def sides_of(preferences: PreferencesRef, name: str) -> list[Row]:
+    return [json.loads(line) for line in Path(preferences.sibling(f"{name}.jsonl")).read_text().splitlines()]
+
+
 def sides(preferences: PreferencesRef) -> dict[str, list[Row]]:
-    found = {name: Path(preferences.sibling(f"{name}.jsonl")).read_text() for name in ("train", "val", "judged")}
-    return {name: [json.loads(line) for line in text.splitlines()] for name, text in found.items()}
+    return {name: sides_of(preferences, name) for name in ("train", "val", "judged")}
 
 
 def make(folder: Path, rows: list[Row], **settings: Any) -> PreferencesRef:

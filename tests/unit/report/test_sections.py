@@ -214,7 +214,7 @@ def test_quality_section_says_what_is_wrong_and_what_to_do() -> None:
         texts = [f"[ANN] {number} line\n[BOB] {n}" for n in range(3)]
         judged.append({"id": f"{number}", "completions": texts, "votes": votes, "best": 0, "worst": 1, **decision})
     report = measure_judgements(judged, {"requests": 120, "prompt_tokens": 10_800, "completion_tokens": 1_080})
-    section = quality_section(report, b"png")
+    section = quality_section(report)
     assert section.summary.startswith("30 pairs of 60 rows;")
     assert any(text.startswith("The judge prefers late positions") for text in section.advice)
     measured = {row[0]: row for row in section.tables[0].rows}
@@ -226,7 +226,7 @@ def test_quality_section_says_what_is_wrong_and_what_to_do() -> None:
     assert {"Lines by speaker", "Judge's confidence (1-5)", "Tokens of the judge"} <= set(tables)
     assert tables["Why rows gave no pair"] == (("best not unanimous", 30),)
     again = QualityReport.model_validate_json(report.model_dump_json())
-    assert render_markdown(quality_section(again, b"png")) == render_markdown(section)
+    assert render_markdown(quality_section(again)) == render_markdown(section)
 
 
 def test_pairs_are_shown_side_by_side() -> None:
@@ -265,10 +265,12 @@ def test_training_section_shows_readings_their_advice_and_the_course() -> None:
     assert readings_table[1] == ("rewards/chosen", False, "-0.2", ">= -0.1", "unlearns")
     assert course == (("Training loss", 0.7, 0.5, 0.5, 0.7), ("Held-out loss", 0.6, 0.6, 0.6, 0.6))
     assert used == (("to train", 9, 8, 1, 2, 99, "0.750", 0),)
-    assert section.pictures[0].png == plot_metrics(metrics) != plot_metrics([])
+    assert [(picture.caption, picture.png) for picture in section.pictures] == [
+        ("Loss, by optimizer step.", plot_metrics(metrics)["Loss"])
+    ]
     empty = training_section(Health(source="step 0"), [])
     assert [table.rows for table in empty.tables] == [(), (), ()]
-    assert empty.pictures[0].png.startswith(b"\x89PNG")
+    assert empty.pictures == ()
 
 
 def test_evaluation_that_passes_and_one_that_does_not() -> None:
@@ -314,7 +316,7 @@ def test_comparisons_are_before_and_after() -> None:
 
 def test_cost_section_sums_up_and_claims_no_money_without_prices() -> None:
     ledger = Ledger().plus(StageCost(stage="judge", used=Cost(requests=10, usd=0.5), cached=Cost(usd=1.25)))
-    section = cost_section(ledger)
+    section = cost_section(ledger, is_priced=True)
     assert section.summary == (
         "Making everything in this run cost 0.50 US$, whichever run made it. Results kept from earlier runs saved "
         "another 1.25 US$."

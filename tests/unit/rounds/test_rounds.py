@@ -1,10 +1,11 @@
 """When rounds end, which is the best, and what the next one begins with."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tasks.config import PipelineConfig, RoundsConfig
+from tasks.config import JudgingConfig, PipelineConfig, RoundsConfig
 from tasks.errors import PreflowError
 from tasks.rounds.rounds import Round, best_round, check_held_out, round_config, why_last
 from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef
@@ -60,7 +61,49 @@ def test_what_one_round_leaves_another_may_have_trained_on() -> None:
     with pytest.raises(PreflowError, match=r"eval_prompts is empty.*rounds\.rounds to 1"):
         check_held_out(PipelineConfig(), RoundsConfig(rounds=2))
     check_held_out(PipelineConfig(), RoundsConfig(rounds=1))
-    check_held_out(PipelineConfig(eval_prompts="/held-out.jsonl"), RoundsConfig(rounds=2))
+
+
+@pytest.mark.parametrize(
+    ("held_out", "given", "shared"),
+    [
+        ({"a": None, "b": "g"}, {}, None),
+        ({"a": None, "p": None}, {}, "1 of 2 prompts are in .*prompts.jsonl"),
+        ({"a": None, "b": "film"}, {}, "1 of 2 prompts are in .*prompts.jsonl"),
+        ({"a": None, "c": None}, {"completions": "given.jsonl"}, "1 of 2 prompts are in .*given.jsonl"),
+        ({"a": None, "c": None}, {"preferences": "given.jsonl"}, "1 of 2 prompts are in .*given.jsonl"),
+    ],
+)
+def test_what_a_round_trains_on_is_not_held_out(
+    tmp_path: Path, held_out: dict[str, str | None], given: dict[str, str], shared: str | None
+) -> None:
+    def write(name: str, prompts: dict[str, str | None], **more: object) -> str:
+        rows = [
+            {
+                "source": name,
+                "prompt": [{"role": "user", "content": text}],
+                **({"group": group} if group else {}),
+                **more,
+            }
+            for text, group in prompts.items()
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    answers = {"completions": ["yes", "no"]} if "completions" in given else {
+        "chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "no"}],
+    }  # fmt: skip
+    config = PipelineConfig(
+        prompts=write("prompts.jsonl", {"p": None, "q": "film"}),
+        eval_prompts=write("held-out.jsonl", held_out),
+        workspace=str(tmp_path / "w"),
+        judging=JudgingConfig(val_ratio=0),
+        **{kind: write(name, {"c": None, "d": None}, **answers) for kind, name in given.items()},
+    )
+    if shared is None:
+        return check_held_out(config, RoundsConfig(rounds=2))
+    with pytest.raises(PreflowError, match=shared):
+        check_held_out(config, RoundsConfig(rounds=2))
+    return check_held_out(config, RoundsConfig(rounds=1))
 
 
 @pytest.mark.parametrize("start", ["sft", "previous"])

@@ -33,6 +33,11 @@ def test_every_question_is_counted_and_priced(tmp_path: Path) -> None:
     assert estimate.most.usd == pytest.approx((estimate.most.prompt_tokens + 10 * 1000) / 1e6)
 
 
+def test_scores_are_part_of_the_estimate(tmp_path: Path) -> None:
+    (estimate,) = estimate_judging(*make(tmp_path, min_chosen_score=5))
+    assert estimate.expected.completion_tokens == 10 * (30 + 3 * 8)
+
+
 def test_each_judge_of_a_panel_is_estimated_at_its_own_price(tmp_path: Path) -> None:
     panel = [{"model": "another", "prompt_price": 0, "completion_price": 0}]
     first, second = estimate_judging(*make(tmp_path, panel=panel, orders=3))

@@ -3,10 +3,7 @@
 import json
 from typing import Any
 
-import pytest
-
 from tasks.config import TrainingConfig
-from tasks.report.plots import plot_metrics
 from tasks.train.health import Run, assess
 
 
@@ -109,13 +106,3 @@ def test_no_advice_is_given_that_is_followed_already() -> None:
     assert "lower learning_rate (now 5e-06)" in text
     hopeless = assess(run(FIRST, num_train_epochs=3))
     assert "epochs" not in " ".join(hopeless.advice)
-
-
-@pytest.mark.parametrize("rows", [[], GOOD, GOOD * 20])
-def test_plots_are_png(rows: list[dict[str, Any]]) -> None:
-    picture = plot_metrics(rows)
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) < 400_000
-    if rows:
-        assert len(picture) > len(plot_metrics([]))
-    assert bool(assess(run(rows)).readings) == bool(rows)

@@ -1,5 +1,6 @@
 """Pairs as tokens: the same as TRL's, measured, refused where nothing can be learned, grouped without randomness."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,8 @@ def test_plain_trl_reads_the_pairs_with_their_extra_columns(tmp_path: Path) -> N
         (token_pair(10, [1, 2], [1, 2]), "chosen and rejected are equal"),
         (token_pair(14, [1, 2, 3], [1, 2, 4]), "chosen and rejected are equal up to the cut"),
         (token_pair(16, [1], [2]), "the prompt alone has 16 tokens"),
+        (replace(token_pair(10, [1, 2], [1, 2]), sft_only=True), None),
+        (replace(token_pair(10, [], []), sft_only=True), "a side is empty"),
     ],
 )
 def test_pairs_that_teach_nothing_are_refused(pair: TokenPair, reason: str | None) -> None:
@@ -226,6 +229,7 @@ def test_pairs_that_teach_nothing_are_refused(pair: TokenPair, reason: str | Non
 def test_refused_pairs_are_counted_and_named(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = pairs(4, 0)
     rows[2]["rejected"] = rows[2]["chosen"]
+    rows[3] |= {"rejected": rows[3]["chosen"], "sft_only": True}
     preferences = write_preferences(tmp_path, rows, [])
     data = load_pairs(preferences.uri, Workspace(tmp_path), tokenizer, 128)
     assert [pair.line for pair in data.pairs] == [1, 2, 4]

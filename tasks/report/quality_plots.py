@@ -1,34 +1,25 @@
-"""The picture of a quality report: position lift and lengths."""
+"""The pictures of a quality report: position lift and lengths."""
 
-from typing import Any
+from collections.abc import Iterator
 
-from tasks.report.plots import BLUE, INK, ORANGE, legend_below, new_figure, to_png
+from tasks.report.page import Picture
+from tasks.report.plots import BLUE, INK, ORANGE, new_axes, to_png
 from tasks.store.measures import QualityReport, p_text, percent, percent_range
 
 
-def plot_quality(report: QualityReport) -> bytes:
-    """Return a PNG: best and worst by position against chance (95 % Wilson intervals), and lengths of both sides."""
-    figure = new_figure(9, 8)
-    positions, lengths = figure.subplots(2, 1)
-    for axes, title, draw, missing in (
-        (positions, "Where the judge finds the best and the worst", _draw_positions, "no positions are known"),
-        (lengths, "Length of chosen and rejected", _draw_lengths, "there are no pairs"),
-    ):
-        axes.set_title(title)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        if draw(axes, report):
-            legend_below(axes, 3)
-        else:
-            axes.text(0.5, 0.5, missing, ha="center", va="center", transform=axes.transAxes)
-            axes.set_axis_off()
-    return to_png(figure)
+def plot_quality(report: QualityReport) -> Iterator[Picture]:
+    """Yield best and worst by position against chance, and the lengths of both sides, as far as they were measured."""
+    if png := _positions(report):
+        yield Picture(png, "Where the judge finds the best and the worst; bars with 95 % intervals.")
+    if png := _lengths(report):
+        yield Picture(png, "Length of chosen and rejected; dotted: the medians.")
 
 
-def _draw_positions(axes: Any, report: QualityReport) -> bool:
+def _positions(report: QualityReport) -> bytes | None:
     found = {metric.name: metric.detail for metric in report.metrics if "positions" in metric.detail}
     if not found:
-        return False
+        return None
+    axes = new_axes()
     for side, colour, offset in (("best", BLUE, -0.2), ("worst", ORANGE, 0.2)):
         detail = found[f"position_{side}"]
         table = detail["positions"]
@@ -40,16 +31,18 @@ def _draw_positions(axes: Any, report: QualityReport) -> bool:
     places, chances = [row["position"] for row in table], [100 * row["chance"] for row in table]
     starts, ends = [place - 0.45 for place in places], [place + 0.45 for place in places]
     axes.hlines(chances, starts, ends, color=INK, linestyle="--", linewidth=1.2, label="chance")
-    axes.set_xticks(places if len(places) <= 16 else places[:: -(-len(places) // 16)])
+    axes.set_xticks(places if len(places) <= 10 else places[:: -(-len(places) // 10)])
     axes.set_xlabel(f"position in the judge's prompt ({detail['verdicts']:,} verdicts)")
     axes.set_ylabel("share of verdicts (%)")
-    return True
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    return to_png(axes)
 
 
-def _draw_lengths(axes: Any, report: QualityReport) -> bool:
+def _lengths(report: QualityReport) -> bytes | None:
     if not (histogram := report.detail.get("lengths")):
-        return False
-    edges = histogram["edges"]
+        return None
+    axes, edges = new_axes(), histogram["edges"]
     for side, colour in (("chosen", BLUE), ("rejected", ORANGE)):
         counts, middle = histogram[side], histogram["medians"][side]
         axes.stairs(counts, edges, color=colour, alpha=0.2, fill=True)
@@ -63,4 +56,6 @@ def _draw_lengths(axes: Any, report: QualityReport) -> bool:
     axes.set_ylabel("pairs")
     axes.set_ylim(0, 1.05 * max(*histogram["chosen"], *histogram["rejected"], 1))
     axes.set_xlim(edges[0], edges[-1])
-    return True
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    return to_png(axes)
