@@ -485,7 +485,10 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             seconds = self._hooks.save(checkpoint)
         except OSError as error:
             if checkpoint.step in kept_steps(self.state.max_steps, self._training.checkpoints):
-                raise  # it is to be kept: the training stops, and goes on from the one before when there is room
+                raise StopTraining(  # and the next start goes on from the one before
+                    f"the checkpoint of step {checkpoint.step}, which training.checkpoints keeps, could not be written "
+                    f"({error}): free space in the workspace"
+                ) from error
             LOG.error(
                 "checkpoint of step %d could not be written (%s): free space in the workspace. Training goes on; if "
                 "it is preempted now, it resumes from the checkpoint before",
