@@ -127,10 +127,6 @@ def _may_pass(line: bytes) -> bool:
     return line.startswith(b'{"error"', _HEAD)
 
 
-def _is_failure(line: bytes) -> bool:
-    return _may_pass(line) or line.startswith(b'{"final"', _HEAD)
-
-
 Place = tuple[str, int, int]
 
 
@@ -267,7 +263,7 @@ class RowStore:
         """Drop what failed for good, so that the next run tries it again; what succeeded stays."""
         for uri in self.store.list(self.folder):
             lines = list(self.store.lines(uri))
-            kept = [line for line in lines if not _is_failure(line)]
+            kept = [line for line in lines if not (_may_pass(line) or line.startswith(b'{"final"', _HEAD))]
             if len(kept) == len(lines):
                 continue
             part = posixpath.basename(uri).partition(".")[0]

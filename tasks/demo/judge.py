@@ -98,34 +98,21 @@ def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
         if body["model"] != MODEL:
             message = f"The model {body['model']!r} does not exist; this server has {MODEL!r}."
             return _error(404, message, "model_not_found"), {"model": body["model"]}
-        scene, completions = parse_prompt(_last_user_message(body["messages"]))
+        scene, completions = parse_prompt(str(body["messages"][-1]["content"]))
     except UnreadablePrompt as problem:
         return _error(400, f"The demo judge cannot read this prompt: {problem}.", "invalid_prompt"), {}
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, LookupError, TypeError) as problem:
         return _error(400, f"This is not a chat completion request: {problem!r}.", "invalid_request"), {}
     decision = verdict(scene, completions, scored='"score_1"' in str(body["messages"][0]["content"]))
     content = f"```json\n{json.dumps(decision)}\n```"
-    asked = _estimate_tokens("".join(str(message["content"]) for message in body["messages"]))
-    answered = _estimate_tokens(content)
+    texts = ("".join(str(message["content"]) for message in body["messages"]), content)
+    asked, answered = (max(1, round(len(text) / CHARACTERS_PER_TOKEN)) for text in texts)
     usage = {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
     said = {"role": "assistant", "content": content}
     choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}
     completion = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
     response = JSONResponse({**completion, "model": MODEL, "choices": [choice], "usage": usage})
     return response, {**decision, "completions": len(completions), "usage": usage}
-
-
-def _last_user_message(messages: Sequence[dict[str, Any]]) -> str:
-    """Return the text of the last user message, given as a string or as text parts."""
-    contents = [message["content"] for message in messages if message["role"] == "user"]
-    if not contents:
-        raise UnreadablePrompt("no user message")
-    content = contents[-1]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _estimate_tokens(text: str) -> int:
-    return max(1, round(len(text) / CHARACTERS_PER_TOKEN))
 
 
 def _error(status: int, message: str, code: str) -> JSONResponse:

@@ -39,7 +39,8 @@ def score(scene: str, completion: str) -> Score:
     return Score(
         voice=_mean([_voice(name, text) for name, text in lines]),
         topic=_topic(scene, [text for _, text in lines]),
-        form=_mean([1.0] * len(lines) + [0.0] * (len(written) - len(lines))) if _unbroken(lines) else 0.0,
+        # A line that swallowed another one has a name tag in its middle.
+        form=0.0 if any(tag in text for _, text in lines for tag in "[]") else len(lines) / len(written),
         freshness=_freshness(scene, lines),
         ending=float(_is_closing(lines[-1][1])),
         length=_length(len(written)),
@@ -52,11 +53,6 @@ def _mean(marks: list[float]) -> float:
 
 def _words(text: str) -> set[str]:
     return set(WORD.findall(text.lower()))
-
-
-def _unbroken(lines: list[tuple[str, str]]) -> bool:
-    """Say whether no line swallowed another: a name tag belongs at the start of a line only."""
-    return not any("[" in text or "]" in text for _, text in lines)
 
 
 def _voice(name: str, text: str) -> float:

@@ -320,6 +320,20 @@ class SampleCounts(MergeCounts):
         self.cut += row["finish_reasons"].count("length")
         self.empty += sum(not text.strip() for text in row["completions"])
 
+    def say(self, config: GenerationConfig) -> None:
+        """Log what was sampled, and a warning where much of it is cut."""
+        prompts, each = self.rows - self.failed, config.num_completions
+        logger.info(
+            "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
+            prompts, each, self.failed, prompts * each, self.cut, self.empty,
+        )  # fmt: skip
+        if self.cut > MOST_CUT * prompts * each:
+            logger.warning(
+                "%.0f %% of the completions are cut at generation.max_tokens (%d) and end in mid-sentence: raise it, "
+                "or leave out pairs with such a side (judging.leave_out_cut)",
+                100 * self.cut / (prompts * each), config.max_tokens,
+            )  # fmt: skip
+
 
 def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> CompletionsRef:
     """Put the shards together in input order as `completions.jsonl`, with `failures.jsonl` and a manifest next to it.
@@ -327,7 +341,7 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
     Raises:
         PreflowError: no prompt has completions.
     """
-    store, folder, counts = Workspace(plan.workspace), plan.folder, SampleCounts()
+    store, folder, config, counts = Workspace(plan.workspace), plan.folder, plan.generation, SampleCounts()
     with store.writing(f"{folder}/failures.jsonl") as failures, store.writing(f"{folder}/completions.jsonl") as out:
         for prompt, outcomes in merge_shards(plan.slices, shards, plan.rows(), prompt_unit):
             counts.add(outcomes)
@@ -339,30 +353,18 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
                     failures.write_row(outcome.error or {})
     if not out.rows:
         raise PreflowError(f"no prompt has completions: all failed for good; why is in {folder}/failures.jsonl")
-    total = out.rows * plan.generation.num_completions
-    logger.info(
-        "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
-        out.rows, plan.generation.num_completions, counts.failed, total, counts.cut, counts.empty,
-    )  # fmt: skip
-    if counts.cut > MOST_CUT * total:
-        logger.warning(
-            "%.0f %% of the completions are cut at generation.max_tokens (%d) and end in mid-sentence: raise it, or "
-            "leave out pairs with such a side (judging.leave_out_cut)",
-            100 * counts.cut / total, plan.generation.max_tokens,
-        )  # fmt: skip
-    adapter = plan.generation.adapter
-    model = [Origin(kind="sft_adapter", uri=adapter, sha256=folder_digest(adapter))] if adapter else []
+    counts.say(config)
+    upstream: list[Origin] = [plan.prompts]
+    if config.adapter:
+        upstream.append(Origin(kind="sft_adapter", uri=config.adapter, sha256=folder_digest(config.adapter)))
     artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())
-    made = Manifest(
-        artifact=artifact,
-        stage="generation",
-        version=VERSION,
-        key=plan.key,
-        config=plan.generation,
-        upstream=(plan.prompts, *model),
-        files={"completions.jsonl": out.file, "failures.jsonl": failures.file},
-        counts=counts.named("failed", "passing", "cut", "empty") | {"prompts": artifact.rows},
-        cost=price(counts.usage, plan.generation),
-    )
-    write_manifest(store, made)
+    write_manifest(
+        store,
+        Manifest(
+            artifact=artifact, stage="generation", version=VERSION, key=plan.key, config=config,
+            upstream=tuple(upstream), files={"completions.jsonl": out.file, "failures.jsonl": failures.file},
+            counts=counts.named("failed", "passing", "cut", "empty") | {"prompts": artifact.rows},
+            cost=price(counts.usage, config),
+        ),
+    )  # fmt: skip
     return artifact

@@ -24,17 +24,15 @@ from trl.trainer.utils import use_adapter
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
+from tasks.llm.chat_template import TOKENIZER
+from tasks.llm.choose_template import JINJA
+from tasks.train.inputs import ADAPTER_WEIGHTS
 from tasks.trainer.checkpoints import os_error
 from tasks.trainer.data import TokenPair
 
 LOG = logging.getLogger(__name__)
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
 # What older models keep among their weights and newer code computes: masks and positions.
 BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.inv_freq$|\.position_ids$")
 
@@ -87,7 +85,7 @@ def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase 
         names = {file.name for file in Path(source).iterdir()} if Path(source).is_dir() else {"on the hub"}
         if "config.json" in names:
             _config_of(source, revision)  # read for the tokenizer too: where it is wrong, it is what must be named
-        if names & {*TOKENIZER_FILES, "on the hub"} - {"chat_template.jinja"}:
+        if names & {*TOKENIZER, "on the hub"}:
             raise PreflowError(
                 f"the tokenizer of {source} cannot be read ({_cause(error)}). Install the package that it needs "
                 "(sentencepiece, tiktoken), or save it again with tokenizer.save_pretrained(folder)."
@@ -325,7 +323,7 @@ def save_adapter(model: Any, sft: Path, folder: Path) -> None:
     config = json.loads((sft / ADAPTER_CONFIG).read_text())
     config["inference_mode"] = True
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER, JINJA):
         if (sft / name).is_file():
             (folder / name).write_bytes((sft / name).read_bytes())
 
@@ -361,20 +359,16 @@ def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> dict[str,
     was_training = model.training
     model.eval()
     model.load_adapter(str(sft), "probe-sft")
+    rows: list[dict[str, Any]] = [{"token_ids": ids} for ids in texts]
     try:
-        rows = [_row(model, ids) for ids in texts]
+        for name, adapter in (("adapter", "default"), ("sft", "probe-sft"), ("base", None)):
+            with use_adapter(model, adapter):
+                for row in rows:
+                    row[name] = _log_probs(model, row["token_ids"])
     finally:
         model.delete_adapter("probe-sft")
         model.train(was_training)
     return {"base_precision": precision(model.get_base_model().config), "texts": rows}
-
-
-def _row(model: Any, ids: list[int]) -> dict[str, Any]:
-    row: dict[str, Any] = {"token_ids": ids}
-    for name, adapter in (("adapter", "default"), ("sft", "probe-sft"), ("base", None)):
-        with use_adapter(model, adapter):
-            row[name] = _log_probs(model, ids)
-    return row
 
 
 def _log_probs(model: Any, ids: list[int]) -> list[float]:
