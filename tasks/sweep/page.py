@@ -85,7 +85,7 @@ def plan_lines(plan: SweepPlan) -> Iterator[str]:
             price = format_price(work.usd) + (" US$" if work.usd is not None else "")
             yield f"  {work.stage} ({work.who}{points}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
         elif work.gpu_minutes:
-            by = "as measured here" if work.is_measured else "on an L4"
+            by = "as measured here" if work.is_measured else "on an L4; not measured here yet"
             yield f"  {work.stage} ({work.who}{points}): about {format_seconds(60 * work.gpu_minutes)} {by}"
     yield f"cost: {money_text(plan)}"
 
