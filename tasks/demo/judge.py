@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -91,7 +90,7 @@ def create_app(log: Path | None = None, key: str | None = None) -> Starlette:
     return Starlette(routes=routes)
 
 
-def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
+def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, object]]:
     """Return the response and what the log says about it."""
     try:
         body = json.loads(raw)

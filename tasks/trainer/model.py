@@ -389,8 +389,8 @@ def precision(config: Any) -> str:
     return str(getattr(facts["quant_method"], "value", facts["quant_method"]))
 
 
-def _quantisation(config: Any) -> dict[str, Any]:
+def _quantisation(config: Any) -> Mapping[str, Any]:
     """Return how a base was quantised already; nothing if it was not."""
     found = getattr(config, "quantization_config", None) or {}
-    facts: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    facts: Mapping[str, Any] = found if isinstance(found, dict) else found.to_dict()
     return facts
