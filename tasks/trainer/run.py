@@ -16,6 +16,7 @@ import torch
 from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import template_of
+from tasks.store.measures import Probe
 from tasks.store.workspace import (
     COMMITTED,
     MANIFEST,
@@ -66,7 +67,7 @@ class Finished:
     step: int
     uri: str
     folder: Path
-    probe: dict[str, Any]
+    probe: Probe | None
 
 
 class TrainingRun:
@@ -235,7 +236,7 @@ class TrainingRun:
         save_adapter(trainer.model, adapter, folder)
         (folder / "chat_template.jinja").write_text(self._template.text)
         trainer.check_saved(folder, check)
-        probe = record_probe(trainer.model, adapter, probe_texts(check.pairs)) if is_main_process() else {}
+        probe = record_probe(trainer.model, adapter, probe_texts(check.pairs)) if is_main_process() else None
         return Finished(step, uri, folder, probe)
 
     def _commit(self, trainer: ExactTrainer, done: list[Finished]) -> None:
@@ -263,7 +264,8 @@ class TrainingRun:
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
         self._store.write_bytes(f"{one.uri}/metrics.jsonl", as_lines(rows))
         self._store.write_json(f"{one.uri}/health.json", assess(Run(rows, self._training, *used)).model_dump())
-        self._store.write_json(f"{one.uri}/probe.json", one.probe)
+        if one.probe is not None:  # only the main process, which writes, makes one
+            self._store.write_json(f"{one.uri}/probe.json", one.probe.model_dump())
         self._store.delete_folder(f"{one.uri}/adapter")
         facts = {"step": one.step}
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flows.train import train_dpo
-from tasks.promote.vllm import Probe
+from tasks.store.measures import Probe
 from tasks.train.task import LIVE_KEY
 from tests.deployed import ask
 from tests.fakes.tiny_training import TinyWorld
