@@ -245,7 +245,13 @@ class TrainingRun:
         for one in done:
             self._commit_adapter(one, trainer, kept)
         *earlier, last = done
-        self._store.write_json(f"{last.uri}/timing.json", self._timing())
+        timing = {
+            "seconds": time.monotonic() - self._started,
+            "phases": self._phases.seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            "peak_accelerator_bytes": torch.cuda.max_memory_allocated() if has_cuda() else None,
+        }
+        self._store.write_json(f"{last.uri}/timing.json", timing)
         files = dict[str, FileFacts]()
         for one in earlier:
             made = self._manifest(one, trainer)
@@ -282,15 +288,6 @@ class TrainingRun:
         seconds = self._training.num_processes * (time.monotonic() - self._started)
         return self._cost_before + Cost(gpu_seconds=seconds, usd=seconds / 3600 * gpu_usd_per_hour())
 
-    def _timing(self) -> dict[str, Any]:
-        peak = torch.cuda.max_memory_allocated() if has_cuda() else None
-        return {
-            "seconds": time.monotonic() - self._started,
-            "phases": self._phases.seconds,
-            "checkpoint_seconds": self._checkpoint_seconds,
-            "peak_accelerator_bytes": peak,
-        }
-
     def _facts(self, uri: str) -> FileFacts:
         return FileFacts(size=self._store.size(uri), sha256=self._store.sha256(uri))
 
@@ -318,13 +315,8 @@ class TrainingRun:
             sha256 = store.committed_files(whole)[COMMITTED].sha256
             upstream.append(Origin(kind="training", uri=whole, sha256=sha256, manifest=manifest))
         return Manifest(
-            artifact=artifact,
-            stage="training",
-            version=STAGE_VERSION,
-            key=spec.key,
-            config=self._training,
-            upstream=tuple(upstream),
-            files=files,
+            artifact=artifact, stage="training", version=STAGE_VERSION, key=spec.key, config=self._training,
+            upstream=tuple(upstream), files=files,
             counts={
                 "steps": one.step,
                 # The highest, which a server must allow.
@@ -333,7 +325,7 @@ class TrainingRun:
                 **count_pairs("val", self._val_data),
             },
             figures={**summarise(rows), "exact_share": self._train_data.report.exact_share},
-        )
+        )  # fmt: skip
 
 
 def as_lines(rows: list[MetricsRow]) -> bytes:
