@@ -53,7 +53,7 @@ def verdict(scene: str, completions: Sequence[str], scored: bool = False) -> dic
     The worst is looked for among the others, so that best and worst differ even where all are equal. With scores, a
     completion gets 1 to 10 by its own marks.
     """
-    marks = [score(scene, completion).total for completion in completions]
+    marks = [score(scene, completion) for completion in completions]
     best = max(range(len(marks)), key=lambda i: (marks[i], -i))
     worst = min((i for i in range(len(marks)) if i != best), key=lambda i: (marks[i], i))
     gap = marks[best] - marks[worst]
