@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from tasks.demo.corpus import Flaw, continuation, episodes, opening, system_message
 from tasks.demo import rules
+from tasks.demo.corpus import Flaw, continuation, episodes, opening, system_message
 from tasks.demo.rules import score
 
 SCENE = """[system]
