@@ -21,10 +21,10 @@ PATIENCE = 60_000
 PICTURES = Path(os.environ.get("PREFLOW_TEST_PICTURES", Path(__file__).parent / "output"))
 
 SIZES = (1400, 390)
-# What is wider than the window or its own box, and which texts lie on each other. What is folded has no box.
+# What is wider than the window or its own box, and which texts lie on each other, of all that is not folded.
 FAULTS = """([root, scrolling]) => {
   const inside = [...document.querySelector(root).querySelectorAll('*')]
-    .filter(e => !scrolling || !e.closest(scrolling) && !e.querySelector(scrolling));
+    .filter(e => e.checkVisibility() && (!scrolling || !e.closest(scrolling) && !e.querySelector(scrolling)));
   const width = document.documentElement.clientWidth;
   const name = e => `${e.tagName} ${e.className} "${(e.textContent || '').trim().slice(0, 40)}"`;
   const wide = inside.filter(e => e.getBoundingClientRect().right > width + 1)
@@ -42,7 +42,7 @@ FAULTS = """([root, scrolling]) => {
   const texts = [];
   const walker = document.createTreeWalker(document.querySelector(root), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
-    if (!walker.currentNode.textContent.trim()) continue;
+    if (!walker.currentNode.textContent.trim() || !walker.currentNode.parentElement.checkVisibility()) continue;
     const range = document.createRange();
     range.selectNodeContents(walker.currentNode);
     for (const box of range.getClientRects())

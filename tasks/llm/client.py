@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 
 from tasks.config import EndpointConfig
 from tasks.llm.batches import MOST_REQUESTS, Batches
-from tasks.llm.dialect import CERTAIN, Dialect
+from tasks.llm.dialect import CERTAIN, Body, Dialect
 from tasks.llm.limits import Budget, Gate, Window
 from tasks.llm.responses import (
     BATCH_PRICE,
@@ -74,7 +74,7 @@ class _Request:
         given = {name: value for name, value in settings.items() if value is not None}
         if config.reasoning_effort:
             given["reasoning_effort"] = config.reasoning_effort
-        self.body: dict[str, Any] = {"model": config.model, "messages": list(messages), **given, **config.extra_body}
+        self.body: Body = {"model": config.model, "messages": list(messages), **given, **config.extra_body}
         self.prompt_bytes = sum(len(message["content"].encode()) + 16 for message in messages)
         if "response_format" in given:
             self.prompt_bytes += len(json.dumps(given["response_format"]))
@@ -198,7 +198,7 @@ class Endpoint(Administration):
             self._dialect.took(body)
             return replace(answer, refused=self._dialect.refused(request.body, body))
 
-    async def _attempt(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:
+    async def _attempt(self, request: _Request, body: Body, attempts: Attempts) -> Answer:
         # The first answer comes the normal way: what the endpoint does not take is found out by one request.
         if self._batches is not None and request.may_wait and self._stats.succeeded:
             request.may_wait = False
@@ -221,7 +221,7 @@ class Endpoint(Administration):
                 self._budget.settle(request.most_usd, cost)
         return answer
 
-    async def _attempt_in_batch(self, batches: Batches, request: _Request, body: dict[str, Any]) -> Answer:
+    async def _attempt_in_batch(self, batches: Batches, request: _Request, body: Body) -> Answer:
         most, cost = request.most_usd * BATCH_PRICE, 0.0
         await self._budget.reserve(most)
         try:
@@ -241,7 +241,7 @@ class Endpoint(Administration):
         self._stats.usage += answer.usage
         return answer
 
-    async def _send(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:
+    async def _send(self, request: _Request, body: Body, attempts: Attempts) -> Answer:
         self._retries.sent(attempts)
         self._stats.sent += 1
         try:

@@ -432,11 +432,7 @@ def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) 
             return None
     delays = [str(value) for name, value in fields if name == "retryDelay"]
     told = _WAIT.search(text)
-    return _duration(delays[0] if delays else told[1] if told else "")
-
-
-def _duration(text: str) -> float | None:
-    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", delays[0] if delays else told[1] if told else "")
     return sum(float(number) * _UNITS[unit] for number, unit in parts) if parts else None
 
 

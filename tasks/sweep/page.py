@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from tasks.batch.costs import format_seconds, format_usd
+from tasks.batch.costs import add_up, format_seconds, format_usd
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
-from tasks.report.run import add_up, gather_manifests, has_prices, publish, run_sections
+from tasks.report.run import gather_manifests, has_prices, publish, run_sections
 from tasks.report.sections import NULL, cost_section, lineage_section
 from tasks.store.measures import WinRate, percent
 from tasks.store.workspace import Workspace
