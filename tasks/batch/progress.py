@@ -52,7 +52,7 @@ def shard_task(verb: str) -> Task[..., Any]:
         retry_jitter_factor=0.5,
         retry_condition_fn=is_worth_retrying,
     )
-    async def make_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str, Any]:
+    async def make_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str, object]:
         return (await worker.run(part)).model_dump()
 
     return make_shard

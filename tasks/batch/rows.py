@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Cost, Reference, Workspace, digest
+from tasks.store.workspace import Cost, Reference, Row, Workspace, digest
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ MIN_SHARDS, MAX_SHARDS, MAX_ROWS = 8, 1000, 1000
 USUAL_ROWS = 128
 # How often a bucket gets the units that have arrived.
 SEGMENT_SECONDS = 5.0
-
-Row = dict[str, Any]
 
 
 class Slice(BaseModel, frozen=True):
@@ -64,7 +62,7 @@ class Outcome(BaseModel):
 
     # First, because a stored failure is known by its first bytes.
     final: bool | None = None
-    error: dict[str, Any] | None = None
+    error: Row | None = None
     row: Row | None = None
     usage: Cost = Cost()
     refused: tuple[str, ...] = ()

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -54,7 +53,7 @@ def verdict(scene: str, completions: Sequence[str], scored: bool = False) -> dic
     The worst is looked for among the others, so that best and worst differ even where all are equal. With scores, a
     completion gets 1 to 10 by its own marks.
     """
-    marks = [score(scene, completion).total for completion in completions]
+    marks = [score(scene, completion) for completion in completions]
     best = max(range(len(marks)), key=lambda i: (marks[i], -i))
     worst = min((i for i in range(len(marks)) if i != best), key=lambda i: (marks[i], i))
     gap = marks[best] - marks[worst]
@@ -91,7 +90,7 @@ def create_app(log: Path | None = None, key: str | None = None) -> Starlette:
     return Starlette(routes=routes)
 
 
-def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
+def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, object]]:
     """Return the response and what the log says about it."""
     try:
         body = json.loads(raw)

@@ -116,7 +116,7 @@ async def run_drill(drill: Drill) -> DrillResult:
     return DrillResult(*await train_with_preemptions(order, target, drill), baseline=baseline)
 
 
-async def choose_target(drill: Drill) -> tuple[Target, dict[str, Any]]:
+async def choose_target(drill: Drill) -> tuple[Target, dict[str, int]]:
     """Return where the drill trains, by the type of the deployment's work pool, and the variables its runs need.
 
     Raises:

@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
 from pydantic import BaseModel
 from tokenizers import Tokenizer
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer
 from tasks.batch.caching import find_finished
 from tasks.batch.costs import CostLog, write_manifest
 from tasks.batch.progress import run_shards, try_question
-from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
+from tasks.batch.rows import Outcome, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
@@ -30,6 +29,7 @@ from tasks.store.workspace import (
     Manifest,
     Origin,
     PromptsRef,
+    Row,
     Workspace,
     folder_digest,
     stage_key,
@@ -67,13 +67,13 @@ class GenerationPlan(BaseModel, frozen=True):
         return find_finished(Workspace(self.workspace), self.folder, CompletionsRef)
 
 
-def sampling_identity(generation: GenerationConfig) -> dict[str, Any]:
+def sampling_identity(generation: GenerationConfig) -> dict[str, object]:
     """Return what determines a completion: the sampling settings and the model's digest (its name if there is none).
 
     Raises:
         PreflowError: the adapter's folder is missing or holds no weights.
     """
-    settings = generation.identity()
+    settings: dict[str, object] = dict(generation.identity())
     if template := choose_template(generation, generation.adapter):
         settings["chat_template"] = template.identity()
     if generation.adapter:

@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Workspace
+from tasks.store.workspace import Row, Workspace
 
-Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
 ROLES = {

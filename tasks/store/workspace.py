@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypedDict, TypeVar
+from typing import IO, Any, TypeAlias, TypedDict, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -53,6 +53,8 @@ COMMITTED = "COMMITTED.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=BaseModel)
+# A row of a JSONL file as it stands there.
+Row: TypeAlias = dict[str, Any]
 _writable_until: dict[str, float] = {}
 
 
@@ -416,7 +418,7 @@ class Workspace:
             ) from error
         raise PreflowError(f"{of}: names no manifest, so nothing tells what it was made from")
 
-    def read_rows(self, uri: str) -> Iterator[dict[str, Any]]:
+    def read_rows(self, uri: str) -> Iterator[Row]:
         """Yield the rows of a JSONL file that preflow wrote, one at a time."""
         return (json.loads(line) for line in self.lines(uri))
 

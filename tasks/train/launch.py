@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
@@ -54,7 +53,7 @@ def training_key(preferences: PreferencesRef, training: TrainingConfig) -> str:
     )
 
 
-def token_identity(training: TrainingConfig) -> dict[str, Any]:
+def token_identity(training: TrainingConfig) -> dict[str, object]:
     """Return what decides how pairs become tokens: chat template and tokenizer; a hub's are known by its revision."""
     base = training.base_model if Path(training.base_model).expanduser().is_dir() else None
     template = choose_template(training, training.sft_adapter, base)

@@ -53,7 +53,7 @@ async def train_adapter(preferences: PreferencesRef, workspace: str, training: T
 
 
 @task(name="train-adapter", retries=3, retry_delay_seconds=10, retry_condition_fn=is_worth_retrying)
-def dpo_training(preferences: PreferencesRef, workspace: str, training: TrainingConfig, key: str) -> dict[str, Any]:
+def dpo_training(preferences: PreferencesRef, workspace: str, training: TrainingConfig, key: str) -> dict[str, object]:
     """Run the trainer in a child process until it has finished; a preempted one goes on from its last checkpoint."""
     view = TrainingView(Workspace(workspace).uri("training", key, "metrics.jsonl"))
     with _ctrl_c_at_once():

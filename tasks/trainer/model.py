@@ -26,6 +26,7 @@ from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.llm.chat_template import TOKENIZER
 from tasks.llm.choose_template import JINJA
+from tasks.store.measures import Probe, ProbeText
 from tasks.train.inputs import ADAPTER_WEIGHTS
 from tasks.trainer.checkpoints import os_error
 from tasks.trainer.data import TokenPair
@@ -349,26 +350,24 @@ def as_loaded(training: TrainingConfig, config: Any) -> TrainingConfig:
     return TrainingConfig.model_validate({**training.model_dump(), **its_own, "load_in_4bit": is_4bit})
 
 
-def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> dict[str, Any]:
-    """Compute the log-probs of `texts` under the trained adapter (`default`), the SFT adapter and the bare base.
-
-    Returns:
-        JSON-ready: `base_precision`, and `texts` with `token_ids` and, from the second token on, log-probs in nats
-        under `adapter`, `sft` and `base`.
-    """
+def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> Probe:
+    """Compute the log-probs of `texts` under the trained adapter (`default`), the SFT adapter and the bare base."""
     was_training = model.training
     model.eval()
     model.load_adapter(str(sft), "probe-sft")
-    rows: list[dict[str, Any]] = [{"token_ids": ids} for ids in texts]
+    found: dict[str, list[list[float]]] = {}
     try:
         for name, adapter in (("adapter", "default"), ("sft", "probe-sft"), ("base", None)):
             with use_adapter(model, adapter):
-                for row in rows:
-                    row[name] = _log_probs(model, row["token_ids"])
+                found[name] = [_log_probs(model, ids) for ids in texts]
     finally:
         model.delete_adapter("probe-sft")
         model.train(was_training)
-    return {"base_precision": precision(model.get_base_model().config), "texts": rows}
+    rows = zip(texts, found["adapter"], found["sft"], found["base"], strict=True)
+    return Probe(
+        base_precision=precision(model.get_base_model().config),
+        texts=[ProbeText(token_ids=ids, adapter=adapter, sft=sft, base=base) for ids, adapter, sft, base in rows],
+    )
 
 
 def _log_probs(model: Any, ids: list[int]) -> list[float]:
@@ -389,8 +388,8 @@ def precision(config: Any) -> str:
     return str(getattr(facts["quant_method"], "value", facts["quant_method"]))
 
 
-def _quantisation(config: Any) -> dict[str, Any]:
+def _quantisation(config: Any) -> Mapping[str, Any]:
     """Return how a base was quantised already; nothing if it was not."""
     found = getattr(config, "quantization_config", None) or {}
-    facts: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    facts: Mapping[str, Any] = found if isinstance(found, dict) else found.to_dict()
     return facts

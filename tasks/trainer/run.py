@@ -16,6 +16,7 @@ import torch
 from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import template_of
+from tasks.store.measures import Probe
 from tasks.store.workspace import (
     COMMITTED,
     MANIFEST,
@@ -66,7 +67,7 @@ class Finished:
     step: int
     uri: str
     folder: Path
-    probe: dict[str, Any]
+    probe: Probe | None
 
 
 class TrainingRun:
@@ -235,7 +236,7 @@ class TrainingRun:
         save_adapter(trainer.model, adapter, folder)
         (folder / "chat_template.jinja").write_text(self._template.text)
         trainer.check_saved(folder, check)
-        probe = record_probe(trainer.model, adapter, probe_texts(check.pairs)) if is_main_process() else {}
+        probe = record_probe(trainer.model, adapter, probe_texts(check.pairs)) if is_main_process() else None
         return Finished(step, uri, folder, probe)
 
     def _commit(self, trainer: ExactTrainer, done: list[Finished]) -> None:
@@ -244,7 +245,13 @@ class TrainingRun:
         for one in done:
             self._commit_adapter(one, trainer, kept)
         *earlier, last = done
-        self._store.write_json(f"{last.uri}/timing.json", self._timing())
+        timing = {
+            "seconds": time.monotonic() - self._started,
+            "phases": self._phases.seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            "peak_accelerator_bytes": torch.cuda.max_memory_allocated() if has_cuda() else None,
+        }
+        self._store.write_json(f"{last.uri}/timing.json", timing)
         files = dict[str, FileFacts]()
         for one in earlier:
             made = self._manifest(one, trainer)
@@ -263,7 +270,8 @@ class TrainingRun:
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
         self._store.write_bytes(f"{one.uri}/metrics.jsonl", as_lines(rows))
         self._store.write_json(f"{one.uri}/health.json", assess(Run(rows, self._training, *used)).model_dump())
-        self._store.write_json(f"{one.uri}/probe.json", one.probe)
+        if one.probe is not None:  # only the main process, which writes, makes one
+            self._store.write_json(f"{one.uri}/probe.json", one.probe.model_dump())
         self._store.delete_folder(f"{one.uri}/adapter")
         facts = {"step": one.step}
         try:
@@ -279,15 +287,6 @@ class TrainingRun:
             return self._cost_before
         seconds = self._training.num_processes * (time.monotonic() - self._started)
         return self._cost_before + Cost(gpu_seconds=seconds, usd=seconds / 3600 * gpu_usd_per_hour())
-
-    def _timing(self) -> dict[str, Any]:
-        peak = torch.cuda.max_memory_allocated() if has_cuda() else None
-        return {
-            "seconds": time.monotonic() - self._started,
-            "phases": self._phases.seconds,
-            "checkpoint_seconds": self._checkpoint_seconds,
-            "peak_accelerator_bytes": peak,
-        }
 
     def _facts(self, uri: str) -> FileFacts:
         return FileFacts(size=self._store.size(uri), sha256=self._store.sha256(uri))
@@ -316,13 +315,8 @@ class TrainingRun:
             sha256 = store.committed_files(whole)[COMMITTED].sha256
             upstream.append(Origin(kind="training", uri=whole, sha256=sha256, manifest=manifest))
         return Manifest(
-            artifact=artifact,
-            stage="training",
-            version=STAGE_VERSION,
-            key=spec.key,
-            config=self._training,
-            upstream=tuple(upstream),
-            files=files,
+            artifact=artifact, stage="training", version=STAGE_VERSION, key=spec.key, config=self._training,
+            upstream=tuple(upstream), files=files,
             counts={
                 "steps": one.step,
                 # The highest, which a server must allow.
@@ -331,7 +325,7 @@ class TrainingRun:
                 **count_pairs("val", self._val_data),
             },
             figures={**summarise(rows), "exact_share": self._train_data.report.exact_share},
-        )
+        )  # fmt: skip
 
 
 def as_lines(rows: list[MetricsRow]) -> bytes:

@@ -25,7 +25,7 @@ from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.train import invariants
 from tasks.train.spec import MetricsRow, Progress, kept_steps
-from tasks.trainer.checkpoints import Checkpoint
+from tasks.trainer.checkpoints import Checkpoint, State
 from tasks.trainer.data import MicroBatchSampler, as_dataset
 from tasks.trainer.model import AdapterWeights, adapter_state, has_cuda, trainable_parameters, weights_digest
 from tasks.trainer.reference import ReferenceLogps, Split
@@ -122,7 +122,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         self._hooks = hooks
         self.sft = sft
         self._order = MicroBatchSampler(train.micro_batches, training.seed)
-        self._boundary: dict[str, Any] | None = None
+        self._boundary: State | None = None
         self._restored: Checkpoint | None = None
         self._has_moved = False
         self._first_row: MetricsRow = {}
@@ -343,7 +343,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             first = self.measure(self.next_batches(self.state.global_step)[:1], self.train_dataset, dpo_only=True)
             invariants.check_resumed_margin(first, moved)
 
-    def _finish_pending(self, pending: dict[str, Any] | None) -> None:
+    def _finish_pending(self, pending: State | None) -> None:
         if pending is None:
             return
         LOG.info("step %d: finishing the log and evaluation that the preemption cut off", self.state.global_step)
@@ -441,7 +441,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     # Saving and restoring
 
-    def _capture(self, pending: dict[str, Any] | None) -> dict[str, Any]:
+    def _capture(self, pending: State | None) -> State:
         rank = {
             "random": random_state(),
             "tr_loss": float(self._tr_loss),
@@ -533,7 +533,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         if checkpoint is None:
             return
         assert self._restored is not None
-        state: dict[str, Any] = {}
+        state: State = {}
         for key, tensor in self._restored.optimizer.items():
             name, _, slot = key.rpartition("|")
             state.setdefault(name, {})[slot] = tensor
@@ -583,7 +583,7 @@ class _TrainingHooks(TrainerCallback):  # type: ignore[misc]  # transformers is 
         control.should_save = control.should_save or state.global_step in kept_steps(state.max_steps, self._checkpoints)
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> State:
     """Return the state of every random generator of this process, JSON-ready."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
