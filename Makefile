@@ -1,5 +1,8 @@
 # preflow on this machine. `make` alone explains the targets.
 SHELL := /bin/bash
+ifneq ($(CURDIR),$(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST))))))
+$(error run make in the folder of this Makefile: make -C $(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+endif
 # PYTHON names the interpreter of the environments; left out, it is the first of 3.11, 3.12 and 3.13 that is there.
 export PYTHON
 BIN := .venv/bin
@@ -10,7 +13,7 @@ JOBS ?= 2
 .PHONY: help setup demo drill up down chat site lint check test test-all lock clean
 
 help:
-	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 8 minutes)"
+	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 10 minutes)"
 	@echo "             MODEL=smollm2: with a real language model of 135M parameters (up to 30 minutes)"
 	@echo "make setup   both environments; \`source .venv/bin/activate\`, then \`preflow --help\`"
 	@echo "make up      Prefect with its UI, a worker, vLLM and a judge in the background: press Run in the UI"

@@ -21,9 +21,11 @@ PATIENCE = 60_000
 PICTURES = Path(os.environ.get("PREFLOW_TEST_PICTURES", Path(__file__).parent / "output"))
 
 SIZES = (1400, 390)
-# What is wider than the window or its own box, and which texts lie on each other. What is folded has no box.
-FAULTS = """(root) => {
-  const inside = [...document.querySelector(root).querySelectorAll('*')], width = document.documentElement.clientWidth;
+# What is wider than the window or its own box, and which texts lie on each other, of all that is not folded.
+FAULTS = """([root, scrolling]) => {
+  const inside = [...document.querySelector(root).querySelectorAll('*')]
+    .filter(e => e.checkVisibility() && (!scrolling || !e.closest(scrolling) && !e.querySelector(scrolling)));
+  const width = document.documentElement.clientWidth;
   const name = e => `${e.tagName} ${e.className} "${(e.textContent || '').trim().slice(0, 40)}"`;
   const wide = inside.filter(e => e.getBoundingClientRect().right > width + 1)
     .map(e => `beyond the window: ${name(e)}`);
@@ -40,7 +42,7 @@ FAULTS = """(root) => {
   const texts = [];
   const walker = document.createTreeWalker(document.querySelector(root), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
-    if (!walker.currentNode.textContent.trim()) continue;
+    if (!walker.currentNode.textContent.trim() || !walker.currentNode.parentElement.checkVisibility()) continue;
     const range = document.createRange();
     range.selectNodeContents(walker.currentNode);
     for (const box of range.getClientRects())
@@ -144,13 +146,19 @@ class PrefectUi:
         return found
 
 
-def look(page: Page, name: str, root: str = "body") -> None:
-    """Look at the page that is shown in both widths, and keep pictures of it, light and dark."""
+def faults(page: Page, root: str = "body", scrolling: str = "") -> list[str]:
+    """Return what of a page is wider than the window or lies on something else; what `scrolling` selects may scroll."""
+    found: list[str] = page.evaluate(FAULTS, [root, scrolling])
+    return found
+
+
+def look(page: Page, name: str, root: str = "body", scrolling: tuple[str, str] = ("", "")) -> None:
+    """Look at the page that is shown in both SIZES, and keep pictures of it, light and dark."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    for width in SIZES:
+    for width, may_scroll in zip(SIZES, scrolling, strict=True):
         page.set_viewport_size(ViewportSize(width=width, height=900))
-        faults = page.evaluate(FAULTS, root)
+        found = faults(page, root, may_scroll)
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
             page.screenshot(path=PICTURES / f"page-{name}-{width}-{scheme}.png", full_page=True)
-        assert not faults, f"{name} at {width}: {faults}"
+        assert not found, f"{name} at {width}: {found}"

@@ -12,7 +12,7 @@ from tasks.run.logs import set_up_logs
 def demo(*, model: DemoModel = "tiny", sweep: Switch = False, folder: Folder = Path(".demo")) -> int:
     """Take a tiny SFT adapter to a better one through every stage, offline: no GPU, no key.
 
-    The first time about 8 minutes on 2 cores; then everything is known, and it takes seconds. It starts a real vLLM
+    The first time about 10 minutes on 2 cores; then everything is known, and it takes seconds. It starts a real vLLM
     (on CPU) and a judge whose taste is a set of rules. Stop it with Ctrl-C: the next one continues where it was.
 
     Parameters

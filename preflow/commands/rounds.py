@@ -26,10 +26,12 @@ def rounds(
     from preflow.cli import Exit
     from preflow.settings import load_settings
     from preflow.terminal import ROUNDS, shown
-    from tasks.rounds.rounds import rounds_text
+    from tasks.rounds.rounds import check_held_out, rounds_page, rounds_text
 
     settings = load_settings(file, changes)
+    check_held_out(settings.config, settings.rounds)  # before a server is started for it
     with shown(settings.folder, "rounds", ROUNDS):
         result = asyncio.run(dpo_rounds(settings.config, settings.rounds))
     print(rounds_text(result))
+    print(f"report: {rounds_page(result, settings.config.workspace, settings.rounds)}")
     return Exit.DONE if result.best is not None else Exit.NOT_BETTER

@@ -1,10 +1,10 @@
 """What a run used and cost, stage by stage, and what the cache saved."""
 
-import functools
 import logging
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import TypeVar
 
 from pydantic import BaseModel, Field
@@ -13,45 +13,40 @@ from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
 from tasks.store.workspace import Cost, Manifest, Workspace
 
-COLUMNS = ("requests", "prompt tokens", "completion tokens", "thinking tokens", "GPU", "time", "US$")
+COLUMNS = ("stage", "requests", "prompt tokens", "completion tokens", "thinking tokens", "GPU", "time", "US$")
 
 
 class StageCost(BaseModel, frozen=True, extra="forbid"):
-    """One stage: what it used now, what its cached results had cost, and its wall-clock seconds."""
+    """One stage: what it used, what rows that others had paid for saved, and its wall-clock seconds."""
 
     stage: str = Field(min_length=1)
     used: Cost = Cost()
     cached: Cost = Cost()
     seconds: float = Field(0.0, ge=0)
 
-    def plus(self, other: "StageCost") -> "StageCost":
-        """Return both together under this stage's name; wall-clock seconds add up too."""
-        used, cached, seconds = self.used + other.used, self.cached + other.cached, self.seconds + other.seconds
-        return StageCost(stage=self.stage, used=used, cached=cached, seconds=seconds)
+    def row(self) -> list[str]:
+        """Return what was used as cells under `COLUMNS`."""
+        used = self.used
+        counts = (used.requests, used.prompt_tokens, used.completion_tokens, used.thinking_tokens)
+        return [
+            self.stage,
+            *(f"{count:,}" if count else "-" for count in counts),
+            format_seconds(used.gpu_seconds) if used.gpu_seconds else "-",
+            format_seconds(self.seconds),
+            format_usd(used.usd) if used.usd else "-",
+        ]
 
 
-class Ledger(BaseModel, frozen=True, extra="forbid"):
-    """The costs of a run's stages, in the order in which they came."""
-
-    stages: tuple[StageCost, ...] = ()
-
-    def plus(self, cost: StageCost) -> "Ledger":
-        """Return the ledger with one more cost, added to its stage's line if there is one."""
-        if not any(known.stage == cost.stage for known in self.stages):
-            return Ledger(stages=(*self.stages, cost))
-        return Ledger(stages=tuple(s.plus(cost) if s.stage == cost.stage else s for s in self.stages))
-
-    def total(self) -> StageCost:
-        """Return all stages together, under the name "total"."""
-        return functools.reduce(StageCost.plus, self.stages, StageCost(stage="total"))
-
-    def rows(self) -> list[list[str]]:
-        """Return table rows: a heading, the stages, the total, and what the cache saved if it saved anything."""
-        total = self.total()
-        rows = [["stage", *COLUMNS], *(_cells(cost.stage, cost.used, cost.seconds) for cost in (*self.stages, total))]
-        if total.cached != Cost():
-            rows.append(_cells("saved by the cache", total.cached, None))
-        return rows
+def add_up(manifests: Iterable[Manifest]) -> list[StageCost]:
+    """Return what artifacts cost to make, whichever run made them, by stage; the last one is the total."""
+    stages: dict[str, StageCost] = {}
+    for made in manifests:
+        if made.cost != Cost() or made.seconds:
+            before = stages.get(made.stage, StageCost(stage=made.stage))
+            used, seconds = before.used + made.cost, before.seconds + made.seconds
+            stages[made.stage] = StageCost(stage=made.stage, used=used, seconds=seconds)
+    used, seconds = sum((one.used for one in stages.values()), Cost()), sum(one.seconds for one in stages.values())
+    return [*stages.values(), StageCost(stage="total", used=used, seconds=seconds)]
 
 
 def format_seconds(seconds: float) -> str:
@@ -67,17 +62,6 @@ def format_seconds(seconds: float) -> str:
 def format_usd(usd: float) -> str:
     """Return US$ with two decimals, or with two significant digits where that would hide them."""
     return f"{usd:,.2f}" if usd >= 0.1 or usd == 0 else f"{usd:.2g}" if usd >= 1e-4 else "< 0.0001"
-
-
-def _cells(name: str, spent: Cost, seconds: float | None) -> list[str]:
-    counts = (spent.requests, spent.prompt_tokens, spent.completion_tokens, spent.thinking_tokens)
-    return [
-        name,
-        *(f"{count:,}" if count else "-" for count in counts),
-        format_seconds(spent.gpu_seconds) if spent.gpu_seconds else "-",
-        "-" if seconds is None else format_seconds(seconds),
-        format_usd(spent.usd) if spent.usd else "-",
-    ]
 
 
 ConfigT = TypeVar("ConfigT", bound=EndpointConfig)

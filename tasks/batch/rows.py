@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Cost, Reference, Workspace, digest
+from tasks.store.workspace import Cost, Reference, Row, Workspace, digest
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ MIN_SHARDS, MAX_SHARDS, MAX_ROWS = 8, 1000, 1000
 USUAL_ROWS = 128
 # How often a bucket gets the units that have arrived.
 SEGMENT_SECONDS = 5.0
-
-Row = dict[str, Any]
 
 
 class Slice(BaseModel, frozen=True):
@@ -64,7 +62,7 @@ class Outcome(BaseModel):
 
     # First, because a stored failure is known by its first bytes.
     final: bool | None = None
-    error: dict[str, Any] | None = None
+    error: Row | None = None
     row: Row | None = None
     usage: Cost = Cost()
     refused: tuple[str, ...] = ()
@@ -125,10 +123,6 @@ def _decode(line: bytes) -> tuple[str, Outcome] | None:
 def _may_pass(line: bytes) -> bool:
     """Tell whether a unit failed for a reason that may pass."""
     return line.startswith(b'{"error"', _HEAD)
-
-
-def _is_failure(line: bytes) -> bool:
-    return _may_pass(line) or line.startswith(b'{"final"', _HEAD)
 
 
 Place = tuple[str, int, int]
@@ -267,7 +261,7 @@ class RowStore:
         """Drop what failed for good, so that the next run tries it again; what succeeded stays."""
         for uri in self.store.list(self.folder):
             lines = list(self.store.lines(uri))
-            kept = [line for line in lines if not _is_failure(line)]
+            kept = [line for line in lines if not (_may_pass(line) or line.startswith(b'{"final"', _HEAD))]
             if len(kept) == len(lines):
                 continue
             part = posixpath.basename(uri).partition(".")[0]

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from tasks.batch.rows import Journal, Outcome, Row, RowStore, ShardRef, Slice, read_slice
+from tasks.batch.rows import Journal, Outcome, RowStore, ShardRef, Slice, read_slice
 from tasks.errors import PreflowError
-from tasks.store.workspace import Cost
+from tasks.store.workspace import Cost, Row
 
 # The first units are made one at a time until one succeeds, or so many have failed: an endpoint that refuses all of
 # them is found out by a few requests and not by a window full of them.
@@ -42,7 +42,7 @@ class Tally:
     per_row: int = 1
     allowed: float = 1.0
     shards: dict[int, Count] = field(default_factory=dict)
-    failures: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[Row] = field(default_factory=list)
     stopped: PreflowError | None = None
 
     def begin(self, part: Slice, units: int, known: Iterable[Outcome]) -> None:

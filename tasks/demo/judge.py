@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -54,7 +53,7 @@ def verdict(scene: str, completions: Sequence[str], scored: bool = False) -> dic
     The worst is looked for among the others, so that best and worst differ even where all are equal. With scores, a
     completion gets 1 to 10 by its own marks.
     """
-    marks = [score(scene, completion).total for completion in completions]
+    marks = [score(scene, completion) for completion in completions]
     best = max(range(len(marks)), key=lambda i: (marks[i], -i))
     worst = min((i for i in range(len(marks)) if i != best), key=lambda i: (marks[i], i))
     gap = marks[best] - marks[worst]
@@ -91,41 +90,28 @@ def create_app(log: Path | None = None, key: str | None = None) -> Starlette:
     return Starlette(routes=routes)
 
 
-def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, Any]]:
+def _answer(raw: bytes) -> tuple[JSONResponse, dict[str, object]]:
     """Return the response and what the log says about it."""
     try:
         body = json.loads(raw)
         if body["model"] != MODEL:
             message = f"The model {body['model']!r} does not exist; this server has {MODEL!r}."
             return _error(404, message, "model_not_found"), {"model": body["model"]}
-        scene, completions = parse_prompt(_last_user_message(body["messages"]))
+        scene, completions = parse_prompt(str(body["messages"][-1]["content"]))
     except UnreadablePrompt as problem:
         return _error(400, f"The demo judge cannot read this prompt: {problem}.", "invalid_prompt"), {}
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, LookupError, TypeError) as problem:
         return _error(400, f"This is not a chat completion request: {problem!r}.", "invalid_request"), {}
     decision = verdict(scene, completions, scored='"score_1"' in str(body["messages"][0]["content"]))
     content = f"```json\n{json.dumps(decision)}\n```"
-    asked = _estimate_tokens("".join(str(message["content"]) for message in body["messages"]))
-    answered = _estimate_tokens(content)
+    texts = ("".join(str(message["content"]) for message in body["messages"]), content)
+    asked, answered = (max(1, round(len(text) / CHARACTERS_PER_TOKEN)) for text in texts)
     usage = {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
     said = {"role": "assistant", "content": content}
     choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}
     completion = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
     response = JSONResponse({**completion, "model": MODEL, "choices": [choice], "usage": usage})
     return response, {**decision, "completions": len(completions), "usage": usage}
-
-
-def _last_user_message(messages: Sequence[dict[str, Any]]) -> str:
-    """Return the text of the last user message, given as a string or as text parts."""
-    contents = [message["content"] for message in messages if message["role"] == "user"]
-    if not contents:
-        raise UnreadablePrompt("no user message")
-    content = contents[-1]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _estimate_tokens(text: str) -> int:
-    return max(1, round(len(text) / CHARACTERS_PER_TOKEN))
 
 
 def _error(status: int, message: str, code: str) -> JSONResponse:

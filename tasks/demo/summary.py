@@ -1,10 +1,8 @@
 """The table at the end of the demo, read from what the run left in its workspace."""
 
-from typing import Any
-
-from tasks.report.run import gather_manifests
-from tasks.store.measures import WinRate, percent, read_evaluation
-from tasks.store.workspace import Cost, PipelineResult, Workspace
+from tasks.report.run import gather_manifests, read_quality
+from tasks.store.measures import QualityReport, WinRate, percent, read_evaluation
+from tasks.store.workspace import Cost, PipelineResult, Row, Workspace
 
 
 def summarise(result: PipelineResult, workspace: str, short: bool = False) -> list[tuple[str, str]]:
@@ -23,7 +21,7 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
     return [
         ("prompts", f"{result.completions.rows if result.completions else 0}"),
         ("pairs", f"{pairs['train']} to train, {pairs['val']} held out"),
-        ("position lift", _position_lift(store.read_json(result.preferences.sibling("quality.json")))),
+        ("position lift", _position_lift(read_quality(store, result.preferences))),
         ("first loss", f"{training['first_loss']:.4f} (ln 2 = 0.6931)"),
         ("eval accuracy", f"{training['eval_rewards/accuracies']:.3f}"),
         ("eval margin", f"{training['eval_rewards/margins']:.3f}"),
@@ -36,12 +34,12 @@ def _rate(found: WinRate) -> str:
     return f"{found.text()} at {percent(found.confidence, '.3g')}"
 
 
-def _position_lift(quality: dict[str, Any]) -> str:
+def _position_lift(quality: QualityReport) -> str:
     """Return the largest excess of a position's share of the bests over chance, in percentage points."""
-    metric = next(m for m in quality["metrics"] if m["name"] == "position_best")
-    worst = max(metric["detail"]["positions"], key=lambda row: abs(row["rate"] - row["chance"]))
+    detail = quality.metric("position_best").detail
+    worst = max(detail["positions"], key=lambda row: abs(row["rate"] - row["chance"]))
     points = 100 * (worst["rate"] - worst["chance"])
-    return f"{points:+.1f} points at position {worst['position']} (p {metric['detail']['p_value']:.2f})"
+    return f"{points:+.1f} points at position {worst['position']} (p {detail['p_value']:.2f})"
 
 
 def _served(result: PipelineResult) -> str:
@@ -57,7 +55,7 @@ def _tokens(store: Workspace, result: PipelineResult) -> str:
 
 def before_and_after(result: PipelineResult, workspace: str) -> dict[str, str]:
     """Return one held-out scene that the new adapter won, if it won any: the scene, the SFT text and the new one."""
-    row: dict[str, Any] = {}
+    row: Row = {}
     for row in Workspace(workspace).read_rows(result.evaluation.sibling("comparisons.jsonl")):
         if row["outcome"] == 1:
             break

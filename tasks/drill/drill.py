@@ -24,7 +24,6 @@ from tasks.report.render import render_text_table
 from tasks.store.workspace import COMMITTED, AdapterRef, PreferencesRef, Workspace, digest
 from tasks.train.deployment import check_deployment, read_deployment
 from tasks.train.pods import namespace_of
-from tasks.train.spec import TrainingPaths
 from tasks.train.work_pool import TrainingOrder
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ async def run_drill(drill: Drill) -> DrillResult:
     return DrillResult(*await train_with_preemptions(order, target, drill), baseline=baseline)
 
 
-async def choose_target(drill: Drill) -> tuple[Target, dict[str, Any]]:
+async def choose_target(drill: Drill) -> tuple[Target, dict[str, int]]:
     """Return where the drill trains, by the type of the deployment's work pool, and the variables its runs need.
 
     Raises:
@@ -215,7 +214,7 @@ class TrainingWatch:
     def __init__(self, order: TrainingOrder, training: "asyncio.Task[AdapterRef]") -> None:
         self._training = training
         self._store = Workspace(order.workspace)
-        self._paths = TrainingPaths.of(self._store.root, order.key)
+        self._folder = self._store.uri("training", order.key)
 
     def step(self) -> int:
         """Return the last optimizer step that was logged."""
@@ -223,8 +222,9 @@ class TrainingWatch:
 
     def saved_step(self) -> int:
         """Return the step of the newest whole checkpoint, from which a training goes on; 0 if there is none."""
-        names = self._store.folders(self._paths.checkpoints)
-        whole = [name for name in names if self._store.exists(posixpath.join(self._paths.checkpoints, name, COMMITTED))]
+        folder = f"{self._folder}/checkpoints"
+        names = self._store.folders(folder)
+        whole = [name for name in names if self._store.exists(posixpath.join(folder, name, COMMITTED))]
         return max((int(name.removeprefix("step-")) for name in whole if re.fullmatch(r"step-\d+", name)), default=0)
 
     async def until(self, step: int, again: bool = False) -> None:
@@ -241,15 +241,14 @@ class TrainingWatch:
             await asyncio.sleep(WATCH_SECONDS if self._store.is_local else WATCH_BUCKET_SECONDS)
 
     def _metrics(self) -> bytes:
-        uri = self._paths.file("metrics.jsonl")
+        uri = f"{self._folder}/metrics.jsonl"
         return self._store.read_bytes(uri) if self._store.exists(uri) else b""
 
 
 def read_digests(order: TrainingOrder) -> dict[str, str]:
     """Return the digests of the finished adapter's files and of the metrics."""
     store = Workspace(order.workspace)
-    paths = TrainingPaths.of(store.root, order.key)
-    files = store.verify_folder(paths.adapter)
+    files = store.verify_folder(store.uri("training", order.key, "adapter"))
     return {name: facts.sha256 for name, facts in files.items() if name != COMMITTED} | {
-        "metrics.jsonl": store.sha256(paths.file("metrics.jsonl"))
+        "metrics.jsonl": store.sha256(store.uri("training", order.key, "metrics.jsonl"))
     }

@@ -20,7 +20,6 @@ from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
 from tasks.train.launch import Preempted, run_training
 from tasks.train.pods import OVER, cluster_settings
-from tasks.train.spec import TrainingPaths
 from tasks.train.work_pool import TrainingOrder, obtain_adapter
 from tasks.trainer.lease import is_dead
 
@@ -83,7 +82,7 @@ class ChildTarget:
 def find_trainer(order: TrainingOrder) -> str | None:
     """Return the process that holds the training's lease, as the lease names it, if it lives on this machine."""
     store = Workspace(order.workspace)
-    lease = TrainingPaths.of(store.root, order.key).lease
+    lease = store.uri("training", order.key, "lease.json")
     holder = store.read_json(lease) if store.exists(lease) else {"released": True}
     process = str(holder.get("process", ""))
     return None if holder.get("released") or process.count("/") != 3 or is_dead(process) else process

@@ -167,7 +167,7 @@ def power_before_price(config: PipelineConfig, usd_per_verdict: float = 0.0) -> 
     found = replace(design, prompts=choosing).finds(LEAD, evaluation.checkpoints)
     return (
         f"{said} Another {choosing:,} choose among {evaluation.checkpoints} checkpoints: one that truly wins "
-        f"{percent(LEAD, '.0f')} more often than the others is found in {percent(found, '.0f')} of runs."
+        f"{percent(0.5 + LEAD, '.0f')} where the others win 50 % is found in {percent(found, '.0f')} of runs."
     )
 
 

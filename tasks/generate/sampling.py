@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
 from pydantic import BaseModel
 from tokenizers import Tokenizer
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer
 from tasks.batch.caching import find_finished
 from tasks.batch.costs import CostLog, write_manifest
 from tasks.batch.progress import run_shards, try_question
-from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
+from tasks.batch.rows import Outcome, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards
 from tasks.config import GenerationConfig
 from tasks.errors import PreflowError
@@ -30,6 +29,7 @@ from tasks.store.workspace import (
     Manifest,
     Origin,
     PromptsRef,
+    Row,
     Workspace,
     folder_digest,
     stage_key,
@@ -67,13 +67,13 @@ class GenerationPlan(BaseModel, frozen=True):
         return find_finished(Workspace(self.workspace), self.folder, CompletionsRef)
 
 
-def sampling_identity(generation: GenerationConfig) -> dict[str, Any]:
+def sampling_identity(generation: GenerationConfig) -> dict[str, object]:
     """Return what determines a completion: the sampling settings and the model's digest (its name if there is none).
 
     Raises:
         PreflowError: the adapter's folder is missing or holds no weights.
     """
-    settings = generation.identity()
+    settings: dict[str, object] = dict(generation.identity())
     if template := choose_template(generation, generation.adapter):
         settings["chat_template"] = template.identity()
     if generation.adapter:
@@ -320,6 +320,20 @@ class SampleCounts(MergeCounts):
         self.cut += row["finish_reasons"].count("length")
         self.empty += sum(not text.strip() for text in row["completions"])
 
+    def say(self, config: GenerationConfig) -> None:
+        """Log what was sampled, and a warning where much of it is cut."""
+        prompts, each = self.rows - self.failed, config.num_completions
+        logger.info(
+            "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
+            prompts, each, self.failed, prompts * each, self.cut, self.empty,
+        )  # fmt: skip
+        if self.cut > MOST_CUT * prompts * each:
+            logger.warning(
+                "%.0f %% of the completions are cut at generation.max_tokens (%d) and end in mid-sentence: raise it, "
+                "or leave out pairs with such a side (judging.leave_out_cut)",
+                100 * self.cut / (prompts * each), config.max_tokens,
+            )  # fmt: skip
+
 
 def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> CompletionsRef:
     """Put the shards together in input order as `completions.jsonl`, with `failures.jsonl` and a manifest next to it.
@@ -327,7 +341,7 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
     Raises:
         PreflowError: no prompt has completions.
     """
-    store, folder, counts = Workspace(plan.workspace), plan.folder, SampleCounts()
+    store, folder, config, counts = Workspace(plan.workspace), plan.folder, plan.generation, SampleCounts()
     with store.writing(f"{folder}/failures.jsonl") as failures, store.writing(f"{folder}/completions.jsonl") as out:
         for prompt, outcomes in merge_shards(plan.slices, shards, plan.rows(), prompt_unit):
             counts.add(outcomes)
@@ -339,30 +353,18 @@ def merge_completions(plan: GenerationPlan, shards: list[ShardRef]) -> Completio
                     failures.write_row(outcome.error or {})
     if not out.rows:
         raise PreflowError(f"no prompt has completions: all failed for good; why is in {folder}/failures.jsonl")
-    total = out.rows * plan.generation.num_completions
-    logger.info(
-        "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
-        out.rows, plan.generation.num_completions, counts.failed, total, counts.cut, counts.empty,
-    )  # fmt: skip
-    if counts.cut > MOST_CUT * total:
-        logger.warning(
-            "%.0f %% of the completions are cut at generation.max_tokens (%d) and end in mid-sentence: raise it, or "
-            "leave out pairs with such a side (judging.leave_out_cut)",
-            100 * counts.cut / total, plan.generation.max_tokens,
-        )  # fmt: skip
-    adapter = plan.generation.adapter
-    model = [Origin(kind="sft_adapter", uri=adapter, sha256=folder_digest(adapter))] if adapter else []
+    counts.say(config)
+    upstream: list[Origin] = [plan.prompts]
+    if config.adapter:
+        upstream.append(Origin(kind="sft_adapter", uri=config.adapter, sha256=folder_digest(config.adapter)))
     artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())
-    made = Manifest(
-        artifact=artifact,
-        stage="generation",
-        version=VERSION,
-        key=plan.key,
-        config=plan.generation,
-        upstream=(plan.prompts, *model),
-        files={"completions.jsonl": out.file, "failures.jsonl": failures.file},
-        counts=counts.named("failed", "passing", "cut", "empty") | {"prompts": artifact.rows},
-        cost=price(counts.usage, plan.generation),
-    )
-    write_manifest(store, made)
+    write_manifest(
+        store,
+        Manifest(
+            artifact=artifact, stage="generation", version=VERSION, key=plan.key, config=config,
+            upstream=tuple(upstream), files={"completions.jsonl": out.file, "failures.jsonl": failures.file},
+            counts=counts.named("failed", "passing", "cut", "empty") | {"prompts": artifact.rows},
+            cost=price(counts.usage, config),
+        ),
+    )  # fmt: skip
     return artifact

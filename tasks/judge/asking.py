@@ -10,14 +10,14 @@ from pydantic import BaseModel
 from tasks.batch.caching import find_finished
 from tasks.batch.costs import CostLog, say_prices, write_manifest
 from tasks.batch.progress import run_shards, try_question
-from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, slice_rows, writable
+from tasks.batch.rows import Outcome, RowStore, ShardRef, Slice, slice_rows, writable
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, settle
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.judge.prompt import MARKS, build_messages, distinct_completions, instructions, orders_for, read_rubric
 from tasks.judge.verdict import UnreadableVerdict, Verdict, read_verdict, verdict_format
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import PERMANENT, Choice, RequestRefused, price
-from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, VerdictsRef, Workspace, digest, stage_key
+from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, Row, VerdictsRef, Workspace, digest, stage_key
 
 VERSION = 3
 MOST_TOKENS = 65_536

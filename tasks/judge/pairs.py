@@ -29,6 +29,7 @@ TOKENS = {"prompt_token_ids", "token_ids"}
 CUT = "a side was cut at max_tokens"
 LOW = "score of the best"
 SFT = "sft_only"
+TOLD = {"pair": "rows gave a pair", "cut_pairs": "of them with a cut side", SFT: "for the SFT term alone"}
 NONE_LOWER = "none scores lower than the best"
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,10 @@ def finish_pairs(
     train, val = written["train.jsonl"], written["val.jsonl"]
     found = about.pop("counts", {})
     counts = {**found, "train": train.rows, "val": val.rows}
-    told = ", ".join(f"{name} {count:,}" for name, count in found.items())
-    logger.info("preferences: %d pairs to train on, %d held out (%s)", train.rows, val.rows, told)
+    names = [name for name in dict.fromkeys(("pair", *found)) if found.get(name)]
+    told = ", ".join(f"{found[name]:,} {TOLD.get(name, name)}" for name in names)
+    logger.info("preferences: %s/train.jsonl", folder)
+    logger.info("preferences: %d pairs to train on, %d held out%s", train.rows, val.rows, f" ({told})" if told else "")
     files = {**written, "quality.json": measured}
     artifact = PreferencesRef(
         uri=f"{folder}/train.jsonl", manifest=f"{folder}/manifest.json", val_rows=val.rows, **train.facts()

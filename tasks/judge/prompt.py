@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks.batch.rows import Row
 from tasks.errors import PreflowError
 from tasks.store.forms import decode_text
-from tasks.store.workspace import digest
+from tasks.store.workspace import Row, digest
 
 RUBRICS = Path(__file__).parent / "rubrics"
 

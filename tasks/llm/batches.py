@@ -21,6 +21,7 @@ from openai.types import Batch, FileObject
 from pydantic import BaseModel
 
 from tasks.errors import PreflowError
+from tasks.llm.dialect import Body
 from tasks.llm.responses import StageStopped, Transient, classify
 from tasks.store.refs import digest
 from tasks.store.workspace import Workspace
@@ -57,12 +58,12 @@ class _Open:
     """Requests that wait for others: until no more have come for a while, or the file is full."""
 
     def __init__(self) -> None:
-        self.bodies: dict[str, dict[str, Any]] = {}
+        self.bodies: dict[str, Body] = {}
         self.closed = asyncio.Event()
         self._size = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, name: str, body: dict[str, Any]) -> None:
+    def add(self, name: str, body: Body) -> None:
         self.bodies[name] = body
         self._size += len(json.dumps(body))
         if self._timer is not None:
@@ -93,7 +94,7 @@ class Batches:
         self._open: tuple[_Open, Awaited] | None = None
         self._found: asyncio.Task[None] | None = None
 
-    async def ask(self, body: dict[str, Any]) -> Line | None:
+    async def ask(self, body: Body) -> Line | None:
         """Return the answer to a chat request's body; None if its batch ended without one.
 
         Raises:
@@ -115,7 +116,7 @@ class Batches:
             task.cancel()
         await self._client.close()
 
-    def _gather(self, name: str, body: dict[str, Any]) -> Awaited:
+    def _gather(self, name: str, body: Body) -> Awaited:
         if self._open is None or self._open[0].closed.is_set():
             group = _Open()
             self._open = group, asyncio.create_task(self._run(group))
@@ -134,7 +135,7 @@ class Batches:
         logger.info("batch %s: %d requests handed in; answers come within a day", batch.id, len(requests))
         return await self._collect(record, batch)
 
-    async def _create(self, record: Record, bodies: dict[str, dict[str, Any]]) -> Batch:
+    async def _create(self, record: Record, bodies: dict[str, Body]) -> Batch:
         lines = (
             json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body})
             for name, body in bodies.items()

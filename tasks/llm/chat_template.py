@@ -90,7 +90,7 @@ class ChatTemplate:
         """Whether a server that renders it writes its own date, whatever it is handed."""
         return "strftime_now" in self.text and "date_string" not in self.text
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Return what decides the rendered text, JSON-ready, for content keys."""
         kwargs, stop = self.settings.template_kwargs(), list(self.settings.stop)
         return {"text": digest(self.text), "special": dict(self.special_tokens), "kwargs": kwargs, "stop": stop}

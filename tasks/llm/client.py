@@ -13,7 +13,7 @@ from openai import AsyncOpenAI
 
 from tasks.config import EndpointConfig
 from tasks.llm.batches import MOST_REQUESTS, Batches
-from tasks.llm.dialect import CERTAIN, Dialect
+from tasks.llm.dialect import CERTAIN, Body, Dialect
 from tasks.llm.limits import Budget, Gate, Window
 from tasks.llm.responses import (
     BATCH_PRICE,
@@ -23,8 +23,8 @@ from tasks.llm.responses import (
     Transient,
     as_batch,
     classify,
-    price,
     read_answer,
+    usd_of,
 )
 from tasks.llm.retries import Attempts, RetryPolicy
 from tasks.llm.vllm_admin import Administration, Template
@@ -74,16 +74,15 @@ class _Request:
         given = {name: value for name, value in settings.items() if value is not None}
         if config.reasoning_effort:
             given["reasoning_effort"] = config.reasoning_effort
-        self.body: dict[str, Any] = {"model": config.model, "messages": list(messages), **given, **config.extra_body}
+        self.body: Body = {"model": config.model, "messages": list(messages), **given, **config.extra_body}
         self.prompt_bytes = sum(len(message["content"].encode()) + 16 for message in messages)
         if "response_format" in given:
             self.prompt_bytes += len(json.dumps(given["response_format"]))
         completion_tokens = (settings.get("max_tokens") or UNBOUNDED_COMPLETION) * (settings.get("n") or 1)
         self.tokens = self.prompt_bytes // 3 + completion_tokens
         # A byte-level tokenizer makes at most one token of a byte; the chat template adds some.
-        self.most_usd = price(
-            Cost(prompt_tokens=self.prompt_bytes + 64, completion_tokens=completion_tokens), config
-        ).usd
+        most = Cost(prompt_tokens=self.prompt_bytes + 64, completion_tokens=completion_tokens)
+        self.most_usd = usd_of(most, config)
 
 
 class Endpoint(Administration):
@@ -199,7 +198,7 @@ class Endpoint(Administration):
             self._dialect.took(body)
             return replace(answer, refused=self._dialect.refused(request.body, body))
 
-    async def _attempt(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:
+    async def _attempt(self, request: _Request, body: Body, attempts: Attempts) -> Answer:
         # The first answer comes the normal way: what the endpoint does not take is found out by one request.
         if self._batches is not None and request.may_wait and self._stats.succeeded:
             request.may_wait = False
@@ -211,7 +210,7 @@ class Endpoint(Administration):
                 counted = await self._gate.admit(request.tokens)
                 cost = None
                 answer = await self._send(request, body, attempts)
-                cost = price(answer.usage, self.config).usd
+                cost = usd_of(answer.usage, self.config)
                 self._gate.settle(counted, answer.usage.prompt_tokens + answer.usage.completion_tokens)
             except (Transient, RequestRefused, StageStopped) as failure:
                 if not getattr(failure, "maybe_billed", False):
@@ -222,7 +221,7 @@ class Endpoint(Administration):
                 self._budget.settle(request.most_usd, cost)
         return answer
 
-    async def _attempt_in_batch(self, batches: Batches, request: _Request, body: dict[str, Any]) -> Answer:
+    async def _attempt_in_batch(self, batches: Batches, request: _Request, body: Body) -> Answer:
         most, cost = request.most_usd * BATCH_PRICE, 0.0
         await self._budget.reserve(most)
         try:
@@ -235,14 +234,14 @@ class Endpoint(Administration):
                 raise self._explain(failure) if isinstance(failure, StageStopped) else failure
             answer = self._read(content, request.prompt_bytes)
             answer = replace(answer, usage=as_batch(answer.usage))
-            cost = price(answer.usage, self.config).usd
+            cost = usd_of(answer.usage, self.config)
         finally:
             self._budget.settle(most, cost)
         self._stats.sent += 1
         self._stats.usage += answer.usage
         return answer
 
-    async def _send(self, request: _Request, body: dict[str, Any], attempts: Attempts) -> Answer:
+    async def _send(self, request: _Request, body: Body, attempts: Attempts) -> Answer:
         self._retries.sent(attempts)
         self._stats.sent += 1
         try:

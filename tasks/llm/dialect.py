@@ -2,11 +2,13 @@
 
 import logging
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 from tasks.llm.responses import PERMANENT, RequestRefused, Transient
 
 log = logging.getLogger(__name__)
+# A chat request as JSON, under the names that endpoints have for its parts.
+Body: TypeAlias = dict[str, Any]
 
 # What a request can do without, and the words that endpoints have for it.
 OPTIONAL = {
@@ -45,7 +47,7 @@ class Dialect:
         self._system_role = True
         self._format_taken = False
 
-    def shape(self, body: dict[str, Any]) -> dict[str, Any]:
+    def shape(self, body: Body) -> Body:
         """Return `body` as the endpoint takes it."""
         shaped = {name: value for name, value in body.items() if name not in self.dropped and name != "max_tokens"}
         if limit := body.get("max_tokens"):
@@ -54,7 +56,7 @@ class Dialect:
             shaped["messages"] = _without_system(body["messages"])
         return shaped
 
-    def refused(self, body: dict[str, Any], sent: dict[str, Any]) -> tuple[str, ...]:
+    def refused(self, body: Body, sent: Body) -> tuple[str, ...]:
         """Name what was asked for in `body` and not `sent` so, for the endpoint refuses it."""
         names = [name for name in body if name not in sent and name != "max_tokens"]
         if (limit := sent.get(self._limit_name)) and limit < body.get("max_tokens", limit):
@@ -67,25 +69,25 @@ class Dialect:
         """Return `wanted`, or the most completion tokens that the endpoint allows."""
         return min(wanted, self._most_tokens or wanted)
 
-    def took(self, sent: dict[str, Any]) -> None:
+    def took(self, sent: Body) -> None:
         """Note that a request was answered."""
         self._format_taken = self._format_taken or "response_format" in sent
 
-    def blames_format(self, sent: dict[str, Any], failure: Transient, failures: int) -> bool:
+    def blames_format(self, sent: Body, failure: Transient, failures: int) -> bool:
         """Tell whether a server's failure is put down to the response_format: it says so, or goes on."""
         says_so = re.search(OPTIONAL["response_format"], str(failure), re.IGNORECASE)
         return failure.status >= 500 and self.doubts_format(sent) and bool(says_so or failures >= FORMAT_FAILURES)
 
-    def doubts_format(self, sent: dict[str, Any]) -> bool:
+    def doubts_format(self, sent: Body) -> bool:
         """Tell whether a failure may be due to the response_format: no request that has it was answered yet."""
         return "response_format" in sent and not self._format_taken
 
-    def learned_since(self, body: dict[str, Any], sent: dict[str, Any]) -> bool:
+    def learned_since(self, body: Body, sent: Body) -> bool:
         """Tell whether `body` would be sent otherwise by now: the refusal of another request has told more."""
         now = self.shape(body)
         return any(now.get(name) != value for name, value in sent.items())
 
-    def learn(self, refused: RequestRefused, sent: dict[str, Any]) -> bool:
+    def learn(self, refused: RequestRefused, sent: Body) -> bool:
         """Change what a refusal of `sent` asks to change; False if it names nothing that can be changed."""
         text = refused.text
         if refused.reason in CERTAIN or "greedy" in text:
@@ -102,7 +104,10 @@ class Dialect:
             self._most_tokens = max(told, default=max(FEWEST_TOKENS, limit // 2))
             return self._say(f"allows at most {self._most_tokens} completion tokens")
         for said in filter(None, (refused.param, text)):
-            named = [name for name, words in OPTIONAL.items() if name in sent and _names(name, words, said)]
+            named = [
+                name for name, words in OPTIONAL.items()
+                if name in sent and (said.strip() == name or re.search(words, said, re.IGNORECASE))
+            ]  # fmt: skip
             if named:
                 # Of temperature and top_p together some take either: the first is the one that matters.
                 return self.drop("top_p" if {"top_p", "temperature"} <= set(named) else named[0])
@@ -116,10 +121,6 @@ class Dialect:
     def _say(self, what: str) -> bool:
         log.warning("%s %s (found out from its refusal; so for the rest of this run)", self._model, what)
         return True
-
-
-def _names(name: str, words: str, text: str) -> bool:
-    return text.strip() == name or re.search(words, text, re.IGNORECASE) is not None
 
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -80,12 +80,16 @@ _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 BATCH_PRICE = 0.5
 
 
-def price(cost: Cost, config: EndpointConfig) -> Cost:
-    """Return a cost with the US$ that its tokens take at the prices of `config`, and half of them in a batch."""
+def usd_of(cost: Cost, config: EndpointConfig) -> float:
+    """Return the US$ that a cost's tokens take at the prices of `config`, and half of them in a batch."""
     prompt = cost.prompt_tokens - (1 - BATCH_PRICE) * cost.batch_prompt_tokens
     completion = cost.completion_tokens - (1 - BATCH_PRICE) * cost.batch_completion_tokens
-    usd = (prompt * config.prompt_price + completion * config.completion_price) / 1e6
-    return cost.model_copy(update={"usd": usd})
+    return (prompt * config.prompt_price + completion * config.completion_price) / 1e6
+
+
+def price(cost: Cost, config: EndpointConfig) -> Cost:
+    """Return a cost with its US$ (`usd_of`)."""
+    return cost.model_copy(update={"usd": usd_of(cost, config)})
 
 
 def as_batch(cost: Cost) -> Cost:
@@ -428,11 +432,7 @@ def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) 
             return None
     delays = [str(value) for name, value in fields if name == "retryDelay"]
     told = _WAIT.search(text)
-    return _duration(delays[0] if delays else told[1] if told else "")
-
-
-def _duration(text: str) -> float | None:
-    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", delays[0] if delays else told[1] if told else "")
     return sum(float(number) * _UNITS[unit] for number, unit in parts) if parts else None
 
 

@@ -76,7 +76,8 @@ def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float, min_a
     if evaluation.adapter_sha256 != adapter.sha256:
         raise PromotionRefused(
             f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
-            f"{adapter.sha256[:12]}: evaluate this adapter first"
+            f"{adapter.sha256[:12]}: evaluate this adapter first, or promote that one, if evaluation.checkpoints "
+            "chose it"
         )
     if refusal := read_evaluation(evaluation).refusal(bar, min_agreement):
         raise PromotionRefused(f"not promoted: {refusal} What was served before is still served.")

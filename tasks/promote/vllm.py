@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from tasks.config import EndpointConfig, PromotionConfig
 from tasks.errors import PreflowError
@@ -14,6 +14,7 @@ from tasks.llm.client import Endpoint
 from tasks.llm.responses import ModelInfo, RequestRefused, Transient
 from tasks.llm.secrets import resolve_secret
 from tasks.llm.vllm_admin import replicas
+from tasks.store.measures import Probe, ProbeText
 from tasks.store.workspace import Workspace, server_path
 
 logger = logging.getLogger(__name__)
@@ -33,65 +34,41 @@ class ProbeFailed(PreflowError):
     """What is served under the name is not the adapter that was loaded."""
 
 
-class ProbeText(BaseModel, frozen=True, extra="forbid"):
-    """Token ids, and the log-probs (nats) that training found for them from the second on."""
+def check_probe(probe: Probe, served: list[list[float]], served_base: list[list[float]]) -> float:
+    """Compare what is served with what was trained, each relative to its own base model.
 
-    token_ids: list[int] = Field(min_length=2)
-    adapter: list[float]
-    sft: list[float]
-    base: list[float]
+    Returns:
+        The mean difference of a log-prob, in nats.
 
-    @model_validator(mode="after")
-    def _check(self) -> "ProbeText":
-        if not len(self.adapter) == len(self.sft) == len(self.base) == len(self.token_ids) - 1:
-            raise ValueError("as many log-probs as token ids after the first are needed")
-        return self
+    Raises:
+        ProbeFailed: it is nearer to the SFT adapter or to the bare base, or too far from all of them.
+    """
+    tolerance = TOLERANCE if probe.base_precision in ("float32", "bfloat16") else TOLERANCE_4BIT
 
-    @property
-    def positions(self) -> list[int]:
-        """The indices of the log-probs that are asked for: spread over the text, the last one among them."""
-        count = len(self.adapter)
-        return list(range(count - 1, -1, -max(1, count // POSITIONS)))[:POSITIONS]
-
-
-class Probe(BaseModel, frozen=True, extra="forbid"):
-    """How a finished adapter is known: `probe.json`, which training writes."""
-
-    base_precision: str
-    texts: list[ProbeText] = Field(min_length=1)
-
-    def check(self, served: list[list[float]], served_base: list[list[float]]) -> float:
-        """Compare what is served with what was trained, each relative to its own base model.
-
-        Returns:
-            The mean difference of a log-prob, in nats.
-
-        Raises:
-            ProbeFailed: it is nearer to the SFT adapter or to the bare base, or too far from all of them.
-        """
-        effect = np.concatenate(served) - np.concatenate(served_base)
-        distance = {name: float(np.abs(effect - self._effect(name)).mean()) for name in ("adapter", "sft", "base")}
-        told = ", ".join(f"{value:.4f} from {name}" for name, value in distance.items())
-        if not math.isfinite(distance["adapter"]):
-            raise ProbeFailed(f"it answers with log-probs that are no numbers ({told})")
-        nearest = min(distance, key=lambda name: distance[name])
-        if distance["adapter"] > self.tolerance:
-            raise ProbeFailed(f"its log-probs differ by more than {self.tolerance} nats a token ({told})")
-        if distance[nearest] < distance["adapter"]:
-            if distance["adapter"] > NOISE * self.tolerance:
-                raise ProbeFailed(f"its log-probs are nearer to those of the {nearest} than of the adapter ({told})")
-            logger.warning("the adapter is so like the %s that the probe cannot tell them apart (%s)", nearest, told)
-        return distance["adapter"]
-
-    def _effect(self, name: str) -> FloatArray:
-        """Return what was added to the base's log-probs one way, `adapter`, `sft` or `base`, at the positions."""
-        added = [np.subtract(getattr(text, name), text.base)[text.positions] for text in self.texts]
+    def effect(name: str) -> FloatArray:
+        """Return what was added to the base's log-probs one way, `adapter`, `sft` or `base`, where they are asked."""
+        added = [np.subtract(getattr(text, name), text.base)[positions(text)] for text in probe.texts]
         return np.concatenate(added)
 
-    @property
-    def tolerance(self) -> float:
-        """Largest mean difference of a log-prob, in nats, that passes for the same adapter."""
-        return TOLERANCE if self.base_precision in ("float32", "bfloat16") else TOLERANCE_4BIT
+    found = np.concatenate(served) - np.concatenate(served_base)
+    distance = {name: float(np.abs(found - effect(name)).mean()) for name in ("adapter", "sft", "base")}
+    told = ", ".join(f"{value:.4f} from {name}" for name, value in distance.items())
+    if not math.isfinite(distance["adapter"]):
+        raise ProbeFailed(f"it answers with log-probs that are no numbers ({told})")
+    nearest = min(distance, key=lambda name: distance[name])
+    if distance["adapter"] > tolerance:
+        raise ProbeFailed(f"its log-probs differ by more than {tolerance} nats a token ({told})")
+    if distance[nearest] < distance["adapter"]:
+        if distance["adapter"] > NOISE * tolerance:
+            raise ProbeFailed(f"its log-probs are nearer to those of the {nearest} than of the adapter ({told})")
+        logger.warning("the adapter is so like the %s that the probe cannot tell them apart (%s)", nearest, told)
+    return distance["adapter"]
+
+
+def positions(text: ProbeText) -> list[int]:
+    """Return the indices of the log-probs that are asked for: spread over the text, the last one among them."""
+    count = len(text.adapter)
+    return list(range(count - 1, -1, -max(1, count // POSITIONS)))[:POSITIONS]
 
 
 def read_probe(folder: str) -> Probe | None:
@@ -166,14 +143,14 @@ async def verify_served(server: Endpoint, uri: str, promotion: PromotionConfig) 
         raise ProbeFailed(f"{server.config.endpoint} does not list it as an adapter of a base model")
     async with await _server(promotion.model_copy(update={"name": base_name})) as base:
         served, bare = await asyncio.gather(_ask(server, probe), _ask(base, probe))
-    distance = probe.check(served, bare)
+    distance = check_probe(probe, served, bare)
     logger.info("%s serves the adapter in %s: log-probs differ by %.2g nats a token", promotion.name, uri, distance)
 
 
 async def _ask(model: Endpoint, probe: Probe) -> list[list[float]]:
     async def ask_text(text: ProbeText) -> list[float]:
         ids = text.token_ids
-        return list(await asyncio.gather(*(model.token_log_prob(ids[: i + 1], ids[i + 1]) for i in text.positions)))
+        return list(await asyncio.gather(*(model.token_log_prob(ids[: i + 1], ids[i + 1]) for i in positions(text))))
 
     return list(await asyncio.gather(*(ask_text(text) for text in probe.texts)))
 

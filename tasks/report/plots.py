@@ -111,7 +111,8 @@ def plot_rates(bars: Sequence[RateBar], null: RateBar | None) -> bytes:
         axes.plot(100 * rate.win_rate, at, "o", color=colour, markeredgecolor="white", markersize=10)
         # Above its bar: next to it, long names would leave no room for the bars.
         short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
-        axes.text(0.01, row - 0.3, short, transform=axes.get_yaxis_transform(), ha="left", va="center")
+        across = axes.get_yaxis_transform()
+        axes.text(0.01, row - 0.3, short, transform=across, va="center", parse_math=False)  # a name may hold dollars
     axes.set_yticks([])
     axes.set_ylim(len(bars) - 0.5, -0.55)
     axes.set_xlabel("wins over the SFT adapter (%)")

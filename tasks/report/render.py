@@ -61,7 +61,9 @@ def render_markdown(section: ReportSection) -> str:
     parts.append(_markdown(section.summary))
     if section.advice:
         parts.append("**What to do**\n\n" + "\n".join(f"- {_markdown(text)}" for text in section.advice))
-    parts += [f"![{_markdown(picture.caption)}]({picture.data_uri()})" for picture in section.pictures]
+    for picture in section.pictures:
+        caption = _markdown(picture.caption)
+        parts.append(f"![{caption}]({picture.data_uri()})\n\n*{caption}*")
     parts += [_markdown_table(table) for table in section.tables if table.rows]
     parts += [_markdown(text) for text in section.notes]
     parts += [_markdown_example(example) for example in section.examples]

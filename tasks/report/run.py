@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
 
-from tasks.batch.costs import Ledger, StageCost, format_seconds, format_usd
+from tasks.batch.costs import StageCost, add_up, format_seconds, format_usd
 from tasks.config import PipelineConfig, StageConfig
 from tasks.report.overview import glance_section, inputs_section, run_figures
 from tasks.report.page import ReportSection, Table
@@ -29,7 +29,6 @@ from tasks.store.workspace import (
     MANIFEST,
     AdapterRef,
     ChoiceRef,
-    Cost,
     EvaluationRef,
     Manifest,
     Origin,
@@ -89,11 +88,11 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
         served = f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
     else:
         served = f"It is not served: {result.declined or 'it did not win by enough'}."
-    ledger = add_up(manifests)
+    costs = add_up(manifests)
     glance = glance_section(found, bar, served, figures, shown)
-    glance = replace(glance, tables=(_facts(config, result, ledger.total()), *glance.tables))
+    glance = replace(glance, tables=(_facts(config, result, costs[-1]), *glance.tables))
     inputs = inputs_section(manifests, changed_settings(config))
-    return [glance, inputs, *shown, cost_section(ledger, has_prices(config)), lineage_section(manifests, store.root)]
+    return [glance, inputs, *shown, cost_section(costs, has_prices(config)), lineage_section(manifests, store.root)]
 
 
 def has_prices(config: PipelineConfig) -> bool:
@@ -199,12 +198,3 @@ def _with_origin(store: Workspace, manifest: Manifest) -> Manifest:
     left_out = {name: manifest.counts[name] + origin.counts[name] for name in ("duplicates", "in_training")}
     counts = {"read": origin.counts["read"], **left_out}
     return manifest.model_copy(update={"upstream": (origin.upstream[0], *others), "counts": counts})
-
-
-def add_up(manifests: Sequence[Manifest]) -> Ledger:
-    """Return what the artifacts of a run cost to make, whichever run made them, at the prices of then."""
-    ledger = Ledger()
-    for made in manifests:
-        if made.cost != Cost() or made.seconds:
-            ledger = ledger.plus(StageCost(stage=made.stage, used=made.cost, seconds=made.seconds))
-    return ledger

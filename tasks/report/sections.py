@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from tasks.batch.costs import Ledger, format_usd
+from tasks.batch.costs import COLUMNS, StageCost, format_usd
 from tasks.report.page import Cell, Example, Picture, ReportSection, Side, Table
 from tasks.report.plots import plot_metrics
 from tasks.report.quality_plots import plot_quality
@@ -228,7 +228,7 @@ def choice_section(choice: Choice) -> ReportSection:
          one.length_controlled.text() if one.length_controlled else None, one.samples, one.adapter_sha256[:12])
         for one in choice.tried
     )  # fmt: skip
-    columns = ("optimizer step", "", "win rate", "interval", "length taken out", "samples", "adapter")
+    columns = ("optimizer step", "state", "win rate", "interval", "length taken out", "samples", "adapter")
     return ReportSection(
         title="Best checkpoint",
         summary=(
@@ -296,19 +296,14 @@ def _comparison(number: int, row: Row) -> Example:
     return _example(number, row["prompt"], note, sides)
 
 
-def cost_section(ledger: Ledger, is_priced: bool) -> ReportSection:
-    """Show tokens, GPU time and money by stage, and what the cache saved; without prices no sum of money is claimed."""
-    heading, *rows = ledger.rows()
-    total = ledger.total()
-    if is_priced or total.used.usd:
-        summary = f"Making everything in this run cost {format_usd(total.used.usd)} US$, whichever run made it."
+def cost_section(costs: Sequence[StageCost], is_priced: bool) -> ReportSection:
+    """Show tokens, GPU time and money by stage, the total last; without prices no sum of money is claimed."""
+    usd = costs[-1].used.usd
+    if is_priced or usd:
+        summary = f"Making everything in this run cost {format_usd(usd)} US$, whichever run made it."
     else:
         summary = "What this run cost is not known: set prompt_price and completion_price of the models to see it."
-    if total.cached.usd:
-        summary += f" Results kept from earlier runs saved another {format_usd(total.cached.usd)} US$."
-    elif total.cached.requests:
-        summary += f" Results kept from earlier runs saved {total.cached.requests:,} requests."
-    return ReportSection("Cost", summary, tables=(Table("By stage", tuple(heading), tuple(map(tuple, rows))),))
+    return ReportSection("Cost", summary, tables=(Table("By stage", COLUMNS, tuple(tuple(c.row()) for c in costs)),))
 
 
 def lineage_section(manifests: Sequence[Manifest], root: str = "") -> ReportSection:

@@ -179,14 +179,17 @@ def rounds_text(result: RoundsResult) -> str:
     return "\n".join([*lines, rounds_section(result).summary])
 
 
-def record_rounds(result: RoundsResult, config: PipelineConfig, rounds: RoundsConfig) -> str:
-    """Write the result and its page to `rounds/<key>/`, and return the page's uri."""
+def rounds_page(result: RoundsResult, workspace: str, rounds: RoundsConfig) -> str:
+    """Return the uri of the page of these rounds, `rounds/<key>/report.html`; `result.json` lies next to it."""
     first = result.rounds[0].made
     key = digest([first.adapter.sha256, first.evaluation.sha256, rounds.model_dump(mode="json")])[:32]
-    store = Workspace(config.workspace)
-    folder = store.uri("rounds", key)
-    store.write_json(posixpath.join(folder, "result.json"), result.model_dump(mode="json"))
-    page, section = posixpath.join(folder, "report.html"), rounds_section(result)
+    return Workspace(workspace).uri("rounds", key, "report.html")
+
+
+def record_rounds(result: RoundsResult, config: PipelineConfig, rounds: RoundsConfig) -> None:
+    """Write the result and its page."""
+    store, page = Workspace(config.workspace), rounds_page(result, config.workspace, rounds)
+    store.write_json(posixpath.join(posixpath.dirname(page), "result.json"), result.model_dump(mode="json"))
+    section = rounds_section(result)
     store.write_bytes(page, render_html(f"preflow rounds for {config.promotion.name}", [section]).encode())
     logger.info("%s The whole report: %s", section.summary, page)
-    return page

@@ -27,15 +27,13 @@ def named(template: str) -> Callable[[], str]:
         if context is None or context.flow_run is None:
             raise RuntimeError("a run is named while it starts, by Prefect")
         given = context.flow_run.name
-        return template.format(now=datetime.now(), **(context.parameters or {})) if _is_made_up(given) else given
+        words = given.split("-")
+        # Nobody typed lean-chimpanzee, which the server makes up, or Rustic-Pizza, which the form does.
+        if FORM_NAME.match(given) or (len(words) > 1 and _made_up_words().issuperset(words)):
+            return template.format(now=datetime.now(), **(context.parameters or {}))
+        return given
 
     return name
-
-
-def _is_made_up(name: str) -> bool:
-    """Tell whether nobody typed a name: lean-chimpanzee is made up by the server, Rustic-Pizza by the form."""
-    words = name.split("-")
-    return bool(FORM_NAME.match(name)) or (len(words) > 1 and _made_up_words().issuperset(words))
 
 
 @cache

@@ -10,8 +10,6 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TypeAlias
 
-from pydantic import ValidationError
-
 from tasks.config import EndpointConfig, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint
@@ -24,6 +22,8 @@ RESULT, CONFIG = "result.json", "config.json"
 logger = logging.getLogger(__name__)
 # Endpoint, model, and where its key is.
 Model: TypeAlias = tuple[str, str, str | None]
+# Why a model is of no use, None for one that answered.
+Asked: TypeAlias = dict[Model, PreflowError | None]
 _lock: ContextVar[asyncio.Lock | None] = ContextVar("lock", default=None)
 
 
@@ -46,15 +46,8 @@ def report_uri(config: PipelineConfig) -> str:
 def find_result(config: PipelineConfig) -> PipelineResult | None:
     """Return the result of an equal run, if it finished and everything it made is still intact."""
     store = Workspace(config.workspace)
-    uri = posixpath.join(run_folder(config), RESULT)
-    if not store.exists(uri):
-        return None
-    try:
-        result = PipelineResult.model_validate(store.read_json(uri))
-    except ValidationError:
-        logger.warning("%s was written by another version of preflow: the run's stages are looked up one by one", uri)
-        return None
-    return result if all(store.is_intact(ref) for ref in result.references()) else None
+    result = store.read_kept(posixpath.join(run_folder(config), RESULT), PipelineResult)
+    return result if result and all(store.is_intact(ref) for ref in result.references()) else None
 
 
 def record_result(config: PipelineConfig, result: PipelineResult) -> str:
@@ -97,21 +90,21 @@ def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
         yield from stage.checks(config)
 
 
-async def check_services(config: PipelineConfig, answered: set[Model] | None = None) -> None:
+async def check_services(config: PipelineConfig, asked: Asked | None = None) -> None:
     """Ask every model one real question, and see that the training deployment can train.
 
     Args:
         config: a whole run's.
-        answered: models that have answered and are not asked again; those that answer now are added.
+        asked: models that were asked before and are not asked again; those that are asked now are added.
 
     Raises:
-        PreflowError: one does not, or it cannot.
+        PreflowError: one does not answer, or it cannot.
     """
-    for check in _service_checks(config, answered if answered is not None else set()):
+    for check in _service_checks(config, {} if asked is None else asked):
         await check()
 
 
-def _service_checks(config: PipelineConfig, answered: set[Model]) -> Iterator[Callable[[], Awaitable[object]]]:
+def _service_checks(config: PipelineConfig, asked: Asked) -> Iterator[Callable[[], Awaitable[object]]]:
     # Before any question to a model, which costs something: the deployment, and every endpoint's secrets.
     for stage in STAGES:
         yield from stage.service_checks(config)
@@ -122,10 +115,19 @@ def _service_checks(config: PipelineConfig, answered: set[Model]) -> Iterator[Ca
             models.setdefault(who, (stage.name, settings, trial))
     for name, settings, _ in models.values():
         yield partial(Endpoint.connect, settings, name)
-    for who, (name, settings, trial) in models.items():
-        if who not in answered:
-            yield partial(_check_endpoint, name, settings, trial)
-            answered.add(who)  # whoever goes on here has had its answer
+    for who, model in models.items():
+        yield partial(_ask_once, asked, who, *model)
+
+
+async def _ask_once(asked: Asked, who: Model, name: str, settings: EndpointConfig, trial: Trial) -> None:
+    if who not in asked:
+        asked[who] = None
+        try:
+            await _check_endpoint(name, settings, trial)
+        except PreflowError as error:
+            asked[who] = error
+    if (problem := asked[who]) is not None:
+        raise problem
 
 
 async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> None:
@@ -139,7 +141,7 @@ async def find_problems(config: PipelineConfig) -> list[str]:
     config, found = config.filled(), list[str]()
     secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
     checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
-    checks += [secret, *_service_checks(config, set())]
+    checks += [secret, *_service_checks(config, {})]
     for check in checks:
         try:
             if inspect.isawaitable(result := check()):

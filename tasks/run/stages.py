@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.config import EndpointConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
 from tasks.evaluate.choice import check_choice
 from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity, try_sampler
 from tasks.judge.asking import try_judge
@@ -58,10 +58,6 @@ def _given_checks(config: PipelineConfig) -> list[Callable[[], object]]:
     return [partial(import_completions, config.completions, config.workspace)] if config.completions else []
 
 
-def _generation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, Trial]]:
-    return [] if _given(config) else [(config.generation, partial(_try_generation, config=config))]
-
-
 def _judge(judging: JudgingConfig) -> dict[str, object]:
     return {**judging.identity(), "rubric": digest(read_rubric(judging.rubric))}
 
@@ -106,10 +102,6 @@ def _evaluation(config: PipelineConfig) -> list[Any]:
     return [settings, samples, _judge(evaluation.comparison_judge())]
 
 
-def _sampler(generation: GenerationConfig) -> tuple[EndpointConfig, Trial]:
-    return generation, partial(try_sampler, generation=generation)
-
-
 async def _try_generation(endpoint: Endpoint, config: PipelineConfig) -> None:
     """Sample once, and see that the server turns prompts into the tokens that are trained on."""
     await try_sampler(endpoint, config.generation)
@@ -128,7 +120,8 @@ def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
 
 def _evaluation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, Trial]]:
     generation, judging = config.evaluation.generation, config.evaluation.comparison_judge()
-    return [*([_sampler(generation)] if generation else []), *_judges(judging)]
+    sampler = [(generation, partial(try_sampler, generation=generation))] if generation else []
+    return [*sampler, *_judges(judging)]
 
 
 STAGES = (
@@ -141,7 +134,9 @@ STAGES = (
         "generation",
         identity=lambda config: _given(config) or sampling_identity(config.generation),
         checks=_given_checks,
-        endpoints=_generation_endpoints,
+        endpoints=lambda config: (
+            [] if _given(config) else [(config.generation, partial(_try_generation, config=config))]
+        ),
     ),
     Stage(
         "judging",

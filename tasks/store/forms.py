@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Workspace
+from tasks.store.workspace import Row, Workspace
 
-Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
 ROLES = {
@@ -191,15 +190,13 @@ def to_prompt(row: Any) -> tuple[Row, str]:
             system = row.get("system") or row.get("system_prompt")
             if isinstance(system, str) and converted and converted[0]["role"] != "system":
                 converted = [{"role": "system", "content": system}, *converted]
-            return {**_without_empty_group(rest), "prompt": converted}, name
+            if rest.get("group") in (None, ""):
+                rest.pop("group", None)
+            return {**rest, "prompt": converted}, name
     if {"chosen", "rejected"} <= row.keys():  # pairs, of which only the prompt is wanted
         pair, form = to_pair(row)
         return {name: value for name, value in pair.items() if name not in ("chosen", "rejected")}, form
     raise WrongForm(f"no prompt in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
-
-
-def _without_empty_group(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "group" or value not in (None, "")}
 
 
 def _user(text: str) -> Messages:

@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
@@ -198,22 +198,13 @@ class GcsWorkspace(Workspace):
             blob.metadata = {"sha256": sha256}
             blob.upload_from_file(staged, rewind=True, size=size, checksum="crc32c", **POLICY)
 
-    def files(self, uri: str) -> list[Stat]:
-        return list(self._list(uri, delimiter="/")[0].values())
-
-    def folders(self, uri: str) -> Sequence[str]:
-        return self._list(uri, delimiter="/")[1]
-
-    def tree(self, uri: str) -> dict[str, Stat]:
-        return self._list(uri)[0]
-
-    def _list(self, uri: str, **options: str) -> tuple[dict[str, Stat], list[str]]:
-        """Return the objects below a prefix, by their names relative to it, and the prefixes."""
+    def _list(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
+        """As for any workspace: the objects below a prefix, and the prefixes."""
         with _object(uri) as (bucket, name):
-            prefix = f"{name}/" if name else ""
-            found = bucket.client.list_blobs(bucket, prefix=prefix, fields=LISTED, **options, **POLICY)
+            prefix, delimiter = f"{name}/" if name else "", None if deep else "/"
+            found = bucket.client.list_blobs(bucket, prefix=prefix, delimiter=delimiter, fields=LISTED, **POLICY)
             stats = {blob.name.removeprefix(prefix): _stat(uri, blob) for blob in found if blob.name[-1] != "/"}
-        return stats, sorted(folder.removeprefix(prefix).rstrip("/") for folder in found.prefixes)
+        return stats, [folder.removeprefix(prefix).rstrip("/") for folder in found.prefixes]
 
     def _remove(self, uri: str) -> None:
         with suppress(FileNotFoundError), _object(uri) as (bucket, name):
@@ -221,7 +212,7 @@ class GcsWorkspace(Workspace):
 
     def _remove_tree(self, uri: str) -> None:
         with ThreadPoolExecutor(PARALLEL_DELETES) as pool:
-            list(pool.map(self._remove, [stat.uri for stat in self.tree(uri).values()]))
+            list(pool.map(self._remove, [stat.uri for stat in self._list(uri, deep=True)[0].values()]))
 
     def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
         """Return the content and the object's generation, 0 where there is none."""
@@ -232,7 +223,9 @@ class GcsWorkspace(Workspace):
             return None, 0
         return out.getvalue(), generation
 
-    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Upload if the object has the generation `version`."""
+        self._guard()
         mark = uuid.uuid4().hex
         with _object(uri) as (bucket, name):
             blob = bucket.blob(name)

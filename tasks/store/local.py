@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
@@ -34,19 +34,15 @@ class LocalWorkspace(Workspace):
     def open(self, uri: str) -> IO[bytes]:
         return open(uri, "rb")
 
-    def files(self, uri: str) -> list[Stat]:
-        return [_stat(entry.path, entry.stat()) for entry in _scan(uri) if entry.is_file()]
-
-    def folders(self, uri: str) -> Sequence[str]:
-        return sorted(entry.name for entry in _scan(uri) if entry.is_dir())
-
-    def tree(self, uri: str) -> dict[str, Stat]:
-        """Return all files below a folder; one that goes meanwhile is left out."""
-        found = {}
-        for path in Path(uri).rglob("*"):
-            if (stat := self.stat(str(path))) is not None:
-                found[str(path.relative_to(uri))] = stat
-        return found
+    def _list(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
+        """As for any workspace; a file that goes meanwhile is left out."""
+        try:
+            paths = list(Path(uri).rglob("*") if deep else Path(uri).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return {}, []
+        stats = {str(path.relative_to(uri)): self.stat(str(path)) for path in paths}
+        files = {name: stat for name, stat in stats.items() if stat is not None}
+        return files, [] if deep else [path.name for path in paths if path.name not in files and path.is_dir()]
 
     @contextmanager
     def _stage(self, uri: str) -> Iterator[IO[bytes]]:
@@ -80,8 +76,9 @@ class LocalWorkspace(Workspace):
             return None, None
         return content, content
 
-    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
         """Compare and replace under a lock that dies with its process."""
+        self._guard()
         path = Path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
@@ -99,11 +96,3 @@ def _stat(uri: str, found: os.stat_result) -> Stat:
     settled = time.time() - found.st_ctime > SETTLED_SECONDS
     version = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns) if settled else None
     return Stat(uri, found.st_size, version=version)
-
-
-def _scan(uri: str) -> list["os.DirEntry[str]"]:
-    try:
-        with os.scandir(uri) as entries:
-            return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []

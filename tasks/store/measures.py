@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, model_validator
 
 from tasks.store.refs import Cost, EvaluationRef
 from tasks.store.workspace import Workspace
@@ -317,3 +317,25 @@ class Health(BaseModel, frozen=True):
     def ok(self) -> bool:
         """Whether every reading is in its range and nothing is warned of."""
         return not self.warnings and all(reading.ok for reading in self.readings)
+
+
+class ProbeText(BaseModel, frozen=True, extra="forbid"):
+    """Token ids, and the log-probs (nats) that training found for them from the second on."""
+
+    token_ids: list[int] = Field(min_length=2)
+    adapter: list[float]
+    sft: list[float]
+    base: list[float]
+
+    @model_validator(mode="after")
+    def _check(self) -> "ProbeText":
+        if not len(self.adapter) == len(self.sft) == len(self.base) == len(self.token_ids) - 1:
+            raise ValueError("as many log-probs as token ids after the first are needed")
+        return self
+
+
+class Probe(BaseModel, frozen=True, extra="forbid"):
+    """`probe.json`: how a finished adapter is known, by the trained one, the SFT adapter and the bare base."""
+
+    base_precision: str
+    texts: list[ProbeText] = Field(min_length=1)

@@ -8,7 +8,7 @@ from tasks.config.base import resolve_location
 from tasks.errors import PreflowError
 from tasks.store.forms import no_such_file
 from tasks.store.records import PromptRow, read_rows
-from tasks.store.workspace import DigestWriter, Manifest, Origin, PromptsRef, Workspace, digest, stage_key
+from tasks.store.workspace import MANIFEST, DigestWriter, Manifest, Origin, PromptsRef, Workspace, digest, stage_key
 
 VERSION = 2
 logger = logging.getLogger(__name__)
@@ -26,39 +26,42 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     Raises:
         PreflowError: a row is wrong (file, line, field), or no row is left.
     """
-    source = resolve_location(source)
-    origin, store = Workspace.holding(source), Workspace(workspace)
-    content = source_digest(source)
-    trained = store.sha256(exclude) if exclude else None
+    source, store = resolve_location(source), Workspace(workspace)
+    upstream = [Origin(kind="file", uri=source, sha256=source_digest(source))]
+    if exclude:
+        upstream.append(Origin(kind="preferences", uri=exclude, sha256=store.sha256(exclude)))
+    content, trained = upstream[0].sha256, upstream[1].sha256 if exclude else None
     key = stage_key("prompts", VERSION, source=content, limit=limit, exclude=trained)
     folder = store.uri("prompts", key)
-    manifest_uri = f"{folder}/manifest.json"
-    if known := store.find_finished(manifest_uri, PromptsRef):
+    if known := store.find_finished(f"{folder}/{MANIFEST}", PromptsRef):
         return known
     with store.writing(f"{folder}/prompts.jsonl") as out:
-        left_out = _read_trained(store, exclude)
-        counts = _copy_prompts(read_rows(PromptRow, source, origin), out, left_out, limit)
-        if not out.rows:
-            raise PreflowError(
-                f"{source}: no prompt is left to evaluate on: all {counts['read']} occur in training pairs. "
-                "Give held-out prompts with `eval_prompts`, or raise judging.val_ratio."
-            )
-        if counts.pop("groups") == 1 and out.rows > 1 and limit is None and exclude is None:
-            raise PreflowError(
-                f"{source}: all {out.rows} rows have the same `group`, so that none can be held out of the others' "
-                "training. Take the field out, or give the rows groups that differ."
-            )
-    artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
+        rows = read_rows(PromptRow, source, Workspace.holding(source))
+        counts = _copy_prompts(rows, out, _read_trained(store, exclude), limit)
+        _check_groups(source, counts.pop("groups"), out.rows, counts["read"], limit is None and exclude is None)
+    artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())
     logger.info("%s: %d prompts; of the rows %s", source, out.rows, counts)
-    upstream = [Origin(kind="file", uri=source, sha256=content)]
-    upstream += [Origin(kind="preferences", uri=exclude, sha256=trained)] if exclude and trained else []
     store.write_manifest(
         Manifest(
-            artifact=artifact, stage="prompts", version=VERSION, key=key, upstream=upstream,
+            artifact=artifact, stage="prompts", version=VERSION, key=key, upstream=tuple(upstream),
             files={"prompts.jsonl": out.file}, counts=counts,
         )
     )  # fmt: skip
     return artifact
+
+
+def _check_groups(source: str, groups: int, kept: int, read: int, is_whole: bool) -> None:
+    """Refuse prompts of which none is left, or which make up a whole file and are all of one group."""
+    if not kept:
+        raise PreflowError(
+            f"{source}: no prompt is left to evaluate on: all {read} occur in training pairs. "
+            "Give held-out prompts with `eval_prompts`, or raise judging.val_ratio."
+        )
+    if groups == 1 and kept > 1 and is_whole:
+        raise PreflowError(
+            f"{source}: all {kept} rows have the same `group`, so that none can be held out of the others' "
+            "training. Take the field out, or give the rows groups that differ."
+        )
 
 
 def count_shared(prompts: str, others: str, store: Workspace) -> int:
@@ -92,14 +95,13 @@ def split_prompts(prompts: PromptsRef, workspace: str, most: int, seed: int) -> 
 def _write_part(store: Workspace, prompts: PromptsRef, drawn: set[str], is_drawn: bool) -> PromptsRef:
     key = stage_key("prompts", VERSION, source=prompts.sha256, drawn=sorted(drawn), is_drawn=is_drawn)
     folder = store.uri("prompts", key)
-    manifest_uri = f"{folder}/manifest.json"
-    if known := store.find_finished(manifest_uri, PromptsRef):
+    if known := store.find_finished(f"{folder}/{MANIFEST}", PromptsRef):
         return known
     with store.writing(f"{folder}/prompts.jsonl") as out:
         for row in store.read_rows(prompts.uri):
             if ((row.get("group") or row["id"]) in drawn) == is_drawn:
                 out.write_row(row)
-    artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=manifest_uri, **out.facts())
+    artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())
     store.write_manifest(
         Manifest(
             artifact=artifact, stage="prompts", version=VERSION, key=key, files={"prompts.jsonl": out.file},

@@ -38,6 +38,7 @@ class Reference(Origin, extra="forbid"):
         return posixpath.join(self.folder, name)
 
 
+OriginT = TypeVar("OriginT", bound=Origin)
 RefT = TypeVar("RefT", bound=Reference)
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -163,7 +164,8 @@ class Cost(BaseModel, frozen=True, extra="forbid"):
     usd: float = Field(0.0, ge=0)
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
+        ours, theirs = self.__dict__, other.__dict__
+        return type(self)(**{name: value + theirs[name] for name, value in ours.items()})
 
 
 def canonical_json(value: object) -> bytes:
@@ -225,6 +227,22 @@ class Manifest(BaseModel, frozen=True):
     def settings(self, kind: type[ConfigT]) -> ConfigT:
         """Return `config` as the model that it was written from; fields that are no more are left out."""
         return kind.model_validate(self.config, extra="ignore")
+
+    def found_at(self, uri: str, now: str) -> Self:
+        """Return the manifest as found at `uri` in the workspace `now`, which may have been moved or copied since."""
+        name = uri.removeprefix(now)
+        said = self.artifact.manifest or uri
+        if said == uri or not said.endswith(name):
+            return self
+        before = said.removesuffix(name)
+
+        def moved(reference: OriginT) -> OriginT:
+            where = {"uri": reference.uri, "manifest": reference.manifest}
+            there = {field: at for field, at in where.items() if at and at.startswith(f"{before}/")}
+            return reference.model_copy(update={field: now + at.removeprefix(before) for field, at in there.items()})
+
+        upstream = tuple(moved(origin) for origin in self.upstream)
+        return self.model_copy(update={"artifact": moved(self.artifact), "upstream": upstream})
 
     def origin(self, kind: str) -> Origin | None:
         """Return the first of `upstream` that is of a kind."""

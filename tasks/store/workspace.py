@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Any, TypeAlias, TypedDict, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -52,6 +52,9 @@ PROBED_SECONDS = 300.0
 COMMITTED = "COMMITTED.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 logger = logging.getLogger(__name__)
+ModelT = TypeVar("ModelT", bound=BaseModel)
+# A row of a JSONL file as it stands there.
+Row: TypeAlias = dict[str, Any]
 _writable_until: dict[str, float] = {}
 
 
@@ -124,16 +127,11 @@ class Workspace:
         """Open a whole file for reading from its start to its end."""
         raise NotImplementedError
 
-    def files(self, uri: str) -> list[Stat]:
-        """Return the files directly below a folder; an absent one has none."""
-        raise NotImplementedError
+    def _list(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
+        """Return the files below a folder by their name relative to it, and the folders' names; of an absent one none.
 
-    def folders(self, uri: str) -> Sequence[str]:
-        """Return the names of the folders directly below a folder, sorted; an absent one has none."""
-        raise NotImplementedError
-
-    def tree(self, uri: str) -> dict[str, Stat]:
-        """Return all files below a folder by their name relative to it."""
+        `deep`: all files below it, and no folders; else what is directly below it.
+        """
         raise NotImplementedError
 
     def _stage(self, uri: str) -> AbstractContextManager[IO[bytes]]:
@@ -156,16 +154,14 @@ class Workspace:
         """Return a file's content (None where there is none) and its version, for `swap`."""
         raise NotImplementedError
 
-    def _swap(self, uri: str, content: bytes, version: object) -> object | None:
-        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not.
+
+        It asks the guard first.
+        """
         raise NotImplementedError
 
     # ---- what is made of it
-
-    def swap(self, uri: str, content: bytes, version: object) -> object | None:
-        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
-        self._guard()
-        return self._swap(uri, content, version)
 
     def check_writable(self) -> None:
         """Write, read back and delete a probe file; a bucket that was found writable is asked again after minutes only.
@@ -211,6 +207,16 @@ class Workspace:
             PreflowError: the file does not hold JSON.
         """
         return _parse_json(uri, self.read_bytes(uri))
+
+    def read_kept(self, uri: str, kind: type[ModelT]) -> ModelT | None:
+        """Return what was kept in a JSON file; None where there is none, or one of another version."""
+        if not self.exists(uri):
+            return None
+        try:
+            return kind.model_validate(self.read_json(uri))
+        except ValidationError:
+            logger.warning("%s was written by another version of preflow: what it names is looked up again", uri)
+            return None
 
     def write_bytes(self, uri: str, content: bytes) -> None:
         """Write a whole file, or leave what was there untouched."""
@@ -275,7 +281,11 @@ class Workspace:
 
     def list(self, uri: str) -> list[str]:
         """Return the uris of the files directly below `uri`, sorted; an absent folder has none."""
-        return sorted(stat.uri for stat in self.files(uri))
+        return sorted(stat.uri for stat in self._list(uri)[0].values())
+
+    def folders(self, uri: str) -> Sequence[str]:
+        """Return the names of the folders directly below a folder, sorted; an absent one has none."""
+        return sorted(self._list(uri)[1])
 
     def delete(self, uri: str) -> None:
         """Delete a file if it is there."""
@@ -304,8 +314,8 @@ class Workspace:
 
     def digests(self, uri: str, endings: tuple[str, ...]) -> dict[str, str]:
         """Return name and sha256 of the files directly below `uri` whose names end with one of `endings`."""
-        stats = [stat for stat in self.files(uri) if stat.uri.endswith(endings)]
-        return {posixpath.basename(stat.uri): self._sha256_of(stat) for stat in stats}
+        files, _ = self._list(uri)
+        return {name: self._sha256_of(stat) for name, stat in files.items() if name.endswith(endings)}
 
     def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] | None = None) -> str:
         """Copy a local folder to `uri`: the files first, `COMMITTED.json` (sizes, sha256, and what is `extra`) last.
@@ -361,7 +371,7 @@ class Workspace:
 
     def _problems(self, uri: str, files: Mapping[str, FileFacts]) -> Iterator[str]:
         """Yield which of a folder's files are not as they should be."""
-        there = self.tree(uri)
+        there, _ = self._list(uri, deep=True)
         for name, facts in files.items():
             if name not in there:
                 yield f"{uri}/{name}: missing"
@@ -397,7 +407,7 @@ class Workspace:
         uri = of if isinstance(of, str) else of.manifest
         try:
             if uri is not None:
-                return Manifest.model_validate(self.read_json(uri))
+                return Manifest.model_validate(self.read_json(uri)).found_at(uri, self.root)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise PreflowError(f"{uri}: missing; run the stage that makes it") from error
         except ValidationError as error:
@@ -408,7 +418,7 @@ class Workspace:
             ) from error
         raise PreflowError(f"{of}: names no manifest, so nothing tells what it was made from")
 
-    def read_rows(self, uri: str) -> Iterator[dict[str, Any]]:
+    def read_rows(self, uri: str) -> Iterator[Row]:
         """Yield the rows of a JSONL file that preflow wrote, one at a time."""
         return (json.loads(line) for line in self.lines(uri))
 

@@ -35,7 +35,7 @@ from tasks.store.workspace import (
     digest,
 )
 from tasks.sweep.points import Point
-from tasks.train.launch import training_key
+from tasks.train.launch import find_adapter, training_key
 
 TRAINING = "train"
 
@@ -278,7 +278,7 @@ class _Planner:
             key = digest([judged, paired, training.identity(), training.sft_adapter, training.base_model])
         else:
             key = training_key(preferences, training)
-            adapter = self._store.find_finished(self._store.uri("training", key, MANIFEST), AdapterRef)
+            adapter = find_adapter(self._store, key)
         who = config.training_deployment or "this machine"
         work = self._open(f"{TRAINING} {key}", number, TRAINING, who, adapter is not None)
         if work and not adapter:

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from tasks.batch.costs import format_seconds, format_usd
+from tasks.batch.costs import add_up, format_seconds, format_usd
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
-from tasks.report.run import add_up, gather_manifests, has_prices, publish, run_sections
+from tasks.report.run import gather_manifests, has_prices, publish, run_sections
 from tasks.report.sections import NULL, cost_section, lineage_section
 from tasks.store.measures import WinRate, percent
 from tasks.store.workspace import Workspace
@@ -57,7 +57,7 @@ def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, d
             ),
             Table("Points", ("point", "change"), tuple((point.number, point.name) for point in points)),
         ),
-        blocks=(("How this is estimated", HOW_ESTIMATED.format(rate=sweep.pairs_per_second)),),
+        notes=(HOW_ESTIMATED.format(rate=sweep.pairs_per_second),),
     )
 
 
@@ -85,7 +85,7 @@ def plan_lines(plan: SweepPlan) -> Iterator[str]:
             price = format_price(work.usd) + (" US$" if work.usd is not None else "")
             yield f"  {work.stage} ({work.who}{points}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
         elif work.gpu_minutes:
-            by = "as measured here" if work.is_measured else "on an L4"
+            by = "as measured here" if work.is_measured else "on an L4; not measured here yet"
             yield f"  {work.stage} ({work.who}{points}): about {format_seconds(60 * work.gpu_minutes)} {by}"
     yield f"cost: {money_text(plan)}"
 

@@ -47,15 +47,11 @@ class Points(BaseModel, frozen=True):
 
 def name_change(change: Change, is_checked: bool = True) -> str:
     """Return a change as text; before it is checked, without what could be a key that stands where a name belongs."""
-    shown = (
-        f"{name}={_short(value) if is_checked or _is_harmless(name, value) else '...'}"
-        for name, value in change.items()
-    )
+    shown = []
+    for name, value in change.items():
+        is_harmless = is_checked or not (name.endswith("api_key") or isinstance(value, dict | list))
+        shown.append(f"{name}={_short(value) if is_harmless else '...'}")
     return ", ".join(shown) or "unchanged"
-
-
-def _is_harmless(name: str, value: Any) -> bool:
-    return not name.endswith("api_key") and not isinstance(value, dict | list)
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
-from tasks.run.preflight import Model, check_inputs, check_services
+from tasks.run.preflight import Asked, check_inputs, check_services
 from tasks.store.workspace import Workspace, digest, server_path
 from tasks.sweep.estimate import SweepPlan
 from tasks.sweep.points import Point, Points, drop_equal, expand_points
@@ -59,32 +59,17 @@ async def find_unready(points: Sequence[Point], plan: SweepPlan) -> dict[int, Pr
         PreflowError: no point can run.
     """
     unfinished = plan.points(unfinished=True)
-    answered: set[Model] = set()
-    found: dict[str, PreflowError | None] = {}
+    asked: Asked = {}
     unready: dict[int, PreflowError] = {}
     for point in points:
-        if point.number not in unfinished:
-            continue
-        who = _services(point.config)
-        if who not in found:
+        if point.number in unfinished:
             try:
-                await check_services(point.config, answered)
-                found[who] = None
-            except PreflowError as failure:
-                found[who] = failure
-        if error := found[who]:
-            unready[point.number] = error
+                await check_services(point.config, asked)
+            except PreflowError as error:
+                unready[point.number] = error
     if unready and len(unready) == len(points):
         raise next(iter(unready.values()))
     return unready
-
-
-def _services(config: PipelineConfig) -> str:
-    names = {"endpoint", "model", "api_key"}
-    judges = [*config.judging.judges(), *config.evaluation.comparison_judge().judges()]
-    samplers = [config.generation, *filter(None, [config.evaluation.generation])]
-    asked = [settings.model_dump(include=names) for settings in (*samplers, *judges)]
-    return digest([config.training_deployment, asked])
 
 
 def trainings_at_once(points: Sequence[Point], sweep: SweepConfig) -> int:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import length_controlled, read_comparison, win_rate
@@ -149,15 +149,8 @@ def sweep_folder(workspace: str, key: str) -> str:
 def find_sweep(points: Sequence[Point]) -> SweepResult | None:
     """Return the result of an equal sweep, if all its points finished and everything they made is still intact."""
     store = Workspace(points[0].config.workspace)
-    uri = f"{sweep_folder(store.root, sweep_key(points))}/result.json"
-    if not store.exists(uri):
-        return None
-    try:
-        result = SweepResult.model_validate(store.read_json(uri))
-    except ValidationError:
-        logger.warning("%s was written by another version of preflow: the points are looked up again", uri)
-        return None
-    if result.failed():
+    result = store.read_kept(f"{sweep_folder(store.root, sweep_key(points))}/result.json", SweepResult)
+    if result is None or result.failed():
         return None
     made = [ref for point in result.points if point.made for ref in point.made.references()]
     return result if all(store.is_intact(ref) for ref in dict.fromkeys(made)) else None

@@ -96,7 +96,9 @@ def _readings(run: Run, first: Row, last: Row) -> list[Metric]:
                 f"{rejected / beta:+.2f} nats against the reference"),
     ]  # fmt: skip
     if run.is_evaluated:
-        readings.append(_loss_reading(run, first["loss"], last["loss"]))
+        loss, start = last["loss"], loss_at_margin_zero(run.training)
+        falls = loss <= first["loss"] or (run.training.sft_weight == 0 and loss < start)
+        readings.append(_reading("eval_loss", loss, "falling", falls, f"{first['loss']:.4f} at the first evaluation"))
     if moved is not None:
         readings.append(
             _reading("weights/moved", moved, f"> {MOVED}", moved > MOVED,
@@ -115,12 +117,6 @@ def _accuracy_meaning(run: Run, accuracy: float) -> str:
     if accuracy <= LEARNING:
         return "not learning"
     return "strong" if accuracy > STRONG else "learning"
-
-
-def _loss_reading(run: Run, first: float, last: float) -> Metric:
-    start = loss_at_margin_zero(run.training)
-    falls = last <= first or (run.training.sft_weight == 0 and last < start)
-    return _reading("eval_loss", last, "falling", falls, f"{first:.4f} at the first evaluation")
 
 
 def _warnings(run: Run, judged: Sequence[Row]) -> list[str]:

@@ -71,7 +71,7 @@ class AdapterFiles:
     """An adapter folder's configuration and header."""
 
     uri: str
-    config: dict[str, Any]
+    config: Mapping[str, Any]
 
     @classmethod
     def read(cls, uri: str) -> "AdapterFiles":

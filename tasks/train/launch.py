@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
@@ -23,7 +22,7 @@ from tasks.llm.chat_template import choose_template, template_of, tokenizer_dige
 from tasks.store.workspace import DISK_FULL, MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
 from tasks.train.inputs import AdapterFiles, BaseFiles
 from tasks.train.phases import Phases
-from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingPaths, TrainingSpec
+from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingSpec
 
 LOG = logging.getLogger(__name__)
 
@@ -38,13 +37,14 @@ class Preempted(Exception):
 
 def training_key(preferences: PreferencesRef, training: TrainingConfig) -> str:
     """Return the digest of what determines the adapter; it names the training's folder."""
-    training = with_measured_smoothing(preferences, training)
+    training, val = with_measured_smoothing(preferences, training), preferences.sibling("val.jsonl")
+    store = Workspace.holding(val)
     return digest(
         {
             "stage": "training",
             "version": STAGE_VERSION,
             "train": preferences.sha256,
-            "val": _val_digest(preferences),
+            "val": store.sha256(val) if store.exists(val) else None,
             "sft_adapter": folder_digest(training.sft_adapter),
             "base": base_digest(training),
             "tokens": token_identity(training),
@@ -53,7 +53,7 @@ def training_key(preferences: PreferencesRef, training: TrainingConfig) -> str:
     )
 
 
-def token_identity(training: TrainingConfig) -> dict[str, Any]:
+def token_identity(training: TrainingConfig) -> dict[str, object]:
     """Return what decides how pairs become tokens: chat template and tokenizer; a hub's are known by its revision."""
     base = training.base_model if Path(training.base_model).expanduser().is_dir() else None
     template = choose_template(training, training.sft_adapter, base)
@@ -107,12 +107,6 @@ def base_digest(training: TrainingConfig) -> str:
         return folder_digest(str(base))
 
 
-def _val_digest(preferences: PreferencesRef) -> str | None:
-    uri = preferences.sibling("val.jsonl")
-    store = Workspace.holding(uri)
-    return store.sha256(uri) if store.exists(uri) else None
-
-
 def check_training_inputs(training: TrainingConfig, trains_here: bool = True) -> None:
     """Check adapter, base and tokenizer by what can be seen without weights, before anything is spent.
 
@@ -157,6 +151,11 @@ def _find_base(training: TrainingConfig, trains_here: bool) -> BaseFiles | None:
         return None
 
 
+def find_adapter(store: Workspace, key: str) -> AdapterRef | None:
+    """Return the adapter of a training, if it is finished."""
+    return store.find_finished(store.uri("training", key, MANIFEST), AdapterRef)
+
+
 def run_training(
     preferences: PreferencesRef,
     workspace: str,
@@ -173,11 +172,8 @@ def run_training(
         Preempted: the trainer was told to stop and saved; run again.
         BaseException: whatever interrupted this process; the child has been stopped, in time to save.
     """
-    training = with_measured_smoothing(preferences, training)
-    store = Workspace(workspace)
-    paths = TrainingPaths.of(store.root, key)
-    finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
-    if finished is not None:
+    training, store = with_measured_smoothing(preferences, training), Workspace(workspace)
+    if finished := find_adapter(store, key):
         return finished
     spec = TrainingSpec(
         preferences=preferences, workspace=store.root, training=training, key=key,
@@ -185,7 +181,7 @@ def run_training(
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="preflow-worker-", ignore_cleanup_errors=True) as folder:
         files = Path(folder)
-        log = Path(paths.file("train.log")) if store.is_local else files.with_suffix(".log")
+        log = Path(store.uri("training", key, "train.log")) if store.is_local else files.with_suffix(".log")
         try:
             (files / "spec.json").write_text(spec.model_dump_json())
             code = _supervise(_command(files, training), log, files, training, on_progress)
@@ -195,10 +191,9 @@ def run_training(
                 raise
             where = f"{tempfile.gettempdir()} (TMPDIR) or the workspace"
             raise DiskFullError(f"the disk is full ({error}): make room in {where}; run again") from error
-    finished = store.find_finished(paths.file(MANIFEST), AdapterRef)
-    if finished is None:
-        raise PreflowError(f"training ended without an adapter; see {log}")
-    return finished
+    if finished := find_adapter(store, key):
+        return finished
+    raise PreflowError(f"training ended without an adapter; see {log}")
 
 
 def _command(files: Path, training: TrainingConfig) -> list[str]:

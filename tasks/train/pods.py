@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 from aiohttp import ClientError
@@ -19,6 +19,8 @@ from prefect_kubernetes.diagnostics import diagnose_k8s_pod
 from tasks.errors import PreflowError
 
 logger = logging.getLogger(__name__)
+# A Job, a pod or an event, as the Kubernetes API writes it.
+Item: TypeAlias = dict[str, Any]
 
 QUIET_SECONDS, LOOK_SECONDS = 300.0, 60.0
 # A pod that is told to go is gone after its grace, and a little for its volumes.
@@ -47,9 +49,9 @@ REPLACEMENT = "Kubernetes waits 10 s before the first replacement of a pod, and 
 class Sight:
     """What the Kubernetes API shows of a flow run, as the API writes it."""
 
-    jobs: Sequence[dict[str, Any]]
-    pods: Sequence[dict[str, Any]]
-    events: Sequence[dict[str, Any]]
+    jobs: Sequence[Item]
+    pods: Sequence[Item]
+    events: Sequence[Item]
 
     def explain(self, now: datetime) -> list[str]:
         """Return what a training that is not heard of waits for."""
@@ -61,7 +63,7 @@ class Sight:
             said += [*self._events_of(self.jobs[-1]), *self._last_end(), REPLACEMENT]
         return said + [remedy for pattern, remedy in REMEDIES if re.search(pattern, " ".join(said), re.IGNORECASE)]
 
-    def _explain(self, pod: dict[str, Any], now: datetime) -> Iterator[str]:
+    def _explain(self, pod: Item, now: datetime) -> Iterator[str]:
         name, node = pod["metadata"]["name"], pod["spec"].get("nodeName")
         leaving = pod["metadata"].get("deletionTimestamp")
         if leaving is not None and (now - datetime.fromisoformat(leaving)).total_seconds() > LATE_SECONDS:
@@ -86,10 +88,11 @@ class Sight:
                 f"the node may be lost, which Kubernetes notices after about five minutes. See kubectl logs {name}."
             )
 
-    def _events_of(self, item: dict[str, Any]) -> Iterator[str]:
+    def _events_of(self, item: Item) -> Iterator[str]:
         """Yield the newest message of each reason that is no good news."""
         newest: dict[str, str] = {}
-        for event in sorted(self.events, key=_time_of):
+        dated = sorted(self.events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+        for event in dated:
             about = event.get("involvedObject", {}).get("uid") == item["metadata"]["uid"]
             if about and (
                 event.get("type") == "Warning" or event.get("reason") in ("NotTriggerScaleUp", "TriggeredScaleUp")
@@ -112,10 +115,6 @@ class Sight:
                 yield f"Pod {name} was preempted ({lost[0].get('reason')}); that uses up no retry."
             elif ends:
                 yield f"Pod {name} ended with exit code {ends[0].get('exitCode')}; its log is the run's."
-
-
-def _time_of(event: dict[str, Any]) -> str:
-    return str(event.get("lastTimestamp") or event.get("eventTime") or "")
 
 
 async def cluster_settings() -> kubernetes.Configuration:

@@ -1,9 +1,9 @@
-"""What the training child is told, and where its artifacts lie; no torch here."""
+"""What the training child is told, and what it tells; no torch here."""
 
 import os
-import posixpath
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
@@ -11,6 +11,8 @@ from tasks.config import TrainingConfig
 from tasks.store.workspace import PreferencesRef
 
 STAGE_VERSION = 2
+# A row of metrics.jsonl: the step and epoch, and what TRL logs, by its names.
+MetricsRow: TypeAlias = dict[str, Any]
 
 
 class ExitCode(IntEnum):
@@ -42,41 +44,6 @@ class TrainingSpec(BaseModel, frozen=True, extra="forbid"):
     key: str
     sft_sha256: str
     base_sha256: str
-
-
-@dataclass(frozen=True)
-class TrainingPaths:
-    """The uris of one training's artifacts."""
-
-    folder: str
-
-    @classmethod
-    def of(cls, root: str, key: str) -> "TrainingPaths":
-        """Return the paths of training `key` in the workspace at `root`."""
-        return cls(posixpath.join(root, "training", key))
-
-    @property
-    def checkpoints(self) -> str:
-        """Folder of `step-000050/` and the like."""
-        return posixpath.join(self.folder, "checkpoints")
-
-    @property
-    def adapter(self) -> str:
-        """Folder of the finished adapter."""
-        return posixpath.join(self.folder, "adapter")
-
-    @property
-    def lease(self) -> str:
-        """File that says who trains."""
-        return posixpath.join(self.folder, "lease.json")
-
-    def at(self, step: int) -> "TrainingPaths":
-        """Return the paths of the adapter that is kept of a step before the last."""
-        return TrainingPaths(posixpath.join(self.folder, f"step-{step:06d}"))
-
-    def file(self, name: str) -> str:
-        """Return the uri of a file directly in the training's folder."""
-        return posixpath.join(self.folder, name)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tasks.report.render import render_markdown
 from tasks.report.sections import live_section
 from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace
 from tasks.train.launch import check_training_inputs, run_training, training_key
-from tasks.train.spec import Progress, TrainingPaths
+from tasks.train.spec import Progress
 
 logger = logging.getLogger(__name__)
 LIVE_KEY = "training-live"
@@ -53,9 +53,9 @@ async def train_adapter(preferences: PreferencesRef, workspace: str, training: T
 
 
 @task(name="train-adapter", retries=3, retry_delay_seconds=10, retry_condition_fn=is_worth_retrying)
-def dpo_training(preferences: PreferencesRef, workspace: str, training: TrainingConfig, key: str) -> dict[str, Any]:
+def dpo_training(preferences: PreferencesRef, workspace: str, training: TrainingConfig, key: str) -> dict[str, object]:
     """Run the trainer in a child process until it has finished; a preempted one goes on from its last checkpoint."""
-    view = TrainingView(TrainingPaths.of(Workspace(workspace).root, key).file("metrics.jsonl"))
+    view = TrainingView(Workspace(workspace).uri("training", key, "metrics.jsonl"))
     with _ctrl_c_at_once():
         adapter = run_training(preferences, workspace, training, key, view.show)
     view.finish()

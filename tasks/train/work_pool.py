@@ -1,4 +1,4 @@
-"""Training on a work pool, as a run of a deployment: started once, found again, rescheduled, followed to its end."""
+"""Training on a work pool, as a run of a deployment: started once, found again, followed to its end."""
 
 import asyncio
 import logging
@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from typing import Any, TypeVar
 from uuid import UUID
@@ -20,18 +19,17 @@ from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run as this_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import AwaitingRetry, Cancelling, Crashed
+from prefect.states import Cancelling, Crashed
 from prefect.utilities.urls import url_for
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_fixed
 
 from tasks.batch.caching import mark_used
 from tasks.config import PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
-from tasks.store.workspace import MANIFEST, AdapterRef, PreferencesRef, Workspace, digest
+from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace, digest
 from tasks.train.deployment import FLOW
-from tasks.train.launch import training_key
+from tasks.train.launch import find_adapter, training_key
 from tasks.train.pods import PodWatch
-from tasks.train.spec import TrainingPaths
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,9 +37,7 @@ T = TypeVar("T")
 POLL_SECONDS = 5.0
 OUTAGE_SECONDS = 5.0
 SILENT_SECONDS, SILENT_LEASES = 600.0, 10
-# A process worker reports a killed process twice, the second time after its hooks have run, some 10 to 25 s later; a
-# run that was executed again by then would be marked as crashed while it runs. And it starts runs 10 s early.
-FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 45.0, 300.0
+FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 15.0, 300.0
 
 
 async def train_on_pool(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:
@@ -55,14 +51,24 @@ async def train_on_pool(preferences: PreferencesRef, config: PipelineConfig) -> 
 
 
 async def obtain_adapter(order: "TrainingOrder") -> AdapterRef:
-    """As `train_on_pool`, for an order."""
-    adapter = order.find_adapter()
-    if adapter is not None:
+    """As `train_on_pool`, for an order. A run that crashed is followed by another one, from the last checkpoint."""
+    if adapter := order.find_adapter():
         logger.info("the adapter is finished: %s asks nobody", order.deployment)
         return adapter
-    run = await retry_while_api_is_down(order.start_or_join)
-    with _cancelled_together(run):
-        return await _follow(run, order)
+    crashes = 0
+    while True:
+        run = await retry_while_api_is_down(order.start_or_join)
+        with _cancelled_together(run):
+            run = await _follow(run, order)
+        if adapter := order.find_adapter():
+            return adapter
+        crashes += 1
+        if not _state(run).is_crashed() or crashes > order.max_restarts:
+            raise PreflowError(_what_happened(run, order, crashes))
+        delay = min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2 ** (crashes - 1))
+        why = _state(run).message
+        logger.warning("the training crashed (%s); restart %d of %d in %.0f s", why, crashes, order.max_restarts, delay)
+        await asyncio.sleep(delay)
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,7 @@ class TrainingOrder:
 
     def find_adapter(self) -> AdapterRef | None:
         """Return the adapter from the workspace, if it is finished; what a run returned is never read."""
-        store = Workspace(self.workspace)
-        return store.find_finished(store.uri("training", self.key, MANIFEST), AdapterRef)
+        return find_adapter(Workspace(self.workspace), self.key)
 
     def attempt_key(self, attempt: int) -> str:
         """Return the idempotency key under which everybody finds the same run."""
@@ -103,32 +108,22 @@ class TrainingOrder:
         who ask at the same moment ask for the same attempt, and so get the same run.
         """
         runs = await self.runs()
-        if not runs or await self._is_over(runs[-1]):
+        if not runs or (state := _state(runs[-1])).is_final() or state.is_cancelling():
             return await self._start(len(runs))
-        logger.info("joining the training run %r, which is %s", runs[-1].name, _state(runs[-1]).name)
+        logger.info("joining the training run %r, which is %s", runs[-1].name, state.name)
         return runs[-1]
 
     async def runs(self) -> list[FlowRun]:
         """Return the runs of all attempts so far, the newest last."""
-        found: list[FlowRun] = []
-        while (run := await self._find(len(found))) is not None:
-            found.append(run)
-        return found
-
-    async def _find(self, attempt: int) -> FlowRun | None:
-        key = FlowRunFilterIdempotencyKey(any_=[self.attempt_key(attempt)])
+        found, flow = list[FlowRun](), FlowFilter(name=FlowFilterName(any_=[FLOW]))
         async with get_client() as client:
-            runs = await client.read_flow_runs(
-                flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
-                flow_run_filter=FlowRunFilter(idempotency_key=key),
-            )
-        return runs[0] if runs else None
-
-    async def _is_over(self, run: FlowRun) -> bool:
-        state = _state(run)
-        if state.is_crashed():
-            return await count_crashes(run) > self.max_restarts
-        return state.is_final() or state.is_cancelling()
+            while True:
+                key = FlowRunFilterIdempotencyKey(any_=[self.attempt_key(len(found))])
+                wanted = FlowRunFilter(idempotency_key=key)
+                run = await client.read_flow_runs(flow_filter=flow, flow_run_filter=wanted, limit=1)
+                if not run:
+                    return found
+                found += run
 
     async def _start(self, attempt: int) -> FlowRun:
         parameters = {
@@ -148,17 +143,6 @@ def _state(run: FlowRun) -> State[Any]:
     if run.state is None:
         raise RuntimeError(f"the Prefect server shows flow run {run.id} without a state")
     return run.state
-
-
-async def count_crashes(run: FlowRun) -> int:
-    """Return how many executions of a run have crashed; the server remembers, whatever became of this process."""
-    async with get_client() as client:
-        states = await client.read_flow_run_states(run.id)
-    crashes, executed = 0, False
-    for state in sorted(states, key=lambda state: state.timestamp):
-        crashes += state.is_crashed() and executed
-        executed = state.is_running() or state.is_pending() or (executed and not state.is_crashed())
-    return crashes
 
 
 async def retry_while_api_is_down(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
@@ -187,8 +171,8 @@ def _is_outage(error: BaseException) -> bool:
     )
 
 
-async def _follow(run: FlowRun, order: TrainingOrder) -> AdapterRef:
-    """Wait until the adapter is there; link to the run, which shows its progress, and log its states."""
+async def _follow(run: FlowRun, order: TrainingOrder) -> FlowRun:
+    """Wait until a run is over, and return it; link to it, for it shows its progress, and log its states."""
     if (address := url_for(run)) is not None:
         about = f"The training, on {order.deployment}."
         await retry_while_api_is_down(partial(acreate_link_artifact, address, link_text=run.name, description=about))
@@ -197,19 +181,17 @@ async def _follow(run: FlowRun, order: TrainingOrder) -> AdapterRef:
     said: UUID | None = None
     while True:
         run = await retry_while_api_is_down(_read, run.id)
-        if _state(run).id != said:
-            said = _state(run).id
-            logger.info("%s, run %r: %s", order.deployment, run.name, _describe(_state(run)))
-        quiet = heartbeat.quiet_seconds(_state(run))
-        if pods is not None and not _state(run).is_final():
+        state = _state(run)
+        if state.id != said:
+            said = state.id
+            logger.info("%s, run %r: %s", order.deployment, run.name, _describe(state))
+        if state.is_final():
+            return run
+        quiet = heartbeat.quiet_seconds(state)
+        if pods is not None:
             await pods.say(quiet)
-        if pool is not None and pool.type == "process" and _state(run).is_running() and quiet > heartbeat.limit:
+        if pool is not None and pool.type == "process" and state.is_running() and quiet > heartbeat.limit:
             await retry_while_api_is_down(_mark_crashed, run)
-        elif _state(run).is_final():
-            adapter = order.find_adapter()
-            if adapter is not None:
-                return adapter
-            await retry_while_api_is_down(_reschedule, run, order)
         await asyncio.sleep(POLL_SECONDS)
 
 
@@ -233,7 +215,7 @@ class _HeartbeatMonitor:
 
     def __init__(self, order: TrainingOrder) -> None:
         self._store = Workspace(order.workspace)
-        self._lease = TrainingPaths.of(self._store.root, order.key).lease
+        self._lease = self._store.uri("training", order.key, "lease.json")
         self.limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
         self._seen: object = None
         self._since = time.monotonic()
@@ -263,29 +245,11 @@ async def _mark_crashed(run: FlowRun) -> None:
         await client.set_flow_run_state(run.id, Crashed(message=reason))
 
 
-async def _reschedule(run: FlowRun, order: TrainingOrder) -> None:
-    """Have a crashed run executed again, from its last checkpoint; another end, or one crash too many, is an error."""
-    state = _state(run)
-    crashes = max(1, await count_crashes(run)) if state.is_crashed() else 0
-    if not 0 < crashes <= order.max_restarts:
-        raise PreflowError(_what_happened(run, order, crashes))
-    delay = min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2 ** (crashes - 1))
-    logger.warning(
-        "the training crashed (%s); restart %d of %d in %.0f s", state.message, crashes, order.max_restarts, delay
-    )
-    when = datetime.now(UTC) + timedelta(seconds=delay)
-    reason = f"Restart {crashes} of {order.max_restarts}, asked for by the run that waits for the adapter."
-    async with get_client() as client:
-        # Somebody else who waits may have been quicker: only the crash that was seen is answered.
-        if _state(await client.read_flow_run(run.id)).id == state.id:
-            await client.set_flow_run_state(run.id, AwaitingRetry(scheduled_time=when, message=reason))
-
-
 def _what_happened(run: FlowRun, order: TrainingOrder, crashes: int) -> str:
     state = _state(run)
     where = f"Its run is {url_for(run) or run.id}"
-    log = TrainingPaths.of(order.workspace, order.key).file("train.log")
-    if Workspace(order.workspace).exists(log):
+    store = Workspace(order.workspace)
+    if store.exists(log := store.uri("training", order.key, "train.log")):
         where += f" and its log {log}"
     again = "run again: what it had saved is kept, and a new training run goes on from there"
     if state.is_completed():

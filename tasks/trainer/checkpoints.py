@@ -12,7 +12,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,8 @@ BEING_WRITTEN = ".writing-"
 STATE = "state.json"
 POLICY = "policy.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+# What of a trainer is no tensor, as JSON: see `trainer.ExactTrainer._capture`.
+State: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Checkpoint:
     step: int
     policy: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
-    state: dict[str, Any]
+    state: State
 
     def write(self, folder: Path) -> None:
         """Write the files into a local folder."""

@@ -32,14 +32,6 @@ class Holder:
     released: bool = False
 
 
-def _parse(content: bytes) -> Holder | None:
-    try:
-        return Holder(**json.loads(content))
-    except (ValueError, TypeError):
-        LOG.warning("the lease file is damaged and counts as free: %r", content[:80])
-        return None
-
-
 def this_process() -> str:
     """Name this process so that another one on the same machine can see whether it still lives; '' where it cannot."""
     return _process_name(os.getpid())
@@ -101,7 +93,8 @@ class Lease:
             now = time.monotonic()
             if holder is not None and (holder.owner, holder.beat) != seen:
                 seen, since = (holder.owner, holder.beat), now
-            if self._is_free(holder, now - since) and self._take(holder, version):
+            is_free = holder is None or holder.released or is_dead(holder.process) or now - since >= self._seconds
+            if is_free and self._take(holder, version):
                 return
             if holder is not None and now >= told:
                 waiting(f"another trainer holds the lease (token {holder.token}); waiting for it to finish or die")
@@ -111,14 +104,15 @@ class Lease:
     def _read(self) -> tuple[Holder | None, object]:
         """Return the holder and the file's version; a torn file counts as free."""
         content, version = self._store.read_versioned(self._uri)
-        return None if content is None else _parse(content), version
+        try:
+            return None if content is None else Holder(**json.loads(content)), version
+        except (ValueError, TypeError):
+            LOG.warning("the lease file is damaged and counts as free: %r", (content or b"")[:80])
+            return None, version
 
     def _swap(self, version: object, holder: Holder) -> object | None:
         """Replace the file if it still has `version`; return the new version, or None if it had not."""
         return self._store.swap(self._uri, json.dumps(asdict(holder)).encode(), version)
-
-    def _is_free(self, holder: Holder | None, silent: float) -> bool:
-        return holder is None or holder.released or is_dead(holder.process) or silent >= self._seconds
 
     def _take(self, holder: Holder | None, version: object) -> bool:
         mine = replace(self._mine, token=holder.token + 1 if holder else 1)

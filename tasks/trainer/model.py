@@ -24,17 +24,16 @@ from trl.trainer.utils import use_adapter
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
+from tasks.llm.chat_template import TOKENIZER
+from tasks.llm.choose_template import JINJA
+from tasks.store.measures import Probe, ProbeText
+from tasks.train.inputs import ADAPTER_WEIGHTS
 from tasks.trainer.checkpoints import os_error
 from tasks.trainer.data import TokenPair
 
 LOG = logging.getLogger(__name__)
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
 # What older models keep among their weights and newer code computes: masks and positions.
 BUFFERS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.inv_freq$|\.position_ids$")
 
@@ -87,7 +86,7 @@ def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase 
         names = {file.name for file in Path(source).iterdir()} if Path(source).is_dir() else {"on the hub"}
         if "config.json" in names:
             _config_of(source, revision)  # read for the tokenizer too: where it is wrong, it is what must be named
-        if names & {*TOKENIZER_FILES, "on the hub"} - {"chat_template.jinja"}:
+        if names & {*TOKENIZER, "on the hub"}:
             raise PreflowError(
                 f"the tokenizer of {source} cannot be read ({_cause(error)}). Install the package that it needs "
                 "(sentencepiece, tiktoken), or save it again with tokenizer.save_pretrained(folder)."
@@ -325,7 +324,7 @@ def save_adapter(model: Any, sft: Path, folder: Path) -> None:
     config = json.loads((sft / ADAPTER_CONFIG).read_text())
     config["inference_mode"] = True
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER, JINJA):
         if (sft / name).is_file():
             (folder / name).write_bytes((sft / name).read_bytes())
 
@@ -351,30 +350,24 @@ def as_loaded(training: TrainingConfig, config: Any) -> TrainingConfig:
     return TrainingConfig.model_validate({**training.model_dump(), **its_own, "load_in_4bit": is_4bit})
 
 
-def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> dict[str, Any]:
-    """Compute the log-probs of `texts` under the trained adapter (`default`), the SFT adapter and the bare base.
-
-    Returns:
-        JSON-ready: `base_precision`, and `texts` with `token_ids` and, from the second token on, log-probs in nats
-        under `adapter`, `sft` and `base`.
-    """
+def record_probe(model: Any, sft: Path, texts: Sequence[list[int]]) -> Probe:
+    """Compute the log-probs of `texts` under the trained adapter (`default`), the SFT adapter and the bare base."""
     was_training = model.training
     model.eval()
     model.load_adapter(str(sft), "probe-sft")
+    found: dict[str, list[list[float]]] = {}
     try:
-        rows = [_row(model, ids) for ids in texts]
+        for name, adapter in (("adapter", "default"), ("sft", "probe-sft"), ("base", None)):
+            with use_adapter(model, adapter):
+                found[name] = [_log_probs(model, ids) for ids in texts]
     finally:
         model.delete_adapter("probe-sft")
         model.train(was_training)
-    return {"base_precision": precision(model.get_base_model().config), "texts": rows}
-
-
-def _row(model: Any, ids: list[int]) -> dict[str, Any]:
-    row: dict[str, Any] = {"token_ids": ids}
-    for name, adapter in (("adapter", "default"), ("sft", "probe-sft"), ("base", None)):
-        with use_adapter(model, adapter):
-            row[name] = _log_probs(model, ids)
-    return row
+    rows = zip(texts, found["adapter"], found["sft"], found["base"], strict=True)
+    return Probe(
+        base_precision=precision(model.get_base_model().config),
+        texts=[ProbeText(token_ids=ids, adapter=adapter, sft=sft, base=base) for ids, adapter, sft, base in rows],
+    )
 
 
 def _log_probs(model: Any, ids: list[int]) -> list[float]:
@@ -395,8 +388,8 @@ def precision(config: Any) -> str:
     return str(getattr(facts["quant_method"], "value", facts["quant_method"]))
 
 
-def _quantisation(config: Any) -> dict[str, Any]:
+def _quantisation(config: Any) -> Mapping[str, Any]:
     """Return how a base was quantised already; nothing if it was not."""
     found = getattr(config, "quantization_config", None) or {}
-    facts: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    facts: Mapping[str, Any] = found if isinstance(found, dict) else found.to_dict()
     return facts

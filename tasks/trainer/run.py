@@ -16,6 +16,7 @@ import torch
 from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import template_of
+from tasks.store.measures import Probe
 from tasks.store.workspace import (
     COMMITTED,
     MANIFEST,
@@ -32,7 +33,7 @@ from tasks.store.workspace import (
 from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
-from tasks.train.spec import STAGE_VERSION, Progress, TrainingPaths, TrainingSpec, is_main_process, kept_steps
+from tasks.train.spec import STAGE_VERSION, MetricsRow, Progress, TrainingSpec, is_main_process, kept_steps
 from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
@@ -61,12 +62,12 @@ ROWS_PAUSE = 20
 
 @dataclass(frozen=True)
 class Finished:
-    """An adapter that is ready to be committed: of which step, where it is to lie, its local folder and its probe."""
+    """An adapter that is ready to be committed: of which step, the folder that gets it, the local one, its probe."""
 
     step: int
-    paths: TrainingPaths
+    uri: str
     folder: Path
-    probe: dict[str, Any]
+    probe: Probe | None
 
 
 class TrainingRun:
@@ -85,7 +86,7 @@ class TrainingRun:
         self._scratch = scratch
         self._progress = progress
         self._stop = stop
-        self._paths = TrainingPaths.of(store.root, spec.key)
+        self._folder = store.uri("training", spec.key)
         self._started = time.monotonic()
         self._phases = Phases(self._tell)
         self._checkpoint_seconds: list[float] = []
@@ -119,22 +120,22 @@ class TrainingRun:
 
     def _sweep(self) -> None:
         """Remove files that a killed trainer was just writing."""
-        for uri in self._store.list(self._paths.folder):
+        for uri in self._store.list(self._folder):
             if posixpath.basename(uri).startswith(".writing-"):
                 self._store.delete(uri)
         self._checkpoints.sweep()
 
     @cached_property
     def _checkpoints(self) -> CheckpointStore:
-        return CheckpointStore(self._store, self._paths.checkpoints, self._scratch)
+        return CheckpointStore(self._store, f"{self._folder}/checkpoints", self._scratch)
 
     def _check_tokens(self, checkpoint: Checkpoint) -> None:
         """See that a checkpoint was trained on these very tokens; else half of the training would be on others."""
         if checkpoint.state.get("tokens") != self._tokens:
             raise PreflowError(
-                f"{self._paths.checkpoints}: the checkpoint of step {checkpoint.step} was trained on other tokens than "
-                f"the pairs give now (chat template of {self._template.source}). Put back the tokenizer and the "
-                "packages that it was started with, or delete this folder to start from step 0."
+                f"{self._folder}/checkpoints: that of step {checkpoint.step} was trained on other tokens than the "
+                f"pairs give now (chat template of {self._template.source}). Put back the tokenizer and the packages "
+                "that it was started with, or delete this folder to start from step 0."
             )
 
     def _load_splits(self, tokenizer: Any) -> list[Split]:
@@ -205,11 +206,11 @@ class TrainingRun:
         self._checkpoint_seconds.append(seconds)
         return seconds
 
-    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
+    def _write_rows(self, rows: list[MetricsRow]) -> None:
         """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
         started = time.monotonic()
         if is_main_process() and started >= self._rows_due:
-            self._store.write_bytes(self._paths.file("metrics.jsonl"), as_lines(rows))
+            self._store.write_bytes(f"{self._folder}/metrics.jsonl", as_lines(rows))
             self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
 
     def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
@@ -221,24 +222,22 @@ class TrainingRun:
             done = []
             for step in kept_steps(trainer.state.max_steps, self._training.checkpoints):
                 with trainer.holding(self._checkpoints.at(step).policy):
-                    done.append(self._save_adapter(trainer, adapter, check, step, self._paths.at(step)))
-            done.append(self._save_adapter(trainer, adapter, check, trainer.state.global_step, self._paths))
+                    done.append(self._save_adapter(trainer, adapter, check, step, f"{self._folder}/step-{step:06d}"))
+            done.append(self._save_adapter(trainer, adapter, check, trainer.state.global_step, self._folder))
             if is_main_process():
                 self._commit(trainer, done)
         except OSError:
             trainer.save_boundary()  # the training is done, and is not done again when there is room
             raise
 
-    def _save_adapter(
-        self, trainer: ExactTrainer, adapter: Path, check: Split, step: int, paths: TrainingPaths
-    ) -> Finished:
+    def _save_adapter(self, trainer: ExactTrainer, adapter: Path, check: Split, step: int, uri: str) -> Finished:
         """Write the policy, as it is now, to a local folder, and see that it is what was written."""
         folder = self._scratch / f"adapter-{step}"
         save_adapter(trainer.model, adapter, folder)
         (folder / "chat_template.jinja").write_text(self._template.text)
         trainer.check_saved(folder, check)
-        probe = record_probe(trainer.model, adapter, probe_texts(check.pairs)) if is_main_process() else {}
-        return Finished(step, paths, folder, probe)
+        probe = record_probe(trainer.model, adapter, probe_texts(check.pairs)) if is_main_process() else None
+        return Finished(step, uri, folder, probe)
 
     def _commit(self, trainer: ExactTrainer, done: list[Finished]) -> None:
         """Commit what is kept of the training, the last adapter's manifest last: that finishes all of it."""
@@ -246,41 +245,41 @@ class TrainingRun:
         for one in done:
             self._commit_adapter(one, trainer, kept)
         *earlier, last = done
-        self._store.write_json(last.paths.file("timing.json"), self._timing())
+        timing = {
+            "seconds": time.monotonic() - self._started,
+            "phases": self._phases.seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            "peak_accelerator_bytes": torch.cuda.max_memory_allocated() if has_cuda() else None,
+        }
+        self._store.write_json(f"{last.uri}/timing.json", timing)
         files = dict[str, FileFacts]()
         for one in earlier:
             made = self._manifest(one, trainer)
             self._store.write_manifest(made)
-            name = posixpath.basename(one.paths.folder)
+            name = posixpath.basename(one.uri)
             files |= {posixpath.join(name, file): facts for file, facts in made.files.items()}
-            files[posixpath.join(name, MANIFEST)] = self._facts(one.paths.file(MANIFEST))
+            files[posixpath.join(name, MANIFEST)] = self._facts(f"{one.uri}/{MANIFEST}")
         made = self._manifest(last, trainer)
-        self._store.write_manifest(
-            made.model_copy(
-                update={
-                    "files": made.files | files,
-                    "cost": self._cost(),
-                    "seconds": time.monotonic() - self._started,
-                }
-            )
-        )
+        whole = {"files": made.files | files, "cost": self._cost(), "seconds": time.monotonic() - self._started}
+        self._store.write_manifest(made.model_copy(update=whole))
         self._checkpoints.prune()
 
     def _commit_adapter(self, one: Finished, trainer: ExactTrainer, kept: list[int]) -> None:
         """Write the files of one adapter, with the metrics up to its step, and the readings that these give."""
         rows = rows_until(one.step, trainer)
         used = len(self._train_data.pairs), len(self._val_data.pairs) if self._val_data else 0
-        self._store.write_bytes(one.paths.file("metrics.jsonl"), as_lines(rows))
-        self._store.write_json(one.paths.file("health.json"), assess(Run(rows, self._training, *used)).model_dump())
-        self._store.write_json(one.paths.file("probe.json"), one.probe)
-        self._store.delete_folder(one.paths.adapter)
+        self._store.write_bytes(f"{one.uri}/metrics.jsonl", as_lines(rows))
+        self._store.write_json(f"{one.uri}/health.json", assess(Run(rows, self._training, *used)).model_dump())
+        if one.probe is not None:  # only the main process, which writes, makes one
+            self._store.write_json(f"{one.uri}/probe.json", one.probe.model_dump())
+        self._store.delete_folder(f"{one.uri}/adapter")
         facts = {"step": one.step}
         try:
-            self._store.commit_folder(one.folder, one.paths.adapter, facts)
+            self._store.commit_folder(one.folder, f"{one.uri}/adapter", facts)
         except DiskFullError:
             LOG.warning("no room for the finished adapter: all checkpoints but the newest are removed for it")
             self._checkpoints.prune(kept=1, spared=kept)
-            self._store.commit_folder(one.folder, one.paths.adapter, facts)
+            self._store.commit_folder(one.folder, f"{one.uri}/adapter", facts)
 
     def _cost(self) -> Cost:
         """Return what the GPUs have cost, earlier processes' share up to the checkpoint that this one went on from."""
@@ -289,26 +288,18 @@ class TrainingRun:
         seconds = self._training.num_processes * (time.monotonic() - self._started)
         return self._cost_before + Cost(gpu_seconds=seconds, usd=seconds / 3600 * gpu_usd_per_hour())
 
-    def _timing(self) -> dict[str, Any]:
-        peak = torch.cuda.max_memory_allocated() if has_cuda() else None
-        return {
-            "seconds": time.monotonic() - self._started,
-            "phases": self._phases.seconds,
-            "checkpoint_seconds": self._checkpoint_seconds,
-            "peak_accelerator_bytes": peak,
-        }
-
     def _facts(self, uri: str) -> FileFacts:
         return FileFacts(size=self._store.size(uri), sha256=self._store.sha256(uri))
 
     def _manifest(self, one: Finished, trainer: ExactTrainer) -> Manifest:
         """Return the manifest of one adapter; an earlier one names the whole training, which has the cost of all."""
-        spec, store, paths, rows = self._spec, self._store, one.paths, rows_until(one.step, trainer)
-        files = {f"adapter/{name}": facts for name, facts in store.committed_files(paths.adapter).items()}
-        files |= {name: self._facts(paths.file(name)) for name in ("metrics.jsonl", "health.json", "probe.json")}
+        spec, store, rows = self._spec, self._store, rows_until(one.step, trainer)
+        adapter = f"{one.uri}/adapter"
+        files = {f"adapter/{name}": facts for name, facts in store.committed_files(adapter).items()}
+        files |= {name: self._facts(f"{one.uri}/{name}") for name in ("metrics.jsonl", "health.json", "probe.json")}
         artifact = AdapterRef(
-            uri=paths.adapter,
-            manifest=paths.file(MANIFEST),
+            uri=adapter,
+            manifest=f"{one.uri}/{MANIFEST}",
             sha256=files[f"adapter/{COMMITTED}"].sha256,
             size=sum(facts.size for name, facts in files.items() if name.endswith(".safetensors")),
             rows=len(self._train_data.pairs),
@@ -319,19 +310,13 @@ class TrainingRun:
             Origin(kind="base_model", uri=spec.training.base_model, sha256=spec.base_sha256),
             Origin(kind="chat_template", uri=self._template.source, sha256=digest(self._template.text)),
         ]
-        if paths != self._paths:
-            whole = store.committed_files(self._paths.adapter)[COMMITTED].sha256
-            upstream.append(
-                Origin(kind="training", uri=self._paths.adapter, sha256=whole, manifest=self._paths.file(MANIFEST))
-            )
+        if one.uri != self._folder:
+            whole, manifest = f"{self._folder}/adapter", f"{self._folder}/{MANIFEST}"
+            sha256 = store.committed_files(whole)[COMMITTED].sha256
+            upstream.append(Origin(kind="training", uri=whole, sha256=sha256, manifest=manifest))
         return Manifest(
-            artifact=artifact,
-            stage="training",
-            version=STAGE_VERSION,
-            key=spec.key,
-            config=self._training,
-            upstream=tuple(upstream),
-            files=files,
+            artifact=artifact, stage="training", version=STAGE_VERSION, key=spec.key, config=self._training,
+            upstream=tuple(upstream), files=files,
             counts={
                 "steps": one.step,
                 # The highest, which a server must allow.
@@ -340,15 +325,15 @@ class TrainingRun:
                 **count_pairs("val", self._val_data),
             },
             figures={**summarise(rows), "exact_share": self._train_data.report.exact_share},
-        )
+        )  # fmt: skip
 
 
-def as_lines(rows: list[dict[str, Any]]) -> bytes:
+def as_lines(rows: list[MetricsRow]) -> bytes:
     """Return rows of metrics as JSONL."""
     return b"".join(canonical_json(row) + b"\n" for row in rows)
 
 
-def rows_until(step: int, trainer: ExactTrainer) -> list[dict[str, Any]]:
+def rows_until(step: int, trainer: ExactTrainer) -> list[MetricsRow]:
     """Return the rows of metrics up to a step."""
     return [row for row in trainer.state.log_history if row["step"] <= step]
 
@@ -386,7 +371,7 @@ def count_pairs(side: str, data: PairData | None) -> dict[str, int]:
     return {f"{side}_{name}": round(count) for name, count in counts.items()}
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(rows: list[MetricsRow]) -> dict[str, float]:
     """Return the first loss, and the figures of the last evaluation, of a run's metrics."""
     trained = [row for row in rows if "loss" in row]
     evaluated = [row for row in rows if "eval_loss" in row]

@@ -24,8 +24,8 @@ from trl.trainer.utils import use_adapter
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.train import invariants
-from tasks.train.spec import Progress, kept_steps
-from tasks.trainer.checkpoints import Checkpoint
+from tasks.train.spec import MetricsRow, Progress, kept_steps
+from tasks.trainer.checkpoints import Checkpoint, State
 from tasks.trainer.data import MicroBatchSampler, as_dataset
 from tasks.trainer.model import AdapterWeights, adapter_state, has_cuda, trainable_parameters, weights_digest
 from tasks.trainer.reference import ReferenceLogps, Split
@@ -44,7 +44,7 @@ class Hooks:
     """What an `ExactTrainer` reports to: checkpoints to keep, rows of metrics, signs of life, and when to stop."""
 
     save: Callable[[Checkpoint], float]
-    rows: Callable[[list[dict[str, Any]]], None]
+    rows: Callable[[list[MetricsRow]], None]
     progress: Callable[[Progress], None]
     stop: StopFlag
 
@@ -122,10 +122,10 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         self._hooks = hooks
         self.sft = sft
         self._order = MicroBatchSampler(train.micro_batches, training.seed)
-        self._boundary: dict[str, Any] | None = None
+        self._boundary: State | None = None
         self._restored: Checkpoint | None = None
         self._has_moved = False
-        self._first_row: dict[str, Any] = {}
+        self._first_row: MetricsRow = {}
         self._started = (time.monotonic(), 0)
         found = weights_digest(adapter_state(policy))
         invariants.check_reference(found, sft.digest(), "the policy that is to be trained")
@@ -343,7 +343,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             first = self.measure(self.next_batches(self.state.global_step)[:1], self.train_dataset, dpo_only=True)
             invariants.check_resumed_margin(first, moved)
 
-    def _finish_pending(self, pending: dict[str, Any] | None) -> None:
+    def _finish_pending(self, pending: State | None) -> None:
         if pending is None:
             return
         LOG.info("step %d: finishing the log and evaluation that the preemption cut off", self.state.global_step)
@@ -398,16 +398,13 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     ) -> None:
         norm = None if grad_norm is None else float(grad_norm)
         pending = {"grad_norm": norm, "learning_rate": learning_rate}
-        self._check_moved(learning_rate)
+        if not self._has_moved and learning_rate:
+            invariants.check_weights_moved(self.sft.movement(self.model)["weights/moved"], self.state.global_step)
+            self._has_moved = True
         self._boundary = self._capture(pending)
         self._hooks.progress(self._progress("training"))
         super()._maybe_log_save_evaluate(tr_loss, norm, *args, learning_rate=learning_rate, **kwargs)
         self._boundary = self._capture(None)
-
-    def _check_moved(self, learning_rate: float | None) -> None:
-        if not self._has_moved and learning_rate:
-            invariants.check_weights_moved(self.sft.movement(self.model)["weights/moved"], self.state.global_step)
-            self._has_moved = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As TRL, without what depends on the clock; training rows also say how far the weights have moved."""
@@ -430,7 +427,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         seconds = time.monotonic() - since
         size = self._training.per_device_train_batch_size * self._training.gradient_accumulation_steps
         last = self.state.log_history[-1] if self.state.log_history else {}
-        rows: dict[str, Any] = {name.removeprefix("eval_"): value for name, value in last.items()}
+        rows: MetricsRow = {name.removeprefix("eval_"): value for name, value in last.items()}
         return Progress(
             phase=phase,
             step=self.state.global_step,
@@ -444,7 +441,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
 
     # Saving and restoring
 
-    def _capture(self, pending: dict[str, Any] | None) -> dict[str, Any]:
+    def _capture(self, pending: State | None) -> State:
         rank = {
             "random": random_state(),
             "tr_loss": float(self._tr_loss),
@@ -452,6 +449,10 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
         }
         scheduler = {name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
+        # Shallow: this happens twice a step, and the rows, ever more of them, are not changed any more.
+        trainer = {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
+        # The operations are an estimate that is not restored exactly; nothing here reads it.
+        trainer |= {"log_history": list(self.state.log_history), "stateful_callbacks": {}, "total_flos": 0}
         return {
             "step": self.state.global_step,
             "pending": pending,
@@ -460,16 +461,8 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             "groups": [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups],
             "last_logged": self._globalstep_last_logged,
             "train_tokens": self._total_train_tokens,
-            "trainer_state": self._trainer_state(),
+            "trainer_state": trainer,
         }
-
-    def _trainer_state(self) -> dict[str, Any]:
-        # Shallow: this happens twice a step, and the rows, ever more of them, are not changed any more.
-        fields = {field.name: getattr(self.state, field.name) for field in dataclasses.fields(self.state)}
-        fields["log_history"] = list(self.state.log_history)
-        fields["stateful_callbacks"] = {}
-        fields["total_flos"] = 0  # an estimate that is not restored exactly; nothing here reads it
-        return fields
 
     def save_boundary(self) -> None:
         """Save the last complete step, if there is one; called by all processes together."""
@@ -492,7 +485,10 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             seconds = self._hooks.save(checkpoint)
         except OSError as error:
             if checkpoint.step in kept_steps(self.state.max_steps, self._training.checkpoints):
-                raise  # it is to be kept: the training stops, and goes on from the one before when there is room
+                raise StopTraining(  # and the next start goes on from the one before
+                    f"the checkpoint of step {checkpoint.step}, which training.checkpoints keeps, could not be written "
+                    f"({error}): free space in the workspace"
+                ) from error
             LOG.error(
                 "checkpoint of step %d could not be written (%s): free space in the workspace. Training goes on; if "
                 "it is preempted now, it resumes from the checkpoint before",
@@ -537,7 +533,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         if checkpoint is None:
             return
         assert self._restored is not None
-        state: dict[str, Any] = {}
+        state: State = {}
         for key, tensor in self._restored.optimizer.items():
             name, _, slot = key.rpartition("|")
             state.setdefault(name, {})[slot] = tensor
@@ -587,7 +583,7 @@ class _TrainingHooks(TrainerCallback):  # type: ignore[misc]  # transformers is 
         control.should_save = control.should_save or state.global_step in kept_steps(state.max_steps, self._checkpoints)
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> State:
     """Return the state of every random generator of this process, JSON-ready."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()

@@ -16,7 +16,7 @@ from pathlib import Path
 from tasks.errors import PreflowError
 from tasks.store.workspace import DISK_FULL, Workspace
 from tasks.train.invariants import InvariantError
-from tasks.train.spec import ExitCode, Progress, TrainingPaths, TrainingSpec, is_main_process
+from tasks.train.spec import ExitCode, Progress, TrainingSpec, is_main_process
 from tasks.trainer.lease import Lease, LeaseLostError
 from tasks.trainer.stopping import StopFlag, StopTraining
 
@@ -75,8 +75,9 @@ def holding_lease(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> Ite
     if not is_main_process():
         yield Workspace(spec.workspace)
         return
-    root = Workspace(spec.workspace).root
-    lease = Lease(TrainingPaths.of(root, spec.key).lease, spec.training.lease_seconds, stop.set)
+    lease = Lease(
+        Workspace(spec.workspace).uri("training", spec.key, "lease.json"), spec.training.lease_seconds, stop.set
+    )
     lease.acquire(lambda text: files.progress(Progress("waiting", text)))
     LOG.info("lease taken, token %d", lease.token)
     try:

@@ -2,9 +2,9 @@
 
 Start `make up` (or any Prefect server with runs of preflow), then
 
-    .venv/bin/python -m tests.benchmarks.take_pictures --api http://127.0.0.1:4200/api --to docs/images
+    .venv/bin/python -m tests.benchmarks.take_pictures --api http://127.0.0.1:4200/api --page report=REPORT.HTML
 
-What the server has nothing of (no sweep has run, say) is left out and said so.
+What the server has nothing of (no sweep has run, say) is left out and said so. Without --api only the pages in files.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Server:
             newest.setdefault(flows[run["flow_id"]], run["id"])
         for name in RUNS:
             if name in newest:
-                yield f"run-{name}", f"/runs/flow-run/{newest[name]}"
+                yield "run" if name == RUNS[0] else f"run-{name}", f"/runs/flow-run/{newest[name]}"
         yield "artifacts", "/artifacts"
         for artifact in self._all("artifacts/latest", sort="UPDATED_DESC"):
             key = artifact["key"] or ""
@@ -73,21 +73,24 @@ def save(page: Page, target: Path) -> None:
 def main() -> int:
     """Take every picture that there is something to show for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--api", required=True, help="the Prefect API, e.g. http://127.0.0.1:4200/api")
+    parser.add_argument("--api", help="the Prefect API, e.g. http://127.0.0.1:4200/api")
     parser.add_argument("--to", type=Path, default=Path("docs/images"), help="folder of the pictures")
-    parser.add_argument("--report", type=Path, help="a report.html to show as well")
+    parser.add_argument("--page", action="append", default=[], help="NAME=FILE: an HTML file to show, such as a report")
     options = parser.parse_args()
     options.to.mkdir(parents=True, exist_ok=True)
-    pages = dict(Server(options.api).pages())
+    files = dict(named.split("=", 1) for named in options.page)
     with open_browser(1280, 860) as page:
+        for name, file in files.items():
+            page.goto(Path(file).absolute().as_uri())
+            save(page, options.to / f"{name}.png")
+        if not options.api:
+            return 0
+        pages = dict(Server(options.api).pages())
         ui = PrefectUi(page, options.api.removesuffix("/api"))
         for name, path in pages.items():
             ui.open(path)
             page.wait_for_timeout(2500)  # the graph of a run and the charts draw themselves slowly
             save(page, options.to / f"{name}.png")
-        if options.report:
-            page.goto(options.report.absolute().as_uri())
-            save(page, options.to / "report.png")
     missing = [name for name in (*ARTIFACTS, *RUNS) if not any(name in page for page in pages)]
     print(f"nothing to show of: {', '.join(missing) or 'nothing, all is there'}")
     return 0

@@ -36,7 +36,7 @@ def test_up_has_registered_everything_and_can_be_said_twice(machine: Machine) ->
     assert before.keys() == {"Prefect", "judge", "vLLM", "deployments"}
     assert all(before.values())
     names = {item["name"] for item in machine.ask("POST", "/deployments/filter", {})}
-    verbs = ("sweep", "generate", "judge", "train", "evaluate", "promote", "rollback", "reconcile")
+    verbs = ("sweep", "rounds", "generate", "judge", "train", "evaluate", "promote", "rollback", "reconcile")
     assert names == {"demo", *(f"demo-{verb}" for verb in verbs)}
     assert machine.ask("POST", "/work_pools/filter", {}) == [], "a pool that nothing here works on"
     said = machine.do("up")

@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,27 @@ def test_a_kill_anywhere_changes_nothing(kill: Kill, scene: Scene, uninterrupted
     assert code == (PREEMPTED if kill.number == signal.SIGTERM else -kill.number), scene.processes.log()
     assert not (scene.folder / "adapter" / "COMMITTED.json").exists()
     assert scene.finish() == uninterrupted
+
+
+@pytest.mark.long  # three trainings; the kinds of kill are shown above
+def test_the_adapters_of_earlier_steps_are_the_same_too(scene: Scene, tmp_path: Path) -> None:
+    """Killed in the middle of a step, and between the adapters that are committed at the end."""
+
+    def finish(workspace: Path, *kills: Kill) -> dict[str, bytes]:
+        training = scene.training.model_copy(update={"checkpoints": 3})
+        kept = replace(scene, workspace=workspace, training=training)
+        for kill in kills:
+            assert kept.run(kill) != 0
+        found = kept.finish()
+        files = [file for file in kept.folder.glob("step-*/**/*") if file.is_file() and file.name != "manifest.json"]
+        assert len({file.relative_to(kept.folder).parts[0] for file in files}) == 2
+        # The manifests name files by their addresses.
+        return {name: content for name, content in found.items() if name != "manifest.json"} | {
+            str(file.relative_to(kept.folder)): file.read_bytes() for file in files
+        }
+
+    kills = Kill("gradient", 7), Kill("put", 6, signal.SIGKILL)
+    assert finish(tmp_path / "killed", *kills) == finish(tmp_path / "uninterrupted")
 
 
 @pytest.mark.long  # one kill and one full disk are shown by the tests next to it

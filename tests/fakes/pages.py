@@ -4,12 +4,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tasks.batch.costs import Ledger, StageCost
+from tasks.batch.costs import StageCost
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.judge.quality.metrics import measure_judgements
 from tasks.report.overview import approval_section, glance_section, inputs_section, win_rate_figures
 from tasks.report.page import ReportSection, Table
 from tasks.report.sections import (
+    choice_section,
     cost_section,
     evaluation_section,
     lineage_section,
@@ -20,7 +21,7 @@ from tasks.report.sections import (
     training_section,
 )
 from tasks.rounds.rounds import Round, RoundsResult, rounds_section
-from tasks.store.measures import Evaluation, Health, JudgeEstimate, Metric, WinRate
+from tasks.store.measures import Choice, Evaluation, Health, JudgeEstimate, Metric, WinRate
 from tasks.store.workspace import (
     AdapterRef,
     Cost,
@@ -124,10 +125,17 @@ def run_pages() -> list[ReportSection]:
     made = manifests()
     settings = {"training.gradient_checkpointing": False, "prompts": ADDRESS, "judging.panel": [{"model": MODEL}]}
     used = Cost(requests=1_234_567, prompt_tokens=1_234_567_890, completion_tokens=987_654_321, usd=12_345.678)
-    ledger = Ledger().plus(StageCost(stage="evaluation", used=used, cached=used, seconds=123_456.0))
+    costs = [StageCost(stage=stage, used=used, seconds=123_456.0) for stage in ("evaluation", "total")]
     first = ReportSection(**{**vars(glance), "tables": (facts, *glance.tables)})
-    return [first, inputs_section(made, settings), compared, quality(), pairs_section([pair] * 3), trained,
-            cost_section(ledger, is_priced=True), lineage_section(made)]  # fmt: skip
+    return [first, inputs_section(made, settings), compared, choice(), quality(), pairs_section([pair] * 3), trained,
+            cost_section(costs, is_priced=True), lineage_section(made)]  # fmt: skip
+
+
+def choice() -> ReportSection:
+    """Return the page of a choice among three checkpoints."""
+    about = {"length_controlled": rate(0.5, 0.1), "adapter_sha256": "a" * 64}
+    tried = [{**rate(0.6, 0.02 * k), "step": 123_456 * k, **about} for k in (1, 2, 3)]
+    return choice_section(Choice.model_validate({"tried": tried, "prompts": ["p"] * 60}))
 
 
 def manifests() -> list[Manifest]:
@@ -164,8 +172,8 @@ def sweep_pages() -> list[ReportSection]:
     ranking = tuple(range(len(points), 1, -1))
     widened = sidak(0.95, len(ranking))
     ranked = SweepResult(key="k", points=results, ranking=ranking, confidence=0.95, widened_confidence=widened)
-    work = [Work("evaluate: sample new adapter", MODEL, list(range(1, 13, 2)), 1_234_567, prompt_tokens=1e9,
-                  completion_tokens=1e9, gpu_minutes=1234.5, usd=1234.5, most_usd=99999.0)]  # fmt: skip
+    work = [Work("evaluate: sample new adapter", MODEL, list(range(1, 13, 2)), 123_456, prompt_tokens=98_765_432,
+                 completion_tokens=98_765_432, gpu_minutes=1234.5, usd=1234.5, most_usd=99999.0)]  # fmt: skip
     return [ranking_section(ranked, points), plan_section(SweepPlan(work=work), points, SweepConfig(), 3)]
 
 

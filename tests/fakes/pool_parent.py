@@ -7,8 +7,7 @@ from tasks.store.workspace import AdapterRef, PreferencesRef
 from tasks.train import work_pool as remote
 from tasks.train.work_pool import train_on_pool
 
-# Over the time that a process worker takes to report a killed process for the second time.
-RESTART_SECONDS = 12.0
+RESTART_SECONDS = 0.5
 
 
 @flow(name="pool-parent")

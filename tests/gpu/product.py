@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.config import TrainingConfig
 from tasks.store.workspace import PreferencesRef, file_sha256, folder_digest
-from tasks.train.spec import TrainingPaths, TrainingSpec
+from tasks.train.spec import TrainingSpec
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -38,7 +38,7 @@ def digest(folder: Path) -> str:
 
 def training_folder(workspace: Path, key: str) -> Path:
     """Return where a training's artifacts lie: adapter/, metrics.jsonl, checkpoints/."""
-    return Path(TrainingPaths.of(str(workspace), key).folder)
+    return workspace / "training" / key
 
 
 def import_all() -> None:

@@ -1,5 +1,6 @@
 """The preemption drill as its user runs it, from the command line."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.store.workspace import file_sha256
 from tests.fakes.process import ROOT
 
 pytestmark = pytest.mark.timeout(900)
@@ -47,6 +49,10 @@ def test_a_difference_is_seen_and_named(workspace: Path) -> None:
     """The uninterrupted training of the test before is taken as it is, so a change to it must be noticed."""
     (metrics,) = workspace.glob("drill/uninterrupted-*/training/*/metrics.jsonl")
     metrics.write_text(metrics.read_text() + "\n")
+    manifest = metrics.with_name("manifest.json")  # which tells damage from a difference
+    facts = json.loads(manifest.read_text())
+    facts["files"]["metrics.jsonl"] |= {"sha256": file_sha256(metrics), "size": metrics.stat().st_size}
+    manifest.write_text(json.dumps(facts))
     done = drill(workspace, "--preemptions", "1")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "DIFFER from those of the uninterrupted training: metrics.jsonl" in done.stdout

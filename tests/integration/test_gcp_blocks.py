@@ -158,8 +158,8 @@ async def test_a_workspace_takes_the_credentials_of_its_block(blocks: str, token
         store.check_writable()
         store.write_json(store.uri("a", "b.json"), {"x": 1})
         assert tokens.asked == 1
-        assert [stat.uri for stat in store.files(store.uri("a"))] == [f"gs://team@{BUCKET}/ws/a/b.json"]
-        assert list(store.tree(store.root)) == ["a/b.json", "plain.json"]
+        assert store.list(store.uri("a")) == [f"gs://team@{BUCKET}/ws/a/b.json"]
+        assert (store.folders(store.root), store.list(store.root)) == (["a"], [f"gs://team@{BUCKET}/ws/plain.json"])
         assert plain.read_json(plain.uri("a", "b.json")) == {"x": 1}
         assert store.sha256(store.uri("plain.json")) == plain.sha256(plain.uri("plain.json"))
         assert tokens.asked == 1, "what is in the bucket is read with the block's credentials, however it is addressed"

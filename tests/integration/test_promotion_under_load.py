@@ -103,7 +103,7 @@ def finished_training(folder: Path, base: Path, sft: Path, adapter: Path, name: 
     texts = [random_text(row, 60) for row in range(4)]
     probe = record_probe(model, sft, texts)
     store = Workspace(folder / "workspace")
-    store.write_json(str(training / "probe.json"), probe)
+    store.write_json(str(training / "probe.json"), probe.model_dump())
     sha256 = store.commit_folder(adapter, str(training / "adapter"))
     return AdapterRef(uri=str(training / "adapter"), sha256=sha256, size=1, rows=1)
 

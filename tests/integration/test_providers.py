@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, slice_rows
+from tasks.batch.rows import Outcome, RowStore, ShardRef, slice_rows
 from tasks.batch.shards import ShardWorker, Tally, merge_shards, settle
 from tasks.config import GenerationConfig, JudgingConfig
 from tasks.generate.sampling import Sampler, prompt_unit, try_sampler
 from tasks.judge.asking import Judge, JudgingPlan, as_asked, try_judge
 from tasks.llm import retries
 from tasks.llm.client import Endpoint
-from tasks.store.workspace import PromptsRef, Reference, Workspace, digest
+from tasks.store.workspace import PromptsRef, Reference, Row, Workspace, digest
 from tests.fakes.providers import ANSWER, PROVIDERS, Provider
 
 Found = list[tuple[Row, Outcome]]

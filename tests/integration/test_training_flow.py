@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flows.train import train_dpo
-from tasks.promote.vllm import Probe
+from tasks.store.measures import Probe
 from tasks.train.task import LIVE_KEY
 from tests.deployed import ask
 from tests.fakes.tiny_training import TinyWorld
@@ -33,8 +33,9 @@ async def test_the_ui_shows_a_training_while_it_runs(tmp_path: Path, prefect_ser
     (bar,) = [artifact for artifact in made if artifact["type"] == "progress"]
     assert bar["data"] == 100
     (page,) = [artifact for artifact in made if artifact["key"] == LIVE_KEY]
-    (picture,) = PICTURE.findall(page["data"])
-    assert base64.b64decode(picture).startswith(b"\x89PNG")
+    pictures = PICTURE.findall(page["data"])
+    assert pictures
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     assert "Finished" in page["data"]
     check_probe(world, Path(adapter.uri))
     # The page is refreshed in place, so when it was made tells whether it could be seen while the training ran.

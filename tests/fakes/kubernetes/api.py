@@ -61,6 +61,8 @@ class Asked:
         parts = request.path.strip("/").split("/")
         group, rest = ("", parts[2:]) if parts[0] == "api" else (parts[1], parts[3:])
         _, namespace, plural, name, subresource = [*rest, "", "", "", "", ""][:5]
+        if rest == ["namespaces"]:
+            raise ApiError(403, "Forbidden", "a role of one namespace cannot list namespaces at the cluster scope")
         if rest[:1] != ["namespaces"] or KINDS.get(plural, (None,))[0] != group or namespace != NAMESPACE:
             raise ApiError(404, "NotFound", f"the server could not find the requested resource {request.path}")
         user = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -205,6 +207,9 @@ async def _discover(request: web.Request) -> web.Response:
         }
         for plural, (where, kind) in KINDS.items() if where == group
     ]  # fmt: skip
+    if not group:  # the worker's observer begins when it knows them, though it may not read them
+        namespaces = {"name": "namespaces", "kind": "Namespace", "singularName": "namespace", "namespaced": False}
+        served.append({**namespaces, "verbs": ["list", "watch"]})
     answers: dict[str, Object] = {
         "/version": {"major": "1", "minor": "33", "gitVersion": "v1.33.0-double"},
         "/api": {"kind": "APIVersions", "versions": ["v1"]},

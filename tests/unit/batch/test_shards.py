@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tasks.batch.rows import Outcome, Row, RowStore, ShardRef, Slice, read_slice, shard_rows, slice_rows, writable
+from tasks.batch.rows import Outcome, RowStore, ShardRef, Slice, read_slice, shard_rows, slice_rows, writable
 from tasks.batch.shards import Count, ShardWorker, Tally, TooManyFailures, merge_shards, open_shards, settle
 from tasks.errors import PreflowError
-from tasks.store.workspace import PromptsRef, Workspace, digest
+from tasks.store.workspace import PromptsRef, Row, Workspace, digest
 
 
 def make_source(folder: Path, count: int, first: int = 0) -> PromptsRef:

@@ -17,7 +17,7 @@ from tasks.demo.corpus import (
     system_message,
     training_prompts,
 )
-from tasks.demo.rules import score
+from tasks.demo.rules import marks
 from tasks.demo.world import CHARACTERS, TOPICS
 from tasks.store.workspace import digest
 
@@ -62,9 +62,9 @@ def test_no_model_row_comes_from_a_held_out_episode() -> None:
 
 def test_sft_rows_hold_good_and_flawed_scenes() -> None:
     rows = sft_rows(400, seed=0)
-    marks = [score(row["prompt"][0]["content"] + row["prompt"][1]["content"], _said(row)) for row in rows]
-    perfect = sum(mark.total == 1.0 for mark in marks) / len(marks)
-    valid = sum(mark.form == 1.0 for mark in marks) / len(marks)
+    given = [marks(row["prompt"][0]["content"] + row["prompt"][1]["content"], _said(row)) for row in rows]
+    perfect = sum(set(mark.values()) == {1.0} for mark in given) / len(given)
+    valid = sum(mark["form"] == 1.0 for mark in given) / len(given)
     assert 0.05 < perfect < 0.4
     assert 0.85 < valid < 0.99
 

@@ -87,5 +87,5 @@ def test_power_stands_before_the_price(tmp_path: Path) -> None:
     chosen = config.model_copy(update={"evaluation": EvaluationConfig(checkpoints=3)})
     assert power_before_price(chosen).startswith("165 held-out prompts x 4 samples: ")
     assert "Another 35 choose among 3 checkpoints: " in power_before_price(chosen)
-    assert power_before_price(chosen).endswith("wins 10 % more often than the others is found in 87 % of runs.")
+    assert power_before_price(chosen).endswith("wins 60 % where the others win 50 % is found in 87 % of runs.")
     assert "too few for any adapter" in describe_power(Design(1, 1, 0.0, 1.0, 1.0), 0.5, 0.95)

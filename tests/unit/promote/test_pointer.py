@@ -20,7 +20,8 @@ from tasks.promote.pointer import (
     read_pointer,
     roll_back_pointer,
 )
-from tasks.promote.vllm import Probe, ProbeFailed, ProbeText, read_probe
+from tasks.promote.vllm import ProbeFailed, check_probe, read_probe
+from tasks.store.measures import Probe, ProbeText
 from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
 
 PROMOTION = PromotionConfig(name="mine", endpoint=None)
@@ -210,36 +211,36 @@ def shifted(values: list[float], *by: float) -> list[float]:
 
 
 def test_the_adapter_itself_passes_its_probe() -> None:
-    assert probe().check([TRAINED], [BASE]) == 0
-    assert probe().check([shifted(TRAINED, 0.01, -0.02, 0.01)], [BASE]) == pytest.approx(0.0133, abs=1e-3)
+    assert check_probe(probe(), [TRAINED], [BASE]) == 0
+    assert check_probe(probe(), [shifted(TRAINED, 0.01, -0.02, 0.01)], [BASE]) == pytest.approx(0.0133, abs=1e-3)
 
 
 def test_a_base_in_other_precision_is_taken_out_of_the_comparison() -> None:
     """Four bits move base and adapter alike; only what the adapter adds is compared."""
     noise = (0.4, -0.5, 0.3)
-    found = probe("nf4").check([shifted(TRAINED, *noise)], [shifted(BASE, *noise)])
+    found = check_probe(probe("nf4"), [shifted(TRAINED, *noise)], [shifted(BASE, *noise)])
     assert found == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("served", [SFT, BASE])
 def test_another_adapter_and_the_bare_base_fail(served: list[float]) -> None:
     with pytest.raises(ProbeFailed, match=r"differ by more than 0\.1 nats"):
-        probe().check([served], [BASE])
+        check_probe(probe(), [served], [BASE])
     with pytest.raises(ProbeFailed, match="nearer to those of the sft"):
-        probe("nf4").check([SFT], [BASE])
+        check_probe(probe("nf4"), [SFT], [BASE])
 
 
 def test_an_adapter_that_hardly_moved_passes_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED, sft=shifted(TRAINED, 0.01, 0.0, 0.0), base=BASE)
     alike = Probe(base_precision="float32", texts=[text])
     noisy = shifted(TRAINED, 0.02, 0.0, 0.0)
-    assert alike.check([noisy[::-1]], [BASE[::-1]]) < 0.03
+    assert check_probe(alike, [noisy[::-1]], [BASE[::-1]]) < 0.03
     assert "cannot tell them apart" in caplog.text
 
 
 def test_what_is_far_from_all_fails_too() -> None:
     with pytest.raises(ProbeFailed, match=r"more than 0\.1 nats"):
-        probe().check([shifted(TRAINED, 0.3, 0.3, -0.3)], [BASE])
+        check_probe(probe(), [shifted(TRAINED, 0.3, 0.3, -0.3)], [BASE])
     with pytest.raises(ProbeFailed, match="no numbers"):
-        probe().check([[math.nan, -2.2, -1.6]], [BASE])
-    assert probe("nf4").check([shifted(TRAINED, 0.2, 0.2, -0.2)], [BASE]) == pytest.approx(0.2)
+        check_probe(probe(), [[math.nan, -2.2, -1.6]], [BASE])
+    assert check_probe(probe("nf4"), [shifted(TRAINED, 0.2, 0.2, -0.2)], [BASE]) == pytest.approx(0.2)

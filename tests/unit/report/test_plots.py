@@ -95,7 +95,7 @@ def test_of_the_hardest_pages_nothing_is_cut_or_lies_on_another_and_they_stay_sm
 @pytest.mark.parametrize("null", [RateBar("SFT against itself", RATE), None])
 def test_win_rates_of_any_size(low: float, middle: float, high: float, null: RateBar | None) -> None:
     rate = WinRate(win_rate=middle, lower=low, upper=high)
-    bars = [RateBar("1. model=QWEN-72B-INSTRUCT, " * 3, rate, rate), RateBar("The same, length taken out", RATE)]
+    bars = [RateBar("1. model=QWEN-72B $x^{$, " * 3, rate, rate), RateBar("The same, length taken out", RATE)]
     with drawing() as figures:
         plot_rates(bars, null)
     check(figures[0])

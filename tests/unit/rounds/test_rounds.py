@@ -7,8 +7,18 @@ import pytest
 
 from tasks.config import JudgingConfig, PipelineConfig, RoundsConfig
 from tasks.errors import PreflowError
-from tasks.rounds.rounds import Round, best_round, check_held_out, round_config, why_last
+from tasks.rounds.rounds import (
+    Round,
+    RoundsResult,
+    best_round,
+    check_held_out,
+    record_rounds,
+    round_config,
+    rounds_page,
+    why_last,
+)
 from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef
+from tests.fakes.evaluated import evaluated
 
 FACTS = {"sha256": "a" * 64, "size": 1, "rows": 1}
 
@@ -119,3 +129,15 @@ def test_the_next_round_samples_from_the_last_adapter_and_is_measured_against_sf
     assert then.training.sft_adapter == (config.training.sft_adapter if start == "sft" else adapter)
     assert then.evaluation == config.evaluation
     assert then.completions is None
+
+
+def test_the_page_lies_where_the_command_says(tmp_path: Path) -> None:
+    first = made(0.6).model_copy(update={"evaluation": evaluated(tmp_path, lambda _: [1, 1])})
+    result, config = (
+        RoundsResult(rounds=(Round(number=1, made=first, ended="one round was asked for"),)),
+        RoundsConfig(),
+    )
+    record_rounds(result, PipelineConfig(workspace=str(tmp_path)), config)
+    page = Path(rounds_page(result, str(tmp_path), config))
+    assert "One round was run; no round won. The end: one round was asked for." in page.read_text()
+    assert RoundsResult.model_validate_json(page.with_name("result.json").read_text()) == result

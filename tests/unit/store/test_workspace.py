@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tasks.store.workspace import (
     CompletionsRef,
     FileFacts,
     Manifest,
+    Origin,
     Reference,
     Workspace,
     canonical_json,
@@ -145,7 +147,7 @@ def test_a_full_disk_damages_nothing(store: Workspace, monkeypatch: pytest.Monke
 
 def test_a_workspace_is_tried_and_keeps_no_trace_of_it(store: Workspace) -> None:
     store.check_writable()
-    assert store.tree(store.root) == {}
+    assert store.list(store.root) + store.list(store.uri("cache")) == []
     store.write_bytes(store.uri("file"), b"")
     with pytest.raises(PreflowError, match="cannot be written"):
         Workspace(store.uri("file", "workspace")).check_writable()
@@ -206,6 +208,27 @@ def test_an_artifact_is_finished_only_while_all_its_files_are_whole(
     assert not is_found(store)
     assert not store.is_intact(artifact)
     assert store.is_intact(alone) == (name != "rows.jsonl")
+
+
+def test_what_was_copied_elsewhere_is_found_there(store: Workspace, tmp_path: Path) -> None:
+    artifact = finished(store)
+    folder = store.uri("in")
+    inside = Origin(kind="prompts", sha256="a", uri=f"{folder}/p.jsonl", manifest=f"{folder}/manifest.json")
+    outside = Origin(kind="prompts", sha256="b", uri=str(tmp_path / "p.jsonl"))
+    made = store.read_manifest(artifact).model_copy(update={"upstream": (inside, outside)})
+    store.write_manifest(made)
+    shutil.move(store.root, tmp_path / "moved" / "ws")
+    there = Workspace(tmp_path / "moved" / "ws")
+    found = there.find_manifest(there.uri("out", "manifest.json"))
+    assert found is not None
+    assert (found.artifact.uri, found.artifact.manifest) == (
+        there.uri("out", "rows.jsonl"), there.uri("out", "manifest.json"),
+    )  # fmt: skip
+    assert (found.upstream[0].uri, found.upstream[0].manifest) == (
+        there.uri("in", "p.jsonl"), there.uri("in", "manifest.json"),
+    )  # fmt: skip
+    assert found.upstream[1] == outside
+    assert there.is_intact(found.artifact)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "{}", '{"artifact": 3}', '{"artifact": {"kind": "x"}}'])

@@ -192,7 +192,7 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
         "  sample completions (sft, points 1-3, 5): 60 requests (40 more known), about 6,000 + 9,000 tokens, "
         "no price set",
         "  judge preferences (judge, points 1-2): 200 requests, about 0 + 0 tokens, 2.50 US$",
-        "  train (beta 0.1, points 1): about 13 min 24 s on an L4",
+        "  train (beta 0.1, points 1): about 13 min 24 s on an L4; not measured here yet",
         "cost: about 2.58 US$, at most 20.08 and what has no price set",
     ]
 

@@ -33,7 +33,7 @@ REACHES_TRL: dict[str, tuple[Any, str, Any]] = {
 REACHES_OTHERS = {
     "base_model", "base_revision", "sft_adapter", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype",
     "bnb_4bit_use_double_quant", "bf16", "group_by_length", "cache_reference", "num_processes", "grace_seconds",
-    "lease_seconds", "measured_label_smoothing", "full_determinism", *ChatSettings.model_fields,
+    "lease_seconds", "measured_label_smoothing", "full_determinism", "checkpoints", *ChatSettings.model_fields,
 }  # fmt: skip
 
 

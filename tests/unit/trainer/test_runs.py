@@ -22,9 +22,9 @@ from tasks.errors import DiskFullError, PreflowError
 from tasks.store.workspace import AdapterRef, PreferencesRef, Workspace, folder_digest
 from tasks.train.launch import base_digest, check_training_inputs, training_key
 from tasks.train.spec import TrainingSpec
-from tasks.trainer.checkpoints import CheckpointStore
+from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
 from tasks.trainer.run import TrainingRun, gpu_usd_per_hour
-from tasks.trainer.stopping import StopFlag
+from tasks.trainer.stopping import StopFlag, StopTraining
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import build_adapter, build_base, pairs, write_preferences
 
@@ -196,6 +196,7 @@ def test_a_full_disk_at_the_end_costs_old_checkpoints_but_no_training(
     assert "no room for the finished adapter" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_adapters_of_earlier_steps_are_kept_as_they_were(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is what a training leaves, and the training is whole only with all of them; a cut-off end is made again."""
     build_adapter(run.sft, run.base)
@@ -216,18 +217,43 @@ def test_the_adapters_of_earlier_steps_are_kept_as_they_were(run: Run, monkeypat
         assert made.counts["steps"] == step
         assert {"preferences", "training"} <= {origin.kind for origin in made.upstream}
         assert [row["step"] for row in store.read_rows(made.artifact.sibling("metrics.jsonl"))][-1] == step
-        texts = store.read_json(made.artifact.sibling("probe.json"))["texts"]
-        # The very weights that a training of so many steps ends with.
-        alone = run.train(**{**settings, "max_steps": step}).folder
-        for name in ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"):
-            assert (alone / "adapter" / name).read_bytes() == (Path(made.artifact.uri) / name).read_bytes()
-        assert texts == Workspace(alone).read_json(str(alone / "probe.json"))["texts"]
+    # The very weights that a training of so many steps ends with.
+    alone, kept = run.train(**{**settings, "max_steps": 4}).folder, folder / "step-000004"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"):
+        assert (alone / "adapter" / name).read_bytes() == (kept / "adapter" / name).read_bytes()
+    assert (alone / "probe.json").read_bytes() == (kept / "probe.json").read_bytes()
     without = run.train(**settings).folder
     assert without != folder
     assert store.sha256(str(without / "adapter/COMMITTED.json")) == store.sha256(str(folder / "adapter/COMMITTED.json"))
     assert store.find_finished(str(folder / "manifest.json"), AdapterRef)
     (folder / "step-000002" / "adapter" / "adapter_model.safetensors").unlink()
     assert store.find_finished(str(folder / "manifest.json"), AdapterRef) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [0, 2])
+def test_a_training_goes_on_without_a_checkpoint_unless_it_is_to_be_kept(
+    run: Run, checkpoints: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_adapter(run.sft, run.base)
+    original = CheckpointStore.save
+
+    def save(store: CheckpointStore, checkpoint: Checkpoint, *more: Any) -> float:
+        if checkpoint.step == 2:
+            raise OSError("the bucket does not answer")
+        return original(store, checkpoint, *more)
+
+    settings = {"max_steps": 4, "save_steps": 1, "checkpoints": checkpoints}
+    with monkeypatch.context() as broken:
+        broken.setattr(CheckpointStore, "save", save)
+        if checkpoints:
+            with pytest.raises(StopTraining, match=r"checkpoint of step 2, which .*the bucket does not answer"):
+                run.train(**settings)
+            assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-000001"]
+        else:
+            run.train(**settings)
+    run.train(**settings)
+    assert len(list(run.folder.glob("step-000002/adapter/COMMITTED.json"))) == checkpoints / 2
 
 
 def _raise_disk_full(*_: object) -> None:
