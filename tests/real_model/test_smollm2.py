@@ -20,7 +20,8 @@ from tasks.demo.local import VLLM_PYTHON, Places, model_servers, prefect_api
 from tasks.demo.materials import SMOLLM2, ensure_materials, locate_materials
 from tasks.demo.smollm2 import find_weights
 from tasks.errors import PreflowError
-from tasks.promote.vllm import swap_adapter
+from tasks.promote.pointer import install_adapter
+from tasks.promote.vllm import read_probe, swap_adapter
 from tasks.run.preflight import PipelineResult
 from tasks.store.workspace import Manifest, Workspace
 
@@ -47,7 +48,9 @@ def finished(folder: Path) -> Iterator[tuple[PipelineConfig, PipelineResult]]:
     ensure_materials(materials)
     with prefect_api(places), model_servers(places, materials, lambda _: None) as config:
         result = asyncio.run(dpo_pipeline(config))
-        asyncio.run(swap_adapter(result.adapter.uri, None, config.workspace, config.promotion))
+        installed = install_adapter(result.adapter, config.workspace, config.promotion.name)
+        assert read_probe(installed) is not None, "else nothing would be proven"
+        asyncio.run(swap_adapter(installed, None, config.workspace, config.promotion))
         yield config, result
 
 
