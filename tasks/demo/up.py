@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -166,9 +167,11 @@ class Up:
         except (OSError, Fault) as error:
             logger.info("supervisord does not answer (%s): what is left of it is ended by process", error)
         for process in self.leftovers():
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):  # one that ends takes others with it
+                process.terminate()
         for process in psutil.wait_procs(self.leftovers(), 10)[1]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         return count
 
     def leftovers(self, naming: str = "") -> list[psutil.Process]:

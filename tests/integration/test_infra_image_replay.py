@@ -52,7 +52,7 @@ def test_what_it_runs_is_there(flow: ReplayedImage) -> None:
     assert (flow.python.parent / command[0]).exists()
     assert "check" in flow.run("preflow", "--help")
     flow.run("sh", "-n", "deployments/register.sh")
-    for file in re.findall(r"deployments/[\w-]+\.\w+", (ROOT / "deployments" / "register.sh").read_text()):
+    for file in re.findall(r"deployments/[\w.-]*\w", (ROOT / "deployments" / "register.sh").read_text()):
         assert (flow.work / file).exists(), file
     assert (
         "seinfeld"
