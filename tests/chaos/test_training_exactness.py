@@ -202,6 +202,6 @@ def test_a_resume_on_other_tokens_is_refused_by_name(scene: Scene, monkeypatch: 
     changed = scene.training.model_copy(update={"chat_template": str(other)})
     assert Scene(scene.world, scene.processes, scene.workspace, changed).run() == USER_ERROR
     message = scene.processes.outcome()["message"]
-    assert "the checkpoint of step 6 was trained on other tokens than the pairs give now" in message
+    assert "that of step 6 was trained on other tokens than the pairs give now" in message
     assert str(other) in message
     assert scene.run() == 0, scene.processes.log()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort
 
 from flows.audit import audit_preferences
 
@@ -25,6 +27,6 @@ async def test_an_audit_shows_that_the_longer_side_was_chosen(tmp_path: Path) ->
     longer = report.metric("longer_chosen")
     assert (longer.value, longer.ok) == (1.0, False)
     async with get_client() as client:
-        pages = await client.read_artifacts()
-    page = next(page for page in pages if page.key == "preferences")
+        ours = ArtifactFilter(key=ArtifactFilterKey(any_=["preferences"]))
+        page, *_ = await client.read_artifacts(artifact_filter=ours, sort=ArtifactSort.CREATED_DESC)
     assert "The judge prefers the longer completion" in str(page.data)
