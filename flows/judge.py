@@ -28,4 +28,4 @@ async def judge_preferences(
     verdicts = await collect_verdicts(plan)
     preferences = make_preferences(verdicts, workspace, judging)
     await publish(*preference_sections(preferences, workspace))
-    return check_yield(preferences, workspace)
+    return check_yield(preferences, workspace, judging)

@@ -156,16 +156,17 @@ def finish_pairs(
     return artifact
 
 
-def check_yield(preferences: PreferencesRef, workspace: str) -> PreferencesRef:
+def check_yield(preferences: PreferencesRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
     """Return the preferences if there is a pair to train on.
 
     Raises:
         PreflowError: there is none; with what was measured about the judge, and what to do about it.
     """
-    counts = Workspace(workspace).read_manifest(preferences).counts if preferences.manifest else {}
-    if preferences.rows > counts.get(SFT, 0):
+    store = Workspace(workspace)
+    unsure = store.read_manifest(preferences).counts.get(SFT, 0) if judging.unsure_for_sft else 0
+    if preferences.rows > unsure:
         return preferences
-    quality = QualityReport.model_validate(Workspace(workspace).read_json(preferences.sibling("quality.json")))
+    quality = QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
     statuses = ", ".join(f"{count} {name}" for name, count in quality.statuses.items())
     advice = " ".join(metric.advice for metric in quality.problems() if metric.advice)
     why = preferences.sibling("judged.jsonl")

@@ -125,7 +125,7 @@ def test_the_pipeline_tells_its_progress_its_spending_and_its_verdict(world: Wor
 
 STAGES = {
     "generate-completions/local": ("prompts", "generation", r"24 prompts|generation.*done|100 %"),
-    "judge-preferences/local": ("completions", "judging", r"(?s)48 requests.*US\$.*preferences: .*pair \d+"),
+    "judge-preferences/local": ("completions", "judging", r"(?s)48 requests.*US\$.*preferences: .*rows gave a pair"),
     "train-dpo/local": ("preferences", "training", r"step \d+/4"),
 }
 
@@ -157,7 +157,7 @@ def test_serving_tells_from_what_to_what(world: World) -> None:
     promoted = world.run("promote-adapter/local", adapter=adapter, evaluation=world.made("evaluations"), **common)
     assert re.search(r"better is now adapter \w{12}", promoted.text), promoted.text
     back = world.run("rollback-adapter/local", **common)
-    assert re.search(r"better: \w{12} \(win rate [\d.]+\) -> \w{12} \(win rate [\d.]+\)", back.text), back.text
+    assert re.search(r"better: \w{12} \(win rate [\d.]+ %\) -> \w{12} \(win rate [\d.]+ %\)", back.text), back.text
     with rest_client(world.url) as client:
         pages = client.post("/artifacts/latest/filter", json={}).json()
     assert "was rolled back" in next(page["data"] for page in pages if page["key"] == "rollback")

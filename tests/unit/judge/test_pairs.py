@@ -184,7 +184,7 @@ def test_nothing_but_rows_for_the_sft_term_is_no_pair(tmp_path: Path) -> None:
     preferences = make(tmp_path, rows, unsure_for_sft=True, val_ratio=0)
     assert preferences.rows == 10
     with pytest.raises(PreflowError, match="no pair to train on: of 10 prompts 10 sft_only"):
-        check_yield(preferences, str(tmp_path))
+        check_yield(preferences, str(tmp_path), JudgingConfig(unsure_for_sft=True))
 
 
 def test_settings_that_are_off_leave_keys_and_rows_as_they_were(tmp_path: Path) -> None:
@@ -398,9 +398,9 @@ def test_without_a_pair_the_error_says_what_the_judge_does(tmp_path: Path) -> No
     preferences = make(tmp_path, rows)
     assert (preferences.rows, preferences.val_rows) == (0, 0)
     with pytest.raises(PreflowError) as caught:
-        check_yield(preferences, str(tmp_path))
+        check_yield(preferences, str(tmp_path), JudgingConfig())
     assert "no pair to train on: of 200 prompts 200 dropped" in str(caught.value)
     assert "The judge prefers late positions" in str(caught.value)
     assert "stronger judging.model" in str(caught.value)
     some = make(tmp_path, make_rows(50))
-    assert check_yield(some, str(tmp_path)) is some
+    assert check_yield(some, str(tmp_path), JudgingConfig()) is some
