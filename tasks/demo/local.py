@@ -13,10 +13,12 @@ from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, PromotionConfig, TrainingConfig
-from tasks.demo.materials import SMOLLM2, TINY, Materials, locate_materials
+from tasks.demo import SMOLLM2, TINY
+from tasks.demo.materials import Materials, locate_materials
 from tasks.demo.services import Service, VllmOptions, judge_server, prefect_server, vllm_server
 from tasks.demo.summary import before_and_after, summarise
 from tasks.demo.up import Up
+from tasks.errors import PreflowError
 from tasks.promote.pointer import read_pointer
 from tasks.run.preflight import find_result, report_uri
 from tasks.store.workspace import PipelineResult
@@ -105,6 +107,17 @@ def prefect_api(places: Places) -> Iterator[str]:
                 for handler in logging.getLogger("prefect.flow_runs").handlers:
                     handler.flush()
                 EventsWorker.drain_all(timeout=30)
+
+
+def running_api(folder: Path) -> str:
+    """Return the Prefect API of PREFECT_API_URL, or that of `preflow up` for a folder.
+
+    Raises:
+        PreflowError: there is none.
+    """
+    if api := PREFECT_API_URL.value() or Up(folder).api():
+        return api
+    raise PreflowError("there is no Prefect server: `preflow up`, or export PREFECT_API_URL=http://HOST:4200/api")
 
 
 @contextmanager

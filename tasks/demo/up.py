@@ -67,8 +67,16 @@ class Ports:
 
     @classmethod
     def from_environment(cls) -> "Ports":
-        """Return the ports, with those that UI_PORT, VLLM_PORT and JUDGE_PORT change."""
-        return cls(**{name: int(os.environ.get(f"{name.upper()}_PORT", getattr(cls, name))) for name in vars(cls())})
+        """Return the ports, with those that UI_PORT, VLLM_PORT and JUDGE_PORT change.
+
+        Raises:
+            PreflowError: one of these is no port.
+        """
+        given = {name: os.environ.get(f"{name.upper()}_PORT", str(port)) for name, port in vars(cls()).items()}
+        for name, port in given.items():
+            if not (port.isdecimal() and 0 < int(port) < 2**16):
+                raise PreflowError(f"{name.upper()}_PORT={port}: a port is a number from 1 to 65535")
+        return cls(**{name: int(port) for name, port in given.items()})
 
     @property
     def api(self) -> str:
@@ -85,6 +93,11 @@ class Up:
     """What runs in the background for one folder."""
 
     root: Path
+
+    @classmethod
+    def of(cls, config: Path | None, demo: Path) -> "Up":
+        """Return what runs for a configuration, or else for the demo in a folder."""
+        return cls(config.absolute().parent / ".preflow" if config else demo.absolute())
 
     @property
     def run(self) -> Path:
