@@ -303,7 +303,7 @@ def cost_section(costs: Sequence[StageCost], is_priced: bool) -> ReportSection:
         summary = f"Making everything in this run cost {format_usd(usd)} US$, whichever run made it."
     else:
         summary = "What this run cost is not known: set prompt_price and completion_price of the models to see it."
-    return ReportSection("Cost", summary, tables=(Table("By stage", COLUMNS, tuple(tuple(c.row()) for c in costs)),))
+    return ReportSection("Cost", summary, tables=(Table("By stage", COLUMNS, tuple(c.row() for c in costs)),))
 
 
 def lineage_section(manifests: Sequence[Manifest], root: str = "") -> ReportSection:
