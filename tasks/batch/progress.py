@@ -156,9 +156,9 @@ class Monitor:
         to_go = self._tally.total - self._tally.done
         tokens = stats.usage.prompt_tokens + stats.usage.completion_tokens
         priced = config.prompt_price or config.completion_price
-        cost = f"{format_usd(self._projected())} US$" if priced else "no prices set"
+        cost = f"all of it about {format_usd(self._projected())} US$" if priced else "no price is set"
         logger.info(
-            "%s: going by the first %d, the other %d will take about %s tokens; in all %s", self._name, self._made,
+            "%s: going by the first %d, the other %d will take about %s tokens; %s", self._name, self._made,
             to_go, f"{tokens / self._made * to_go:,.0f}", cost,
         )  # fmt: skip
         if config.budget_usd is not None and self._projected() * (1 - PROJECTION_ERROR) > config.budget_usd:
