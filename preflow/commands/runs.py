@@ -14,23 +14,20 @@ def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
     Each model is asked one question, so that its key, its name and its answers are known to work.
     """
     from preflow.terminal import Display
-    from tasks.config import SweepConfig
     from tasks.demo.local import Places, prefect_api
     from tasks.evaluate.power import power_before_price
+    from tasks.run.estimate import plan_runs
+    from tasks.run.estimate_page import plan_lines
     from tasks.run.preflight import find_problems
-    from tasks.sweep.estimate import plan_sweep
-    from tasks.sweep.page import plan_lines
-    from tasks.sweep.points import expand_points
 
     settings = load_settings(file, changes)
-    config, alone = settings.config, SweepConfig(changes=[{}])
+    config = settings.config
     with Display(settings.folder / "logs" / "check.log"), ExitStack() as stack:
         if config.training_deployment is not None:
             stack.enter_context(prefect_api(Places(settings.folder)))
         problems = asyncio.run(find_problems(config))
         if not problems:
-            plan = plan_sweep(expand_points(config, alone).points, alone)
-            found = [*plan_lines(plan), f"proof: {power_before_price(config)}"]
+            found = [*plan_lines(plan_runs([config])), f"proof: {power_before_price(config)}"]
     if problems:
         print("\n".join(f"wrong: {problem}" for problem in problems))
         print(f"{len(problems)} to fix; nothing was spent")

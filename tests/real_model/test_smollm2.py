@@ -16,8 +16,8 @@ import pytest
 
 from flows.pipeline import dpo_pipeline
 from tasks.config import PipelineConfig
-from tasks.demo.local import VLLM_PYTHON, Places, model_servers, prefect_api
 from tasks.demo import SMOLLM2
+from tasks.demo.local import VLLM_PYTHON, Places, model_servers, prefect_api
 from tasks.demo.materials import ensure_materials, locate_materials
 from tasks.demo.smollm2 import find_weights
 from tasks.errors import PreflowError
