@@ -2,13 +2,12 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
-from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
@@ -131,9 +130,9 @@ def _place(file: Path, lines: CommentedMap, where: Sequence[int | str], changed:
     return f"{file}:{line}"
 
 
-def _explain(where: Sequence[int | str], item: ErrorDetails) -> str:
+def _explain(where: Sequence[int | str], item: Mapping[str, Any]) -> str:
     name, last = ".".join(map(str, where)), str(where[-1]) if where else ""
-    message = item["msg"].removeprefix("Value error, ")
+    message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         known, section = list(setting_names(RunFile)), name.rpartition(".")[0]
         siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
