@@ -14,7 +14,7 @@ from preflow.options import Changes, Folder, Switch
 from preflow.settings import load_settings, parse_change
 from tasks.demo import DemoModel
 from tasks.demo.services import Service, judge_server, prefect_server
-from tasks.demo.up import Ports, Up, require_free
+from tasks.demo.up import Places, Ports, Up, require_free
 from tasks.errors import PreflowError
 
 
@@ -34,7 +34,7 @@ def demo(*, model: DemoModel = "tiny", sweep: Switch = False, folder: Folder = P
     from flows.demo import demo as demo_flow
     from flows.demo import demo_sweep
     from preflow.terminal import POINTS, STAGES, shown
-    from tasks.demo.local import Places, show_result
+    from tasks.demo.local import show_result
 
     if sweep and model != "tiny":
         raise PreflowError("--sweep tries its betas with the tiny model: leave --model out")
@@ -76,7 +76,7 @@ def start_for(running: Up, file: Path, ports: Ports) -> None:
     settings = load_settings(file)
     require_free(ports, ["ui"])
     tell(running, {"name": settings.config.promotion.name, **settings.parameters(sweep=True)})
-    server = prefect_server(running.root / "prefect", ports.ui)
+    server = prefect_server(running.prefect_home, ports.ui)
     running.start([server, flow_server(running, ports)], ports.api)
     running.wait({"Prefect": server.is_healthy, "deployments": running.served.exists})
 
@@ -84,19 +84,19 @@ def start_for(running: Up, file: Path, ports: Ports) -> None:
 def start_demo(running: Up, ports: Ports) -> None:
     """Make the demo's materials if they are not there, and start everything that its runs need."""
     from flows.demo import BETAS
-    from tasks.demo.local import JUDGE_KEY, Places, demo_config, vllm_launcher
+    from tasks.demo.local import JUDGE_KEY, demo_config, vllm_launcher
     from tasks.demo.materials import ensure_materials, locate_materials
 
     require_free(ports, ["ui", "vllm", "judge"])
-    places, materials = Places(running.root), locate_materials(running.root)
+    materials = locate_materials(running.root)
     ensure_materials(materials)
     os.environ[JUDGE_KEY] = secrets.token_hex(16)
-    config = demo_config(places, materials, ports.url("vllm"), ports.url("judge"))
+    config = demo_config(running, materials, ports.url("vllm"), ports.url("judge"))
     sweep = BETAS.model_dump(mode="json", exclude_defaults=True)
     tell(running, {"name": "demo", "config": config.model_dump(mode="json"), "sweep": sweep})
-    server = prefect_server(places.prefect_home, ports.ui)
-    judge = judge_server(places.logs, os.environ[JUDGE_KEY], ports.judge)
-    vllm = vllm_launcher(places, ports.vllm)
+    server = prefect_server(running.prefect_home, ports.ui)
+    judge = judge_server(running.logs, os.environ[JUDGE_KEY], ports.judge)
+    vllm = vllm_launcher(running, ports.vllm)
     running.start([server, judge, vllm, flow_server(running, ports)], ports.api)
     ready = {"Prefect": server.is_healthy, "judge": judge.is_healthy, "deployments": running.served.exists}
     running.wait({**ready, "vLLM": vllm.is_healthy})
@@ -111,7 +111,7 @@ def tell(running: Up, told: dict[str, Any]) -> None:
 def flow_server(running: Up, ports: Ports) -> Service:
     """Return the process that serves the deployments; it waits for the server by trying again."""
     environment = {
-        "PREFECT_API_URL": ports.api, "PREFECT_HOME": str(running.root / "prefect"), "DO_NOT_TRACK": "1",
+        "PREFECT_API_URL": ports.api, "PREFECT_HOME": str(running.prefect_home), "DO_NOT_TRACK": "1",
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",
         # A server that is away is waited for: 2, 4, ... 256 s between the attempts, 8 minutes in all.
         "PREFECT_CLIENT_MAX_RETRIES": "8",

@@ -14,7 +14,7 @@ def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
     Each model is asked one question, so that its key, its name and its answers are known to work.
     """
     from preflow.terminal import Display
-    from tasks.demo.local import Places, prefect_api
+    from tasks.demo.local import prefect_api
     from tasks.evaluate.power import power_before_price
     from tasks.run.estimate import plan_runs
     from tasks.run.estimate_page import plan_lines
@@ -24,7 +24,7 @@ def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
     config = settings.config
     with Display(settings.folder / "logs" / "check.log"), ExitStack() as stack:
         if config.training_deployment is not None:
-            stack.enter_context(prefect_api(Places(settings.folder)))
+            stack.enter_context(prefect_api(settings.folder))
         problems = asyncio.run(find_problems(config))
         if not problems:
             found = [*plan_lines(plan_runs([config])), f"proof: {power_before_price(config)}"]

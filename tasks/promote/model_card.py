@@ -5,6 +5,7 @@ import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
@@ -103,12 +104,12 @@ def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: b
     return str(card) + "\n"
 
 
-def _judged(preferences: Manifest) -> dict[str, object]:
+def _judged(preferences: Manifest) -> dict[str, Any]:
     judging = preferences.settings(JudgingConfig)
     return {"judging": judging, "rubric": posixpath.basename(judging.rubric or "")}
 
 
-def _trained(training: Manifest, pairs: dict[str, int]) -> dict[str, object]:
+def _trained(training: Manifest, pairs: dict[str, int]) -> dict[str, Any]:
     config, rank = training.settings(TrainingConfig), training.counts.get("lora_rank", 64)
     return {
         "data": _data(training.counts, pairs),
