@@ -104,13 +104,7 @@ def pointed_at(url: str) -> Iterator[None]:
 def model_servers(
     places: Places, materials: Materials, find: Callable[[PipelineConfig], object | None] = find_result
 ) -> Iterator[PipelineConfig]:
-    """Start vLLM and the judge, unless what they are for has finished; yields the run's configuration.
-
-    Args:
-        places: the demo's folders.
-        materials: models and prompts.
-        find: returns the result of what they are for, if it has finished.
-    """
+    """Start vLLM and the judge, unless `find` knows a result of what they are for; yields the run's configuration."""
     os.environ.setdefault(JUDGE_KEY, secrets.token_hex(16))
     finished = demo_config(places, materials, NOWHERE, NOWHERE)
     if find(finished) is not None:

@@ -140,9 +140,7 @@ def plan_design(workspace: str, evaluation: EvaluationConfig, held_out: int) -> 
 def power_before_price(config: PipelineConfig, usd_per_verdict: float = 0.0) -> str:
     """Say what the evaluation of a run can show, and what showing half the gain takes, with the price of both.
 
-    Args:
-        config: the run's.
-        usd_per_verdict: what a verdict costs, of all judges together; 0 where no price is set.
+    `usd_per_verdict` is of all judges together; 0 where no price is set.
     """
     evaluation = config.evaluation
     held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows

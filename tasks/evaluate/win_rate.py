@@ -63,13 +63,10 @@ def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluatio
 def draw_settings(
     evaluation: EvaluationConfig, draw: int, workspace: str, adapter: AdapterRef | None = None
 ) -> GenerationConfig:
-    """Return how one draw is sampled: as in the generation stage, with a seed of its own.
+    """Return how BASELINE, CANDIDATE or NULL is sampled: as in the generation stage, with a seed of its own.
 
-    Args:
-        evaluation: the number of samples and the base seed.
-        draw: BASELINE, CANDIDATE or NULL; draws of one adapter must differ, or the null test would compare equals.
-        workspace: the workspace that `adapter` lies in.
-        adapter: the adapter to sample from; None: the SFT adapter that `evaluation.generation` names.
+    Draws of one adapter must differ, or the null test would compare equals. Without an adapter it is the SFT adapter
+    that `evaluation.generation` names.
     """
     base = evaluation.generation or GenerationConfig()
     update: dict[str, Any] = {
@@ -178,12 +175,8 @@ def judge_adapter(
 ) -> Evaluation:
     """Measure how often an adapter won, and what says whether that can be believed.
 
-    Args:
-        sha256: of the adapter.
-        comparisons: with the SFT adapter, by the judges that made the labels.
-        second: the same by other judges; empty without any. Where none could be read there is no second opinion.
-        null: the SFT adapter against itself; None if it was not tested.
-        evaluation: the confidence, and the names of the other judges.
+    `comparisons` are with the SFT adapter, by the judges that made the labels; `second` the same by other judges (none
+    of them readable: there is no second opinion); `null` the SFT adapter against itself, if that was tested.
     """
     found = win_rate(comparisons, evaluation.confidence)
     opinion = None

@@ -83,10 +83,7 @@ def base_name(provenance: Provenance, publishing: PublishingConfig) -> str:
 def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: bytes | None = None) -> str:
     """Return the card, Markdown with YAML front matter; equal manifests give equal bytes.
 
-    Args:
-        provenance: what made the adapter.
-        publishing: the repository.
-        evidence: what the card names so that the win rate can be recomputed, if that is still there.
+    It names the evidence from which the win rate can be recomputed, if that is still there.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -197,10 +197,7 @@ def move_pointer(
 def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
     """Return the entry of the history to go back to: the newest that was not itself rolled back, or the one named.
 
-    Args:
-        workspace: where the pointer is.
-        name: the served name.
-        to: the start of an adapter's digest, at least 6 characters; None for the newest.
+    It is named by the start of its adapter's digest, at least 6 characters.
 
     Raises:
         PreflowError: there is no such entry, or it is no longer whole; says which there are.

@@ -192,13 +192,9 @@ def rates_of(found: Evaluation, bar: float) -> Iterator[Rate]:
 def evaluation_section(
     found: Evaluation, comparisons: Sequence[Row] = (), bar: float = 0.5, lengths: Table | None = None
 ) -> ReportSection:
-    """Show whether the new adapter won, and before/after comparisons to read.
+    """Show whether the new adapter won, by lower bounds over `bar`, and rows of `comparisons.jsonl` to read.
 
-    Args:
-        found: the win rates.
-        comparisons: rows of `comparisons.jsonl`: prompt, completions [SFT, new], outcome (1: the new one won).
-        bar: what the intervals' lower bounds must be over.
-        lengths: of all samples, from `sample_lengths`: a judge may like longer texts better.
+    `lengths` are of all samples, from `sample_lengths`: a judge may like longer texts better.
     """
     summary = (
         f"The new adapter wins {found.text()} of the comparisons with the SFT adapter on {found.prompts:,} held-out "
