@@ -127,7 +127,8 @@ class PodTarget:
             said = f"{status} {getattr(error, 'reason', None) or getattr(error, 'message', '')}" if status else error
             raise PreflowError(
                 f"the cluster does not do what the drill asks in namespace {self.namespace}: {said}. It "
-                "lists and reads pods, and creates pods/eviction and pods/exec: see `kubectl auth can-i` and KUBECONFIG"
+                "lists and gets pods, creates pods/eviction, and gets and creates pods/exec: see `kubectl auth can-i` "
+                "and KUBECONFIG"
             ) from error
 
     async def _running_pod(self, api: kubernetes.CoreV1Api, selector: str) -> str:
