@@ -152,7 +152,7 @@ def test_the_images_and_settings_of_the_project_reach_every_container() -> None:
 
 
 def test_the_flow_worker_reaches_the_kubernetes_api() -> None:
-    assert leads_to({"preflow.dev/component": "flow-worker"}) >= {443, 6443}
+    assert leads_to({"preflow.dev/component": "flow-worker"}) >= {443, 6443, 8443}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -281,6 +281,53 @@ def leads_to(labels: Object) -> set[int]:
         if any(peer.get("ipBlock", {}).get("cidr") == "0.0.0.0/0" for peer in rule["to"])
         for item in rule["ports"]
     }
+
+
+async def test_every_selector_selects_something_and_every_port_is_open_at_both_ends() -> None:
+    """A policy, Service or budget whose labels nobody has, and a way that only one side permits, are silent faults."""
+    training = (await render())["spec"]["template"]
+    running = {name: (labels, pod) for name, labels, pod in workloads("gke")}
+    running["training"] = training["metadata"]["labels"], training["spec"]
+    running["client"] = {"preflow.dev/client": "true"}, {"containers": []}
+
+    def chosen(selector: Object) -> set[str]:
+        return {name for name, (labels, _) in running.items() if selects({"spec": {"podSelector": selector}}, labels)}
+
+    def ports(name: str) -> dict[int | str, int]:
+        found = [port for item in running[name][1]["containers"] for port in item.get("ports", [])]
+        numbers = {port["containerPort"]: port["containerPort"] for port in found}
+        return {port["name"]: port["containerPort"] for port in found} | numbers
+
+    opened, wanted = set(), set()
+    for item in objects("gke"):
+        name, spec = item["metadata"]["name"], item.get("spec", {})
+        if item["kind"] == "Service":
+            (target,) = chosen({"matchLabels": spec["selector"]})
+            assert {port["targetPort"] for port in spec["ports"]} <= set(ports(target)), name
+        elif item["kind"] == "PodDisruptionBudget":
+            assert len(chosen(spec["selector"])) == 1, name
+        elif item["kind"] == "NetworkPolicy":
+            own = chosen(spec["podSelector"])
+            assert own, name
+            for direction, side in (("ingress", "from"), ("egress", "to")):
+                for rule in spec.get(direction, []):
+                    peers = [chosen(peer["podSelector"]) for peer in rule[side] if "podSelector" in peer]
+                    assert all(peers), f"{name}: {direction} of nobody"
+                    ways = {(peer, me, port["port"]) for peer in set().union(*peers) for me in own
+                            for port in rule["ports"]}  # fmt: skip
+                    if direction == "ingress":
+                        opened |= ways
+                    else:
+                        wanted |= {(me, peer, port) for peer, me, port in ways}
+    outside = {way for way in opened if way[0] == "client"}
+    assert wanted - opened == set(), "the other side does not let it in"
+    assert opened - wanted - outside == set(), "its own side does not let it out"
+    assert all(port in ports(to) for _, to, port in opened), "nobody listens there"
+    for _, pod in running.values():
+        for container in pod["containers"]:
+            probes = [container[key] for key in container if key.endswith("Probe")]
+            named = {probe[how]["port"] for probe in probes for how in ("httpGet", "tcpSocket") if how in probe}
+            assert named <= {port["name"] for port in container.get("ports", [])}
 
 
 # Names that a deployment of the pool may have; Prefect's worker makes them the pods' app.kubernetes.io/name.
