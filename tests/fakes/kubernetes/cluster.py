@@ -126,11 +126,6 @@ class DoubleCluster:
         found: list[int] = self._on(pod, lambda item: self._api.kubelet.container(item).processes())
         return found
 
-    def log(self, pod: str) -> Path:
-        """Return the file of what a pod prints."""
-        found: Path = self._on(pod, lambda item: self._api.kubelet.container(item).log)
-        return found
-
     def requests(self, user: str) -> list[dict[str, Any]]:
         """Return what a user asked of the API."""
         return [row for row in list(self._api.requests) if row["user"] == user]
