@@ -15,6 +15,7 @@ from tasks.demo.services import Service, free_port, prefect_server
 from tests.fakes.process import ROOT
 
 BINARIES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
+LIST = "SELECT datname FROM pg_database"
 NOBODY = 65534  # PostgreSQL refuses to run as root
 KUBECTL = """#!/bin/bash
 echo "$@" >>{folder}/commands
@@ -37,10 +38,14 @@ class Database:
     folder: Path
     port: int
 
-    def run(self, program: str, *arguments: str) -> None:
+    @property
+    def options(self) -> list[str]:
+        return ["--host", str(self.folder), "--port", str(self.port), "--username", "prefect"]
+
+    def run(self, program: str, *arguments: str) -> str:
         command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.getuid() == 0 else []
         command += [f"{BINARIES}/{program}", *arguments]
-        subprocess.run(command, check=True, capture_output=True, cwd=self.folder)
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=self.folder).stdout
 
     def script(self, *arguments: str) -> None:
         """Run database.sh with a kubectl that executes here what it is to execute in the pod."""
@@ -69,7 +74,7 @@ def database() -> Iterator[Database]:
     options = f"-k {folder} -p {found.port} -c listen_addresses=127.0.0.1 -c fsync=off"
     found.run("pg_ctl", "start", "--wait", "--pgdata", f"{folder}/data", "--log", f"{folder}/log", "--options", options)
     try:
-        found.run("createdb", "--host", str(folder), "--port", str(found.port), "--username", "prefect", "prefect")
+        found.run("createdb", *found.options, "prefect")
         yield found
     finally:
         found.run("pg_ctl", "stop", "--mode", "immediate", "--pgdata", f"{folder}/data")
@@ -93,5 +98,5 @@ def test_what_was_backed_up_is_there_again_and_what_came_later_is_not(database: 
     database.script("restore", str(tmp_path / "save"))
     with database.server() as server:
         assert ask(server, "POST", "/variables/filter", {"sort": "NAME_ASC"}) == ["first", "second"]
-    commands = (database.folder / "commands").read_text()
-    assert commands.count("pg_restore --username=prefect --dbname=prefect --clean") == 1
+    found = database.run("psql", *database.options, "--tuples-only", "--command", LIST, "prefect")
+    assert set(found.split()) == {"postgres", "prefect", "template0", "template1"}, "and no other is left"

@@ -452,12 +452,13 @@ def test_a_password_that_cannot_be_read_is_not_replaced(kubectl: Path) -> None:
 
 
 DATABASE = """#!/bin/bash
-# A cluster whose database is a file; what is asked of it is noted.
+# A cluster whose databases are files; what is asked of it is noted.
 echo "$@" >>{folder}/commands
 case "$*" in
-    *pg_dump*) [ ! -e {folder}/broken ] || {{ echo half; exit 1; }}; cat {folder}/database ;;
-    *"pg_restore --list"*) grep -q rows || exit 1 ;;
-    *pg_restore*) [ ! -e {folder}/broken ] || exit 1; cat >{folder}/database ;;
+    *pg_dump*) [ ! -e {folder}/broken ] || {{ echo half; exit 1; }}; cat {folder}/prefect ;;
+    *createdb*) touch {folder}/restored ;;
+    *pg_restore*) grep rows >{folder}/restored ;;
+    *psql*) [ ! -e {folder}/broken ] || exit 1; mv {folder}/restored {folder}/prefect ;;
 esac
 """
 
@@ -469,18 +470,18 @@ def run_database(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
 
 
 def test_a_backup_is_whole_or_absent_and_a_restore_starts_everything_again(kubectl: Path) -> None:
-    save, database = kubectl / "save", kubectl / "database"
+    save, database = kubectl / "save", kubectl / "prefect"
     database.write_text("rows of today")
     assert run_database(kubectl, "backup", str(save)).returncode == 0
     database.write_text("rows of tomorrow")
     assert run_database(kubectl, "restore", str(save)).returncode == 0
-    assert database.read_text() == "rows of today"
+    assert database.read_text() == "rows of today\n"
     (kubectl / "broken").touch()
     assert run_database(kubectl, "backup", str(kubectl / "other")).returncode != 0
     assert not list(kubectl.glob("other*")), "half a backup is none"
     assert run_database(kubectl, "restore", str(save)).returncode != 0
     scaled = re.findall(r"scale .* --replicas (\d)", (kubectl / "commands").read_text())
-    assert scaled == ["0", "1", "0", "1"], "also after a restore that failed"
+    assert scaled == ["0", "1", "0", "1"], "also after an exchange that failed"
     save.write_text("no backup")
     assert run_database(kubectl, "restore", str(save)).returncode != 0
     assert len(re.findall("replicas", (kubectl / "commands").read_text())) == 4, "nothing was stopped for it"
