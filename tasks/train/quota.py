@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 TRAINING = "preflow.dev/component=training"
 # A quota's short names for what pods request.
 SHORT = {"cpu": "requests.cpu", "memory": "requests.memory", "ephemeral-storage": "requests.ephemeral-storage"}
-UNITS = {
+UNITS: dict[str, Decimal | int] = {
     "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
 }  # fmt: skip
@@ -77,7 +77,7 @@ def charges(pod: Item) -> dict[str, Decimal]:
 def amount(quantity: object) -> Decimal:
     """Return a quantity of Kubernetes, such as 500m or 24Gi, as a number."""
     number, unit = re.fullmatch(r"(.*?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?", str(quantity)).groups()  # type: ignore[union-attr]
-    return Decimal(number) * UNITS.get(unit, 1)
+    return Decimal(number) * UNITS.get(unit or "", 1)
 
 
 def check_room(
