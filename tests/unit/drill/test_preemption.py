@@ -33,9 +33,15 @@ class Cluster:
     """Pods, what was done to them, and an API that takes a pod away after a few questions."""
 
     def __init__(self, *pods: dict[str, Any]) -> None:
-        self.pods, self.done, self.asked, self.forbidden = pods, list[tuple[str, Any]](), 0, False
+        self.pods, self.asked, self.forbidden = pods, 0, False
+        self.done, self.reviewed = list[tuple[str, Any]](), list[tuple[str, str, str]]()
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path.endswith("selfsubjectaccessreviews"):
+            asked = (await request.json())["spec"]["resourceAttributes"]
+            self.reviewed.append((asked["verb"], asked["resource"], asked["subresource"]))
+            allowed = asked["namespace"] == "preflow" and not (self.forbidden and asked["subresource"])
+            return web.json_response({"spec": {}, "status": {"allowed": allowed}}, status=201)
         name, _, action = request.path.removeprefix(PODS).strip("/").partition("/")
         if action and self.forbidden:
             return web.json_response({"kind": "Status", "code": 403}, status=403)
@@ -105,15 +111,23 @@ async def test_the_running_pod_of_the_newest_run_is_evicted_or_killed(cluster: C
     assert cluster.done == [("wanted", done)]
     assert cluster.asked == POLLS_UNTIL_GONE + 1, "it is waited for until the pod is gone"
     cluster.forbidden = True
-    with pytest.raises(PreflowError, match=r"namespace preflow: 403 .*pods/exec"):
+    with pytest.raises(PreflowError, match=r"namespace preflow: 403 .*kubectl auth can-i"):
         await TARGET.preempt(ORDER, kind)
     cluster.pods = others
     with pytest.raises(PreflowError, match=f"flow-run-id={RUN} in namespace preflow"):
         await TARGET.preempt(ORDER, kind)
 
 
+async def test_a_right_that_is_missing_is_named_before_anything_is_trained(cluster: Cluster) -> None:
+    await TARGET.check()
+    assert cluster.reviewed == list(preemption.RIGHTS)
+    cluster.forbidden = True
+    with pytest.raises(PreflowError, match=r"may not create pods eviction in namespace preflow.*an administrator's"):
+        await TARGET.check()
+
+
 async def test_without_a_cluster_it_is_said_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_kubeconfig(tmp_path / "none", monkeypatch)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(PreflowError, match="set KUBECONFIG"):
-        await TARGET.preempt(ORDER, Kind.NOTICE)
+        await TARGET.check()
