@@ -1,4 +1,4 @@
-"""What tests of several kinds share: a real Prefect server."""
+"""What tests of several kinds share, each made once a test process: a Prefect server, a tiny training."""
 
 import os
 import signal
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.tiny_training import TinyWorld
+from tests.fakes.training_process import TrainingProcesses
 
 PREFECT = {
     "DO_NOT_TRACK": "1",
@@ -31,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that at the end no test process works, or waits, alone."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    """Base, SFT adapter and pairs of a tiny training, which nobody changes."""
+    return TinyWorld.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
+    """What starts real training processes in an instant: it has imported torch and TRL once for all."""
+    processes = TrainingProcesses(tmp_path_factory.mktemp("children"))
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")
