@@ -74,7 +74,7 @@ FILES = {
         ("params ok.yaml --set training.bta=3", "--set: there is no setting training.bta; did you mean training.beta?"),
         ("params ok.yaml --set training=3", "--set: training: must be a section"),
         ("params ok.yaml --set prompts.x=3", "--set prompts.x: prompts is no section: it has no settings in it"),
-        ("convert unfinished", "unfinished: "),
+        ("convert unfinished", "unfinished: a folder that holds no table of `datasets`. Give the path of a JSONL"),
         ("convert rows.jsonl --show -1", "--show"),
         ("init ok.yaml/config.yaml", "ok.yaml/config.yaml: cannot be written: "),
         ("init ok.yaml", "ok.yaml is there already: give another name, or --force"),
