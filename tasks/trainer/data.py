@@ -152,6 +152,7 @@ class PairTokenizer:
         template = template or ChatTemplate(tokenizer.chat_template, tokenizer.name_or_path, {}, ChatSettings())
         self.template = replace(template, special_tokens=tokenizer.special_tokens_map)
         self._lead, self._end = self.template.around_answer
+        self._highest = highest_token(tokenizer)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ends = (added | set(tokenizer.all_special_ids)) & set(self._encode([self._end])[0])
         stops = template.settings.stop
@@ -218,6 +219,12 @@ class PairTokenizer:
             report.other_prompts += 1
             prompt = known
         sides = list(_sides(row))
+        for ids in filter(None, (known, *(ids for _, ids, _ in sides))):
+            if min(ids) < 0 or max(ids) > self._highest:
+                raise PreflowError(
+                    f"{place}: its sampled tokens have numbers from {min(ids)} to {max(ids)}, the tokenizer's end at "
+                    f"{self._highest}: they are of another one. Give the base model that was sampled from."
+                )
         chosen, rejected = (self._side(*side, ids, report) for side, ids in zip(sides, answers, strict=True))
         if row.sft_only:
             rejected = chosen
@@ -243,6 +250,12 @@ class PairTokenizer:
         """Tell whether sampled tokens are this text, of which a server may have taken thinking and stop texts."""
         read, text = ("".join(part.replace("\ufffd", "").split()) for part in (self._tokenizer.decode(ids, True), text))
         return text in read
+
+
+def highest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the highest number that a tokenizer gives a token."""
+    numbers: dict[str, int] = tokenizer.get_vocab()
+    return max(numbers.values())
 
 
 def _sides(row: PairRow) -> Iterator[tuple[Message, list[int] | None, str | None]]:

@@ -29,7 +29,7 @@ from tasks.llm.choose_template import JINJA
 from tasks.store.measures import Probe, ProbeText
 from tasks.train.inputs import ADAPTER_WEIGHTS
 from tasks.trainer.checkpoints import os_error
-from tasks.trainer.data import TokenPair
+from tasks.trainer.data import TokenPair, highest_token
 
 LOG = logging.getLogger(__name__)
 
@@ -205,15 +205,15 @@ def _keep_weights_as_quantised(base: Any) -> None:
 
 def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Put the SFT adapter, trainable and in fp32 as `default`, onto the base model."""
-    rows = base.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    rows, highest = base.get_input_embeddings().weight.shape[0], highest_token(tokenizer)
+    if highest >= rows:
         raise PreflowError(
-            f"the tokenizer has {len(tokenizer)} tokens, the base model {rows} embeddings: it belongs to another "
+            f"the tokenizer has tokens up to number {highest}, the base model {rows} embeddings: it belongs to another "
             "model. Give the base model that the SFT adapter was trained on."
         )
     try:
         policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise PreflowError(
             f"SFT adapter {adapter}: does not fit the base model {base.config.name_or_path} "
             f"({_cause(error)}). Give the base model that it was trained on."
@@ -278,9 +278,10 @@ class AdapterWeights:
         ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for name in sorted(theirs.keys() ^ ours.keys()) or [n for n in theirs if theirs[n] != ours[n]]:
             raise PreflowError(
-                f"SFT adapter {self.folder}: its weight {name} {theirs.get(name, 'is missing')} does not fit the base "
-                f"model {base_name} with this adapter_config.json ({ours.get(name, 'no such place')}). Give the base "
-                "that it was trained on, and the configuration that it was saved with."
+                f"SFT adapter {self.folder}: its weight {name} does not fit the base {base_name} with this "
+                f"adapter_config.json: it has {theirs.get(name, 'nothing of the name')}, they ask for "
+                f"{ours.get(name, 'no such weight')}. Give the base that it was trained on, and the configuration that "
+                "it was saved with."
             )
 
     def copy_to(self, model: Any, name: str) -> None:

@@ -143,6 +143,28 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         load_as(VICUNA, tmp_path, [row])
 
 
+@pytest.mark.parametrize("wrong", [1_000_000, -5])
+def test_a_token_that_no_embedding_is_for_is_named_with_its_line(tmp_path: Path, wrong: int) -> None:
+    """Once in many pairs too: the model could not even be asked."""
+    row = conversation("cat", "dog", prompt_token_ids=[1], chosen_token_ids=[wrong], rejected_token_ids=[2])
+    with pytest.raises(PreflowError, match=rf"train\.jsonl:2: .*numbers from {wrong} to {wrong}, the tokenizer's end"):
+        load_as(QWEN, tmp_path, [conversation("cat", "dog"), row])
+
+
+def test_a_template_that_asks_for_a_system_message_is_taken(tmp_path: Path) -> None:
+    file, row = tmp_path / "strict.jinja", conversation("cat", "dog")
+    file.write_text(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(PreflowError, match=r"train\.jsonl:1: the chat template of .* refuses messages of user"):
+        load_as(VICUNA, tmp_path, [row], chat_template=str(file))
+    row["prompt"].insert(0, {"role": "system", "content": "S"})
+    tokenizer, data = load_as(VICUNA, tmp_path, [row], chat_template=str(file))
+    assert tokenizer.decode(data.pairs[0].chosen_ids) == f"cat{VICUNA.eos}"
+
+
 def test_prompts_sampled_with_another_template_are_refused(tmp_path: Path) -> None:
     prompt = sampled_prompt(LLAMA, VICUNA.build_tokenizer(tmp_path / "model"))
     with pytest.raises(PreflowError, match="1 of 1 prompts were sampled with other tokens than the chat template"):
