@@ -196,7 +196,7 @@ async def test_what_vllm_would_not_load_is_known_from_its_configuration_alone(st
             (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
             with pytest.raises(PreflowError, match=message) if message else nullcontext():
                 await endpoint.check_would_load(str(tmp_path))
-        with pytest.raises(PreflowError, match="No adapter found for .*set adapter_root"):
+        with pytest.raises(PreflowError, match=r"No adapter found for .*set adapter_root"):
             await endpoint.check_would_load(str(tmp_path / "nowhere"))
         assert {model.id for model in await endpoint.models()} == served
 
