@@ -50,7 +50,7 @@ from tasks.trainer.model import (
     save_adapter,
     use_deterministic_kernels,
 )
-from tasks.trainer.reference import ReferenceCache, Split, reference_key
+from tasks.trainer.reference import Split, load_reference, reference_key, save_reference
 from tasks.trainer.stopping import StopFlag
 from tasks.trainer.trainer import ExactTrainer, Hooks
 
@@ -189,14 +189,13 @@ class TrainingRun:
     def _use_cached_reference(self, trainer: ExactTrainer, splits: list[Split]) -> None:
         weights = {"base": self._spec.base_sha256, "sft": self._spec.sft_sha256, "device": arithmetic()}
         key = reference_key(splits, self._training, weights)
-        cache = ReferenceCache(self._store, key, trainer.sft.digest())
-        found = trainer.agree(cache.load(splits))
+        found = trainer.agree(load_reference(self._store, key))
         if found is None:
             count = sum(len(split.pairs) for split in splits)
             self._tell(Progress("reference", f"computing the reference log-probs of {count} pairs"))
             found = {split.name: trainer.reference_logps(split) for split in splits}
             if is_main_process():
-                cache.save(splits, found, weights)
+                save_reference(self._store, key, found)
         trainer.use_cached_reference(found["train"], found.get("val"))
 
     def _save(self, checkpoint: Checkpoint) -> float:
