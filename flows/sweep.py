@@ -6,13 +6,13 @@ from prefect.client.schemas.objects import State
 from flows.pipeline import improve, promote_if_better
 from tasks.batch.shards import settle
 from tasks.config import PipelineConfig, SweepConfig
+from tasks.run.estimate import plan_runs
 from tasks.run.names import named
 from tasks.run.preflight import sharing_endpoints
 from tasks.store.workspace import PipelineResult
-from tasks.sweep.estimate import check_budget, plan_sweep
 from tasks.sweep.page import conclude, report_plan, report_sweep
 from tasks.sweep.points import Point
-from tasks.sweep.prepare import find_unready, prepare_points, trainings_at_once
+from tasks.sweep.prepare import check_budget, find_unready, prepare_points, trainings_at_once
 from tasks.sweep.ranking import SweepResult, attempt, find_sweep, rank, record_sweep, winner
 
 
@@ -39,7 +39,7 @@ async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult |
 
 async def run_points(points: tuple[Point, ...], sweep: SweepConfig, duplicates: int) -> SweepResult:
     """Show what the points will cost, run those that can run, and rank them."""
-    plan = plan_sweep(points, sweep)
+    plan = plan_runs([point.config for point in points], sweep)
     await report_plan(plan, points, sweep, duplicates)
     check_budget(plan, sweep)
     unready = await find_unready(points, plan)

@@ -15,13 +15,11 @@ def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
     from preflow.cli import Exit
     from preflow.settings import load_settings
     from preflow.terminal import Display
-    from tasks.config import SweepConfig
     from tasks.demo.local import Places, prefect_api
     from tasks.evaluate.power import power_before_price
+    from tasks.run.estimate import plan_runs
+    from tasks.run.estimate_page import plan_lines
     from tasks.run.preflight import find_problems
-    from tasks.sweep.estimate import plan_sweep
-    from tasks.sweep.page import plan_lines
-    from tasks.sweep.points import expand_points
 
     settings = load_settings(file, changes)
     config = settings.config
@@ -31,9 +29,7 @@ def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
         problems = asyncio.run(find_problems(config))
         found: list[str] = []
         if not problems:
-            sweep = SweepConfig(changes=[{}])
-            plan = plan_sweep(expand_points(config, sweep).points, sweep)
-            found = [*plan_lines(plan), f"proof: {power_before_price(config)}"]
+            found = [*plan_lines(plan_runs([config])), f"proof: {power_before_price(config)}"]
     for problem in problems:
         print(f"wrong: {problem}")
     if problems:

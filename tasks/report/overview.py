@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tasks.batch.costs import format_usd
 from tasks.config import JudgingConfig
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.sections import NULL, metric_row, rates_of
-from tasks.store.measures import Evaluation, Health, JudgeEstimate, Metric, QualityReport, percent
+from tasks.store.measures import Evaluation, Health, Metric, QualityReport, percent
 from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]
@@ -154,36 +153,3 @@ def _models(manifests: Sequence[Manifest]) -> Iterator[tuple[Cell, ...]]:
             judging = manifest.settings(JudgingConfig)
             yield from (("judge", judge.model, None) for judge in judging.judges())
             yield "rubric", judging.rubric, None
-
-
-def approval_section(estimates: Sequence[JudgeEstimate], comparisons: int) -> ReportSection:
-    """Show what the judges are about to be asked and what that will cost.
-
-    Args:
-        estimates: one for each judge.
-        comparisons: verdicts that the evaluation will want later, at most.
-    """
-    columns = (
-        "judge", "requests", "answered before", "prompt tokens", "completion tokens", "tokens at most", "US$",
-        "US$ at most",
-    )  # fmt: skip
-    rows = tuple(
-        (
-            one.model, one.requests, one.known, one.expected.prompt_tokens, one.expected.completion_tokens,
-            one.most.completion_tokens, format_usd(one.expected.usd), format_usd(one.most.usd),
-        )
-        for one in estimates
-    )  # fmt: skip
-    requests, expected = sum(one.requests for one in estimates), sum(one.expected.usd for one in estimates)
-    most = sum(one.most.usd for one in estimates)
-    priced = f"about {format_usd(expected)} US$, at most {format_usd(most)}" if most else "no price is set"
-    advice = () if most else ("Set judging.prompt_price and completion_price to see what this will cost.",)
-    summary = (
-        f"The judge is about to be asked {requests:,} questions ({priced}); the evaluation will want up to "
-        f"{comparisons:,} verdicts more."
-    )
-    how = (
-        "Prompt tokens: all characters of the questions, 4 a token. Completion tokens: 30 for a verdict; at most: "
-        "max_tokens for each, as a thinking model may use."
-    )
-    return ReportSection("Before judging", summary, advice, (Table("What will be asked", columns, rows),), notes=(how,))

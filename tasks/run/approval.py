@@ -29,16 +29,13 @@ from pydantic import BaseModel, Field
 from tasks.config import ApprovalPoint, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.power import power_before_price
-from tasks.judge.asking import JudgePlan, plan_judging
-from tasks.llm.responses import as_batch, price
-from tasks.report.overview import approval_section
 from tasks.report.page import ReportSection
 from tasks.report.render import render_markdown
 from tasks.report.run import evaluation_page
+from tasks.run.estimate import JUDGING, plan_runs
+from tasks.run.estimate_page import approval_section
 from tasks.run.preflight import run_folder
-from tasks.store.measures import JudgeEstimate
-from tasks.store.prompts import import_prompts
-from tasks.store.workspace import CompletionsRef, Cost, EvaluationRef, PromotionRef, Workspace
+from tasks.store.workspace import CompletionsRef, EvaluationRef, PromotionRef, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +76,12 @@ async def approve_judging(config: PipelineConfig, completions: CompletionsRef) -
     point = "judging"
     if point not in config.approve_before:
         return
-    estimates = estimate_judging(config, completions)
-    if not any(estimate.requests for estimate in estimates):
+    plan = plan_runs([config])
+    if not plan.of(JUDGING).total().to_ask:
         logger.info("every verdict is known: there is nothing to approve before judging")
         return
-    page = approval_section(estimates, count_comparisons(config))
-    each = sum(estimate.expected.usd / estimate.requests for estimate in estimates if estimate.requests)
+    page = approval_section(plan)
+    each = sum((work.usd or 0.0) / work.to_ask for work in plan.of(JUDGING).work if work.to_ask)
     page = replace(page, notes=(power_before_price(config, each), *page.notes))
     answer = await _answer(config, point, completions.sha256, page)
     if answer.refusal:
@@ -172,35 +169,3 @@ def read_answers(config: PipelineConfig, point: ApprovalPoint) -> list[Answer]:
     """Return every answer given at a point of a run, the oldest first."""
     store, uri = Workspace(config.workspace), _answers_uri(config, point)
     return [Answer.model_validate(row) for row in store.read_json(uri)["answers"]] if store.exists(uri) else []
-
-
-def estimate_judging(config: PipelineConfig, completions: CompletionsRef) -> list[JudgeEstimate]:
-    """Return what each judge will be asked about the completions, without what it has answered before."""
-    plan = plan_judging(completions, config.workspace, config.judging)
-    return [_estimate(judge) for judge in plan.judges]
-
-
-def _estimate(plan: JudgePlan) -> JudgeEstimate:
-    remaining, judge = plan.remaining(), plan.judge
-    asked, tokens = remaining.to_ask, remaining.prompt_tokens
-    expected = Cost(prompt_tokens=tokens, completion_tokens=remaining.completion_tokens)
-    most = Cost(prompt_tokens=tokens, completion_tokens=asked * judge.max_tokens)
-    if judge.batch:
-        expected, most = as_batch(expected), as_batch(most)
-    return JudgeEstimate(
-        model=judge.model,
-        requests=asked,
-        known=remaining.known,
-        expected=price(expected, judge),
-        most=price(most, judge),
-    )
-
-
-def count_comparisons(config: PipelineConfig) -> int:
-    """Return how many verdicts the evaluation will want at most, over all its judges: two orders of every sample."""
-    evaluation, judging = config.evaluation, config.evaluation.judging or config.judging
-    held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows
-    draws, labelling = 2 if evaluation.null_test else 1, len(judging.judges())
-    choosing, deciding = evaluation.parts(held_out)
-    verdicts = evaluation.checkpoints * labelling * choosing + (draws * labelling + len(evaluation.judges)) * deciding
-    return 2 * verdicts * evaluation.num_samples

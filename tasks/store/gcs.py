@@ -1,4 +1,4 @@
-"""A workspace on Google Cloud Storage, through Google's own client.
+"""Files on Google Cloud Storage, through Google's own client.
 
 Every request is retried; every whole object is checked against its crc32c on the way up (by the server, which refuses
 a cut or altered one) and on the way down. An object carries its sha256 as metadata, so that nothing need be read again
@@ -18,9 +18,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
-from pathlib import Path
 from typing import IO, Any
 
 import httpx
@@ -36,7 +35,7 @@ from google.cloud.storage.exceptions import (  # type: ignore[import-untyped,unu
 )
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import Stat, Workspace
+from tasks.store.storage import DigestWriter, Stat, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +131,15 @@ def _object(uri: str) -> Iterator[tuple[Any, str]]:
         raise OSError(errno.EIO, f"the bucket did not do it ({type(cause).__name__}: {cause})", uri) from error
 
 
-class GcsWorkspace(Workspace):
-    """A prefix of a bucket: one object a file, replaced in one step, no rename.
+class GcsStorage(Storage):
+    """The objects of a bucket: one object a file, replaced in one step, no rename.
 
     gs://BLOCK@bucket/prefix takes the credentials of a GcpCredentials block. All of this process that is in the same
     bucket takes them too: what was made there under an address without the block can be read.
     """
 
-    is_local = False
-
-    def __init__(self, address: str | Path, *args: Any, **options: Any) -> None:
-        super().__init__(address, *args, **options)
-        block, _, bucket = self.root.split("/")[2].rpartition("@")
+    def __init__(self, root: str) -> None:
+        block, _, bucket = root.split("/")[2].rpartition("@")
         if block:
             _blocks[bucket] = block
 
@@ -152,22 +148,15 @@ class GcsWorkspace(Workspace):
             blob = bucket.get_blob(name, **POLICY)
         return None if blob is None else _stat(uri, blob)
 
-    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
-        """Return the bytes from `start` up to `end`; a part of an object cannot be checked by its crc32c."""
-        if end is not None and end <= start:
-            return b""
-        out = io.BytesIO()
+    def open(self, uri: str, start: int = 0, end: int | None = None) -> IO[bytes]:
+        """Fetch it first: a whole object's crc32c is then known to be right; that of a part cannot be checked."""
+        file = tempfile.SpooledTemporaryFile(SPOOLED)  # noqa: SIM115  the caller closes it
         try:
-            self._copy(uri, out, start or None, None if end is None else end - 1)
+            if end is None or end > start:
+                self._copy(uri, file, start or None, None if end is None else end - 1)
         except OSError as error:
             if not isinstance(error.__cause__, api.RequestRangeNotSatisfiable):
                 raise
-        return out.getvalue()
-
-    def open(self, uri: str) -> IO[bytes]:
-        """Fetch an object whole, so that its crc32c is known to be right before a byte is used."""
-        file = tempfile.SpooledTemporaryFile(SPOOLED)  # noqa: SIM115  the caller closes it
-        self._copy(uri, file)
         file.seek(0)
         return file
 
@@ -187,35 +176,34 @@ class GcsWorkspace(Workspace):
         with _object(uri) as (bucket, name):
             return int(POLICY["retry"](attempt)())
 
-    def _stage(self, uri: str) -> AbstractContextManager[IO[bytes]]:
-        return tempfile.SpooledTemporaryFile(SPOOLED)
-
-    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
-        """Upload; an object that differs from its crc32c is refused by the server."""
-        size = staged.tell()
-        with _object(uri) as (bucket, name):
-            blob = bucket.blob(name)
-            blob.metadata = {"sha256": sha256}
-            blob.upload_from_file(staged, rewind=True, size=size, checksum="crc32c", **POLICY)
-
-    def _list(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
-        """As for any workspace: the objects below a prefix, and the prefixes."""
+    def scan(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
+        """The objects below a prefix, and the prefixes."""
         with _object(uri) as (bucket, name):
             prefix, delimiter = f"{name}/" if name else "", None if deep else "/"
             found = bucket.client.list_blobs(bucket, prefix=prefix, delimiter=delimiter, fields=LISTED, **POLICY)
             stats = {blob.name.removeprefix(prefix): _stat(uri, blob) for blob in found if blob.name[-1] != "/"}
         return stats, [folder.removeprefix(prefix).rstrip("/") for folder in found.prefixes]
 
-    def _remove(self, uri: str) -> None:
+    @contextmanager
+    def writing(self, uri: str) -> Iterator[DigestWriter]:
+        """Upload at the end; an object that differs from its crc32c is refused by the server."""
+        with tempfile.SpooledTemporaryFile(SPOOLED) as staged:
+            yield (out := DigestWriter(staged))
+            with _object(uri) as (bucket, name):
+                blob = bucket.blob(name)
+                blob.metadata = {"sha256": out.sha256}
+                blob.upload_from_file(staged, rewind=True, size=out.size, checksum="crc32c", **POLICY)
+
+    def remove(self, uri: str) -> None:
         with suppress(FileNotFoundError), _object(uri) as (bucket, name):
             bucket.delete_blob(name, **POLICY)
 
-    def _remove_tree(self, uri: str) -> None:
+    def remove_tree(self, uri: str) -> None:
         with ThreadPoolExecutor(PARALLEL_DELETES) as pool:
-            list(pool.map(self._remove, [stat.uri for stat in self._list(uri, deep=True)[0].values()]))
+            list(pool.map(self.remove, [stat.uri for stat in self.scan(uri, deep=True)[0].values()]))
 
     def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
-        """Return the content and the object's generation, 0 where there is none."""
+        """The version is the object's generation, 0 where there is none."""
         out = io.BytesIO()
         try:
             generation = self._copy(uri, out)
@@ -225,7 +213,6 @@ class GcsWorkspace(Workspace):
 
     def swap(self, uri: str, content: bytes, version: object) -> object | None:
         """Upload if the object has the generation `version`."""
-        self._guard()
         mark = uuid.uuid4().hex
         with _object(uri) as (bucket, name):
             blob = bucket.blob(name)

@@ -1,6 +1,7 @@
-"""A workspace on a local disk: files are written next to their place and renamed, compared and swapped under a lock."""
+"""Files on a local disk: written next to their place and renamed, compared and swapped under a lock."""
 
 import fcntl
+import io
 import os
 import shutil
 import tempfile
@@ -11,31 +12,35 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import IO
 
-from tasks.store.workspace import Stat, Workspace
+from tasks.store.storage import DigestWriter, Stat, Storage
 
 SETTLED_SECONDS = 5.0
 
 
-class LocalWorkspace(Workspace):
-    """A folder on this machine, or on a disk that it shares."""
+class LocalStorage(Storage):
+    """The disks of this machine, and those that it shares."""
 
     def stat(self, uri: str) -> Stat | None:
+        """Its times tell two contents apart only once they are older than any clock's step."""
         try:
             found = os.stat(uri)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return _stat(uri, found) if S_ISREG(found.st_mode) else None
+        settled = time.time() - found.st_ctime > SETTLED_SECONDS
+        version = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns) if settled else None
+        return Stat(uri, found.st_size, version=version) if S_ISREG(found.st_mode) else None
 
-    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
-        with open(uri, "rb") as file:
-            file.seek(start)
-            return file.read() if end is None else file.read(end - start)
+    def open(self, uri: str, start: int = 0, end: int | None = None) -> IO[bytes]:
+        """Only a part with an end is held in memory."""
+        file = open(uri, "rb")  # noqa: SIM115  the caller closes it
+        file.seek(start)
+        if end is None:
+            return file
+        with file:
+            return io.BytesIO(file.read(max(0, end - start)))
 
-    def open(self, uri: str) -> IO[bytes]:
-        return open(uri, "rb")
-
-    def _list(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
-        """As for any workspace; a file that goes meanwhile is left out."""
+    def scan(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
+        """A file that goes meanwhile is left out."""
         try:
             paths = list(Path(uri).rglob("*") if deep else Path(uri).iterdir())
         except (FileNotFoundError, NotADirectoryError):
@@ -45,31 +50,30 @@ class LocalWorkspace(Workspace):
         return files, [] if deep else [path.name for path in paths if path.name not in files and path.is_dir()]
 
     @contextmanager
-    def _stage(self, uri: str) -> Iterator[IO[bytes]]:
+    def writing(self, uri: str) -> Iterator[DigestWriter]:
+        """Nothing is left of it where the process is killed but a hidden file."""
         folder = Path(uri).parent
         folder.mkdir(parents=True, exist_ok=True)
         # Closing it writes what is buffered, and may find the disk full.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as staged:
             try:
-                yield staged
+                yield DigestWriter(staged)
+                staged.flush()
+                os.fsync(staged.fileno())
+                os.chmod(staged.name, 0o644)
+                os.replace(staged.name, uri)
             finally:
                 Path(staged.name).unlink(missing_ok=True)
 
-    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
-        staged.flush()
-        os.fsync(staged.fileno())
-        os.chmod(staged.name, 0o644)
-        os.replace(staged.name, uri)
-
-    def _remove(self, uri: str) -> None:
+    def remove(self, uri: str) -> None:
         Path(uri).unlink(missing_ok=True)
 
-    def _remove_tree(self, uri: str) -> None:
+    def remove_tree(self, uri: str) -> None:
         with suppress(FileNotFoundError):
             shutil.rmtree(uri)
 
     def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
-        """Return the content and the version, which is the content itself."""
+        """The version is the content itself."""
         try:
             content = Path(uri).read_bytes()
         except FileNotFoundError:
@@ -78,21 +82,12 @@ class LocalWorkspace(Workspace):
 
     def swap(self, uri: str, content: bytes, version: object) -> object | None:
         """Compare and replace under a lock that dies with its process."""
-        self._guard()
         path = Path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.read_versioned(uri)[1] != version:
                 return None
-            with self._stage(uri) as staged:
-                staged.write(content)
-                self._publish(staged, uri, "")
+            with self.writing(uri) as out:
+                out.write(content)
             return content
-
-
-def _stat(uri: str, found: os.stat_result) -> Stat:
-    """Return a file's facts. Its times tell two contents apart only once they are older than any clock's step."""
-    settled = time.time() - found.st_ctime > SETTLED_SECONDS
-    version = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns) if settled else None
-    return Stat(uri, found.st_size, version=version)

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from tasks.store.refs import Cost, EvaluationRef
+from tasks.store.refs import EvaluationRef
 from tasks.store.workspace import Workspace
 
 AGREEMENT = "agreement.json"
@@ -87,16 +87,6 @@ class QualityReport(BaseModel, frozen=True, extra="forbid"):
     def problems(self) -> list[Metric]:
         """Return the metrics that are out of their healthy range."""
         return [metric for metric in self.metrics if metric.ok is False]
-
-
-class JudgeEstimate(BaseModel, frozen=True):
-    """What one judge is going to be asked, without what it has answered before (`known`), and what that will take."""
-
-    model: str
-    requests: int
-    known: int
-    expected: Cost
-    most: Cost
 
 
 class WinRate(BaseModel, frozen=True):

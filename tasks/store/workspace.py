@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import json
 import logging
 import os
@@ -13,15 +12,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeAlias, TypedDict, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from tasks.config.base import resolve_location
 from tasks.errors import DiskFullError, PreflowError
+from tasks.store.local import LocalStorage
 from tasks.store.refs import (  # others take them from here
     MANIFEST,
     AdapterRef,
@@ -44,6 +43,7 @@ from tasks.store.refs import (  # others take them from here
     digest,
     package_versions,
 )
+from tasks.store.storage import DigestWriter, Stat, Storage
 
 CHUNK = 1 << 20
 PARALLEL_TRANSFERS = 16
@@ -58,19 +58,6 @@ Row: TypeAlias = dict[str, Any]
 _writable_until: dict[str, float] = {}
 
 
-@dataclass(frozen=True)
-class Stat:
-    """One file: its size in bytes, its sha256 where that is known without reading it, and its version.
-
-    A version stands for this content of the file and no other; None where nothing does.
-    """
-
-    uri: str
-    size: int
-    sha256: str | None = None
-    version: object = None
-
-
 # What files have been read for, so that a base model of gigabytes is read once a process.
 _digests: dict[Stat, str] = {}
 
@@ -80,88 +67,33 @@ def _anybody() -> None:
 
 
 class Workspace:
-    """A folder of artifacts. `Workspace(address)` gives the kind that the address asks for, as `pathlib.Path` does.
+    """A folder of artifacts, on a disk or in a bucket: where a file is either absent or whole.
 
-    A kind of storage implements the primitives, the methods from `stat` to `swap`; all others are made of those. Every
-    method takes a full uri; relative names are joined to the root with `uri()`.
+    Every method takes a full uri; relative names are joined to the root with `uri()`.
 
     Args:
-        address: a folder, or gs://bucket/prefix.
+        address: a folder (relative, with `~` or file://, as a person writes it), or gs://bucket/prefix.
         guard: called before a file appears, changes or goes; it raises when this process may no longer write.
 
     Raises:
         PreflowError: the address is of no kind that there is.
     """
 
-    is_local = True
-
-    def __new__(cls, address: str | Path, guard: Callable[[], None] = _anybody) -> "Workspace":
-        """Return a workspace of the kind that the address asks for."""
-        return super().__new__(_kind_of(str(address)) if cls is Workspace else cls)
-
     def __init__(self, address: str | Path, guard: Callable[[], None] = _anybody) -> None:
         self.root = resolve_location(str(address))
+        self.is_local = "://" not in self.root
+        self.storage = _open_storage(self.root)
         self._guard = guard
 
     @classmethod
     def holding(cls, uri: str) -> "Workspace":
         """Return a workspace through which the single file or folder at `uri` can be read."""
         location = resolve_location(uri)
-        return Workspace(location if "://" in location else posixpath.dirname(location))
+        return cls(location if "://" in location else posixpath.dirname(location))
 
     def uri(self, *parts: str) -> str:
         """Join `parts` to the root."""
         return posixpath.join(self.root, *parts)
-
-    # ---- what a kind of storage implements. FileNotFoundError: what is read is not there; OSError: anything else
-
-    def stat(self, uri: str) -> Stat | None:
-        """Return the facts of a file, or None."""
-        raise NotImplementedError
-
-    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
-        """Return the bytes from `start` up to `end`, or the whole file; less where the file ends before."""
-        raise NotImplementedError
-
-    def open(self, uri: str) -> IO[bytes]:
-        """Open a whole file for reading from its start to its end."""
-        raise NotImplementedError
-
-    def _list(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
-        """Return the files below a folder by their name relative to it, and the folders' names; of an absent one none.
-
-        `deep`: all files below it, and no folders; else what is directly below it.
-        """
-        raise NotImplementedError
-
-    def _stage(self, uri: str) -> AbstractContextManager[IO[bytes]]:
-        """Give a file to write what is to lie at `uri`; what is not published in the block is dropped at its end."""
-        raise NotImplementedError
-
-    def _publish(self, staged: IO[bytes], uri: str, sha256: str) -> None:
-        """Have what was staged appear, in one step, in the place of what was there."""
-        raise NotImplementedError
-
-    def _remove(self, uri: str) -> None:
-        """Delete a file if it is there."""
-        raise NotImplementedError
-
-    def _remove_tree(self, uri: str) -> None:
-        """Delete a folder and all below it if it is there."""
-        raise NotImplementedError
-
-    def read_versioned(self, uri: str) -> tuple[bytes | None, object]:
-        """Return a file's content (None where there is none) and its version, for `swap`."""
-        raise NotImplementedError
-
-    def swap(self, uri: str, content: bytes, version: object) -> object | None:
-        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not.
-
-        It asks the guard first.
-        """
-        raise NotImplementedError
-
-    # ---- what is made of it
 
     def check_writable(self) -> None:
         """Write, read back and delete a probe file; a bucket that was found writable is asked again after minutes only.
@@ -187,17 +119,22 @@ class Workspace:
 
     def exists(self, uri: str) -> bool:
         """Tell whether there is a file at `uri`."""
-        return self.stat(uri) is not None
+        return self.storage.stat(uri) is not None
 
     def size(self, uri: str) -> int:
         """Return a file's size in bytes."""
         return self._known(uri).size
 
     def _known(self, uri: str) -> Stat:
-        stat = self.stat(uri)
+        stat = self.storage.stat(uri)
         if stat is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", uri)
         return stat
+
+    def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes from `start` up to `end`, or the whole file; less where the file ends before."""
+        with self.storage.open(uri, start, end) as file:
+            return file.read()
 
     def read_json(self, uri: str) -> Any:
         """Return a JSON file's value.
@@ -244,7 +181,7 @@ class Workspace:
             PreflowError: the file does not hold JSON, or others replaced it each time.
         """
         for attempt in range(UPDATE_ATTEMPTS):
-            content, version = self.read_versioned(uri)
+            content, version = self.storage.read_versioned(uri)
             value = None if content is None else _parse_json(uri, content)
             changed = change(value)
             if changed is None:
@@ -254,15 +191,18 @@ class Workspace:
             time.sleep(random.uniform(0, min(1.0, 0.02 * 2**attempt)))
         raise PreflowError(f"{uri}: others replaced it {UPDATE_ATTEMPTS} times in a row; run again when they are done")
 
+    def swap(self, uri: str, content: bytes, version: object) -> object | None:
+        """Replace a file if it still has `version`, whoever else writes; return the new version, or None if not."""
+        self._guard()
+        return self.storage.swap(uri, content, version)
+
     @contextmanager
-    def writing(self, uri: str) -> Iterator["DigestWriter"]:
+    def writing(self, uri: str) -> Iterator[DigestWriter]:
         """Stream a file: it appears under `uri` when the block ends without an error, and not at all otherwise."""
         try:
-            with self._stage(uri) as staged:
-                out = DigestWriter(staged)
+            with self.storage.writing(uri) as out:
                 yield out
                 self._guard()
-                self._publish(staged, uri, out.sha256)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -273,30 +213,27 @@ class Workspace:
 
     def lines(self, uri: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield a file's lines with their newline, from byte `start` up to byte `end`, without holding the file."""
-        if start or end is not None:
-            yield from io.BytesIO(self.read_bytes(uri, start, end))
-            return
-        with self.open(uri) as file:
+        with self.storage.open(uri, start, end) as file:
             yield from file
 
     def list(self, uri: str) -> list[str]:
         """Return the uris of the files directly below `uri`, sorted; an absent folder has none."""
-        return sorted(stat.uri for stat in self._list(uri)[0].values())
+        return sorted(stat.uri for stat in self.storage.scan(uri)[0].values())
 
     def folders(self, uri: str) -> Sequence[str]:
         """Return the names of the folders directly below a folder, sorted; an absent one has none."""
-        return sorted(self._list(uri)[1])
+        return sorted(self.storage.scan(uri)[1])
 
     def delete(self, uri: str) -> None:
         """Delete a file if it is there."""
         self._guard()
-        self._remove(uri)
+        self.storage.remove(uri)
 
     def delete_folder(self, uri: str) -> None:
         """Delete a folder and all below it, if it is there; first what says that it is whole."""
         self._guard()
-        self._remove(posixpath.join(uri, COMMITTED))
-        self._remove_tree(uri)
+        self.storage.remove(posixpath.join(uri, COMMITTED))
+        self.storage.remove_tree(uri)
 
     def sha256(self, uri: str) -> str:
         """Return the sha256 (hex) of a file's content; what preflow wrote to a bucket need not be read for it."""
@@ -306,7 +243,7 @@ class Workspace:
         """Return the sha256 of a file, read at most once for each of its versions."""
         if known := stat.sha256 or _digests.get(stat):
             return known
-        with self.open(stat.uri) as file:
+        with self.storage.open(stat.uri) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         if stat.version is not None:
             _digests[stat] = found
@@ -314,7 +251,7 @@ class Workspace:
 
     def digests(self, uri: str, endings: tuple[str, ...]) -> dict[str, str]:
         """Return name and sha256 of the files directly below `uri` whose names end with one of `endings`."""
-        files, _ = self._list(uri)
+        files, _ = self.storage.scan(uri)
         return {name: self._sha256_of(stat) for name, stat in files.items() if name.endswith(endings)}
 
     def commit_folder(self, local: Path, uri: str, extra: Mapping[str, object] | None = None) -> str:
@@ -323,10 +260,15 @@ class Workspace:
         Returns:
             The sha256 of `COMMITTED.json`, which identifies the folder's content.
         """
+
+        def put(name: str) -> dict[str, object]:
+            with self.writing(posixpath.join(uri, name)) as out, (local / name).open("rb") as file:
+                shutil.copyfileobj(file, out, CHUNK)
+            return out.file.model_dump()
+
         names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file() and p.name != COMMITTED)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-            facts = pool.map(lambda name: self._put(local / name, posixpath.join(uri, name)).model_dump(), names)
-        marker = indented_json({"files": dict(zip(names, facts, strict=True)), **(extra or {})})
+            marker = indented_json({"files": dict(zip(names, pool.map(put, names), strict=True)), **(extra or {})})
         self.write_bytes(posixpath.join(uri, COMMITTED), marker)
         return hashlib.sha256(marker).hexdigest()
 
@@ -352,9 +294,18 @@ class Workspace:
         return local
 
     def _fetch(self, uri: str, names: Iterable[str], local: Path) -> None:
+        def get(name: str) -> None:
+            target, source = local / name, posixpath.join(uri, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with self.storage.open(source) as file, target.open("wb") as out:
+                    shutil.copyfileobj(file, out, CHUNK)
+            except FileNotFoundError as error:
+                raise PreflowError(_not_as_committed(f"{source}: missing")) from error
+
         local.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-            list(pool.map(lambda name: self._get(posixpath.join(uri, name), local / name), names))
+            list(pool.map(get, names))
 
     def verify_folder(self, uri: str) -> dict[str, FileFacts]:
         """Check a committed folder against its `COMMITTED.json`, and return its files as `committed_files` does.
@@ -371,7 +322,7 @@ class Workspace:
 
     def _problems(self, uri: str, files: Mapping[str, FileFacts]) -> Iterator[str]:
         """Yield which of a folder's files are not as they should be."""
-        there, _ = self._list(uri, deep=True)
+        there, _ = self.storage.scan(uri, deep=True)
         for name, facts in files.items():
             if name not in there:
                 yield f"{uri}/{name}: missing"
@@ -425,7 +376,7 @@ class Workspace:
     def is_intact(self, reference: Reference) -> bool:
         """Tell whether the artifact that `reference` names is there as it was, with all files of its manifest."""
         if reference.manifest is None:
-            stat = self.stat(reference.uri)
+            stat = self.storage.stat(reference.uri)
             return stat is not None and self._is_as(stat, FileFacts(size=reference.size, sha256=reference.sha256))
         manifest = self.find_manifest(reference.manifest)
         return manifest is not None and manifest.artifact.sha256 == reference.sha256
@@ -451,38 +402,21 @@ class Workspace:
             return None
         return manifest
 
-    def _put(self, local: Path, uri: str) -> FileFacts:
-        with self.writing(uri) as out, local.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                out.write(chunk)
-        return out.file
-
-    def _get(self, uri: str, local: Path) -> None:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self.open(uri) as file, local.open("wb") as out:
-                shutil.copyfileobj(file, out, CHUNK)
-        except FileNotFoundError as error:
-            raise PreflowError(_not_as_committed(f"{uri}: missing")) from error
-
 
 def indented_json(value: object) -> bytes:
     """Encode `value` as JSON for people: indented, sorted, with a newline at its end."""
     return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _kind_of(address: str) -> type[Workspace]:
-    """Return the kind of workspace of an address; Google's client is imported only when a gs:// address is used."""
-    location = resolve_location(address)
-    if "://" not in location:
-        from tasks.store.local import LocalWorkspace
+def _open_storage(root: str) -> Storage:
+    """Return the storage of an address; Google's client is imported only when a gs:// address is used."""
+    if "://" not in root:
+        return LocalStorage()
+    if root.startswith("gs://"):
+        from tasks.store.gcs import GcsStorage
 
-        return LocalWorkspace
-    if location.startswith("gs://"):
-        from tasks.store.gcs import GcsWorkspace
-
-        return GcsWorkspace
-    raise PreflowError(f"workspace {address!r}: only a local folder or gs://bucket/prefix can be a workspace")
+        return GcsStorage(root)
+    raise PreflowError(f"workspace {root!r}: only a local folder or gs://bucket/prefix can be a workspace")
 
 
 def _parse_json(uri: str, content: bytes) -> Any:
@@ -502,49 +436,6 @@ class _Committed(BaseModel):
 
 def _not_as_committed(problem: str) -> str:
     return f"{problem}, not as {COMMITTED} has it; delete the folder and run again"
-
-
-class Facts(TypedDict):
-    """What a reference says of its file."""
-
-    sha256: str
-    size: int
-    rows: int
-
-
-class DigestWriter:
-    """A binary file that counts lines and bytes and keeps the sha256 of what is written."""
-
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-        self._sha256 = hashlib.sha256()
-        self.size = 0
-        self.rows = 0
-
-    def write(self, content: bytes) -> None:
-        """Append `content`."""
-        self._raw.write(content)
-        self._sha256.update(content)
-        self.size += len(content)
-        self.rows += content.count(b"\n")
-
-    def write_row(self, row: Mapping[str, object]) -> None:
-        """Append one JSON row."""
-        self.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-    @property
-    def sha256(self) -> str:
-        """The digest of everything written so far."""
-        return self._sha256.hexdigest()
-
-    def facts(self) -> Facts:
-        """Return sha256, size (bytes) and rows, as a reference wants them."""
-        return {"sha256": self.sha256, "size": self.size, "rows": self.rows}
-
-    @property
-    def file(self) -> FileFacts:
-        """Size and sha256 of everything written so far, as a manifest wants them."""
-        return FileFacts(size=self.size, sha256=self.sha256)
 
 
 def file_sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from tasks.batch.costs import add_up, format_seconds, format_usd
+from tasks.batch.costs import add_up
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.report.page import Cell, Picture, ReportSection, Table
@@ -17,97 +17,28 @@ from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
 from tasks.report.run import gather_manifests, has_prices, publish, run_sections
 from tasks.report.sections import NULL, cost_section, lineage_section
+from tasks.run.estimate import TRAINING, Plan
+from tasks.run.estimate_page import how_estimated, money_text, number_ranges, plan_lines, work_table
 from tasks.store.measures import WinRate, percent
 from tasks.store.workspace import Workspace
-from tasks.sweep.estimate import TRAINING, SweepPlan, Work
 from tasks.sweep.points import Point
 from tasks.sweep.ranking import PointResult, SweepResult, sweep_folder
 
 logger = logging.getLogger(__name__)
-HOW_ESTIMATED = (
-    "Tokens: 4 characters each in prompts; a completion as long as those measured in this workspace, or else at its "
-    "limit (max_tokens); a verdict 30 tokens until it is measured, at most the judge's max_tokens, as a thinking model "
-    "may use. Before there are pairs, every prompt counts as one. Training: as fast as this workspace's on the same "
-    "base, or else {rate:g} pairs a second (sweep.pairs_per_second; 1.14 was measured for a 3B model with QLoRA on an "
-    "L4, batches of 2 x 8), without evaluations and start-up; sampling runs on your own endpoint and takes no GPU time "
-    "here. Money: the prices in the configuration; where there is none, nothing is counted. Retries come on top."
-)
 
 
-def plan_section(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> ReportSection:
+def plan_section(plan: Plan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> ReportSection:
     """Show what a sweep is going to do and cost, before it does."""
-    total, left_out = plan.total(), f" {duplicates} equal to another were left out." if duplicates else ""
-    new = sum(work.stage == TRAINING and not work.finished for work in plan.work)
-    alone, money = sum(len(work.points) * work.requests for work in plan.work), money_text(plan)
+    left_out = f" {duplicates} equal to another were left out." if duplicates else ""
+    new = sum(not work.finished for work in plan.of(TRAINING).work)
+    alone = sum(len(work.points) * work.requests for work in plan.work)
     summary = (
-        f"{len(points)} points.{left_out} Still to come: {new} trainings and {total.to_ask:,} requests, {money}. "
-        f"One by one, the points would take {len(points)} trainings and {alone:,} requests."
+        f"{len(points)} points.{left_out} Still to come: {new} trainings and {plan.total().to_ask:,} requests, "
+        f"{money_text(plan)}. One by one, the points would take {len(points)} trainings and {alone:,} requests."
     )
-    return ReportSection(
-        title="Sweep plan",
-        summary=summary,
-        tables=(
-            Table(
-                "What is to be done, each once for all its points",
-                ("work", "by", "points", "requests", "known", "tokens in", "tokens out", "training", "US$"),
-                (
-                    *(_work_row(work, format_price(work.usd)) for work in plan.work),
-                    _work_row(total, format_price(total.usd if plan.is_priced or total.usd else None)),
-                ),
-            ),
-            Table("Points", ("point", "change"), tuple((point.number, point.name) for point in points)),
-        ),
-        notes=(HOW_ESTIMATED.format(rate=sweep.pairs_per_second),),
-    )
-
-
-def format_price(usd: float | None) -> str:
-    """Return US$ as text, also where they are not known."""
-    return "no price set" if usd is None else format_usd(usd)
-
-
-def money_text(plan: SweepPlan) -> str:
-    """Return what a plan will cost, and what it can cost at most."""
-    total = plan.total()
-    if not plan.is_priced and not total.usd:
-        return format_price(None)
-    money = f"about {format_price(total.usd)} US$, at most {format_usd(total.most_usd)}"
-    return money + ("" if plan.is_priced else " and what has no price set")
-
-
-def plan_lines(plan: SweepPlan) -> Iterator[str]:
-    """Yield a line for each piece of work still to do, and one for what all of it costs, for logs and terminals."""
-    for work in plan.work:
-        points = f", points {_span(work.points)}" if len(plan.points()) > 1 else ""
-        if work.to_ask:
-            tokens = f"{work.prompt_tokens:,.0f} + {work.completion_tokens:,.0f} tokens"
-            known = f" ({work.known:,} more known)" if work.known else ""
-            price = format_price(work.usd) + (" US$" if work.usd is not None else "")
-            yield f"  {work.stage} ({work.who}{points}): {work.to_ask:,} requests{known}, about {tokens}, {price}"
-        elif work.gpu_minutes:
-            by = "as measured here" if work.is_measured else "on an L4; not measured here yet"
-            yield f"  {work.stage} ({work.who}{points}): about {format_seconds(60 * work.gpu_minutes)} {by}"
-    yield f"cost: {money_text(plan)}"
-
-
-def _work_row(work: Work, money: str) -> tuple[Cell, ...]:
-    known = "finished" if work.finished else f"{work.known:,}" if work.requests else None
-    return (
-        work.stage, work.who or None, _span(work.points) or None, work.requests or None, known,
-        round(work.prompt_tokens) or None, round(work.completion_tokens) or None,
-        format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None, money,
-    )  # fmt: skip
-
-
-def _span(numbers: Sequence[int]) -> str:
-    """Return numbers as runs: 1-3, 5."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    changes = Table("Points", ("point", "change"), tuple((point.number, point.name) for point in points))
+    tables = (work_table(plan, "What is to be done, each once for all its points"), changes)
+    return ReportSection("Sweep plan", summary, tables=tables, notes=(how_estimated(sweep),))
 
 
 def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSection:
@@ -146,7 +77,7 @@ def _summary(result: SweepResult) -> str:
 def _advice(result: SweepResult) -> Iterator[str]:
     ranked = result.ranked()
     if failed := result.failed():
-        numbers = _span([point.number for point in failed])
+        numbers = number_ranges([point.number for point in failed])
         yield f"Points {numbers} failed, see the table; start the sweep again and only they are run."
     if len({point.evaluation_fingerprint for point in ranked}) > 1:
         yield (
@@ -189,7 +120,7 @@ def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, s
     yield "Promote it", f"prefect deployment run dpo-pipeline/local --param {argument}"
 
 
-async def report_plan(plan: SweepPlan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> None:
+async def report_plan(plan: Plan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> None:
     """Show what the sweep is going to do and cost, in the log and as an artifact."""
     section = plan_section(plan, points, sweep, duplicates)
     logger.info("%s\n%s", section.summary, "\n".join(plan_lines(plan)))

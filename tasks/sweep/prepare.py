@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
+from tasks.run.estimate import Plan
 from tasks.run.preflight import Asked, check_inputs, check_services
 from tasks.store.workspace import Workspace, digest, server_path
-from tasks.sweep.estimate import SweepPlan
 from tasks.sweep.points import Point, Points, drop_equal, expand_points
 from tasks.sweep.ranking import point_keys
 
@@ -52,7 +52,23 @@ def _check_files(point: Point) -> None:
         raise PreflowError(f"point {point.number} ({point.name}): {error}") from error
 
 
-async def find_unready(points: Sequence[Point], plan: SweepPlan) -> dict[int, PreflowError]:
+def check_budget(plan: Plan, sweep: SweepConfig) -> None:
+    """Refuse a sweep that is estimated over its budget.
+
+    Raises:
+        PreflowError: with both figures and what to do.
+    """
+    usd = plan.total().usd or 0.0
+    if sweep.budget_usd is not None and usd > sweep.budget_usd:
+        dearest = max(plan.work, key=lambda work: work.usd or 0.0)
+        raise PreflowError(
+            f"the sweep is estimated at {usd:.2f} US$, over sweep.budget_usd ({sweep.budget_usd:.2f}); the "
+            f"dearest piece is {dearest.stage} ({dearest.who}) at {dearest.usd or 0:.2f}. Nothing was spent. Estimates "
+            "come from limits until the first figures are measured: raise budget_usd, or take fewer points or prompts."
+        )
+
+
+async def find_unready(points: Sequence[Point], plan: Plan) -> dict[int, PreflowError]:
     """Ask the models of every point that is not finished, each once, and return why some cannot run, by their numbers.
 
     Raises:

@@ -103,7 +103,7 @@ class Lease:
 
     def _read(self) -> tuple[Holder | None, object]:
         """Return the holder and the file's version; a torn file counts as free."""
-        content, version = self._store.read_versioned(self._uri)
+        content, version = self._store.storage.read_versioned(self._uri)
         try:
             return None if content is None else Holder(**json.loads(content)), version
         except (ValueError, TypeError):

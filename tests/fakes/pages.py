@@ -7,7 +7,7 @@ from typing import Any
 from tasks.batch.costs import StageCost
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.judge.quality.metrics import measure_judgements
-from tasks.report.overview import approval_section, glance_section, inputs_section, win_rate_figures
+from tasks.report.overview import glance_section, inputs_section, win_rate_figures
 from tasks.report.page import ReportSection, Table
 from tasks.report.sections import (
     choice_section,
@@ -21,7 +21,9 @@ from tasks.report.sections import (
     training_section,
 )
 from tasks.rounds.rounds import Round, RoundsResult, rounds_section
-from tasks.store.measures import Choice, Evaluation, Health, JudgeEstimate, Metric, WinRate
+from tasks.run.estimate import JUDGING, Plan, Work
+from tasks.run.estimate_page import approval_section
+from tasks.store.measures import Choice, Evaluation, Health, Metric, WinRate
 from tasks.store.workspace import (
     AdapterRef,
     Cost,
@@ -33,7 +35,6 @@ from tasks.store.workspace import (
     PromptsRef,
     VerdictsRef,
 )
-from tasks.sweep.estimate import SweepPlan, Work
 from tasks.sweep.page import plan_section, ranking_section
 from tasks.sweep.points import expand_points
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
@@ -155,9 +156,8 @@ def manifests() -> list[Manifest]:
 
 def approval() -> ReportSection:
     """Return what is shown before the judges are paid."""
-    cost = Cost(prompt_tokens=1_234_567_890, completion_tokens=987_654_321, usd=12_345.678)
-    one = JudgeEstimate(model=MODEL, requests=1_234_567, known=1_234_567, expected=cost, most=cost)
-    return approval_section([one, one.model_copy(update={"model": "short"})], 1_234_567)
+    cost = {"prompt_tokens": 1_234_567_890, "completion_tokens": 987_654_321, "usd": 12_345.678, "most_usd": 99_999.9}
+    return approval_section(Plan([Work(JUDGING, who, [1], 1_234_567, **cost) for who in (MODEL, "short")]))
 
 
 def sweep_pages() -> list[ReportSection]:
@@ -174,7 +174,7 @@ def sweep_pages() -> list[ReportSection]:
     ranked = SweepResult(key="k", points=results, ranking=ranking, confidence=0.95, widened_confidence=widened)
     work = [Work("evaluate: sample new adapter", MODEL, list(range(1, 13, 2)), 123_456, prompt_tokens=98_765_432,
                  completion_tokens=98_765_432, gpu_minutes=1234.5, usd=1234.5, most_usd=99999.0)]  # fmt: skip
-    return [ranking_section(ranked, points), plan_section(SweepPlan(work=work), points, SweepConfig(), 3)]
+    return [ranking_section(ranked, points), plan_section(Plan(work), points, SweepConfig(), 3)]
 
 
 def _result(number: int, name: str) -> PointResult:

@@ -8,14 +8,12 @@ import pytest_asyncio
 
 from flows.pipeline import dpo_pipeline
 from flows.rounds import dpo_rounds
-from tasks.config import PipelineConfig, RoundsConfig, SweepConfig
+from tasks.config import PipelineConfig, RoundsConfig
 from tasks.evaluate.evidence import collect_evidence, find_differences
 from tasks.promote.pointer import read_pointer
-from tasks.run.approval import count_comparisons
+from tasks.run.estimate import COMPARING, plan_runs
 from tasks.store.measures import Choice, read_choice
 from tasks.store.workspace import PipelineResult
-from tasks.sweep.estimate import plan_sweep
-from tasks.sweep.points import expand_points
 from tests.fakes.tiny_training import WORDS
 from tests.integration.test_sweep import PROMPTS, Bench, bench
 
@@ -37,8 +35,7 @@ def config(bench: Bench) -> PipelineConfig:
 
 def planned(config: PipelineConfig) -> tuple[int, int]:
     """The requests to come, and those that are known, by the plan."""
-    sweep = SweepConfig(changes=[{}])
-    total = plan_sweep(expand_points(config, sweep).points, sweep).total()
+    total = plan_runs([config]).total()
     return total.to_ask, total.known
 
 
@@ -66,7 +63,8 @@ def test_every_question_is_asked_once_and_the_choice_costs_a_third_at_most(
     sampled = [f"candidate-{one.adapter_sha256[:12]}" for one in choice_of(result).tried]
     assert sorted(count[name, SAMPLES] for name in sampled) == [CHOOSING, CHOOSING, HELD_OUT]
     compared = sum(row["model"] == "judge-hash" for row in asked) - 2 * PROMPTS
-    assert compared == count_comparisons(config.filled()) == 2 * SAMPLES * (CHECKPOINTS * CHOOSING + 2 * DECIDING)
+    assert compared == plan_runs([config]).of(COMPARING).total().requests
+    assert compared == 2 * SAMPLES * (CHECKPOINTS * CHOOSING + 2 * DECIDING)
 
 
 def test_the_chosen_one_is_what_is_decided_on_promoted_and_handed_on(

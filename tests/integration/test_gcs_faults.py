@@ -177,11 +177,11 @@ def test_a_swap_whose_answer_was_lost_still_counts(tmp_path: Path) -> None:
     with FakeGcs({"faults": {"lost_reply": 0.4}}, tmp_path) as fake:
         for number in range(6):
             uri = store.uri(f"swap-{number}")
-            first = store.swap(uri, b"one", store.read_versioned(uri)[1])
+            first = store.swap(uri, b"one", store.storage.read_versioned(uri)[1])
             assert first is not None
             assert store.swap(uri, b"two", first) is not None
             assert store.swap(uri, b"three", first) is None
-            assert store.read_versioned(uri)[0] == b"two"
+            assert store.storage.read_versioned(uri)[0] == b"two"
         assert any(row["fault"] == "lost_reply" for row in fake.requests() if row["conditional"])
 
 
@@ -223,7 +223,7 @@ def test_what_is_listed_is_what_is_there(store: Workspace) -> None:
     assert store.list(store.uri("a")) == [store.uri("a/one"), store.uri("a/two")]
     assert store.folders(store.uri("a")) == ["b"]
     assert store.folders(store.root) == ["a", "ab"]
-    assert store.stat(store.uri("a")) is None
-    stat = store.stat(store.uri("a/one"))
+    assert store.storage.stat(store.uri("a")) is None
+    stat = store.storage.stat(store.uri("a/one"))
     assert stat is not None
     assert (stat.uri, stat.size, stat.sha256) == (store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())

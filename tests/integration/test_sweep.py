@@ -29,7 +29,7 @@ from tasks.generate import sampling
 from tasks.judge import asking
 from tasks.judge.prompt import build_messages, read_rubric
 from tasks.promote.pointer import read_pointer
-from tasks.sweep.estimate import plan_sweep
+from tasks.run.estimate import plan_runs
 from tasks.sweep.prepare import prepare_points
 from tasks.sweep.ranking import SweepResult
 from tasks.train import work_pool as remote
@@ -202,7 +202,7 @@ async def test_a_second_start_asks_nobody_and_trains_nothing(bench: Bench, resul
 
 async def test_a_sweep_of_known_points_costs_nothing(bench: Bench, result: SweepResult) -> None:
     config, sweep = bench.config(), SweepConfig(grid={"training.beta": BETAS[:2]})
-    plan = plan_sweep(prepare_points(config, sweep).points, sweep)
+    plan = plan_runs([point.config for point in prepare_points(config, sweep).points], sweep)
     assert all(work.finished for work in plan.work)
     assert (plan.total().to_ask, plan.total().usd) == (0, 0)
     asked = len(bench.asked())

@@ -13,7 +13,7 @@ from tasks.evaluate.choice import check_choice, evaluated_adapter, find_checkpoi
 from tasks.evaluate.power import Design
 from tasks.promote.model_card import _found
 from tasks.report.sections import choice_section
-from tasks.run.approval import count_comparisons
+from tasks.run.estimate import COMPARING, plan_runs
 from tasks.store.measures import Choice, read_choice
 from tasks.store.workspace import AdapterRef, Manifest, Workspace
 from tests.fakes.comparisons import compared, draw_checkpoints
@@ -45,18 +45,18 @@ def test_of_equal_ones_the_later_is_taken_and_length_does_not_buy_the_choice() -
 def test_the_choice_costs_at_most_35_percent_more_verdicts(
     tmp_path: Path, checkpoints: int, null_test: bool, judges: Any
 ) -> None:
+    (tmp_path / "adapter_model.safetensors").touch()
     for held_out in (21, 100, 333):
         rows = (f'{{"prompt": [{{"role": "user", "content": "{n}"}}]}}\n' for n in range(held_out))
         (tmp_path / "prompts.jsonl").write_text("".join(rows))
         counts = [
-            count_comparisons(
-                PipelineConfig.model_validate(
-                    {
-                        "prompts": str(tmp_path / "prompts.jsonl"), "workspace": str(tmp_path / "workspace"),
-                        "evaluation": {"null_test": null_test, "judges": judges, "checkpoints": number},
-                    }
-                )
-            )
+            plan_runs([PipelineConfig.model_validate(
+                {
+                    "prompts": str(tmp_path / "prompts.jsonl"), "workspace": str(tmp_path / "workspace"),
+                    "judging": {"rubric": "demo"}, "training": {"sft_adapter": str(tmp_path)},
+                    "evaluation": {"null_test": null_test, "judges": judges, "checkpoints": number},
+                }
+            )]).of(COMPARING).total().requests
             for number in (0, checkpoints)
         ]  # fmt: skip
         assert counts[0] < counts[1] * 1.2

@@ -8,7 +8,6 @@ from tasks.batch.costs import StageCost
 from tasks.config import PipelineConfig
 from tasks.judge.quality.metrics import measure_judgements
 from tasks.report.overview import (
-    approval_section,
     glance_section,
     inputs_section,
     rate_bars,
@@ -30,7 +29,7 @@ from tasks.report.sections import (
     sample_rows,
     training_section,
 )
-from tasks.store.measures import Evaluation, Health, JudgeEstimate, Metric, QualityReport
+from tasks.store.measures import Evaluation, Health, Metric, QualityReport
 from tasks.store.workspace import AdapterRef, Artifact, CompletionsRef, Cost, Manifest, Origin, PromptsRef, VerdictsRef
 
 RATE: dict[str, Any] = {
@@ -185,19 +184,6 @@ def test_changed_settings_leave_out_what_was_only_written_out_and_what_is_of_thi
     assert changed_settings(config) == {"judging.model": "strong", "training.beta": 0.2}
     judge = {"endpoint": "http://127.0.0.1:9/v1", "prompt_price": 3.0, "max_concurrency": 2, "temperature": 0.5}
     assert changed_settings(PipelineConfig.model_validate({"judging": judge})) == {"judging.temperature": 0.5}
-
-
-def test_what_is_to_be_approved_has_requests_and_both_costs() -> None:
-    expected = Cost(prompt_tokens=50_000, completion_tokens=3_000, usd=0.02)
-    most = Cost(prompt_tokens=50_000, completion_tokens=102_400, usd=0.3)
-    estimate = JudgeEstimate(model="judge", requests=100, known=20, expected=expected, most=most)
-    page = approval_section([estimate], 480)
-    assert "asked 100 questions (about 0.02 US$, at most 0.30)" in page.summary
-    assert "up to 480 verdicts more" in page.summary
-    assert page.tables[0].rows == (("judge", 100, 20, 50_000, 3_000, 102_400, "0.02", "0.30"),)
-    free = approval_section([estimate.model_copy(update={"expected": Cost(), "most": Cost()})], 0)
-    assert "no price is set" in free.summary
-    assert "judging.prompt_price" in free.advice[0]
 
 
 # ---- the stages

@@ -15,7 +15,7 @@ import pytest
 
 from tasks.errors import PreflowError
 from tasks.store import local
-from tasks.store.local import LocalWorkspace
+from tasks.store.local import LocalStorage
 from tasks.store.workspace import (
     AdapterRef,
     CompletionsRef,
@@ -79,8 +79,8 @@ def test_a_settled_file_is_read_once_for_its_digest_and_again_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    opened = LocalWorkspace.open
-    monkeypatch.setattr(LocalWorkspace, "open", lambda self, uri: read.append(uri) or opened(self, uri))
+    opened = LocalStorage.open
+    monkeypatch.setattr(LocalStorage, "open", lambda self, uri: read.append(uri) or opened(self, uri))
     monkeypatch.setattr(local, "SETTLED_SECONDS", -1)
     base = make_adapter(tmp_path / "base")
     first = folder_digest(str(base))

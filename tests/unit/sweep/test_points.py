@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 import re
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -21,13 +20,13 @@ from tasks.config import (
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import win_rate
 from tasks.run import preflight
+from tasks.run.estimate import Plan, Work
+from tasks.run.estimate_page import plan_lines
 from tasks.run.preflight import endpoint_lock, sharing_endpoints
 from tasks.store.measures import WinRate
-from tasks.store.workspace import AdapterRef, Manifest, Workspace
-from tasks.sweep.estimate import SweepPlan, Work, check_budget, plan_sweep
-from tasks.sweep.page import conclude, plan_lines, plan_section, ranking_section
+from tasks.sweep.page import conclude, plan_section, ranking_section
 from tasks.sweep.points import apply_change, expand_points, parameter_names
-from tasks.sweep.prepare import find_unready, prepare_points, trainings_at_once
+from tasks.sweep.prepare import check_budget, find_unready, prepare_points, trainings_at_once
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
 from tests.fakes.comparisons import compared
 
@@ -169,7 +168,7 @@ WORK = (
 
 
 def test_a_sweep_over_its_budget_is_refused_with_the_dearest_piece() -> None:
-    plan = SweepPlan(work=WORK)
+    plan = Plan(WORK)
     check_budget(plan, SweepConfig(budget_usd=2.59))
     with pytest.raises(
         PreflowError, match=r"2\.58 US\$, over sweep\.budget_usd \(2\.00\).*judge preferences \(judge\) at 2\.50"
@@ -179,67 +178,22 @@ def test_a_sweep_over_its_budget_is_refused_with_the_dearest_piece() -> None:
 
 def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.2]}))
-    section = plan_section(SweepPlan(work=WORK), found.points, SweepConfig(), duplicates=3)
+    section = plan_section(Plan(WORK), found.points, SweepConfig(), duplicates=3)
     assert "3 equal to another were left out" in section.summary
     assert "1 trainings and 260 requests, about 2.58 US$, at most 20.08 and what has no price set." in section.summary
     assert "One by one, the points would take 2 trainings and 800 requests" in section.summary
     rows = section.tables[0].rows
-    assert rows[0] == ("sample completions", "sft", "1-3, 5", 100, "40", 6000, 9000, None, "no price set")
-    assert rows[2][7:] == ("13 min 24 s", "0.08")
+    assert rows[0] == ("sample completions", "sft", "1-3, 5", 100, "40", 6000, 9000, None, None, "no price set", "0.00")
+    assert rows[2][8:] == ("13 min 24 s", "0.08", "0.08")
     assert rows[3][4] == "finished"
-    assert rows[-1][-1] == "2.58"
-    assert list(plan_lines(SweepPlan(work=WORK))) == [
+    assert rows[-1][-2:] == ("2.58", "20.08")
+    assert list(plan_lines(Plan(WORK))) == [
         "  sample completions (sft, points 1-3, 5): 60 requests (40 more known), about 6,000 + 9,000 tokens, "
         "no price set",
         "  judge preferences (judge, points 1-2): 200 requests, about 0 + 0 tokens, 2.50 US$",
         "  train (beta 0.1, points 1): about 13 min 24 s on an L4; not measured here yet",
         "cost: about 2.58 US$, at most 20.08 and what has no price set",
     ]
-
-
-def test_work_that_points_share_is_planned_once(tmp_path: Path) -> None:
-    """Nothing is known yet: six prompts, two judges in two orders each, four trainings, three held-out prompts."""
-    for name, count in (("prompts", 6), ("held-out", 3)):
-        rows = ({"prompt": [{"role": "user", "content": f"{name} {number}"}]} for number in range(count))
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "adapter_config.json").write_text("{}")
-    (tmp_path / "sft" / "adapter_model.safetensors").write_bytes(b"weights")
-    config = PipelineConfig.model_validate(
-        {
-            "prompts": str(tmp_path / "prompts.jsonl"), "eval_prompts": str(tmp_path / "held-out.jsonl"),
-            "workspace": str(tmp_path / "workspace"), "generation": {"num_completions": 3},
-            "judging": {"model": "a", "prompt_price": 1.0, "completion_price": 2.0, "rubric": "demo"},
-            "training": {"sft_adapter": str(tmp_path / "sft"), "max_steps": 8, "warmup_steps": 1},
-            "evaluation": {"num_samples": 2},
-        }
-    )  # fmt: skip
-    sweep = SweepConfig(grid={"training.beta": [0.1, 0.2], "judging.model": ["a", "b"]}, gpu_price=1.0)
-    plan = plan_sweep(expand_points(config, sweep).points, sweep)
-    found = [(work.stage.removeprefix("evaluate: "), tuple(work.points), work.requests) for work in plan.work]
-    assert found == [
-        ("sample completions", (1, 2, 3, 4), 6),
-        ("judge preferences", (1, 3), 12), ("judge preferences", (2, 4), 12),
-        *(("train", (point,), 0) for point in (1, 2, 3, 4)),
-        ("sample SFT adapter", (1, 2, 3, 4), 3), *(("sample new adapter", (point,), 3) for point in (1, 2, 3, 4)),
-        *(("compare", (point,), 12) for point in (1, 2, 3, 4)),
-        ("sample SFT adapter again", (1, 2, 3, 4), 3), ("compare SFT with itself", (1, 2, 3, 4), 12),
-    ]  # fmt: skip
-    judged, trained = plan.work[1], plan.work[3]
-    assert judged.completion_tokens == 12 * 30
-    assert judged.most_usd - (judged.usd or 0) == pytest.approx(12 * (config.judging.max_tokens - 30) * 2.0 / 1e6)
-    seconds = 8 * config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps / 1.14
-    assert (trained.gpu_minutes, trained.usd) == (pytest.approx(seconds / 60), pytest.approx(seconds / 3600))
-    known = AdapterRef(
-        uri="a", sha256="0" * 64, size=0, rows=0, manifest=f"{config.workspace}/training/k/manifest.json"
-    )
-    earlier = Manifest(
-        artifact=known, stage="training", version=1, key="k", config=config.training, files={}, counts={"steps": 4},
-        seconds=120,
-    )  # fmt: skip
-    Workspace(config.workspace).write_manifest(earlier)
-    again = next(work for work in plan_sweep(expand_points(config, sweep).points, sweep).work if work.stage == "train")
-    assert (again.is_measured, again.gpu_minutes) == (True, pytest.approx(4.0)), "eight steps at 30 s each"
 
 
 async def test_a_model_that_several_points_ask_has_one_question_on_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +208,7 @@ async def test_a_model_that_several_points_ask_has_one_question_on_trial(monkeyp
     config = PipelineConfig.model_validate({"judging": {"model": "a", "api_key": None}})
     points = expand_points(config, SweepConfig(grid={"judging.model": ["a", "b", "down"], "training.beta": [0.1, 0.2]}))
     work = Work("train", "here", points=[point.number for point in points.points])
-    unready = await find_unready(points.points, SweepPlan([work]))
+    unready = await find_unready(points.points, Plan([work]))
     assert sorted(unready) == [5, 6]
     assert sorted(asked) == ["a", "b", "down", config.generation.model]
 

@@ -39,7 +39,7 @@ def ignore(*_: Any) -> None:
 def foreign(uri: str, **changes: Any) -> None:
     """Let a trainer on another machine hold the lease."""
     store, values = Workspace.holding(uri), {"token": 7, "owner": "other", "beat": 0, "process": "boot/elsewhere/1/2"}
-    assert store.swap(uri, json.dumps({**values, **changes}).encode(), store.read_versioned(uri)[1])
+    assert store.swap(uri, json.dumps({**values, **changes}).encode(), store.storage.read_versioned(uri)[1])
 
 
 def test_of_many_at_once_one_gets_it(uri: str) -> None:

@@ -1,10 +1,9 @@
-"""What a sweep will do and cost, from the content keys and from what the workspace holds already."""
+"""What runs will do and cost, from the content keys and from what the workspace holds already."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import islice
 
 from tasks.config import (
     EndpointConfig,
@@ -15,11 +14,11 @@ from tasks.config import (
     SweepConfig,
     TrainingConfig,
 )
-from tasks.errors import PreflowError
 from tasks.evaluate.choice import find_checkpoints, record_choice
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import plan_generation
 from tasks.judge.asking import CHARACTERS_PER_TOKEN, plan_judging, verdict_tokens
+from tasks.judge.elsewhere import import_completions, import_preferences
 from tasks.judge.pairs import find_preferences
 from tasks.judge.prompt import instructions, read_rubric
 from tasks.llm.responses import BATCH_PRICE
@@ -34,17 +33,19 @@ from tasks.store.workspace import (
     Workspace,
     digest,
 )
-from tasks.sweep.points import Point
 from tasks.train.launch import find_adapter, training_key
 
-TRAINING = "train"
+JUDGING, TRAINING, COMPARING = "judge preferences", "train", "evaluate: compare"
+SUMMED = (
+    "requests", "known", "prompt_tokens", "completion_tokens", "most_completion_tokens", "gpu_minutes", "most_usd",
+)  # fmt: skip
 
 
 @dataclass
 class Work:
-    """One piece of work of a sweep, done once for all `points`; tokens, minutes and money are those still to come.
+    """One piece of work, done once for all `points`; tokens, minutes and money are those still to come.
 
-    `usd` is None where there is no price, `most_usd` counts every verdict as long as its judge's max_tokens, and
+    `usd` is None where there is no price; what is `most_` counts every verdict as long as its judge's max_tokens, and
     `is_measured` says that minutes come from a training of this workspace, not from the speed of an L4.
     """
 
@@ -55,6 +56,7 @@ class Work:
     known: int = 0
     prompt_tokens: float = 0.0
     completion_tokens: float = 0.0
+    most_completion_tokens: float = 0.0
     gpu_minutes: float = 0.0
     is_measured: bool = False
     usd: float | None = 0.0
@@ -70,25 +72,31 @@ class Work:
         """Take in requests, those of them that are known, and the tokens of each of the others, at a model's prices."""
         self.requests, self.known = requests, requests if self.finished else known
         self.prompt_tokens, self.completion_tokens = self.to_ask * prompt, self.to_ask * completion
+        self.most_completion_tokens = self.to_ask * max(most, completion)
         share = BATCH_PRICE if getattr(of, "batch", False) else 1.0
         prompt_price, completion_price = share * of.prompt_price / 1e6, share * of.completion_price / 1e6
         self.usd = self.prompt_tokens * prompt_price + self.completion_tokens * completion_price
-        self.most_usd = self.usd + self.to_ask * max(0.0, most - completion) * completion_price
+        self.most_usd = self.prompt_tokens * prompt_price + self.most_completion_tokens * completion_price
         if self.to_ask and not (of.prompt_price or of.completion_price):
             self.usd = None
 
 
 @dataclass(frozen=True)
-class SweepPlan:
-    """All work of a sweep, each piece once."""
+class Plan:
+    """All work of one or more runs (points, numbered from 1), each piece once."""
 
     work: Sequence[Work]
 
     def total(self) -> Work:
         """Return all work as one piece; what has no price counts nothing."""
-        summed = ("requests", "known", "prompt_tokens", "completion_tokens", "gpu_minutes", "most_usd")
-        sums: dict[str, Any] = {name: sum(getattr(work, name) for work in self.work) for name in summed}
-        return Work("total", "", usd=sum(work.usd or 0.0 for work in self.work), **sums)
+        total = Work("total", "", usd=sum(work.usd or 0.0 for work in self.work))
+        for name in SUMMED:
+            setattr(total, name, sum(getattr(work, name) for work in self.work))
+        return total
+
+    def of(self, stage: str) -> "Plan":
+        """Return the work of a stage."""
+        return Plan([work for work in self.work if work.stage.startswith(stage)])
 
     @property
     def is_priced(self) -> bool:
@@ -100,27 +108,16 @@ class SweepPlan:
         return {number for work in self.work if not (unfinished and work.finished) for number in work.points}
 
 
-def check_budget(plan: SweepPlan, sweep: SweepConfig) -> None:
-    """Refuse a sweep that is estimated over its budget.
+def plan_runs(configs: Sequence[PipelineConfig], sweep: SweepConfig | None = None) -> Plan:
+    """Work out every piece of work of runs in one workspace once; nobody is asked anything.
 
-    Raises:
-        PreflowError: with both figures and what to do.
+    Args:
+        configs: the runs, each with the number of its place, from 1.
+        sweep: what a training takes and costs, where none was measured here.
     """
-    usd = plan.total().usd or 0.0
-    if sweep.budget_usd is not None and usd > sweep.budget_usd:
-        dearest = max(plan.work, key=lambda work: work.usd or 0.0)
-        raise PreflowError(
-            f"the sweep is estimated at {usd:.2f} US$, over sweep.budget_usd ({sweep.budget_usd:.2f}); the "
-            f"dearest piece is {dearest.stage} ({dearest.who}) at {dearest.usd or 0:.2f}. Nothing was spent. Estimates "
-            "come from limits until the first figures are measured: raise budget_usd, or take fewer points or prompts."
-        )
-
-
-def plan_sweep(points: Sequence[Point], sweep: SweepConfig) -> SweepPlan:
-    """Work out every piece of work of the points once; nobody is asked anything."""
-    planner = _Planner(points[0].config.workspace, sweep)
-    for point in points:
-        planner.add(point)
+    planner = _Planner(configs[0].workspace, sweep or SweepConfig())
+    for number, config in enumerate(configs, 1):
+        planner.add(number, config.filled())
     return planner.plan()
 
 
@@ -160,14 +157,10 @@ class _Planner:
         self._claimed: dict[str, set[str]] = {}
         self._prompts: dict[str, _Prompts] = {}
 
-    def add(self, point: Point) -> None:
-        """Plan one point, stage by stage."""
-        config, number = point.config, point.number
-        prompts = self._read(import_prompts(config.prompts, self._workspace))
-        samples = self._sample("sample completions", number, prompts, config.generation)
-        judged, verdicts = self._judge("judge preferences", number, samples, config.judging)
-        preferences = find_preferences(verdicts, self._workspace, config.judging) if verdicts else None
-        trained, adapter = self._train(number, judged, preferences, len(prompts.ids), config)
+    def add(self, number: int, config: PipelineConfig) -> None:
+        """Plan one run, stage by stage."""
+        judged, preferences, most_pairs = self._label(number, config)
+        trained, adapter = self._train(number, judged, preferences, most_pairs, config)
         # Before there are pairs, the held-out prompts are taken to be as many as there can be.
         source, most = config.eval_prompts or config.prompts, config.evaluation.max_prompts
         held_out = import_prompts(source, self._workspace, *((most, preferences.uri) if preferences else ()))
@@ -177,10 +170,30 @@ class _Planner:
             trained, adapter = f"chosen {trained}", self._choose(number, trained, adapter, choosing, evaluation)
         self._evaluate(number, trained, adapter, deciding, evaluation)
 
-    def plan(self) -> SweepPlan:
+    def _label(self, number: int, config: PipelineConfig) -> tuple[str, PreferencesRef | None, int]:
+        """Plan all up to the pairs; return what stands for them, the pairs if they are there, and how many at most."""
+        if config.preferences is not None:
+            pairs = import_preferences(config.preferences, self._workspace, config.judging)
+            return pairs.sha256, pairs, pairs.rows
+        if config.completions is not None:
+            samples = self._given(import_completions(config.completions, self._workspace))
+        else:
+            prompts = self._read(import_prompts(config.prompts, self._workspace))
+            samples = self._sample("sample completions", number, prompts, config.generation)
+        judged, verdicts = self._judge(JUDGING, number, samples, config.judging)
+        preferences = find_preferences(verdicts, self._workspace, config.judging) if verdicts else None
+        return judged, preferences, len(samples.ids)
+
+    def _given(self, made: CompletionsRef) -> _Samples:
+        """Return completions that something else made; what they cost there is nobody's here."""
+        counts = {row["id"]: len(row["completions"]) for row in self._store.read_rows(made.uri)}
+        mean = round(sum(counts.values()) / max(1, len(counts)))
+        return _Samples(made.sha256, made.sha256, tuple(counts), 0.0, mean, 0.0, made)
+
+    def plan(self) -> Plan:
         """Return all work, stage by stage."""
         stages = list(dict.fromkeys(work.stage for work in self._work.values()))
-        return SweepPlan(sorted(self._work.values(), key=lambda work: stages.index(work.stage)))
+        return Plan(sorted(self._work.values(), key=lambda work: stages.index(work.stage)))
 
     def _tokens(self, writer: str, expected: float, of: CompletionsRef | VerdictsRef | None, count: int = 1) -> float:
         """Return the tokens of a completion of a writer: the mean of finished ones, else what is expected."""
@@ -193,7 +206,7 @@ class _Planner:
     def _read(self, ref: PromptsRef, limit: int | None = None) -> _Prompts:
         key = f"{ref.sha256} {limit}"
         if key not in self._prompts:
-            rows = [json.loads(line) for line in self._store.lines(ref.uri)][:limit]
+            rows = list(islice(self._store.read_rows(ref.uri), limit))
             characters = sum(len(message["content"]) for row in rows for message in row["prompt"])
             tokens = characters / CHARACTERS_PER_TOKEN / max(1, len(rows))
             self._prompts[key] = _Prompts(tuple(row["id"] for row in rows), tokens, ref)
@@ -317,7 +330,7 @@ class _Planner:
             new = draw_settings(evaluation, CANDIDATE, self._workspace, one)
             untrained = None if one else f"{place} {trained}"
             after = self._sample("evaluate: sample checkpoints", number, prompts, new, untrained)
-            verdicts = self._compare("evaluate: compare checkpoints", number, before, after, evaluation.null_judge())
+            verdicts = self._compare(f"{COMPARING} checkpoints", number, before, after, evaluation.null_judge())
             judged += [(one, verdicts)] if one and verdicts else []
         return record_choice(judged, self._workspace, evaluation).adapter if len(judged) == len(tried) else None
 
@@ -330,10 +343,10 @@ class _Planner:
         )
         before = self._sample("evaluate: sample SFT adapter", number, prompts, sft)
         after = self._sample("evaluate: sample new adapter", number, prompts, candidate, None if adapter else trained)
-        self._compare("evaluate: compare", number, before, after, evaluation.comparison_judge())
+        self._compare(COMPARING, number, before, after, evaluation.comparison_judge())
         if evaluation.null_test:
             null = self._sample("evaluate: sample SFT adapter again", number, prompts, again)
-            self._compare("evaluate: compare SFT with itself", number, before, null, evaluation.null_judge())
+            self._compare(f"{COMPARING} SFT with itself", number, before, null, evaluation.null_judge())
 
     def _compare(self, stage: str, number: int, a: _Samples, b: _Samples, judging: JudgingConfig) -> VerdictsRef | None:
         """Plan the comparison of two draws: each pair of samples is a row of its own with two completions."""
