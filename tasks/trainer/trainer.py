@@ -83,13 +83,8 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
     )
 
 
-# What is overridden or read of other libraries' insides; tests/unit/trainer/test_upstream.py holds it against the
-# installed versions, and fails when one of them changes its signature.
-#   trl 1.16: _prepare_dataset, compute_loss, evaluate, log, prediction_step, training_step, _save_checkpoint;
-#     the attributes _metrics, _total_train_tokens, aux_loss_enabled, precompute_ref_logps, use_weighting
-#   transformers 5.23: _get_grad_norm, _get_train_sampler, _load_from_checkpoint, _load_optimizer_and_scheduler,
-#     _load_rng_state, _load_scaler, _maybe_log_save_evaluate, _run_epoch;
-#     the attributes _globalstep_last_logged, _total_loss_scalar, _tr_loss
+# Overrides and reads insides of trl 1.16 and transformers 5.23: tests/unit/trainer/test_upstream.py lists which, and
+# fails when one of them changes its signature.
 class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     """DPO with cached or live reference log-probs, whose state between two steps can be saved and restored exactly.
 

@@ -49,12 +49,6 @@ def test_tokens_are_those_of_trl(tokenizer: Any) -> None:
         assert list(ours[name]) == list(theirs[name])
 
 
-def test_extra_columns_go_no_further(tokenizer: Any, tmp_path: Path) -> None:
-    preferences = write_preferences(tmp_path, pairs(3, 0), [])
-    data = load_pairs(preferences.uri, Workspace(tmp_path), tokenizer, 128)
-    assert as_dataset(data.pairs).column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
-
-
 def conversation(good: str, bad: str, **columns: Any) -> dict[str, Any]:
     sides = {"chosen": good, "rejected": bad}
     return {
@@ -126,12 +120,6 @@ def test_sampled_tokens_are_trained_on_as_they_are(family: Family, tmp_path: Pat
     assert (pair.chosen_ids, pair.rejected_ids) == ([*good, end], bad)
     assert data.report.exact_share == 1.0
     assert (data.report.other_prompts, data.report.foreign, data.report.unfinished) == (0, 0, 1)
-
-
-def test_a_side_cut_at_max_length_is_not_exact(tokenizer: Any) -> None:
-    report, pair = LengthReport(), TokenPair(1, "", [1] * 4, [1] * 4, [2] * 5, (True, True))
-    report.add(pair, max_length=8)
-    assert report.exact_share == 0.5
 
 
 LLAMA, QWEN, VICUNA = (next(f for f in FAMILIES if f.name == name) for name in ("llama3.2", "qwen3", "vicuna"))
@@ -267,11 +255,12 @@ def test_nothing_left_is_an_error_that_names_the_file(tokenizer: Any, tmp_path: 
 
 
 def test_the_report_says_what_is_cut() -> None:
-    report = LengthReport()
-    report.add(token_pair(10, [1] * 10, [1] * 2), max_length=16)
+    report, known = LengthReport(), (True, True)
+    report.add(replace(token_pair(10, [1] * 10, [1] * 2), sampled=known), max_length=16)
     report.add(token_pair(2, [1] * 2, [1] * 2), max_length=16)
     assert (report.pairs, report.longest, report.longest_prompt) == (2, 20, 10)
     assert (report.cut_sides, report.cut_tokens) == (1, 4)
+    assert report.exact == 1, "a side that is cut is not trained on as it was sampled"
     assert report.mean == pytest.approx((16 + 4) / 2)
 
 
