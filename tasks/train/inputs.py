@@ -116,10 +116,11 @@ class AdapterFiles:
     def _kind_problems(self) -> Iterator[str]:
         config = self.config
         kind, bias, init = (config.get(name) for name in ("peft_type", "bias", "init_lora_weights"))
-        targets = config.get("target_modules") or []
+        targets, excluded = (config.get(name) or [] for name in ("target_modules", "exclude_modules"))
         ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
         scales = {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
-        for pattern in [*([targets] if isinstance(targets, str) else []), *(config.get("rank_pattern") or {})]:
+        patterns = [text for text in (targets, excluded) if isinstance(text, str)]
+        for pattern in [*patterns, *(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -159,7 +160,7 @@ class AdapterFiles:
                         "with save_embedding_layers=False"
                     )
                 yield f"{ADAPTER_WEIGHTS} holds {name} of shape {tensor.shape}, no LoRA weight of a linear layer {why}"
-            elif (other := f"{module}.lora_{'BA'[side[0] == 'B']}.weight") not in self.header:
+            elif (other := f"{module}.lora_{'B' if side == 'A.weight' else 'A'}.weight") not in self.header:
                 yield f"{ADAPTER_WEIGHTS} holds {name} and not {other}: a part is missing; copy or save it again"
             elif tensor.dtype not in EXPONENTS:
                 yield f"its weight {name} is of type {tensor.dtype}, no floating-point number; save it again in F32"
@@ -229,6 +230,11 @@ class BaseFiles:
         """Read a folder."""
         if not (folder / "config.json").is_file():
             raise PreflowError(f"base_model {folder}: no config.json there. Give the folder of a transformers model.")
+        if (folder / "adapter_config.json").is_file():
+            raise PreflowError(
+                f"base_model {folder}: holds an adapter (adapter_config.json): transformers would put that onto it, "
+                "or onto the base that it names. Move the adapter's files to a folder of their own."
+            )
         files = {file.name for file in folder.glob("*.safetensors")}
         if not files:
             raise PreflowError(

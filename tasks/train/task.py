@@ -37,11 +37,7 @@ _create_page: Any = create_markdown_artifact
 
 
 async def train_adapter(preferences: PreferencesRef, workspace: str, training: TrainingConfig) -> AdapterRef:
-    """Train the SFT adapter on preference pairs; a finished training of the same key is not repeated.
-
-    Raises:
-        PreflowError: an input is wrong, or an invariant of DPO does not hold.
-    """
+    """Train the SFT adapter on preference pairs; a finished training of the same key is not repeated."""
     check_training_inputs(training)
     mark_used(preferences, workspace)
     key = training_key(preferences, training)
@@ -80,11 +76,7 @@ def _ctrl_c_at_once() -> Iterator[None]:
 
 
 class TrainingView:
-    """What the UI shows of a training while it runs: a progress bar, and a page of curves and newest figures.
-
-    Args:
-        metrics: uri of the `metrics.jsonl` that the trainer keeps up to date.
-    """
+    """What the UI shows of a training while it runs: a progress bar, and a page of the curves in `metrics.jsonl`."""
 
     def __init__(self, metrics: str) -> None:
         self._metrics = metrics

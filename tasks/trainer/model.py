@@ -119,7 +119,7 @@ def load_base(training: TrainingConfig, device: int) -> Any:
             training.base_model, config=config, revision=training.base_revision or "main", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a quantised one raises whatever the package it lacks lets it
         raise _cannot_be_loaded(training.base_model, error) from error
     _check_every_weight_is_its_own(training.base_model, found)
     _check_finite(f"base_model {training.base_model}", _float_weights(base))
@@ -137,7 +137,8 @@ def _config_of(source: str, revision: str | None) -> Any:
 def _cannot_be_loaded(name: str, error: Exception) -> PreflowError:
     return PreflowError(
         f"base_model {name}: cannot be loaded ({_cause(error)}). Give a hub name that this machine may read "
-        "(HF_TOKEN), or a folder with config.json and whole safetensors."
+        "(HF_TOKEN), or a folder with config.json and whole safetensors; install the package that its config.json asks "
+        "for, if the error names one."
     )
 
 
@@ -215,8 +216,8 @@ def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) ->
         policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise PreflowError(
-            f"SFT adapter {adapter}: does not fit the base model {base.config.name_or_path} "
-            f"({_cause(error)}). Give the base model that it was trained on."
+            f"SFT adapter {adapter}: does not fit the base model {base.config.name_or_path} ({_cause(error)}). Give "
+            "the base model that it was trained on, and the adapter_config.json that PEFT wrote."
         ) from error
     sft = AdapterWeights(adapter, policy)
     _check_finite(f"SFT adapter {adapter}", sft)
@@ -294,11 +295,10 @@ class AdapterWeights:
             state[weight].copy_(tensor)
 
     def movement(self, model: Any) -> dict[str, float]:
-        """Compare the policy with these weights.
+        """Return how far the policy is from these weights.
 
-        Returns:
-            `weights/moved`: share of weights that differ at all, 0-1; `weights/distance`: the L2 norm of the
-            difference over the L2 norm of these weights.
+        `weights/moved` is the share of weights that differ at all, `weights/distance` the L2 norm of the difference
+        over that of these weights.
         """
         state = adapter_state(model)
         moved, count, difference, norm = 0, 0, 0.0, 0.0
@@ -386,7 +386,8 @@ def precision(config: Any) -> str:
         return str(config.dtype).removeprefix("torch.")
     if facts.get("load_in_4bit"):
         return str(facts["bnb_4bit_quant_type"])
-    return str(getattr(facts["quant_method"], "value", facts["quant_method"]))
+    method = facts.get("quant_method", "of no known kind")
+    return str(getattr(method, "value", method))
 
 
 def _quantisation(config: Any) -> Mapping[str, Any]:

@@ -40,12 +40,8 @@ def reference_key(splits: Sequence[Split], training: TrainingConfig, weights: Ma
     """Return the digest of what determines the log-probs: tokens, micro-batches, base, adapter, precision.
 
     Beta, loss (but for `ld_alpha`), learning rate, epochs and seeds are not in it. The micro-batches are, since padding
-    decides the last bits.
-
-    Args:
-        splits: the pairs.
-        training: for quantisation and length.
-        weights: digests of the base and of the SFT adapter, and what computes with them (`model.arithmetic`).
+    decides the last bits. `weights` has the digests of base and SFT adapter, and what computes with them
+    (`model.arithmetic`).
     """
     names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "bf16",
              "max_length", "ld_alpha")  # fmt: skip

@@ -63,6 +63,8 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
         ({"target_modules": r".*(q_proj|lm_head)"}, "it targets lm_head"),
         ({"r": 8}, r"has rank 4, where adapter_config.json says 8 \(r, rank_pattern\)"),
         ({"target_modules": r"(q_proj"}, r"'\(q_proj' is no regular expression \(missing \)"),
+        ({"exclude_modules": "(q"}, r"'\(q' is no regular expression"),
+        ({"alpha_pattern": {"(q": 8}}, r"'\(q' is no regular expression"),
         ({"rank_pattern": {"*": 8}}, r"'\*' is no regular expression \(nothing to repeat"),
         ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight has rank 4, where adapter_config.json says 8"),
     ],
@@ -223,6 +225,12 @@ def test_a_base_is_held_against_its_configuration(
         refused(world, f"base_model .*{message}")
     else:
         check_training_inputs(world.config())
+
+
+def test_an_adapter_in_the_bases_folder_is_refused(world: TinyWorld) -> None:
+    """transformers would read the base that the adapter names, whatever lies there."""
+    shutil.copytree(world.adapter, world.base, dirs_exist_ok=True)
+    refused(world, "base_model .*: holds an adapter")
 
 
 def test_a_shard_that_the_index_does_not_name_is_not_read(world: TinyWorld) -> None:

@@ -74,6 +74,14 @@ def test_a_base_that_is_cut_off_is_no_traceback(base: Path) -> None:
         load_base(settings(base), 0)
 
 
+@pytest.mark.parametrize("method", ["gptq", "hqq", None])
+def test_a_quantised_base_whose_package_is_absent_is_no_traceback(base: Path, method: str | None) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4, "quant_method": method}}))
+    with pytest.raises(PreflowError, match=r"base_model .* cannot be loaded \(.*install the package"):
+        load_base(settings(base), 0)
+
+
 def test_nan_under_4_bits_is_seen(base: Path) -> None:
     edit(base, lambda weights: weights[UP].fill_(torch.nan))
     with pytest.raises(PreflowError, match=f"its weight {UP} holds NaN"):

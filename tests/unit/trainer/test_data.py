@@ -91,6 +91,17 @@ def test_rendered_pairs_are_prompt_text_and_end_of_turn(family: Family, text: st
     assert (data.report.unfinished, data.report.exact) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("reason", "end"),
+    [(None, "<|im_end|>"), ("stop", "<|im_end|>"), ("end_turn", "<|im_end|>"), ("length", ""), ("max_tokens", ""),
+     ("content_filter", ""), ("abort", "")],
+)  # fmt: skip
+def test_only_an_answer_that_ended_by_itself_gets_an_end_of_turn(reason: str | None, end: str, tmp_path: Path) -> None:
+    tokenizer, data = load_as(QWEN, tmp_path, [conversation("cat", "dog", chosen_finish_reason=reason)])
+    assert tokenizer.decode(data.pairs[0].chosen_ids) == f"cat{end}"
+    assert data.report.unfinished == (not end)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_texts_together_give_the_tokens_of_each_alone(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
