@@ -20,7 +20,8 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Crashed, Pending, Running
+from prefect.events.schemas.events import Event
+from prefect.states import Crashed, Pending, Running, Suspended
 
 from tests.deployed import Worker
 from tests.fakes.process import ROOT, FakeOpenAI
@@ -215,6 +216,32 @@ def test_a_process_that_goes_without_a_word_is_told_of(
             engine.wait()
         wait("it is told", lambda: receiver.about(f"nothing is heard of {name}"))
     assert state_of(client, run.id) == "Running", "only told of, not touched"
+
+
+@pytest.mark.long  # silence is waited for
+def test_a_silent_run_is_taken_for_crashed_if_so_wished_and_a_suspended_one_never(
+    client: SyncPrefectClient, tmp_path: Path
+) -> None:
+    soon = tmp_path / "automations.yaml"
+    soon.write_text(FILE.read_text().replace("within: 900", "within: 15"))
+    assert register(soon).returncode == 0
+    switch(client, "preflow-crash-silent", on=True)
+    silent, suspended = (make_run(client, "elsewhere", flow="audit-judge", tags=()) for _ in range(2))
+    for run in (silent, suspended):
+        client.set_flow_run_state(run.id, Running(), force=True)
+        related = {
+            "prefect.resource.id": f"prefect.deployment.{run.deployment_id}",
+            "prefect.resource.role": "deployment",
+        }
+        resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
+        beat = Event.model_validate({"event": "prefect.flow-run.heartbeat", "resource": resource, "related": [related]})
+        client._client.post("/events", json=[beat.model_dump(mode="json")]).raise_for_status()
+    time.sleep(2)  # for the heartbeats to arrive
+    client.set_flow_run_state(suspended.id, Suspended(timeout_seconds=3600), force=True)
+    wait("the silent one is taken for crashed", lambda: state_of(client, silent.id) == "Crashed")
+    time.sleep(3)
+    assert state_of(client, suspended.id) == "Suspended", "it waits for somebody's answer, which may take days"
+    switch(client, "preflow-crash-silent", on=False)
 
 
 @pytest.mark.long  # silence is waited for

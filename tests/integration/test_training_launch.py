@@ -160,6 +160,8 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
     assert preempted.adapter.sha256 == uninterrupted.adapter.sha256
     assert (preempted.folder / "metrics.jsonl").read_bytes() == (uninterrupted.folder / "metrics.jsonl").read_bytes()
 
+    first = json.loads((uninterrupted.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["step"], first["loss"]) == (0, pytest.approx(0.693147, abs=1e-5))
     single = world.config(max_steps=6, eval_steps=6)
     assert processes.run(world.preferences, tmp_path / "single", single) == 0, processes.log()
     (adapter,) = tmp_path.glob("single/training/*/adapter/adapter_model.safetensors")

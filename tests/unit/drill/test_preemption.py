@@ -36,6 +36,7 @@ class Cluster:
         self.pods: dict[str, dict[str, Any]] = {}
         self.evicted: list[tuple[str, int]] = []
         self.executed: list[tuple[str, list[str]]] = []
+        self.reviewed: list[tuple[str, str, str]] = []
         self.asked = 0
         self.forbidden = False
 
@@ -45,6 +46,7 @@ class Cluster:
         application.router.add_get(PODS + "/{name}", self.read)
         application.router.add_get(PODS + "/{name}/exec", self.execute)
         application.router.add_post(PODS + "/{name}/eviction", self.evict)
+        application.router.add_post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", self.review)
         return application
 
     async def list(self, request: web.Request) -> web.Response:
@@ -73,6 +75,12 @@ class Cluster:
         await stream.prepare(request)
         await stream.close()
         return stream
+
+    async def review(self, request: web.Request) -> web.Response:
+        asked = (await request.json())["spec"]["resourceAttributes"]
+        self.reviewed.append((asked["verb"], asked["resource"], asked["subresource"]))
+        allowed = asked["namespace"] == "preflow" and not (self.forbidden and asked["subresource"])
+        return web.json_response({"spec": {}, "status": {"allowed": allowed}}, status=201)
 
     def add(self, *pods: dict[str, Any]) -> None:
         self.pods |= {item["metadata"]["name"]: item for item in pods}
@@ -136,15 +144,23 @@ async def test_without_a_running_pod_it_is_said_where_one_was_looked_for(cluster
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-async def test_a_right_that_is_missing_is_named(cluster: Cluster, kind: Kind) -> None:
+async def test_what_the_cluster_refuses_is_said(cluster: Cluster, kind: Kind) -> None:
     cluster.forbidden = True
     cluster.add(pod("wanted"))
-    with pytest.raises(PreflowError, match=r"namespace preflow: 403 .*pods/exec"):
+    with pytest.raises(PreflowError, match=r"namespace preflow: 403 .*kubectl auth can-i"):
         await TARGET.preempt(ORDER, kind)
+
+
+async def test_a_right_that_is_missing_is_named_before_anything_is_trained(cluster: Cluster) -> None:
+    await TARGET.check()
+    assert cluster.reviewed == list(preemption.RIGHTS)
+    cluster.forbidden = True
+    with pytest.raises(PreflowError, match=r"may not create pods eviction in namespace preflow.*an administrator's"):
+        await TARGET.check()
 
 
 async def test_without_a_cluster_it_is_said_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_kubeconfig(tmp_path / "none", monkeypatch)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(PreflowError, match="set KUBECONFIG"):
-        await TARGET.preempt(ORDER, Kind.NOTICE)
+        await TARGET.check()
