@@ -84,7 +84,7 @@ class TrainingRun:
         self._training = spec.training
         self._store = store
         self._scratch = scratch
-        self._progress = progress
+        self._tell = progress
         self._stop = stop
         self._folder = store.uri("training", spec.key)
         self._started = time.monotonic()
@@ -114,7 +114,7 @@ class TrainingRun:
             self._check_tokens(checkpoint)
             self._cost_before = Cost.model_validate(checkpoint.state.get("cost", {}))
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
-        self._progress(Progress("training", "resuming" if checkpoint else "starting"))
+        self._tell(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
         self._finish(trainer, adapter, splits[-1])
 
@@ -180,10 +180,6 @@ class TrainingRun:
             with self._phases.phase("computing the reference log-probs"):
                 self._use_cached_reference(trainer, splits)
         return trainer
-
-    def _tell(self, progress: Progress) -> None:
-        if is_main_process():
-            self._progress(progress)
 
     def _use_cached_reference(self, trainer: ExactTrainer, splits: list[Split]) -> None:
         weights = {"base": self._spec.base_sha256, "sft": self._spec.sft_sha256, "device": arithmetic()}

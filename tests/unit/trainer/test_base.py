@@ -67,13 +67,6 @@ def test_out_of_memory_is_not_called_a_base_that_does_not_fit(base: Path, monkey
         load_base(settings(base), 0)
 
 
-def test_a_base_that_is_cut_off_is_no_traceback(base: Path) -> None:
-    file = base / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(PreflowError, match=r"base_model .* cannot be loaded \(.*"):
-        load_base(settings(base), 0)
-
-
 @pytest.mark.parametrize("method", ["gptq", "hqq", None])
 def test_a_quantised_base_whose_package_is_absent_is_no_traceback(base: Path, method: str | None) -> None:
     config = json.loads((base / "config.json").read_text())
@@ -88,10 +81,6 @@ def test_nan_under_4_bits_is_seen(base: Path) -> None:
         load_base(settings(base, load_in_4bit=True, bnb_4bit_compute_dtype="float32"), 0)
 
 
-def test_tied_and_whole_weights_pass(base: Path) -> None:
-    assert precision(load_base(settings(base), 0).config) == "float32"
-
-
 @pytest.mark.parametrize("asked", [{"load_in_4bit": False}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}])
 def test_a_base_quantised_already_is_recorded_as_it_is(base: Path, asked: dict[str, Any]) -> None:
     kept = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
@@ -102,12 +91,8 @@ def test_a_base_quantised_already_is_recorded_as_it_is(base: Path, asked: dict[s
     config = load_base(training, 0).config
     recorded = as_loaded(training, config)
     assert precision(config) == "nf4"
-    assert (recorded.load_in_4bit, recorded.bnb_4bit_quant_type, recorded.bnb_4bit_use_double_quant) == (
-        True,
-        "nf4",
-        False,
-    )
-    assert recorded.bnb_4bit_compute_dtype == "float32"
+    assert (recorded.load_in_4bit, recorded.bnb_4bit_quant_type) == (True, "nf4")
+    assert (recorded.bnb_4bit_use_double_quant, recorded.bnb_4bit_compute_dtype) == (False, "float32")
 
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
