@@ -122,6 +122,8 @@ def load_base(training: TrainingConfig, device: int) -> Any:
     except Exception as error:  # a quantised one raises whatever the package it lacks lets it
         raise _cannot_be_loaded(training.base_model, error) from error
     _check_every_weight_is_its_own(training.base_model, found)
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        _check_tied(training.base_model, base)
     _check_finite(f"base_model {training.base_model}", _float_weights(base))
     _keep_weights_as_quantised(base)
     return base
@@ -175,6 +177,15 @@ def _check_every_weight_is_its_own(name: str, found: Mapping[str, Any]) -> None:
         raise PreflowError(
             f"base_model {name}: its weights are not those of the model that its config.json describes: "
             f"{'; '.join(problems[:3])} ({len(problems)} in all). Fetch or save the base again."
+        )
+
+
+def _check_tied(name: str, base: Any) -> None:
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is not None and head.weight is not embeddings.weight and not torch.equal(head.weight, embeddings.weight):
+        raise PreflowError(
+            f"base_model {name}: config.json says tie_word_embeddings, and its lm_head differs from the embeddings: "
+            "transformers would train with the lm_head, vLLM serve with the embeddings. Set it to false there."
         )
 
 

@@ -75,6 +75,15 @@ def test_a_quantised_base_whose_package_is_absent_is_no_traceback(base: Path, me
         load_base(settings(base), 0)
 
 
+def test_a_head_that_is_not_tied_though_the_configuration_says_so_is_refused(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(PreflowError, match="says tie_word_embeddings, and its lm_head differs"):
+        load_base(settings(base), 0)
+    edit(base, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    load_base(settings(base), 0)
+
+
 def test_nan_under_4_bits_is_seen(base: Path) -> None:
     edit(base, lambda weights: weights[UP].fill_(torch.nan))
     with pytest.raises(PreflowError, match=f"its weight {UP} holds NaN"):
