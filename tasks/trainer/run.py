@@ -123,6 +123,7 @@ class TrainingRun:
         for uri in self._store.list(self._folder):
             if posixpath.basename(uri).startswith(".writing-"):
                 self._store.delete(uri)
+        self._checkpoints.sweep()
 
     @cached_property
     def _checkpoints(self) -> CheckpointStore:
