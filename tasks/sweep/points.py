@@ -8,13 +8,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from tasks.config import PipelineConfig, Preset, StageConfig, SweepConfig
 from tasks.errors import PreflowError
 
 # Dotted parameter names with their values.
-Change: TypeAlias = dict[str, Any]
+Change: TypeAlias = dict[str, JsonValue]
 
 # What all points have in common: stages are shared through the workspace, and no point is promoted by itself.
 SHARED = ("workspace", "promotion")
