@@ -19,7 +19,7 @@ from prefect.utilities.annotations import opaque
 from tasks.batch.caching import cached, open_results
 from tasks.batch.costs import CostLog, format_seconds, format_usd
 from tasks.batch.rows import Outcome, ShardRef, Slice
-from tasks.batch.shards import ShardWorker, Tally, TooManyFailures, open_shards, settle
+from tasks.batch.shards import ShardWorker, Tally, TooManyFailures
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import price, shorten
@@ -87,7 +87,7 @@ async def run_shards(
         try:
             if worker.rows.lacks(slices):
                 await worker.get_ready()
-            shards = await settle(map(run_one, slices), open_shards(endpoint.most_in_flight, slices))
+            shards = await worker.run_all(slices, run_one)
             if worker.tally.stopped:
                 raise worker.tally.stopped
         except TooManyFailures as reason:

@@ -17,6 +17,9 @@ from tasks.store.workspace import Cost, Row
 # The first units are made one at a time until one succeeds, or so many have failed: an endpoint that refuses all of
 # them is found out by a few requests and not by a window full of them.
 FIRST_ALONE = 3
+# A shard is open until its slowest unit is done, which may take several times as long as most. So many windows of units
+# may be open for that; more only take memory.
+OPEN_WINDOWS = 8
 logger = logging.getLogger(__name__)
 
 
@@ -114,10 +117,37 @@ class ShardWorker:
     _prepared: bool = field(default=False, init=False)
     _tried: int = field(default=0, init=False)
     _making: dict[str, asyncio.Future[Outcome]] = field(default_factory=dict, init=False)
+    # Gives on the place of an open shard of which units wait to be begun.
+    _give_on: dict[int, Callable[[], None]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         # Twice the window, so that a request that waits for its next attempt keeps no other from being sent.
         self._gate = asyncio.Semaphore(2 * self.concurrency)
+
+    async def run_all(self, slices: Sequence[Slice], run_one: Callable[[Slice], Awaitable[ShardRef]]) -> list[ShardRef]:
+        """Await `run_one`, which calls `run`, for each slice: the next when of those before hardly a unit is to begin.
+
+        So the window is full however long single units take, and no more shards are in memory than that needs.
+        """
+        places, failed = asyncio.Semaphore(_shards_of(self.concurrency, slices)), False
+
+        async def open_one(part: Slice) -> ShardRef | None:
+            nonlocal failed
+            await places.acquire()
+            self._give_on[part.index] = places.release
+            try:
+                return None if failed else await run_one(part)
+            except BaseException:
+                failed = True
+                raise
+            finally:
+                self._all_begun(part)
+
+        return await settle(map(open_one, slices), _shards_of(OPEN_WINDOWS * self.concurrency, slices))
+
+    def _all_begun(self, part: Slice) -> None:
+        if give_on := self._give_on.pop(part.index, None):
+            give_on()
 
     async def run(self, part: Slice) -> ShardRef:
         """Make the units of one slice that are not known yet, and commit the shard.
@@ -140,7 +170,12 @@ class ShardWorker:
                 self.tally.add(part, outcome)
                 self.watch()
 
-            await settle(make(key, unit) for key, unit in units.items() if key not in outcomes)
+            async def follow() -> None:
+                async with self._gate:  # first come, first served: the shard's units have all passed
+                    self._all_begun(part)
+
+            missing = [make(key, unit) for key, unit in units.items() if key not in outcomes]
+            await settle([*missing, follow()])
             shard = await asyncio.to_thread(self.rows.commit, part, list(units), outcomes)
             journal.forget_pending()
             for key in units:
@@ -219,10 +254,10 @@ async def settle(coroutines: Iterable[Coroutine[Any, Any, Any]], limit: int | No
     return results
 
 
-def open_shards(concurrency: int, slices: Sequence[Slice]) -> int:
-    """Return how many shards must be open for `concurrency` requests to be in flight, whatever stragglers there are."""
+def _shards_of(units: int, slices: Sequence[Slice]) -> int:
+    """Return how many shards have so many units, with one that begins and one that ends."""
     size = max((part.rows for part in slices), default=1)
-    return -(-2 * concurrency // size) + 2
+    return -(-units // size) + 2
 
 
 class MergeCounts(BaseModel):

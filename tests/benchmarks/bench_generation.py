@@ -1,12 +1,13 @@
 """Generation and judging against a bare loop and against gathered batches, on one fake endpoint with real latencies.
 
     python -m tests.benchmarks.bench_generation --prompts prompts.jsonl
-    python -m tests.benchmarks.bench_generation --windows 32 256 1024
+    python -m tests.benchmarks.bench_generation --windows 32 256 1024 --waves 40
     python -m tests.benchmarks.bench_generation --scale 100000
 
 The first prints throughput, client CPU and the cached replay; the second throughput and CPU against a raw aiohttp loop,
-the true limit, at several numbers of requests in flight; the third CPU and peak memory as the prompts grow. Each
-contender runs in a process of its own, one after the other, against the same endpoint.
+the true limit, at several numbers of requests in flight; the third CPU and memory as the prompts grow. Each contender
+runs in a process of its own, one after the other, against the same endpoint. A whole run has a start and an end that do
+not grow with the prompts; between the first and the last answer is what a longer run would have more of.
 """
 
 import argparse
@@ -24,13 +25,27 @@ from typing import Any, TextIO
 
 import aiohttp
 import openai
+import psutil
 
 from tests.fakes import FakeOpenAI
 from tests.fakes.models import sample
 
+# Seconds and CPU seconds of this process when its first and its latest answer came, and how many have come.
+ANSWERS: dict[str, Any] = {"count": 0}
+# Of those that are kept, memory is noted at so many answers.
+MEMORY_AT = (1_000, 10_000, 50_000, 100_000)
 COMPLETIONS, MAX_TOKENS, SEED = 3, 256, 42
 SAMPLING: dict[str, Any] = {"temperature": 0.9, "max_tokens": MAX_TOKENS, "frequency_penalty": 0.5}
 Row = dict[str, Any]
+
+
+def note_answer() -> None:
+    """Note that an answer has come."""
+    ANSWERS["count"] += 1
+    ANSWERS["last"] = time.monotonic(), time.process_time()
+    ANSWERS.setdefault("first", ANSWERS["last"])
+    if ANSWERS["count"] in MEMORY_AT:
+        ANSWERS[f"rss_mb {ANSWERS['count']}"] = psutil.Process().memory_info().rss / 2**20
 
 
 # ---- the contenders: each runs in its own process and prints one JSON line
@@ -51,6 +66,7 @@ async def bare_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
         except openai.APIConnectionError as error:  # with many in flight its transport cannot connect in time
             print(f"a row is lost: {error}", file=sys.stderr)
             return
+        note_answer()
         texts = [choice.message.content for choice in answer.choices]
         out.write(json.dumps({**row, "completions": texts}) + "\n")
 
@@ -73,6 +89,7 @@ async def raw_loop(order: Row, prompts: TextIO, out: TextIO) -> None:
             body = {"model": "sampler", "messages": row["prompt"], "n": COMPLETIONS, "seed": SEED, **SAMPLING}
             async with window, session.post(url, json=body) as response:
                 answer = json.loads(await response.read())
+            note_answer()
             texts = [choice["message"]["content"] for choice in answer["choices"]]
             out.write(json.dumps({**row, "completions": texts}) + "\n")
 
@@ -101,7 +118,15 @@ async def preflow_stage(order: Row, prompts: TextIO, out: TextIO) -> None:
     from flows.generate import generate_completions
     from flows.judge import judge_preferences
     from tasks.config import GenerationConfig, JudgingConfig
+    from tasks.llm import client
 
+    read_answer = client.read_answer
+
+    def read(body: bytes, prompt_bytes: int) -> Any:
+        note_answer()
+        return read_answer(body, prompt_bytes)
+
+    client.read_answer = read
     common: Row = {"endpoint": order["endpoint"], "max_concurrency": order["concurrency"]}
     generation = GenerationConfig(model="sampler", num_completions=COMPLETIONS, **common)
     completions = await generate_completions(order["prompts"], order["workspace"], generation)
@@ -129,7 +154,11 @@ def contend(order: Row) -> None:
         asyncio.run(CONTENDERS[order["who"]](order, prompts, out))
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(json.dumps({"seconds": time.monotonic() - start, "cpu": cpu, "rss_mb": after.ru_maxrss / 1024}), flush=True)
+    found = {"seconds": time.monotonic() - start, "cpu": cpu, "rss_mb": after.ru_maxrss / 1024, **ANSWERS}
+    if ANSWERS["count"] > 1:
+        seconds, cpu = (last - first for first, last in zip(ANSWERS["first"], ANSWERS["last"], strict=True))
+        found |= {"rate": (ANSWERS["count"] - 1) / seconds, "cpu_ms": 1000 * cpu / (ANSWERS["count"] - 1)}
+    print(json.dumps(found), flush=True)
 
 
 def run(who: str, **order: Any) -> Row:
@@ -205,35 +234,42 @@ def median(runs: list[Row], name: str) -> float:
 
 def windows(sizes: list[int], folder: Path, options: argparse.Namespace) -> None:
     """Print throughput and CPU against the raw loop at several numbers of requests in flight."""
-    print("| in flight | prompts | way | seconds | against the raw loop | client CPU, ms a prompt |")
-    print("| ---: | ---: | --- | ---: | ---: | ---: |")
+    print("| in flight | prompts | way | seconds | ratio | CPU | prompts/s between answers | ratio | CPU between |")
+    print("| ---: | ---: | --- |" + " ---: |" * 6)
     for size in sizes:
-        count = min(6000, max(1000, 8 * size))
+        count = options.waves * size
         prompts = synthetic_prompts(folder / f"prompts-{size}.jsonl", count)
         plan = {"latency_ms": options.latency_ms, "latency_sigma": SIGMA}
         with FakeOpenAI(plan, folder / f"fake-{size}") as fake:
             order: Row = {"endpoint": fake.url, "prompts": str(prompts), "concurrency": size}
             order["out"] = str(folder / "out")
-            base = 0.0
-            for who in ("raw", "bare", "preflow"):
+            raw: Row = {}
+            for who in options.ways:
                 runs = [run(who, **order, workspace=str(folder / f"ws-{size}-{n}")) for n in range(options.rounds)]
-                seconds, cpu = median(runs, "seconds"), 1000 * median(runs, "cpu") / count
-                base = base or seconds
-                ratio = base / seconds
-                print(f"| {size:,} | {count:,} | {who} | {seconds:.1f} | {ratio:.3f} | {cpu:.2f} |", flush=True)
+                found = {name: median(runs, name) for name in ("seconds", "cpu", "rate", "cpu_ms")}
+                raw = raw or found
+                whole = f"{found['seconds']:.1f} | {raw['seconds'] / found['seconds']:.3f}"
+                between = f"{found['rate']:.1f} | {found['rate'] / raw['rate']:.3f} | {found['cpu_ms']:.2f}"
+                cpu = 1000 * found["cpu"] / count
+                print(f"| {size:,} | {count:,} | {who} | {whole} | {cpu:.2f} | {between} |", flush=True)
 
 
 def scale(sizes: list[int], folder: Path, options: argparse.Namespace) -> None:
-    """Print peak memory and client CPU as the prompts grow."""
-    print("| prompts | way | seconds | client CPU, ms a prompt | peak RSS, MB |\n| ---: | --- | ---: | ---: | ---: |")
+    """Print memory and client CPU as the prompts grow."""
+    at = "".join(f" at {count:,} |" for count in MEMORY_AT)
+    print(
+        f"| prompts | way | seconds | CPU, ms a prompt | peak RSS, MB |{at}\n" + "| ---: " * (5 + len(MEMORY_AT)) + "|"
+    )
     for size in sizes:
         prompts = synthetic_prompts(folder / f"prompts-{size}.jsonl", size)
         with FakeOpenAI({"latency_ms": options.latency_ms}, folder / f"fake-{size}") as fake:
-            for who in ("bare", "preflow"):
+            for who in options.ways:
                 order: Row = {"endpoint": fake.url, "prompts": str(prompts), "concurrency": options.concurrency}
                 found = run(who, **order, out=str(folder / "out"), workspace=str(folder / f"scale-{size}"))
-                cpu = 1000 * found["cpu"] / size
-                print(f"| {size:,} | {who} | {found['seconds']:.0f} | {cpu:.2f} | {found['rss_mb']:.0f} |", flush=True)
+                memory = (found.get(f"rss_mb {count}") for count in MEMORY_AT)
+                cells = "".join(f" {mb:.0f} |" if mb else " |" for mb in memory)
+                cpu, peak = 1000 * found["cpu"] / size, found["rss_mb"]
+                print(f"| {size:,} | {who} | {found['seconds']:.0f} | {cpu:.2f} | {peak:.0f} |{cells}", flush=True)
 
 
 def main() -> None:
@@ -242,6 +278,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="JSONL of prompts; without it 1,021 synthetic ones")
     parser.add_argument("--scale", type=int, help="measure memory and CPU at 1,000 and at this many synthetic prompts")
     parser.add_argument("--windows", type=int, nargs="+", help="compare with a raw aiohttp loop at these windows")
+    parser.add_argument("--waves", type=int, default=40, help="prompts for each place in a window")
+    parser.add_argument(
+        "--ways", nargs="+", choices=CONTENDERS, help="of --windows and --scale, the first is the limit"
+    )
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--latency-ms", type=float, help="median; default 1500, with --scale 20")
     parser.add_argument("--rounds", type=int, default=3)
@@ -258,6 +298,7 @@ def main() -> None:
         with prefect_server(folder / "prefect") as server:
             os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{server.port}/api"
             os.environ["PREFECT_HOME"] = str(folder / "prefect")
+            options.ways = options.ways or (["bare", "preflow"] if options.scale else ["raw", "bare", "preflow"])
             options.latency_ms = options.latency_ms or (20 if options.scale else 1500)
             if options.windows:
                 windows(options.windows, folder, options)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tasks.batch.rows import Outcome, RowStore, ShardRef, Slice, read_slice, shard_rows, slice_rows, writable
-from tasks.batch.shards import Count, ShardWorker, Tally, TooManyFailures, merge_shards, open_shards, settle
+from tasks.batch.shards import Count, ShardWorker, Tally, TooManyFailures, merge_shards, settle
 from tasks.errors import PreflowError
 from tasks.store.workspace import PromptsRef, Row, Workspace, digest
 
@@ -73,8 +73,7 @@ def make_worker(folder: Path, maker: Maker, rows: int, **more: Any) -> ShardWork
 async def run_all(folder: Path, maker: Maker, source: PromptsRef, size: int = 10, **more: Any) -> list[ShardRef]:
     slices = slice_rows(Workspace(folder), source, size)
     worker = make_worker(folder, maker, source.rows, **more)
-    shards: list[ShardRef] = await settle(worker.run(part) for part in slices)
-    return shards
+    return await worker.run_all(slices, worker.run)
 
 
 def merged(folder: Path, source: PromptsRef, shards: list[ShardRef], size: int = 10) -> list[tuple[int, Any]]:
@@ -111,13 +110,50 @@ def test_slices_are_the_whole_file_in_order_and_one_that_changed_is_refused(tmp_
         read_slice(store, slices[1])
 
 
-def test_enough_shards_are_open_to_fill_the_window() -> None:
-    def slices(*rows: int) -> list[Slice]:
-        return [Slice(index=i, uri="u", start=0, end=1, rows=n, sha256="s") for i, n in enumerate(rows)]
+class Stragglers(Maker):
+    """Makes each tenth unit only once all `others` are made."""
 
-    assert open_shards(32, slices(16, 16, 3)) == 6
-    assert open_shards(32, slices(1000, 1000, 1)) == 3, "a short last shard must not open hundreds of long ones"
-    assert open_shards(32, []) == 66
+    def __init__(self, others: int) -> None:
+        super().__init__()
+        self._others, self.go_on = others, asyncio.Event()
+
+    async def work(self, row: Row) -> Outcome:
+        if row["number"] % 10 == 5:
+            await self.go_on.wait()
+        outcome = await super().work(row)
+        if len(self.made) == self._others:
+            self.go_on.set()
+        return outcome
+
+
+async def test_the_window_is_full_however_long_single_units_take(tmp_path: Path) -> None:
+    source = make_source(tmp_path, 60)
+    async with asyncio.timeout(20):
+        await run_all(tmp_path, Stragglers(others=54), source)
+
+
+async def test_no_more_shards_are_open_than_memory_allows(tmp_path: Path) -> None:
+    source, opened, maker = make_source(tmp_path, 200), list[int](), Stragglers(others=200)
+    slices = slice_rows(Workspace(tmp_path), source, 10)
+    worker = make_worker(tmp_path, maker, 200)
+
+    async def run_one(part: Slice) -> ShardRef:
+        opened.append(part.index)
+        return await worker.run(part)
+
+    running = asyncio.create_task(worker.run_all(slices, run_one))
+    await asyncio.sleep(0.5)
+    assert opened == list(range(6)), "8 windows of 4 units are 4 shards, and two for the ends"
+    maker.go_on.set()
+    await running
+    assert opened == list(range(20))
+
+
+async def test_after_an_error_no_further_shard_is_opened(tmp_path: Path) -> None:
+    source, maker = make_source(tmp_path, 100), Maker(broken={0})
+    with pytest.raises(ConnectionError, match="broken at 0"):
+        await run_all(tmp_path, maker, source, size=2)
+    assert len(maker.made) < 20
 
 
 # ---- making and finding again
