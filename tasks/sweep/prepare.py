@@ -6,7 +6,7 @@ from typing import NamedTuple
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.run.estimate import Plan
-from tasks.run.preflight import Asked, check_inputs, check_services
+from tasks.run.preflight import Asked, input_checks, service_checks
 from tasks.store.workspace import Workspace, digest, server_path
 from tasks.sweep.points import Point, expand_points
 from tasks.sweep.ranking import point_keys
@@ -53,7 +53,8 @@ def _files(config: PipelineConfig) -> str:
 def _check_files(point: Point) -> None:
     config = point.config
     try:
-        check_inputs(config)
+        for check in input_checks(config):
+            check()
         # vLLM must see the new adapters: better said before the first training than after it.
         server_path(Workspace(config.workspace).uri("training"), config.workspace, config.evaluation.adapter_root)
     except PreflowError as error:
@@ -88,7 +89,8 @@ async def find_unready(points: Sequence[Point], plan: Plan) -> dict[int, Preflow
     for point in points:
         if point.number in unfinished:
             try:
-                await check_services(point.config, asked)
+                for check in service_checks(point.config, asked):
+                    await check()
             except PreflowError as error:
                 unready[point.number] = error
     if unready and len(unready) == len(points):
