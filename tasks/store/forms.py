@@ -15,7 +15,8 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tasks.errors import PreflowError
@@ -130,9 +131,8 @@ def _number(text: str) -> float:
 def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
     return row
 
 
@@ -183,10 +183,10 @@ def to_prompt(row: Any) -> tuple[Row, str]:
         return {"prompt": _user(row)}, "plain text"
     if not isinstance(row, dict):
         raise WrongForm(f"a JSON {type(row).__name__}, not an object")
-    for field, name in PROMPT_FORMS.items():
+    for name, field, read in PROMPT_FORMS:
         if row.get(field) not in (None, ""):
             rest = {key: value for key, value in row.items() if key not in (field, "system", "system_prompt")}
-            converted = _read_prompt(field, row[field], rest)
+            converted = read(row[field], field, rest)
             system = row.get("system") or row.get("system_prompt")
             if isinstance(system, str) and converted and converted[0]["role"] != "system":
                 converted = [{"role": "system", "content": system}, *converted]
@@ -203,28 +203,38 @@ def _user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-# The field of a prompt, and the form that it tells; the first that is there decides.
-PROMPT_FORMS = {
-    "prompt": "prompt", "messages": "messages (OpenAI)", "conversations": "conversations (ShareGPT)",
-    "conversation": "conversation", "instruction": "instruction (Alpaca)", "question": "question", "query": "query",
-}  # fmt: skip
+def _from_prompt(value: Any, field: str, rest: Row) -> Messages:
+    return _user(value) if isinstance(value, str) else messages(value, field)
 
 
-def _read_prompt(field: str, value: Any, rest: Row) -> Messages:
-    """Return the prompt that a field holds; an answer that comes with it is kept in `rest` as `completion`."""
-    if field == "prompt":
-        return _user(value) if isinstance(value, str) else messages(value, field)
-    if PROMPT_FORMS[field].startswith(("messages", "conversation")):
-        found = messages(value, field)
-        if found and found[-1]["role"] == "assistant":
-            rest["completion"] = found.pop()["content"]
-        return found
-    given = None
-    if field == "instruction":
-        given = rest.pop("input", None)
-        if (answer := rest.pop("output", None)) is not None:
-            rest["completion"] = answer
+def _from_messages(value: Any, field: str, rest: Row) -> Messages:
+    """Split a conversation into the prompt and the assistant's last answer, which is kept as `completion`."""
+    found = messages(value, field)
+    if found and found[-1]["role"] == "assistant":
+        rest["completion"] = found.pop()["content"]
+    return found
+
+
+def _from_instruction(value: Any, field: str, rest: Row) -> Messages:
+    given = rest.pop("input", None)
+    if (answer := rest.pop("output", None)) is not None:
+        rest["completion"] = answer
     return _user(f"{value}\n\n{given}" if given else str(value))
+
+
+def _from_question(value: Any, field: str, rest: Row) -> Messages:
+    return _user(str(value))
+
+
+PROMPT_FORMS: tuple[tuple[str, str, Callable[[Any, str, Row], Messages]], ...] = (
+    ("prompt", "prompt", _from_prompt),
+    ("messages (OpenAI)", "messages", _from_messages),
+    ("conversations (ShareGPT)", "conversations", _from_messages),
+    ("conversation", "conversation", _from_messages),
+    ("instruction (Alpaca)", "instruction", _from_instruction),
+    ("question", "question", _from_question),
+    ("query", "query", _from_question),
+)
 
 
 def messages(value: Any, field: str) -> Messages:
@@ -294,7 +304,7 @@ def to_pair(row: Any) -> tuple[Row, str]:
         raise WrongForm(f"no chosen and rejected in it (the row has: {has or 'no fields'})")
     rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
     prompt: Messages = []
-    if any(row.get(field) not in (None, "") for field in PROMPT_FORMS):
+    if any(row.get(field) not in (None, "") for _, field, _ in PROMPT_FORMS):
         rest, _ = to_prompt(rest)
         prompt = rest["prompt"]
     sides, form = _sides(row, prompt)
