@@ -351,7 +351,7 @@ def _from_openai(row: Row) -> Row:
 
 
 def _sides(row: Row, prompt: Messages) -> tuple[list[Messages], str]:
-    given = [[side] if isinstance(side, dict) else side for side in (row["chosen"], row["rejected"])]
+    given: list[Any] = [[side] if isinstance(side, dict) else side for side in (row["chosen"], row["rejected"])]
     if all(isinstance(side, list) and side for side in given):
         sides = [messages(side, name) for side, name in zip(given, ("chosen", "rejected"), strict=True)]
         has_prompt = sides[0][0]["role"] != "assistant"
