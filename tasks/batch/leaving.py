@@ -5,6 +5,7 @@ leave: what was paid for is kept, its stages are found finished, and what it wai
 script has nobody to start it again.
 """
 
+import logging
 from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ from prefect.states import Scheduled
 # So long a run stays away before it looks again: a batch takes minutes to hours, a start half a minute.
 AWAY_SECONDS = 600.0
 STATE = "AwaitingBatch"
+logger = logging.getLogger(__name__)
 
 
 async def is_started_again() -> bool:
@@ -30,6 +32,7 @@ async def leave(reason: object) -> NoReturn:
     """End this run for now, and those that it is a part of; all are started again in `AWAY_SECONDS`."""
     again = datetime.now(UTC) + timedelta(seconds=AWAY_SECONDS)
     message = f"{reason}; looked at again at {again:%H:%M} UTC"
+    logger.info("%s; until then this run has no process", message)
     state: State[object] = Scheduled(name=STATE, scheduled_time=again, message=message)
     async with get_client() as client:
         for run in await _with_parents(client):

@@ -26,6 +26,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
+from tasks.store.forms import finish_name
 from tasks.store.refs import Cost
 
 # 409 is sent by some gateways for a lock conflict, 499 by Google for a request that it cancelled, 529 for an overload.
@@ -72,9 +73,6 @@ _CONTENT_FILTER = _words(
     r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
 )  # fmt: skip
 _CUT = _words(r"max_tokens or model output limit was reached")
-# What providers and gateways say where OpenAI says "stop" and "length".
-_ENDED = _words(r"stop(_sequence)?$", r"end_?(of_)?turn$", r"eos(_token)?$", r"complete$")
-_AT_LIMIT = _words(r"length$", r"(max|model)_?(output_|completion_)?(tokens|length)$", r"token_?limit$")
 # Such a request has more tokens than a minute may have: it will never pass.
 _OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORECASE)
 _FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
@@ -239,7 +237,7 @@ def _is_choice(item: Any) -> bool:
 
 
 def _read_choice(item: Mapping[str, Any]) -> Choice:
-    finish, error = _read_finish(item.get("finish_reason")), item.get("error")
+    finish, error = finish_name(item.get("finish_reason")), item.get("error")
     if finish == "error" or error:
         cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
         raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
@@ -258,11 +256,6 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
     else:
         note = f"the model wrote nothing (finish_reason {finish})"
     return Choice(text, finish, note, _read_ids(item.get("token_ids")))
-
-
-def _read_finish(reason: Any) -> str:
-    reason = reason if isinstance(reason, str) and reason else "unknown"
-    return "stop" if _ENDED.match(reason) else "length" if _AT_LIMIT.match(reason) else reason
 
 
 def _read_content(content: Any) -> tuple[str, bool]:

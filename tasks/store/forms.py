@@ -36,6 +36,9 @@ ENCODINGS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# What providers and gateways say where OpenAI says "stop" and "length".
+ENDED = re.compile(r"(stop(_sequence)?|end_?(of_)?turn|eos(_token)?|complete)$", re.IGNORECASE)
+AT_LIMIT = re.compile(r"(length|(max|model)_?(output_|completion_)?(tokens|length)|token_?limit)$", re.IGNORECASE)
 GZIP, PACKED = b"\x1f\x8b", {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:.*\]\s*$""", re.DOTALL)
@@ -298,7 +301,16 @@ def to_completions(row: Any) -> tuple[Row, str]:
     if field is None:
         raise WrongForm(f"no list of completions in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
     converted, form = to_prompt({name: value for name, value in row.items() if name != field})
+    if isinstance(reasons := converted.get("finish_reasons"), list):
+        converted["finish_reasons"] = [finish_name(reason) for reason in reasons]
     return {**converted, "completions": [_sample(item, f"{field}[{n}]") for n, item in enumerate(row[field])]}, form
+
+
+def finish_name(reason: Any) -> str:
+    """Return OpenAI's name for why an answer ended: stop or length; another reason as it is."""
+    if not isinstance(reason, str) or not reason:
+        return "unknown"
+    return "stop" if ENDED.match(reason) else "length" if AT_LIMIT.match(reason) else reason
 
 
 def _sample(item: Any, where: str) -> str:

@@ -213,3 +213,4 @@ async def test_a_served_run_leaves_its_process_and_comes_back_until_the_batch_is
             assert (part.id, part.state_name) == (parts[0].id, "Completed")
         assert (fake.direct, len(fake.asked), len(fake.batches)) == (1, ROWS * ORDERS - 1, 1)
         assert set(Counter(fake.asked).values()) == {1}
+    assert "cache record" not in (tmp_path / "serve.log").read_text()

@@ -120,7 +120,11 @@ def test_sides_that_part_before_the_last_answer_are_not_taken_for_equal_or_cut()
 
 
 def test_completions_made_elsewhere() -> None:
-    row, _ = to_completions({"instruction": "Hello", "responses": ["a", {"response": "b"}, [*HELLO, ANSWER]]})
+    ends = ["MAX_TOKENS", "end_turn", None]
+    row, _ = to_completions(
+        {"instruction": "Hello", "responses": ["a", {"response": "b"}, [*HELLO, ANSWER]], "finish_reasons": ends}
+    )
+    assert row["finish_reasons"] == ["length", "stop", "unknown"]
     assert (row["prompt"], row["completions"]) == (HELLO, ["a", "b", "Hi"])
 
 
