@@ -84,7 +84,7 @@ variable "extended_grace" {
 }
 
 variable "base_model" {
-  description = "Base model that vLLM serves: a hub name."
+  description = "Base model that vLLM serves: a hub name, or /workspace/models/NAME for a copy of it in the bucket."
   type        = string
   default     = "meta-llama/Llama-3.2-3B"
 }

@@ -185,36 +185,49 @@ class RowStore:
         places = sorted((index[place], key) for key in keys if (place := bytes.fromhex(key)) in index)
         found: dict[str, Outcome] = {}
         for uri, of_file in itertools.groupby(places, key=lambda place: place[0][0]):
-            found.update(self._read_places(uri, [(start, end, key) for (_, start, end), key in of_file]))
+            try:
+                found.update(self._read_places(uri, [(start, end, key) for (_, start, end), key in of_file]))
+            except FileNotFoundError:  # another run has finished that shard since: look where its units are now
+                self._index = None
+                return self.find(keys)
         return found
 
     def _read_places(self, uri: str, wanted: list[tuple[int, int, str]]) -> Iterator[tuple[str, Outcome]]:
         first, last = wanted[0][0], wanted[-1][1]
-        try:
-            content = self.store.read_bytes(uri, first, last)
-        except FileNotFoundError:
-            content = b""
+        content = self.store.read_bytes(uri, first, last)
         for start, end, key in wanted:
             decoded = _decode(content[start - first : end - first])
             if decoded is not None and decoded[0] == key:
                 yield decoded
             else:
-                logger.warning("%s: the row at byte %d is damaged or gone and will be made again", uri, start)
+                logger.warning("%s: the row at byte %d is damaged and will be made again", uri, start)
 
     def _build_index(self) -> dict[bytes, Place]:
-        index: dict[bytes, Place] = {}
-        for uri in self.store.list(self.folder):
-            part, _, rest = posixpath.basename(uri).partition(".")
-            if "partial" in rest:
-                self._journals.setdefault(part, set()).add(uri)
-            position = 0
+        index, seen = dict[bytes, Place](), set[str]()
+        while new := [uri for uri in self.store.list(self.folder) if uri not in seen]:
+            seen.update(new)
+            # Another run may finish a shard meanwhile: then its journals are gone, and its file is found the next time.
+            missing = [uri for uri in new if not self._add_to_index(index, uri)]
+            if not missing:
+                break
+        return index
+
+    def _add_to_index(self, index: dict[bytes, Place], uri: str) -> bool:
+        """Add a file's units to an index; tell whether the file was still there."""
+        part, _, rest = posixpath.basename(uri).partition(".")
+        if "partial" in rest:
+            self._journals.setdefault(part, set()).add(uri)
+        position = 0
+        try:
             for line in self.store.lines(uri):
                 whole = line.startswith(b'{"key":"') and line.endswith(b"}\n") and len(line) > _HEAD
                 if whole and not _may_pass(line):
                     with contextlib.suppress(ValueError):  # a damaged key is nobody's: its unit is made again
                         index.setdefault(bytes.fromhex(line[8:72].decode()), (uri, position, position + len(line)))
                 position += len(line)
-        return index
+        except FileNotFoundError:
+            return False
+        return True
 
     @asynccontextmanager
     async def journal(self, part: Slice) -> AsyncIterator["Journal"]:

@@ -120,7 +120,7 @@ async def choose_target(drill: Drill) -> tuple[Target, dict[str, int]]:
     """Return where the drill trains, by the type of the deployment's work pool, and the variables its runs need.
 
     Raises:
-        PreflowError: runs of such a pool cannot be preempted from here.
+        PreflowError: runs of such a pool cannot be preempted from here, or this account may not.
     """
     if drill.deployment is None:
         return ChildTarget(drill.grace_seconds), {}
@@ -133,8 +133,10 @@ async def choose_target(drill: Drill) -> tuple[Target, dict[str, int]]:
             f"deployment {drill.deployment} runs on {kind}: the drill preempts pods of a pool of type kubernetes, and "
             "without --deployment a training on this machine"
         )
+    target = PodTarget(drill.grace_seconds, namespace_of(pool))
+    await target.check()
     # A container that is killed counts as a failed pod, unlike an evicted one.
-    return PodTarget(drill.grace_seconds, namespace_of(pool)), {"backoff_limit": 6 + drill.preemptions}
+    return target, {"backoff_limit": 6 + drill.preemptions}
 
 
 def make_order(drill: Drill, variables: Mapping[str, Any]) -> TrainingOrder:

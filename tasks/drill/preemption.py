@@ -26,6 +26,11 @@ from tasks.trainer.lease import is_dead
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS, POD_SECONDS = 0.05, 1.0
+# Verb, resource and subresource of all that a drill asks of the cluster; over a websocket to execute is to get.
+RIGHTS = (
+    ("list", "pods", ""), ("get", "pods", ""), ("create", "pods", "eviction"), ("get", "pods", "exec"),
+    ("create", "pods", "exec"),
+)  # fmt: skip
 # Everything in the container but its first process, which no signal from inside kills, and which ends with its child.
 KILL_ALL = ["sh", "-c", "kill -KILL -1"]
 
@@ -102,6 +107,30 @@ class PodTarget:
     grace_seconds: float
     namespace: str
 
+    async def check(self) -> None:
+        """See that the cluster lets this account take pods away.
+
+        Raises:
+            PreflowError: it does not, or cannot be asked.
+        """
+        with self._explained():
+            async with kubernetes.ApiClient(await cluster_settings()) as connection:
+                api = kubernetes.AuthorizationV1Api(connection)
+                for right in RIGHTS:
+                    answer = await api.create_self_subject_access_review(self._question(*right))
+                    if not answer.status.allowed:
+                        raise PreflowError(
+                            f"this account may not {' '.join(right).strip()} in namespace {self.namespace}, which the "
+                            "drill needs, and the flow worker's never may: set KUBECONFIG to an administrator's"
+                        )
+
+    def _question(self, verb: str, resource: str, subresource: str) -> kubernetes.V1SelfSubjectAccessReview:
+        right = kubernetes.V1ResourceAttributes(
+            namespace=self.namespace, verb=verb, resource=resource, subresource=subresource
+        )
+        spec = kubernetes.V1SelfSubjectAccessReviewSpec(resource_attributes=right)
+        return kubernetes.V1SelfSubjectAccessReview(spec=spec)
+
     async def train(self, order: TrainingOrder) -> AdapterRef:
         """Train as the pipeline does; the Job brings a new pod by itself."""
         return await obtain_adapter(order)
@@ -126,8 +155,8 @@ class PodTarget:
             status = getattr(error, "status", None)
             said = f"{status} {getattr(error, 'reason', None) or getattr(error, 'message', '')}" if status else error
             raise PreflowError(
-                f"the cluster does not do what the drill asks in namespace {self.namespace}: {said}. It "
-                "lists and reads pods, and creates pods/eviction and pods/exec: see `kubectl auth can-i` and KUBECONFIG"
+                f"the cluster does not do what the drill asks in namespace {self.namespace}: {said}. See `kubectl auth "
+                "can-i` and KUBECONFIG"
             ) from error
 
     async def _running_pod(self, api: kubernetes.CoreV1Api, selector: str) -> str:

@@ -42,7 +42,8 @@ class Administration(Connection, ABC):
         """
         content = await self._call(f"{self.base_url}/models", None, CHECK_SECONDS)
         try:
-            return [_model(item) for item in json.loads(content)["data"]]
+            listed = json.loads(content)
+            return [_model(item) for item in (listed if isinstance(listed, list) else listed["data"])]
         except (ValueError, KeyError, TypeError) as error:
             raise Transient("the answer of /models is not a list of models") from error
 
@@ -124,32 +125,35 @@ class Administration(Connection, ABC):
     def _server(self) -> str:
         return self.base_url.removesuffix("/v1")
 
-    async def _admin_urls(self, action: str) -> list[str]:
-        return [f"{address}/v1/{action}_lora_adapter" for address in await replicas(self._server)]
+    async def _order(self, action: str, body: Mapping[str, Any]) -> list[Transient | RequestRefused]:
+        """Send an order about adapters to every replica at once, and return the failures of those that fail."""
+        urls = [f"{address}/v1/{action}_lora_adapter" for address in await replicas(self._server)]
+        calls = (self._call(url, dict(body), ADAPTER_SECONDS) for url in urls)
+        failures = list[Transient | RequestRefused]()
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, Transient | RequestRefused):
+                failures.append(outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        return failures
 
     async def load_adapter(self, name: str, path: str, replace: bool) -> None:
         """Have vLLM serve the LoRA adapter in the folder `path`, as the server sees it, under `name`.
 
-        With `replace`, an adapter already served under that name is exchanged. Raises `PreflowError`.
+        With `replace`, an adapter already served under that name is exchanged. Raises `PreflowError`; other replicas
+        than the one that failed then have the adapter all the same.
         """
-        body = {"lora_name": name, "lora_path": path, "load_inplace": replace}
-        try:
-            for url in await self._admin_urls("load"):
-                await self._call(url, body, ADAPTER_SECONDS)
-        except (Transient, RequestRefused) as failure:
+        for failure in await self._order("load", {"lora_name": name, "lora_path": path, "load_inplace": replace}):
             where = f"{self.config.endpoint} did not load the adapter {name} from {path}"
             raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
 
     async def unload_adapter(self, name: str) -> None:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
-        for url in await self._admin_urls("unload"):
-            try:
-                await self._call(url, {"lora_name": name}, ADAPTER_SECONDS)
-            except (Transient, RequestRefused) as failure:
-                if "cannot be found" not in str(failure):
-                    where = f"{self.config.endpoint} did not unload the adapter {name}"
-                    raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
-                log.info("%s does not serve the adapter %s: nothing to unload", self.config.endpoint, name)
+        for failure in await self._order("unload", {"lora_name": name}):
+            if "cannot be found" not in str(failure):
+                where = f"{self.config.endpoint} did not unload the adapter {name}"
+                raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
+            log.info("%s does not serve the adapter %s: nothing to unload", self.config.endpoint, name)
 
     async def tokenize(
         self, prompt: Sequence[Mapping[str, str]] | str, **template: Unpack[Template]

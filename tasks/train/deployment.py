@@ -13,6 +13,7 @@ from prefect.settings import PREFECT_API_URL
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
+from tasks.train.quota import check_quotas
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ async def check_deployment(name: str, workspace: str, training: TrainingConfig) 
             workers = await client.read_workers_for_work_pool(pool.name)
         _check_pool(pool, [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE])
         _check_reach(workspace, training, pool)
+        if pool.type == "kubernetes":
+            await check_quotas(pool, deployment)
 
 
 async def read_deployment(name: str) -> DeploymentResponse:

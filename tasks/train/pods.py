@@ -1,5 +1,6 @@
 """What a training on Kubernetes waits for, in words: read from its Job, its pods and their events, never acted upon."""
 
+import asyncio
 import logging
 import re
 import time
@@ -23,12 +24,21 @@ logger = logging.getLogger(__name__)
 Item: TypeAlias = dict[str, Any]
 
 QUIET_SECONDS, LOOK_SECONDS = 300.0, 60.0
+# An API that a network policy or a wrong kubeconfig keeps away does not refuse: it is silent.
+ANSWER_SECONDS = 20.0
 # A pod that is told to go is gone after its grace, and a little for its volumes.
 LATE_SECONDS = 60.0
 OVER = ("Succeeded", "Failed")
 # Scheduler, autoscaler, kubelet and controllers say the cause in an event's message, and say it in many ways.
 REMEDIES = (
-    (r"quota", "The quota is used up: ask Google for more of it (IAM & Admin, Quotas), or end what uses it."),
+    (
+        r"exceeded quota: ",
+        "A ResourceQuota of the namespace is used up: raise it, or end what uses it (kubectl describe resourcequota).",
+    ),
+    (
+        r"(?<!exceeded )quota",
+        "The quota is used up: ask Google for more of it (IAM & Admin, Quotas), or end what uses it.",
+    ),
     (
         r"stockout|resource_pool_exhausted|out.of.resources|does not have enough resources",
         "No such machine is free there now. It is asked for again and again; for another zone, or nodes on demand, see "
@@ -130,7 +140,7 @@ async def cluster_settings() -> kubernetes.Configuration:
 
 async def look(run_id: UUID, namespace: str) -> Sight:
     """Return what the cluster shows of a flow run."""
-    async with kubernetes.ApiClient(await cluster_settings()) as connection:
+    async with asyncio.timeout(ANSWER_SECONDS), kubernetes.ApiClient(await cluster_settings()) as connection:
         core, labels = kubernetes.CoreV1Api(connection), f"prefect.io/flow-run-id={run_id}"
         found = (
             await kubernetes.BatchV1Api(connection).list_namespaced_job(namespace, label_selector=labels),

@@ -24,10 +24,12 @@ from tasks.train import work_pool as remote
 from tasks.train.work_pool import TrainingOrder
 from tests.fakes.kubernetes.api import WORKER, granted
 from tests.fakes.kubernetes.cluster import Cluster, DoubleCluster, RealCluster, Unavailable
+from tests.fakes.kubernetes.jobs import LONGEST_BACKOFF_SECONDS, backoff_seconds
 from tests.fakes.kubernetes.kubelet import isolation
 from tests.fakes.kubernetes.platform import (
     AUTH,
     DEPLOYMENT,
+    SECONDS,
     Kubernetes,
     Server,
     Training,
@@ -41,6 +43,8 @@ SLOW_ENOUGH = {
     "logging_steps": 1, "save_steps": 10, "eval_steps": 40, "gradient_accumulation_steps": 4,
     "lease_seconds": 4,
 }  # fmt: skip
+# Six preemptions have a Job wait for 10 + 20 + 40 + 80 + 160 + 320 s; the double's clock runs faster then.
+HASTE = 20.0
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 pytestmark = pytest.mark.long  # a cluster that loses pods and nodes
@@ -55,7 +59,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         return
     if not isolation():
         pytest.skip("this user may not make a process namespace, in which the double runs a container")
-    with DoubleCluster.open(tmp_path_factory.mktemp("kubernetes")) as double:
+    with DoubleCluster.open(tmp_path_factory.mktemp("kubernetes"), HASTE) as double:
         yield double
 
 
@@ -185,7 +189,7 @@ def strike(platform: Platform, run: Training, fault: Callable[[str], None]) -> f
     token = run.token()
     fault(platform.kubernetes.running_pod(run.id))
     struck = time.monotonic()
-    wait_until(lambda: run.token() == token + 1, what="another trainer")
+    wait_until(lambda: run.token() == token + 1, LONGEST_BACKOFF_SECONDS + SECONDS, "another trainer")
     written = metrics_time(run)
     wait_until(lambda: metrics_time(run) > written, what="a step of the next trainer")
     return time.monotonic() - struck
@@ -204,29 +208,31 @@ def lose_and_give_up(platform: Platform, pod: str) -> None:
     platform.cluster.give_node_up(pod)
 
 
-def test_a_run_that_loses_pods_and_nodes_ends_as_one_that_does_not(
+@pytest.mark.timeout(3600)  # on a real cluster
+def test_six_preemptions_and_the_run_ends_as_one_that_nobody_disturbs(
     platform: Platform,
     calm: Training,
     mishaps: dict[str, Training],
     record_property: Callable[[str, object], None],
 ) -> None:
-    disturbed = platform.train("disturbed")
-    faults = {
-        "preemption, 15 s grace": platform.cluster.preempt,
-        "SIGKILL": platform.cluster.kill,
-        "node lost and given up": lambda pod: lose_and_give_up(platform, pod),
-    }
+    """Evicted and killed by turns, and at last its node is lost; the Job waits longer each time."""
+    disturbed, cluster = platform.train("disturbed"), platform.cluster
+    evicted, killed = ("preemption, 15 s grace", cluster.preempt), ("SIGKILL", cluster.kill)
+    lost = ("node lost and given up", lambda pod: lose_and_give_up(platform, pod))
     struck = []
-    for number, (name, fault) in enumerate(faults.items(), 1):
-        reach(disturbed, 15 * number * platform.cluster.steps // 80)
+    for number, (name, fault) in enumerate([evicted, killed, evicted, killed, evicted, lost], 1):
+        reach(disturbed, 10 * number * cluster.steps // 80)
         try:
             seconds = strike(platform, disturbed, fault)
         except Unavailable as reason:
             print(f"{name}: not tried ({reason})")
             continue
-        record_property(name, round(seconds, 1))
-        print(f"{name}: {seconds:.1f} s to the next step")
         struck.append(name)
+        wait = backoff_seconds(number)
+        assert seconds >= wait / cluster.haste, "a Job does not start sooner"
+        unhurried = seconds - wait / cluster.haste + wait
+        record_property(f"{number}. {name}", round(unhurried, 1))
+        print(f"{number}. {name}: {unhurried:.1f} s to the next step, {wait:.0f} of them the Job's wait")
     run = platform.end_of(disturbed)
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     assert run["run_count"] == 1 + len(struck), "every pod went on with the same run"
@@ -352,5 +358,5 @@ def test_the_role_grants_what_the_worker_asks_for_and_no_more(platform: Platform
     except Unavailable as reason:
         pytest.skip(str(reason))
     assert not [row for row in asked if row["code"] == 403]
-    assert {(row["verb"], row["group"], row["resource"]) for row in asked} == granted()
+    assert {(row["verb"], row["group"], row["resource"]) for row in asked} == granted()[WORKER]
     assert {row["namespace"] for row in asked} == {platform.cluster.namespace}

@@ -15,28 +15,20 @@ from flows.pipeline import dpo_pipeline
 from tasks.config import PipelineConfig
 from tasks.errors import PreflowError
 from tests.fakes import FakeOpenAI
-from tests.fakes.tiny_training import build_adapter, build_base
+from tests.fakes.tiny_training import TinyWorld
 
 GOOD_ROW = {"prompt": [{"role": "user", "content": "w1 w2 w3"}]}
 
 
 @pytest.fixture(scope="module")
-def endpoint(model: Path) -> Iterator[FakeOpenAI]:
-    with FakeOpenAI({"key": "right", "base": str(model / "base")}) as server:
+def endpoint(world: TinyWorld) -> Iterator[FakeOpenAI]:
+    with FakeOpenAI({"key": "right", "base": str(world.base)}) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_base(folder / "base")
-    build_adapter(folder / "sft", folder / "base")
-    return folder
 
 
 @pytest.fixture
 def settings(
-    tmp_path: Path, model: Path, endpoint: FakeOpenAI, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: TinyWorld, endpoint: FakeOpenAI, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
     monkeypatch.setenv("RIGHT_KEY", "right")
     monkeypatch.setenv("WRONG_KEY", "wrong-and-secret")
@@ -50,8 +42,8 @@ def settings(
         "generation": {"endpoint": endpoint.url, "model": "sampler", "api_key": "env:RIGHT_KEY"},
         "judging": {"endpoint": endpoint.url, "model": "judge-hash", "api_key": "env:RIGHT_KEY", "rubric": "neutral"},
         "training": {
-            "base_model": str(model / "base"),
-            "sft_adapter": str(model / "sft"),
+            "base_model": str(world.base),
+            "sft_adapter": str(world.adapter),
             "load_in_4bit": False,
             "max_length": 512,
         },

@@ -1,10 +1,11 @@
-"""The served adapter exchanged while clients ask for it without pause, on a real vLLM; and a vLLM that dies then."""
+"""The served adapter exchanged while clients ask without pause, on two real vLLM behind one name; and one that dies."""
 
 import asyncio
 import json
 import os
 import random
 import signal
+import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,18 +23,21 @@ from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
 from tasks.config import PromotionConfig
-from tasks.demo.services import Service, vllm_server
+from tasks.demo.services import Service, VllmOptions, answers, vllm_server
 from tasks.errors import PreflowError
 from tasks.promote import pointer as promotion
 from tasks.promote import vllm as serving
 from tasks.promote.pointer import read_pointer
 from tasks.promote.vllm import ProbeFailed
 from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
+from tests.fakes.kubernetes.platform import wait_until
 from tests.models import demo_adapter, demo_base
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
 NAME = "live"
 CLIENTS, SWITCHES = 50, 20
+HOST, ADDRESSES = "vllm.test", ["127.0.0.1", "127.0.0.2"]
+getaddrinfo = socket.getaddrinfo
 PROMPT_TOKENS, ANSWER_TOKENS = 140, 6  # longer than a block of the prefix cache
 
 pytestmark = [
@@ -44,10 +48,11 @@ pytestmark = [
 
 @dataclass
 class Stage:
-    """A vLLM, a workspace, and two finished adapters that write different texts."""
+    """Two vLLM, a workspace, and two finished adapters that write different texts."""
 
     folder: Path
     vllm: Service
+    urls: list[str]
     adapters: dict[str, AdapterRef]
     wanted: dict[tuple[str, int], str] = field(default_factory=dict)
     prompts: list[list[int]] = field(default_factory=list)
@@ -58,7 +63,7 @@ class Stage:
 
     @property
     def promotion(self) -> PromotionConfig:
-        return PromotionConfig(name=NAME, endpoint=self.vllm.base_url)
+        return PromotionConfig(name=NAME, endpoint=f"http://{HOST}:{self.vllm.port}/v1")
 
     async def promote(self, which: str) -> None:
         adapter = self.adapters[which]
@@ -72,17 +77,23 @@ class Stage:
         names = {adapter.sha256: name for name, adapter in self.adapters.items()}
         return names[pointer.current.adapter_sha256] if pointer else None
 
-    async def answer(self, client: httpx.AsyncClient, model: str, number: int, stream: bool = False) -> str:
+    async def answer(
+        self, client: httpx.AsyncClient, model: str, number: int, stream: bool = False, replica: int = 0
+    ) -> str:
         body = {
             "model": model, "prompt": self.prompts[number], "max_tokens": ANSWER_TOKENS, "temperature": 0,
             "ignore_eos": True, "stream": stream,
         }  # fmt: skip
-        reply = await client.post(f"{self.vllm.base_url}/completions", json=body)
+        reply = await client.post(f"{self.urls[replica]}/completions", json=body)
         reply.raise_for_status()
         if not stream:
             return str(reply.json()["choices"][0]["text"])
         events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
         return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    async def both(self, client: httpx.AsyncClient, number: int) -> list[str]:
+        """Return what each replica answers."""
+        return [await self.answer(client, NAME, number, replica=replica) for replica in (0, 1)]
 
 
 def random_text(seed: int, length: int) -> list[int]:
@@ -115,10 +126,26 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     demo_adapter(folder / "a", seed=8, learning_rate=1e-2)
     demo_adapter(folder / "b", seed=9, learning_rate=2e-2)
     adapters = {name: finished_training(folder, base, sft, folder / name, name) for name in "ab"}
-    with vllm_server(VLLM_PYTHON, base, folder / "vllm.log", {"sft": sft}) as vllm:
-        found = Stage(folder, vllm, adapters)
-        asyncio.run(find_telling_prompts(found))
-        yield found
+    first = vllm_server(VLLM_PYTHON, base, folder / "vllm.log", {"sft": sft})
+    elsewhere = VllmOptions(extra=(f"--host={ADDRESSES[1]}",))
+    second = vllm_server(VLLM_PYTHON, base, folder / "other.log", {"sft": sft}, elsewhere, first.port)
+    urls = [f"http://{address}:{first.port}" for address in ADDRESSES]
+    second.start()
+    try:
+        with first, pytest.MonkeyPatch.context() as patch:
+            wait_until(lambda: answers(f"{urls[1]}/health"), what="the second vLLM")
+            patch.setattr(socket, "getaddrinfo", resolve)
+            found = Stage(folder, first, [f"{url}/v1" for url in urls], adapters)
+            asyncio.run(find_telling_prompts(found))
+            yield found
+    finally:
+        second.stop()
+
+
+def resolve(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
+    """Resolve names as a cluster does in which `HOST` is a headless Service with two pods."""
+    hosts = ADDRESSES if host == HOST else [host]
+    return [found for name in hosts for found in getaddrinfo(name, port, *arguments, **options)]
 
 
 @asynccontextmanager
@@ -163,11 +190,12 @@ class Traffic:
             await asyncio.sleep(0.05)
 
     async def client(self, stage: Stage, http: httpx.AsyncClient, number: int) -> None:
+        turn = number
         while not self.stop:
             for_whom, epoch = self.current, self.epoch
-            prompt = number % len(stage.prompts)
+            prompt, turn = number % len(stage.prompts), turn + 1
             try:
-                text = await stage.answer(http, NAME, prompt, stream=number % 2 == 0)
+                text = await stage.answer(http, NAME, prompt, stream=number % 2 == 0, replica=turn % 2)
             except httpx.HTTPError as error:
                 self.failed.append(repr(error))
                 continue
@@ -208,7 +236,7 @@ async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
         await asyncio.gather(*clients)
     with capsys.disabled():
         print(
-            f"\n{CLIENTS} clients, {SWITCHES} switches: {traffic.right} right, {traffic.during} during a switch, "
+            f"\n2 vLLM, {CLIENTS} clients, {SWITCHES} switches: {traffic.right} right, {traffic.during} during one, "
             f"{len(traffic.wrong)} wrong, {len(traffic.failed)} failed; "
             f"a switch takes {statistics.median(seconds):.2f} s in the median"
         )
@@ -238,7 +266,7 @@ async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
 async def test_a_wrong_adapter_fails_the_probe_and_the_old_one_is_put_back(stage: Stage) -> None:
     await stage.promote("a")
     async with connected() as http:
-        before = await stage.answer(http, NAME, 0)
+        before = await stage.both(http, 0)
         swapped = AdapterRef(**{**stage.adapters["b"].model_dump(), "uri": _with_probe_of_another(stage)})
         stage.adapters["b"], honest = swapped, stage.adapters["b"]
         try:
@@ -247,7 +275,7 @@ async def test_a_wrong_adapter_fails_the_probe_and_the_old_one_is_put_back(stage
         finally:
             stage.adapters["b"] = honest
         assert stage.current() == "a"
-        assert await stage.answer(http, NAME, 0) == before
+        assert await stage.both(http, 0) == before
 
 
 def _with_probe_of_another(stage: Stage) -> str:
@@ -324,8 +352,11 @@ async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_put_right(
         patch.setattr(serving, "verify_served", killed_first)
         with pytest.raises(PreflowError, match=r"could not be put back.*start vLLM, then promote again") as caught:
             await stage.promote("b")
-    assert stage.vllm.base_url in str(caught.value)
+    assert HOST in str(caught.value)
     assert stage.current() == "a"
+    async with connected() as http:
+        other = await stage.answer(http, NAME, 0, replica=1)
+    assert other == stage.wanted["a", 0], "the one that lives serves what the pointer names"
 
     stage.vllm.start()
     stage.vllm.wait_ready()
@@ -336,4 +367,4 @@ async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_put_right(
         assert await stage.answer(http, NAME, 0) == stage.wanted["a", 0]
         await stage.promote("b")
         assert stage.current() == "b"
-        assert await stage.answer(http, NAME, 0) == stage.wanted["b", 0]
+        assert await stage.both(http, 0) == [stage.wanted["b", 0]] * 2

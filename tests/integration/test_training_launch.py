@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,6 @@ from tasks.train.launch import Preempted, run_training, training_key
 from tasks.train.spec import Progress
 from tests.fakes.tiny_training import CHAT_TEMPLATE, TinyWorld
 from tests.fakes.training_process import TrainingProcesses
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return TinyWorld.build(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path_factory.mktemp("children"))
-    yield processes
-    processes.close()
 
 
 class Trained:
@@ -160,6 +147,8 @@ def test_two_processes_train_what_one_trains_and_resume_exactly(
     assert preempted.adapter.sha256 == uninterrupted.adapter.sha256
     assert (preempted.folder / "metrics.jsonl").read_bytes() == (uninterrupted.folder / "metrics.jsonl").read_bytes()
 
+    first = json.loads((uninterrupted.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["step"], first["loss"]) == (0, pytest.approx(0.693147, abs=1e-5))
     single = world.config(max_steps=6, eval_steps=6)
     assert processes.run(world.preferences, tmp_path / "single", single) == 0, processes.log()
     (adapter,) = tmp_path.glob("single/training/*/adapter/adapter_model.safetensors")

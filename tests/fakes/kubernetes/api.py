@@ -1,7 +1,7 @@
 """The API over HTTP.
 
-Requests carry `Authorization: Bearer USER`; the worker may do what its role grants and no more, others may do all. What
-is asked is kept.
+Requests carry `Authorization: Bearer USER`; who has a role in infra/k8s/base/accounts.yaml may do what that grants and
+no more, others may do all. What is asked is kept.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,24 @@ from tests.fakes.kubernetes.kubelet import Kubelet
 from tests.fakes.kubernetes.store import KINDS, NAMESPACE, ApiError, Object, Selector, Store
 from tests.fakes.process import ROOT
 
-WORKER = "prefect-worker"
+WORKER, FLOWS = "prefect-worker", "preflow-flow"
 VERBS = {"POST": "create", "DELETE": "delete"}
 BOOKMARK_SECONDS = 5.0
 SUCCESS = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
 
 
-def granted() -> set[tuple[str, str, str]]:
-    """Return verb, group and resource of everything that infra/k8s/base/accounts.yaml grants the worker."""
-    for item in yaml.safe_load_all((ROOT / "infra" / "k8s" / "base" / "accounts.yaml").read_text()):
-        if (item["kind"], item["metadata"]["name"]) == ("Role", WORKER):
-            return {
-                (verb, group, resource)
-                for rule in item["rules"] for group in rule["apiGroups"] for resource in rule["resources"]
-                for verb in rule["verbs"]
-            }  # fmt: skip
-    raise AssertionError(f"no Role {WORKER}")
+@cache
+def granted() -> dict[str, set[tuple[str, str, str]]]:
+    """Return verb, group and resource of everything that infra/k8s/base/accounts.yaml grants, by the role's name."""
+    items = yaml.safe_load_all((ROOT / "infra" / "k8s" / "base" / "accounts.yaml").read_text())
+    return {
+        item["metadata"]["name"]: {
+            (verb, group, resource)
+            for rule in item["rules"] for group in rule["apiGroups"] for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+        for item in items if item["kind"] == "Role"
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,10 @@ class Asked:
 class Api:
     """The API server with its controllers; `requests` is what was asked, in order."""
 
-    def __init__(self, folder: Path, backoff_seconds: float) -> None:
+    def __init__(self, folder: Path, haste: float) -> None:
         self.store = Store()
         self.kubelet = Kubelet(self.store, folder)
-        self._jobs = jobs.JobController(self.store, self.kubelet, backoff_seconds)
-        self._granted = granted()
+        self._jobs = jobs.JobController(self.store, self.kubelet, haste)
         self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=0.5)
         self.requests: list[dict[str, Any]] = []
 
@@ -103,6 +105,7 @@ class Api:
         application = web.Application(client_max_size=4 * 2**20)
         for path in ("/version", "/api", "/apis", "/api/v1", "/apis/batch/v1"):
             application.router.add_get(path, _discover)
+        application.router.add_post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", _allow)
         application.router.add_route("*", "/{path:.*}", self._serve)
         return application
 
@@ -124,7 +127,8 @@ class Api:
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         try:
             asked = Asked.of(request)
-            allowed = asked.user != WORKER or (asked.verb, asked.group, asked.what) in self._granted
+            role = granted().get(asked.user)
+            allowed = role is None or (asked.verb, asked.group, asked.what) in role
             row = {"user": asked.user, "verb": asked.verb, "group": asked.group, "resource": asked.what}
             self.requests.append({**row, "namespace": asked.namespace, "code": 200 if allowed else 403})
             if not allowed:
@@ -194,6 +198,10 @@ class Api:
 def _grace(asked: Asked, body: Object) -> float | None:
     seconds = body.get("gracePeriodSeconds", asked.query.get("gracePeriodSeconds"))
     return None if seconds is None else float(seconds)
+
+
+async def _allow(request: web.Request) -> web.Response:
+    return web.json_response({"spec": {}, "status": {"allowed": True}}, status=201)
 
 
 async def _discover(request: web.Request) -> web.Response:

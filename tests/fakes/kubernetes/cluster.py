@@ -25,7 +25,6 @@ from typing import Any
 import yaml
 
 from tests.fakes.kubernetes.api import Api
-from tests.fakes.kubernetes.jobs import BACKOFF_SECONDS
 from tests.fakes.kubernetes.store import NAMESPACE
 from tests.fakes.process import ROOT
 
@@ -46,18 +45,22 @@ class DoubleCluster:
     namespace = NAMESPACE
     steps = 80
 
-    def __init__(self, folder: Path, api: Api) -> None:
+    def __init__(self, folder: Path, haste: float) -> None:
+        self.haste = haste
         self.workspace = folder / "claims" / CLAIM
         self.workspace.mkdir(parents=True)
-        self._folder, self._api = folder, api
+        self._folder, self._api = folder, Api(folder, haste)
         self._loop = asyncio.new_event_loop()
         self.url = ""
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, backoff_seconds: float = BACKOFF_SECONDS) -> Iterator["DoubleCluster"]:
-        """Serve the API in a thread; at the end every container is killed, and an error of the double raised."""
-        double = cls(folder, Api(folder, backoff_seconds))
+    def open(cls, folder: Path, haste: float = 1.0) -> Iterator["DoubleCluster"]:
+        """Serve the API in a thread; at the end every container is killed, and an error of the double raised.
+
+        `haste` divides the seconds for which a Job waits between pods, and nothing else.
+        """
+        double = cls(folder, haste)
         thread = threading.Thread(target=double._loop.run_forever, daemon=True)
         thread.start()
         try:
@@ -123,11 +126,6 @@ class DoubleCluster:
         found: list[int] = self._on(pod, lambda item: self._api.kubelet.container(item).processes())
         return found
 
-    def log(self, pod: str) -> Path:
-        """Return the file of what a pod prints."""
-        found: Path = self._on(pod, lambda item: self._api.kubelet.container(item).log)
-        return found
-
     def requests(self, user: str) -> list[dict[str, Any]]:
         """Return what a user asked of the API."""
         return [row for row in list(self._api.requests) if row["user"] == user]
@@ -137,6 +135,7 @@ class RealCluster:
     """A cluster that the environment names; its faults go through the API, and those that cannot are `Unavailable`."""
 
     is_real = True
+    haste = 1.0
     server_host = "0.0.0.0"  # its pods must reach this machine
 
     def __init__(self) -> None:

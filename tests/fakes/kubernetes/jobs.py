@@ -19,8 +19,8 @@ VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persiste
 class JobController:
     """Makes pods for Jobs, counts how they end, and ends the Jobs."""
 
-    def __init__(self, store: Store, kubelet: Kubelet, backoff_seconds: float = BACKOFF_SECONDS) -> None:
-        self._store, self._kubelet, self._backoff = store, kubelet, backoff_seconds
+    def __init__(self, store: Store, kubelet: Kubelet, haste: float) -> None:
+        self._store, self._kubelet, self._haste = store, kubelet, haste
         self._ended: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         kubelet.count = self._count
@@ -68,8 +68,7 @@ class JobController:
                 job["status"]["succeeded"] = 1
                 return
             ended = self._ended[owner["uid"]] = self._ended.get(owner["uid"], 0) + 1
-            wait = min(LONGEST_BACKOFF_SECONDS, self._backoff * 2 ** (ended - 1))
-            self._not_before[owner["uid"]] = time.monotonic() + wait
+            self._not_before[owner["uid"]] = time.monotonic() + backoff_seconds(ended) / self._haste
             if not is_ignored(job, pod):
                 job["status"]["failed"] = job["status"].get("failed", 0) + 1
 
@@ -116,6 +115,11 @@ class JobController:
                 job["metadata"]["deletionTimestamp"] = now()
         else:
             self._store.delete("jobs", job)
+
+
+def backoff_seconds(ended: int) -> float:
+    """Return how long a Job waits before it replaces a pod, after so many have ended other than well."""
+    return min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** (ended - 1))
 
 
 def is_ignored(job: Object, pod: Object) -> bool:

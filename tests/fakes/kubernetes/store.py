@@ -14,7 +14,10 @@ Object = dict[str, Any]
 Selector = Callable[[Object], bool]
 NAMESPACE = "preflow"
 # Plural name to group and kind.
-KINDS = {"pods": ("", "Pod"), "secrets": ("", "Secret"), "events": ("", "Event"), "jobs": ("batch", "Job")}
+KINDS = {
+    "pods": ("", "Pod"), "secrets": ("", "Secret"), "events": ("", "Event"), "resourcequotas": ("", "ResourceQuota"),
+    "jobs": ("batch", "Job"),
+}  # fmt: skip
 
 
 class ApiError(Exception):

@@ -484,6 +484,36 @@ async def test_a_unit_that_was_kept_since_its_shard_looked_is_not_made_again(
     assert maker.made == {0: 1, 1: 1, 2: 1}
 
 
+@pytest.mark.parametrize("looked_before", [False, True])
+async def test_a_shard_that_another_run_finishes_while_its_files_are_read_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_before: bool
+) -> None:
+    """Runs on several machines sample parts of one file: the others' journals go at any moment."""
+    source = make_source(tmp_path, 6)
+    (part,) = slice_rows(Workspace(tmp_path), source, 6)
+    other, keys = RowStore(str(tmp_path), "squares", "key"), list[str]()
+    outcomes = {digest(number): Outcome(row={"square": number}) for number in range(3)}
+    async with other.journal(part) as journal:
+        for key, outcome in outcomes.items():
+            await journal.append(key, outcome)
+    mine = RowStore(str(tmp_path), "squares", "key")
+    if looked_before:
+        assert mine.known(outcomes) == outcomes.keys()
+        other.commit(part, list(outcomes), outcomes)
+        keys.extend(outcomes)
+    list_files = mine.store.list
+
+    def list_and_lose(folder: str) -> list[str]:
+        found = list_files(folder)
+        if not keys:
+            keys.extend(outcomes)
+            other.commit(part, keys, outcomes)
+        return found
+
+    monkeypatch.setattr(mine.store, "list", list_and_lose)
+    assert mine.find(list(outcomes)) == outcomes
+
+
 async def test_a_unit_that_fails_fails_for_the_shard_that_waits_for_it_too(tmp_path: Path) -> None:
     source, maker = make_source(tmp_path, 6), Maker(broken={0, 1, 2})
     worker = make_worker(tmp_path, maker, 6)

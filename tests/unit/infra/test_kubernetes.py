@@ -151,11 +151,8 @@ def test_the_images_and_settings_of_the_project_reach_every_container() -> None:
     assert [name for kind in kinds for name in kind["nodepools"]] == pools == ["l4-spot", "l4-on-demand"]
 
 
-def test_the_flow_worker_may_read_what_a_training_waits_for_and_change_nothing() -> None:
-    rules = find("gke", "Role", "preflow-flow")["rules"]
-    assert {verb for rule in rules for verb in rule["verbs"]} == {"list"}
-    assert {name for rule in rules for name in rule["resources"]} == {"jobs", "pods", "events"}
-    assert leads_to({"preflow.dev/component": "flow-worker"}) >= {443, 6443}
+def test_the_flow_worker_reaches_the_kubernetes_api() -> None:
+    assert leads_to({"preflow.dev/component": "flow-worker"}) >= {443, 6443, 8443}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -286,6 +283,53 @@ def leads_to(labels: Object) -> set[int]:
     }
 
 
+async def test_every_selector_selects_something_and_every_port_is_open_at_both_ends() -> None:
+    """A policy, Service or budget whose labels nobody has, and a way that only one side permits, are silent faults."""
+    training = (await render())["spec"]["template"]
+    running = {name: (labels, pod) for name, labels, pod in workloads("gke")}
+    running["training"] = training["metadata"]["labels"], training["spec"]
+    running["client"] = {"preflow.dev/client": "true"}, {"containers": []}
+
+    def chosen(selector: Object) -> set[str]:
+        return {name for name, (labels, _) in running.items() if selects({"spec": {"podSelector": selector}}, labels)}
+
+    def ports(name: str) -> dict[int | str, int]:
+        found = [port for item in running[name][1]["containers"] for port in item.get("ports", [])]
+        numbers = {port["containerPort"]: port["containerPort"] for port in found}
+        return {port["name"]: port["containerPort"] for port in found} | numbers
+
+    opened, wanted = set(), set()
+    for item in objects("gke"):
+        name, spec = item["metadata"]["name"], item.get("spec", {})
+        if item["kind"] == "Service":
+            (target,) = chosen({"matchLabels": spec["selector"]})
+            assert {port["targetPort"] for port in spec["ports"]} <= set(ports(target)), name
+        elif item["kind"] == "PodDisruptionBudget":
+            assert len(chosen(spec["selector"])) == 1, name
+        elif item["kind"] == "NetworkPolicy":
+            own = chosen(spec["podSelector"])
+            assert own, name
+            for direction, side in (("ingress", "from"), ("egress", "to")):
+                for rule in spec.get(direction, []):
+                    peers = [chosen(peer["podSelector"]) for peer in rule[side] if "podSelector" in peer]
+                    assert all(peers), f"{name}: {direction} of nobody"
+                    ways = {(peer, me, port["port"]) for peer in set().union(*peers) for me in own
+                            for port in rule["ports"]}  # fmt: skip
+                    if direction == "ingress":
+                        opened |= ways
+                    else:
+                        wanted |= {(me, peer, port) for peer, me, port in ways}
+    outside = {way for way in opened if way[0] == "client"}
+    assert wanted - opened == set(), "the other side does not let it in"
+    assert opened - wanted - outside == set(), "its own side does not let it out"
+    assert all(port in ports(to) for _, to, port in opened), "nobody listens there"
+    for _, pod in running.values():
+        for container in pod["containers"]:
+            probes = [container[key] for key in container if key.endswith("Probe")]
+            named = {probe[how]["port"] for probe in probes for how in ("httpGet", "tcpSocket") if how in probe}
+            assert named <= {port["name"] for port in container.get("ports", [])}
+
+
 # Names that a deployment of the pool may have; Prefect's worker makes them the pods' app.kubernetes.io/name.
 @pytest.mark.parametrize("deployment", ["l4-spot", "vllm", "postgres", "prefect-server", "prefect-worker", "mine"])
 async def test_training_pods_reach_what_they_need_whatever_their_deployment_is_called(deployment: str) -> None:
@@ -368,6 +412,7 @@ def secrets_in(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
+@pytest.mark.slow  # runs the script, which asks kubectl again and again
 def test_the_script_makes_every_secret_that_is_referred_to(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "planted-judge-key")
     monkeypatch.setenv("HF_TOKEN", "planted-token")
@@ -383,6 +428,7 @@ def test_the_script_makes_every_secret_that_is_referred_to(kubectl: Path, monkey
     assert "planted" not in spoken, "a key is shown, or stands in a command line"
 
 
+@pytest.mark.slow  # runs the script, which asks kubectl again and again
 def test_a_second_run_keeps_what_is_there_and_adds_only_what_was_missing(
     kubectl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +443,7 @@ def test_a_second_run_keeps_what_is_there_and_adds_only_what_was_missing(
     assert secrets_in(kubectl)["preflow-flow"] == {"OPENAI_API_KEY": "given-later"}
 
 
+@pytest.mark.slow  # runs the script, which asks kubectl again and again
 def test_a_password_that_cannot_be_read_is_not_replaced(kubectl: Path) -> None:
     assert run_secrets().returncode == 0
     before = secrets_in(kubectl)
@@ -408,12 +455,13 @@ def test_a_password_that_cannot_be_read_is_not_replaced(kubectl: Path) -> None:
 
 
 DATABASE = """#!/bin/bash
-# A cluster whose database is a file; what is asked of it is noted.
+# A cluster whose databases are files; what is asked of it is noted.
 echo "$@" >>{folder}/commands
 case "$*" in
-    *pg_dump*) [ ! -e {folder}/broken ] || {{ echo half; exit 1; }}; cat {folder}/database ;;
-    *"pg_restore --list"*) grep -q rows || exit 1 ;;
-    *pg_restore*) [ ! -e {folder}/broken ] || exit 1; cat >{folder}/database ;;
+    *pg_dump*) [ ! -e {folder}/broken ] || {{ echo half; exit 1; }}; cat {folder}/prefect ;;
+    *createdb*) touch {folder}/restored ;;
+    *pg_restore*) grep rows >{folder}/restored ;;
+    *psql*) [ ! -e {folder}/broken ] || exit 1; mv {folder}/restored {folder}/prefect ;;
 esac
 """
 
@@ -425,18 +473,18 @@ def run_database(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
 
 
 def test_a_backup_is_whole_or_absent_and_a_restore_starts_everything_again(kubectl: Path) -> None:
-    save, database = kubectl / "save", kubectl / "database"
+    save, database = kubectl / "save", kubectl / "prefect"
     database.write_text("rows of today")
     assert run_database(kubectl, "backup", str(save)).returncode == 0
     database.write_text("rows of tomorrow")
     assert run_database(kubectl, "restore", str(save)).returncode == 0
-    assert database.read_text() == "rows of today"
+    assert database.read_text() == "rows of today\n"
     (kubectl / "broken").touch()
     assert run_database(kubectl, "backup", str(kubectl / "other")).returncode != 0
     assert not list(kubectl.glob("other*")), "half a backup is none"
     assert run_database(kubectl, "restore", str(save)).returncode != 0
     scaled = re.findall(r"scale .* --replicas (\d)", (kubectl / "commands").read_text())
-    assert scaled == ["0", "1", "0", "1"], "also after a restore that failed"
+    assert scaled == ["0", "1", "0", "1"], "also after an exchange that failed"
     save.write_text("no backup")
     assert run_database(kubectl, "restore", str(save)).returncode != 0
     assert len(re.findall("replicas", (kubectl / "commands").read_text())) == 4, "nothing was stopped for it"
@@ -456,6 +504,7 @@ esac
 """
 
 
+@pytest.mark.slow  # runs the script, which asks kubectl again and again
 def test_secret_manager_keeps_the_values_and_the_cluster_gets_a_copy(
     kubectl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

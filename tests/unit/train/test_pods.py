@@ -94,6 +94,9 @@ def test_pods_that_may_not_be_made_and_jobs_that_are_not_there() -> None:
     said = explain(events=(forbidden, event("other", "FailedCreate", "of another Job")))
     assert "violates PodSecurity" in said
     assert "of another Job" not in said
+    said = explain(events=(event("job", "FailedCreate", "forbidden: exceeded quota: gpus, used: 1, limited: 1"),))
+    assert "A ResourceQuota of the namespace is used up" in said
+    assert "Google" not in said
     assert "no Job of this run" in explain(jobs=())
 
 
