@@ -43,7 +43,8 @@ class Administration(Connection, ABC):
         """
         content = await self._call(f"{self.base_url}/models", None, CHECK_SECONDS)
         try:
-            return [_model(item) for item in json.loads(content)["data"]]
+            listed = json.loads(content)
+            return [_model(item) for item in (listed if isinstance(listed, list) else listed["data"])]
         except (ValueError, KeyError, TypeError) as error:
             raise Transient("the answer of /models is not a list of models") from error
 
