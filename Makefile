@@ -10,7 +10,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo drill up down chat site lint check test test-all lock clean
+.PHONY: help setup demo drill up down chat site lint check test test-all unit-tests quick-tests all-tests lock clean
 
 help:
 	@echo "make demo    take a tiny SFT adapter to a better one through every stage, offline (about 10 minutes)"
@@ -22,7 +22,7 @@ help:
 	@echo "make chat    talk to the served adapter in this terminal; CHAT=\"--model sft\" for another one"
 	@echo "make site    the documentation as a site, in .site"
 	@echo "make check   lint, types and unit tests (under a minute)"
-	@echo "make test    check, each stage, the whole pipeline with real servers, one kill a stage, the browser (13 minutes)"
+	@echo "make test    check, each stage, the whole pipeline with real servers, one kill a stage, the browser (7 minutes)"
 	@echo "make test-all  everything, with faults at many points (an hour or more)"
 	@echo "make lock    write the hashes of constraints.txt and constraints-serve.txt, after a version has moved"
 	@echo "make clean   delete the demo's workspace; the virtual environments stay"
@@ -62,18 +62,29 @@ lint: .venv/ready
 	@$(BIN)/pre-commit run --all-files
 
 # Files stay whole, since what they set up is dear; the slowest come first (tests/conftest.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# mypy takes half a minute at its first time, on one core: the tests begin meanwhile.
+AND_LINT := +@$(MAKE) --no-print-directory -j2 lint
 
-check: lint
+check: .venv/ready
+	$(AND_LINT) unit-tests
+
+unit-tests:
 	@$(PYTEST) tests/unit -m "not slow and not long"
 
-test: lint .venv-serve/ready
+test: .venv/ready .venv-serve/ready
 	@infra/local/setup.sh browser
-	@$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not long"
+	$(AND_LINT) quick-tests
 
-test-all: lint .venv-serve/ready
+quick-tests:
+	@$(PYTEST) -m "not long"
+
+test-all: .venv/ready .venv-serve/ready
 	@infra/local/setup.sh browser
-	@PREFLOW_KILLS=4 $(PYTEST) --dist loadfile --no-loadscope-reorder
+	$(AND_LINT) all-tests
+
+all-tests:
+	@PREFLOW_KILLS=4 $(PYTEST)
 
 lock: .venv/ready
 	@PATH="$$PWD/$(BIN):$$PATH" infra/local/setup.sh lock

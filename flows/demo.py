@@ -5,8 +5,10 @@ from prefect import flow
 from flows.pipeline import dpo_pipeline
 from flows.sweep import dpo_sweep
 from tasks.config import PipelineConfig, SweepConfig
-from tasks.demo.local import Places, model_servers
-from tasks.demo.materials import DemoModel, make_materials
+from tasks.demo import DemoModel
+from tasks.demo.local import model_servers
+from tasks.demo.materials import make_materials
+from tasks.demo.up import Places
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.prepare import prepare_points
 from tasks.sweep.ranking import find_sweep

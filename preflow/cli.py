@@ -1,9 +1,10 @@
 """`preflow`: its sub-commands, its exit codes, and errors as one line.
 
-A sub-command is a function in a file of its own below preflow/commands and a line in COMMANDS; it is imported when it
-is called, so that `preflow --help` needs neither Prefect nor torch. It returns an exit code, or None for 0.
+A sub-command is a function in a file below preflow/commands and a line in COMMANDS; it is imported when it is called,
+so that `preflow --help` needs neither Prefect nor torch. It returns an exit code, or None for 0.
 """
 
+import errno
 import os
 import sys
 import tempfile
@@ -30,28 +31,35 @@ class Exit(IntEnum):
 CODES = """Exit codes: 0 done; 1 the adapter is not better, or was not approved; 2 you
 can fix it, the message says how; 3 a defect of preflow; 130 stopped by Ctrl-C."""
 
+# What the machine refuses is for its user to settle.
+_ROOM, _RIGHT = "make room there, and for $TMPDIR", "give this user the right to it, or name another place"
+OF_THE_MACHINE = {
+    errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EACCES: _RIGHT, errno.EPERM: _RIGHT, errno.EROFS: _RIGHT,
+    errno.ENOTDIR: "a file stands where a folder is wanted", errno.EISDIR: "a folder stands where a file is wanted",
+}  # fmt: skip
 MINE, MODELS, SERVICE, FILES = (Group.create_ordered(name) for name in (
     "Your model", "What is served", "This machine", "The configuration"))  # fmt: skip
+# Its file, its group in the help, and what it does.
 COMMANDS = {
-    "init": (MINE, "Write a commented config.yaml with four lines to change."),
-    "check": (MINE, "List all that is wrong, what a run costs, what it can show."),
-    "run": (MINE, "Make a better adapter: sample, judge, train, prove, serve."),
-    "sweep": (MINE, "Try several settings against each other."),
-    "rounds": (MINE, "Go on: sample from what won, judge, train, prove again."),
-    "report": (MINE, "Say how a run ended; --open shows its report."),
-    "label": (MINE, "Judge some comparisons yourself: does the judge agree?"),
-    "evidence": (MINE, "Write all that a run's verdict rests on into one file."),
-    "verify": (MINE, "Recompute a verdict from its evidence, offline."),
-    "promote": (MODELS, "Serve the adapter of a finished run, if it won."),
-    "rollback": (MODELS, "Serve the adapter before the present one again."),
-    "chat": (MODELS, "Talk to a served model or adapter."),
-    "demo": (SERVICE, "All of it with a tiny model: no GPU, no key, no cloud."),
-    "up": (SERVICE, "Start Prefect and its UI in the background."),
-    "down": (SERVICE, "End what `up` started."),
-    "drill": (SERVICE, "Preempt a training on purpose and compare its bytes."),
-    "schema": (FILES, "Print the JSON schema of config.yaml, for editors."),
-    "params": (FILES, "Print a config.yaml as a deployment's parameters."),
-    "convert": (FILES, "Show how a file of prompts, completions or pairs is read."),
+    "init": ("files", MINE, "Write a commented config.yaml with four lines to change."),
+    "check": ("runs", MINE, "List all that is wrong, what a run costs, what it can show."),
+    "run": ("runs", MINE, "Make a better adapter: sample, judge, train, prove, serve."),
+    "sweep": ("runs", MINE, "Try several settings against each other."),
+    "rounds": ("runs", MINE, "Go on: sample from what won, judge, train, prove again."),
+    "report": ("results", MINE, "Say how a run ended; --open shows its report."),
+    "label": ("results", MINE, "Judge some comparisons yourself: does the judge agree?"),
+    "evidence": ("results", MINE, "Write all that a run's verdict rests on into one file."),
+    "verify": ("results", MINE, "Recompute a verdict from its evidence, offline."),
+    "promote": ("served", MODELS, "Serve the adapter of a finished run, if it won."),
+    "rollback": ("served", MODELS, "Serve the adapter before the present one again."),
+    "chat": ("served", MODELS, "Talk to a served model or adapter."),
+    "demo": ("machine", SERVICE, "All of it with a tiny model: no GPU, no key, no cloud."),
+    "up": ("machine", SERVICE, "Start Prefect and its UI in the background."),
+    "down": ("machine", SERVICE, "End what `up` started."),
+    "drill": ("machine", SERVICE, "Preempt a training on purpose and compare its bytes."),
+    "schema": ("files", FILES, "Print the JSON schema of config.yaml, for editors."),
+    "params": ("files", FILES, "Print a config.yaml as a deployment's parameters."),
+    "convert": ("files", FILES, "Show how a file of prompts, completions or pairs is read."),
 }
 
 
@@ -62,11 +70,9 @@ def make_app() -> App:
         help_epilogue=CODES, help_format="plaintext", version=lambda: version("preflow"),
         suppress_keyboard_interrupt=False,
     )  # fmt: skip
-    for name, (group, text) in COMMANDS.items():
-        order = list(COMMANDS).index(name)
-        app.command(
-            f"preflow.commands.{name}:{name}", name=name, group=group, help=text, help_epilogue="", sort_key=order
-        )
+    for order, (name, (file, group, text)) in enumerate(COMMANDS.items()):
+        target = f"preflow.commands.{file}:{name}"
+        app.command(target, name=name, group=group, help=text, help_epilogue="", sort_key=order)
     return app
 
 
@@ -85,7 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; run it again, and it continues where it was", file=sys.stderr)
         return Exit.INTERRUPTED
     except Exception as error:  # noqa: BLE001  # the last place: a person gets one line, and the traceback in a file
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            print(f"{error.filename or 'a file'}: {error.strerror}: {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
+            return Exit.WRONG
+        print(f"a defect of preflow: {type(error).__name__}: {error}. {_keep_traceback()}", file=sys.stderr)
+        return Exit.DEFECT
+
+
+def _keep_traceback() -> str:
+    """Write the traceback into a file, and say where that is."""
+    try:
         log = Path(tempfile.gettempdir()) / "preflow-error.log"
         log.write_text(traceback.format_exc())
-        print(f"a defect of preflow: {type(error).__name__}: {error}. The traceback is in {log}", file=sys.stderr)
-        return Exit.DEFECT
+    except OSError as error:
+        return f"The traceback could not be kept ({error}): set TMPDIR to a folder with room, and run it again"
+    return f"The traceback is in {log}"

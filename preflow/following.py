@@ -8,13 +8,11 @@ from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import LogSort
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL
 
 from preflow.cli import Exit
 from preflow.outcome import tell
 from preflow.settings import Settings
-from tasks.demo.local import pointed_at
-from tasks.demo.up import Up
+from tasks.demo.local import pointed_at, running_api
 from tasks.errors import PreflowError
 from tasks.run.preflight import find_result
 
@@ -24,9 +22,7 @@ INFO = 20
 
 def follow(name: str, settings: Settings, *, sweep: bool) -> int:
     """Start a deployment with these settings, print its log until it ends, and return the exit code."""
-    api = PREFECT_API_URL.value() or Up(settings.folder).api()
-    if api is None:
-        raise PreflowError("there is no Prefect server: `preflow up`, or export PREFECT_API_URL=http://HOST:4200/api")
+    api = running_api(settings.folder)
     with pointed_at(api), get_client(sync_client=True) as client:
         run = start(client, name, settings.parameters(sweep=sweep))
         where = f"{api.removesuffix('/api')}/v2/runs/flow-run/{run.id}"

@@ -14,14 +14,8 @@ from typing import Any
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas import filters
 from prefect.client.schemas.actions import DeploymentUpdate
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.deployments.runner import RunnerDeployment
 from prefect.runner import Runner
@@ -102,9 +96,9 @@ def end_lost_runs(up: Up, made: list[RunnerDeployment]) -> None:
     """End runs whose watcher went away, and take them for crashed: an automation then starts them again."""
     for process in up.leftovers(naming="prefect.engine"):
         process.kill()
-    mine = DeploymentFilter(name=DeploymentFilterName(any_=[deployment.name for deployment in made]))
-    running = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
-    lost = FlowRunFilter(state=FlowRunFilterState(type=running))
+    mine = filters.DeploymentFilter(name=filters.DeploymentFilterName(any_=[deployment.name for deployment in made]))
+    running = filters.FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    lost = filters.FlowRunFilter(state=filters.FlowRunFilterState(type=running))
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=lost, deployment_filter=mine):
             client.set_flow_run_state(run.id, Crashed(message="The process that watched it went away."), force=True)

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import YAMLError
 
 from tasks.config import PipelineConfig, RoundsConfig, SweepConfig
 from tasks.errors import PreflowError
@@ -24,7 +24,7 @@ PATHS = (
 # The defaults that are paths themselves.
 DEFAULTS = {"prompts": "prompts.jsonl", "workspace": "workspace", "training.sft_adapter": "adapters/sft"}
 PLAINER = {"endpoint": "must be an address such as http://host:8000/v1, without a user, password or key in it"}
-SCHEMA_LINE = "# yaml-language-server: $schema=preflow.schema.json"
+YAML_RULES = "indent with spaces, name a setting once, and quote values that hold a colon or brackets"
 
 
 class RunFile(PipelineConfig):
@@ -60,37 +60,42 @@ def load_settings(file: Path, changes: Sequence[str] = ()) -> Settings:
     Raises:
         PreflowError: naming everything that is wrong, each with its line and what is meant, if that can be guessed.
     """
-    text = _read(file)
-    lines = YAML(typ="rt").load(text) or CommentedMap()
-    values = YAML(typ="safe").load(text) or {}
-    if not isinstance(values, dict):
-        raise PreflowError(f"{file}: must hold settings such as `prompts: a.jsonl`; `preflow init` writes an example")
+    values, lines = _read(file)
     for name, path in DEFAULTS.items():
         if _get(values, name) is None:
-            _put(values, name, path, file)
+            _put(values, name, path)
     for name in PATHS:
         if isinstance(path := _get(values, name), str):
-            _put(values, name, _absolute(name, path, file.absolute().parent), file)
+            _put(values, name, _absolute(name, path, file.absolute().parent))
     changed = dict(parse_change(change) for change in changes)
     for name, value in changed.items():
         # A path on the command line is relative to the present folder.
         is_path = name in PATHS and isinstance(value, str)
-        _put(values, name, _absolute(name, value, Path.cwd()) if is_path else value, file)
+        if not _put(values, name, _absolute(name, value, Path.cwd()) if is_path else value):
+            raise PreflowError(f"--set {name}: {name.rpartition('.')[0]} is no section: it has no settings in it")
     return _validate(file, values, lines, changed)
 
 
-def _read(file: Path) -> str:
+def _read(file: Path) -> tuple[dict[str, Any], CommentedMap]:
+    """Return what a file says, and the same with its lines."""
     try:
-        text = file.read_text(encoding="utf-8")
-        YAML(typ="safe").load(text)
+        text = file.read_text(encoding="utf-8-sig")
+        values, lines = YAML(typ="safe").load(text) or {}, YAML(typ="rt").load(text) or CommentedMap()
     except FileNotFoundError as error:
         raise PreflowError(f"{file.absolute()}: no such file; `preflow init {file}` writes one") from error
+    except IsADirectoryError as error:
+        raise PreflowError(f"{file.absolute()}: is a folder; name the config.yaml in it") from error
     except OSError as error:
-        raise PreflowError(f"{file.absolute()}: cannot be read: {error.strerror}") from error
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise PreflowError(f"{file}:{line}: not YAML: {error.problem}") from error
-    return text
+        raise PreflowError(f"{file.absolute()}: cannot be read: {error.strerror}; see its rights") from error
+    except UnicodeDecodeError as error:
+        raise PreflowError(f"{file}: not text in UTF-8: save it in that encoding") from error
+    except (YAMLError, ValueError) as error:  # ValueError: of a date that there is not
+        mark = getattr(error, "problem_mark", None)
+        line, problem = mark.line + 1 if mark else 1, getattr(error, "problem", None) or error
+        raise PreflowError(f"{file}:{line}: not YAML: {problem}; {YAML_RULES}") from error
+    if not isinstance(values, dict):
+        raise PreflowError(f"{file}: must hold settings such as `prompts: a.jsonl`; `preflow init` writes an example")
+    return values, lines
 
 
 def _validate(file: Path, values: dict[str, Any], lines: CommentedMap, changed: dict[str, Any]) -> Settings:
@@ -107,7 +112,7 @@ def _validate(file: Path, values: dict[str, Any], lines: CommentedMap, changed: 
         except ValidationError as error:
             for item in error.errors():
                 where = (*filter(None, [section]), *item["loc"])
-                problems.append(f"{_place(file, lines, where, changed)}: {_explain(where, dict(item))}")
+                problems.append(f"{_place(file, lines, where, changed)}: {_explain(where, item)}")
     if problems:
         raise PreflowError("\n".join(problems))
     return Settings(file.absolute(), *made)
@@ -125,28 +130,30 @@ def _place(file: Path, lines: CommentedMap, where: Sequence[int | str], changed:
     return f"{file}:{line}"
 
 
-def _explain(where: Sequence[int | str], item: dict[str, Any]) -> str:
+def _explain(where: Sequence[int | str], item: Mapping[str, Any]) -> str:
     name, last = ".".join(map(str, where)), str(where[-1]) if where else ""
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         known, section = list(setting_names(RunFile)), name.rpartition(".")[0]
-        siblings = [other for other in known if other.rpartition(".")[0] == section]
-        near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
+        siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
+        near = [siblings[one] for one in difflib.get_close_matches(last, siblings, n=1, cutoff=0.7)]
         near = near or [other for other in known if other.rpartition(".")[2] == last][:1]
         return f"there is no setting {name}" + (f"; did you mean {near[0]}?" if near else "; `preflow schema` has all")
     if item["type"] == "string_pattern_mismatch":
         message = PLAINER.get(last, message)
+    elif item["type"] in ("model_type", "dict_type"):
+        message = "must be a section, with settings in it"
     return f"{name}: {message}" if name else message
 
 
-def parse_change(change: str) -> tuple[str, Any]:
+def parse_change(change: str, example: str = "training.beta=0.05") -> tuple[str, Any]:
     """Return name and value of a change such as training.beta=0.05."""
     name, equals, text = change.partition("=")
-    if not equals or not name:
-        raise PreflowError(f"--set {change}: write it as training.beta=0.05")
+    if not equals or not all(part.strip() for part in name.split(".")):
+        raise PreflowError(f"--set {change}: write it as {example}")
     try:
         return name.strip(), YAML(typ="safe").load(text)
-    except MarkedYAMLError:
+    except (YAMLError, ValueError):
         return name.strip(), text
 
 
@@ -164,12 +171,14 @@ def _get(values: Any, name: str) -> Any:
     return values
 
 
-def _put(values: dict[str, Any], name: str, value: Any, file: Path) -> None:
+def _put(values: dict[str, Any], name: str, value: Any) -> bool:
+    """Put a value into its section; False where something else than a section stands there."""
     *path, last = name.split(".")
     for part in path:
         if values.get(part) is None:
             values[part] = {}
         values = values[part]
         if not isinstance(values, dict):
-            raise PreflowError(f"{file}: {part} must be a section with settings in it, such as {name}")
+            return False
     values[last] = value
+    return True

@@ -140,9 +140,9 @@ def _last(message: str) -> str:
 @contextmanager
 def shown(folder: Path, name: str, stages: Mapping[str, str] = STAGES) -> Iterator[None]:
     """Show the flows that are run inside, with a log file of their own and a Prefect server; `folder` holds both."""
-    from tasks.demo.local import Places, prefect_api
+    from tasks.demo.local import prefect_api
 
     log = folder / "logs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.log"
-    with Display(log, stages), prefect_api(Places(folder)) as ui:
+    with Display(log, stages), prefect_api(folder) as ui:
         print(f"log: {log}; while it runs: {ui}/v2/runs", flush=True)
         yield

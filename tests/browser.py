@@ -101,6 +101,29 @@ class PrefectUi:
         self.page.goto(f"{self.root}{path}")
         self.page.wait_for_load_state("networkidle")
 
+    def open_form(self, deployment: str) -> None:
+        """Open the form that starts a run of a deployment, by its id."""
+        self.open(f"/deployments/deployment/{deployment}/run")
+        expect(self.page.get_by_role("button", name="Submit")).to_be_visible()
+
+    def submit(self) -> None:
+        """Press the form's button."""
+        self.page.get_by_role("button", name="Submit").click()
+
+    def answer(self, run: str, shown: str, yes: bool, note: str, picture: str) -> None:
+        """Resume a run that waits for a person from its page, after a look at the form."""
+        self.open(f"/runs/flow-run/{run}")
+        self.wait_for_state("Suspended")
+        self.choose("Resume")
+        dialog = self.page.get_by_role("dialog")
+        expect(dialog.get_by_text(shown)).to_be_visible()
+        expect(dialog.get_by_role("link", name="Read the page first")).to_be_visible()
+        if yes:
+            dialog.get_by_role("switch").click()
+        dialog.locator("textarea").fill(note)
+        self.picture(picture, whole=False)
+        self.press(dialog.get_by_role("button", name="Resume"), dialog)
+
     def picture(self, name: str, whole: bool = True) -> Path:
         """Keep a picture of the page as it is."""
         PICTURES.mkdir(parents=True, exist_ok=True)
@@ -153,12 +176,12 @@ def faults(page: Page, root: str = "body", scrolling: str = "") -> list[str]:
 
 
 def look(page: Page, name: str, root: str = "body", scrolling: tuple[str, str] = ("", "")) -> None:
-    """Look at the page that is shown in both SIZES, and keep pictures of it, light and dark."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    """Look at the page that is shown in both SIZES; with PREFLOW_TEST_PICTURES keep pictures of it, light and dark."""
     for width, may_scroll in zip(SIZES, scrolling, strict=True):
         page.set_viewport_size(ViewportSize(width=width, height=900))
         found = faults(page, root, may_scroll)
-        for scheme in ("light", "dark"):
+        for scheme in ("light", "dark") if found or "PREFLOW_TEST_PICTURES" in os.environ else ():
+            PICTURES.mkdir(parents=True, exist_ok=True)
             page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
             page.screenshot(path=PICTURES / f"page-{name}-{width}-{scheme}.png", full_page=True)
         assert not found, f"{name} at {width}: {found}"

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,10 @@ from tests.models import kept
 # A worker that looks every second, and starts nothing before its time.
 EAGER = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_WORKER_PREFETCH_SECONDS": "0"}
 SECONDS = 600.0
+# What register.sh is told: the settings of the pool l4-spot, which no test of the process pool looks at.
+IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
+COMPUTE_CLASS = "preflow-l4"
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 class Patience(httpx.HTTPTransport):
@@ -47,6 +51,85 @@ def ask(url: str, method: str, path: str, body: object = None) -> Any:
         return client.request(method, path, json=body).raise_for_status().json()
 
 
+def until(look: Callable[[], Any], seconds: float = SECONDS) -> Any:
+    """Return the first true answer of `look`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+        time.sleep(0.25)
+    raise AssertionError(f"{look.__qualname__}: not within {seconds} s")
+
+
+class Api:
+    """The Prefect REST API at a server's address."""
+
+    def __init__(self, url: str) -> None:
+        self.client = rest_client(url)
+
+    def get(self, path: str) -> Any:
+        """Ask for what is there."""
+        return self._ask("GET", path).json()
+
+    def post(self, path: str, body: object) -> Any:
+        """Ask with a filter, or make something; None where there is no answer."""
+        answer = self._ask("POST", path, body)
+        return answer.json() if answer.content else None
+
+    def patch(self, path: str, body: object) -> None:
+        """Change something."""
+        self._ask("PATCH", path, body)
+
+    def _ask(self, method: str, path: str, body: object = None) -> httpx.Response:
+        answer = self.client.request(method, path, json=body)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        """Return the deployment `flow/name`."""
+        found: dict[str, Any] = self.get(f"/deployments/name/{name}")
+        return found
+
+    def automation(self, name: str) -> dict[str, Any]:
+        """Return the one automation of a name."""
+        (found,) = (item for item in self.post("/automations/filter", {}) if item["name"] == name)
+        return dict(found)
+
+    def switch(self, automation: str, on: bool) -> None:
+        """Turn an automation on or off, as the switch in the UI does."""
+        self.patch(f"/automations/{self.automation(automation)['id']}", {"enabled": on})
+
+    def create_run(self, name: str, parameters: dict[str, Any]) -> httpx.Response:
+        """Ask for a run of a deployment and return the answer, whatever it is."""
+        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
+        return self.client.post(path, json={"parameters": parameters})
+
+    def start(self, name: str, parameters: dict[str, Any]) -> str:
+        """Start a run of a deployment and return its id."""
+        return str(self.create_run(name, parameters).raise_for_status().json()["id"])
+
+    def runs(self, name: str) -> list[dict[str, Any]]:
+        """Return the runs of a deployment."""
+        found: list[dict[str, Any]] = self.post(
+            "/flow_runs/filter", {"deployments": {"id": {"any_": [self.deployment(name)["id"]]}}}
+        )
+        return found
+
+    def wait(self, run: str, *states: str) -> dict[str, Any]:
+        """Wait until a run is in a state of one of these types, and return it."""
+
+        def there() -> dict[str, Any] | None:
+            found: dict[str, Any] = self.get(f"/flow_runs/{run}")
+            # For a moment a run that was not approved has failed, until a hook of the flow says what became of it.
+            refused = found["state_type"] == "FAILED" and "NotApproved" in found["state"]["message"]
+            if found["state_type"] in ENDED and found["state_type"] not in states and not refused:
+                raise AssertionError(f"{found['state_type']}: {found['state']['message']}")
+            return found if found["state_type"] in states else None
+
+        found: dict[str, Any] = until(there)
+        return found
+
+
 def prefect_home(out: Path) -> Path:
     """Lay down the folder of a Prefect server whose database has its tables."""
 
@@ -64,7 +147,8 @@ def registered_home(out: Path) -> Path:
     def make(folder: Path) -> None:
         with prefect_server(prefect_home(folder)) as server:
             api = f"http://127.0.0.1:{server.port}/api"
-            register(PREFECT_API_URL=api, PREFECT_HOME=str(folder), DO_NOT_TRACK="1")
+            image = {"PREFLOW_TRAIN_IMAGE": IMAGE, "PREFLOW_COMPUTE_CLASS": COMPUTE_CLASS}
+            register(PREFECT_API_URL=api, PREFECT_HOME=str(folder), DO_NOT_TRACK="1", **image)
 
     # The forms are made from the signatures and the settings of the flows.
     files = [path for name in ("deployments", "flows", "tasks") for path in sorted((ROOT / name).rglob("*.*"))]
@@ -108,9 +192,12 @@ class Worker:
         self._process.wait()
 
     def stop(self) -> None:
-        """End the worker in order."""
+        """End the worker in order, and by force where a loaded machine keeps it from that."""
         self._process.terminate()
-        self._process.wait(60)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
 
 @contextmanager

@@ -24,17 +24,13 @@ class StageCost(BaseModel, frozen=True, extra="forbid"):
     cached: Cost = Cost()
     seconds: float = Field(0.0, ge=0)
 
-    def row(self) -> list[str]:
+    def row(self) -> tuple[str | int | None, ...]:
         """Return what was used as cells under `COLUMNS`."""
         used = self.used
         counts = (used.requests, used.prompt_tokens, used.completion_tokens, used.thinking_tokens)
-        return [
-            self.stage,
-            *(f"{count:,}" if count else "-" for count in counts),
-            format_seconds(used.gpu_seconds) if used.gpu_seconds else "-",
-            format_seconds(self.seconds),
-            format_usd(used.usd) if used.usd else "-",
-        ]
+        gpu = format_seconds(used.gpu_seconds) if used.gpu_seconds else None
+        usd = format_usd(used.usd) if used.usd else None
+        return (self.stage, *(count or None for count in counts), gpu, format_seconds(self.seconds), usd)
 
 
 def add_up(manifests: Iterable[Manifest]) -> list[StageCost]:

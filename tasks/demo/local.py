@@ -6,17 +6,18 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, PromotionConfig, TrainingConfig
-from tasks.demo.materials import SMOLLM2, TINY, Materials, locate_materials
+from tasks.demo import SMOLLM2, TINY
+from tasks.demo.materials import Materials, locate_materials
 from tasks.demo.services import Service, VllmOptions, judge_server, prefect_server, vllm_server
 from tasks.demo.summary import before_and_after, summarise
-from tasks.demo.up import Up
+from tasks.demo.up import Places, Up
+from tasks.errors import PreflowError
 from tasks.promote.pointer import read_pointer
 from tasks.run.preflight import find_result, report_uri
 from tasks.store.workspace import PipelineResult
@@ -27,34 +28,6 @@ JUDGE_KEY = "DEMO_JUDGE_KEY"
 VLLM_PYTHON = Path(".venv-serve/bin/python")
 # Nothing is asked of these when an equal run has finished.
 NOWHERE = "http://127.0.0.1:9/v1"
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the demo keeps things, below one folder."""
-
-    root: Path
-
-    @classmethod
-    def below(cls, folder: str, model: str = TINY) -> "Places":
-        """Return the places below a folder, which may be relative; the tiny model's are directly in it."""
-        root = Path(folder).expanduser().absolute()
-        return cls(root if model == TINY else root / model)
-
-    @property
-    def workspace(self) -> Path:
-        """The pipeline's workspace."""
-        return self.root / "workspace"
-
-    @property
-    def logs(self) -> Path:
-        """The servers' logs."""
-        return self.root / "logs"
-
-    @property
-    def prefect_home(self) -> Path:
-        """The Prefect server's database."""
-        return self.root / "prefect"
 
 
 def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> PipelineConfig:
@@ -84,19 +57,20 @@ def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> 
 
 
 @contextmanager
-def prefect_api(places: Places) -> Iterator[str]:
-    """Give this process a Prefect API; yields the UI's address.
+def prefect_api(folder: Path) -> Iterator[str]:
+    """Give this process a Prefect API; yields the UI's address. `folder` is the demo's, or a configuration's.
 
     It is that of PREFECT_API_URL, that of `preflow up` if that is running (two servers would share one database), or a
     server of our own.
     """
-    if url := PREFECT_API_URL.value() or Up(places.root).api():
+    here = Up(folder)
+    if url := PREFECT_API_URL.value() or here.api():
         with pointed_at(url):
             yield url.removesuffix("/api")
         return
-    with prefect_server(places.prefect_home) as server:
+    with prefect_server(here.prefect_home) as server:
         ui = f"http://127.0.0.1:{server.port}"
-        with pointed_at(f"{ui}/api"), temporary_settings({PREFECT_HOME: places.prefect_home}):
+        with pointed_at(f"{ui}/api"), temporary_settings({PREFECT_HOME: here.prefect_home}):
             try:
                 yield ui
             finally:
@@ -105,6 +79,17 @@ def prefect_api(places: Places) -> Iterator[str]:
                 for handler in logging.getLogger("prefect.flow_runs").handlers:
                     handler.flush()
                 EventsWorker.drain_all(timeout=30)
+
+
+def running_api(folder: Path) -> str:
+    """Return the Prefect API of PREFECT_API_URL, or that of `preflow up` for a folder.
+
+    Raises:
+        PreflowError: there is none.
+    """
+    if api := PREFECT_API_URL.value() or Up(folder).api():
+        return api
+    raise PreflowError("there is no Prefect server: `preflow up`, or export PREFECT_API_URL=http://HOST:4200/api")
 
 
 @contextmanager
@@ -119,13 +104,7 @@ def pointed_at(url: str) -> Iterator[None]:
 def model_servers(
     places: Places, materials: Materials, find: Callable[[PipelineConfig], object | None] = find_result
 ) -> Iterator[PipelineConfig]:
-    """Start vLLM and the judge, unless what they are for has finished; yields the run's configuration.
-
-    Args:
-        places: the demo's folders.
-        materials: models and prompts.
-        find: returns the result of what they are for, if it has finished.
-    """
+    """Start vLLM and the judge, unless `find` knows a result of what they are for; yields the run's configuration."""
     os.environ.setdefault(JUDGE_KEY, secrets.token_hex(16))
     finished = demo_config(places, materials, NOWHERE, NOWHERE)
     if find(finished) is not None:
@@ -165,8 +144,8 @@ def show_result(result: PipelineResult, config: PipelineConfig) -> None:
 
 
 if __name__ == "__main__":
-    here = Places(Path(sys.argv[1]))
-    for engine in Up(here.root).leftovers(naming="EngineCore"):  # of a vLLM that was killed: it would keep its memory
+    here = Up(Path(sys.argv[1]))
+    for engine in here.leftovers(naming="EngineCore"):  # of a vLLM that was killed: it would keep its memory
         engine.kill()
     vllm = vllm_for(here, locate_materials(here.root), int(sys.argv[2]))
     os.execve(vllm.command[0], list(vllm.command), {**os.environ, **vllm.environment})

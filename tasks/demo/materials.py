@@ -6,16 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from prefect import task
 
+from tasks.demo import SMOLLM2, TINY, DemoModel
 from tasks.store.workspace import digest, file_sha256
 
 SEED = 7
-DemoModel: TypeAlias = Literal["tiny", "smollm2"]
-TINY: DemoModel = "tiny"
-SMOLLM2: DemoModel = "smollm2"
 # Training and held-out prompts of each model: a real one takes half an hour of two cores for its few.
 PROMPTS: dict[DemoModel, tuple[int, int]] = {TINY: (240, 200), SMOLLM2: (40, 20)}
 

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -73,8 +75,8 @@ class Service:
             )  # fmt: skip
         os.close(reader)
 
-    def wait_ready(self, timeout: float = 300.0, report: Callable[[str], None] = LOG.info) -> None:
-        """Wait until the server answers; `report` gets a line every ten seconds.
+    def wait_ready(self, timeout: float = 300.0) -> None:
+        """Wait until the server answers, with a line in the log every ten seconds.
 
         Raises:
             PreflowError: with the end of the server's log, where it died or took longer than `timeout` seconds.
@@ -88,10 +90,10 @@ class Service:
             if waited > timeout:
                 raise PreflowError(f"{self.name} did not answer within {timeout:.0f} s. {self._log_end()}")
             if time.monotonic() >= next_report:
-                report(f"{self.name} is starting, {waited:.0f} s so far; its log: {self.log}")
+                LOG.info("%s is starting, %.0f s so far; its log: %s", self.name, waited, self.log)
                 next_report += REPORT_SECONDS
             time.sleep(0.25)
-        report(f"{self.name} is ready on port {self.port} after {time.monotonic() - start:.0f} s")
+        LOG.info("%s is ready on port %d after %.0f s", self.name, self.port, time.monotonic() - start)
 
     def stop(self) -> None:
         """End the server: SIGTERM to its process group, SIGKILL after the grace. Does nothing where it has ended."""
@@ -132,10 +134,15 @@ def answers(url: str) -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of 127.0.0.1 that nothing listens on, at random and below those that the kernel hands out.
+
+    The kernel may give one of its own to somebody else in the seconds that the server needs until it listens.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise PreflowError("100 ports between 20,000 and 32,000 are taken: end what runs on them")
 
 
 def prefect_server(home: Path, port: int | None = None) -> Service:
@@ -204,15 +211,9 @@ def vllm_server(
     options: VllmOptions | None = None,
     port: int | None = None,
 ) -> Service:
-    """Return a vLLM server.
+    """Return a vLLM server of a base model's folder and adapters by name, on `port` or a free one.
 
-    Args:
-        python: the interpreter of the environment that holds vLLM.
-        model: folder of the base model.
-        log: receives all that the server prints.
-        adapters: name to folder of the LoRA adapters that it serves from the start.
-        options: what it is started with.
-        port: where it listens; None: on a free port.
+    `python` is the interpreter of the environment that holds vLLM.
 
     Raises:
         PreflowError: there is no such interpreter, or a folder is not whole.

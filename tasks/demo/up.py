@@ -24,6 +24,7 @@ from xmlrpc.client import Fault, ServerProxy
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
+from tasks.demo import TINY, DemoModel
 from tasks.demo.services import Service, answers
 from tasks.errors import PreflowError
 
@@ -67,8 +68,16 @@ class Ports:
 
     @classmethod
     def from_environment(cls) -> "Ports":
-        """Return the ports, with those that UI_PORT, VLLM_PORT and JUDGE_PORT change."""
-        return cls(**{name: int(os.environ.get(f"{name.upper()}_PORT", getattr(cls, name))) for name in vars(cls())})
+        """Return the ports, with those that UI_PORT, VLLM_PORT and JUDGE_PORT change.
+
+        Raises:
+            PreflowError: one of these is no port.
+        """
+        given = {name: os.environ.get(f"{name.upper()}_PORT", str(port)) for name, port in vars(cls()).items()}
+        for name, port in given.items():
+            if not (port.isdecimal() and 0 < int(port) < 2**16):
+                raise PreflowError(f"{name.upper()}_PORT={port}: a port is a number from 1 to 65535")
+        return cls(**{name: int(port) for name, port in given.items()})
 
     @property
     def api(self) -> str:
@@ -81,20 +90,45 @@ class Ports:
 
 
 @dataclass(frozen=True)
-class Up:
-    """What runs in the background for one folder."""
+class Places:
+    """Where things are kept, below one folder: the demo's, or the `.preflow` next to a configuration."""
 
     root: Path
 
+    @classmethod
+    def below(cls, folder: str, model: DemoModel = TINY) -> "Places":
+        """Return the demo's below a folder, which may be relative; the tiny model's are directly in it."""
+        root = Path(folder).expanduser().absolute()
+        return cls(root if model == TINY else root / model)
+
     @property
-    def run(self) -> Path:
-        """Where its own files are."""
-        return self.root / "run"
+    def workspace(self) -> Path:
+        """The pipeline's workspace."""
+        return self.root / "workspace"
 
     @property
     def logs(self) -> Path:
-        """Where every process's log is."""
+        """Every server's log."""
         return self.root / "logs"
+
+    @property
+    def prefect_home(self) -> Path:
+        """The Prefect server's database."""
+        return self.root / "prefect"
+
+    @property
+    def run(self) -> Path:
+        """What `preflow up` keeps for itself."""
+        return self.root / "run"
+
+
+class Up(Places):
+    """What runs in the background for one folder."""
+
+    @classmethod
+    def of(cls, config: Path | None, demo: Path) -> "Up":
+        """Return what runs for a configuration, or else for the demo in a folder."""
+        return cls(config.absolute().parent / ".preflow" if config else demo.absolute())
 
     @property
     def served(self) -> Path:

@@ -48,12 +48,8 @@ def read_comparison(row: Row, judges: Collection[str] | None = None) -> Comparis
     """Read one row of verdicts, by the votes of some of the judges; None: of all."""
     baseline, candidate = (len(text.strip()) for text in row["completions"])
     group = row.get("group")
-    return Comparison(
-        prompt=row["prompt_id"],
-        cluster=f"group {group}" if group else row["prompt_id"],
-        outcome=outcome_of(row, judges),
-        lengths=(baseline, candidate),
-    )
+    cluster = f"group {group}" if group else row["prompt_id"]
+    return Comparison(row["prompt_id"], cluster, outcome_of(row, judges), (baseline, candidate))
 
 
 def outcome_of(row: Row, judges: Collection[str] | None = None) -> float | None:
@@ -103,15 +99,8 @@ def _measure(
     found = estimate(outcomes, lengths, [one.cluster for one in read])
     lower, upper = found.interval(confidence)
     return WinRate(
-        win_rate=found.rate,
-        lower=lower,
-        upper=upper,
-        confidence=confidence,
-        samples=found.samples,
-        prompts=len({one.prompt for one in read}),
-        clusters=found.clusters,
-        effective_samples=found.effective_samples,
-        ties=found.ties,
-        unreadable=len(comparisons) - len(read),
+        win_rate=found.rate, lower=lower, upper=upper, confidence=confidence, samples=found.samples,
+        prompts=len({one.prompt for one in read}), clusters=found.clusters, ties=found.ties,
+        effective_samples=found.effective_samples, unreadable=len(comparisons) - len(read),
         silent=sum(one.lengths[0] > 0 and not one.lengths[1] for one in read),
-    )
+    )  # fmt: skip

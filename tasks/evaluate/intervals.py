@@ -96,12 +96,7 @@ def estimate_without_length(outcomes: Floats, lengths: Floats, clusters: Sequenc
     a judge and the raw rate where lengths do not matter. Where the samples are all longer, nothing tells length from
     merit: a few invented comparisons (`PRIOR`) then pull the rate to 0.5, and it proves nothing. A prompt's
     difficulty is no term of its own, as one pair of adapters cannot tell it from the prompt's lengths; the interval,
-    which knows that samples of a prompt are alike, carries it.
-
-    Args:
-        outcomes: 1, 0.5 or 0 for the new adapter.
-        lengths: of both samples, the SFT adapter's first, a row each.
-        clusters: which comparisons are alike.
+    which knows that samples of a prompt are alike, carries it. `lengths` has the SFT adapter's sample first.
     """
     # Where an adapter wrote nothing, silence decided and not length: there the outcome stands.
     spoken = (lengths.min(axis=1) > 0).astype(np.float64)

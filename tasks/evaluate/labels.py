@@ -118,13 +118,7 @@ def measure_agreement(
 ) -> Agreement | None:
     """Compare the judges that made the labels with a person, and correct their win rate by it.
 
-    Args:
-        rows: all comparisons.
-        labels: what some of them were worth to the new adapter, by their ids.
-        evaluation: the judges, and the confidence of the intervals.
-
-    Returns:
-        None if no comparison was judged by both.
+    `labels` tell what some rows were worth to the new adapter, by their ids. None: no comparison was judged by both.
     """
     judges, confidence = labelling_judges(evaluation), evaluation.confidence
     read = [(row["id"], bool(row["votes"]), read_comparison(row, judges)) for row in rows]
@@ -177,14 +171,7 @@ def correct_rate(
     0, and the labels alone count. The variance adds up, by cluster, what each comparison moves, so that it holds that
     all comparisons are a sample, and the labelled ones a sample of them. Where person and judge never differ, that
     would forget how few the labels are: one more is invented, at which the judge is wrong altogether. What no judge
-    was asked, as one side was silent or both are equal, stands as it is.
-
-    Args:
-        outcomes: of every comparison, to the new adapter, by the judge.
-        asked: 1 where a judge was asked, 0 where there was nothing to ask.
-        human: what the person says, nan where nothing.
-        clusters: which comparisons are alike, as numbers.
-        confidence: of the interval.
+    was asked (`asked` is 0), as one side was silent or both are equal, stands as it is. `human` is nan without a label.
     """
     labelled = ~np.isnan(human)
     count, share = int(labelled.sum()), float(asked.mean())

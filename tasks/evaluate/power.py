@@ -9,7 +9,6 @@ from statistics import median
 from pydantic import ValidationError
 
 from tasks.config import EvaluationConfig, PipelineConfig
-from tasks.errors import PreflowError
 from tasks.evaluate.intervals import quantile, spread
 from tasks.store.measures import Evaluation, WinRate, percent
 from tasks.store.prompts import import_prompts
@@ -80,28 +79,20 @@ class Design:
         return float(nct.sf(needed, max(1.0, clusters - 1), shift))
 
 
-def smallest_detectable(design: Design, bar: float = 0.5, confidence: float = 0.95, power: float = POWER) -> float:
-    """Return the smallest true win rate that passes the gate in a share `power` of runs; 1.0 if none does."""
+def smallest_detectable(design: Design, bar: float = 0.5, confidence: float = 0.95) -> float:
+    """Return the smallest true win rate that passes the gate in a share POWER of runs; 1.0 if none does."""
     low, high = bar, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if design.power(middle, bar, confidence) >= power else (middle, high)
+        low, high = (low, middle) if design.power(middle, bar, confidence) >= POWER else (middle, high)
     return round(high, 4)
 
 
-def prompts_needed(
-    design: Design, rate: float, bar: float = 0.5, confidence: float = 0.95, power: float = POWER
-) -> int:
-    """Return the held-out prompts it takes to pass an adapter of true win rate `rate` in a share `power` of runs.
-
-    Raises:
-        PreflowError: no number of prompts does, as `rate` is not over the bar.
-    """
-    if rate <= bar:
-        raise PreflowError(f"a win rate of {rate:g} is never over a bar of {bar:g}, whatever the number of prompts")
+def prompts_needed(design: Design, rate: float, bar: float = 0.5, confidence: float = 0.95) -> int:
+    """Return the held-out prompts it takes to pass an adapter of true win rate `rate`, over `bar`, in POWER of runs."""
 
     def is_enough(prompts: int) -> bool:
-        return replace(design, prompts=prompts).power(rate, bar, confidence) >= power
+        return replace(design, prompts=prompts).power(rate, bar, confidence) >= POWER
 
     return 1 + bisect_left(range(1, MOST_PROMPTS), True, key=is_enough)
 
@@ -149,9 +140,7 @@ def plan_design(workspace: str, evaluation: EvaluationConfig, held_out: int) -> 
 def power_before_price(config: PipelineConfig, usd_per_verdict: float = 0.0) -> str:
     """Say what the evaluation of a run can show, and what showing half the gain takes, with the price of both.
 
-    Args:
-        config: the run's.
-        usd_per_verdict: what a verdict costs, of all judges together; 0 where no price is set.
+    `usd_per_verdict` is of all judges together; 0 where no price is set.
     """
     evaluation = config.evaluation
     held_out = import_prompts(config.eval_prompts or config.prompts, config.workspace).rows

@@ -63,13 +63,10 @@ def select_held_out(adapter: AdapterRef, prompts: str, workspace: str, evaluatio
 def draw_settings(
     evaluation: EvaluationConfig, draw: int, workspace: str, adapter: AdapterRef | None = None
 ) -> GenerationConfig:
-    """Return how one draw is sampled: as in the generation stage, with a seed of its own.
+    """Return how BASELINE, CANDIDATE or NULL is sampled: as in the generation stage, with a seed of its own.
 
-    Args:
-        evaluation: the number of samples and the base seed.
-        draw: BASELINE, CANDIDATE or NULL; draws of one adapter must differ, or the null test would compare equals.
-        workspace: the workspace that `adapter` lies in.
-        adapter: the adapter to sample from; None: the SFT adapter that `evaluation.generation` names.
+    Draws of one adapter must differ, or the null test would compare equals. Without an adapter it is the SFT adapter
+    that `evaluation.generation` names.
     """
     base = evaluation.generation or GenerationConfig()
     update: dict[str, Any] = {
@@ -128,37 +125,26 @@ def summarise_evaluation(
     choice: ChoiceRef | None = None,
 ) -> EvaluationRef:
     """Write `comparisons.jsonl` and `win_rate.json`, and return the win rate with its interval."""
-    store, upstream = Workspace(workspace), tuple(ref for ref in (adapter, verdicts, null, choice) if ref)
-    key = stage_key(
-        "evaluation",
-        VERSION,
-        adapter=adapter.sha256,
-        verdicts=verdicts.sha256,
-        null=null.sha256 if null else None,
-        confidence=evaluation.confidence,
-        second=[judge.model for judge in evaluation.judges],
-        **({"choice": choice.sha256} if choice else {}),
-    )
+    store, second = Workspace(workspace), [judge.model for judge in evaluation.judges]
+    inputs = {"adapter": adapter.sha256, "verdicts": verdicts.sha256, "null": null.sha256 if null else None}
+    chosen = {"choice": choice.sha256} if choice else {}
+    key = stage_key("evaluation", VERSION, confidence=evaluation.confidence, second=second, **inputs, **chosen)
     folder = store.uri("evaluations", key)
-    first, second, comparisons = _write_comparisons(store, folder, verdicts, evaluation)
+    first, others, comparisons = _write_comparisons(store, folder, verdicts, evaluation)
     even = [read_comparison(row) for row in store.read_rows(null.uri)] if null else None
-    found = judge_adapter(adapter.sha256, first, second, even, evaluation)
+    found = judge_adapter(adapter.sha256, first, others, even, evaluation)
     with store.writing(f"{folder}/win_rate.json") as written:
         written.write(indented_json(found.model_dump(mode="json", exclude_none=True)))
     artifact = EvaluationRef(
-        uri=f"{folder}/win_rate.json",
-        manifest=f"{folder}/manifest.json",
-        adapter_sha256=adapter.sha256,
-        proven=found.proven,
-        null_holds=found.null_holds,
-        **found.model_dump(include={"win_rate", "lower", "upper"}),
-        **{**written.facts(), "rows": verdicts.rows},
-    )
-    files = {"win_rate.json": written.file, "comparisons.jsonl": comparisons}
+        uri=f"{folder}/win_rate.json", manifest=f"{folder}/manifest.json", adapter_sha256=adapter.sha256,
+        proven=found.proven, null_holds=found.null_holds,
+        **found.model_dump(include={"win_rate", "lower", "upper"}), **{**written.facts(), "rows": verdicts.rows},
+    )  # fmt: skip
     store.write_manifest(
         Manifest(
-            artifact=artifact, stage="evaluation", version=VERSION, key=key, config=evaluation, upstream=upstream,
-            files=files,
+            artifact=artifact, stage="evaluation", version=VERSION, key=key, config=evaluation,
+            upstream=tuple(ref for ref in (adapter, verdicts, null, choice) if ref),
+            files={"win_rate.json": written.file, "comparisons.jsonl": comparisons},
         )
     )  # fmt: skip
     _log(found)
@@ -189,12 +175,8 @@ def judge_adapter(
 ) -> Evaluation:
     """Measure how often an adapter won, and what says whether that can be believed.
 
-    Args:
-        sha256: of the adapter.
-        comparisons: with the SFT adapter, by the judges that made the labels.
-        second: the same by other judges; empty without any. Where none could be read there is no second opinion.
-        null: the SFT adapter against itself; None if it was not tested.
-        evaluation: the confidence, and the names of the other judges.
+    `comparisons` are with the SFT adapter, by the judges that made the labels; `second` the same by other judges (none
+    of them readable: there is no second opinion); `null` the SFT adapter against itself, if that was tested.
     """
     found = win_rate(comparisons, evaluation.confidence)
     opinion = None

@@ -5,6 +5,7 @@ import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
@@ -82,45 +83,42 @@ def base_name(provenance: Provenance, publishing: PublishingConfig) -> str:
 def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: bytes | None = None) -> str:
     """Return the card, Markdown with YAML front matter; equal manifests give equal bytes.
 
-    Args:
-        provenance: what made the adapter.
-        publishing: the repository.
-        evidence: what the card names so that the win rate can be recomputed, if that is still there.
+    It names the evidence from which the win rate can be recomputed, if that is still there.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    base, training = base_name(provenance, publishing), provenance.training
-    config, judging = training.settings(TrainingConfig), provenance.preferences.settings(JudgingConfig)
+    base = base_name(provenance, publishing)
     data = ModelCardData(
-        base_model=base,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        license=publishing.license,
+        base_model=base, library_name="peft", pipeline_tag="text-generation", license=publishing.license,
         tags=["base_model:adapter:" + base, "dpo", "lora", "trl", "preflow"],
-    )
+    )  # fmt: skip
     card = ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name("model_card.md.j2")),
-        name=publishing.repo.rsplit("/", 1)[-1],
-        repo=publishing.repo,
-        found=provenance.found,
-        choice=provenance.choice,
-        evidence=hashlib.sha256(evidence).hexdigest() if evidence else None,
-        has_evidence=publishing.evidence,
-        adapter_sha256=provenance.found.adapter_sha256,
-        data=_data(training.counts, provenance.preferences.counts),
-        judging=judging,
-        rubric=posixpath.basename(judging.rubric or ""),
-        settings=_settings(training),
-        versions=", ".join(f"{name} {version}" for name, version in sorted(training.packages.items())),
-        sft_adapter=_upstream(training, "sft_adapter"),
-        base=_upstream(training, "base_model"),
-        pairs=_upstream(training, "preferences"),
-        revision=config.base_revision,
-        max_length=config.max_length,
-        lora_rank=next(rank for rank in SERVED_RANKS if rank >= training.counts.get("lora_rank", 64)),
-    )
+        data, template_path=str(Path(__file__).with_name("model_card.md.j2")), found=provenance.found,
+        choice=provenance.choice, name=publishing.repo.rsplit("/", 1)[-1], repo=publishing.repo,
+        evidence=hashlib.sha256(evidence).hexdigest() if evidence else None, has_evidence=publishing.evidence,
+        **_judged(provenance.preferences), **_trained(provenance.training, provenance.preferences.counts),
+    )  # fmt: skip
     return str(card) + "\n"
+
+
+def _judged(preferences: Manifest) -> dict[str, Any]:
+    judging = preferences.settings(JudgingConfig)
+    return {"judging": judging, "rubric": posixpath.basename(judging.rubric or "")}
+
+
+def _trained(training: Manifest, pairs: dict[str, int]) -> dict[str, Any]:
+    config, rank = training.settings(TrainingConfig), training.counts.get("lora_rank", 64)
+    return {
+        "data": _data(training.counts, pairs),
+        "settings": _settings(training),
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(training.packages.items())),
+        "sft_adapter": _upstream(training, "sft_adapter"),
+        "base": _upstream(training, "base_model"),
+        "pairs": _upstream(training, "preferences"),
+        "revision": config.base_revision,
+        "max_length": config.max_length,
+        "lora_rank": next(served for served in SERVED_RANKS if served >= rank),
+    }
 
 
 def _data(counts: dict[str, int], pairs: dict[str, int]) -> list[tuple[str, str]]:

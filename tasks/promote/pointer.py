@@ -8,12 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prefect.artifacts import acreate_markdown_artifact
 from pydantic import BaseModel, ValidationError
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote.vllm import PROBE, is_served, swap_adapter
+from tasks.report.page import ReportSection, Table
+from tasks.report.run import publish
 from tasks.store import measures
 from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
@@ -196,10 +197,7 @@ def move_pointer(
 def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
     """Return the entry of the history to go back to: the newest that was not itself rolled back, or the one named.
 
-    Args:
-        workspace: where the pointer is.
-        name: the served name.
-        to: the start of an adapter's digest, at least 6 characters; None for the newest.
+    It is named by the start of its adapter's digest, at least 6 characters.
 
     Raises:
         PreflowError: there is no such entry, or it is no longer whole; says which there are.
@@ -257,21 +255,17 @@ async def report_rollback(workspace: str, promotion: PromotionConfig) -> None:
     if pointer is None or not pointer.history:
         return  # somebody deleted it in this very moment
     restored, withdrawn = pointer.current, pointer.history[0]
-    rates = (withdrawn.text(), restored.text())
+    change = f"{withdrawn.text()} -> {restored.text()}"
     where = (
         f"{promotion.endpoint} serves it" if promotion.endpoint else "promotion.endpoint is empty: no server was told"
     )
-    logger.info("%s: %s -> %s; %s", promotion.name, *rates, where)
-    page = f"""# {promotion.name} was rolled back
-
-| | adapter | promoted |
-|---|---|---|
-| served until now | {rates[0]} | {withdrawn.promoted_at} |
-| served again | {rates[1]} | {restored.promoted_at} |
-
-{where}.
-"""
-    await acreate_markdown_artifact(key="rollback", markdown=page, description=f"{rates[0]} -> {rates[1]}")
+    logger.info("%s: %s; %s", promotion.name, change, where)
+    rows = tuple(
+        (name, entry.text(), entry.promoted_at)
+        for name, entry in (("served until now", withdrawn), ("served again", restored))
+    )
+    table = Table("What is served", ("", "adapter", "promoted"), rows)
+    await publish(ReportSection("Rollback", f"{promotion.name} was rolled back: {change}; {where}.", tables=(table,)))
 
 
 async def reconcile(workspace: str, promotion: PromotionConfig) -> PromotionRef:

@@ -86,13 +86,7 @@ def read_probe(folder: str) -> Probe | None:
 async def swap_adapter(new: str, current: str | None, workspace: str, promotion: PromotionConfig) -> None:
     """Serve the adapter in the folder `new` under its name, and verify it; put `current` back where that fails.
 
-    Without `promotion.endpoint` nothing is loaded.
-
-    Args:
-        new: uri of the adapter's folder in the workspace.
-        current: uri of the one to put back; None: there was none, and the name is taken away again.
-        workspace: where both lie.
-        promotion: the name and the server.
+    Without `promotion.endpoint` nothing is loaded; where `current` is None the name is taken away again.
 
     Raises:
         ProbeFailed: something else is served than was loaded.

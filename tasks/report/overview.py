@@ -47,12 +47,7 @@ def glance_section(
 ) -> ReportSection:
     """Show the verdict, what became of the adapter, the win rates as one picture, and what to do next.
 
-    Args:
-        found: the evaluation.
-        bar: what the intervals' lower bounds must be over to be promoted.
-        served: what became of the adapter, as a sentence.
-        figures: what carries the verdict.
-        details: the pages that follow: the first one's comparisons are shown, and their advice if nothing is proven.
+    `details` are the pages that follow: the first one's comparisons are shown, and their advice if nothing is proven.
     """
     headline, sentence = verdict(found, bar)
     is_better = headline == BETTER  # not by the bar alone: one under 50 % lets worse ones pass

@@ -22,7 +22,7 @@ LONGEST_CELL = 60
 ONE_LINE = 24
 # Control characters (terminal escapes), text direction overrides and lone surrogates, which UTF-8 cannot hold.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-FIGURE = re.compile(r"(< ?)?[-+]?\d[\d,.]*(-\d[\d,.]*)?(e[-+]\d+)?( %| s| points from chance| min.*| h.*)?|[-–]")
+FIGURE = re.compile(r"(< ?)?[-+]?\d[\d,.]*(-\d[\d,.]*)?(e[-+]\d+)?( %| [MG]| s| points from chance| min.*| h.*)?|[-–]")
 
 
 def render_html(title: str, sections: Sequence[ReportSection]) -> str:
@@ -114,7 +114,10 @@ def _cell_text(cell: Cell) -> str:
         return "✓ ok" if cell else "✗ out of range"
     if isinstance(cell, float):
         return f"{cell:,.4g}"
-    return f"{cell:,}" if isinstance(cell, int) else cell
+    if not isinstance(cell, int):
+        return cell
+    # A longer figure runs over into the next column of the UI.
+    return f"{cell:,}" if cell < 10_000_000 else f"{cell / 1e6:,.1f} M" if cell < 1e9 else f"{cell / 1e9:,.1f} G"
 
 
 def _is_figures(column: Sequence[str]) -> bool:

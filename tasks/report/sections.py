@@ -192,13 +192,9 @@ def rates_of(found: Evaluation, bar: float) -> Iterator[Rate]:
 def evaluation_section(
     found: Evaluation, comparisons: Sequence[Row] = (), bar: float = 0.5, lengths: Table | None = None
 ) -> ReportSection:
-    """Show whether the new adapter won, and before/after comparisons to read.
+    """Show whether the new adapter won, by lower bounds over `bar`, and rows of `comparisons.jsonl` to read.
 
-    Args:
-        found: the win rates.
-        comparisons: rows of `comparisons.jsonl`: prompt, completions [SFT, new], outcome (1: the new one won).
-        bar: what the intervals' lower bounds must be over.
-        lengths: of all samples, from `sample_lengths`: a judge may like longer texts better.
+    `lengths` are of all samples, from `sample_lengths`: a judge may like longer texts better.
     """
     summary = (
         f"The new adapter wins {found.text()} of the comparisons with the SFT adapter on {found.prompts:,} held-out "
@@ -303,7 +299,7 @@ def cost_section(costs: Sequence[StageCost], is_priced: bool) -> ReportSection:
         summary = f"Making everything in this run cost {format_usd(usd)} US$, whichever run made it."
     else:
         summary = "What this run cost is not known: set prompt_price and completion_price of the models to see it."
-    return ReportSection("Cost", summary, tables=(Table("By stage", COLUMNS, tuple(tuple(c.row()) for c in costs)),))
+    return ReportSection("Cost", summary, tables=(Table("By stage", COLUMNS, tuple(c.row() for c in costs)),))
 
 
 def lineage_section(manifests: Sequence[Manifest], root: str = "") -> ReportSection:

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,12 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import COMMITTED, Workspace, file_sha256
+from tasks.store.workspace import COMMITTED, Workspace
 
 LOG = logging.getLogger(__name__)
 
 KEPT = 2
-BEING_WRITTEN = ".writing-"
 STATE = "state.json"
 POLICY = "policy.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -34,14 +32,7 @@ State: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One moment of a training, between two optimizer steps.
-
-    Attributes:
-        step: optimizer steps done.
-        policy: the adapter's tensors.
-        optimizer: `<parameter>|<slot>` to tensor.
-        state: everything else, JSON: see `trainer.ExactTrainer.capture`.
-    """
+    """One moment of a training, after `step` optimizer steps; `optimizer` has its tensors by `<parameter>|<slot>`."""
 
     step: int
     policy: dict[str, torch.Tensor]
@@ -81,12 +72,9 @@ def os_error(error: SafetensorError, folder: Path) -> OSError:
 
 
 class CheckpointStore:
-    """The checkpoints of one training, `step-000050/` and the like.
+    """The checkpoints of one training, `step-000050/` and the like, in the workspace's folder `folder`.
 
-    Args:
-        store: the workspace; its guard keeps a trainer that was replaced from writing.
-        folder: uri of the folder that holds them.
-        scratch: local folder for what is being written or was fetched.
+    The guard of `store` keeps a trainer that was replaced from writing; `scratch` is a local folder.
     """
 
     def __init__(self, store: Workspace, folder: str, scratch: Path) -> None:
@@ -103,38 +91,12 @@ class CheckpointStore:
         uri = posixpath.join(self._folder, f"step-{checkpoint.step:06d}")
         if self._problem(uri) is None:
             return 0.0
-        if self._store.is_local:
-            self._commit_in_place(checkpoint, Path(uri))
-        else:
+        with tempfile.TemporaryDirectory(dir=self._scratch) as name:
+            checkpoint.write(Path(name))
             self._store.delete_folder(uri)
-            with tempfile.TemporaryDirectory(dir=self._scratch) as name:
-                checkpoint.write(Path(name))
-                self._store.commit_folder(Path(name), uri, {"step": checkpoint.step})
+            self._store.commit_folder(Path(name), uri, {"step": checkpoint.step})
         self.prune(spared=spared)
         return time.monotonic() - started
-
-    def _commit_in_place(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write next to it and rename the whole folder: on a local disk a copy would double the time to save."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=BEING_WRITTEN, ignore_cleanup_errors=True) as name:
-            written = Path(name) / folder.name
-            checkpoint.write(written)
-            files = sorted(written.iterdir())
-            with ThreadPoolExecutor(len(files)) as pool:
-                digests = list(pool.map(file_sha256, files))
-            facts = {
-                file.name: {"size": file.stat().st_size, "sha256": sha256}
-                for file, sha256 in zip(files, digests, strict=True)
-            }
-            (written / COMMITTED).write_text(json.dumps({"files": facts, "step": checkpoint.step}))
-            self._store.delete_folder(str(folder))  # and only the holder of the lease gets past here
-            written.rename(folder)
-
-    def sweep(self) -> None:
-        """Remove what a killed trainer was just writing."""
-        for name in self._store.folders(self._folder):
-            if name.startswith(BEING_WRITTEN):
-                self._store.delete_folder(posixpath.join(self._folder, name))
 
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint that is whole; torn ones are named in the log and skipped."""
@@ -149,11 +111,7 @@ class CheckpointStore:
         return None
 
     def at(self, step: int) -> Checkpoint:
-        """Return the checkpoint of a step.
-
-        Raises:
-            PreflowError: it is gone or damaged.
-        """
+        """Return the checkpoint of a step, which is to be there."""
         uri = posixpath.join(self._folder, f"step-{step:06d}")
         if problem := self._problem(uri):
             raise PreflowError(

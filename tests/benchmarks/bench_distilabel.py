@@ -75,7 +75,7 @@ def run_distilabel(python: str, url: str, prompts: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run both and print a table."""
-    from tasks.demo.local import Places, prefect_api
+    from tasks.demo.local import prefect_api
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--distilabel-python", required=True)
@@ -89,7 +89,7 @@ def main() -> None:
         counts: dict[str, tuple[dict[str, Any], int]] = {}
         with FakeOpenAI({"latency_ms": 1500}) as fake:
             counts["distilabel"] = run_distilabel(options.distilabel_python, fake.url, prompts), len(fake.requests())
-            with prefect_api(Places.below(scratch)):
+            with prefect_api(Path(scratch)):
                 told = asyncio.run(run_preflow(fake.url, prompts, Path(scratch, "workspace")))
             counts["preflow"] = told, len(fake.requests()) - counts["distilabel"][1]
     print("| way | rows | requests | seconds | requests/s |\n| --- | ---: | ---: | ---: | ---: |")

@@ -15,8 +15,9 @@ from typing import Any
 
 from flows.sweep import dpo_sweep
 from tasks.config import PipelineConfig, SweepConfig
-from tasks.demo.local import Places, model_servers, prefect_api
+from tasks.demo.local import model_servers, prefect_api
 from tasks.demo.materials import ensure_materials, locate_materials
+from tasks.demo.up import Places
 from tasks.sweep.prepare import prepare_points
 from tasks.sweep.ranking import PointResult, SweepResult, find_sweep
 
@@ -53,7 +54,7 @@ async def run(folder: Path, seeds: Sequence[int]) -> SweepResult:
     def known(config: PipelineConfig) -> SweepResult | None:
         return find_sweep(prepare_points(prepared(config), sweep).points)
 
-    with prefect_api(places), model_servers(places, materials, known) as config:
+    with prefect_api(places.root), model_servers(places, materials, known) as config:
         result = await dpo_sweep(prepared(config), sweep)
     assert isinstance(result, SweepResult), result
     return result

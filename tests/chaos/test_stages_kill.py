@@ -55,7 +55,7 @@ class Side:
         }  # fmt: skip
 
     def requests(self) -> int:
-        return len(self.fake.requests())
+        return self.fake.log.read_bytes().count(b'"path": "/v1/chat/completions"') if self.fake.log.exists() else 0
 
     def finals(self) -> dict[str, bytes]:
         """The final files, by stage and name; which key a folder has depends on no path, so those are equal too."""
@@ -86,7 +86,7 @@ def kill_at(side: Side, request: int, delay: float) -> bool:
     process = side.start()
     assert process.pid is not None
     while process.is_alive() and side.requests() < request:
-        time.sleep(0.005)
+        time.sleep(0.01)
     time.sleep(delay)
     was_alive = process.is_alive()
     if was_alive:

@@ -6,7 +6,6 @@
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,18 +45,6 @@ class Scene:
     def folder(self) -> Path:
         (folder,) = (self.workspace / "training").iterdir()
         return folder
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return TinyWorld.build(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path_factory.mktemp("children"))
-    yield processes
-    processes.close()
 
 
 @pytest.fixture

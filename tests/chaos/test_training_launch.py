@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,18 +18,6 @@ from tests.fakes.tiny_training import TinyWorld
 from tests.fakes.training_process import REPOSITORY, Kill, TrainingProcesses
 
 ENDLESS = {"max_steps": 100_000, "save_steps": 50_000, "eval_steps": 50_000, "logging_steps": 100}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return TinyWorld.build(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path / "children")
-    yield processes
-    processes.close()
 
 
 class Terminated(BaseException):
@@ -137,7 +125,7 @@ def test_a_zombie_that_comes_back_cannot_commit(world: TinyWorld, processes: Tra
     os.kill(zombie, signal.SIGCONT)
     assert processes.wait(zombie) == 75
     assert {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in adapter.iterdir()} == before
-    logs = [log.read_text() for log in (tmp_path / "children").glob("child-*/log")]
+    logs = [log.read_text() for log in processes.root.glob("child-*/log")]
     assert any("lost its lease to another" in log for log in logs)
 
 

@@ -1,22 +1,21 @@
 """A judge behind a batch API: answers late, in another order, in part, or not at all; it outlives its clients."""
 
-import asyncio
 import json
 import random
-import threading
 import time
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any, Self
 
 from aiohttp import web
 
+from tests.fakes.http import served
 from tests.fakes.models import verdict
 
 Body = dict[str, Any]
 
 
 class FakeBatches:
-    """A running endpoint in a thread.
+    """A running endpoint; use as a context manager.
 
     Args:
         late: seconds until a batch is answered.
@@ -40,20 +39,6 @@ class FakeBatches:
         self.url = ""
 
     def __enter__(self) -> Self:
-        ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, args=(ready,), daemon=True)
-        self._thread.start()
-        assert ready.wait(30)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
-
-    def _serve(self, ready: threading.Event) -> None:
         application = web.Application(client_max_size=1 << 28)
         application.router.add_get("/v1/models", self._models)
         application.router.add_post("/v1/chat/completions", self._chat)
@@ -63,18 +48,12 @@ class FakeBatches:
             application.router.add_post("/v1/batches", self._create)
             application.router.add_get("/v1/batches", self._list)
             application.router.add_get("/v1/batches/{batch}", self._retrieve)
+        self._open = ExitStack()
+        self.url = f"{self._open.enter_context(served(application))}/v1"
+        return self
 
-        async def start() -> None:
-            runner = web.AppRunner(application)
-            await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-            ready.set()
-
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(start())
-        self._loop.run_forever()
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "judge-hash", "object": "model"}]})

@@ -6,14 +6,14 @@ Each status in `faults` is the answer to one request whose path holds the key, i
 import base64
 import hashlib
 import json
-import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlparse
 
 import yaml
+from aiohttp import web
+
+from tests.fakes.http import served
 
 BLOB = "/blob/"
 
@@ -36,18 +36,54 @@ class FakeHub:
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, list[int]] = {}
         self.asked: list[tuple[str, str]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.url = ""
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        application = web.Application(client_max_size=1 << 28)
+        application.router.add_route("*", "/{path:.*}", self._handle)
+        self._open = ExitStack()
+        self.url = self._open.enter_context(served(application))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        self.asked.append((request.method, request.path))
+        status, value = self._decide(request, await request.read())
+        return web.json_response(value, status=status)
+
+    def _decide(self, request: web.Request, body: bytes) -> tuple[int, Any]:
+        if (status := self.fault(request.path)) is not None:
+            return status, {"error": "fault"}
+        if request.path.startswith(BLOB):  # a signed address: no token
+            oid = request.path.removeprefix(BLOB)
+            if hashlib.sha256(body).hexdigest() != oid:
+                return 400, {"error": "digest"}
+            self.blobs[oid] = body
+            return 200, {}
+        if request.headers.get("Authorization") != f"Bearer {self.token}":
+            return 401, {"error": "Invalid credentials in Authorization header"}
+        return self._route(request.method, request.path, body)
+
+    def _route(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return _check_yaml(json.loads(body)["content"])
+        if path.endswith("/info/lfs/objects/batch"):
+            return self.batch(json.loads(body))
+        name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
+        repo = self.repos.get(name)
+        if repo is None:
+            return 404, {"error": "Repository not found"}
+        if "/preupload/" in path:
+            return self.preupload(repo, json.loads(body))
+        if "/commit/" in path:
+            return self.commit(repo, name, body)
+        if method == "GET" and path.startswith("/api/models/"):
+            return 200, {"id": name, "sha": repo.commits[-1], "private": repo.private, "siblings": []}
+        return 404, {"error": f"no such call: {method} {path}"}
 
     def fault(self, path: str) -> int | None:
         """Return the status that this request gets instead of its answer, once."""
@@ -111,69 +147,6 @@ class FakeHub:
 
 def _git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            self._answer("POST")
-
-        def do_GET(self) -> None:
-            self._answer("GET")
-
-        def do_PUT(self) -> None:
-            self._answer("PUT")
-
-        def log_message(self, format: str, *args: object) -> None:
-            return
-
-        def _answer(self, method: str) -> None:
-            path = urlparse(self.path).path
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            hub.asked.append((method, path))
-            status, value = self._decide(method, path, body)
-            content = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def _decide(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-            if (status := hub.fault(path)) is not None:
-                return status, {"error": "fault"}
-            if path.startswith(BLOB):  # a signed address: no token
-                oid = path.removeprefix(BLOB)
-                if hashlib.sha256(body).hexdigest() != oid:
-                    return 400, {"error": "digest"}
-                hub.blobs[oid] = body
-                return 200, {}
-            if self.headers.get("Authorization") != f"Bearer {hub.token}":
-                return 401, {"error": "Invalid credentials in Authorization header"}
-            return self._route(method, path, body)
-
-        def _route(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-            if path == "/api/repos/create":
-                return hub.create(json.loads(body))
-            if path == "/api/validate-yaml":
-                return _check_yaml(json.loads(body)["content"])
-            if path.endswith("/info/lfs/objects/batch"):
-                return hub.batch(json.loads(body))
-            name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
-            repo = hub.repos.get(name)
-            if repo is None:
-                return 404, {"error": "Repository not found"}
-            if "/preupload/" in path:
-                return hub.preupload(repo, json.loads(body))
-            if "/commit/" in path:
-                return hub.commit(repo, name, body)
-            if method == "GET" and path.startswith("/api/models/"):
-                return 200, {"id": name, "sha": repo.commits[-1], "private": repo.private, "siblings": []}
-            return 404, {"error": f"no such call: {method} {path}"}
-
-    return Handler
 
 
 def _check_yaml(content: str) -> tuple[int, Any]:

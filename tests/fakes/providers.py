@@ -8,19 +8,14 @@ import contextlib
 import hashlib
 import json
 import random
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from aiohttp import web
 
+from tests.fakes.http import served
 from tests.fakes.models import read_completions
 
 Body = dict[str, Any]
@@ -92,32 +87,21 @@ class Provider:
     def serve(self) -> Iterator[str]:
         """Yield the base URL of a server that is this provider."""
         self.answered, self.requests, self.failed, self._draw = Counter(), 0, 0, random.Random(self.name)
-        routes = [
-            Route(f"{self.path}/chat/completions", self._chat, methods=["POST"]),
-            Route(f"{self.path}/models", self._list),
-        ]
-        config = uvicorn.Config(Starlette(routes=routes), host="127.0.0.1", port=0, log_level="error", lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        try:
-            yield f"http://127.0.0.1:{port}{self.path}{self.query}"
-        finally:
-            server.should_exit = True
-            thread.join(5)
+        application = web.Application()
+        application.router.add_post(f"{self.path}/chat/completions", self._chat)
+        application.router.add_get(f"{self.path}/models", self._list)
+        with served(application) as address:
+            yield f"{address}{self.path}{self.query}"
 
-    async def _list(self, request: Request) -> Response:
+    async def _list(self, request: web.Request) -> web.Response:
         return _respond(200, {"object": "list", "data": [{"id": name} for name in self.models]})
 
-    async def _chat(self, request: Request) -> Response:
+    async def _chat(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests += 1
         if self.header and request.headers.get(self.header[0]) != self.header[1]:
             return _respond(401, {"error": {"code": "401", "message": "Access denied due to invalid subscription key"}})
-        if self.query and request.url.query != self.query.removeprefix("?"):
+        if self.query and request.query_string != self.query.removeprefix("?"):
             return _respond(404, {"error": {"code": "404", "message": "Resource not found"}})
         if self.failures and self._draw.random() < self.share:
             self.failed += 1
@@ -129,9 +113,9 @@ class Provider:
         return _respond(status, content)
 
 
-def _respond(status: int, content: Any, headers: dict[str, str] | None = None) -> Response:
+def _respond(status: int, content: Any, headers: dict[str, str] | None = None) -> web.Response:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return Response(raw, status, headers, media_type="application/json")
+    return web.Response(body=raw, status=status, headers=headers, content_type="application/json")
 
 
 # ---- the ten

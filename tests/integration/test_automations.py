@@ -5,10 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,6 +14,7 @@ from uuid import UUID
 import psutil
 import pytest
 import yaml
+from aiohttp import web
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -23,7 +22,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.events.schemas.events import Event
 from prefect.states import Crashed, Pending, Running, Suspended
 
-from tests.deployed import Worker
+from tests.deployed import Worker, until
+from tests.fakes.http import served
 from tests.fakes.process import ROOT, FakeOpenAI
 
 FILE = ROOT / "deployments" / "automations.yaml"
@@ -31,24 +31,19 @@ ALWAYS = {"preflow-restart-crashed", "preflow-crash-unstarted"}
 UNSTARTED = ("Pending", "Submitting")
 NOTIFYING = {"preflow-notify-crashed", "preflow-notify-silent"}
 
+# Silence is waited for, on a server of its own. test_deployments shows what is registered, and what is on.
+pytestmark = pytest.mark.long
+
 
 class Receiver:
     """A webhook's target on this machine that keeps what it is sent."""
 
     def __init__(self) -> None:
-        messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, str]] = []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self.messages = messages
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    async def take(self, request: web.Request) -> web.Response:
+        self.messages.append(await request.json())
+        return web.Response()
 
     def about(self, subject: str) -> list[dict[str, str]]:
         return [message for message in self.messages if subject in message["subject"]]
@@ -63,13 +58,6 @@ def register(file: Path = FILE, block: str | None = None) -> subprocess.Complete
     )  # fmt: skip
 
 
-def wait(what: str, holds: Callable[[], object], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def client(empty_prefect_server: str) -> Iterator[SyncPrefectClient]:
     with get_client(sync_client=True) as client:
@@ -81,16 +69,16 @@ def client(empty_prefect_server: str) -> Iterator[SyncPrefectClient]:
 @pytest.fixture(scope="module")
 def receiver(client: SyncPrefectClient) -> Iterator[Receiver]:
     """A receiver, with every notification of the automations going there."""
-    receiver = Receiver()
-    url = f"http://127.0.0.1:{receiver.server.server_port}/"
-    block = CustomWebhookNotificationBlock(
-        name="receiver", url=url, json_data={"subject": "{{subject}}", "body": "{{body}}"}
-    )
-    block.save("receiver")
-    done = register(block="custom-webhook/receiver")
-    assert done.returncode == 0, done.stderr
-    yield receiver
-    receiver.server.shutdown()
+    receiver, application = Receiver(), web.Application()
+    application.router.add_post("/", receiver.take)
+    with served(application) as url:
+        block = CustomWebhookNotificationBlock(
+            name="receiver", url=f"{url}/", json_data={"subject": "{{subject}}", "body": "{{body}}"}
+        )
+        block.save("receiver")
+        done = register(block="custom-webhook/receiver")
+        assert done.returncode == 0, done.stderr
+        yield receiver
 
 
 def automations(client: SyncPrefectClient) -> dict[str, Any]:
@@ -138,13 +126,6 @@ def test_without_a_block_nobody_is_told_and_it_says_what_to_do(client: SyncPrefe
         assert "PREFLOW_NOTIFY_BLOCK" in found[name].description
 
 
-def test_every_local_flow_is_started_again_but_those_that_somebody_else_does() -> None:
-    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
-    left_alone = {item["entrypoint"].split(":")[1] for item in deployments if "restarted" not in item["tags"]}
-    assert left_alone == {"train_dpo", "rollback_adapter", "publish_adapter"}
-    assert all(item["name"] == "local" for item in deployments if "restarted" in item["tags"])
-
-
 def test_a_block_that_does_not_exist_is_named(client: SyncPrefectClient) -> None:
     done = register(block="slack-webhook/nobody")
     assert done.returncode == 1
@@ -160,15 +141,14 @@ def test_with_a_block_they_are_on_and_one_turned_off_stays_off(client: SyncPrefe
     assert len(automations(client)) == 5
 
 
-@pytest.mark.long  # four runs
 def test_a_crashed_run_is_told_of_and_started_again_three_times(client: SyncPrefectClient, receiver: Receiver) -> None:
     run = make_run(client, "local")
     for attempt in (1, 2, 3, 4):
         client.set_flow_run_state(run.id, Running(), force=True)
         client.set_flow_run_state(run.id, Crashed(message="killed"), force=True)
-        wait("it is told", lambda attempt=attempt: len(receiver.about(run.name)) == attempt)
+        until(lambda attempt=attempt: len(receiver.about(run.name)) == attempt)
         if attempt < 4:
-            wait("it is started again", lambda: state_of(client, run.id) == "AwaitingRetry")
+            until(lambda: state_of(client, run.id) == "AwaitingRetry")
     time.sleep(3)
     assert state_of(client, run.id) == "Crashed", "started a fourth time"
     message = receiver.about(run.name)[0]
@@ -184,12 +164,11 @@ def test_what_something_else_starts_again_is_told_of_and_left_to_it(
     run = make_run(client, pool, flow=flow, tags=())
     client.set_flow_run_state(run.id, Running(), force=True)
     client.set_flow_run_state(run.id, Crashed(message="killed"), force=True)
-    wait("it is told", lambda: receiver.about(run.name))
+    until(lambda: receiver.about(run.name))
     time.sleep(3)
     assert state_of(client, run.id) == "Crashed"
 
 
-@pytest.mark.long  # silence is waited for
 def test_a_process_that_goes_without_a_word_is_told_of(
     client: SyncPrefectClient, receiver: Receiver, tmp_path: Path
 ) -> None:
@@ -207,18 +186,17 @@ def test_a_process_that_goes_without_a_word_is_told_of(
                 [sys.executable, "-m", "prefect.engine", str(run.id)], cwd=ROOT, stdout=log, stderr=log
             )
         try:
-            wait("it samples", lambda: sampler.requests() or engine.poll() is not None)
+            until(lambda: sampler.requests() or engine.poll() is not None)
             assert engine.poll() is None, (tmp_path / "engine.log").read_text()
             name = client.read_flow_run(run.id).name
             time.sleep(2)  # for its first heartbeat to arrive
         finally:
             engine.send_signal(signal.SIGKILL)
             engine.wait()
-        wait("it is told", lambda: receiver.about(f"nothing is heard of {name}"))
+        until(lambda: receiver.about(f"nothing is heard of {name}"))
     assert state_of(client, run.id) == "Running", "only told of, not touched"
 
 
-@pytest.mark.long  # silence is waited for
 def test_a_silent_run_is_taken_for_crashed_if_so_wished_and_a_suspended_one_never(
     client: SyncPrefectClient, tmp_path: Path
 ) -> None:
@@ -238,13 +216,12 @@ def test_a_silent_run_is_taken_for_crashed_if_so_wished_and_a_suspended_one_neve
         client._client.post("/events", json=[beat.model_dump(mode="json")]).raise_for_status()
     time.sleep(2)  # for the heartbeats to arrive
     client.set_flow_run_state(suspended.id, Suspended(timeout_seconds=3600), force=True)
-    wait("the silent one is taken for crashed", lambda: state_of(client, silent.id) == "Crashed")
+    until(lambda: state_of(client, silent.id) == "Crashed")
     time.sleep(3)
     assert state_of(client, suspended.id) == "Suspended", "it waits for somebody's answer, which may take days"
     switch(client, "preflow-crash-silent", on=False)
 
 
-@pytest.mark.long  # silence is waited for
 def test_a_run_whose_worker_dies_before_it_begins_is_started_again_and_frees_its_slot(
     client: SyncPrefectClient, tmp_path: Path
 ) -> None:
@@ -253,7 +230,7 @@ def test_a_run_whose_worker_dies_before_it_begins_is_started_again_and_frees_its
     assert register(soon).returncode == 0
     first = make_run(client, "local", flow="promote-adapter", limit=1)
     worker = Worker(tmp_path)
-    wait("a worker takes it", lambda: state_of(client, first.id) in UNSTARTED)
+    until(lambda: state_of(client, first.id) in UNSTARTED)
     children = psutil.Process(worker.pid).children(recursive=True)
     worker.kill()
     for child in children:
@@ -262,6 +239,6 @@ def test_a_run_whose_worker_dies_before_it_begins_is_started_again_and_frees_its
     third = make_run(client, "local", flow="promote-adapter", limit=1)
     client.set_flow_run_state(third.id, Pending())
     assert state_of(client, third.id) == "AwaitingConcurrencySlot"
-    wait("it is started again", lambda: state_of(client, first.id) == "AwaitingRetry")
+    until(lambda: state_of(client, first.id) == "AwaitingRetry")
     client.set_flow_run_state(third.id, Pending())
     assert state_of(client, third.id) == "Pending"

@@ -1,18 +1,21 @@
 """The deployments on a real server: they deploy, their forms explain themselves, wrong values are refused."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import pytest
 import yaml
 
 from tasks.config import PipelineConfig
-from tests.deployed import register, rest_client
+from tests.deployed import COMPUTE_CLASS, IMAGE, Api, register
 from tests.fakes.process import ROOT
 
 PREFECT_FILE = "deployments/prefect.yaml"
@@ -23,58 +26,12 @@ NAMES = {
     "audit-preferences/local", "dpo-rounds/local",
     "reconcile-served/local", "publish-adapter/local",
 }  # fmt: skip
-IMAGE = "registry.example/preflow/train@sha256:" + "0" * 64
-
-
-class Api:
-    """The server's REST API."""
-
-    def __init__(self, url: str) -> None:
-        self._client = rest_client(url)
-
-    def get(self, path: str) -> Any:
-        return self._ask("GET", path).json()
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._ask("POST", path, body).json()
-
-    def patch(self, path: str, body: dict[str, Any]) -> None:
-        self._ask("PATCH", path, body)
-
-    def send(self, events: list[dict[str, Any]]) -> None:
-        self._ask("POST", "/events", events)
-
-    def _ask(self, method: str, path: str, body: object = None) -> httpx.Response:
-        answer = self._client.request(method, path, json=body)
-        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
-        return answer
-
-    def deployment(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.get(f"/deployments/name/{name}")
-        return found
-
-    def automation(self, name: str) -> dict[str, Any]:
-        found = [item for item in self.post("/automations/filter", {}) if item["name"] == name]
-        assert len(found) == 1, name
-        return dict(found[0])
-
-    def refused(self, name: str, parameters: dict[str, Any]) -> httpx.Response:
-        """Ask for a run of a deployment and return the answer, whatever it is."""
-        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
-        return self._client.post(path, json={"parameters": parameters})
-
-    def runs(self, name: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.post(
-            "/flow_runs/filter", {"deployments": {"id": {"any_": [self.deployment(name)["id"]]}}}
-        )
-        return found
 
 
 @pytest.fixture(scope="module")
-def api(empty_prefect_server: str) -> Api:
+def api(registered_prefect_server: str) -> Api:
     """The server with both pools and all deployments, made by the commands that the documentation gives."""
-    register(PREFLOW_TRAIN_IMAGE=IMAGE, PREFLOW_COMPUTE_CLASS="preflow-l4")
-    return Api(empty_prefect_server)
+    return Api(registered_prefect_server)
 
 
 def test_every_deployment_is_there_and_nothing_starts_by_itself(api: Api) -> None:
@@ -124,7 +81,7 @@ def test_code_comes_from_the_checkout_and_on_the_pool_from_the_image(api: Api) -
 def test_the_pool_has_the_template_with_the_image_that_was_named(api: Api) -> None:
     template = json.loads((ROOT / TEMPLATE).read_text())
     template["variables"]["properties"]["image"]["default"] = IMAGE
-    template["variables"]["properties"]["compute_class"]["default"] = "preflow-l4"
+    template["variables"]["properties"]["compute_class"]["default"] = COMPUTE_CLASS
     assert api.get("/work_pools/l4-spot")["base_job_template"] == template
 
 
@@ -183,7 +140,7 @@ def test_a_wrong_parameter_is_refused_before_the_run(
 ) -> None:
     before = len(api.runs(name))
     given = api.deployment(name)["parameters"] | parameters
-    answer = api.refused(name, given)
+    answer = api.create_run(name, given)
     assert answer.status_code in (409, 422), answer.text
     assert said in answer.text
     assert len(api.runs(name)) == before
@@ -192,7 +149,7 @@ def test_a_wrong_parameter_is_refused_before_the_run(
 def test_the_defaults_alone_are_a_valid_start(api: Api) -> None:
     """What the form opens with passes the server's check, for the flows that need no other stage's result."""
     for name in ("dpo-pipeline/local", "dpo-sweep/local", "generate-completions/local"):
-        answer = api.refused(name, {})
+        answer = api.create_run(name, {})
         assert answer.status_code == 201, answer.text
         run = answer.json()
         api.post(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
@@ -200,9 +157,9 @@ def test_the_defaults_alone_are_a_valid_start(api: Api) -> None:
 
 def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -> None:
     """The server takes a while to see that a trigger was turned on, and runs of other tests may be there too."""
-    automation, arrived = api.automation("preflow-new-prompts"), {"prompts": "/new/prompts.jsonl"}
+    arrived = {"prompts": "/new/prompts.jsonl"}
     wanted = {"config": {**arrived, "judging": {"rubric": "neutral"}}}
-    api.patch(f"/automations/{automation['id']}", {"enabled": True})
+    api.switch("preflow-new-prompts", on=True)
     deadline, started = time.monotonic() + 90, list[Any]()
     try:
         while wanted not in started and time.monotonic() < deadline:
@@ -210,12 +167,65 @@ def test_the_trigger_starts_the_pipeline_on_the_prompts_of_the_event(api: Api) -
                 "id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": "preflow.prompts.arrived",
                 "resource": {"prefect.resource.id": "preflow.prompts.scenes"}, "payload": arrived,
             }  # fmt: skip
-            api.send([event])
+            api.post("/events", [event])
             time.sleep(2)
             started = [run["parameters"] for run in api.runs("dpo-pipeline/local")]
     finally:
-        api.patch(f"/automations/{automation['id']}", {"enabled": False})
+        api.switch("preflow-new-prompts", on=False)
     assert wanted in started
+
+
+# ---- keys
+
+KEY = "sk-abcdefghijklmnopqrstuvwxyz123456"
+PLACES = ["judging.api_key", "generation.api_key", "promotion.api_key", "judging.panel", "evaluation.judging.api_key"]
+
+
+def plant(place: str) -> tuple[dict[str, Any], Any]:
+    """Return a configuration with a key in it, and what has been put there."""
+    *path, last = place.split(".")
+    value = [{"model": "m", "api_key": KEY}] if last == "panel" else KEY
+    config: dict[str, Any] = {last: value}
+    for name in reversed(path):
+        config = {name: config}
+    return config, value
+
+
+def refuse(api: Api, deployment: str, parameters: dict[str, Any], key: str = KEY) -> None:
+    """See that a run is refused, and that what was typed is neither in the server's database nor in a log."""
+    assert api.create_run(deployment, parameters).status_code in (409, 422)
+    check_not_stored(key)
+
+
+def check_not_stored(key: str = KEY) -> None:
+    files = [file for file in Path(os.environ["PREFECT_HOME"]).parent.rglob("*") if file.is_file()]
+    assert any(file.name == "prefect.db" for file in files)
+    assert [str(file) for file in files if key.encode() in file.read_bytes()] == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_key_is_refused_before_there_is_a_run(api: Api, place: str) -> None:
+    config, value = plant(place)
+    refuse(api, "dpo-pipeline/local", {"config": config})
+    for sweep in ({"grid": {place: [value]}}, {"changes": [{place: value}]}):
+        refuse(api, "dpo-sweep/local", {"sweep": sweep})
+    path = f"/deployments/{api.deployment('dpo-pipeline/local')['id']}"
+    assert api.client.patch(path, json={"parameters": {"config": config}}).status_code == 409
+    check_not_stored()
+
+
+def test_prefect_s_own_command_is_refused_one_too(api: Api) -> None:
+    given = json.dumps({"config": plant("judging.api_key")[0]})
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "dpo-pipeline/local", "--params", given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "api_key" in done.stdout + done.stderr, "refused for another reason"
+    check_not_stored()
+
+
+def test_nor_an_address_with_a_password_in_it(api: Api) -> None:
+    for address in ("https://user:hunter2-is-secret@host/v1", "https://host/v1?key=hunter2-is-secret"):
+        refuse(api, "generate-completions/local", {"generation": {"endpoint": address}}, "hunter2-is-secret")
 
 
 def test_the_file_names_every_flow() -> None:
@@ -225,6 +235,13 @@ def test_the_file_names_every_flow() -> None:
         item["entrypoint"].split(":")[0] for item in yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]
     }
     assert deployed == {f"flows/{name}.py" for name in flows}
+
+
+def test_every_local_flow_is_started_again_but_those_that_somebody_else_does() -> None:
+    deployments = yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]
+    left_alone = {item["entrypoint"].split(":")[1] for item in deployments if "restarted" not in item["tags"]}
+    assert left_alone == {"train_dpo", "rollback_adapter", "publish_adapter"}
+    assert all(item["name"] == "local" for item in deployments if "restarted" in item["tags"])
 
 
 def test_every_deployment_of_the_process_pool_has_a_run_among_the_tests() -> None:

@@ -4,16 +4,16 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent import futures
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import prefect_gcp.credentials
 import pytest
+from aiohttp import web
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.cloud import secretmanager
@@ -24,36 +24,22 @@ from tasks.llm.secrets import resolve_secret
 from tasks.store import gcs
 from tasks.store.workspace import Workspace
 from tests.fakes.gcs import BUCKET, FakeGcs
+from tests.fakes.http import served
 from tests.fakes.process import ROOT
 
 SECRET = "projects/p-1/secrets/judge-key/versions/latest"
 
 
+@dataclass
 class TokenServer:
     """Google's token endpoint: counts what it is asked for."""
 
-    def __init__(self) -> None:
-        self.asked = 0
-        outer = self
+    asked: int = 0
+    url: str = ""
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                outer.asked += 1
-                self.rfile.read(int(self.headers["Content-Length"]))
-                body = json.dumps({"access_token": "token-1", "expires_in": 3600, "token_type": "Bearer"}).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/token"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
+    async def give(self, request: web.Request) -> web.Response:
+        self.asked += 1
+        return web.json_response({"access_token": "token-1", "expires_in": 3600, "token_type": "Bearer"})
 
 
 class SecretManager(grpc.GenericRpcHandler):
@@ -82,9 +68,11 @@ def own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokens() -> Iterator[TokenServer]:
-    server = TokenServer()
-    yield server
-    server.close()
+    server, application = TokenServer(), web.Application()
+    application.router.add_post("/token", server.give)
+    with served(application) as address:
+        server.url = f"{address}/token"
+        yield server
 
 
 @pytest.fixture(scope="module")

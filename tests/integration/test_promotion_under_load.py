@@ -9,7 +9,7 @@ import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +22,10 @@ from flows import promote as promotion_flow
 from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
-from tasks.config import PromotionConfig
+from tasks.config import EndpointConfig, PromotionConfig
 from tasks.demo.services import Service, VllmOptions, answers, vllm_server
 from tasks.errors import PreflowError
+from tasks.llm.client import Endpoint
 from tasks.promote import pointer as promotion
 from tasks.promote import vllm as serving
 from tasks.promote.pointer import read_pointer
@@ -211,6 +212,21 @@ class Traffic:
             self.wrong.append(f"after switch {epoch} to {for_whom}: {text!r}")
         else:
             self.right += 1
+
+
+async def test_what_vllm_would_not_load_is_known_from_its_configuration_alone(stage: Stage, tmp_path: Path) -> None:
+    settings = EndpointConfig(endpoint=stage.vllm.base_url, model="sft")
+    config = json.loads((stage.folder / "sft" / "adapter_config.json").read_text())
+    refused = "preflow-trial from .*LoRA rank 32 is greater than max_lora_rank 16.*start vLLM with --max-lora-rank of"
+    async with await Endpoint.connect(settings, "evaluation") as endpoint:
+        served = {model.id for model in await endpoint.models()}
+        for rank, message in ((16, None), (32, refused), (16, None)):
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
+            with pytest.raises(PreflowError, match=message) if message else nullcontext():
+                await endpoint.check_would_load(str(tmp_path))
+        with pytest.raises(PreflowError, match=r"No adapter found for .*set adapter_root"):
+            await endpoint.check_would_load(str(tmp_path / "nowhere"))
+        assert {model.id for model in await endpoint.models()} == served
 
 
 async def test_twenty_switches_under_load_lose_and_mix_up_nothing(

@@ -23,7 +23,7 @@ from tasks.store.workspace import PromptsRef, Reference, Row, Workspace, digest
 from tests.fakes.providers import ANSWER, PROVIDERS, Provider
 
 Found = list[tuple[Row, Outcome]]
-ROWS = 200
+ROWS = 80  # the table is made of 200
 N = 2
 
 
@@ -70,12 +70,12 @@ def write(folder: Path, name: str, rows: list[Row]) -> PromptsRef:
     return PromptsRef(uri=store.uri(name), **out.facts())
 
 
-async def measure(provider: Provider, folder: Path) -> Measured:
-    """Sample for 200 prompts and judge what came, in both orders."""
+async def measure(provider: Provider, folder: Path, count: int = ROWS) -> Measured:
+    """Sample for so many prompts and judge what came, in both orders."""
     headers = {provider.header[0]: "env:PROVIDER_KEY"} if provider.header else {}
     with provider.serve() as url:
         common: dict[str, Any] = {"endpoint": url, "model": "m", "api_key": None, "extra_headers": headers}
-        sampled = await sample_all(folder, GenerationConfig(**common, num_completions=N))
+        sampled = await sample_all(folder, GenerationConfig(**common, num_completions=N), count)
         rows = [{**row, **outcome.row} for row, outcome in sampled if outcome.row]
         judging = JudgingConfig(**common, rubric="neutral", temperature=0.0)
         votes = await judge_all(folder, judging, write(folder, "completions.jsonl", rows))
@@ -89,9 +89,9 @@ async def measure(provider: Provider, folder: Path) -> Measured:
     return Measured(provider, provider.requests, provider.failed, sorted(left_out), lost, doubled, wrong)
 
 
-async def sample_all(folder: Path, config: GenerationConfig) -> Found:
+async def sample_all(folder: Path, config: GenerationConfig, count: int) -> Found:
     """Return what was sampled for each prompt."""
-    prompts = [{"id": digest(n), "prompt": [{"role": "user", "content": f"Question {n}?"}]} for n in range(ROWS)]
+    prompts = [{"id": digest(n), "prompt": [{"role": "user", "content": f"Question {n}?"}]} for n in range(count)]
     async with await Endpoint.connect(config, "generation") as endpoint:
         await endpoint.check_model()
         await try_sampler(endpoint, config)
@@ -136,7 +136,7 @@ async def _print_table() -> None:
     print("|---|---|---|---:|---:|---:|---:|---:|")
     for provider in PROVIDERS:
         with tempfile.TemporaryDirectory() as folder:
-            m = await measure(provider, Path(folder))
+            m = await measure(provider, Path(folder), 200)
         left_out = ", ".join(m.left_out) or "-"
         figures = " | ".join(str(number) for number in (m.requests, m.failed, m.lost, m.doubled, m.wrong))
         print(f"| {provider.name} | {provider.quirks} | {left_out} | {figures} |", flush=True)

@@ -116,7 +116,7 @@ def expected_by_hash(row: Row) -> tuple[int, int]:
 
 async def test_at_30_percent_faults_every_scene_is_judged_once_and_as_it_should_be(tmp_path: Path) -> None:
     """PREFLOW_PROMPTS may name a real file."""
-    prompts = Path(os.environ.get("PREFLOW_PROMPTS") or write_prompts(tmp_path, 200))
+    prompts = Path(os.environ.get("PREFLOW_PROMPTS") or write_prompts(tmp_path, 100))
     plan = {
         "seed": 3, "latency_ms": 2, "retry_after": 0.05, "burst": 3, "slow_seconds": 0.1, "oracle_every": 3,
         "faults": dict.fromkeys(FAULTS, 0.3 / len(FAULTS)),
@@ -252,18 +252,18 @@ async def test_hostile_completions_do_not_change_who_wins(bench: Bench, fake: Fa
 
 
 async def test_what_does_not_change_the_answers_is_not_asked_again(bench: Bench, fake: FakeOpenAI) -> None:
-    async def requests_of(count: int = 100, **settings: Any) -> tuple[int, int]:
+    async def requests_of(count: int = 40, **settings: Any) -> tuple[int, int]:
         before = len(asked(fake, "sampler")), len(asked(fake, "judge-hash"))
         await bench.judge(await bench.sample(count), **settings)
         return len(asked(fake, "sampler")) - before[0], len(asked(fake, "judge-hash")) - before[1]
 
-    assert await requests_of() == (100, 200)
+    assert await requests_of() == (40, 80)
     assert await requests_of() == (0, 0)
     for change in ({"pair_policy": "borda"}, {"min_confidence": 4}, {"val_ratio": 0.3}, {"shard_size": 9}):
         assert await requests_of(**change) == (0, 0), change
-    assert await requests_of(max_tokens=2000) == (0, 200)
-    assert await requests_of(orders=3) == (0, 100), "two of three orders are known"
-    assert await requests_of(200) == (100, 200), "100 prompts were added"
+    assert await requests_of(max_tokens=2000) == (0, 80)
+    assert await requests_of(orders=3) == (0, 40), "two of three orders are known"
+    assert await requests_of(80) == (40, 80), "40 prompts were added"
 
 
 @pytest.mark.long  # several runs

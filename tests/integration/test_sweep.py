@@ -37,7 +37,7 @@ from tests.deployed import ask, process_worker
 from tests.fakes import FakeOpenAI
 from tests.fakes.openai_server import prompt_id
 from tests.fakes.process import ROOT
-from tests.fakes.tiny_training import WORDS, build_adapter, build_base
+from tests.fakes.tiny_training import WORDS, TinyWorld
 
 pytestmark = [
     pytest.mark.long,
@@ -61,6 +61,7 @@ class Bench:
     folder: Path
     fake: FakeOpenAI
     api: str
+    world: TinyWorld
 
     @property
     def workspace(self) -> Path:
@@ -76,7 +77,7 @@ class Bench:
                 "generation": {**common, "model": "sampler"},
                 "judging": {**common, "model": "judge-hash", "api_key": None, "rubric": "demo", **judging},
                 "training": {
-                    "base_model": str(self.folder / "base"), "sft_adapter": str(self.folder / "sft"),
+                    "base_model": str(self.world.base), "sft_adapter": str(self.world.adapter),
                     "load_in_4bit": False, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2,
                     "max_steps": 3, "warmup_steps": 1, "gradient_accumulation_steps": 2, "max_length": 512,
                     "save_steps": 1, "logging_steps": 1,
@@ -96,18 +97,16 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, empty_prefect_server: str) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, empty_prefect_server: str, world: TinyWorld) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("sweep")
-    build_base(folder / "base")
-    build_adapter(folder / "sft", folder / "base")
     for name, first, count in (("prompts", 0, PROMPTS), ("held-out", 50, HELD_OUT)):
         rows = [
             {"prompt": [{"role": "user", "content": " ".join(WORDS[number : number + 6])}]}
             for number in range(first, first + count)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with FakeOpenAI({**PLAN, "base": str(folder / "base")}, folder / "fake") as fake:
-        yield Bench(folder, fake, empty_prefect_server)
+    with FakeOpenAI({**PLAN, "base": str(world.base)}, folder / "fake") as fake:
+        yield Bench(folder, fake, empty_prefect_server, world)
 
 
 async def swept(bench: Bench, **sweep: Any) -> SweepResult:
@@ -163,7 +162,7 @@ def test_the_plan_came_first_and_was_right(bench: Bench, result: SweepResult) ->
     assert re.search(rf"\| sample completions \| sampler \| 1-6 \| {PROMPTS} \| 0 \|.*no price set", text)
     assert re.search(rf"\| judge preferences \| judge-length \| 2, 4, 6 \| {PROMPTS * 2} \|", text)
     # 3 steps of 2 x 2 pairs at 1.14 pairs a second, at 0.35 US$ an hour.
-    assert len(re.findall(r"\| train \| this machine \| \d \| – \| – \| – \| – \| 11 s \| 0\.001 \|", text)) == 6
+    assert len(re.findall(r"\| train \| this machine \| \d \| – \| – \| – \| – \| – \| 11 s \| 0\.001 \|", text)) == 6
     assert re.search(rf"evaluate: compare SFT with itself \| judge-hash \| 1-6 \| {HELD_OUT * 4} \|", text)
 
 

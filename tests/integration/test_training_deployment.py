@@ -42,11 +42,6 @@ LONG = {"max_steps": 150, "save_steps": 10, "eval_steps": 150, "logging_steps": 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the end-to-end run trains through a deployment
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return TinyWorld.build(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def deployed(empty_prefect_server: str) -> None:
     """The work pool and the deployment of the training, as deployments/register.sh makes them."""
@@ -183,7 +178,6 @@ async def start(parent: str, world: TinyWorld, config: PipelineConfig) -> UUID:
     return run.id
 
 
-@pytest.mark.long  # a training of 150 steps, twice
 async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
     world: TinyWorld, deployed_parent: str, uninterrupted: AdapterRef, tmp_path: Path
 ) -> None:
@@ -214,7 +208,6 @@ async def test_a_parent_that_is_killed_comes_back_to_the_same_training(
     assert any(str(training.id) in link["data"] for link in artifacts("markdown", parent))
 
 
-@pytest.mark.long  # two trainings, one of them cancelled
 async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_again(
     world: TinyWorld, worker: Worker, tmp_path: Path
 ) -> None:
@@ -241,11 +234,9 @@ async def test_a_training_that_crashes_too_often_is_reported_and_can_be_started_
         await again
 
 
-@pytest.mark.long  # two trainings
-async def test_a_failed_training_says_why_and_starts_again_once_that_is_fixed(
-    world: TinyWorld, worker: Worker, tmp_path: Path
-) -> None:
-    config = settings(world, tmp_path)
+async def test_a_failed_training_says_why_and_starts_again_once_that_is_fixed(worker: Worker, tmp_path: Path) -> None:
+    world = TinyWorld.build(tmp_path / "world")  # one that may be broken
+    config = settings(world, tmp_path / "workspace")
     template, aside = world.base / "chat_template.jinja", tmp_path / "aside"
     template.rename(aside)
     try:
@@ -263,7 +254,6 @@ async def test_a_failed_training_says_why_and_starts_again_once_that_is_fixed(
     assert again.state.is_completed()
 
 
-@pytest.mark.long  # a training of 100,000 steps that is waited for
 async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deployed_parent: str, tmp_path: Path) -> None:
     config = settings(world, tmp_path, max_steps=100_000, save_steps=10, eval_steps=100_000)
     parent = await start(deployed_parent, world, config)
@@ -276,7 +266,6 @@ async def test_a_cancelled_parent_cancels_its_training(world: TinyWorld, deploye
         assert run.state.is_cancelled(), run.state
 
 
-@pytest.mark.long  # silence is waited for
 async def test_a_run_whose_whole_machine_is_gone_is_seen_as_crashed_by_its_silence(
     world: TinyWorld, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

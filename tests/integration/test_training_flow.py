@@ -23,8 +23,7 @@ def artifacts(api: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long  # a training; the end-to-end run shows one
-async def test_the_ui_shows_a_training_while_it_runs(tmp_path: Path, prefect_server: str) -> None:
-    world = TinyWorld.build(tmp_path / "world")
+async def test_the_ui_shows_a_training_while_it_runs(world: TinyWorld, tmp_path: Path, prefect_server: str) -> None:
     before = {artifact["id"] for artifact in artifacts(prefect_server)}
     training = world.config(max_steps=150, logging_steps=2)
     adapter = await train_dpo(world.preferences, str(tmp_path / "workspace"), training)

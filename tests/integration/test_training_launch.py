@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,6 @@ from tasks.train.launch import Preempted, run_training, training_key
 from tasks.train.spec import Progress
 from tests.fakes.tiny_training import CHAT_TEMPLATE, TinyWorld
 from tests.fakes.training_process import TrainingProcesses
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return TinyWorld.build(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProcesses]:
-    processes = TrainingProcesses(tmp_path_factory.mktemp("children"))
-    yield processes
-    processes.close()
 
 
 class Trained:

@@ -38,11 +38,6 @@ from tasks.trainer.trainer import ExactTrainer, Hooks
 from tests.fakes.tiny_training import TinyWorld, build_adapter
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    return TinyWorld.build(tmp_path_factory.mktemp("world"))
-
-
 class Bench:
     """A trainer and everything it reported."""
 

@@ -79,10 +79,9 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.long  # two trainings
 def test_an_offline_run_holds_the_losses_and_the_adapter_is_the_same(
-    tmp_path: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    world: TinyWorld, tmp_path: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout: a tracker that drew a random number would change the adapter."""
-    world = TinyWorld.build(tmp_path / "world")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     adapters = {}

@@ -16,9 +16,11 @@ import pytest
 
 from flows.pipeline import dpo_pipeline
 from tasks.config import PipelineConfig
-from tasks.demo.local import VLLM_PYTHON, Places, model_servers, prefect_api
-from tasks.demo.materials import SMOLLM2, ensure_materials, locate_materials
+from tasks.demo import SMOLLM2
+from tasks.demo.local import VLLM_PYTHON, model_servers, prefect_api
+from tasks.demo.materials import ensure_materials, locate_materials
 from tasks.demo.smollm2 import find_weights
+from tasks.demo.up import Places
 from tasks.errors import PreflowError
 from tasks.promote.pointer import install_adapter
 from tasks.promote.vllm import read_probe, swap_adapter
@@ -46,7 +48,7 @@ def finished(folder: Path) -> Iterator[tuple[PipelineConfig, PipelineResult]]:
     places = Places.below(str(folder))
     materials = locate_materials(places.root, SMOLLM2)
     ensure_materials(materials)
-    with prefect_api(places), model_servers(places, materials, lambda _: None) as config:
+    with prefect_api(places.root), model_servers(places, materials, lambda _: None) as config:
         result = asyncio.run(dpo_pipeline(config))
         installed = install_adapter(result.adapter, config.workspace, config.promotion.name)
         assert read_probe(installed) is not None, "else nothing would be proven"

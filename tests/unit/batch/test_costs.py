@@ -23,10 +23,10 @@ def test_costs_are_added_up_by_stage_with_a_cell_for_each_column() -> None:
         made("train", Cost(gpu_seconds=2 * 900, usd=0.18), 900), made("judge", Cost(requests=8, usd=0.1), 10),
     ])  # fmt: skip
     assert [cost.row() for cost in costs] == [
-        ["generate", "1,021", "-", "-", "-", "-", "20 min 00 s", "-"],
-        ["judge", "2,050", "3,000,000", "400,000", "350,000", "-", "5 min 10 s", "2.00"],
-        ["train", "-", "-", "-", "-", "30 min 00 s", "15 min 00 s", "0.18"],
-        ["total", "3,071", "3,000,000", "400,000", "350,000", "30 min 00 s", "40 min 10 s", "2.18"],
+        ("generate", 1021, None, None, None, None, "20 min 00 s", None),
+        ("judge", 2050, 3_000_000, 400_000, 350_000, None, "5 min 10 s", "2.00"),
+        ("train", None, None, None, None, "30 min 00 s", "15 min 00 s", "0.18"),
+        ("total", 3071, 3_000_000, 400_000, 350_000, "30 min 00 s", "40 min 10 s", "2.18"),
     ]
     assert {len(cost.row()) for cost in costs} == {len(COLUMNS)}
     assert costs[-1].used.usd == pytest.approx(3 * 0.3 + 0.4 * 2.5 + 0.1 + 0.18)

@@ -1,23 +1,10 @@
 """The demo's corpus: deterministic, split by episode, and every voice and topic told apart by its words."""
 
-import itertools
-import random
 import re
 
 import pytest
 
-from tasks.demo.corpus import (
-    Flaw,
-    continuation,
-    episodes,
-    heldout_prompts,
-    opening,
-    pretraining_rows,
-    sft_rows,
-    system_message,
-    training_prompts,
-)
-from tasks.demo.rules import marks
+from tasks.demo.corpus import heldout_prompts, pretraining_rows, sft_rows, training_prompts
 from tasks.demo.world import CHARACTERS, TOPICS
 from tasks.store.workspace import digest
 
@@ -35,54 +22,17 @@ def test_the_seed_decides_and_more_rows_begin_with_the_same() -> None:
 
 
 def test_the_corpus_is_that_of_the_figures_in_the_readme() -> None:
-    """The demo's figures were learned from these very rows."""
+    """The demo's figures were learned from these very rows, so what is good and bad in them is no test's business."""
     rows = [training_prompts(240, 7), heldout_prompts(200, 7), sft_rows(300, 7), pretraining_rows(300, 7)]
     assert digest(rows)[:16] == "3ef9b65ed6b986d2"
 
 
 @pytest.mark.parametrize(("training_seed", "heldout_seed"), [(0, 0), (0, 1), (7, 3)])
 def test_held_out_prompts_share_no_group_and_no_prompt_with_training(training_seed: int, heldout_seed: int) -> None:
-    training = training_prompts(700, training_seed)
-    heldout = heldout_prompts(300, heldout_seed)
+    training, heldout = training_prompts(700, training_seed), heldout_prompts(300, heldout_seed)
+    assert len({str(row["prompt"]) for row in training}) == 700
     assert not {row["group"] for row in training} & {row["group"] for row in heldout}
     assert not {str(row["prompt"]) for row in training} & {str(row["prompt"]) for row in heldout}
-
-
-def test_prompts_are_all_different_even_where_episodes_repeat() -> None:
-    prompts = training_prompts(1500, seed=0)
-    assert len({str(row["prompt"]) for row in prompts}) == 1500
-    assert len({str(row["group"]) for row in prompts}) < 1500
-
-
-def test_no_model_row_comes_from_a_held_out_episode() -> None:
-    held_out = {system_message(episode) for episode in episodes(held_out=True)}
-    rows = [*sft_rows(500, seed=0), *pretraining_rows(500, seed=0)]
-    assert not held_out & {row["prompt"][0]["content"] for row in rows}
-
-
-def test_sft_rows_hold_good_and_flawed_scenes() -> None:
-    rows = sft_rows(400, seed=0)
-    given = [marks(row["prompt"][0]["content"] + row["prompt"][1]["content"], _said(row)) for row in rows]
-    perfect = sum(set(mark.values()) == {1.0} for mark in given) / len(given)
-    valid = sum(mark["form"] == 1.0 for mark in given) / len(given)
-    assert 0.05 < perfect < 0.4
-    assert 0.85 < valid < 0.99
-
-
-def _said(row: dict[str, list[dict[str, str]]]) -> str:
-    return row["completion"][0]["content"]
-
-
-def test_a_good_scene_takes_turns_and_repeats_nothing() -> None:
-    for index, episode in enumerate(episodes(held_out=True)[:60]):
-        rng = random.Random(index)
-        start = opening(episode, rng)
-        scene = [*map(str, start), *continuation(episode, start, frozenset(), rng).splitlines()]
-        speakers = [line.split("]")[0] for line in scene]
-        assert 1 <= len(start) <= 3
-        assert 3 <= len(scene) - len(start) <= 5
-        assert len(set(scene)) == len(scene)
-        assert all(one != other for one, other in itertools.pairwise(speakers))
 
 
 def test_every_line_holds_a_marker_of_its_own_character_and_of_no_other() -> None:
@@ -102,11 +52,3 @@ def test_topics_keep_to_their_own_words() -> None:
         for filler in (topic.thing, *topic.parts, *topic.troubles, *topic.remedies):
             assert words(filler) & topic.keywords, filler
             assert not words(filler) & (foreign | markers), filler
-
-
-def test_every_flaw_can_be_combined_with_every_other() -> None:
-    episode = episodes(held_out=False)[40]
-    for size in range(len(Flaw) + 1):
-        for flaws in itertools.combinations(Flaw, size):
-            rng = random.Random(size)
-            assert continuation(episode, opening(episode, rng), frozenset(flaws), rng).strip()

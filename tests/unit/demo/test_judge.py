@@ -1,17 +1,14 @@
-"""The demo's judge as a process, over HTTP: what a client of Gemini's OpenAI endpoint would meet."""
+"""The demo's judge over HTTP: what a client of Gemini's OpenAI endpoint would meet."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from starlette.testclient import TestClient
 
-from tasks.demo.judge import parse_prompt, verdict
+from tasks.demo.judge import create_app, parse_prompt, verdict
 from tasks.judge.prompt import build_messages
 from tasks.judge.verdict import read_verdict
 
@@ -26,7 +23,6 @@ GOOD = """[GRUM] Hm. The goose bites the postman. So did my turnips.
 [GRUM] Hm. That settles it. Back to the mud."""
 MIDDLING = GOOD.replace("warm the egg", "tune the piano")
 BAD = "GRUM: Darling, the piano is a tragedy."
-KEY = {"Authorization": "Bearer opensesame"}
 
 
 def judge_prompt(completions: Sequence[str], nonce: str = NONCE) -> str:
@@ -39,28 +35,13 @@ def chat(content: str, model: str = "demo-judge") -> dict[str, Any]:
     return {"model": model, "messages": messages, "temperature": 0.0}
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("judge") / "requests.jsonl"
+@pytest.fixture
+def client(tmp_path: Path) -> TestClient:
+    app = create_app(tmp_path / "requests.jsonl", "opensesame")
+    return TestClient(app, "http://judge/v1", headers={"Authorization": "Bearer opensesame"})
 
 
-@pytest.fixture(scope="module")
-def client(log: Path) -> Iterator[httpx.Client]:
-    command = [sys.executable, "-m", "tasks.demo.judge", "--port", "0", "--log", str(log)]
-    environment = {**os.environ, "DEMO_JUDGE_KEY": "opensesame"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            assert process.stdout is not None
-            announced = process.stdout.readline().strip()
-            assert announced.startswith("listening on http://127.0.0.1:")
-            assert announced.endswith("/v1")
-            with httpx.Client(base_url=announced.removeprefix("listening on "), headers=KEY) as connected:
-                yield connected
-        finally:
-            process.terminate()
-
-
-def ask(client: httpx.Client, completions: Sequence[str]) -> dict[str, int]:
+def ask(client: TestClient, completions: Sequence[str]) -> dict[str, int]:
     response = client.post("/chat/completions", json=chat(judge_prompt(completions)))
     assert response.status_code == 200, response.text
     content = response.json()["choices"][0]["message"]["content"]
@@ -70,7 +51,7 @@ def ask(client: httpx.Client, completions: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def test_the_answer_is_a_whole_chat_completion_of_the_model_that_is_listed(client: httpx.Client) -> None:
+def test_the_answer_is_a_whole_chat_completion_of_the_model_that_is_listed(client: TestClient) -> None:
     assert [model["id"] for model in client.get("/models").json()["data"]] == ["demo-judge"]
     body = client.post("/chat/completions", json=chat(judge_prompt([GOOD, BAD]))).json()
     assert (body["object"], body["model"]) == ("chat.completion", "demo-judge")
@@ -81,19 +62,21 @@ def test_the_answer_is_a_whole_chat_completion_of_the_model_that_is_listed(clien
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0], [2, 1, 0]])
-def test_the_verdict_follows_the_completions_not_their_positions(client: httpx.Client, order: list[int]) -> None:
+def test_the_verdict_follows_the_completions_not_their_positions(client: TestClient, order: list[int]) -> None:
     texts = [GOOD, MIDDLING, BAD]
     found = ask(client, [texts[i] for i in order])
     assert (order[found["best"] - 1], order[found["worst"] - 1]) == (0, 2)
 
 
-def test_a_tie_goes_to_the_lower_position_so_that_it_flips_when_swapped(client: httpx.Client) -> None:
+def test_a_tie_goes_to_the_lower_position_so_that_it_flips_when_swapped(client: TestClient) -> None:
     other = GOOD.replace("warm the egg", "count the feathers")
     for pair in ([GOOD, other], [other, GOOD]):
         assert ask(client, pair) == {"best": 1, "worst": 2, "confidence": 1}
+    close, far = ask(client, [GOOD, MIDDLING]), ask(client, [GOOD, BAD])
+    assert 1 <= close["confidence"] < far["confidence"] == 5
 
 
-def test_scores_are_given_if_they_are_asked_for_and_do_not_depend_on_the_others(client: httpx.Client) -> None:
+def test_scores_are_given_if_they_are_asked_for_and_do_not_depend_on_the_others(client: TestClient) -> None:
     def scores(*texts: str) -> list[int]:
         row = {"prompt": [{"role": "user", "content": SCENE}], "completions": texts}
         messages = build_messages("r", row, range(len(texts)), scored=True)
@@ -105,23 +88,12 @@ def test_scores_are_given_if_they_are_asked_for_and_do_not_depend_on_the_others(
     assert scores(BAD, GOOD) == [bad, good]
 
 
-def test_confidence_grows_with_the_gap(client: httpx.Client) -> None:
-    close, far = ask(client, [GOOD, MIDDLING]), ask(client, [GOOD, BAD])
-    assert 1 <= close["confidence"] < far["confidence"] == 5
-
-
 @pytest.mark.parametrize("headers", [{"Authorization": "Bearer wrong"}, {"Authorization": ""}])
-def test_a_missing_or_wrong_key_is_a_401(client: httpx.Client, headers: dict[str, str]) -> None:
+def test_a_missing_or_wrong_key_is_a_401(client: TestClient, headers: dict[str, str]) -> None:
     response = client.post("/chat/completions", json=chat(judge_prompt([GOOD, BAD])), headers=headers)
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "invalid_api_key"
     assert client.get("/models", headers=headers).status_code == 401
-
-
-def test_an_unknown_model_is_a_404(client: httpx.Client) -> None:
-    response = client.post("/chat/completions", json=chat(judge_prompt([GOOD, BAD]), model="gemini-2.5-flash"))
-    assert response.status_code == 404
-    assert "gemini-2.5-flash" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -136,20 +108,20 @@ def test_an_unknown_model_is_a_404(client: httpx.Client) -> None:
     ],
     ids=["no scene", "one completion", "no end line", "no end line of the last", "a gap in the numbers", "none"],
 )
-def test_a_prompt_it_cannot_read_is_a_400(client: httpx.Client, content: str) -> None:
+def test_a_prompt_it_cannot_read_is_a_400(client: TestClient, content: str) -> None:
     response = client.post("/chat/completions", json=chat(content))
     assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_prompt")
+    other = client.post("/chat/completions", json=chat(judge_prompt([GOOD, BAD]), model="gemini-2.5-flash"))
+    assert (other.status_code, "gemini-2.5-flash" in other.text) == (404, True)
     for body in (b"not json", b"{}", b'{"model": "demo-judge", "messages": []}'):
         assert client.post("/chat/completions", content=body).status_code == 400
 
 
-def test_every_chat_request_is_one_line_in_the_log(client: httpx.Client, log: Path) -> None:
-    before = len(log.read_text().splitlines())
+def test_every_chat_request_is_one_line_in_the_log(client: TestClient, tmp_path: Path) -> None:
     ask(client, [GOOD, BAD])
     client.post("/chat/completions", json=chat("?"))
-    lines = [json.loads(line) for line in log.read_text().splitlines()[before:]]
-    assert [line["status"] for line in lines] == [200, 400]
-    assert lines[0]["completions"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert [(line["status"], line.get("completions")) for line in lines] == [(200, 2), (400, None)]
     assert lines[0]["usage"]["total_tokens"] > 0
 
 
@@ -159,7 +131,4 @@ def test_a_completion_cannot_forge_the_delimiters_of_another_nonce() -> None:
     assert scene == SCENE
     assert completions == [GOOD, forged]
     assert verdict(scene, completions)["best"] == 1
-
-
-def test_empty_completions_are_kept_in_their_place() -> None:
     assert parse_prompt(judge_prompt(["", GOOD]))[1] == ["", GOOD]

@@ -28,25 +28,13 @@ def marks(flaws: frozenset[Flaw], count: int = 150) -> list[float]:
     return found
 
 
-def test_every_good_scene_gets_full_marks() -> None:
-    assert set(marks(frozenset())) == {1.0}
-
-
 @pytest.mark.parametrize("flaw", Flaw)
 def test_each_flaw_costs_something(flaw: Flaw) -> None:
+    assert set(marks(frozenset())) == {1.0}
     spoiled = marks(frozenset([flaw]))
     assert statistics.mean(spoiled) < 0.97
     if flaw is not Flaw.BROKEN_FORMAT:  # an absent name is put in for a lodger who may not have a line
         assert max(spoiled) < 1.0
-
-
-def test_more_flaws_cost_more() -> None:
-    one, two = frozenset([Flaw.WRONG_VOICE]), frozenset([Flaw.WRONG_VOICE, Flaw.OFF_TOPIC])
-    assert statistics.mean(marks(two)) < statistics.mean(marks(one)) < 1.0
-
-
-def test_a_good_completion_is_perfect() -> None:
-    assert score(SCENE, GOOD) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -69,10 +57,7 @@ def test_the_flaw_shows_in_its_own_mark(completion: str, field: str) -> None:
 
 
 def test_longer_is_not_better() -> None:
-    middle = [
-        "[BARNABY] Drop anchor by the beak and count the feathers.",
-        "[GRUM] Bury the egg under the compost, I say.",
-    ]
+    middle = ["[BARNABY] Drop anchor by the beak and count the feathers.", "[GRUM] Hm. The egg is frost, I say."]
     first, *rest = GOOD.splitlines()
     long = "\n".join([first, *middle, *rest])
     too_long = "\n".join([first, *middle, *(line.replace("the", "that", 1) for line in middle), *middle, *rest])

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tasks.config import TrainingConfig
-from tasks.demo.corpus import pair_rows
 from tasks.drill import drill
 from tasks.drill.drill import Drill, DrillResult, Preemption, TrainingWatch, make_order, read_pairs
 from tasks.drill.preemption import Kind
@@ -36,29 +35,24 @@ def test_the_plan_is_that_of_its_seed_and_alternates() -> None:
 def test_the_table_says_what_each_preemption_cost_and_the_verdict_what_differs() -> None:
     lost = [Preemption(Kind.NOTICE, 7, 8, 9.04), Preemption(Kind.AT_ONCE, 19, 10, 27.0)]
     baseline = {"adapter": "a", "metrics": "m"}
-    same, other = (
-        DrillResult(lost, dict(baseline), baseline),
-        DrillResult(lost, {"adapter": "a", "metrics": "n"}, baseline),
-    )
+    same, other = DrillResult(lost, dict(baseline), baseline), DrillResult(lost, {"adapter": "a"}, baseline)
     rows = [line.split() for line in same.text().splitlines() if "SIG" in line]
     assert rows == [["1", "SIGTERM", "7", "8", "0", "9"], ["2", "SIGKILL", "19", "10", "9", "27"]]
     assert same.is_exact
     assert "byte for byte: adapter, metrics" in same.text()
     assert not other.is_exact
     assert other.text().endswith("DIFFER from those of the uninterrupted training: metrics.")
-    assert not DrillResult(lost, {"adapter": "a"}, baseline).is_exact
 
 
-def test_without_torch_it_is_said_where_the_drill_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_or_with_a_wrong_setting_it_is_said_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def without_torch(folder: Path) -> None:
         raise ModuleNotFoundError("No module named 'torch'")
 
     monkeypatch.setattr(drill, "make_tiny_materials", without_torch)
     with pytest.raises(PreflowError, match=r"torch, which is not installed here .*--pairs"):
         make_order(Drill(str(tmp_path)), {})
-
-
-def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
     given = Drill(str(tmp_path), pairs=str(tmp_path / "train.jsonl"), training={"beta": -1, "nonsense": 1})
     with pytest.raises(PreflowError, match=r"(?s)beta: .*nonsense: "):
@@ -127,10 +121,3 @@ def test_pairs_of_ones_own_are_found_with_those_held_out(tmp_path: Path) -> None
     assert read_pairs(str(tmp_path / "train.jsonl")).val_rows == 1
     with pytest.raises(PreflowError, match="no such file"):
         read_pairs(str(tmp_path / "nothing.jsonl"))
-
-
-def test_the_drills_own_pairs_are_the_same_every_time_and_their_sides_differ() -> None:
-    rows, others = pair_rows(5, 7, held_out=False), pair_rows(5, 7, held_out=True)
-    assert rows == pair_rows(5, 7, held_out=False)
-    assert all(row["chosen"] != row["rejected"] for row in rows)
-    assert not {str(row["prompt"]) for row in rows} & {str(row["prompt"]) for row in others}

@@ -32,58 +32,37 @@ def pod(name: str, phase: str = "Running", run: UUID = RUN, leaving: bool = Fals
 class Cluster:
     """Pods, what was done to them, and an API that takes a pod away after a few questions."""
 
-    def __init__(self) -> None:
-        self.pods: dict[str, dict[str, Any]] = {}
-        self.evicted: list[tuple[str, int]] = []
-        self.executed: list[tuple[str, list[str]]] = []
-        self.reviewed: list[tuple[str, str, str]] = []
-        self.asked = 0
-        self.forbidden = False
+    def __init__(self, *pods: dict[str, Any]) -> None:
+        self.pods, self.asked, self.forbidden = pods, 0, False
+        self.done, self.reviewed = list[tuple[str, Any]](), list[tuple[str, str, str]]()
 
-    def application(self) -> web.Application:
-        application = web.Application()
-        application.router.add_get(PODS, self.list)
-        application.router.add_get(PODS + "/{name}", self.read)
-        application.router.add_get(PODS + "/{name}/exec", self.execute)
-        application.router.add_post(PODS + "/{name}/eviction", self.evict)
-        application.router.add_post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", self.review)
-        return application
-
-    async def list(self, request: web.Request) -> web.Response:
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path.endswith("selfsubjectaccessreviews"):
+            asked = (await request.json())["spec"]["resourceAttributes"]
+            self.reviewed.append((asked["verb"], asked["resource"], asked["subresource"]))
+            allowed = asked["namespace"] == "preflow" and not (self.forbidden and asked["subresource"])
+            return web.json_response({"spec": {}, "status": {"allowed": allowed}}, status=201)
+        name, _, action = request.path.removeprefix(PODS).strip("/").partition("/")
+        if action and self.forbidden:
+            return web.json_response({"kind": "Status", "code": 403}, status=403)
+        if action == "eviction":
+            self.done.append((name, (await request.json())["deleteOptions"]["gracePeriodSeconds"]))
+            return web.json_response({"kind": "Status", "status": "Success"}, status=201)
+        if action == "exec":
+            self.done.append((name, request.query.getall("command")))
+            stream = web.WebSocketResponse(protocols=["v4.channel.k8s.io"])
+            await stream.prepare(request)
+            await stream.close()
+            return stream
+        if name:
+            self.asked += 1
+            gone = self.asked > POLLS_UNTIL_GONE
+            return web.json_response(
+                {"kind": "Status", "code": 404} if gone else pod(name), status=404 if gone else 200
+            )
         key, _, value = request.query["labelSelector"].partition("=")
-        items = [item for item in self.pods.values() if item["metadata"]["labels"].get(key) == value]
+        items = [item for item in self.pods if item["metadata"]["labels"].get(key) == value]
         return web.json_response({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items})
-
-    async def read(self, request: web.Request) -> web.Response:
-        self.asked += 1
-        if self.asked > POLLS_UNTIL_GONE:
-            return web.json_response({"kind": "Status", "code": 404}, status=404)
-        return web.json_response(self.pods[request.match_info["name"]])
-
-    async def evict(self, request: web.Request) -> web.Response:
-        if self.forbidden:
-            return web.json_response({"kind": "Status", "code": 403}, status=403)
-        body = await request.json()
-        self.evicted.append((request.match_info["name"], body["deleteOptions"]["gracePeriodSeconds"]))
-        return web.json_response({"kind": "Status", "status": "Success"}, status=201)
-
-    async def execute(self, request: web.Request) -> web.StreamResponse:
-        if self.forbidden:
-            return web.json_response({"kind": "Status", "code": 403}, status=403)
-        self.executed.append((request.match_info["name"], request.query.getall("command")))
-        stream = web.WebSocketResponse(protocols=["v4.channel.k8s.io"])
-        await stream.prepare(request)
-        await stream.close()
-        return stream
-
-    async def review(self, request: web.Request) -> web.Response:
-        asked = (await request.json())["spec"]["resourceAttributes"]
-        self.reviewed.append((asked["verb"], asked["resource"], asked["subresource"]))
-        allowed = asked["namespace"] == "preflow" and not (self.forbidden and asked["subresource"])
-        return web.json_response({"spec": {}, "status": {"allowed": allowed}}, status=201)
-
-    def add(self, *pods: dict[str, Any]) -> None:
-        self.pods |= {item["metadata"]["name"]: item for item in pods}
 
 
 def use_kubeconfig(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +75,9 @@ async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     """A cluster that the kubeconfig names."""
     monkeypatch.setattr(preemption, "POD_SECONDS", 0.01)
     cluster = Cluster()
-    runner = web.AppRunner(cluster.application(), access_log=None)
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", cluster.answer)
+    runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     kubeconfig = {
@@ -122,32 +103,18 @@ ORDER = cast(TrainingOrder, Order())
 TARGET = PodTarget(15, "preflow")
 
 
-@pytest.mark.parametrize(
-    ("kind", "evicted", "executed"),
-    [(Kind.NOTICE, [("wanted", 15)], []), (Kind.AT_ONCE, [], [("wanted", ["sh", "-c", "kill -KILL -1"])])],
-)
-async def test_the_running_pod_of_the_newest_run_is_evicted_or_killed(
-    cluster: Cluster, kind: Kind, evicted: list[Any], executed: list[Any]
-) -> None:
-    cluster.add(
-        pod("failed", phase="Failed"), pod("leaving", leaving=True), pod("other", run=UUID(int=6)), pod("wanted")
-    )
+@pytest.mark.parametrize(("kind", "done"), [(Kind.NOTICE, 15), (Kind.AT_ONCE, ["sh", "-c", "kill -KILL -1"])])
+async def test_the_running_pod_of_the_newest_run_is_evicted_or_killed(cluster: Cluster, kind: Kind, done: Any) -> None:
+    others = pod("failed", phase="Failed"), pod("leaving", leaving=True), pod("other", run=UUID(int=6))
+    cluster.pods = (*others, pod("wanted"))
     await TARGET.preempt(ORDER, kind)
-    assert (cluster.evicted, cluster.executed) == (evicted, executed)
+    assert cluster.done == [("wanted", done)]
     assert cluster.asked == POLLS_UNTIL_GONE + 1, "it is waited for until the pod is gone"
-
-
-async def test_without_a_running_pod_it_is_said_where_one_was_looked_for(cluster: Cluster) -> None:
-    cluster.add(pod("failed", phase="Failed"))
-    with pytest.raises(PreflowError, match=f"flow-run-id={RUN} in namespace preflow"):
-        await TARGET.preempt(ORDER, Kind.NOTICE)
-
-
-@pytest.mark.parametrize("kind", list(Kind))
-async def test_what_the_cluster_refuses_is_said(cluster: Cluster, kind: Kind) -> None:
     cluster.forbidden = True
-    cluster.add(pod("wanted"))
     with pytest.raises(PreflowError, match=r"namespace preflow: 403 .*kubectl auth can-i"):
+        await TARGET.preempt(ORDER, kind)
+    cluster.pods = others
+    with pytest.raises(PreflowError, match=f"flow-run-id={RUN} in namespace preflow"):
         await TARGET.preempt(ORDER, kind)
 
 

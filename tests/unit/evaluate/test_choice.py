@@ -49,16 +49,15 @@ def test_the_choice_costs_at_most_35_percent_more_verdicts(
     for held_out in (21, 100, 333):
         rows = (f'{{"prompt": [{{"role": "user", "content": "{n}"}}]}}\n' for n in range(held_out))
         (tmp_path / "prompts.jsonl").write_text("".join(rows))
-        counts = [
-            plan_runs([PipelineConfig.model_validate(
-                {
-                    "prompts": str(tmp_path / "prompts.jsonl"), "workspace": str(tmp_path / "workspace"),
-                    "judging": {"rubric": "demo"}, "training": {"sft_adapter": str(tmp_path)},
-                    "evaluation": {"null_test": null_test, "judges": judges, "checkpoints": number},
-                }
-            )]).of(COMPARING).total().requests
-            for number in (0, checkpoints)
-        ]  # fmt: skip
+        counts = []
+        for number in (0, checkpoints):
+            given = {
+                "prompts": str(tmp_path / "prompts.jsonl"), "workspace": str(tmp_path / "workspace"),
+                "judging": {"rubric": "demo"}, "training": {"sft_adapter": str(tmp_path)},
+                "evaluation": {"null_test": null_test, "judges": judges, "checkpoints": number},
+            }  # fmt: skip
+            plan = plan_runs([PipelineConfig.model_validate(given)])
+            counts.append(plan.of(COMPARING).total().requests)
         assert counts[0] < counts[1] * 1.2
         assert counts[1] <= 1.35 * counts[0]
 
@@ -75,9 +74,6 @@ def test_too_few_held_out_prompts_are_said_before_anything_is_spent(tmp_path: Pa
         with pytest.raises(PreflowError, match=said):
             check_choice(config)
         check_choice(config.model_copy(update={"evaluation": EvaluationConfig()}))
-
-
-# ---- from verdicts to the adapter that is promoted
 
 
 def trained(root: Path, checkpoints: int = 3) -> AdapterRef:

@@ -12,28 +12,14 @@ import pytest
 
 from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig
 from tasks.errors import PreflowError
+from tasks.evaluate import win_rate as proof
 from tasks.evaluate.comparisons import Comparison, join_samples, outcome_of, read_comparison, win_rate
-from tasks.evaluate.win_rate import (
-    BASELINE,
-    CANDIDATE,
-    NULL,
-    NULL_CONFIDENCE,
-    draw_settings,
-    judge_adapter,
-    pair_samples,
-)
+from tasks.evaluate.win_rate import NULL_CONFIDENCE, draw_settings, judge_adapter, pair_samples
 from tasks.judge.quality.metrics import wilson_interval
 from tasks.store.measures import Evaluation
 from tasks.store.workspace import AdapterRef, CompletionsRef, Workspace
-from tests.fakes.comparisons import (
-    LENGTH_JUDGES,
-    Taste,
-    better_wins,
-    compared,
-    draw_groups,
-    draw_opinions,
-    draw_texts,
-)
+from tests.fakes import comparisons as fakes
+from tests.fakes.comparisons import compared, draw_groups, draw_opinions, draw_texts
 
 Row = dict[str, Any]
 
@@ -49,9 +35,6 @@ def votes(*best: int | None, judge: str = "j") -> list[Row]:
 
 def comparison(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
     return {"completions": list(texts), "votes": votes(*best)}
-
-
-# ---- one comparison
 
 
 @pytest.mark.parametrize(
@@ -74,9 +57,9 @@ def comparison(*best: int | None, texts: tuple[str, str] = ("a", "b")) -> Row:
 )
 def test_a_comparison_is_worth(row: Row, outcome: float | None) -> None:
     assert outcome_of(row) == outcome
-
-
-# ---- the interval
+    plain = {**row, "prompt_id": "p"}
+    assert read_comparison({**plain, "group": ""}).cluster == read_comparison(plain).cluster == "p"
+    assert read_comparison({**plain, "group": "p"}).cluster != "p"
 
 
 def test_one_sample_a_prompt_gives_wilson_s_interval() -> None:
@@ -100,13 +83,8 @@ def test_equal_samples_of_a_prompt_count_as_one_and_independent_ones_each() -> N
 
 @pytest.mark.parametrize(
     ("groups", "prompts", "icc", "rate", "ties"),
-    [
-        (120, 1, 0.0, 0.5, 0.0),
-        (120, 1, 0.0, 0.55, 0.0),
-        (120, 1, 0.0, 0.6, 0.4),
-        # With prompts as clusters the interval held in 72 % only.
-        (10, 20, 0.05, 0.5, 0.0),
-    ],
+    # With prompts as clusters the interval of the last held in 72 % only.
+    [(120, 1, 0.0, 0.5, 0.0), (120, 1, 0.0, 0.55, 0.0), (120, 1, 0.0, 0.6, 0.4), (10, 20, 0.05, 0.5, 0.0)],
 )
 def test_the_interval_holds_the_truth_as_often_as_it_says(
     groups: int, prompts: int, icc: float, rate: float, ties: float
@@ -132,14 +110,11 @@ def test_bounds_stay_within_0_and_1_and_nothing_is_an_error() -> None:
         win_rate(compared({}), 0.95)
 
 
-# ---- draws and pairing
-
-
 def test_the_three_draws_differ_and_only_the_candidate_is_loaded(tmp_path: Path) -> None:
     evaluation = EvaluationConfig(generation=GenerationConfig(adapter="/sft", model="sft", num_completions=3))
     adapter = AdapterRef(uri=f"{tmp_path}/adapters/x", sha256="f" * 64, size=1, rows=1)
-    sft, again = (draw_settings(evaluation, draw, str(tmp_path)) for draw in (BASELINE, NULL))
-    new = draw_settings(evaluation, CANDIDATE, str(tmp_path), adapter)
+    sft, again = (draw_settings(evaluation, draw, str(tmp_path)) for draw in (proof.BASELINE, proof.NULL))
+    new = draw_settings(evaluation, proof.CANDIDATE, str(tmp_path), adapter)
     assert len({draw.seed for draw in (sft, new, again)}) == 3
     assert {draw.num_completions for draw in (sft, new, again)} == {4}
     assert (sft.model, sft.adapter, sft.serve_from) == ("sft", "/sft", None)
@@ -190,18 +165,9 @@ def test_joining_holds_only_rows_that_wait_for_their_partner() -> None:
         assert len(read) <= number + 2
 
 
-# ---- groups, length, other judges
-
-
-def test_an_empty_group_is_no_group() -> None:
-    row = {"prompt_id": "p", "completions": ["a", "b"], "votes": []}
-    assert read_comparison({**row, "group": ""}).cluster == read_comparison(row).cluster == "p"
-    assert read_comparison({**row, "group": "p"}).cluster != "p"
-
-
-@pytest.mark.parametrize("taste", LENGTH_JUDGES)
+@pytest.mark.parametrize("taste", fakes.LENGTH_JUDGES)
 @pytest.mark.parametrize("longer", [0.3, 0.8])
-def test_a_judge_that_likes_length_only_promotes_nothing(taste: Taste, longer: float) -> None:
+def test_a_judge_that_likes_length_only_promotes_nothing(taste: fakes.Taste, longer: float) -> None:
     rng = np.random.default_rng(1)
     runs = [measured(draw_texts(rng, taste, longer)) for _ in range(8)]
     rates = [run.length_controlled.win_rate for run in runs if run.length_controlled]
@@ -213,11 +179,11 @@ def test_a_judge_that_likes_length_only_promotes_nothing(taste: Taste, longer: f
 
 
 def test_an_honest_win_stays_one_without_length_unless_every_sample_is_longer() -> None:
-    found = measured(draw_texts(np.random.default_rng(2), better_wins, longer=0.2, merit=0.3))
+    found = measured(draw_texts(np.random.default_rng(2), fakes.better_wins, longer=0.2, merit=0.3))
     assert found.length_controlled is not None
     assert found.length_controlled.win_rate == pytest.approx(found.win_rate, abs=0.02)
     assert found.refusal(0.5) is None
-    longer = measured(draw_texts(np.random.default_rng(4), better_wins, longer=3.0, merit=0.3))
+    longer = measured(draw_texts(np.random.default_rng(4), fakes.better_wins, longer=3.0, merit=0.3))
     assert longer.lower > 0.5
     assert "length taken out" in (longer.refusal(0.5) or ""), "nothing tells length from merit"
 

@@ -422,6 +422,7 @@ def secrets_in(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
+@pytest.mark.slow  # runs the script, which asks kubectl again and again
 def test_the_script_makes_every_secret_that_is_referred_to(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "planted-judge-key")
     monkeypatch.setenv("HF_TOKEN", "planted-token")
@@ -437,6 +438,7 @@ def test_the_script_makes_every_secret_that_is_referred_to(kubectl: Path, monkey
     assert "planted" not in spoken, "a key is shown, or stands in a command line"
 
 
+@pytest.mark.slow  # runs the script, which asks kubectl again and again
 def test_a_second_run_keeps_what_is_there_and_adds_only_what_was_missing(
     kubectl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +453,7 @@ def test_a_second_run_keeps_what_is_there_and_adds_only_what_was_missing(
     assert secrets_in(kubectl)["preflow-flow"] == {"OPENAI_API_KEY": "given-later"}
 
 
+@pytest.mark.slow  # runs the script, which asks kubectl again and again
 def test_a_password_that_cannot_be_read_is_not_replaced(kubectl: Path) -> None:
     assert run_secrets().returncode == 0
     before = secrets_in(kubectl)
@@ -511,6 +514,7 @@ esac
 """
 
 
+@pytest.mark.slow  # runs the script, which asks kubectl again and again
 def test_secret_manager_keeps_the_values_and_the_cluster_gets_a_copy(
     kubectl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,8 @@
 """The command as a person types it: help that fits a screen, errors in one line, exit codes."""
 
+import errno
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,8 @@ from preflow import cli
 from preflow.cli import COMMANDS, Exit, main
 from tasks.errors import PreflowError
 
-WIDTH, HEIGHT = 80, 40
+WIDTH, HEIGHT = 80, 24
+KEY = "sk-abcdefghijklmnopqrstuvwxyz123456"
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
@@ -18,7 +22,7 @@ def test_help_fits_a_screen(name: str, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     assert main([*filter(None, [name]), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert 3 < len(lines) <= HEIGHT
+    assert 3 < len(lines) <= (HEIGHT if name else 40)
     assert max(map(len, lines)) <= WIDTH
     assert "Exit codes" in "".join(lines) or name
 
@@ -29,32 +33,99 @@ def test_help_needs_neither_prefect_nor_torch() -> None:
     assert done.stdout.splitlines()[-1] == "set()"
 
 
+FILES = {
+    "ok.yaml": b"prompts: p.jsonl\n",
+    "tabs.yaml": b"prompts: p\ntraining:\n\tbeta: 0.1\n",
+    "list.yaml": b"- a\n",
+    "section.yaml": b"prompts: p\ntraining: [1]\nsweep: 5\n",
+    "unknown.yaml": b"training:\n  betta: 0.1\n  nonsense: 3\n",
+    "utf16.yaml": "prompts: p\n".encode("utf-16"),
+    "nul.yaml": b"prompts: \0\n",
+    "twice.yaml": b"beta: 1\nbeta: 2\n",
+    "date.yaml": b"prompts: 2026-13-45\n",
+    "rows.jsonl": b'{"prompt": "x"}\n',
+    "unfinished/x": b"",
+    "adapter/adapter_config.json": b"{}",
+    "p.jsonl": b'{"prompt": [{"role": "user", "content": "x"}]}\n',
+    "runs/k/result.json": b"{",
+    "runs/k/config.json": b"{}",
+}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("typed", "said"),
     [
-        (["run"], "config.yaml: no such file"), (["nonsense"], "nonsense"), (["run", "--nonsense"], "--nonsense"),
-        (["params", "--set", "beta"], "no such file"),
+        ("run", "config.yaml: no such file; `preflow init config.yaml` writes one"),
+        ("nonsense", "nonsense"),
+        ("run --nonsense", "--nonsense"),
+        ("params tabs.yaml", "tabs.yaml:3: not YAML: found character that cannot start any token; indent with spaces"),
+        ("params list.yaml", "list.yaml: must hold settings such as"),
+        ("params section.yaml", "section.yaml:2: training: must be a section, with settings in it"),
+        ("params section.yaml", "section.yaml:3: sweep: must be a section, with settings in it"),
+        ("params unknown.yaml", "unknown.yaml:2: there is no setting training.betta; did you mean training.beta?"),
+        ("params unknown.yaml", "unknown.yaml:3: there is no setting training.nonsense; `preflow schema` has all"),
+        ("params unfinished", "unfinished: is a folder; name the config.yaml in it"),
+        ("params utf16.yaml", "utf16.yaml: not text in UTF-8: save it in that encoding"),
+        ("params nul.yaml", "nul.yaml:1: not YAML: "),
+        ("params twice.yaml", "twice.yaml:2: not YAML: found duplicate key"),
+        ("params date.yaml", "date.yaml:1: not YAML: month must be in 1..12"),
+        ("params ok.yaml --set training.beta", "--set training.beta: write it as training.beta=0.05"),
+        ("params ok.yaml --set training..beta=3", "--set training..beta=3: write it as training.beta=0.05"),
+        ("params ok.yaml --set training.bta=3", "--set: there is no setting training.bta; did you mean training.beta?"),
+        ("params ok.yaml --set training=3", "--set: training: must be a section"),
+        ("params ok.yaml --set prompts.x=3", "--set prompts.x: prompts is no section: it has no settings in it"),
+        ("convert unfinished", "unfinished: "),
+        ("convert rows.jsonl --show -1", "--show"),
+        ("init ok.yaml/config.yaml", "ok.yaml/config.yaml: cannot be written: "),
+        ("init ok.yaml", "ok.yaml is there already: give another name, or --force"),
+        ("evidence unfinished", "unfinished: holds no finished run; name its folder"),
+        ("report runs/k", "result.json: damaged"),
+        ("verify unfinished", "unfinished: cannot be read: Is a directory; `preflow evidence` writes it"),
+        ("promote ok.yaml --set training.sft_adapter=adapter", "adapter: holds no .safetensors weights"),
+        ("chat --endpoint localhost", "--endpoint: must be an address such as http://host:8000/v1"),
+        (f"chat --api-key {KEY}", "--api-key: must name a secret"),
+        ("chat --api-key env:UNSET_X", "--api-key names env:UNSET_X, but it is not set or empty"),
+        ("up --folder x", "UI_PORT=nan: a port is a number from 1 to 65535"),
+        ("label ok.yaml --port 70000", "--port"),
+        ("drill --preemptions 0", "--preemptions 0 do not fit --steps 40: take more steps"),
+        ("drill --set beta", "--set beta: write it as beta=0.05"),
+        ("drill --deployment nope", "there is no Prefect server: `preflow up`, or export PREFECT_API_URL="),
+        ("drill --pairs nope.jsonl --workspace w", "pairs nope.jsonl: no such file; give the train.jsonl of"),
     ],
 )  # fmt: skip
-def test_what_a_person_can_fix_is_said_without_a_traceback(
-    tmp_path: Path, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_a_person_can_fix_is_one_message_with_a_remedy(
+    tmp_path: Path, typed: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == Exit.WRONG
-    shown = "".join(capsys.readouterr())
+    monkeypatch.setenv("UI_PORT", "nan")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    code, shown = main(typed.split()), "".join(capsys.readouterr())
+    assert code == Exit.WRONG, shown
     assert said in shown
     assert "Traceback" not in shown
+    assert KEY not in shown
+    assert len(shown.splitlines()) <= 5
 
 
-def test_ctrl_c_says_what_to_do(tmp_path: Path) -> None:
+def test_a_port_in_use_is_said_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("UI_PORT", str(taken.getsockname()[1]))
+        assert main(["up", "--folder", str(tmp_path)]) == Exit.WRONG
+    assert "is taken by another program: end that, or choose another port with UI_PORT" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle of a sub-command: cyclopts would leave without a word."""
-    code = "import preflow.commands.schema as s, signal, os\n"
-    code += "def schema(): os.kill(os.getpid(), signal.SIGINT)\n"
-    code += "s.schema = schema; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from preflow.cli import main; raise SystemExit(main(['schema']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == Exit.INTERRUPTED
-    assert done.stderr.splitlines() == ["stopped; run it again, and it continues where it was"]
+    monkeypatch.setattr("preflow.commands.files.json.dumps", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert main(["schema"]) == Exit.INTERRUPTED
+    assert capsys.readouterr().err == "stopped; run it again, and it continues where it was\n"
 
 
 @pytest.mark.parametrize(
@@ -62,19 +133,24 @@ def test_ctrl_c_says_what_to_do(tmp_path: Path) -> None:
     [
         (PreflowError("prompts.jsonl:3: not JSON"), Exit.WRONG, "prompts.jsonl:3: not JSON"),
         (ZeroDivisionError("x"), Exit.DEFECT, "a defect of preflow: ZeroDivisionError: x. The traceback is in"),
+        (OSError(errno.ENOSPC, "No space left on device", "/w/x"), Exit.WRONG, "/w/x: No space left on device: make"),
+        (PermissionError(errno.EACCES, "Permission denied", "/w/x"), Exit.WRONG, "/w/x: Permission denied: give"),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("has_room", [True, False])
 def test_errors_are_one_line_and_have_their_code(
-    error: BaseException, code: Exit, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    error: BaseException, code: Exit, said: str, has_room: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def app(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path if has_room else tmp_path / "none"))
     monkeypatch.setattr(cli, "make_app", lambda: app)
     assert main([]) == code
     shown = capsys.readouterr().err
-    assert said in shown
+    assert said.removesuffix(" The traceback is in") in shown
     assert len(shown.splitlines()) == 1
-    assert (tmp_path / "preflow-error.log").exists() == (code is Exit.DEFECT)
+    if code is Exit.DEFECT:
+        assert ("The traceback is in" if has_room else "set TMPDIR to a folder with room") in shown
+    assert (tmp_path / "preflow-error.log").exists() == (code is Exit.DEFECT and has_room)

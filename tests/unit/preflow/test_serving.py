@@ -7,8 +7,9 @@ from prefect.utilities.schema_tools.validation import validate
 
 from flows.demo import BETAS
 from preflow.serving import FLOWS, LEFT_ALONE, deployments
-from tasks.demo.local import Places, demo_config
+from tasks.demo.local import demo_config
 from tasks.demo.materials import Materials
+from tasks.demo.up import Places
 from tests.fakes.process import ROOT
 
 NOT_SERVED = {"publish_adapter", "audit_preferences"}

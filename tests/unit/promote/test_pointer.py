@@ -9,16 +9,15 @@ import pytest
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
+from tasks.promote import pointer as served
 from tasks.promote.pointer import (
     PromotionRefused,
     check_gate,
-    choose_rollback,
     find_promotion,
     find_rollback,
     install_adapter,
     move_pointer,
     read_pointer,
-    roll_back_pointer,
 )
 from tasks.promote.vllm import ProbeFailed, check_probe, read_probe
 from tasks.store.measures import Probe, ProbeText
@@ -61,19 +60,15 @@ def test_a_win_by_length_alone_and_a_null_test_that_fails_are_refused(tmp_path: 
 
 
 def test_the_gate_reads_what_was_found_not_what_the_reference_says(tmp_path: Path) -> None:
-    new = adapter(tmp_path, "new")
+    new, other = adapter(tmp_path, "new"), adapter(tmp_path, "other")
+    with pytest.raises(PromotionRefused, match=other.sha256[:12]):
+        check_gate(new, evaluation(other, lower=0.9), bar=0.5)
     claimed = evaluation(new, lower=0.4).model_copy(update={"lower": 0.9})
     with pytest.raises(PromotionRefused, match=r"40\.0-70\.0 %"):
         check_gate(new, claimed, bar=0.5)
     Path(claimed.uri).unlink()
     with pytest.raises(PromotionRefused, match=r"win_rate\.json: not there.*run evaluate-adapter again"):
         check_gate(new, claimed, bar=0.5)
-
-
-def test_another_adapters_evaluation_does_not_count(tmp_path: Path) -> None:
-    new, other = adapter(tmp_path, "new"), adapter(tmp_path, "other")
-    with pytest.raises(PromotionRefused, match=other.sha256[:12]):
-        check_gate(new, evaluation(other, lower=0.9), bar=0.5)
 
 
 def test_the_pointer_moves_and_remembers(tmp_path: Path) -> None:
@@ -122,8 +117,8 @@ def promoted(folder: Path, *contents: str) -> list[AdapterRef]:
 
 def roll_back(folder: Path, to: str | None = None) -> str:
     workspace = str(folder / "workspace")
-    entry = choose_rollback(workspace, "mine", to)
-    return roll_back_pointer(entry, workspace, "mine").adapter_sha256
+    entry = served.choose_rollback(workspace, "mine", to)
+    return served.roll_back_pointer(entry, workspace, "mine").adapter_sha256
 
 
 def test_rollbacks_go_further_and_further_back(tmp_path: Path) -> None:
@@ -184,7 +179,7 @@ def test_a_rollback_to_what_is_not_there_says_what_is(tmp_path: Path) -> None:
         roll_back(tmp_path)
 
 
-def test_the_probe_lies_beside_the_installed_adapter(tmp_path: Path) -> None:
+def test_the_probe_lies_next_to_the_installed_adapter(tmp_path: Path) -> None:
     new = adapter(tmp_path, "new")
     uri = install_adapter(new, str(tmp_path / "workspace"), "mine")
     assert read_probe(uri) is None
@@ -210,24 +205,13 @@ def shifted(values: list[float], *by: float) -> list[float]:
     return [value + shift for value, shift in zip(values, by, strict=True)]
 
 
-def test_the_adapter_itself_passes_its_probe() -> None:
+def test_the_adapter_itself_passes_its_probe_whatever_the_precision_of_the_base() -> None:
+    """Four bits move base and adapter alike; only what the adapter adds is compared."""
     assert check_probe(probe(), [TRAINED], [BASE]) == 0
     assert check_probe(probe(), [shifted(TRAINED, 0.01, -0.02, 0.01)], [BASE]) == pytest.approx(0.0133, abs=1e-3)
-
-
-def test_a_base_in_other_precision_is_taken_out_of_the_comparison() -> None:
-    """Four bits move base and adapter alike; only what the adapter adds is compared."""
     noise = (0.4, -0.5, 0.3)
     found = check_probe(probe("nf4"), [shifted(TRAINED, *noise)], [shifted(BASE, *noise)])
     assert found == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize("served", [SFT, BASE])
-def test_another_adapter_and_the_bare_base_fail(served: list[float]) -> None:
-    with pytest.raises(ProbeFailed, match=r"differ by more than 0\.1 nats"):
-        check_probe(probe(), [served], [BASE])
-    with pytest.raises(ProbeFailed, match="nearer to those of the sft"):
-        check_probe(probe("nf4"), [SFT], [BASE])
 
 
 def test_an_adapter_that_hardly_moved_passes_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -238,9 +222,17 @@ def test_an_adapter_that_hardly_moved_passes_with_a_warning(caplog: pytest.LogCa
     assert "cannot tell them apart" in caplog.text
 
 
-def test_what_is_far_from_all_fails_too() -> None:
-    with pytest.raises(ProbeFailed, match=r"more than 0\.1 nats"):
-        check_probe(probe(), [shifted(TRAINED, 0.3, 0.3, -0.3)], [BASE])
-    with pytest.raises(ProbeFailed, match="no numbers"):
-        check_probe(probe(), [[math.nan, -2.2, -1.6]], [BASE])
+@pytest.mark.parametrize(
+    ("precision", "answered", "said"),
+    [
+        ("float32", SFT, r"differ by more than 0\.1 nats"),
+        ("float32", BASE, r"differ by more than 0\.1 nats"),
+        ("nf4", SFT, "nearer to those of the sft"),
+        ("float32", shifted(TRAINED, 0.3, 0.3, -0.3), r"more than 0\.1 nats"),
+        ("float32", [math.nan, -2.2, -1.6], "no numbers"),
+    ],
+)
+def test_what_is_another_adapter_or_none_fails(precision: str, answered: list[float], said: str) -> None:
+    with pytest.raises(ProbeFailed, match=said):
+        check_probe(probe(precision), [answered], [BASE])
     assert check_probe(probe("nf4"), [shifted(TRAINED, 0.2, 0.2, -0.2)], [BASE]) == pytest.approx(0.2)

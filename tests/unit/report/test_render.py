@@ -84,6 +84,9 @@ def test_html_needs_nothing_from_outside_and_pictures_arrive_whole() -> None:
     assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     assert [attrs.get("class") for tag, attrs in page.tags if tag == "td"] == ["short", "figure"] * 2
     assert "without rows" not in "".join(page.texts)
+    long = render_html("run", [section_of("x" * 10_000)])
+    assert "… (4,000 characters more)" in long
+    assert "x" * 6001 not in long
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -121,12 +124,6 @@ def test_control_characters_and_lone_surrogates_do_not_get_out() -> None:
         assert "end" in out
 
 
-def test_long_texts_are_cut_and_say_so() -> None:
-    page = render_html("run", [section_of("x" * 10_000)])
-    assert "… (4,000 characters more)" in page
-    assert "x" * 6001 not in page
-
-
 def test_text_table_lines_up() -> None:
     long = "a very " + "long " * 20
     body: list[list[Any]] = [["judge", 1021, True], ["train", 58, False], [long, None, None]]
@@ -138,6 +135,10 @@ def test_text_table_lines_up() -> None:
     assert render_text_table([]) == ""
 
 
-def test_tables_with_ragged_rows_are_refused() -> None:
+def test_large_figures_are_short_and_tables_with_ragged_rows_are_refused() -> None:
+    tokens = Table("t", ("a", "b", "c"), ((9_999_999, 12_345_678, 1_000_000_000),))
+    assert "| ---: | ---: | ---: |\n| 9,999,999 | 12.3 M | 1.0 G |" in render_markdown(
+        ReportSection("t", "", tables=(tokens,))
+    )
     with pytest.raises(ValueError, match="2 cells in a row under 1 columns"):
         Table("t", ("a",), ((1, 2),))

@@ -7,6 +7,7 @@ import pytest
 from tasks.batch.costs import StageCost
 from tasks.config import PipelineConfig
 from tasks.judge.quality.metrics import measure_judgements
+from tasks.report import sections
 from tasks.report.overview import (
     glance_section,
     inputs_section,
@@ -19,16 +20,7 @@ from tasks.report.page import Example, ReportSection, Side
 from tasks.report.plots import plot_metrics
 from tasks.report.render import render_markdown
 from tasks.report.run import changed_settings
-from tasks.report.sections import (
-    cost_section,
-    evaluation_section,
-    lineage_section,
-    pairs_section,
-    quality_section,
-    sample_lengths,
-    sample_rows,
-    training_section,
-)
+from tasks.report.sections import evaluation_section, quality_section, sample_lengths, sample_rows, training_section
 from tasks.store.measures import Evaluation, Health, Metric, QualityReport
 from tasks.store.workspace import AdapterRef, Artifact, CompletionsRef, Cost, Manifest, Origin, PromptsRef, VerdictsRef
 
@@ -45,9 +37,6 @@ FACTS: dict[str, Any] = {"size": 1, "rows": 10}
 
 def evaluated(**changes: Any) -> Evaluation:
     return Evaluation.model_validate({**RATE, **changes})
-
-
-# ---- the first page
 
 
 def labelled(lower: float) -> dict[str, Any]:
@@ -170,12 +159,9 @@ def test_what_went_in_names_files_counts_and_digests() -> None:
     page = inputs_section(manifests, {"training.beta": 0.2, "judging.seed": None})
     assert page.tables[0].rows == (("pairs", "scenes.jsonl", 12, 2, 0, 10, "a" * 12),)
     assert page.tables[1].rows == (
-        ("judge", "j1", None),
-        ("judge", "j2", None),
-        ("rubric", "seinfeld", None),
-        ("base model", "llama", "c" * 12),
+        ("judge", "j1", None), ("judge", "j2", None), ("rubric", "seinfeld", None), ("base model", "llama", "c" * 12),
         ("SFT adapter", "sft", "b" * 12),
-    )
+    )  # fmt: skip
     assert page.tables[2].rows == (("training.beta", "0.2"), ("judging.seed", "empty"))
 
 
@@ -184,9 +170,6 @@ def test_changed_settings_leave_out_what_was_only_written_out_and_what_is_of_thi
     assert changed_settings(config) == {"judging.model": "strong", "training.beta": 0.2}
     judge = {"endpoint": "http://127.0.0.1:9/v1", "prompt_price": 3.0, "max_concurrency": 2, "temperature": 0.5}
     assert changed_settings(PipelineConfig.model_validate({"judging": judge})) == {"judging.temperature": 0.5}
-
-
-# ---- the stages
 
 
 def test_quality_section_says_what_is_wrong_and_what_to_do() -> None:
@@ -216,39 +199,31 @@ def test_quality_section_says_what_is_wrong_and_what_to_do() -> None:
 
 
 def test_pairs_are_shown_side_by_side() -> None:
+    said = {"chosen": [{"content": "good"}], "rejected": [{"content": "bad"}]}
     pairs = [
-        {
-            "prompt": [{"role": "system", "content": "write"}, {"role": "user", "content": f"scene {k}"}],
-            "chosen": [{"role": "assistant", "content": f"good {k}"}],
-            "rejected": [{"role": "assistant", "content": f"bad {k}"}],
-            "confidence": 4.5 if k else None,
-        }
+        {"prompt": [{"role": "system", "content": "write"}, {"role": "user", "content": f"scene {k}"}], **said,
+         "confidence": 4.5 if k else None}
         for k in range(25)
-    ]
-    section = pairs_section(pairs)
+    ]  # fmt: skip
+    section = sections.pairs_section(pairs)
     assert len(section.examples) == 20
     assert section.examples[0].title == "1. scene 0"
-    sides = Side("chosen", "good 1"), Side("rejected", "bad 1")
-    assert section.examples[1] == Example(
-        "2. confidence 4.5: scene 1", "(system)\nwrite\n\n(user)\nscene 1", sides
-    )  # fmt: skip
+    sides = Side("chosen", "good"), Side("rejected", "bad")
+    prompt = "(system)\nwrite\n\n(user)\nscene 1"
+    assert section.examples[1] == Example("2. confidence 4.5: scene 1", prompt, sides)
 
 
 def test_training_section_shows_readings_their_advice_and_the_course() -> None:
-    accuracy = {"value": 0.612, "healthy": "> 0.55", "ok": True, "meaning": "learning"}
     chosen = {"value": -0.2, "healthy": ">= -0.1", "ok": False, "meaning": "unlearns"}
-    readings = (
-        Metric(name="rewards/accuracies", title="rewards/accuracies", **accuracy),
-        Metric(name="rewards/chosen", title="rewards/chosen", **chosen),
-    )
-    health = Health(source="step 58", readings=readings, warnings=("first",), advice=("then",))
+    reading = Metric(name="rewards/chosen", title="rewards/chosen", **chosen)
+    health = Health(source="step 58", readings=(reading,), warnings=("first",), advice=("then",))
     metrics = [{"step": 1, "loss": 0.7}, {"step": 2, "eval_loss": 0.6}, {"step": 3, "loss": 0.5}]
     counts = {"train_pairs": 9, "train_used": 8, "train_refused": 1, "train_cut_sides": 2, "train_longest": 99}
     section = training_section(health, metrics, {**counts, "train_exact": 12})
     assert section.summary == "Needs attention: readings from step 58."
     assert section.advice == ("first", "then")
     readings_table, course, used = (table.rows for table in section.tables)
-    assert readings_table[1] == ("rewards/chosen", False, "-0.2", ">= -0.1", "unlearns")
+    assert readings_table[0] == ("rewards/chosen", False, "-0.2", ">= -0.1", "unlearns")
     assert course == (("Training loss", 0.7, 0.5, 0.5, 0.7), ("Held-out loss", 0.6, 0.6, 0.6, 0.6))
     assert used == (("to train", 9, 8, 1, 2, 99, "0.750", 0),)
     assert [(picture.caption, picture.png) for picture in section.pictures] == [
@@ -292,22 +267,20 @@ def test_comparisons_are_before_and_after() -> None:
         ("undecided: scene", False, False),
         ("undecided: scene", False, False),
     ]
-    assert [(side.label, side.text) for side in section.examples[0].sides] == [
-        ("before (SFT)", "old"),
-        ("after (DPO)", "new one"),
-    ]
+    before, after = section.examples[0].sides
+    assert (before.label, before.text, after.label, after.text) == ("before (SFT)", "old", "after (DPO)", "new one")
     assert section.tables[1].rows == (("before (SFT)", 0.8, 1), ("after (DPO)", 2.0, 0))
     assert sample_lengths([]).rows == ()
 
 
 def test_cost_section_sums_up_and_claims_no_money_without_prices() -> None:
     costs = [StageCost(stage=name, used=Cost(requests=10, usd=0.5)) for name in ("judge", "total")]
-    section = cost_section(costs, is_priced=True)
+    section = sections.cost_section(costs, is_priced=True)
     assert section.summary == "Making everything in this run cost 0.50 US$, whichever run made it."
     assert [row[0] for row in section.tables[0].rows] == ["judge", "total"]
     free = [StageCost(stage="total", used=Cost(requests=10))]
-    assert "not known" in cost_section(free, is_priced=False).summary
-    assert "cost 0.00 US$" in cost_section(free, is_priced=True).summary
+    assert "not known" in sections.cost_section(free, is_priced=False).summary
+    assert "cost 0.00 US$" in sections.cost_section(free, is_priced=True).summary
 
 
 def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
@@ -319,7 +292,7 @@ def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
         made("generation", completions, prompts, packages={"openai": "3.54.0"}, config={"seed": 42}),
         made("judging", verdicts, completions, packages={"openai": "3.55.0"}),
     ]
-    section = lineage_section(manifests, "/w")
+    section = sections.lineage_section(manifests, "/w")
     assert section.tables[0].rows[1] == (
         "generation", 10, "b" * 8, f"prompts {'a' * 8}", "eeeeeeee…/completions.jsonl",
     )  # fmt: skip

@@ -1,12 +1,18 @@
-"""`preflow chat`."""
+"""What is served: `preflow promote`, `rollback`, `chat`."""
 
+import asyncio
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
+from pydantic import ValidationError
 
+from preflow.options import CONFIG, File, Made
+from preflow.settings import PLAINER, load_settings
 from tasks.config import EndpointConfig
+from tasks.errors import PreflowError
 
 # `vllm chat` alone: the whole command would look its version up as "vllm", which the CPU build does not have.
 START = """
@@ -17,6 +23,54 @@ ChatCommand.add_cli_args(parser)
 ChatCommand.cmd(parser.parse_args())
 """
 GREETING = "{model} at {endpoint}; Ctrl-D ends it. The demo's adapters only write scenes: try [BARNABY] Aye, crew."
+
+
+def promote(
+    file: File = CONFIG, /, *, changes: Made = (), adapter: str | None = None, evaluation: str | None = None
+) -> None:
+    """Serve the adapter of a finished run under its name, if it won; what was served before stays in the history.
+
+    Parameters
+    ----------
+    adapter
+        Another adapter: its folder in the workspace.
+    evaluation
+        Its evaluation: the folder in the workspace.
+    """
+    from flows.promote import promote_adapter
+    from preflow.terminal import shown
+    from tasks.run.preflight import find_result
+
+    settings = load_settings(file, changes)
+    config, made = settings.config, (adapter, evaluation)
+    if adapter is None or evaluation is None:
+        result = find_result(config)
+        if result is None:
+            raise PreflowError(f"no run with these settings has finished: preflow run {file}; or name both folders")
+        made = (result.adapter.model_dump_json(), result.evaluation.model_dump_json())
+    with shown(settings.folder, "promote"):
+        flow: Any = promote_adapter  # it takes references, and text that names them
+        promoted = asyncio.run(flow(*made, config.workspace, config.promotion))
+    print(f"{promoted.name} is adapter {promoted.adapter_sha256[:12]}")
+
+
+def rollback(file: File = CONFIG, /, *, to: str | None = None) -> None:
+    """Serve the adapter before the present one again, or the one of the history that is named.
+
+    Parameters
+    ----------
+    file
+        The configuration; its `promotion` says what is served, and where.
+    to
+        The first characters, at least 6, of the digest of the adapter to go back to.
+    """
+    from flows.rollback import rollback_adapter
+    from preflow.terminal import shown
+
+    settings = load_settings(file)
+    with shown(settings.folder, "rollback"):
+        served = asyncio.run(rollback_adapter(settings.config.workspace, settings.config.promotion, to))
+    print(f"{served.name} is adapter {served.adapter_sha256[:12]} again")
 
 
 def chat(
@@ -36,15 +90,16 @@ def chat(
     api_key
         Where the key is: env:NAME or the name of a Prefect Secret block.
     """
-    import asyncio
-    import sys
-
     from tasks.demo.local import VLLM_PYTHON
-    from tasks.errors import PreflowError
     from tasks.llm.secrets import resolve_secret
 
     address = endpoint or f"http://127.0.0.1:{os.environ.get('VLLM_PORT', '8000')}/v1"
-    config = EndpointConfig(endpoint=address, model=model or "any", api_key=api_key)
+    try:
+        config = EndpointConfig(endpoint=address, model=model or "any", api_key=api_key)
+    except ValidationError as error:
+        ((name, *_), said) = error.errors()[0]["loc"], error.errors()[0]["msg"].removeprefix("Value error, ")
+        # The error's own text may hold a key.
+        raise PreflowError(f"--{str(name).replace('_', '-')}: {PLAINER.get(str(name), said)}") from None
     key = asyncio.run(resolve_secret(api_key, "--api-key"))
     chosen = asyncio.run(choose(config, model, key))
     python = VLLM_PYTHON if VLLM_PYTHON.exists() else Path(sys.executable)
@@ -64,7 +119,6 @@ async def choose(config: EndpointConfig, named: str | None, key: str | None) -> 
     Raises:
         PreflowError: the endpoint does not answer, or does not serve that model.
     """
-    from tasks.errors import PreflowError
     from tasks.llm.client import Endpoint
     from tasks.llm.responses import RequestRefused, Transient
 
