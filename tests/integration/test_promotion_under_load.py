@@ -384,3 +384,20 @@ async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_put_right(
         await stage.promote("b")
         assert stage.current() == "b"
         assert await stage.both(http, 0) == [stage.wanted["b", 0]] * 2
+
+
+async def test_without_the_plugin_the_prefix_cache_has_nothing_of_the_adapter_before(stage: Stage) -> None:
+    """A vLLM of the user's own: exchanged while nobody asks; prompts longer than a block were asked just before."""
+    stage.vllm.stop()
+    kept, stage.vllm.environment = stage.vllm.environment, {**stage.vllm.environment, "PYTHONPATH": ""}
+    stage.vllm.start()
+    try:
+        stage.vllm.wait_ready()
+        async with connected() as http:
+            for name in "abab":
+                await stage.promote(name)
+                for _ in range(2):  # the second time from the cache
+                    found = await asyncio.gather(*(stage.answer(http, NAME, n) for n in range(CLIENTS // 2)))
+                    assert found == [stage.wanted[name, n] for n in range(CLIENTS // 2)]
+    finally:
+        stage.vllm.environment = kept
