@@ -13,14 +13,18 @@ from uuid import UUID
 from prefect import Task, task
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.results import get_result_store
+from prefect.states import Cancelled
 from prefect.tasks import exponential_backoff
 from prefect.utilities.annotations import opaque
 
+from tasks.batch import leaving
 from tasks.batch.caching import cached, open_results
 from tasks.batch.costs import CostLog, format_seconds, format_usd
 from tasks.batch.rows import Outcome, ShardRef, Slice
 from tasks.batch.shards import ShardWorker, Tally, TooManyFailures
 from tasks.errors import PreflowError
+from tasks.llm.batches import BatchPending
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import price, shorten
 
@@ -52,8 +56,12 @@ def shard_task(verb: str) -> Task[..., Any]:
         retry_jitter_factor=0.5,
         retry_condition_fn=is_worth_retrying,
     )
-    async def make_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str, object]:
-        return (await worker.run(part)).model_dump()
+    async def make_shard(label: str, part: Slice, worker: ShardWorker) -> dict[str, object] | State[Any]:
+        try:
+            return (await worker.run(part)).model_dump()
+        except BatchPending as pending:  # the server starts the run again, which makes this shard then
+            nothing = get_result_store().create_result_record(None)  # else None is written as the shard's result
+            return Cancelled(name=leaving.STATE, message=str(pending), data=nothing)
 
     return make_shard
 
@@ -71,12 +79,17 @@ async def run_shards(
     monitor = Monitor(f"{shell.name} ({endpoint.config.model})", worker.tally, endpoint, costs)
     worker.watch = monitor.count
 
+    async def make(part: Slice, refresh: bool = False) -> ShardRef:
+        shard = cached(shell, worker.rows.shard_key(part), results, refresh)
+        made = await shard(opaque(f"{part.index + 1} of {len(slices)}"), opaque(part), opaque(worker))
+        if isinstance(made, State) and worker.tally.stopped:
+            raise worker.tally.stopped
+        return ShardRef.model_validate(made)
+
     async def run_one(part: Slice) -> ShardRef:
-        arguments = opaque(f"{part.index + 1} of {len(slices)}"), opaque(part), opaque(worker)
-        key = worker.rows.shard_key(part)
-        shard = ShardRef.model_validate(await cached(shell, key, results)(*arguments))
+        shard = await make(part)
         if shard.passing and part.index not in worker.tally.shards:  # of an earlier start: what failed is asked again
-            shard = ShardRef.model_validate(await cached(shell, key, results, refresh=True)(*arguments))
+            shard = await make(part, refresh=True)
         worker.tally.take(part, shard)
         return shard
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from pydantic import BaseModel
 
+from tasks.batch import leaving
 from tasks.batch.caching import find_finished
 from tasks.batch.costs import CostLog, say_prices, write_manifest
 from tasks.batch.progress import run_shards, try_question
@@ -15,6 +16,7 @@ from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, se
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.judge.prompt import MARKS, build_messages, distinct_completions, instructions, orders_for, read_rubric
 from tasks.judge.verdict import UnreadableVerdict, Verdict, read_verdict, verdict_format
+from tasks.llm.batches import BatchPending
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import PERMANENT, Choice, RequestRefused, price
 from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, Row, VerdictsRef, Workspace, digest, stage_key
@@ -84,12 +86,11 @@ class JudgingPlan(BaseModel, frozen=True):
 
 
 class Remaining(BaseModel, frozen=True):
-    """What is still to be asked: requests in all, those of them known, and the tokens of the others, as expected."""
+    """What is still to be asked: requests in all, those of them known, and the tokens of the other questions."""
 
     requests: int
     known: int
     prompt_tokens: int
-    completion_tokens: int
 
     @property
     def to_ask(self) -> int:
@@ -120,21 +121,14 @@ class JudgePlan(BaseModel, frozen=True):
         """Count what this judge is still to be asked, an equal question once; tokens are characters / 4."""
         keys: set[str] = set()
         characters: dict[str, int] = {}
-        answers = 0.0
         rows = self.rows()
         for row in rows.store.read_rows(self.judging.source.uri):
             units = self.judging.units_of(dict(row))
             for key in units.keys() - keys - rows.known(units):
                 characters[key] = sum(len(message["content"]) for message in self.judging.messages(units[key]))
-                answers += verdict_tokens(self.judging.judging, len(units[key].order))
             keys |= units.keys()
         tokens = round(sum(characters.values()) / CHARACTERS_PER_TOKEN)
-        return Remaining(
-            requests=len(keys),
-            known=len(keys) - len(characters),
-            prompt_tokens=tokens,
-            completion_tokens=round(answers),
-        )
+        return Remaining(requests=len(keys), known=len(keys) - len(characters), prompt_tokens=tokens)
 
 
 def plan_judging(source: Reference, workspace: str, judging: JudgingConfig) -> JudgingPlan:
@@ -234,6 +228,7 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
     Raises:
         PreflowError: before the first request: the endpoint does not answer, does not know the model or refuses the
             key; later: it is down for too long, the budget is used up, or too much failed.
+        Pause: a batch is not answered yet, and the server starts the run again.
     """
     judge, judging = plan.judge, plan.judging
     costs, store = CostLog(judging.workspace, judging.folder, judge.model), Workspace(judging.workspace)
@@ -243,16 +238,25 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
     )  # fmt: skip
     async with await Endpoint.connect(costs.left_of(judge), f"judging ({judge.model})") as endpoint:
         if judge.batch:
-            endpoint.use_batches(store, store.uri("batches", plan.settings_key))
+            folder = store.uri("batches", plan.settings_key)
+            endpoint.use_batches(store, folder, await leaving.is_started_again())
+
+        async def prepare() -> None:
+            await endpoint.check_model()
+            await endpoint.check_batches()
+
         worker = ShardWorker(
             rows=plan.rows(),
             units_of=judging.units_of,
             work=Judge(endpoint, judge, judging.rubric, judging.judging.wants_scores).judge,
             tally=Tally(judging.source.rows, judging.judging.orders, judge.max_failure_ratio),
             concurrency=endpoint.most_in_flight,
-            prepare=endpoint.check_model,
+            prepare=prepare,
         )
-        return await run_shards("judge", judging.slices, worker, endpoint, costs)
+        try:
+            return await run_shards("judge", judging.slices, worker, endpoint, costs)
+        except BatchPending as pending:
+            await leaving.leave(pending)
 
 
 # Two answers that anyone can tell apart.

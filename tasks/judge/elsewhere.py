@@ -11,7 +11,7 @@ from tasks.store.prompts import source_digest
 from tasks.store.records import CompletionsRow, PairRow, number_rows, prompt_id
 from tasks.store.workspace import CompletionsRef, Manifest, Origin, PreferencesRef, Workspace, stage_key
 
-VERSION = 2
+VERSION = 3
 logger = logging.getLogger(__name__)
 
 

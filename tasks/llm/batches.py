@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -32,26 +32,37 @@ MOST_BYTES = 150_000_000
 # No request for so long: no more are coming.
 QUIET_SECONDS = 5.0
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 5.0, 60.0
+# A process that need not wait for a batch looks for so long, and then leaves.
+PATIENCE_SECONDS = 120.0
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Awaited: TypeAlias = "asyncio.Task[dict[str, Line]]"
 
 
+class BatchPending(PreflowError):
+    """A batch is not answered yet, and nobody needs to wait for it here."""
+
+
 class Record(BaseModel, frozen=True):
-    """What was handed in as one batch; without an id, the process ended before the answer that tells it."""
+    """What was handed in as one batch, without the settings that the endpoint had `refused` by then.
+
+    Without an id, the process ended before the answer that tells it.
+    """
 
     name: str
     requests: list[str]
     batch: str | None = None
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Line:
-    """The answer to one request of a batch: what the endpoint would have sent for it alone."""
+    """The answer to one request of a batch: what the endpoint would have sent for it alone, and what was left out."""
 
     status: int
     body: Any
+    refused: tuple[str, ...] = ()
 
 
 class _Open:
@@ -59,12 +70,14 @@ class _Open:
 
     def __init__(self) -> None:
         self.bodies: dict[str, Body] = {}
+        self.refused: set[str] = set()
         self.closed = asyncio.Event()
         self._size = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, name: str, body: Body) -> None:
+    def add(self, name: str, body: Body, refused: Iterable[str]) -> None:
         self.bodies[name] = body
+        self.refused.update(refused)
         self._size += len(json.dumps(body))
         if self._timer is not None:
             self._timer.cancel()
@@ -82,33 +95,62 @@ class Batches:
         folder: where they are written down.
         wait_seconds: how long an endpoint that does not answer is waited for.
         hide: the key, which no message may show.
+        may_leave: whether to raise `BatchPending` rather than to wait for hours.
     """
 
     def __init__(
-        self, client: AsyncOpenAI, store: Workspace, folder: str, wait_seconds: float, hide: str | None
-    ) -> None:
+        self, client: AsyncOpenAI, store: Workspace, folder: str, wait_seconds: float, hide: str | None,
+        may_leave: bool = False,
+    ) -> None:  # fmt: skip
         self._client, self._store, self._folder = client, store, folder
-        self._wait_seconds, self._hide = wait_seconds, hide
+        self._wait_seconds, self._hide, self._may_leave = wait_seconds, hide, may_leave
         self._earlier: dict[str, Record] = {}
         self._lines: dict[str, Awaited] = {}
         self._open: tuple[_Open, Awaited] | None = None
         self._found: asyncio.Task[None] | None = None
 
-    async def ask(self, body: Body) -> Line | None:
-        """Return the answer to a chat request's body; None if its batch ended without one.
+    async def has(self, name: str) -> bool:
+        """Tell whether an earlier process has handed in the request `name`."""
+        await self._look_back()
+        return name in self._earlier
+
+    async def ask(self, name: str, body: Body, refused: Iterable[str]) -> Line | None:
+        """Return the answer to a chat request; None if its batch ended without one.
+
+        Args:
+            name: tells the request from others; the same in every process.
+            body: of the request, as the endpoint takes it.
+            refused: what was left out for that.
 
         Raises:
             PreflowError: the endpoint takes no batches, or this one.
+            BatchPending: it is not answered yet, and the process may leave.
         """
-        self._found = self._found or asyncio.create_task(self._find_earlier())
-        await asyncio.shield(self._found)
-        name = digest(body)
+        await self._look_back()
         if name not in self._lines:
             if record := self._earlier.get(name):
-                self._lines |= dict.fromkeys(record.requests, asyncio.create_task(self._take_up(record)))
+                self._begin_taking_up(record)
             else:
-                self._lines[name] = self._gather(name, body)
+                self._lines[name] = self._gather(name, body, refused)
         return (await asyncio.shield(self._lines[name])).pop(name, None)
+
+    async def check_pending(self) -> None:
+        """Raise `BatchPending` if the process may leave and what an earlier one handed in is not answered."""
+        if self._may_leave:
+            await self._look_back()
+            for record in self._earlier.values():
+                if record.requests[0] not in self._lines:
+                    self._begin_taking_up(record)
+            for failure in await asyncio.gather(*set(self._lines.values()), return_exceptions=True):
+                if isinstance(failure, BaseException):
+                    raise failure
+
+    async def _look_back(self) -> None:
+        self._found = self._found or asyncio.create_task(self._find_earlier())
+        await asyncio.shield(self._found)
+
+    def _begin_taking_up(self, record: Record) -> None:
+        self._lines |= dict.fromkeys(record.requests, asyncio.create_task(self._take_up(record)))
 
     async def close(self) -> None:
         """Leave the batches to the next process, which finds them."""
@@ -116,18 +158,19 @@ class Batches:
             task.cancel()
         await self._client.close()
 
-    def _gather(self, name: str, body: Body) -> Awaited:
+    def _gather(self, name: str, body: Body, refused: Iterable[str]) -> Awaited:
         if self._open is None or self._open[0].closed.is_set():
             group = _Open()
             self._open = group, asyncio.create_task(self._run(group))
         group, task = self._open
-        group.add(name, body)
+        group.add(name, body, refused)
         return task
 
     async def _run(self, group: _Open) -> dict[str, Line]:
         await group.closed.wait()
         requests = sorted(group.bodies)
-        record = Record(name=digest([requests, time.time_ns()])[:32], requests=requests)
+        name, refused = digest([requests, time.time_ns()])[:32], tuple(sorted(group.refused))
+        record = Record(name=name, requests=requests, refused=refused)
         self._write(record)
         batch = await self._create(record, group.bodies)
         group.bodies.clear()
@@ -156,8 +199,12 @@ class Batches:
         return await self._try(create)
 
     async def _collect(self, record: Record, batch: Batch) -> dict[str, Line]:
-        wait = FIRST_POLL_SECONDS
+        wait, started = FIRST_POLL_SECONDS, time.monotonic()
         while batch.status not in ENDED:
+            if self._may_leave and time.monotonic() - started > PATIENCE_SECONDS:
+                counts = batch.request_counts
+                done = counts.completed + counts.failed if counts else 0
+                raise BatchPending(f"batch {batch.id}: {done} of {len(record.requests)} questions are answered")
             await asyncio.sleep(wait)
             wait = min(LONGEST_POLL_SECONDS, wait * 1.5)
             before = batch.request_counts
@@ -173,18 +220,19 @@ class Batches:
             )
         lines: dict[str, Line] = {}
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            lines.update(await self._download(file))
+            lines.update(await self._download(file, record.refused))
         if missing := len(set(record.requests) - lines.keys()):
             logger.warning("batch %s %s: %d requests go the normal way", batch.id, batch.status, missing)
         return lines
 
-    async def _download(self, file: str) -> dict[str, Line]:
+    async def _download(self, file: str, refused: tuple[str, ...]) -> dict[str, Line]:
         content = await self._try(partial(self._client.files.content, file))
         lines = {}
         for text in content.content.splitlines():
             row = json.loads(text)
             if answer := row.get("response"):
-                lines[str(row["custom_id"])] = Line(int(answer.get("status_code") or 200), answer.get("body"))
+                status = int(answer.get("status_code") or 200)
+                lines[str(row["custom_id"])] = Line(status, answer.get("body"), refused)
         return lines
 
     async def _find_earlier(self) -> None:

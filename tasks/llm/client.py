@@ -28,7 +28,7 @@ from tasks.llm.responses import (
 )
 from tasks.llm.retries import Attempts, RetryPolicy
 from tasks.llm.vllm_admin import Administration, Template
-from tasks.store.refs import Cost
+from tasks.store.refs import Cost, digest
 from tasks.store.workspace import Workspace
 
 # Completion tokens assumed for a request without max_tokens when money or tokens are set aside for it.
@@ -100,14 +100,17 @@ class Endpoint(Administration):
         self._dialect = Dialect(config.model)
         self._batches: Batches | None = None
 
-    def use_batches(self, store: Workspace, folder: str) -> None:
-        """Send what may wait through the batch API from now on; batches are written down in `folder`."""
+    def use_batches(self, store: Workspace, folder: str, may_leave: bool = False) -> None:
+        """Send what may wait through the batch API from now on; batches are written down in `folder`.
+
+        Where the process `may_leave`, answers that take long are not waited for: `BatchPending` is raised.
+        """
         headers = {name: value for name, value in self._headers.items() if name != "Content-Type"}
         client = AsyncOpenAI(
             base_url=self.base_url, api_key=self._key or "none", default_headers=headers, max_retries=0,
             default_query=dict(parse_qsl(self._query.removeprefix("?"))),
         )  # fmt: skip
-        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self._key)
+        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self._key, may_leave)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -115,6 +118,11 @@ class Endpoint(Administration):
         if self._batches is not None:
             await self._batches.close()
         await super().__aexit__(kind, error, trace)
+
+    async def check_batches(self) -> None:
+        """Raise `BatchPending` if the process may leave and what an earlier one handed in is not answered."""
+        if self._batches is not None:
+            await self._batches.check_pending()
 
     @property
     def most_in_flight(self) -> int:
@@ -195,14 +203,18 @@ class Endpoint(Administration):
                 continue
             if doubtful:
                 self._dialect.drop("response_format")
-            self._dialect.took(body)
-            return replace(answer, refused=self._dialect.refused(request.body, body))
+            sent = {name: value for name, value in body.items() if name not in answer.refused}
+            self._dialect.took(sent)
+            left_out = {*answer.refused, *self._dialect.refused(request.body, sent)}
+            return replace(answer, refused=tuple(sorted(left_out)))
 
     async def _attempt(self, request: _Request, body: Body, attempts: Attempts) -> Answer:
         # The first answer comes the normal way: what the endpoint does not take is found out by one request.
-        if self._batches is not None and request.may_wait and self._stats.succeeded:
-            request.may_wait = False
-            return await self._attempt_in_batch(self._batches, request, body)
+        if self._batches is not None and request.may_wait:
+            name = digest(request.body)
+            if self._stats.succeeded or await self._batches.has(name):
+                request.may_wait = False
+                return await self._attempt_in_batch(self._batches, request, name, body)
         async with self._window:
             await self._budget.reserve(request.most_usd)
             cost: float | None = 0.0
@@ -221,11 +233,11 @@ class Endpoint(Administration):
                 self._budget.settle(request.most_usd, cost)
         return answer
 
-    async def _attempt_in_batch(self, batches: Batches, request: _Request, body: Body) -> Answer:
+    async def _attempt_in_batch(self, batches: Batches, request: _Request, name: str, body: Body) -> Answer:
         most, cost = request.most_usd * BATCH_PRICE, 0.0
         await self._budget.reserve(most)
         try:
-            line = await batches.ask(body)
+            line = await batches.ask(name, body, self._dialect.refused(request.body, body))
             if line is None:
                 raise Transient("the batch ended without an answer")
             content = json.dumps(line.body).encode()
@@ -233,7 +245,7 @@ class Endpoint(Administration):
                 failure = classify(line.status, {}, content, hide=self._key)
                 raise self._explain(failure) if isinstance(failure, StageStopped) else failure
             answer = self._read(content, request.prompt_bytes)
-            answer = replace(answer, usage=as_batch(answer.usage))
+            answer = replace(answer, usage=as_batch(answer.usage), refused=line.refused)
             cost = usd_of(answer.usage, self.config)
         finally:
             self._budget.settle(most, cost)

@@ -11,7 +11,15 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from tasks.config import EndpointConfig
-from tasks.llm.responses import CreditUsedUp, KeyRefused, QuotaUsedUp, StageStopped, Transient, classify
+from tasks.llm.responses import (
+    CreditUsedUp,
+    KeyRefused,
+    QuotaUsedUp,
+    RequestRefused,
+    StageStopped,
+    Transient,
+    classify,
+)
 from tasks.llm.secrets import resolve_secret
 
 
@@ -34,7 +42,9 @@ class Connection:
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._headers = {"Content-Type": "application/json", **key, **(headers or {})}
         address, mark, query = config.endpoint.partition("?")
-        self.base_url, self._query = address.rstrip("/"), mark + query
+        # Many pages show the whole address of a chat request.
+        self.base_url = address.rstrip("/").removesuffix("/chat/completions")
+        self._query = mark + query
 
     @classmethod
     async def connect(cls, config: EndpointConfig, field: str) -> Self:
@@ -68,7 +78,8 @@ class Connection:
         Every failure is raised as Transient, RequestRefused or StageStopped.
         """
         method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-        request = self._session.request(method, url + self._query, data=data)
+        # A POST that is sent on may arrive as a GET, and without its key.
+        request = self._session.request(method, url + self._query, data=data, allow_redirects=False)
         try:
             async with asyncio.timeout(seconds), request as response:
                 content = await response.read()
@@ -77,8 +88,11 @@ class Connection:
             raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
         except TimeoutError:
             raise Transient(f"no answer within {seconds:g} s", maybe_billed=True) from None
-        if response.status < 400:
+        if response.status < 300:
             return content
+        if response.status < 400:
+            text = f"{url} has moved to {response.headers.get('Location')}: set endpoint to where that is"
+            raise RequestRefused(response.status, "moved", text)
         failure = classify(response.status, response.headers, content, hide=self._key)
         raise self._explain(failure) if isinstance(failure, StageStopped) else failure
 

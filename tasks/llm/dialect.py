@@ -33,7 +33,7 @@ FEWEST_TOKENS = 16
 # A response_format that was never answered is left out once after so many failures of the server (status 5xx).
 FORMAT_FAILURES = 3
 # Refusals that have nothing to do with the request's settings.
-CERTAIN = PERMANENT | {"not_found", "cut", "keeps_failing"}
+CERTAIN = PERMANENT | {"not_found", "cut", "keeps_failing", "over_a_minute", "moved"}
 
 
 class Dialect:

@@ -26,10 +26,11 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
+from tasks.store.forms import finish_name
 from tasks.store.refs import Cost
 
-# 409 is sent by some gateways for a lock conflict, 529 by some for an overload.
-RETRIED = frozenset({408, 409, 425, 429})
+# 409 is sent by some gateways for a lock conflict, 499 by Google for a request that it cancelled, 529 for an overload.
+RETRIED = frozenset({408, 409, 425, 429, 499})
 THROTTLES = frozenset({429, 503, 529})
 # Such refusals depend on the row alone: at the next start they would be the same.
 PERMANENT = frozenset({"context_length", "content_filter", "too_large"})
@@ -72,6 +73,8 @@ _CONTENT_FILTER = _words(
     r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
 )  # fmt: skip
 _CUT = _words(r"max_tokens or model output limit was reached")
+# Such a request has more tokens than a minute may have: it will never pass.
+_OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORECASE)
 _FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
 _WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
@@ -132,9 +135,9 @@ class ModelInfo:
 class RequestRefused(Exception):
     """The endpoint refuses this one request for good; others may pass.
 
-    `reason` is one of context_length, content_filter, too_large, not_found, cut, keeps_failing, bad_request; `text` is
-    what the server said, shortened, `param` the setting that it names in a field of its own, and `usage` what was
-    billed all the same.
+    `reason` is one of context_length, content_filter, too_large, over_a_minute, not_found, moved, cut, keeps_failing,
+    bad_request; `text` is what the server said, shortened, `param` the setting that it names in a field of its own, and
+    `usage` what was billed all the same.
     """
 
     def __init__(self, status: int, reason: str, text: str, param: str = "", usage: Cost | None = None) -> None:
@@ -206,8 +209,9 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
     try:
         data = json.loads(body)
     except ValueError as error:
-        text = shorten(body.decode(errors="replace"), 80)
-        raise Transient(f"the answer is not JSON: {text}", status=200, maybe_billed=True) from error
+        text, streams = shorten(body.decode(errors="replace"), 80), body.lstrip().startswith(b"data:")
+        what = "a stream, which was not asked for" if streams else "not JSON"
+        raise Transient(f"the answer is {what}: {text}", status=200, maybe_billed=True, odd=streams) from error
     if isinstance(data, list) and data:
         data = data[0]
     items = data.get("choices") if isinstance(data, dict) else None
@@ -233,7 +237,7 @@ def _is_choice(item: Any) -> bool:
 
 
 def _read_choice(item: Mapping[str, Any]) -> Choice:
-    finish, error = str(item.get("finish_reason") or "unknown"), item.get("error")
+    finish, error = finish_name(item.get("finish_reason")), item.get("error")
     if finish == "error" or error:
         cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
         raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
@@ -382,6 +386,8 @@ def classify_error(error: ServerError) -> Failure:
     if status == 401 or codes & _KEY_CODES or (status == 400 and _BAD_KEY.search(text)):
         return KeyRefused(text)
     reason = _reason(error)
+    if reason == "over_a_minute":
+        return RequestRefused(status, reason, text, error.param)
     if rated:
         return Transient(f"{status}: {text}", status=429, retry_after=error.wait)
     if status == 403 and reason != "content_filter":
@@ -396,6 +402,8 @@ def _reason(error: ServerError) -> str:
     text = f"{error.text} {' '.join(error.codes)}"
     if _CUT.search(text):
         return "cut"
+    if (told := _OVER_A_MINUTE.search(text)) and int(told[2].replace(",", "")) > int(told[1].replace(",", "")):
+        return "over_a_minute"
     if error.codes & _FILTER_CODES or _CONTENT_FILTER.search(text):
         return "content_filter"
     if _CONTEXT_LENGTH.search(text):

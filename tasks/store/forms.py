@@ -1,9 +1,10 @@
 """Data as people have it, read as preflow's rows: files of many formats, prompts and preference pairs of many forms.
 
-    files          JSONL (also .gz, UTF-8 with a BOM, UTF-16), a JSON array, CSV, TSV, parquet, a `datasets` folder
+    files          JSONL, a JSON array, CSV, TSV (all also .gz, UTF-8 with a BOM, UTF-16), parquet, a `datasets` folder
     prompts        prompt (messages or text), messages (OpenAI), conversations (ShareGPT), instruction/input (Alpaca),
                    question or query, a plain string; with a `system` or `system_prompt` column
     pairs          TRL's explicit and implicit prompt, as messages or as text; UltraFeedback; HH-RLHF ("\n\nHuman: ...")
+                   OpenAI's input, preferred_output and non_preferred_output; LLaMA-Factory's sides of one message
     completions    a prompt of any form with completions, responses, outputs or generations
 
 The first of `PROMPT_FORMS` that fits decides. What fits none is refused, with the row that is wanted.
@@ -29,13 +30,19 @@ ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
+TEXT = ("text", "input_text", "output_text")
 SAMPLES = ("completions", "responses", "outputs", "generations")
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# What providers and gateways say where OpenAI says "stop" and "length".
+ENDED = re.compile(r"(stop(_sequence)?|end_?(of_)?turn|eos(_token)?|complete)$", re.IGNORECASE)
+AT_LIMIT = re.compile(r"(length|(max|model)_?(output_|completion_)?(tokens|length)|token_?limit)$", re.IGNORECASE)
+GZIP, PACKED = b"\x1f\x8b", {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:.*\]\s*$""", re.DOTALL)
 
 
 class WrongForm(ValueError):
@@ -60,19 +67,26 @@ def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
     head = next(iter(store.lines(uri)), b"") if store.exists(uri) else b""
     if head.startswith(b"PAR1") or not store.exists(uri):
         yield from enumerate(_read_arrow(uri, store), 1)
-    elif uri.endswith((".csv", ".tsv")):
-        yield from _read_csv(_text(uri, store), "\t" if uri.endswith(".tsv") else ",")
-    elif head.startswith((b"\x1f\x8b", *(bom for bom, _ in ENCODINGS))) or b"\r" in head.rstrip(b"\r\n"):
-        yield from _read_lines(uri, _text(uri, store).splitlines())
+    elif other := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
+        raise PreflowError(f"{uri}: {other} is not read; unpack it, or pack it with gzip")
+    elif (name := uri.removesuffix(".gz")).endswith((".csv", ".tsv")):
+        yield from _read_csv(_text(uri, store), "\t" if name.endswith(".tsv") else ",")
+    elif head.startswith((GZIP, *(bom for bom, _ in ENCODINGS))) or b"\r" in head.rstrip(b"\r\n"):
+        text = _text(uri, store)
+        yield from _read_array(uri, text) if text.lstrip().startswith("[") else _read_lines(uri, text.split("\n"))
     elif head.lstrip().startswith(b"["):
-        yield from enumerate(parse_json(_text(uri, store), uri), 1)
+        yield from _read_array(uri, _text(uri, store))
     else:
         yield from _read_lines(uri, store.lines(uri))
 
 
+def _read_array(uri: str, text: str) -> Iterator[tuple[int, Any]]:
+    return enumerate(parse_json(text, uri), 1)
+
+
 def _text(uri: str, store: Workspace) -> str:
     content = store.read_bytes(uri)
-    text = decode_text(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content, uri)
+    text = decode_text(gzip.decompress(content) if content.startswith(GZIP) else content, uri)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -206,12 +220,22 @@ def _user(text: str) -> Messages:
 
 
 def _from_prompt(value: Any, field: str, rest: Row) -> Messages:
-    return _user(value) if isinstance(value, str) else messages(value, field)
+    if not isinstance(value, str):
+        return messages(value, field)
+    return messages(_unpack(value, field), field) if MESSAGES_AS_TEXT.match(value) else _user(value)
+
+
+def _unpack(text: str, field: str) -> Any:
+    """Return the messages in a table's cell, which have become text there."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise WrongForm(f"{field}: a text that looks like messages and is not JSON; save them as JSON") from None
 
 
 def _from_messages(value: Any, field: str, rest: Row) -> Messages:
     """Split a conversation into the prompt and the assistant's last answer, which is kept as `completion`."""
-    found = messages(value, field)
+    found = messages(_unpack(value, field) if isinstance(value, str) else value, field)
     if found and found[-1]["role"] == "assistant":
         rest["completion"] = found.pop()["content"]
     return found
@@ -257,7 +281,7 @@ def _message(item: Any, where: str) -> dict[str, str]:
     if role not in ROLES:
         raise WrongForm(f"{where}: the role {role!r} is not system, user or assistant")
     content = item.get("content", item.get("value"))
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") in TEXT for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise WrongForm(f"{where}: its content is not text")
@@ -279,7 +303,16 @@ def to_completions(row: Any) -> tuple[Row, str]:
     if field is None:
         raise WrongForm(f"no list of completions in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
     converted, form = to_prompt({name: value for name, value in row.items() if name != field})
+    if isinstance(reasons := converted.get("finish_reasons"), list):
+        converted["finish_reasons"] = [finish_name(reason) for reason in reasons]
     return {**converted, "completions": [_sample(item, f"{field}[{n}]") for n, item in enumerate(row[field])]}, form
+
+
+def finish_name(reason: Any) -> str:
+    """Return OpenAI's name for why an answer ended: stop or length; another reason as it is."""
+    if not isinstance(reason, str) or not reason:
+        return "unknown"
+    return "stop" if ENDED.match(reason) else "length" if AT_LIMIT.match(reason) else reason
 
 
 def _sample(item: Any, where: str) -> str:
@@ -301,6 +334,8 @@ def to_pair(row: Any) -> tuple[Row, str]:
     Raises:
         WrongForm: it has no two sides in a known form, or they differ before the last answer.
     """
+    if isinstance(row, dict) and {"input", "preferred_output", "non_preferred_output"} <= row.keys():
+        row = _from_openai(row)
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
         has = ", ".join(sorted(row)) if isinstance(row, dict) else f"a JSON {type(row).__name__}"
         raise WrongForm(f"no chosen and rejected in it (the row has: {has or 'no fields'})")
@@ -320,8 +355,17 @@ def to_pair(row: Any) -> tuple[Row, str]:
     return {**rest, "prompt": shared, "chosen": answers[0], "rejected": answers[1]}, form
 
 
+def _from_openai(row: Row) -> Row:
+    """Return a row of OpenAI's preference fine-tuning under the names that others use."""
+    given = row["input"]
+    prompt = given.get("messages") if isinstance(given, dict) else given
+    sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    known = ("input", "preferred_output", "non_preferred_output")
+    return {name: value for name, value in row.items() if name not in known} | {"prompt": prompt, **sides}
+
+
 def _sides(row: Row, prompt: Messages) -> tuple[list[Messages], str]:
-    given = [row["chosen"], row["rejected"]]
+    given: list[Any] = [[side] if isinstance(side, dict) else side for side in (row["chosen"], row["rejected"])]
     if all(isinstance(side, list) and side for side in given):
         sides = [messages(side, name) for side, name in zip(given, ("chosen", "rejected"), strict=True)]
         has_prompt = sides[0][0]["role"] != "assistant"

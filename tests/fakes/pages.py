@@ -167,7 +167,7 @@ def sweep_pages() -> list[ReportSection]:
         "training.learning_rate": [1e-6, 5e-6],
         "judging.model": [MODEL, "short"],
     }
-    points = expand_points(PipelineConfig(), SweepConfig.model_validate({"grid": grid})).points
+    points = expand_points(PipelineConfig(), SweepConfig.model_validate({"grid": grid}))
     results = tuple(_result(point.number, point.name) for point in points)
     ranking = tuple(range(len(points), 1, -1))
     widened = sidak(0.95, len(ranking))

@@ -1,14 +1,24 @@
 """Judging through a batch API that answers late, in another order, in part, or not at all."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID
 
+import psutil
 import pytest
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import arun_deployment
 
 from flows.judge import judge_preferences
 from tasks.config import JudgingConfig
@@ -48,11 +58,15 @@ def completions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-async def judge(completions: Path, workspace: Path, fake: FakeBatches, batch: bool = True) -> PreferencesRef:
-    judging = JudgingConfig(
-        endpoint=fake.url, model="judge-hash", api_key=None, rubric="demo", orders=ORDERS, batch=batch, **PRICES
+def settings(url: str, batch: bool = True) -> JudgingConfig:
+    return JudgingConfig(
+        endpoint=url, model="judge-hash", api_key=None, rubric="demo", orders=ORDERS, batch=batch, **PRICES
     )
-    return await judge_preferences(import_completions(str(completions), str(workspace)), str(workspace), judging)
+
+
+async def judge(completions: Path, workspace: Path, fake: FakeBatches, batch: bool = True) -> PreferencesRef:
+    source = import_completions(str(completions), str(workspace))
+    return await judge_preferences(source, str(workspace), settings(fake.url, batch))
 
 
 def verdicts(workspace: Path) -> tuple[bytes, dict[str, float]]:
@@ -125,9 +139,8 @@ async def test_a_killed_process_leaves_its_batch_to_the_next(completions: Path, 
         fake.batches["batch-0"]["due"] = 0.0
         fake.direct = 0
         await judge(completions, tmp_path, fake)
-        # The first question goes the normal way, unless the killed process has it.
-        assert (len(fake.batches), len(fake.asked)) == (1, ROWS * ORDERS - 1)
-        assert fake.direct <= 1
+        # What the killed process has asked, the normal way or in its batch, is not asked again.
+        assert (len(fake.batches), len(fake.asked), fake.direct) == (1, ROWS * ORDERS - 1, 0)
 
 
 async def test_a_batch_that_is_refused_says_why_and_leaves_no_trace(completions: Path, tmp_path: Path) -> None:
@@ -143,3 +156,61 @@ async def test_a_batch_that_is_refused_says_why_and_leaves_no_trace(completions:
 async def test_an_endpoint_without_batches_is_named(completions: Path, tmp_path: Path) -> None:
     with FakeBatches(has_batches=False) as fake, pytest.raises(PreflowError, match=r"judging\.batch to false where"):
         await judge(completions, tmp_path, fake)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[psutil.Process]:
+    """Have a process serve the flow while the block runs; its children are the runs."""
+    environment = {**os.environ, "PREFECT_RUNNER_POLL_FREQUENCY": "1", "PYTHONUNBUFFERED": "1"}
+    with (folder / "serve.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.fakes.served_judge"], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+    try:
+        while "is being served" not in (folder / "serve.log").read_text():
+            assert server.poll() is None, (folder / "serve.log").read_text()
+            time.sleep(0.2)
+        yield psutil.Process(server.pid)
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+async def reach(client: PrefectClient, run: UUID, state: str, attempts: int = 1) -> FlowRun:
+    """Return a run as soon as it is in a state, at its nth attempt."""
+    async with asyncio.timeout(120):
+        while True:
+            now = await client.read_flow_run(run)
+            assert now.state is not None
+            assert now.state.name not in ("Failed", "Crashed"), now.state.message
+            if now.state.name == state and now.run_count >= attempts:
+                return now
+            await asyncio.sleep(0.2)
+
+
+@pytest.mark.long  # a process that serves, and three starts of a run
+async def test_a_served_run_leaves_its_process_and_comes_back_until_the_batch_is_answered(
+    completions: Path, tmp_path: Path
+) -> None:
+    given = {"completions": str(completions), "workspace": str(tmp_path)}
+    with FakeBatches(late=3600) as fake, serving(tmp_path) as server:
+        async with get_client() as client:
+            judging = settings(fake.url).model_dump(mode="json", exclude_unset=True)
+            run = await arun_deployment(
+                "judge-in-batches/served", parameters={**given, "judging": judging}, timeout=0, as_subflow=False
+            )
+            away = await reach(client, run.id, "AwaitingBatch")
+            assert away.state is not None
+            assert away.state.message is not None
+            assert away.state.message.startswith("batch batch-0: 0 of 119 questions are answered; looked at again at ")
+            psutil.wait_procs(server.children(), timeout=30)
+            again = await reach(client, run.id, "AwaitingBatch", attempts=2)
+            parts = await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id={"any_": [run.id]}))
+            assert [(part.state_name, again.state_name) for part in parts] == [("AwaitingBatch", "AwaitingBatch")]
+            fake.batches["batch-0"]["due"] = 0.0
+            await reach(client, run.id, "Completed", attempts=3)
+            (part,) = await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id={"any_": [run.id]}))
+            assert (part.id, part.state_name) == (parts[0].id, "Completed")
+        assert (fake.direct, len(fake.asked), len(fake.batches)) == (1, ROWS * ORDERS - 1, 1)
+        assert set(Counter(fake.asked).values()) == {1}
+    assert "cache record" not in (tmp_path / "serve.log").read_text()

@@ -287,6 +287,22 @@ def test_an_answer_is_its_text_without_the_thinking(
     assert re.search(note, choice.note)
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [("MAX_TOKENS", "length"), ("max_tokens", "length"), ("model_length", "length"), ("max_output_tokens", "length"),
+     ("STOP", "stop"), ("end_turn", "stop"), ("eos", "stop"), ("stop_sequence", "stop"), ("COMPLETE", "stop"),
+     ("tool_calls", "tool_calls"), ("stopped_by_user", "stopped_by_user"), (None, "unknown"), (["stop"], "unknown")],
+)  # fmt: skip
+def test_why_an_answer_ended_has_one_name(said: Any, reason: str) -> None:
+    assert read_answer(completion(finish=said), prompt_bytes=1).choices[0].finish_reason == reason
+
+
+def test_a_stream_that_was_not_asked_for_is_paid_for_a_few_times_only() -> None:
+    with pytest.raises(Transient, match="a stream, which was not asked for") as caught:
+        read_answer(b'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]\n', prompt_bytes=1)
+    assert caught.value.odd
+
+
 def test_a_choice_that_the_provider_broke_off_is_no_completion() -> None:
     broken = {"index": 0, "message": {"content": "The answer begi"}, "finish_reason": "error",
               "error": {"code": 502, "message": "Provider disconnected"}}  # fmt: skip
@@ -355,6 +371,10 @@ def google_error(quota: str | None, delay: str | None) -> list[Any]:
         (400, openai_error("Could not finish: max_tokens or model output limit was reached."), "cut"),
         (400, b"", "bad_request"),
         (451, {"message": "no"}, "bad_request"),
+        # It has more tokens than a minute may have: no wait helps, and it ends no stage.
+        *((status, openai_error(f"{words} Limit 6000, Requested 8046, please reduce", "rate_limit_exceeded"),
+           "over_a_minute") for status, words in
+          [(413, "Request too large for model `x` on tokens per minute (TPM):"), (429, "Request too large (TPM):")]),
         # The input that a server repeats decides nothing.
         (400, {"detail": [{"loc": ["body"], "msg": "no", "input": "insufficient funds, rate limit"}]}, "bad_request"),
         (400, {"error": {"message": "bad request", "input": "credit balance is too low"}}, "bad_request"),
@@ -425,7 +445,9 @@ DAY = formatdate(time.time() + 86_400, usegmt=True)
         (429, {}, {"retry-after": DAY}, 86_400),
         (429, {}, {"retry-after": formatdate(0, usegmt=True)}, 0),
         *((429, {}, {"retry-after": odd}, None) for odd in ("soon", "nan", "-5", "")),
-        *((status, openai_error("later"), {}, None) for status in (408, 409, 429, 500, 502, 503, 504, 529)),
+        (429, openai_error("Rate limit reached (TPM): Limit 6000, Used 5000, Requested 1200. Please try again in 2s.",
+                           "rate_limit_exceeded"), {}, 2),
+        *((status, openai_error("later"), {}, None) for status in (408, 409, 429, 499, 500, 502, 503, 504, 529)),
     ],
 )  # fmt: skip
 def test_what_another_attempt_can_help_and_when(

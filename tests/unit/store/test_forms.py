@@ -36,6 +36,13 @@ PROMPTS: dict[str, tuple[Any, list[dict[str, str]]]] = {
     "question": ({"question": "Hello", "answer": "Hi"}, HELLO),
     "parts of text": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}, HELLO),
     "of pairs": ({"chosen": "\n\nHuman: Hello\n\nAssistant: a", "rejected": "\n\nHuman: Hello\n\nAssistant: b"}, HELLO),
+    "parts of OpenAI's responses": (
+        {"prompt": [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]}, HELLO,
+    ),
+    "messages in a table's cell": ({"prompt": json.dumps(HELLO, indent=1)}, HELLO),
+    "a conversation in a table's cell": ({"messages": json.dumps([*HELLO, ANSWER])}, HELLO),
+    "text about messages": ({"prompt": '[{"role": "user"}]: what is it?'},
+                            [{"role": "user", "content": '[{"role": "user"}]: what is it?'}]),
     "columns of nothing": ({"prompt": [{**HELLO[0], "name": None, "tool_calls": None}]}, HELLO),
 }  # fmt: skip
 
@@ -59,6 +66,7 @@ def test_an_sft_rows_answer_and_other_fields_are_carried_along() -> None:
         ({"messages": [{**HELLO[0], "tool_calls": [1]}]}, "tool_calls"),
         ({"prompt": 3}, "not a list of messages"),
         ({"txt": "x"}, "the row has: txt"),
+        ({"prompt": str(HELLO)}, "looks like messages and is not JSON"),
     ],
 )
 def test_what_would_be_lost_or_guessed_is_refused(row: Any, said: str) -> None:
@@ -83,6 +91,14 @@ PAIRS: dict[str, tuple[Any, list[dict[str, str]], str]] = {
         {"system": "Be brief.", "question": "Hello", "chosen": "good", "rejected": "bad"}, [SYSTEM, *HELLO],
         "explicit prompt, text",
     ),
+    "OpenAI": (
+        {"input": {"messages": HELLO, "tools": []}, "preferred_output": GOOD, "non_preferred_output": BAD}, HELLO,
+        "explicit prompt",
+    ),
+    "LLaMA-Factory": (
+        {"conversations": [{"from": "human", "value": "Hello"}], "chosen": {"from": "gpt", "value": "good"},
+         "rejected": {"from": "gpt", "value": "bad"}}, HELLO, "explicit prompt",
+    ),
     "prompt of several turns": ({"prompt": TURNS, "chosen": GOOD, "rejected": BAD}, TURNS, "explicit prompt"),
     "equal sides": ({"prompt": HELLO, "chosen": GOOD, "rejected": GOOD}, HELLO, "explicit prompt"),
 }  # fmt: skip
@@ -104,7 +120,11 @@ def test_sides_that_part_before_the_last_answer_are_not_taken_for_equal_or_cut()
 
 
 def test_completions_made_elsewhere() -> None:
-    row, _ = to_completions({"instruction": "Hello", "responses": ["a", {"response": "b"}, [*HELLO, ANSWER]]})
+    ends = ["MAX_TOKENS", "end_turn", None]
+    row, _ = to_completions(
+        {"instruction": "Hello", "responses": ["a", {"response": "b"}, [*HELLO, ANSWER]], "finish_reasons": ends}
+    )
+    assert row["finish_reasons"] == ["length", "stop", "unknown"]
     assert (row["prompt"], row["completions"]) == (HELLO, ["a", "b", "Hi"])
 
 
@@ -121,6 +141,9 @@ FILES: dict[str, tuple[str, bytes]] = {
     "array": ("p.json", json.dumps(ROWS, indent=1).encode()),
     "Windows lines": ("p.jsonl", lines(*ROWS).replace("\n", "\r\n").encode()),
     "CR alone": ("p.jsonl", lines(*ROWS).replace("\n", "\r").encode()),
+    "array with BOM": ("p.json", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=1).encode()),
+    "array, gzip": ("p.json.gz", gzip.compress(json.dumps(ROWS, indent=1).encode())),
+    "CSV, gzip": ("p.csv.gz", gzip.compress("prompt\nGrüß Gott\n日本\nc\n".encode())),
     "CSV": ("p.csv", b"prompt,group\n" + "".join(f"{row['prompt']},\n" for row in ROWS).encode()),
 }
 
@@ -131,6 +154,20 @@ def test_files(tmp_path: Path, name: str) -> None:
     (tmp_path / file).write_bytes(content)
     found = [row.prompt[0].content for row in read_rows(PromptRow, str(tmp_path / file))]
     assert found == [row["prompt"] for row in ROWS]
+
+
+@pytest.mark.parametrize("encode", [gzip.compress, lambda content: content.decode().encode("utf-16")])
+def test_only_a_newline_ends_a_line(tmp_path: Path, encode: Any) -> None:
+    file, texts = tmp_path / "p.jsonl", ["a\u2028b\x85c", "e"]
+    file.write_bytes(encode(lines(*({"prompt": text} for text in texts)).encode()))
+    assert [row.prompt[0].content for row in read_rows(PromptRow, str(file))] == texts
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"PK\x03\x04x", "a zip archive"), (b"\x28\xb5\x2f\xfdx", "zstd")])
+def test_another_packing_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(PreflowError, match=f"p.jsonl: {said} is not read; unpack it, or pack it with gzip"):
+        list(read_rows(PromptRow, str(tmp_path / "p.jsonl")))
 
 
 @pytest.mark.slow  # importing `datasets`
@@ -159,7 +196,7 @@ def test_the_forms_are_counted_and_text_that_is_none_is_named_by_its_line(tmp_pa
     file, used = tmp_path / "pairs.jsonl", Counter[str]()
     file.write_text(lines(*(row for row, _, _ in PAIRS.values())))
     assert len(list(number_rows(PairRow, str(file), Workspace.holding(str(file)), used))) == len(PAIRS)
-    assert used["explicit prompt"] == 3
+    assert used["explicit prompt"] == 5
     (tmp_path / "latin.csv").write_bytes("prompt\na\nGrüße\n".encode("cp1252"))
     with pytest.raises(PreflowError, match=r"latin.csv:3: not utf-8 text .* Save the file as UTF-8"):
         list(read_rows(PromptRow, str(tmp_path / "latin.csv")))

@@ -1,0 +1,52 @@
+"""Waiting without a process: a run that ends for now, and that its server starts again later.
+
+A run of a deployment is started by whoever serves it when its state is a scheduled one whose time has come. So it may
+leave: what was paid for is kept, its stages are found finished, and what it waits for stands in its state. A run of a
+script has nobody to start it again.
+"""
+
+import logging
+from datetime import UTC, datetime, timedelta
+from typing import NoReturn
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
+from prefect.exceptions import Pause
+from prefect.states import Scheduled
+
+# So long a run stays away before it looks again: a batch takes minutes to hours, a start half a minute.
+AWAY_SECONDS = 600.0
+STATE = "AwaitingBatch"
+logger = logging.getLogger(__name__)
+
+
+async def is_started_again() -> bool:
+    """Tell whether the server starts this run again when it has left."""
+    async with get_client() as client:
+        runs = await _with_parents(client)
+    return bool(runs) and runs[-1].deployment_id is not None
+
+
+async def leave(reason: object) -> NoReturn:
+    """End this run for now, and those that it is a part of; all are started again in `AWAY_SECONDS`."""
+    again = datetime.now(UTC) + timedelta(seconds=AWAY_SECONDS)
+    message = f"{reason}; looked at again at {again:%H:%M} UTC"
+    logger.info("%s; until then this run has no process", message)
+    state: State[object] = Scheduled(name=STATE, scheduled_time=again, message=message)
+    async with get_client() as client:
+        for run in await _with_parents(client):
+            await client.set_flow_run_state(run.id, state)
+    raise Pause(state=state)
+
+
+async def _with_parents(client: PrefectClient) -> list[FlowRun]:
+    """Return this flow run and those that it is a part of, up to the one that was started by itself."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    runs: list[FlowRun] = []
+    while run is not None:
+        runs.append(run)
+        task = await client.read_task_run(run.parent_task_run_id) if run.parent_task_run_id else None
+        run = await client.read_flow_run(task.flow_run_id) if task and task.flow_run_id else None
+    return runs
