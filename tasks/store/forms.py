@@ -165,10 +165,13 @@ def _read_csv(uri: str, text: str) -> Iterator[tuple[int, Row]]:
     try:
         names = next(reader, [])
         if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
-            raise PreflowError(f"{uri}:1: the column {twice[0]!r} stands twice")
+            raise PreflowError(f"{uri}:1: the column {twice[0]!r} stands twice: rename one")
         for cells in reader:
             if len(cells) > len(names):
-                raise PreflowError(f"{uri}:{reader.line_num}: {len(cells)} cells under {len(names)} names of columns")
+                raise PreflowError(
+                    f"{uri}:{reader.line_num}: {len(cells)} cells under {len(names)} names of columns. Put a cell that "
+                    f"holds {delimiter!r} in quotes."
+                )
             if cells:
                 found = zip(names, cells, strict=False)
                 yield reader.line_num, {name: value for name, value in found if name and value != ""}
