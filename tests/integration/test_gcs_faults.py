@@ -2,8 +2,6 @@
 
 import hashlib
 import random
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,12 +15,11 @@ import pytest
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
-from tasks.promote.pointer import install_adapter, move_pointer, read_pointer
+from tasks.promote.pointer import move_pointer, read_pointer
 from tasks.store import gcs
 from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, Workspace, folder_digest
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.fakes.gcs_plan import FAULTS
-from tests.fakes.process import ROOT
 
 ALL_FAULTS = dict.fromkeys(FAULTS, 0.05)
 SLOW = {"slow_seconds": 0.2, "retry_after": 1}
@@ -166,19 +163,6 @@ def test_of_many_movers_of_a_pointer_none_is_lost(place: str, request: Any, tmp_
     assert len(stands) == len(promoted) if place == "local" else len(stands) >= len(promoted)
 
 
-def test_processes_that_count_together_lose_no_count(store: Workspace) -> None:
-    script = (
-        "import sys; from tasks.store.workspace import Workspace\n"
-        "store = Workspace(sys.argv[1])\n"
-        "for _ in range(5): store.update_json(store.uri('count'), lambda n: (n or 0) + 1)\n"
-    )
-    command = [sys.executable, "-c", script, store.root]
-    running = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
-    assert [process.wait(120) for process in running] == [0, 0, 0]
-    # An update whose answer is lost, and which another one follows before it is tried again, is made twice.
-    assert store.read_json(store.uri("count")) >= 15
-
-
 def test_a_swap_whose_answer_was_lost_still_counts(tmp_path: Path) -> None:
     """The second attempt meets the first one's object, with 412."""
     store = Workspace(f"gs://{BUCKET}/swaps")
@@ -202,15 +186,6 @@ def test_a_reader_never_sees_a_folder_that_is_not_whole(store: Workspace, tmp_pa
                 store.verify_folder(store.uri("folder"))
             time.sleep(0.01)
     assert writing.result() == store.sha256(store.uri("folder", COMMITTED))
-
-
-def test_an_adapter_is_installed_on_a_bucket_from_a_folder(store: Workspace, tmp_path: Path) -> None:
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    sha256 = Workspace(tmp_path / "ws").commit_folder(tmp_path, str(tmp_path / "ws" / "adapter"))
-    adapter = AdapterRef(uri=str(tmp_path / "ws" / "adapter"), sha256=sha256, size=7, rows=1)
-    uri = install_adapter(adapter, store.root, "mine")
-    assert store.verify_folder(uri)["adapter_model.safetensors"].size == 7
-    assert install_adapter(adapter, store.root, "mine") == uri
 
 
 def test_a_bucket_that_is_not_there_is_named(faulty: FakeGcs) -> None:
