@@ -24,16 +24,16 @@ async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult |
         config: What dpo-pipeline takes; the points change it.
         sweep: What to vary, and what may be spent.
     """
-    points = prepare_points(config, sweep)
-    result = find_sweep(points.points)
+    points, duplicates = prepare_points(config, sweep)
+    result = find_sweep(points)
     if result is None:
-        result = await run_points(points.points, sweep, points.duplicates)
+        result = await run_points(points, sweep, duplicates)
         record_sweep(result, config.workspace)
-    best = winner(result, points.points) if sweep.promote_best else None
+    best = winner(result, points) if sweep.promote_best else None
     if best is not None:
         served = await promote_if_better(best[1], best[0].config)
         result = result.model_copy(update={"promotion": served.promotion})
-    await report_sweep(result, points.points)
+    await report_sweep(result, points)
     return conclude(result, config.workspace)
 
 

@@ -86,12 +86,11 @@ class JudgingPlan(BaseModel, frozen=True):
 
 
 class Remaining(BaseModel, frozen=True):
-    """What is still to be asked: requests in all, those of them known, and the tokens of the others, as expected."""
+    """What is still to be asked: requests in all, those of them known, and the tokens of the other questions."""
 
     requests: int
     known: int
     prompt_tokens: int
-    completion_tokens: int
 
     @property
     def to_ask(self) -> int:
@@ -122,21 +121,14 @@ class JudgePlan(BaseModel, frozen=True):
         """Count what this judge is still to be asked, an equal question once; tokens are characters / 4."""
         keys: set[str] = set()
         characters: dict[str, int] = {}
-        answers = 0.0
         rows = self.rows()
         for row in rows.store.read_rows(self.judging.source.uri):
             units = self.judging.units_of(dict(row))
             for key in units.keys() - keys - rows.known(units):
                 characters[key] = sum(len(message["content"]) for message in self.judging.messages(units[key]))
-                answers += verdict_tokens(self.judging.judging, len(units[key].order))
             keys |= units.keys()
         tokens = round(sum(characters.values()) / CHARACTERS_PER_TOKEN)
-        return Remaining(
-            requests=len(keys),
-            known=len(keys) - len(characters),
-            prompt_tokens=tokens,
-            completion_tokens=round(answers),
-        )
+        return Remaining(requests=len(keys), known=len(keys) - len(characters), prompt_tokens=tokens)
 
 
 def plan_judging(source: Reference, workspace: str, judging: JudgingConfig) -> JudgingPlan:

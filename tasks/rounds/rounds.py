@@ -20,7 +20,7 @@ from tasks.errors import PreflowError
 from tasks.judge.elsewhere import import_completions, import_preferences
 from tasks.report.page import Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
-from tasks.report.render import render_html
+from tasks.report.render import render_html, render_text_table
 from tasks.store.measures import percent, rate_text, read_evaluation
 from tasks.store.prompts import count_shared, import_prompts
 from tasks.store.workspace import (
@@ -119,13 +119,23 @@ def round_config(config: PipelineConfig, rounds: RoundsConfig, before: Round | N
 
 def why_last(number: int, made: PipelineResult, against: EvaluationRef | None, bar: float, most: int) -> str | None:
     """Return why no round follows, or None: it must win against the SFT adapter and against the round before."""
+    return _why_lost(number, made, against, bar) or (f"{_count(most)} asked for" if number == most else None)
+
+
+def _why_lost(number: int, made: PipelineResult, against: EvaluationRef | None, bar: float) -> str | None:
     found = made.evaluation
     if not found.beats(bar):
         rate = f"{interval(found)}, bar {percent(bar, '.3g')}"
         return f"round {number} is not proven to win against the SFT adapter ({rate})"
     if against is not None and not against.beats(0.5):
         return f"round {number} is not proven to win against round {number - 1} ({interval(against)})"
-    return f"{_count(most)} asked for" if number == most else None
+    return None
+
+
+def best_round(rounds: tuple[Round, ...], bar: float) -> Round | None:
+    """Return the last round that won against the SFT adapter and against the round before it."""
+    won = [one for one in rounds if _why_lost(one.number, one.made, one.against_before, bar) is None]
+    return won[-1] if won else None
 
 
 def _count(rounds: int) -> str:
@@ -135,15 +145,6 @@ def _count(rounds: int) -> str:
 def interval(found: EvaluationRef) -> str:
     """Return a win rate with its interval."""
     return rate_text(found.win_rate, found.lower, found.upper)
-
-
-def best_round(rounds: tuple[Round, ...], bar: float) -> Round | None:
-    """Return the last round that won against the SFT adapter and against the round before it."""
-    won = [
-        one for one in rounds
-        if one.made.evaluation.beats(bar) and (one.against_before is None or one.against_before.beats(0.5))
-    ]  # fmt: skip
-    return won[-1] if won else None
 
 
 def rounds_section(result: RoundsResult) -> ReportSection:
@@ -171,12 +172,9 @@ def rounds_section(result: RoundsResult) -> ReportSection:
 
 
 def rounds_text(result: RoundsResult) -> str:
-    """Return a line for each round, and the end."""
-    lines = []
-    for one in result.rounds:
-        against = f", against round {one.number - 1} {interval(one.against_before)}" if one.against_before else ""
-        lines.append(f"round {one.number}: against SFT {interval(one.made.evaluation)}{against}")
-    return "\n".join([*lines, rounds_section(result).summary])
+    """Return the rounds and their end as text."""
+    section = rounds_section(result)
+    return f"{render_text_table([section.tables[0].columns, *section.tables[0].rows])}\n{section.summary}"
 
 
 def rounds_page(result: RoundsResult, workspace: str, rounds: RoundsConfig) -> str:

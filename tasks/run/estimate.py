@@ -156,21 +156,23 @@ class _Planner:
         self._measured: dict[str, float] = {}
         self._claimed: dict[str, set[str]] = {}
         self._prompts: dict[str, _Prompts] = {}
+        self._number = 0
 
     def add(self, number: int, config: PipelineConfig) -> None:
         """Plan one run, stage by stage."""
-        judged, preferences, most_pairs = self._label(number, config)
-        trained, adapter = self._train(number, judged, preferences, most_pairs, config)
+        self._number = number
+        judged, preferences, most_pairs = self._label(config)
+        trained, adapter = self._train(judged, preferences, most_pairs, config)
         # Before there are pairs, the held-out prompts are taken to be as many as there can be.
         source, most = config.eval_prompts or config.prompts, config.evaluation.max_prompts
         held_out = import_prompts(source, self._workspace, *((most, preferences.uri) if preferences else ()))
         deciding, evaluation = self._read(held_out, most), config.evaluation
         if evaluation.checkpoints:
             choosing, deciding = self._split(deciding, evaluation, preferences is not None)
-            trained, adapter = f"chosen {trained}", self._choose(number, trained, adapter, choosing, evaluation)
-        self._evaluate(number, trained, adapter, deciding, evaluation)
+            trained, adapter = f"chosen {trained}", self._choose(trained, adapter, choosing, evaluation)
+        self._evaluate(trained, adapter, deciding, evaluation)
 
-    def _label(self, number: int, config: PipelineConfig) -> tuple[str, PreferencesRef | None, int]:
+    def _label(self, config: PipelineConfig) -> tuple[str, PreferencesRef | None, int]:
         """Plan all up to the pairs; return what stands for them, the pairs if they are there, and how many at most."""
         if config.preferences is not None:
             pairs = import_preferences(config.preferences, self._workspace, config.judging)
@@ -179,8 +181,8 @@ class _Planner:
             samples = self._given(import_completions(config.completions, self._workspace))
         else:
             prompts = self._read(import_prompts(config.prompts, self._workspace))
-            samples = self._sample("sample completions", number, prompts, config.generation)
-        judged, verdicts = self._judge(JUDGING, number, samples, config.judging)
+            samples = self._sample("sample completions", prompts, config.generation)
+        judged, verdicts = self._judge(JUDGING, samples, config.judging)
         preferences = find_preferences(verdicts, self._workspace, config.judging) if verdicts else None
         return judged, preferences, len(samples.ids)
 
@@ -220,11 +222,11 @@ class _Planner:
             return self._read(choosing), self._read(deciding)
         return replace(prompts, ids=prompts.ids[:most]), replace(prompts, ids=prompts.ids[most:])
 
-    def _open(self, key: str, number: int, stage: str, who: str, finished: bool) -> Work | None:
+    def _open(self, key: str, stage: str, who: str, finished: bool) -> Work | None:
         """Note one more point for the piece of work under a key; return the piece if it is new, to be filled in."""
         is_new = key not in self._work
         work = self._work.setdefault(key, Work(stage, who, finished=finished))
-        work.points.append(number)
+        work.points.append(self._number)
         return work if is_new else None
 
     def _claim(self, group: str, ids: Iterable[str]) -> set[str]:
@@ -235,7 +237,7 @@ class _Planner:
         return new
 
     def _sample(
-        self, stage: str, number: int, prompts: _Prompts, generation: GenerationConfig, untrained: str | None = None
+        self, stage: str, prompts: _Prompts, generation: GenerationConfig, untrained: str | None = None
     ) -> _Samples:
         """Plan a draw; `untrained` stands for an adapter that is still to be made, so that nothing of it is known."""
         plan = None if untrained else plan_generation(prompts.ref, self._workspace, generation)
@@ -244,15 +246,13 @@ class _Planner:
         key, count = digest([group, prompts.ids]), generation.num_completions
         tokens = self._tokens(f"samples up to {generation.max_tokens}", generation.max_tokens, finished, count)
         who = "new adapter" if generation.serve_from or untrained else generation.model
-        if work := self._open(f"{stage} {key}", number, stage, who, finished is not None):
+        if work := self._open(f"{stage} {key}", stage, who, finished is not None):
             new = self._claim(group, prompts.ids)
             known = len(plan.rows().known(new)) if plan and not finished else 0
             work.ask(len(new), known, prompts.tokens, count * tokens, 0, generation)
         return _Samples(key, group, prompts.ids, prompts.tokens, count, tokens, finished)
 
-    def _judge(
-        self, stage: str, number: int, samples: _Samples, judging: JudgingConfig
-    ) -> tuple[str, VerdictsRef | None]:
+    def _judge(self, stage: str, samples: _Samples, judging: JudgingConfig) -> tuple[str, VerdictsRef | None]:
         """Plan a judging by each of its judges; return what stands for it, and the verdicts if they are there.
 
         Before there are completions, what can be said is how much there is to ask at most.
@@ -263,11 +263,10 @@ class _Planner:
         plan = plan_judging(samples.ref, self._workspace, judging) if samples.ref else None
         verdicts = plan.finished if plan else None
         instructed = samples.prompt_tokens + (len(rubric) + len(told)) / CHARACTERS_PER_TOKEN
+        expected, measured = verdict_tokens(judging, samples.count), None if judging.panel else verdicts
         for place, judge in enumerate(judging.judges()):
-            measured = None if judging.panel else verdicts
-            expected = verdict_tokens(judging, samples.count)
             tokens = self._tokens(f"judge {judge.model}, {expected:.0f} tokens", expected, measured)
-            work = self._open(f"{stage} {key} {place}", number, stage, judge.model, verdicts is not None)
+            work = self._open(f"{stage} {key} {place}", stage, judge.model, verdicts is not None)
             if work is None:
                 continue
             group = digest([samples.group, judge.identity(), rubric, told, judging.orders, judging.seed])
@@ -282,18 +281,18 @@ class _Planner:
         return key, verdicts
 
     def _train(
-        self, number: int, judged: str, preferences: PreferencesRef | None, most: int, config: PipelineConfig
+        self, judged: str, preferences: PreferencesRef | None, most: int, config: PipelineConfig
     ) -> tuple[str, AdapterRef | None]:
         """Plan a training; return what stands for its adapter, and the adapter if it is there."""
         training, adapter = config.training, None
         if preferences is None:
-            paired = config.judging.pairs_identity()
-            key = digest([judged, paired, training.identity(), training.sft_adapter, training.base_model])
+            models = (training.sft_adapter, training.base_model)
+            key = digest([judged, config.judging.pairs_identity(), training.identity(), models])
         else:
             key = training_key(preferences, training)
             adapter = find_adapter(self._store, key)
         who = config.training_deployment or "this machine"
-        work = self._open(f"{TRAINING} {key}", number, TRAINING, who, adapter is not None)
+        work = self._open(f"{TRAINING} {key}", TRAINING, who, adapter is not None)
         if work and not adapter:
             batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
             rows = preferences.rows if preferences else most
@@ -319,36 +318,34 @@ class _Planner:
         return self._measured.get(measured)
 
     def _choose(
-        self, number: int, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig
+        self, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig
     ) -> AdapterRef | None:
         """Plan the choice among the checkpoints of a training; return the one that is chosen, if that is known."""
         sft = draw_settings(evaluation, BASELINE, self._workspace)
-        before = self._sample("evaluate: sample SFT adapter", number, prompts, sft)
+        before = self._sample("evaluate: sample SFT adapter", prompts, sft)
         tried = find_checkpoints(adapter, evaluation) if adapter else [None] * evaluation.checkpoints
         judged = list[tuple[AdapterRef, VerdictsRef]]()
         for place, one in enumerate(tried):
             new = draw_settings(evaluation, CANDIDATE, self._workspace, one)
             untrained = None if one else f"{place} {trained}"
-            after = self._sample("evaluate: sample checkpoints", number, prompts, new, untrained)
-            verdicts = self._compare(f"{COMPARING} checkpoints", number, before, after, evaluation.null_judge())
+            after = self._sample("evaluate: sample checkpoints", prompts, new, untrained)
+            verdicts = self._compare(f"{COMPARING} checkpoints", before, after, evaluation.null_judge())
             judged += [(one, verdicts)] if one and verdicts else []
         return record_choice(judged, self._workspace, evaluation).adapter if len(judged) == len(tried) else None
 
     def _evaluate(
-        self, number: int, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig
+        self, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig
     ) -> None:
-        sft, candidate, again = (
-            draw_settings(evaluation, draw, self._workspace, adapter if draw == CANDIDATE else None)
-            for draw in (BASELINE, CANDIDATE, NULL)
-        )
-        before = self._sample("evaluate: sample SFT adapter", number, prompts, sft)
-        after = self._sample("evaluate: sample new adapter", number, prompts, candidate, None if adapter else trained)
-        self._compare(COMPARING, number, before, after, evaluation.comparison_judge())
+        sft, again = (draw_settings(evaluation, draw, self._workspace) for draw in (BASELINE, NULL))
+        candidate = draw_settings(evaluation, CANDIDATE, self._workspace, adapter)
+        before = self._sample("evaluate: sample SFT adapter", prompts, sft)
+        after = self._sample("evaluate: sample new adapter", prompts, candidate, None if adapter else trained)
+        self._compare(COMPARING, before, after, evaluation.comparison_judge())
         if evaluation.null_test:
-            null = self._sample("evaluate: sample SFT adapter again", number, prompts, again)
-            self._compare(f"{COMPARING} SFT with itself", number, before, null, evaluation.null_judge())
+            null = self._sample("evaluate: sample SFT adapter again", prompts, again)
+            self._compare(f"{COMPARING} SFT with itself", before, null, evaluation.null_judge())
 
-    def _compare(self, stage: str, number: int, a: _Samples, b: _Samples, judging: JudgingConfig) -> VerdictsRef | None:
+    def _compare(self, stage: str, a: _Samples, b: _Samples, judging: JudgingConfig) -> VerdictsRef | None:
         """Plan the comparison of two draws: each pair of samples is a row of its own with two completions."""
         ids = tuple(f"{identity}#{sample}" for identity in a.ids for sample in range(min(a.count, b.count)))
         samples = _Samples(
@@ -356,4 +353,4 @@ class _Planner:
             count=2, tokens=a.tokens,
             ref=pair_samples(a.ref, b.ref, self._workspace) if a.ref and b.ref else None,
         )  # fmt: skip
-        return self._judge(stage, number, samples, judging)[1]
+        return self._judge(stage, samples, judging)[1]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import coolname.data
 from prefect.context import FlowRunContext
@@ -39,5 +39,5 @@ def named(template: str) -> Callable[[], str]:
 @cache
 def _made_up_words() -> set[str]:
     """Return the words that such names are made of, from the library that Prefect takes."""
-    lists = cast(dict[str, dict[str, Any]], coolname.data.config)
+    lists = cast(dict[str, dict[str, list[str]]], coolname.data.config)
     return {word for entry in lists.values() for word in entry.get("words", ())}

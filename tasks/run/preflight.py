@@ -68,43 +68,27 @@ async def prepare_run(config: PipelineConfig) -> PipelineConfig:
     """
     config = config.filled()
     Workspace(config.workspace).check_writable()
-    check_inputs(config)
+    for check_input in input_checks(config):
+        check_input()
     if find_result(config) is None:
         await resolve_secret(config.promotion.api_key, "promotion.api_key")
-        await check_services(config)
+        for check_service in service_checks(config, {}):
+            await check_service()
     return config
 
 
-def check_inputs(config: PipelineConfig) -> None:
-    """Check the files that a run reads; nobody is asked anything.
-
-    Raises:
-        PreflowError: naming the first file that is wrong, where, and what to do.
-    """
-    for check in _input_checks(config):
-        check()
+def input_checks(config: PipelineConfig) -> list[Callable[[], object]]:
+    """Return what checks the files that a run reads: each raises a PreflowError, and nobody is asked anything."""
+    return [check for stage in STAGES for check in stage.checks(config)]
 
 
-def _input_checks(config: PipelineConfig) -> Iterator[Callable[[], object]]:
-    for stage in STAGES:
-        yield from stage.checks(config)
-
-
-async def check_services(config: PipelineConfig, asked: Asked | None = None) -> None:
-    """Ask every model one real question, and see that the training deployment can train.
+def service_checks(config: PipelineConfig, asked: Asked) -> Iterator[Callable[[], Awaitable[object]]]:
+    """Yield what sees that the training deployment can train, and asks every model one real question.
 
     Args:
         config: a whole run's.
         asked: models that were asked before and are not asked again; those that are asked now are added.
-
-    Raises:
-        PreflowError: one does not answer, or it cannot.
     """
-    for check in _service_checks(config, {} if asked is None else asked):
-        await check()
-
-
-def _service_checks(config: PipelineConfig, asked: Asked) -> Iterator[Callable[[], Awaitable[object]]]:
     # Before any question to a model, which costs something: the deployment, and every endpoint's secrets.
     for stage in STAGES:
         yield from stage.service_checks(config)
@@ -140,8 +124,8 @@ async def find_problems(config: PipelineConfig) -> list[str]:
     """Return everything that stands against a run, not only the first of it; one question to each model is spent."""
     config, found = config.filled(), list[str]()
     secret = partial(resolve_secret, config.promotion.api_key, "promotion.api_key")
-    checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *_input_checks(config)]
-    checks += [secret, *_service_checks(config, {})]
+    checks: list[Callable[[], object]] = [Workspace(config.workspace).check_writable, *input_checks(config)]
+    checks += [secret, *service_checks(config, {})]
     for check in checks:
         try:
             if inspect.isawaitable(result := check()):

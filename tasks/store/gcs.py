@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import httpx
 import requests
@@ -73,7 +73,7 @@ def _wait_as_told(error: Exception) -> None:
 RETRY = Retry(
     predicate=is_transient, initial=0.25, multiplier=2, maximum=30, timeout=PATIENCE_SECONDS, on_error=_wait_as_told
 )
-POLICY: dict[str, Any] = {"retry": RETRY, "timeout": TIMEOUT_SECONDS}
+POLICY: dict[str, object] = {"retry": RETRY, "timeout": TIMEOUT_SECONDS}
 
 
 @functools.lru_cache
@@ -174,7 +174,7 @@ class GcsStorage(Storage):
             return int(blob.generation or 0)
 
         with _object(uri) as (bucket, name):
-            return int(POLICY["retry"](attempt)())
+            return int(cast(Retry, POLICY["retry"])(attempt)())
 
     def scan(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
         """The objects below a prefix, and the prefixes."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tasks.config.base import resolve_location
 from tasks.errors import PreflowError
@@ -32,15 +32,27 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
         upstream.append(Origin(kind="preferences", uri=exclude, sha256=store.sha256(exclude)))
     content, trained = upstream[0].sha256, upstream[1].sha256 if exclude else None
     key = stage_key("prompts", VERSION, source=content, limit=limit, exclude=trained)
+
+    def copy(out: DigestWriter) -> dict[str, int]:
+        rows = read_rows(PromptRow, source, Workspace.holding(source))
+        counts = _copy_prompts(rows, out, _read_trained(store, exclude), limit)
+        _check_groups(source, counts.pop("groups"), out.rows, counts["read"], limit is None and exclude is None)
+        logger.info("%s: %d prompts; of the rows %s", source, out.rows, counts)
+        return counts
+
+    return _find_or_make(store, key, upstream, copy)
+
+
+def _find_or_make(
+    store: Workspace, key: str, upstream: Sequence[Origin], write: Callable[[DigestWriter], dict[str, int]]
+) -> PromptsRef:
+    """Return the prompts that lie under a key; where there are none `write` makes them, and counts the rows."""
     folder = store.uri("prompts", key)
     if known := store.find_finished(f"{folder}/{MANIFEST}", PromptsRef):
         return known
     with store.writing(f"{folder}/prompts.jsonl") as out:
-        rows = read_rows(PromptRow, source, Workspace.holding(source))
-        counts = _copy_prompts(rows, out, _read_trained(store, exclude), limit)
-        _check_groups(source, counts.pop("groups"), out.rows, counts["read"], limit is None and exclude is None)
+        counts = write(out)
     artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())
-    logger.info("%s: %d prompts; of the rows %s", source, out.rows, counts)
     store.write_manifest(
         Manifest(
             artifact=artifact, stage="prompts", version=VERSION, key=key, upstream=tuple(upstream),
@@ -93,23 +105,14 @@ def split_prompts(prompts: PromptsRef, workspace: str, most: int, seed: int) -> 
 
 
 def _write_part(store: Workspace, prompts: PromptsRef, drawn: set[str], is_drawn: bool) -> PromptsRef:
-    key = stage_key("prompts", VERSION, source=prompts.sha256, drawn=sorted(drawn), is_drawn=is_drawn)
-    folder = store.uri("prompts", key)
-    if known := store.find_finished(f"{folder}/{MANIFEST}", PromptsRef):
-        return known
-    with store.writing(f"{folder}/prompts.jsonl") as out:
+    def copy(out: DigestWriter) -> dict[str, int]:
         for row in store.read_rows(prompts.uri):
             if ((row.get("group") or row["id"]) in drawn) == is_drawn:
                 out.write_row(row)
-    artifact = PromptsRef(uri=f"{folder}/prompts.jsonl", manifest=f"{folder}/{MANIFEST}", **out.facts())
-    store.write_manifest(
-        Manifest(
-            artifact=artifact, stage="prompts", version=VERSION, key=key, files={"prompts.jsonl": out.file},
-            upstream=[Origin(kind="file", uri=prompts.uri, sha256=prompts.sha256)],
-            counts={"read": prompts.rows, "duplicates": 0, "in_training": 0},
-        )
-    )  # fmt: skip
-    return artifact
+        return {"read": prompts.rows, "duplicates": 0, "in_training": 0}
+
+    key = stage_key("prompts", VERSION, source=prompts.sha256, drawn=sorted(drawn), is_drawn=is_drawn)
+    return _find_or_make(store, key, [Origin(kind="file", uri=prompts.uri, sha256=prompts.sha256)], copy)
 
 
 def source_digest(source: str) -> str:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tasks.errors import PreflowError
 from tasks.store.forms import WrongForm, read_table, to_completions, to_pair, to_prompt
-from tasks.store.workspace import Workspace, digest
+from tasks.store.workspace import Row, Workspace, digest
 
 # Of a file with many wrong lines: enough to see what they have in common.
 PROBLEMS_SHOWN = 5
@@ -134,8 +134,8 @@ def prompt_id(messages: list[dict[str, str]]) -> str:
     return digest([{"role": m.get("role"), "content": m.get("content")} for m in messages])
 
 
-Row = TypeVar("Row", bound=BaseModel)
-CONVERT: dict[type[BaseModel], Callable[[Any], tuple[dict[str, Any], str]]] = {
+RowT = TypeVar("RowT", bound=BaseModel)
+CONVERT: dict[type[BaseModel], Callable[[Any], tuple[Row, str]]] = {
     PromptRow: to_prompt,
     CompletionsRow: to_completions,
     PairRow: to_pair,
@@ -158,7 +158,7 @@ def _explain(error: ValidationError, value: object) -> str:
     return f"{'; '.join(fields[:3])} (the row has: {has or 'no fields'})"
 
 
-def read_rows(model: type[Row], uri: str, store: Workspace | None = None) -> Iterator[Row]:
+def read_rows(model: type[RowT], uri: str, store: Workspace | None = None) -> Iterator[RowT]:
     """Yield the rows of a file in any form of `tasks.store.forms`; JSONL is streamed, blank lines are skipped.
 
     Raises:
@@ -174,8 +174,8 @@ def read_rows(model: type[Row], uri: str, store: Workspace | None = None) -> Ite
 
 
 def number_rows(
-    model: type[Row], uri: str, store: Workspace, used: Counter[str] | None = None
-) -> Iterator[tuple[str, Row]]:
+    model: type[RowT], uri: str, store: Workspace, used: Counter[str] | None = None
+) -> Iterator[tuple[str, RowT]]:
     """Yield each row with its place, `file:line`; `used` counts the forms that the rows had. See `read_rows`."""
     convert, wrong = CONVERT.get(model), []
     for number, value in read_table(uri, store):

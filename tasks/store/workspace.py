@@ -62,10 +62,6 @@ _writable_until: dict[str, float] = {}
 _digests: dict[Stat, str] = {}
 
 
-def _anybody() -> None:
-    """Let everybody write."""
-
-
 class Workspace:
     """A folder of artifacts, on a disk or in a bucket: where a file is either absent or whole.
 
@@ -79,7 +75,7 @@ class Workspace:
         PreflowError: the address is of no kind that there is.
     """
 
-    def __init__(self, address: str | Path, guard: Callable[[], None] = _anybody) -> None:
+    def __init__(self, address: str | Path, guard: Callable[[], object] = lambda: None) -> None:
         self.root = resolve_location(str(address))
         self.is_local = "://" not in self.root
         self.storage = _open_storage(self.root)

@@ -5,16 +5,16 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from tasks.config import PipelineConfig, Preset, StageConfig, SweepConfig
 from tasks.errors import PreflowError
 
 # Dotted parameter names with their values.
-Change: TypeAlias = dict[str, Any]
+Change: TypeAlias = dict[str, JsonValue]
 
 # What all points have in common: stages are shared through the workspace, and no point is promoted by itself.
 SHARED = ("workspace", "promotion")
@@ -38,13 +38,6 @@ class Point(BaseModel, frozen=True):
         return name_change(self.change)
 
 
-class Points(BaseModel, frozen=True):
-    """All points of a sweep, numbered from 1, and how many were left out as equal to one of them."""
-
-    points: tuple[Point, ...]
-    duplicates: int = 0
-
-
 def name_change(change: Change, is_checked: bool = True) -> str:
     """Return a change as text; before it is checked, without what could be a key that stands where a name belongs."""
     shown = []
@@ -61,8 +54,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def expand_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
-    """Return every point that `sweep` makes of `config`, validated whole; equal ones are dropped and counted.
+def expand_points(config: PipelineConfig, sweep: SweepConfig) -> list[Point]:
+    """Return every point that `sweep` makes of `config`, validated whole and numbered from 1.
 
     Raises:
         PreflowError: naming every point and parameter that is wrong; a preset lacks something; there is no point, or
@@ -85,24 +78,12 @@ def expand_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
         more = f"\n... and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         listed = "\n".join(problems[:PROBLEMS_SHOWN])
         raise PreflowError(f"{len(problems)} of {len(changes)} points are wrong; nothing was spent:\n{listed}{more}")
-    distinct = drop_equal(found, lambda point: point.config)
-    if len(distinct.points) > sweep.max_points:
+    if len(found) > sweep.max_points:
         raise PreflowError(
-            f"the sweep has {len(distinct.points)} points, over sweep.max_points ({sweep.max_points}): every one is a "
-            "training. Take fewer values, or raise max_points."
+            f"the sweep has {len(found)} points, over sweep.max_points ({sweep.max_points}): every one is a training. "
+            "Take fewer values, or raise max_points."
         )
-    return distinct
-
-
-def drop_equal(points: Sequence[Point], key: Callable[[Point], object]) -> Points:
-    """Return the points without those whose key an earlier one has, numbered from 1 again."""
-    kept: list[Point] = []
-    seen: list[object] = []
-    for point in points:
-        if (found := key(point)) not in seen:
-            seen.append(found)
-            kept.append(point.model_copy(update={"number": len(kept) + 1}))
-    return Points(points=tuple(kept), duplicates=len(points) - len(kept))
+    return found
 
 
 def apply_change(base: PipelineConfig, change: Change) -> PipelineConfig:

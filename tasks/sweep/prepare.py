@@ -1,14 +1,22 @@
 """What is checked before a sweep spends anything: the points by their files, then the endpoints that are needed."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.run.estimate import Plan
-from tasks.run.preflight import Asked, check_inputs, check_services
+from tasks.run.preflight import Asked, input_checks, service_checks
 from tasks.store.workspace import Workspace, digest, server_path
-from tasks.sweep.points import Point, Points, drop_equal, expand_points
+from tasks.sweep.points import Point, expand_points
 from tasks.sweep.ranking import point_keys
+
+
+class Points(NamedTuple):
+    """All points of a sweep, numbered from 1, and how many were left out as equal to one of them."""
+
+    points: tuple[Point, ...]
+    duplicates: int
 
 
 def prepare_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
@@ -26,15 +34,15 @@ def prepare_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
         raise PreflowError("a sweep samples and judges: leave config.completions and config.preferences empty")
     expanded = expand_points(config, sweep)
     Workspace(config.workspace).check_writable()
-    checked: set[str] = set()
-    for point in expanded.points:
-        files = _files(point.config)
-        if files not in checked:
-            _check_files(point)
-            checked.add(files)
-    keys = dict(zip((point.number for point in expanded.points), point_keys(expanded.points), strict=True))
-    distinct = drop_equal(expanded.points, lambda point: keys[point.number])
-    return distinct.model_copy(update={"duplicates": expanded.duplicates + distinct.duplicates})
+    by_files, distinct = dict[str, Point](), dict[str, Point]()
+    for point in expanded:
+        by_files.setdefault(_files(point.config), point)
+    for point in by_files.values():
+        _check_files(point)
+    for key, point in zip(point_keys(expanded), expanded, strict=True):
+        distinct.setdefault(key, point)
+    points = tuple(point.model_copy(update={"number": number}) for number, point in enumerate(distinct.values(), 1))
+    return Points(points=points, duplicates=len(expanded) - len(points))
 
 
 def _files(config: PipelineConfig) -> str:
@@ -45,7 +53,8 @@ def _files(config: PipelineConfig) -> str:
 def _check_files(point: Point) -> None:
     config = point.config
     try:
-        check_inputs(config)
+        for check in input_checks(config):
+            check()
         # vLLM must see the new adapters: better said before the first training than after it.
         server_path(Workspace(config.workspace).uri("training"), config.workspace, config.evaluation.adapter_root)
     except PreflowError as error:
@@ -80,7 +89,8 @@ async def find_unready(points: Sequence[Point], plan: Plan) -> dict[int, Preflow
     for point in points:
         if point.number in unfinished:
             try:
-                await check_services(point.config, asked)
+                for check in service_checks(point.config, asked):
+                    await check()
             except PreflowError as error:
                 unready[point.number] = error
     if unready and len(unready) == len(points):

@@ -167,13 +167,13 @@ def sweep_pages() -> list[ReportSection]:
         "training.learning_rate": [1e-6, 5e-6],
         "judging.model": [MODEL, "short"],
     }
-    points = expand_points(PipelineConfig(), SweepConfig.model_validate({"grid": grid})).points
+    points = expand_points(PipelineConfig(), SweepConfig.model_validate({"grid": grid}))
     results = tuple(_result(point.number, point.name) for point in points)
     ranking = tuple(range(len(points), 1, -1))
     widened = sidak(0.95, len(ranking))
     ranked = SweepResult(key="k", points=results, ranking=ranking, confidence=0.95, widened_confidence=widened)
-    work = [Work("evaluate: sample new adapter", MODEL, list(range(1, 13, 2)), 123_456, prompt_tokens=98_765_432,
-                 completion_tokens=98_765_432, gpu_minutes=1234.5, usd=1234.5, most_usd=99999.0)]  # fmt: skip
+    work = [Work("evaluate: sample new adapter", MODEL, list(range(1, 13, 2)), 123_456, prompt_tokens=1_234_567_890,
+                 completion_tokens=1_234_567_890, gpu_minutes=1234.5, usd=1234.5, most_usd=99999.0)]  # fmt: skip
     return [ranking_section(ranked, points), plan_section(Plan(work), points, SweepConfig(), 3)]
 
 

@@ -2,12 +2,11 @@
 
 import hashlib
 import random
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ import pytest
 
 from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
-from tasks.promote.pointer import install_adapter, move_pointer, read_pointer
+from tasks.promote.pointer import move_pointer, read_pointer
 from tasks.store import gcs
 from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, Workspace, folder_digest
 from tests.fakes.gcs import BUCKET, FakeGcs
 from tests.fakes.gcs_plan import FAULTS
-from tests.fakes.process import ROOT
 
 ALL_FAULTS = dict.fromkeys(FAULTS, 0.05)
 SLOW = {"slow_seconds": 0.2, "retry_after": 1}
@@ -165,19 +163,6 @@ def test_of_many_movers_of_a_pointer_none_is_lost(place: str, request: Any, tmp_
     assert len(stands) == len(promoted) if place == "local" else len(stands) >= len(promoted)
 
 
-def test_processes_that_count_together_lose_no_count(store: Workspace) -> None:
-    script = (
-        "import sys; from tasks.store.workspace import Workspace\n"
-        "store = Workspace(sys.argv[1])\n"
-        "for _ in range(5): store.update_json(store.uri('count'), lambda n: (n or 0) + 1)\n"
-    )
-    command = [sys.executable, "-c", script, store.root]
-    running = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
-    assert [process.wait(120) for process in running] == [0, 0, 0]
-    # An update whose answer is lost, and which another one follows before it is tried again, is made twice.
-    assert store.read_json(store.uri("count")) >= 15
-
-
 def test_a_swap_whose_answer_was_lost_still_counts(tmp_path: Path) -> None:
     """The second attempt meets the first one's object, with 412."""
     store = Workspace(f"gs://{BUCKET}/swaps")
@@ -203,15 +188,6 @@ def test_a_reader_never_sees_a_folder_that_is_not_whole(store: Workspace, tmp_pa
     assert writing.result() == store.sha256(store.uri("folder", COMMITTED))
 
 
-def test_an_adapter_is_installed_on_a_bucket_from_a_folder(store: Workspace, tmp_path: Path) -> None:
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    sha256 = Workspace(tmp_path / "ws").commit_folder(tmp_path, str(tmp_path / "ws" / "adapter"))
-    adapter = AdapterRef(uri=str(tmp_path / "ws" / "adapter"), sha256=sha256, size=7, rows=1)
-    uri = install_adapter(adapter, store.root, "mine")
-    assert store.verify_folder(uri)["adapter_model.safetensors"].size == 7
-    assert install_adapter(adapter, store.root, "mine") == uri
-
-
 def test_a_bucket_that_is_not_there_is_named(faulty: FakeGcs) -> None:
     with pytest.raises(PreflowError, match=r"gs://no-such-bucket/ws: cannot be written .*no such object or bucket"):
         Workspace("gs://no-such-bucket/ws").check_writable()
@@ -234,3 +210,9 @@ def test_what_is_listed_is_what_is_there(store: Workspace) -> None:
     stat = store.storage.stat(store.uri("a/one"))
     assert stat is not None
     assert (stat.uri, stat.size, stat.sha256) == (store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())
+    with suppress(RuntimeError), store.writing(stat.uri) as out:
+        out.write(b"half")
+        raise RuntimeError("half way")
+    assert store.read_bytes(stat.uri) == b"a/one"
+    store.delete(stat.uri)
+    assert not store.exists(stat.uri)

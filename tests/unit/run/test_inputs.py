@@ -33,7 +33,15 @@ def test_every_way_to_name_pairs_gives_the_same_reference(
 ) -> None:
     folder = tmp_path / "preferences" / "key"
     monkeypatch.chdir(tmp_path)
-    paths = [folder, f"{folder}/", folder / "manifest.json", folder / "train.jsonl", " preferences/key\n"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [
+        folder,
+        f"file://{folder}/",
+        "~/preferences/key",
+        folder / "manifest.json",
+        folder / "train.jsonl",
+        " preferences/key\n",
+    ]
     for value in [pairs, pairs.model_dump(), pairs.model_dump_json(), *map(str, paths)]:
         assert PAIRS.validate_python(value) == pairs, value
 

@@ -31,7 +31,7 @@ def log_error(error: Exception) -> None:
         logging.getLogger("prefect.flow_runs").exception("Encountered an exception during execution")
 
 
-def test_what_the_user_can_mend_is_its_message_alone(lines: pytest.LogCaptureFixture) -> None:
+def test_what_the_user_can_fix_is_its_message_alone(lines: pytest.LogCaptureFixture) -> None:
     log_error(PreflowError("prompts.jsonl:3: not JSON"))
     assert lines.records[-1].getMessage() == "prompts.jsonl:3: not JSON"
     assert lines.records[-1].exc_info is None

@@ -22,10 +22,7 @@ from tasks.store.workspace import (
     FileFacts,
     Manifest,
     Origin,
-    Reference,
     Workspace,
-    canonical_json,
-    digest,
     folder_digest,
     server_path,
 )
@@ -53,55 +50,35 @@ def make_adapter(folder: Path) -> Path:
 # ---- digests
 
 
-def test_equal_values_have_equal_digests_whatever_their_order() -> None:
-    assert digest({"b": 1, "a": [1, {"y": None, "x": "é"}]}) == digest({"a": [1, {"x": "é", "y": None}], "b": 1})
-    assert digest([1, 2]) != digest([2, 1])
-    assert canonical_json({"b": "é", "a": 1}) == '{"a":1,"b":"é"}'.encode()
-
-
-def test_an_adapter_s_digest_is_of_weights_and_configuration_only(tmp_path: Path) -> None:
+def test_an_adapter_s_digest_is_of_weights_and_configuration_only_and_pickled_weights_are_none(tmp_path: Path) -> None:
     first, second = make_adapter(tmp_path / "a"), make_adapter(tmp_path / "elsewhere" / "b")
     (second / "README.md").write_text("something else")
     assert folder_digest(str(first)) == folder_digest(str(second))
     (second / "adapter_config.json").write_text('{"r": 16}')
     assert folder_digest(str(first)) != folder_digest(str(second))
-
-
-def test_pickled_weights_are_no_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(PreflowError, match=r"no .safetensors weights \(found: adapter_model.bin\)"):
-        folder_digest(str(tmp_path))
-    with pytest.raises(PreflowError, match="found: nothing"):
-        folder_digest(str(tmp_path / "missing"))
+    for folder, found in ((tmp_path, "adapter_model.bin"), (tmp_path / "missing", "nothing")):
+        with pytest.raises(PreflowError, match=rf"no .safetensors weights \(found: {found}\)"):
+            folder_digest(str(folder))
 
 
-def test_a_settled_file_is_read_once_for_its_digest_and_again_when_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seconds", [5.0, -1.0])
+def test_a_settled_file_is_read_once_for_its_digest_and_one_just_written_each_time(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The time of a file that was just written may be that of the content before."""
     read: list[str] = []
     opened = LocalStorage.open
     monkeypatch.setattr(LocalStorage, "open", lambda self, uri: read.append(uri) or opened(self, uri))
-    monkeypatch.setattr(local, "SETTLED_SECONDS", -1)
+    monkeypatch.setattr(local, "SETTLED_SECONDS", seconds)
     base = make_adapter(tmp_path / "base")
-    first = folder_digest(str(base))
+    first, weights = folder_digest(str(base)), base / "adapter_model.safetensors"
     assert folder_digest(str(base)) == first
-    Workspace(tmp_path).sha256(str(base / "adapter_config.json"))
-    assert len(read) == 2
-    weights = base / "adapter_model.safetensors"
+    assert len(read) == (2 if seconds < 0 else 4)
+    at = weights.stat()
     weights.write_bytes(weights.read_bytes()[::-1])
-    os.utime(weights, (1, 1))
+    os.utime(weights, ns=(1, 1) if seconds < 0 else (at.st_atime_ns, at.st_mtime_ns))
     assert folder_digest(str(base)) != first
-
-
-def test_a_file_that_was_just_written_is_read_each_time(tmp_path: Path) -> None:
-    """Its time may be that of the content before."""
-    store, file = Workspace(tmp_path), tmp_path / "file"
-    file.write_bytes(b"one")
-    at = file.stat()
-    first = store.sha256(str(file))
-    file.write_bytes(b"two")
-    os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
-    assert store.sha256(str(file)) != first
 
 
 # ---- whole or absent
@@ -162,19 +139,17 @@ def test_other_schemes_are_no_workspace(root: str) -> None:
 # ---- reading
 
 
-def test_the_writer_s_facts_are_the_file_s(store: Workspace) -> None:
+def test_rows_lines_and_ranges_are_read_as_they_were_written(store: Workspace) -> None:
     artifact = write_rows(store, "rows.jsonl", [{"a": "é"}, {"a": "line\nbreak"}])
     content = store.read_bytes(artifact.uri)
     assert (artifact.size, artifact.rows) == (len(content), 2)
     assert artifact.sha256 == hashlib.sha256(content).hexdigest()
-
-
-def test_lines_and_ranges_start_and_end_where_they_are_told(store: Workspace) -> None:
     uri = store.uri("f")
     store.write_bytes(uri, b"one\ntwo\nthree\nfour")
     assert list(store.lines(uri)) == [b"one\n", b"two\n", b"three\n", b"four"]
     assert list(store.lines(uri, 4, 14)) == [b"two\n", b"three\n"]
-    assert [store.read_bytes(uri, *part) for part in ((0, 4), (8, 14), (14, 99))] == [b"one\n", b"three\n", b"four"]
+    parts = ((0, 4), (8, 14), (14, 99), (99, 100), (4, 4))
+    assert [store.read_bytes(uri, *part) for part in parts] == [b"one\n", b"three\n", b"four", b"", b""]
 
 
 def finished(store: Workspace, **files: FileFacts) -> CompletionsRef:
@@ -263,11 +238,6 @@ def test_a_folder_counts_once_it_is_committed_and_only_while_it_is_whole(store: 
     store.write_bytes(f"{target}/COMMITTED.json", b'{"files": [1]}')
     with pytest.raises(PreflowError, match=r"COMMITTED.json: damaged"):
         store.verify_folder(target)
-
-
-def test_a_reference_is_plain_json() -> None:
-    reference = Reference(kind="prompts", uri="/w/p.jsonl", sha256="0" * 64, size=3, rows=1)
-    assert Reference.model_validate_json(reference.model_dump_json()) == reference
 
 
 def test_the_server_sees_the_workspace_where_it_is_mounted() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -24,6 +25,7 @@ from tasks.run.estimate import Plan, Work
 from tasks.run.estimate_page import plan_lines
 from tasks.run.preflight import endpoint_lock, sharing_endpoints
 from tasks.store.measures import WinRate
+from tasks.sweep import prepare
 from tasks.sweep.page import conclude, plan_section, ranking_section
 from tasks.sweep.points import apply_change, expand_points, parameter_names
 from tasks.sweep.prepare import check_budget, find_unready, prepare_points, trainings_at_once
@@ -33,8 +35,8 @@ from tests.fakes.comparisons import compared
 
 def points(base: PipelineConfig | None = None, **sweep: Any) -> list[tuple[str, PipelineConfig]]:
     found = expand_points(base or PipelineConfig(), SweepConfig.model_validate(sweep))
-    assert [point.number for point in found.points] == list(range(1, len(found.points) + 1))
-    return [(point.name, point.config) for point in found.points]
+    assert [point.number for point in found] == list(range(1, len(found) + 1))
+    return [(point.name, point.config) for point in found]
 
 
 def refusal(base: PipelineConfig | None = None, **sweep: Any) -> str:
@@ -76,10 +78,14 @@ def test_all_points_are_measured_by_one_judge_on_like_samples() -> None:
         assert config.evaluation.generation.temperature == 0.8
 
 
-def test_equal_points_are_dropped_and_counted() -> None:
-    found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.1, 0.2]}, changes=[{}]))
-    assert [point.name for point in found.points] == ["training.beta=0.1", "training.beta=0.2"]
-    assert found.duplicates == 2
+def test_points_of_equal_content_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PipelineConfig(workspace=str(tmp_path), judging=JudgingConfig(rubric="demo"))
+    monkeypatch.setattr(prepare, "_check_files", lambda point: None)
+    monkeypatch.setattr(prepare, "point_keys", lambda found: [repr(one.config.training.identity()) for one in found])
+    grid = {"training.beta": [0.1, 0.1, 0.2], "judging.max_concurrency": [1, 2]}
+    found = prepare_points(config, SweepConfig(grid=grid, changes=[{}]))
+    assert [(point.number, point.config.training.beta) for point in found.points] == [(1, 0.1), (2, 0.2)]
+    assert found.duplicates == 5
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_a_sweep_over_its_budget_is_refused_with_the_dearest_piece() -> None:
 
 def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.2]}))
-    section = plan_section(Plan(WORK), found.points, SweepConfig(), duplicates=3)
+    section = plan_section(Plan(WORK), found, SweepConfig(), duplicates=3)
     assert "3 equal to another were left out" in section.summary
     assert "1 trainings and 260 requests, about 2.58 US$, at most 20.08 and what has no price set." in section.summary
     assert "One by one, the points would take 2 trainings and 800 requests" in section.summary
@@ -207,8 +213,8 @@ async def test_a_model_that_several_points_ask_has_one_question_on_trial(monkeyp
     monkeypatch.setattr(preflight, "_check_endpoint", trial)
     config = PipelineConfig.model_validate({"judging": {"model": "a", "api_key": None}})
     points = expand_points(config, SweepConfig(grid={"judging.model": ["a", "b", "down"], "training.beta": [0.1, 0.2]}))
-    work = Work("train", "here", points=[point.number for point in points.points])
-    unready = await find_unready(points.points, Plan([work]))
+    work = Work("train", "here", points=[point.number for point in points])
+    unready = await find_unready(points, Plan([work]))
     assert sorted(unready) == [5, 6]
     assert sorted(asked) == ["a", "b", "down", config.generation.model]
 
@@ -256,7 +262,7 @@ def test_the_ranking_is_honest() -> None:
     found = expand_points(PipelineConfig(), SweepConfig(grid={"training.beta": [0.1, 0.2, 0.3]}))
     results = (_result(1, 0.50), _result(2, None), _result(3, 0.54, "another"))
     result = SweepResult(key="k", points=results, ranking=(3, 1), confidence=0.95, widened_confidence=sidak(0.95, 2))
-    section = ranking_section(result, found.points)
+    section = ranking_section(result, found)
     assert "point 3 (n3) wins 54.0 % (51.0-57.0 %)" in section.summary
     assert "looks better than it is" in section.summary
     assert "49.0-59.0 % (each at 97.47 %, together at least 95 %; Sidak 1967)" in section.summary
@@ -296,4 +302,4 @@ def test_points_that_train_on_this_machine_run_one_after_another() -> None:
     here, there = PipelineConfig(), PipelineConfig(training_deployment="train-dpo/l4-spot")
     for base, change, at_once in ((here, {}, 1), (there, {}, 3), (there, {"training_deployment": None}, 1)):
         sweep = SweepConfig(changes=[{"training.beta": 0.2}, {"training.beta": 0.3, **change}], parallel=3)
-        assert trainings_at_once(expand_points(base, sweep).points, sweep) == at_once
+        assert trainings_at_once(expand_points(base, sweep), sweep) == at_once
