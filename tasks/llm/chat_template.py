@@ -2,6 +2,7 @@
 
 import json
 import logging
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,8 +73,16 @@ class ChatTemplate:
 
         Raises `TemplateRefused` if it takes no answer, or drops it.
         """
-        question = [{"role": "user", "content": "Q"}]
-        before, found, end = self.render([*question, {"role": "assistant", "content": ANSWER}]).rpartition(ANSWER)
+        question, answer = [{"role": "user", "content": "Q"}], {"role": "assistant", "content": ANSWER}
+        try:
+            whole = self.render([*question, answer])
+        except TemplateRefused as refused:  # some ask for a system message
+            question.insert(0, {"role": "system", "content": "S"})
+            try:
+                whole = self.render([*question, answer])
+            except TemplateRefused:
+                raise refused from None
+        before, found, end = whole.rpartition(ANSWER)
         if not found:
             raise TemplateRefused(f"the chat template of {self.source} drops the assistant's answer")
         prompt = self.render(question, prompt=True)
@@ -143,7 +152,7 @@ def choose_template(
         text = Workspace.holding(settings.chat_template)
         if not text.exists(settings.chat_template):
             raise PreflowError(f"chat_template {settings.chat_template}: no such file")
-        chosen = settings.chat_template, "", text.read_bytes(settings.chat_template).decode()
+        chosen = settings.chat_template, "", _as_text(settings.chat_template, text.read_bytes(settings.chat_template))
     elif found := choose(folders, read):
         chosen = found
     else:
@@ -202,14 +211,25 @@ def read_model_file(source: str, name: str, revision: str | None = None) -> str 
     """
     if "://" in source or Path(source).expanduser().is_dir() or source.startswith((".", "/", "~")):
         store, uri = Workspace.holding(source), f"{resolve_location(source)}/{name}"
-        return store.read_bytes(uri).decode() if store.exists(uri) else None
+        return _as_text(uri, store.read_bytes(uri)) if store.exists(uri) else None
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(source, name, revision=revision)
     except ValueError:  # no name that a hub could have
         return None
-    return Path(found).read_text() if isinstance(found, str) else None
+    return _as_text(found, Path(found).read_bytes()) if isinstance(found, str) else None
+
+
+def _as_text(uri: str, content: bytes) -> str:
+    """Return a model's file as text; the small ones of a tokenizer must be JSON objects."""
+    try:
+        text = content.decode()
+        if posixpath.basename(uri) in (CONFIG, "special_tokens_map.json") and not isinstance(json.loads(text), dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise PreflowError(f"{uri}: damaged ({error}); copy or save it again") from error
+    return text
 
 
 def check_prompts(uri: str, template: ChatTemplate) -> None:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 CHECK_SECONDS = 10.0
 CHECK_ATTEMPTS = 4
 ADAPTER_SECONDS = 120.0
+TRIAL = "preflow-trial"
 
 
 class Template(TypedDict):
@@ -147,6 +148,19 @@ class Administration(Connection, ABC):
             where = f"{self.config.endpoint} did not load the adapter {name} from {path}"
             raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
 
+    async def check_would_load(self, folder: str) -> None:
+        """See that vLLM will load an adapter with the configuration that lies, alone, in the folder `folder`.
+
+        It holds rank and kind against its own settings before it looks for the weights. Raises `PreflowError`.
+        """
+        try:
+            await self.load_adapter(TRIAL, folder, replace=True)
+        except PreflowError as error:
+            if "contain tensors" not in str(error):
+                raise
+        else:
+            await self.unload_adapter(TRIAL)
+
     async def unload_adapter(self, name: str) -> None:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
         for failure in await self._order("unload", {"lora_name": name}):
@@ -227,7 +241,8 @@ _REMEDIES = {
     "No adapter found": "The folder must exist where the server runs, and hold adapter_config.json: mount the "
     "workspace there too, and set adapter_root to where the server sees it",
     "already been loaded": "Take another name, or replace what is served under this one",
-    "rank": "The adapter's rank is too high for this server: start vLLM with --max-lora-rank at least that",
+    "max_lora_rank": "The adapter's rank is too high for this server: start vLLM with --max-lora-rank of at least "
+    "that, or train the SFT adapter with a lower r",
 }
 
 

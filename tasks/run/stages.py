@@ -1,6 +1,7 @@
 """The stages of a run, in order, and all that a whole run needs to know of each: a new stage is one more entry."""
 
 import logging
+import posixpath
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from tasks.judge.prompt import read_rubric
 from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template, fast_tokenizer
 from tasks.llm.client import Endpoint
 from tasks.store.prompts import import_prompts, source_digest
-from tasks.store.workspace import Workspace, digest, folder_digest
+from tasks.store.workspace import Workspace, digest, folder_digest, server_path
 from tasks.train.deployment import check_deployment
 from tasks.train.launch import base_digest, check_training_inputs, token_identity
 
@@ -111,6 +112,18 @@ async def _try_generation(endpoint: Endpoint, config: PipelineConfig) -> None:
         await check_same_template(endpoint, config.generation, template, messages, fast_tokenizer(config.training))
 
 
+async def _check_would_load(config: PipelineConfig) -> None:
+    """See that the server will load the new adapter, whose configuration is the SFT adapter's, from the workspace."""
+    store, evaluation = Workspace(config.workspace), config.evaluation
+    source = f"{config.training.sft_adapter}/adapter_config.json"
+    content = Workspace.holding(source).read_bytes(source)
+    uri = store.uri("preflight", digest(content.decode())[:32], "adapter_config.json")
+    store.write_bytes(uri, content)
+    async with await Endpoint.connect(evaluation.generation or config.generation, "evaluation") as endpoint:
+        await endpoint.check_model()
+        await endpoint.check_would_load(server_path(posixpath.dirname(uri), config.workspace, evaluation.adapter_root))
+
+
 def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
     async def ask(endpoint: Endpoint, judge: JudgeConfig) -> None:
         await try_judge(endpoint, judge, read_rubric(judging.rubric), judging.wants_scores)
@@ -155,6 +168,7 @@ STAGES = (
         identity=_evaluation,
         checks=lambda config: [partial(check_choice, config)],
         endpoints=_evaluation_endpoints,
+        service_checks=lambda config: [partial(_check_would_load, config)],
     ),
 )
 

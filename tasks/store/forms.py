@@ -15,6 +15,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +54,8 @@ class WrongForm(ValueError):
 
 def no_such_file(uri: str) -> PreflowError:
     """Return the error for a file of rows that is not there."""
-    return PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
+    what = "a folder that holds no table of `datasets`" if os.path.isdir(uri) else "no such file"
+    return PreflowError(f"{uri}: {what}. Give the path of a JSONL file, one JSON object a line.")
 
 
 def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:

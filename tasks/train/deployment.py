@@ -65,16 +65,17 @@ def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> No
     """Refuse paths that mean nothing where the pool's runs are executed."""
     if pool.type != "kubernetes":
         return
-    base = training.base_model
-    paths = {"workspace": workspace, "training.sft_adapter": training.sft_adapter}
-    if posixpath.isabs(base):  # as the configuration writes every folder's path; all else is a name on the hub
-        paths["training.base_model"] = base
-    if training.chat_template:
-        paths["generation.chat_template"] = training.chat_template
+    paths = {
+        "workspace": workspace,
+        "training.sft_adapter": training.sft_adapter,
+        "training.base_model": training.base_model,
+        "generation.chat_template": training.chat_template or "",
+    }
     for name, path in paths.items():
-        if "://" not in path and not Path(path).is_relative_to(MOUNT):
+        # The configuration writes every folder's path whole; all else is an address, or a name on the hub.
+        if posixpath.isabs(path) and not Path(path).is_relative_to(MOUNT):
             raise PreflowError(
                 f"{name} {path}: a pod of the work pool {pool.name} cannot see it. Give a gs:// address, or a path "
                 f"below {MOUNT} if the pool mounts a volume there (workspace_volume, see infra/README.md)"
-                + (", or a model's name on the hub." if path == base else ".")
+                + (", or a model's name on the hub." if name == "training.base_model" else ".")
             )

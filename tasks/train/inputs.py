@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -34,6 +35,12 @@ EXPONENTS = {
     "F16": ("u2", 0x1F << 10),
     "BF16": ("u2", 0xFF << 7),
 }
+UNSERVED = (
+    "modules_to_save", "lora_bias", "trainable_token_indices", "alora_invocation_tokens", "layer_replication",
+    "target_parameters", "monteclora_config", "kasa_config", "arrow_config",
+)  # fmt: skip
+# The embeddings of the architectures that transformers knows.
+EMBEDDINGS = r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$"
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -101,15 +108,19 @@ class AdapterFiles:
 
     def check(self) -> None:
         """Check that this is an adapter that DPO can train and vLLM can serve."""
-        for problem in chain(self._kind_problems(), self._weight_problems()):
-            raise PreflowError(f"sft_adapter {self.uri}: {problem}")
-        self._check_finite()
+        with only_known_forms(f"sft_adapter {self.uri}"):
+            for problem in chain(self._kind_problems(), self._weight_problems()):
+                raise PreflowError(f"sft_adapter {self.uri}: {problem}")
+            self._check_finite()
 
     def _kind_problems(self) -> Iterator[str]:
         config = self.config
-        kind, rank, bias, init = (config.get(name) for name in ("peft_type", "r", "bias", "init_lora_weights"))
-        targets = config.get("target_modules") or []
-        for pattern in [*([targets] if isinstance(targets, str) else []), *(config.get("rank_pattern") or {})]:
+        kind, bias, init = (config.get(name) for name in ("peft_type", "bias", "init_lora_weights"))
+        targets, excluded = (config.get(name) or [] for name in ("target_modules", "exclude_modules"))
+        ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
+        scales = {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
+        patterns = [text for text in (targets, excluded) if isinstance(text, str)]
+        for pattern in [*patterns, *(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -117,9 +128,7 @@ class AdapterFiles:
         unserved = "which vLLM does not serve; train the SFT adapter without"
         problems = {
             f"peft_type is {kind!r}; only LORA can be trained and served": kind != "LORA",
-            "it is a DoRA adapter (use_dora), which vLLM does not serve; train a plain LoRA": config.get("use_dora"),
             f"bias is {bias!r}, {unserved}": (bias or "none") != "none",
-            f"its rank r is {rank!r}, not a positive number": not isinstance(rank, int) or rank < 1,
             f"init_lora_weights is {init!r}, which changes the base when it is loaded; convert it to a plain LoRA with "
             "save_pretrained(path_initial_model_for_weight_conversion=...)": re.match(
                 "pissa|olora|corda|loftq|lora_ga", str(init), re.IGNORECASE
@@ -128,21 +137,33 @@ class AdapterFiles:
                 re.fullmatch(targets, "lm_head") if isinstance(targets, str) else "lm_head" in targets
             ),
         }
-        for name in ("modules_to_save", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
-                     "layer_replication"):  # fmt: skip
+        for name, number in ranks.items():
+            problems[f"the rank of {name} is {number!r}, not a positive number"] = type(number) is not int or number < 1
+        for name, number in scales.items():
+            problems[f"the alpha of {name} is {number!r}, not a number"] = type(number) not in (int, float)
+        # A variant that vLLM does not know it ignores in silence: served would be something else than was trained.
+        for name in (*UNSERVED, *(name for name in config if name.startswith("use_") and name != "use_rslora")):
             problems[f"{name} is {config.get(name)}, {unserved}"] = config.get(name)
         yield from (f"{problem} (adapter_config.json)" for problem, present in problems.items() if present)
 
     def _weight_problems(self) -> Iterator[str]:
+        if not self.header:
+            yield f"{ADAPTER_WEIGHTS} holds no weights. Save the adapter again with PEFT's save_pretrained()"
         for name, tensor in self.header.items():
             module, found, side = name.rpartition(".lora_")
             if not found or side not in ("A.weight", "B.weight") or len(tensor.shape) != 2:
-                yield (
-                    f"{ADAPTER_WEIGHTS} holds {name}, no LoRA weight of a linear layer. PEFT adds embeddings when the "
-                    "vocabulary was resized or embed_tokens is a target; vLLM does not serve them. Train the SFT "
-                    "adapter without new tokens and without that target; where the embeddings are the base's own, save "
-                    "it again with save_embedding_layers=False"
-                )
+                why = "as PEFT's save_pretrained() writes it: save it again with that, and target linear layers alone"
+                if re.search(r"embed|lm_head|\bwte\b", name):
+                    why = (
+                        "and vLLM does not serve embeddings. PEFT adds them when the vocabulary was resized or they "
+                        "are a target: train the SFT adapter without; where they are the base's own, save it again "
+                        "with save_embedding_layers=False"
+                    )
+                yield f"{ADAPTER_WEIGHTS} holds {name} of shape {tensor.shape}, no LoRA weight of a linear layer {why}"
+            elif (other := f"{module}.lora_{'B' if side == 'A.weight' else 'A'}.weight") not in self.header:
+                yield f"{ADAPTER_WEIGHTS} holds {name} and not {other}: a part is missing; copy or save it again"
+            elif tensor.dtype not in EXPONENTS:
+                yield f"its weight {name} is of type {tensor.dtype}, no floating-point number; save it again in F32"
             elif side == "A.weight" and tensor.shape[0] != self.rank(module):
                 yield (
                     f"its weight {name} has rank {tensor.shape[0]}, where adapter_config.json says {self.rank(module)} "
@@ -165,6 +186,18 @@ class AdapterFiles:
                         f"sft_adapter {self.uri}: its weight {name} holds NaN or infinite numbers. Its training "
                         "diverged, or the file is damaged: give an earlier checkpoint, or train it again."
                     )
+
+
+@contextmanager
+def only_known_forms(what: str) -> Iterator[None]:
+    """Name the folder whose files hold a text where a number belongs, a list for a table, and the like."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise PreflowError(
+            f"{what}: its JSON files are not as PEFT and transformers write them ({type(error).__name__}: {error}). "
+            "Copy or save it again."
+        ) from error
 
 
 def read_json(uri: str, remedy: str) -> dict[str, Any]:
@@ -197,17 +230,25 @@ class BaseFiles:
         """Read a folder."""
         if not (folder / "config.json").is_file():
             raise PreflowError(f"base_model {folder}: no config.json there. Give the folder of a transformers model.")
-        files = sorted(folder.glob("*.safetensors"))
+        if (folder / "adapter_config.json").is_file():
+            raise PreflowError(
+                f"base_model {folder}: holds an adapter (adapter_config.json): transformers would put that onto it, "
+                "or onto the base that it names. Move the adapter's files to a folder of their own."
+            )
+        files = {file.name for file in folder.glob("*.safetensors")}
         if not files:
             raise PreflowError(
                 f"base_model {folder}: no .safetensors there. Save the model with save_pretrained(folder)."
             )
         index = folder / "model.safetensors.index.json"
-        named = set(read_json(str(index), "copy it again").get("weight_map", {}).values()) if index.is_file() else set()
-        for missing in sorted(named - {file.name for file in files}):
-            raise PreflowError(f"base_model {folder}: {missing} is missing, which {index.name} names; copy it again.")
-        shapes = {name: tensor.shape for file in files for name, tensor in read_header(str(file)).items()}
-        return cls(str(folder), folder, shapes)
+        if index.is_file():
+            named = set(read_json(str(index), "copy it again").get("weight_map", {}).values())
+            for missing in sorted(named - files):
+                raise PreflowError(f"base_model {folder}: {missing} is missing, which {index.name} names; copy it.")
+            # transformers reads no others.
+            files = {"model.safetensors"} if "model.safetensors" in files else named
+        headers = [read_header(str(folder / name)) for name in sorted(files)]
+        return cls(str(folder), folder, {name: tensor.shape for header in headers for name, tensor in header.items()})
 
     @classmethod
     def of_hub(cls, name: str, revision: str) -> "BaseFiles":
@@ -252,7 +293,7 @@ class BaseFiles:
     def config(self) -> dict[str, Any]:
         """The model's configuration; of a model with several parts the one of its text."""
         found = read_json(str(self.folder / "config.json"), "copy the base again")
-        return {**found, **found.get("text_config", {})}
+        return {**found, **(found.get("text_config") or {})}
 
     def check(self, max_length: int, router_aux_loss_coef: float) -> None:
         """Hold the training's settings against the base."""
@@ -272,6 +313,14 @@ class BaseFiles:
                 f"max_length {max_length} is more than the {positions} positions of base_model {self.name} ({name} in "
                 f"its config.json). Set max_length to {positions} or less."
             )
+        embeddings = {name: shape for name, shape in self.shapes.items() if re.search(EMBEDDINGS, name)}
+        rows = self.config.get("vocab_size")
+        if rows and embeddings and rows not in (shape[0] for shape in embeddings.values()):
+            name, shape = next(iter(embeddings.items()))
+            raise PreflowError(
+                f"base_model {self.name}: its config.json says vocab_size {rows}, its weight {name} has {shape[0]} "
+                "rows. Save the base again, with the configuration that belongs to these weights."
+            )
         if router_aux_loss_coef and not any("expert" in name for name in self.config):
             raise PreflowError(
                 f"router_aux_loss_coef {router_aux_loss_coef:g}: base_model {self.name} has no experts. Set it to 0."
@@ -290,10 +339,9 @@ class BaseFiles:
         kinds = {place.rpartition(".")[2] for place in places}
         for name, tensor in adapter.header.items():
             module = name.removesuffix(".lora_A.weight")
-            other = adapter.header.get(f"{module}.lora_B.weight")
-            if module == name or other is None or module.rpartition(".")[2] not in kinds:
+            if module == name or module.rpartition(".")[2] not in kinds:
                 continue
-            sizes = sorted([tensor.shape[1], other.shape[0]])
+            sizes = sorted([tensor.shape[1], adapter.header[f"{module}.lora_B.weight"].shape[0]])
             if sizes not in places.get(_tail(module), []):
                 there = " or ".join(map(str, places.get(_tail(module), []))) or "no such module"
                 raise PreflowError(
@@ -311,12 +359,12 @@ class BaseFiles:
             )
         (own, _), (base, added) = (_vocabulary(posixpath.join(folder, "tokenizer.json")) for folder in folders)
         rows = int(self.config.get("vocab_size") or 0)
-        for token, number in own.items():
+        for token, number in (own or base).items():
             if rows and number >= rows:
                 raise PreflowError(
-                    f"sft_adapter {adapter}: its tokenizer has the token {token!r} with number {number}, base_model "
-                    f"{self.name} has rows for {rows} tokens. Tokens were added in the SFT training, whose embeddings "
-                    "vLLM does not serve: train the SFT adapter without new tokens."
+                    f"the tokenizer of {adapter if own else self.name} has the token {token!r} with number {number}, "
+                    f"base_model {self.name} has rows for {rows} tokens. vLLM does not serve embeddings that were "
+                    "added: train the SFT adapter without new tokens, and give it its base's tokenizer."
                 )
             if base and base.get(token, number) != number:
                 raise PreflowError(

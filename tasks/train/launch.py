@@ -20,7 +20,7 @@ from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import choose_template, template_of, tokenizer_digests
 from tasks.store.workspace import DISK_FULL, MANIFEST, AdapterRef, PreferencesRef, Workspace, digest, folder_digest
-from tasks.train.inputs import AdapterFiles, BaseFiles
+from tasks.train.inputs import AdapterFiles, BaseFiles, only_known_forms
 from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, ExitCode, Progress, TrainingSpec
 
@@ -88,14 +88,10 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
 
 def error_of_pairs(error: float, votes: int, needed: int) -> float:
     """Return the share of wrong pairs among those on which `needed` of `votes` agree, each wrong with this chance."""
+    from scipy.stats import binom  # slow to load, and for this setting alone
 
-    def agree(chance: float) -> float:
-        return sum(
-            math.comb(votes, count) * chance**count * (1 - chance) ** (votes - count)
-            for count in range(needed, votes + 1)
-        )
-
-    return agree(error) / (agree(error) + agree(1 - error))
+    wrong, right = (float(binom.sf(needed - 1, votes, chance)) for chance in (error, 1 - error))
+    return wrong / (wrong + right)
 
 
 def base_digest(training: TrainingConfig) -> str:
@@ -122,9 +118,10 @@ def check_training_inputs(training: TrainingConfig, trains_here: bool = True) ->
         named = str(adapter.config.get("base_model_name_or_path") or base.name)
         if posixpath.basename(named) != posixpath.basename(base.name):
             LOG.warning("SFT adapter %s names the base model %s; base_model is %s", adapter.uri, named, base.name)
-        base.check(training.max_length, training.router_aux_loss_coef)
-        base.check_holds(adapter)
-        base.check_tokenizer(adapter.uri)
+        with only_known_forms(f"base_model {base.name}"):
+            base.check(training.max_length, training.router_aux_loss_coef)
+            base.check_holds(adapter)
+            base.check_tokenizer(adapter.uri)
         _ = template_of(training, base=str(base.folder)).around_answer
 
 

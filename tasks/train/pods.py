@@ -67,10 +67,11 @@ class Sight:
         """Return what a training that is not heard of waits for."""
         if not self.jobs:
             return ["There is no Job of this run: the worker has not made one, or somebody deleted it."]
-        alive = [pod for pod in self.pods if pod["status"].get("phase") not in OVER]
+        pods = sorted(self.pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))
+        alive = [pod for pod in pods if pod["status"].get("phase") not in OVER]
         said = [text for pod in alive for text in self._explain(pod, now)]
         if not alive:
-            said += [*self._events_of(self.jobs[-1]), *self._last_end(), REPLACEMENT]
+            said += [*self._events_of(self.jobs[-1]), *map(_end_of, pods[-1:]), REPLACEMENT]
         return said + [remedy for pattern, remedy in REMEDIES if re.search(pattern, " ".join(said), re.IGNORECASE)]
 
     def _explain(self, pod: Item, now: datetime) -> Iterator[str]:
@@ -81,16 +82,11 @@ class Sight:
                 f"Pod {name} has been Terminating since {leaving}: its node {node} does not answer. Kubernetes starts "
                 "no other pod until that node is given up; deleting the pod does not help, not even by force. If the "
                 f"machine is really gone: kubectl delete node {node}; or, else: kubectl taint nodes {node} "
-                "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute. The training then goes on from its last "
-                "checkpoint."
+                "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute. The training then goes on."
             )
         elif pod["status"].get("phase") == "Pending":
             diagnosis = diagnose_k8s_pod(pod["status"])
-            yield (
-                f"Pod {name} waits. {diagnosis.detail}"
-                if diagnosis
-                else f"Pod {name} waits on {node or 'no node yet'}."
-            )
+            yield f"Pod {name} waits" + (f". {diagnosis.detail}" if diagnosis else f" on {node or 'no node yet'}.")
             yield from self._events_of(pod)
         elif leaving is None:
             yield (
@@ -101,30 +97,28 @@ class Sight:
     def _events_of(self, item: Item) -> Iterator[str]:
         """Yield the newest message of each reason that is no good news."""
         newest: dict[str, str] = {}
-        dated = sorted(self.events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
-        for event in dated:
-            about = event.get("involvedObject", {}).get("uid") == item["metadata"]["uid"]
-            if about and (
-                event.get("type") == "Warning" or event.get("reason") in ("NotTriggerScaleUp", "TriggeredScaleUp")
-            ):
-                newest[str(event.get("reason"))] = str(event.get("message", ""))
+        for event in sorted(self.events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime"))):
+            reason, about = str(event.get("reason")), event.get("involvedObject", {}).get("uid")
+            is_news = event.get("type") == "Warning" or reason in ("NotTriggerScaleUp", "TriggeredScaleUp")
+            if about == item["metadata"]["uid"] and is_news:
+                newest[reason] = str(event.get("message", ""))
         yield from (f"{reason}: {message}" for reason, message in newest.items())
 
-    def _last_end(self) -> Iterator[str]:
-        """Say how the last pod ended: by its own fault, for lack of memory, or because its machine was taken away."""
-        for pod in sorted(self.pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))[-1:]:
-            status, name = pod["status"], pod["metadata"]["name"]
-            ends = [item["state"].get("terminated", {}) for item in status.get("containerStatuses", [])]
-            lost = [item for item in status.get("conditions", []) if item["type"] == "DisruptionTarget"]
-            if any(end.get("reason") == "OOMKilled" for end in ends):
-                yield (
-                    f"Pod {name} ran out of memory (OOMKilled), which is no preemption and uses up a retry. Raise "
-                    "memory in the work pool's settings, or lower training.per_device_train_batch_size."
-                )
-            elif lost:
-                yield f"Pod {name} was preempted ({lost[0].get('reason')}); that uses up no retry."
-            elif ends:
-                yield f"Pod {name} ended with exit code {ends[0].get('exitCode')}; its log is the run's."
+
+def _end_of(pod: Item) -> str:
+    """Say how a pod ended: by its own fault, for lack of memory, or because its machine was taken away."""
+    status, name = pod["status"], pod["metadata"]["name"]
+    ends = [item["state"].get("terminated", {}) for item in status.get("containerStatuses", [])]
+    lost = [item for item in status.get("conditions", []) if item["type"] == "DisruptionTarget"]
+    if any(end.get("reason") == "OOMKilled" for end in ends):
+        return (
+            f"Pod {name} ran out of memory (OOMKilled), which is no preemption and uses up a retry. Raise memory in "
+            "the work pool's settings, or lower training.per_device_train_batch_size."
+        )
+    if lost:
+        return f"Pod {name} was preempted ({lost[0].get('reason')}); that uses up no retry."
+    code = ends[0].get("exitCode") if ends else "unknown"
+    return f"Pod {name} ended with exit code {code}; its log is the run's."
 
 
 async def cluster_settings() -> kubernetes.Configuration:

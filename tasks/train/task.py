@@ -30,14 +30,14 @@ from tasks.train.spec import Progress
 logger = logging.getLogger(__name__)
 LIVE_KEY = "training-live"
 REFRESH_SECONDS = 30.0
+# The event loop of the flow waits for the task that calls these, so no call may be dispatched to it: `_sync`.
+_create_bar: Any = create_progress_artifact
+_move_bar: Any = update_progress_artifact
+_create_page: Any = create_markdown_artifact
 
 
 async def train_adapter(preferences: PreferencesRef, workspace: str, training: TrainingConfig) -> AdapterRef:
-    """Train the SFT adapter on preference pairs; a finished training of the same key is not repeated.
-
-    Raises:
-        PreflowError: an input is wrong, or an invariant of DPO does not hold.
-    """
+    """Train the SFT adapter on preference pairs; a finished training of the same key is not repeated."""
     check_training_inputs(training)
     mark_used(preferences, workspace)
     key = training_key(preferences, training)
@@ -76,18 +76,12 @@ def _ctrl_c_at_once() -> Iterator[None]:
 
 
 class TrainingView:
-    """What the UI shows of a training while it runs: a progress bar, and a page of curves and newest figures.
-
-    Args:
-        metrics: uri of the `metrics.jsonl` that the trainer keeps up to date.
-    """
+    """What the UI shows of a training while it runs: a progress bar, and a page of the curves in `metrics.jsonl`."""
 
     def __init__(self, metrics: str) -> None:
         self._metrics = metrics
         self._store = Workspace.holding(metrics)
-        # The event loop of the flow waits for the task that calls this, so no call may be dispatched to it.
-        create: Any = create_progress_artifact
-        self._bar: UUID = create(progress=0.0, description="train-adapter: optimizer steps", _sync=True)
+        self._bar: UUID = _create_bar(progress=0.0, description="train-adapter: optimizer steps", _sync=True)
         self._page: UUID | None = None
         self._drawn = self._complained = -math.inf
 
@@ -95,14 +89,14 @@ class TrainingView:
         """Move the bar; draw the page again if the last one is `REFRESH_SECONDS` old."""
         with self._server_may_be_away():
             if progress.total:
-                self._move(100.0 * progress.step / progress.total)
+                _move_bar(self._bar, progress=100.0 * progress.step / progress.total, _sync=True)
             if time.monotonic() - self._drawn >= REFRESH_SECONDS:
                 self._draw(f"Running: {progress.text()}.")
 
     def finish(self) -> None:
         """Show the finished training."""
         with self._server_may_be_away():
-            self._move(100.0)
+            _move_bar(self._bar, progress=100.0, _sync=True)
             self._draw("Finished; the page on the training has its readings and the advice.")
 
     @contextmanager
@@ -115,24 +109,15 @@ class TrainingView:
                 self._complained = time.monotonic()
                 logger.warning("the Prefect server does not take the training's progress (%s); training goes on", error)
 
-    def _move(self, percent: float) -> None:
-        update: Any = update_progress_artifact
-        update(self._bar, progress=percent, _sync=True)
-
     def _draw(self, summary: str) -> None:
         if not self._store.exists(self._metrics):
             return
         rows = [json.loads(line) for line in self._store.lines(self._metrics)]
         page = render_markdown(live_section(summary, rows))
-        self._publish(page)
-        self._drawn = time.monotonic()
-
-    def _publish(self, page: str) -> None:
         if self._page is None:
-            create: Any = create_markdown_artifact
             description = "The training as it goes: curves and newest figures."
-            self._page = create(key=LIVE_KEY, markdown=page, description=description, _sync=True)
-            return
-        # In place: a version of 100 kB every half minute would fill the server's database.
-        with get_client(sync_client=True) as client:
-            client.update_artifact(self._page, ArtifactUpdate(data=page))
+            self._page = _create_page(key=LIVE_KEY, markdown=page, description=description, _sync=True)
+        else:  # in place: a version of 100 kB every half minute would fill the server's database
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._page, ArtifactUpdate(data=page))
+        self._drawn = time.monotonic()

@@ -97,6 +97,16 @@ class TrainingOrder:
         """Return the adapter from the workspace, if it is finished; what a run returned is never read."""
         return find_adapter(Workspace(self.workspace), self.key)
 
+    def heartbeat(self) -> object:
+        """Return what the training's lease says now: it changes for as long as the trainer lives."""
+        store = Workspace(self.workspace)
+        lease = store.uri("training", self.key, "lease.json")
+        try:
+            return store.read_bytes(lease) if store.exists(lease) else None
+        except Exception:
+            logger.warning("%s cannot be read now; that says nothing of the training", lease, exc_info=True)
+            return object()
+
     def attempt_key(self, attempt: int) -> str:
         """Return the idempotency key under which everybody finds the same run."""
         return f"{digest([self.deployment, self.workspace, self.key])[:32]}-{attempt}"
@@ -177,20 +187,26 @@ async def _follow(run: FlowRun, order: TrainingOrder) -> FlowRun:
         about = f"The training, on {order.deployment}."
         await retry_while_api_is_down(partial(acreate_link_artifact, address, link_text=run.name, description=about))
     pool = await retry_while_api_is_down(_read_pool, run)
-    heartbeat, pods = _HeartbeatMonitor(order), PodWatch.of(run.id, pool, order.job_variables)
-    said: UUID | None = None
+    pods = PodWatch.of(run.id, pool, order.job_variables)
+    limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
+    said, heard, since = None, None, time.monotonic()
     while True:
         run = await retry_while_api_is_down(_read, run.id)
         state = _state(run)
         if state.id != said:
             said = state.id
-            logger.info("%s, run %r: %s", order.deployment, run.name, _describe(state))
+            waits = state.type is StateType.SCHEDULED and state.name in ("Scheduled", "Late")
+            more = ", waiting for a worker" if waits else f" ({state.message})" if state.message else ""
+            logger.info("%s, run %r: %s%s", order.deployment, run.name, state.name, more)
         if state.is_final():
             return run
-        quiet = heartbeat.quiet_seconds(state)
+        if (heartbeat := (said, order.heartbeat() if state.is_running() else None)) != heard:
+            heard, since = heartbeat, time.monotonic()
+        quiet = time.monotonic() - since
         if pods is not None:
             await pods.say(quiet)
-        if pool is not None and pool.type == "process" and state.is_running() and quiet > heartbeat.limit:
+        # Nobody else would report it: its worker is gone with it. On Kubernetes a lost pod is replaced, however late.
+        if pool is not None and pool.type == "process" and state.is_running() and quiet > limit:
             await retry_while_api_is_down(_mark_crashed, run)
         await asyncio.sleep(POLL_SECONDS)
 
@@ -210,36 +226,7 @@ async def _read_pool(run: FlowRun) -> WorkPool | None:
         return await client.read_work_pool(run.work_pool_name) if run.work_pool_name else None
 
 
-class _HeartbeatMonitor:
-    """How long nothing was heard of a training: no new state, no beat of its lease, by this process's clock."""
-
-    def __init__(self, order: TrainingOrder) -> None:
-        self._store = Workspace(order.workspace)
-        self._lease = self._store.uri("training", order.key, "lease.json")
-        self.limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
-        self._seen: object = None
-        self._since = time.monotonic()
-
-    def quiet_seconds(self, state: State[Any]) -> float:
-        """Return the seconds since the last sign of life."""
-        seen = state.id, self._beat() if state.is_running() else None
-        if seen != self._seen:
-            self._seen, self._since = seen, time.monotonic()
-        return time.monotonic() - self._since
-
-    def _beat(self) -> object:
-        try:
-            return self._store.read_bytes(self._lease) if self._store.exists(self._lease) else None
-        except Exception:
-            logger.warning("%s cannot be read now; that says nothing of the training", self._lease, exc_info=True)
-            return object()
-
-
 async def _mark_crashed(run: FlowRun) -> None:
-    """Report a silent run as crashed, since nobody else will: its worker is gone with it.
-
-    Not on Kubernetes: there a lost pod is replaced, however long that takes.
-    """
     async with get_client() as client:
         reason = "No sign of life: its machine, or its worker and its process, are gone."
         await client.set_flow_run_state(run.id, Crashed(message=reason))
@@ -267,12 +254,6 @@ def _what_happened(run: FlowRun, order: TrainingOrder, crashes: int) -> str:
         )
     reason = str(state.message).removeprefix("Flow run encountered an exception: ").removeprefix("PreflowError: ")
     return f"the training on {order.deployment} failed: {reason}\n{where}. Fix the cause and {again}."
-
-
-def _describe(state: State[Any]) -> str:
-    if state.type is StateType.SCHEDULED and state.name in ("Scheduled", "Late"):
-        return f"{state.name}, waiting for a worker"
-    return f"{state.name} ({state.message})" if state.message else str(state.name)
 
 
 @contextmanager

@@ -20,6 +20,9 @@ LOG = logging.getLogger(__name__)
 
 # Share of prompts or completions that may be in other tokens than the model is sampled and served with.
 MOST_UNLIKE = 0.01
+# Why an answer that ended by itself ended, by the names of vLLM, OpenAI, TGI and Anthropic; None: it is not told. All
+# others (length, max_tokens, abort, content_filter, ...) were cut off, and get no end of turn.
+ENDED = (None, "stop", "eos_token", "end_turn", "stop_sequence")
 # Rows whose texts go to the tokenizer in one call; more at once are not faster.
 ROWS_AT_ONCE = 100
 
@@ -112,11 +115,7 @@ class LengthReport:
         return self.exact / (2 * self.used) if self.used else 0.0
 
     def check(self, uri: str, template: ChatTemplate) -> None:
-        """See that the tokens are those of the model that is trained, and of the template it is served with.
-
-        Raises:
-            PreflowError: too many are not.
-        """
+        """See that the tokens are those of the model that is trained, and of the template it is served with."""
         served = "sampled, served and trained in other words. Serve with this template (vLLM: --chat-template), or "
         found = [
             (self.foreign, 2 * self.pairs, "completions have sampled tokens that do not read as their text: they are "
@@ -152,6 +151,7 @@ class PairTokenizer:
         template = template or ChatTemplate(tokenizer.chat_template, tokenizer.name_or_path, {}, ChatSettings())
         self.template = replace(template, special_tokens=tokenizer.special_tokens_map)
         self._lead, self._end = self.template.around_answer
+        self._highest = highest_token(tokenizer)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ends = (added | set(tokenizer.all_special_ids)) & set(self._encode([self._end])[0])
         stops = template.settings.stop
@@ -165,9 +165,6 @@ class PairTokenizer:
         """Return the tokens of pairs with their places, `file:line`; what was noticed is counted in `report`.
 
         All texts go to the tokenizer together: one by one, its wrapping takes several times as long as the tokens.
-
-        Raises:
-            PreflowError: the chat template does not take the messages of a pair.
         """
         texts = [text for place, row in rows for text in self._render(place, row, report)]
         encoded = iter(self._encode(texts))
@@ -201,7 +198,7 @@ class PairTokenizer:
         return self._lead_of(answer) + answer + (end if self._is_ended(reason) else "")
 
     def _is_ended(self, reason: str | None) -> bool:
-        return reason != "length" and self._knows_end
+        return reason in ENDED and self._knows_end
 
     def _compare(self, prompt: str, answer: Message, whole: str, report: LengthReport) -> None:
         """Count an answer that the template would have changed: `whole` is the conversation as it renders it."""
@@ -218,6 +215,12 @@ class PairTokenizer:
             report.other_prompts += 1
             prompt = known
         sides = list(_sides(row))
+        for ids in filter(None, (known, *(ids for _, ids, _ in sides))):
+            if min(ids) < 0 or max(ids) > self._highest:
+                raise PreflowError(
+                    f"{place}: its sampled tokens have numbers from {min(ids)} to {max(ids)}, the tokenizer's end at "
+                    f"{self._highest}: they are of another one. Give the base model that was sampled from."
+                )
         chosen, rejected = (self._side(*side, ids, report) for side, ids in zip(sides, answers, strict=True))
         if row.sft_only:
             rejected = chosen
@@ -231,7 +234,7 @@ class PairTokenizer:
     def _side(
         self, answer: Message, sampled: list[int] | None, reason: str | None, rendered: list[int], report: LengthReport
     ) -> list[int]:
-        report.unfinished += reason == "length"
+        report.unfinished += reason not in ENDED
         if sampled is not None:
             report.foreign += not self._reads(sampled, answer.content)
             return sampled
@@ -243,6 +246,12 @@ class PairTokenizer:
         """Tell whether sampled tokens are this text, of which a server may have taken thinking and stop texts."""
         read, text = ("".join(part.replace("\ufffd", "").split()) for part in (self._tokenizer.decode(ids, True), text))
         return text in read
+
+
+def highest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the highest number that a tokenizer gives a token."""
+    numbers: dict[str, int] = tokenizer.get_vocab()
+    return max(numbers.values())
 
 
 def _sides(row: PairRow) -> Iterator[tuple[Message, list[int] | None, str | None]]:
@@ -258,17 +267,10 @@ def load_pairs(
     max_length: int,
     template: ChatTemplate | None = None,
 ) -> PairData:
-    """Read and tokenize a file of preference pairs; what cannot be trained on is refused, counted and named.
+    """Read and tokenize a file of `PairRow`s; what cannot be trained on is refused, counted and named.
 
-    Args:
-        uri: JSONL of `PairRow`; other columns go no further.
-        store: the workspace through which `uri` is read.
-        tokenizer: of the model that is trained.
-        max_length: in tokens; prompt + side is cut there.
-        template: the chat template; None: the tokenizer's own.
-
-    Raises:
-        PreflowError: a line is wrong, not one pair can be trained on, or the tokens are not the model's own.
+    Prompt + side is cut at `max_length` tokens. Raises `PreflowError` if a line is wrong, not one pair can be trained
+    on, or the tokens are not the model's own.
     """
     report, kept, reader = LengthReport(), [], PairTokenizer(tokenizer, template)
     rows = number_rows(PairRow, uri, store)
@@ -309,13 +311,8 @@ def make_micro_batches(lengths: Sequence[int], size: int, group_by_length: bool,
     """Partition row numbers into micro-batches of `size`; the last one may be smaller.
 
     They hold the same pairs in every epoch, so that a pair is always padded and computed alike and its cached
-    reference log-probs are those of a fresh computation, to the last bit.
-
-    Args:
-        lengths: tokens of each row.
-        size: pairs in a micro-batch.
-        group_by_length: longest first, so that memory runs out at once or never; else shuffled with `seed`.
-        seed: of the shuffle.
+    reference log-probs are those of a fresh computation, to the last bit. With `group_by_length` the longest come
+    first, so that memory runs out at once or never; else they are shuffled.
     """
     order = list(range(len(lengths)))
     if group_by_length:

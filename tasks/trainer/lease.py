@@ -81,11 +81,7 @@ class Lease:
         return self._mine.token
 
     def acquire(self, waiting: Callable[[str], None]) -> None:
-        """Take the lease; wait while another trainer that lives holds it.
-
-        Args:
-            waiting: told, about every ten seconds, for whom one waits.
-        """
+        """Take the lease; wait while another trainer that lives holds it, and tell `waiting` so every ten seconds."""
         seen: tuple[str, int] | None = None
         since = told = time.monotonic()
         while True:
@@ -139,24 +135,18 @@ class Lease:
     def _beat(self, mine: Holder) -> None:
         version = self._swap(self._version, mine)
         if version is None:  # nobody else has a reason to write it
-            self._compare(self._read()[0])
+            self.check()
             return
         self._mine, self._version = mine, version
 
-    def _compare(self, holder: Holder | None) -> None:
+    def check(self) -> None:
+        """Raise `LeaseLostError` if another trainer has taken over."""
+        holder = self._read()[0]
         if holder is None or holder.owner != self._mine.owner:
             token = holder.token if holder else "?"
             raise LeaseLostError(
                 f"this trainer (token {self._mine.token}) lost its lease to another (token {token}) and must not write"
             )
-
-    def check(self) -> None:
-        """Make sure that this trainer still holds the lease.
-
-        Raises:
-            LeaseLostError: another trainer has taken over.
-        """
-        self._compare(self._read()[0])
 
     def release(self) -> None:
         """Give the lease back, so that a waiting trainer need not wait for it to run out."""

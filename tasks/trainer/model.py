@@ -29,7 +29,7 @@ from tasks.llm.choose_template import JINJA
 from tasks.store.measures import Probe, ProbeText
 from tasks.train.inputs import ADAPTER_WEIGHTS
 from tasks.trainer.checkpoints import os_error
-from tasks.trainer.data import TokenPair
+from tasks.trainer.data import TokenPair, highest_token
 
 LOG = logging.getLogger(__name__)
 
@@ -119,9 +119,11 @@ def load_base(training: TrainingConfig, device: int) -> Any:
             training.base_model, config=config, revision=training.base_revision or "main", trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a quantised one raises whatever the package it lacks lets it
         raise _cannot_be_loaded(training.base_model, error) from error
     _check_every_weight_is_its_own(training.base_model, found)
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        _check_tied(training.base_model, base)
     _check_finite(f"base_model {training.base_model}", _float_weights(base))
     _keep_weights_as_quantised(base)
     return base
@@ -137,7 +139,8 @@ def _config_of(source: str, revision: str | None) -> Any:
 def _cannot_be_loaded(name: str, error: Exception) -> PreflowError:
     return PreflowError(
         f"base_model {name}: cannot be loaded ({_cause(error)}). Give a hub name that this machine may read "
-        "(HF_TOKEN), or a folder with config.json and whole safetensors."
+        "(HF_TOKEN), or a folder with config.json and whole safetensors; install the package that its config.json asks "
+        "for, if the error names one."
     )
 
 
@@ -177,6 +180,15 @@ def _check_every_weight_is_its_own(name: str, found: Mapping[str, Any]) -> None:
         )
 
 
+def _check_tied(name: str, base: Any) -> None:
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is not None and head.weight is not embeddings.weight and not torch.equal(head.weight, embeddings.weight):
+        raise PreflowError(
+            f"base_model {name}: config.json says tie_word_embeddings, and its lm_head differs from the embeddings: "
+            "transformers would train with the lm_head, vLLM serve with the embeddings. Set it to false there."
+        )
+
+
 def _float_weights(base: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield all weights as numbers, a 4-bit one at a time."""
     for name, weight in base.named_parameters():
@@ -205,18 +217,18 @@ def _keep_weights_as_quantised(base: Any) -> None:
 
 def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Put the SFT adapter, trainable and in fp32 as `default`, onto the base model."""
-    rows = base.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    rows, highest = base.get_input_embeddings().weight.shape[0], highest_token(tokenizer)
+    if highest >= rows:
         raise PreflowError(
-            f"the tokenizer has {len(tokenizer)} tokens, the base model {rows} embeddings: it belongs to another "
+            f"the tokenizer has tokens up to number {highest}, the base model {rows} embeddings: it belongs to another "
             "model. Give the base model that the SFT adapter was trained on."
         )
     try:
         policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise PreflowError(
-            f"SFT adapter {adapter}: does not fit the base model {base.config.name_or_path} "
-            f"({_cause(error)}). Give the base model that it was trained on."
+            f"SFT adapter {adapter}: does not fit the base model {base.config.name_or_path} ({_cause(error)}). Give "
+            "the base model that it was trained on, and the adapter_config.json that PEFT wrote."
         ) from error
     sft = AdapterWeights(adapter, policy)
     _check_finite(f"SFT adapter {adapter}", sft)
@@ -278,9 +290,10 @@ class AdapterWeights:
         ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for name in sorted(theirs.keys() ^ ours.keys()) or [n for n in theirs if theirs[n] != ours[n]]:
             raise PreflowError(
-                f"SFT adapter {self.folder}: its weight {name} {theirs.get(name, 'is missing')} does not fit the base "
-                f"model {base_name} with this adapter_config.json ({ours.get(name, 'no such place')}). Give the base "
-                "that it was trained on, and the configuration that it was saved with."
+                f"SFT adapter {self.folder}: its weight {name} does not fit the base {base_name} with this "
+                f"adapter_config.json: it has {theirs.get(name, 'nothing of the name')}, they ask for "
+                f"{ours.get(name, 'no such weight')}. Give the base that it was trained on, and the configuration that "
+                "it was saved with."
             )
 
     def copy_to(self, model: Any, name: str) -> None:
@@ -293,11 +306,10 @@ class AdapterWeights:
             state[weight].copy_(tensor)
 
     def movement(self, model: Any) -> dict[str, float]:
-        """Compare the policy with these weights.
+        """Return how far the policy is from these weights.
 
-        Returns:
-            `weights/moved`: share of weights that differ at all, 0-1; `weights/distance`: the L2 norm of the
-            difference over the L2 norm of these weights.
+        `weights/moved` is the share of weights that differ at all, `weights/distance` the L2 norm of the difference
+        over that of these weights.
         """
         state = adapter_state(model)
         moved, count, difference, norm = 0, 0, 0.0, 0.0
@@ -385,7 +397,8 @@ def precision(config: Any) -> str:
         return str(config.dtype).removeprefix("torch.")
     if facts.get("load_in_4bit"):
         return str(facts["bnb_4bit_quant_type"])
-    return str(getattr(facts["quant_method"], "value", facts["quant_method"]))
+    method = facts.get("quant_method", "of no known kind")
+    return str(getattr(method, "value", method))
 
 
 def _quantisation(config: Any) -> Mapping[str, Any]:

@@ -46,11 +46,7 @@ class StopFlag:
         self._set.set()
 
     def check(self) -> None:
-        """Raise if the trainer was asked to stop.
-
-        Raises:
-            StopTraining: it was.
-        """
+        """Raise `StopTraining` if the trainer was asked to stop."""
         if self._set.is_set():
             raise StopTraining("asked to stop")
 

@@ -83,27 +83,14 @@ def dpo_config(training: TrainingConfig, output_dir: Path, evaluate: bool) -> DP
     )
 
 
-# What is overridden or read of other libraries' insides; tests/unit/trainer/test_upstream.py holds it against the
-# installed versions, and fails when one of them changes its signature.
-#   trl 1.16: _prepare_dataset, compute_loss, evaluate, log, prediction_step, training_step, _save_checkpoint;
-#     the attributes _metrics, _total_train_tokens, aux_loss_enabled, precompute_ref_logps, use_weighting
-#   transformers 5.23: _get_grad_norm, _get_train_sampler, _load_from_checkpoint, _load_optimizer_and_scheduler,
-#     _load_rng_state, _load_scaler, _maybe_log_save_evaluate, _run_epoch;
-#     the attributes _globalstep_last_logged, _total_loss_scalar, _tr_loss
+# Overrides and reads insides of trl 1.16 and transformers 5.23: tests/unit/trainer/test_upstream.py lists which, and
+# fails when one of them changes its signature.
 class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     """DPO with cached or live reference log-probs, whose state between two steps can be saved and restored exactly.
 
     Data order depends on seed and epoch alone; evaluation and measuring leave the random state as it was; the state
-    kept for a preemption is always that of the last complete step.
-
-    Args:
-        policy: the PEFT model with the SFT adapter as trainable `default`.
-        sft: the weights of the SFT adapter.
-        tokenizer: with a pad token.
-        splits: what to train on, and what to evaluate on if anything.
-        training: the configuration.
-        scratch: local folder.
-        hooks: what to report to.
+    kept for a preemption is always that of the last complete step. `policy` is the PEFT model with the SFT adapter as
+    trainable `default`, `splits` what to train on, and what to evaluate on if anything.
     """
 
     train_dataset: Dataset
@@ -213,13 +200,10 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     def measure(
         self, batches: Sequence[Sequence[int]], split: Dataset, dpo_only: bool = False, training: bool = False
     ) -> dict[str, float]:
-        """Return loss, rewards and log-probs on the given rows as they are now, without touching any state.
+        """Return loss, rewards and log-probs on micro-batches of `split`'s rows as they are now, touching no state.
 
-        Args:
-            batches: row numbers of each micro-batch.
-            split: `train_dataset` or `eval_dataset`.
-            dpo_only: leave an added SFT loss, the router's loss and the weighting of pairs out.
-            training: in training mode, still without gradients.
+        `dpo_only` leaves out an added SFT loss, the router's and the weighting of pairs; `training` is the mode, still
+        without gradients.
         """
         mode = "train" if training else "eval"
         touched = ("_metrics", "_total_train_tokens", "loss_types", "loss_weights", "aux_loss_enabled", "use_weighting")
@@ -269,9 +253,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     def fit(self, checkpoint: Checkpoint | None) -> None:
         """Train to the last step, from the start or from `checkpoint`.
 
-        Raises:
-            StopTraining: asked to stop; the state of the last complete step is saved.
-            InvariantError: an invariant does not hold.
+        Raises `StopTraining` when asked to stop, with the last complete step saved, and `InvariantError`.
         """
         self._restored = checkpoint
         state = Path(self.args.output_dir, "trainer_state.json")

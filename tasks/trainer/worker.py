@@ -104,7 +104,8 @@ def train(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> None:
         files.progress(Progress("loading", "importing torch and trl"))
         with gc_paused():
             from tasks.trainer.run import TrainingRun
-        TrainingRun(spec, store, Path(folder), files.progress, stop).execute()
+        tell = files.progress if is_main_process() else lambda _: None
+        TrainingRun(spec, store, Path(folder), tell, stop).execute()
 
 
 def run_and_classify(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> tuple[ExitCode, str]:

@@ -15,7 +15,7 @@ from flows.pipeline import dpo_pipeline
 from tasks.config import PipelineConfig
 from tasks.errors import PreflowError
 from tests.fakes import FakeOpenAI
-from tests.fakes.tiny_training import TinyWorld
+from tests.fakes.tiny_training import Shape, TinyWorld, build_adapter
 
 GOOD_ROW = {"prompt": [{"role": "user", "content": "w1 w2 w3"}]}
 
@@ -69,6 +69,11 @@ def _row(**fields: Any) -> str:
     return json.dumps(GOOD_ROW) + "\n" + json.dumps(fields) + "\n"
 
 
+def _high_rank(settings: dict[str, Any]) -> None:
+    training, folder = settings["training"], Path(settings["prompts"]).with_name("high")
+    training["sft_adapter"] = str(build_adapter(folder, Path(training["base_model"]), shape=Shape(rank=65)))
+
+
 CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no file": (_set("prompts", "absent.jsonl"), r"absent\.jsonl: no such file"),
     "not json": (_prompts('{"prompt": [}\n'), r"prompts\.jsonl:1: not usable JSON"),
@@ -83,6 +88,7 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "unknown judge": (_set("judging.model", "nobody"), r"nobody.*judge-hash"),
     "no adapter": (_set("training.sft_adapter", "absent/adapter"), r"absent/adapter"),
     "no base": (_set("training.base_model", "./absent-base"), r"base_model /.*/absent-base: no such folder"),
+    "rank over the server's": (_high_rank, r"LoRA rank 65 is greater than max_lora_rank 64.*vLLM with --max-lora-rank"),
     "missing key": (_set("judging.api_key", "env:NO_SUCH_KEY"), r"judging\.api_key names env:NO_SUCH_KEY.*export"),
     "wrong key": (_set("judging.api_key", "env:WRONG_KEY"), r"env:WRONG_KEY"),
     "no rubric": (_set("judging.rubric", "absent.md"), r"judging\.rubric: '/.*/absent\.md'"),

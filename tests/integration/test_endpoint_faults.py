@@ -404,11 +404,15 @@ async def test_an_adapter_that_cannot_be_loaded_is_explained(tmp_path: Path) -> 
     async with serving() as (fake, endpoint):
         for name, path, message in (
             ("x", str(tmp_path / "nowhere"), r"No adapter found.*must exist where the server runs"),
-            ("x", high, r"rank 128.*--max-lora-rank"),
+            ("x", high, r"rank 128.*--max-lora-rank of at least that, or train the SFT adapter with a lower r"),
             ("sampler", high, "conflicts with a served base model"),
         ):
             with pytest.raises(PreflowError, match=message):
                 await endpoint.load_adapter(name, path, replace=True)
+        with pytest.raises(PreflowError, match=r"LoRA rank 128 is greater than max_lora_rank 64.*--max-lora-rank"):
+            await endpoint.check_would_load(high)
+        await endpoint.check_would_load(make_adapter(tmp_path / "low", 8))
+        assert not [model.id for model in await endpoint.models() if model.parent], "nothing of it stays served"
         fake.stop()
         with pytest.raises(PreflowError, match="Check that the server is up"):
             await endpoint.load_adapter("x", high, replace=True)

@@ -9,7 +9,7 @@ import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +22,10 @@ from flows import promote as promotion_flow
 from flows import rollback as rollback_flow
 from flows.promote import promote_adapter, reconcile_served
 from flows.rollback import rollback_adapter
-from tasks.config import PromotionConfig
+from tasks.config import EndpointConfig, PromotionConfig
 from tasks.demo.services import Service, VllmOptions, answers, vllm_server
 from tasks.errors import PreflowError
+from tasks.llm.client import Endpoint
 from tasks.promote import pointer as promotion
 from tasks.promote import vllm as serving
 from tasks.promote.pointer import read_pointer
@@ -213,6 +214,21 @@ class Traffic:
             self.right += 1
 
 
+async def test_what_vllm_would_not_load_is_known_from_its_configuration_alone(stage: Stage, tmp_path: Path) -> None:
+    settings = EndpointConfig(endpoint=stage.vllm.base_url, model="sft")
+    config = json.loads((stage.folder / "sft" / "adapter_config.json").read_text())
+    refused = "preflow-trial from .*LoRA rank 32 is greater than max_lora_rank 16.*start vLLM with --max-lora-rank of"
+    async with await Endpoint.connect(settings, "evaluation") as endpoint:
+        served = {model.id for model in await endpoint.models()}
+        for rank, message in ((16, None), (32, refused), (16, None)):
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
+            with pytest.raises(PreflowError, match=message) if message else nullcontext():
+                await endpoint.check_would_load(str(tmp_path))
+        with pytest.raises(PreflowError, match=r"No adapter found for .*set adapter_root"):
+            await endpoint.check_would_load(str(tmp_path / "nowhere"))
+        assert {model.id for model in await endpoint.models()} == served
+
+
 async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
     stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,3 +384,20 @@ async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_put_right(
         await stage.promote("b")
         assert stage.current() == "b"
         assert await stage.both(http, 0) == [stage.wanted["b", 0]] * 2
+
+
+async def test_without_the_plugin_the_prefix_cache_has_nothing_of_the_adapter_before(stage: Stage) -> None:
+    """A vLLM of the user's own: exchanged while nobody asks; prompts longer than a block were asked just before."""
+    stage.vllm.stop()
+    kept, stage.vllm.environment = stage.vllm.environment, {**stage.vllm.environment, "PYTHONPATH": ""}
+    stage.vllm.start()
+    try:
+        stage.vllm.wait_ready()
+        async with connected() as http:
+            for name in "abab":
+                await stage.promote(name)
+                for _ in range(2):  # the second time from the cache
+                    found = await asyncio.gather(*(stage.answer(http, NAME, n) for n in range(CLIENTS // 2)))
+                    assert found == [stage.wanted[name, n] for n in range(CLIENTS // 2)]
+    finally:
+        stage.vllm.environment = kept

@@ -152,6 +152,16 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
     "cap below one answer": (GenerationConfig, {"tokens_per_minute": 99}, r"tokens_per_minute \(99\) .*max_tokens"),
     "equal samples": (EvaluationConfig, {"generation": GREEDY}, r"generation.temperature 0 .*num_samples \(4\)"),
     "equal draws": (EvaluationConfig, {"generation": GREEDY, "num_samples": 1}, "null_test .*generation.temperature"),
+    "smoothing": (TrainingConfig, {"label_smoothing": 0.1}, "works with loss_type robust alone, not with sigmoid"),
+    "measured smoothing": (
+        TrainingConfig,
+        {"measured_label_smoothing": True, "loss_type": "hinge"},
+        "measured_label_smoothing .*loss_type .*hinge",
+    ),
+    "nothing smoothed": (TrainingConfig, {"loss_type": "robust"}, "loss_type robust .*label_smoothing"),
+    "4 bits": (TrainingConfig, {"load_in_4bit": False, "bnb_4bit_quant_type": "fp4"}, "fp4 .*load_in_4bit"),
+    "divergence": (TrainingConfig, {"loss_type": "apo_zero", "f_divergence": "forward_kl"}, "reverse_kl, not forward"),
+    "warm-up": (TrainingConfig, {"max_steps": 10, "warmup_steps": 11}, r"warmup_steps \(11\) .*max_steps \(10\)"),
     "weighted SFT": (TrainingConfig, {"use_weighting": True, "sft_weight": 1}, "do not go together"),
     "nothing to feed": (PipelineConfig, {"judging": {"unsure_for_sft": True}}, "training.sft_weight is 0: set it to 1"),
     "too few to lie so far below": (

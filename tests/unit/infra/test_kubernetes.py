@@ -183,6 +183,16 @@ def test_the_server_can_read_its_settings_and_keeps_what_it_must_not_lose(monkey
     assert str(Path(str(settings.server.ui.static_directory)).parent) in mounts
 
 
+def test_on_a_cluster_a_model_is_waited_for_longer_than_a_node_takes_to_come() -> None:
+    name = "PREFLOW_MAX_OUTAGE_SECONDS"
+    environ = {**os.environ, name: environment("gke", "flow-worker", "worker")[name]}
+    ask = "from tasks.config import EndpointConfig as E; print(E.model_fields['max_outage_seconds'].default)"
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=environ, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) == 3600
+
+
 def test_links_lead_to_where_people_open_the_ui() -> None:
     for worker in ("flow-worker", "prefect-worker"):
         reference = environment("gke", worker, "worker")["PREFECT_UI_URL"]["configMapKeyRef"]

@@ -39,10 +39,18 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "use_dora is True, which vLLM does not serve"),
+        ({"use_of_the_future": True}, "use_of_the_future is True, which vLLM does not serve"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config is {'top_k': 1}, which vLLM does not serve"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters is .*, which vLLM does not serve"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"r": 0}, "rank r is 0"),
+        ({"r": 0}, "the rank of r is 0, not a positive number"),
+        ({"r": "4"}, "the rank of r is '4', not a positive number"),
+        ({"rank_pattern": {"q_proj": 4.5}}, "the rank of q_proj is 4.5, not a positive number"),
+        ({"lora_alpha": "8"}, "the alpha of lora_alpha is '8', not a number"),
+        ({"alpha_pattern": {"q_proj": None}}, "the alpha of q_proj is None, not a number"),
+        ({"alpha_pattern": ["q_proj"]}, r"its JSON files are not as PEFT and transformers write them \("),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which changes the base"),
         ({"init_lora_weights": "loftq"}, "changes the base"),
         ({"init_lora_weights": "olora"}, "changes the base"),
@@ -55,6 +63,8 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
         ({"target_modules": r".*(q_proj|lm_head)"}, "it targets lm_head"),
         ({"r": 8}, r"has rank 4, where adapter_config.json says 8 \(r, rank_pattern\)"),
         ({"target_modules": r"(q_proj"}, r"'\(q_proj' is no regular expression \(missing \)"),
+        ({"exclude_modules": "(q"}, r"'\(q' is no regular expression"),
+        ({"alpha_pattern": {"(q": 8}}, r"'\(q' is no regular expression"),
         ({"rank_pattern": {"*": 8}}, r"'\*' is no regular expression \(nothing to repeat"),
         ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight has rank 4, where adapter_config.json says 8"),
     ],
@@ -77,6 +87,7 @@ def test_an_adapter_that_cannot_work_is_refused_with_its_cause(
 def test_what_peft_and_vllm_take_is_taken(world: TinyWorld, options: dict[str, Any]) -> None:
     shutil.rmtree(world.adapter)
     build_adapter(world.adapter, world.base, **options)
+    change(world.adapter / "adapter_config.json", of_a_newer_peft={"a": 1}, merge_weights=False)
     check_training_inputs(world.config())
 
 
@@ -103,15 +114,29 @@ def test_nan_in_the_adapter_is_called_nan(world: TinyWorld, value: float, kind: 
     refused(world, f"its weight {Q} holds NaN or infinite numbers")
 
 
+def zeros(*shape: int, kind: type = numpy.float32) -> Any:
+    return numpy.zeros(shape, kind)
+
+
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [("base_model.model.model.embed_tokens.weight", (128, 64)), (Q, (4,)), (Q, (4, 64, 1, 1)), (Q, ())],
+    ("edit", "message"),
+    [
+        (lambda w: w.update({"base_model.model.model.embed_tokens.weight": zeros(128, 64)}), "PEFT adds them when"),
+        (lambda w: w.update({"base_model.model.lm_head.weight": zeros(128, 64)}), "PEFT adds them when"),
+        (lambda w: w.update({Q: zeros(4)}), rf"holds {Q} of shape \[4\], no LoRA weight of a linear layer as PEFT's"),
+        (lambda w: w.update({Q: zeros(4, 64, 1, 1)}), "no LoRA weight of a linear layer as PEFT's"),
+        (lambda w: w.update({Q.replace("A.", "A.default."): w.pop(Q)}), "lora_A.default.weight of .*save it again"),
+        (lambda w: w.pop(Q), f"lora_B.weight and not {Q}: a part is missing"),
+        (lambda w: w.pop(Q.replace("_A", "_B")), f"holds {Q} and not .*lora_B.weight: a part is missing"),
+        (lambda w: w.update({Q: zeros(4, 64, kind=numpy.int8)}), f"weight {Q} is of type I8, no floating-point"),
+        (lambda w: w.clear(), "holds no weights. Save the adapter again"),
+    ],
 )
-def test_weights_of_no_linear_layer_are_refused_with_their_cause(
-    world: TinyWorld, name: str, shape: tuple[int, ...]
+def test_weights_that_are_no_linear_lora_are_refused_with_their_cause(
+    world: TinyWorld, edit: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    change_weights(world, lambda weights: weights.update({name: numpy.zeros(shape, numpy.float32)}))
-    refused(world, f"holds {name}.*PEFT adds embeddings")
+    change_weights(world, edit)
+    refused(world, message)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +154,10 @@ def test_weights_of_no_linear_layer_are_refused_with_their_cause(
         ("base/config.json", None, "no config.json there"),
         ("base/tokenizer.json", None, "no tokenizer in"),
         ("base/chat_template.jinja", None, "no chat template in"),
+        ("base/chat_template.jinja", b"\xff\xfe", "chat_template.jinja: damaged .*utf-8"),
+        ("base/tokenizer_config.json", b"[]", r"tokenizer_config.json: damaged \(no JSON object\)"),
+        ("base/tokenizer_config.json", b"{", "tokenizer_config.json: damaged"),
+        ("base/tokenizer.json", b'{"model": {"vocab": [1]}}', "its JSON files are not as PEFT and transformers"),
     ],
 )
 def test_a_file_that_is_missing_or_damaged_is_named(
@@ -180,6 +209,43 @@ def test_another_base_is_seen_by_its_shapes(world: TinyWorld, tmp_path: Path, sh
     refused(world, message, base_model=str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 100}, r"says vocab_size 100, its weight model\.embed_tokens\.weight has 128 rows"),
+        ({"rope_scaling": "yarn"}, "its JSON files are not as PEFT and transformers write them"),
+        ({"text_config": None}, None),
+    ],
+)
+def test_a_base_is_held_against_its_configuration(
+    world: TinyWorld, changes: dict[str, Any], message: str | None
+) -> None:
+    change(world.base / "config.json", **changes)
+    if message:
+        refused(world, f"base_model .*{message}")
+    else:
+        check_training_inputs(world.config())
+
+
+def test_an_adapter_in_the_bases_folder_is_refused(world: TinyWorld) -> None:
+    """transformers would read the base that the adapter names, whatever lies there."""
+    shutil.copytree(world.adapter, world.base, dirs_exist_ok=True)
+    refused(world, "base_model .*: holds an adapter")
+
+
+def test_a_shard_that_the_index_does_not_name_is_not_read(world: TinyWorld) -> None:
+    weights = load_file(world.base / "model.safetensors")
+    (world.base / "model.safetensors").unlink()
+    names = {name: f"model-{1 + ('layers.1' in name)}.safetensors" for name in weights}
+    for file in set(names.values()):
+        save_file({name: weight for name, weight in weights.items() if names[name] == file}, world.base / file)
+    index = world.base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    check_training_inputs(world.config())
+    index.write_text(json.dumps({"weight_map": {name: file for name, file in names.items() if "1" in file}}))
+    refused(world, r"layers\.1\..* has no such module")
+
+
 def test_more_tokens_than_positions_are_refused(world: TinyWorld) -> None:
     check_training_inputs(world.config(max_length=512))
     refused(world, r"max_length 513 is more than the 512 positions .*max_position_embeddings", max_length=513)
@@ -212,7 +278,12 @@ def test_tokens_that_were_added_renumbered_or_left_out_are_named(
         file.write_text(json.dumps(content))
 
     write(lambda content: content["added_tokens"].append({"id": 128, "content": "<extra>"}))
-    refused(world, r"the token '<extra>' with number 128, base_model .* rows for 128 tokens")
+    message = "the tokenizer of {} has the token '<extra>' with number 128, base_model .* rows for 128 tokens"
+    refused(world, message.format(world.adapter))
+    shutil.copy(file, world.base)
+    file.unlink()
+    refused(world, message.format(world.base))
+    large_tokenizer(world.base, 128)
     write(lambda content: content["model"]["vocab"].update(w1=9, w2=8))
     refused(world, r"its tokenizer gives 'w1' the number 9, that of base_model .* 8")
     write(lambda content: content["model"]["vocab"].pop("w7"))

@@ -118,32 +118,19 @@ def test_how_a_trainer_ends_decides_whether_it_is_run_again(
         run_training(world.preferences, str(tmp_path / "workspace"), world.config(), key)
 
 
-def said(caplog: pytest.LogCaptureFixture, *steps: Progress) -> list[str]:
+def test_a_step_is_said_when_its_readings_changed_or_after_ten_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("tasks.train.launch.time.monotonic", lambda: now)
     caplog.set_level(logging.INFO, "tasks")
     log = ProgressLog()
-    for step in steps:
-        log.say(step)
-    return [record.getMessage() for record in caplog.records]
-
-
-def test_readings_that_have_not_changed_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    first = [Progress("training", step=step, total=60, loss=1.0746, accuracy=0.0, margin=0.0) for step in range(1, 10)]
-    then = [Progress("training", step=step, total=60, loss=0.61, accuracy=0.7, margin=0.1) for step in range(10, 14)]
-    lines = said(caplog, *first, *then)
-    assert lines == [
-        "step 1/60, loss 1.0746",
-        "step 10/60, loss 0.6100, accuracy 0.7000, margin 0.1000",
-    ]
-
-
-def test_another_phase_and_the_last_step_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    steps = [Progress("loading"), Progress("training", step=59, total=60, loss=0.5, margin=0.2, accuracy=0.8)]
-    lines = said(caplog, *steps, Progress("training", step=60, total=60, loss=0.5, margin=0.2, accuracy=0.8))
-    assert [line.split(",")[0] for line in lines] == ["loading", "step 59/60", "step 60/60"]
-
-
-def test_ten_seconds_of_silence_are_enough(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr("tasks.train.launch.time.monotonic", lambda: next(clock))
-    steps = [Progress("training", step=step, total=60, loss=0.5) for step in range(1, 9)]
-    assert 1 < len(said(caplog, *steps)) < len(steps)
+    log.say(Progress("loading"))
+    for step in range(1, 61):
+        now = float(step)
+        loss, accuracy, margin = (0.61, 0.7, 0.1) if step > 30 else (1.0746, 0.0, 0.0)
+        log.say(Progress("training", step=step, total=60, loss=loss, accuracy=accuracy, margin=margin))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[:2] == ["loading", "step 1/60, loss 1.0746"]
+    assert "step 31/60, loss 0.6100, accuracy 0.7000, margin 0.1000" in lines
+    assert [int(line[5:7].strip("/")) for line in lines[1:]] == [1, 11, 21, 31, 41, 51, 60]

@@ -49,12 +49,6 @@ def test_tokens_are_those_of_trl(tokenizer: Any) -> None:
         assert list(ours[name]) == list(theirs[name])
 
 
-def test_extra_columns_go_no_further(tokenizer: Any, tmp_path: Path) -> None:
-    preferences = write_preferences(tmp_path, pairs(3, 0), [])
-    data = load_pairs(preferences.uri, Workspace(tmp_path), tokenizer, 128)
-    assert as_dataset(data.pairs).column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
-
-
 def conversation(good: str, bad: str, **columns: Any) -> dict[str, Any]:
     sides = {"chosen": good, "rejected": bad}
     return {
@@ -97,6 +91,17 @@ def test_rendered_pairs_are_prompt_text_and_end_of_turn(family: Family, text: st
     assert (data.report.unfinished, data.report.exact) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("reason", "end"),
+    [(None, "<|im_end|>"), ("stop", "<|im_end|>"), ("end_turn", "<|im_end|>"), ("length", ""), ("max_tokens", ""),
+     ("content_filter", ""), ("abort", "")],
+)  # fmt: skip
+def test_only_an_answer_that_ended_by_itself_gets_an_end_of_turn(reason: str | None, end: str, tmp_path: Path) -> None:
+    tokenizer, data = load_as(QWEN, tmp_path, [conversation("cat", "dog", chosen_finish_reason=reason)])
+    assert tokenizer.decode(data.pairs[0].chosen_ids) == f"cat{end}"
+    assert data.report.unfinished == (not end)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_texts_together_give_the_tokens_of_each_alone(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,12 +133,6 @@ def test_sampled_tokens_are_trained_on_as_they_are(family: Family, tmp_path: Pat
     assert (data.report.other_prompts, data.report.foreign, data.report.unfinished) == (0, 0, 1)
 
 
-def test_a_side_cut_at_max_length_is_not_exact(tokenizer: Any) -> None:
-    report, pair = LengthReport(), TokenPair(1, "", [1] * 4, [1] * 4, [2] * 5, (True, True))
-    report.add(pair, max_length=8)
-    assert report.exact_share == 0.5
-
-
 LLAMA, QWEN, VICUNA = (next(f for f in FAMILIES if f.name == name) for name in ("llama3.2", "qwen3", "vicuna"))
 
 
@@ -141,6 +140,28 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     row = conversation("cat", "dog", prompt_token_ids=[5], chosen_token_ids=[7, 8], rejected_token_ids=[9])
     with pytest.raises(PreflowError, match="2 of 2 completions have sampled tokens that do not read as their text"):
         load_as(VICUNA, tmp_path, [row])
+
+
+@pytest.mark.parametrize("wrong", [1_000_000, -5])
+def test_a_token_that_no_embedding_is_for_is_named_with_its_line(tmp_path: Path, wrong: int) -> None:
+    """Once in many pairs too: the model could not even be asked."""
+    row = conversation("cat", "dog", prompt_token_ids=[1], chosen_token_ids=[wrong], rejected_token_ids=[2])
+    with pytest.raises(PreflowError, match=rf"train\.jsonl:2: .*numbers from {wrong} to {wrong}, the tokenizer's end"):
+        load_as(QWEN, tmp_path, [conversation("cat", "dog"), row])
+
+
+def test_a_template_that_asks_for_a_system_message_is_taken(tmp_path: Path) -> None:
+    file, row = tmp_path / "strict.jinja", conversation("cat", "dog")
+    file.write_text(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(PreflowError, match=r"train\.jsonl:1: the chat template of .* refuses messages of user"):
+        load_as(VICUNA, tmp_path, [row], chat_template=str(file))
+    row["prompt"].insert(0, {"role": "system", "content": "S"})
+    tokenizer, data = load_as(VICUNA, tmp_path, [row], chat_template=str(file))
+    assert tokenizer.decode(data.pairs[0].chosen_ids) == f"cat{VICUNA.eos}"
 
 
 def test_prompts_sampled_with_another_template_are_refused(tmp_path: Path) -> None:
@@ -245,11 +266,12 @@ def test_nothing_left_is_an_error_that_names_the_file(tokenizer: Any, tmp_path: 
 
 
 def test_the_report_says_what_is_cut() -> None:
-    report = LengthReport()
-    report.add(token_pair(10, [1] * 10, [1] * 2), max_length=16)
+    report, known = LengthReport(), (True, True)
+    report.add(replace(token_pair(10, [1] * 10, [1] * 2), sampled=known), max_length=16)
     report.add(token_pair(2, [1] * 2, [1] * 2), max_length=16)
     assert (report.pairs, report.longest, report.longest_prompt) == (2, 20, 10)
     assert (report.cut_sides, report.cut_tokens) == (1, 4)
+    assert report.exact == 1, "a side that is cut is not trained on as it was sampled"
     assert report.mean == pytest.approx((16 + 4) / 2)
 
 

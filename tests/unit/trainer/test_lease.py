@@ -59,8 +59,8 @@ def test_of_many_at_once_one_gets_it(uri: str) -> None:
     assert sorted(taken) == [1, 2, 3, 4], "one after the other"
 
 
-def test_a_holder_that_lives_is_waited_for_and_a_silent_one_replaced(uri: str) -> None:
-    told: list[str] = []
+def test_a_holder_that_lives_is_waited_for_and_a_silent_one_replaced(tmp_path: Path) -> None:
+    told, uri = list[str](), str(tmp_path / "lease.json")
     foreign(uri)
     lease = Lease(uri, 3.0, ignore)
     beats = threading.Event()

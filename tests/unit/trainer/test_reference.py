@@ -1,6 +1,5 @@
 """The reference's log-probs as an artifact: taken when everything matches, made again when anything does not."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from tasks.config import TrainingConfig
 from tasks.store.workspace import Workspace
 from tasks.trainer.data import TokenPair
-from tasks.trainer.reference import ReferenceCache, ReferenceLogps, Split, reference_key
+from tasks.trainer.reference import ReferenceLogps, Split, load_reference, reference_key, save_reference
 
 PAIRS = [TokenPair(number, str(number) * 64, [1], [2], [3]) for number in range(3)]
 SPLITS = [Split("train", PAIRS[:2], [[1, 0]]), Split("val", PAIRS[2:], [[0]])]
@@ -17,14 +16,12 @@ FOUND = {"train": ReferenceLogps([-1.1, -1 / 3], [-3.7, -40.0]), "val": Referenc
 WEIGHTS = {"base": "b", "sft": "s", "device": "cpu"}
 
 
-def cache(root: Path, digest: str = "d") -> ReferenceCache:
-    return ReferenceCache(Workspace(root), reference_key(SPLITS, TrainingConfig(), WEIGHTS), digest)
-
-
 def test_what_was_saved_comes_back_to_the_last_bit(tmp_path: Path) -> None:
-    assert cache(tmp_path).load(SPLITS) is None
-    cache(tmp_path).save(SPLITS, FOUND, WEIGHTS)
-    assert cache(tmp_path).load(SPLITS) == FOUND
+    store = Workspace(tmp_path)
+    assert load_reference(store, "key") is None
+    save_reference(store, "key", FOUND)
+    assert load_reference(store, "key") == FOUND
+    assert load_reference(store, "other") is None
 
 
 @pytest.mark.parametrize(
@@ -39,19 +36,13 @@ def test_what_was_saved_comes_back_to_the_last_bit(tmp_path: Path) -> None:
 def test_damage_is_seen_and_it_is_computed_again(
     tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache(tmp_path).save(SPLITS, FOUND, WEIGHTS)
-    (file,) = tmp_path.glob("reference-logprobs/*.json")
+    store, file = Workspace(tmp_path), tmp_path / "reference-logprobs" / "key.json"
+    save_reference(store, "key", FOUND)
     file.write_bytes(damage(file.read_bytes()))
-    assert cache(tmp_path).load(SPLITS) is None
+    assert load_reference(store, "key") is None
     assert "computed again" in caplog.text
-    cache(tmp_path).save(SPLITS, FOUND, WEIGHTS)
-    assert json.loads(file.read_bytes())["content"]["logps"]["train"]["chosen"] == FOUND["train"].chosen
-
-
-def test_another_adapter_or_other_pairs_are_seen(tmp_path: Path) -> None:
-    cache(tmp_path).save(SPLITS, FOUND, WEIGHTS)
-    assert cache(tmp_path, digest="another").load(SPLITS) is None
-    assert cache(tmp_path).load([Split("train", PAIRS[1:], [[0, 1]]), SPLITS[1]]) is None
+    save_reference(store, "key", FOUND)
+    assert load_reference(store, "key") == FOUND
 
 
 def test_beta_learning_rate_epochs_and_loss_share_it_but_content_does_not() -> None:
