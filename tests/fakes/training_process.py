@@ -102,7 +102,7 @@ class TrainingProcesses:
 
 
 def _arm(kills: list[Kill]) -> None:
-    from tasks.store.workspace import Workspace
+    from tasks.store import workspace
     from tasks.trainer import run
     from tasks.trainer.checkpoints import Checkpoint
     from tasks.trainer.trainer import ExactTrainer
@@ -114,7 +114,7 @@ def _arm(kills: list[Kill]) -> None:
         "gradient": (ExactTrainer, "_get_grad_norm"),
         "prediction_step": (ExactTrainer, "prediction_step"),
         "write": (Checkpoint, "write"),
-        "put": (Workspace, "_put"),
+        "put": (workspace.shutil, "copyfileobj"),
         "adapter": (run, "save_adapter"),
     }
     for kill in kills:
