@@ -43,7 +43,7 @@ BAD = {
     ),
     "ends with the assistant": ({"prompt": [USER, {"role": "assistant", "content": "x"}]}, r"the last message is the"),
     "all empty": ({"prompt": [{"role": "user", "content": "  \n"}]}, r"every message is empty"),
-    "group is a number": ({**GOOD, "group": 3}, r"group: Input should be a valid string"),
+    "group is a list": ({**GOOD, "group": ["3"]}, r"group: Input should be a valid string"),
     "half a character": (b'{"prompt": [{"role": "user", "content": "\\ud800"}]}', r"prompt"),
 }
 
