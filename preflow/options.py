@@ -18,6 +18,9 @@ Made: TypeAlias = Annotated[tuple[str, ...], _SET, Parameter(help="A change that
 Switch: TypeAlias = Annotated[bool, Parameter(negative=(), show_default=False)]
 Folder: TypeAlias = Annotated[Path, Parameter(help="Where the demo is kept.")]
 Port: TypeAlias = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
+UiPort: TypeAlias = Annotated[Port, Parameter(env_var="UI_PORT", help="Port of Prefect's UI.")]
+VllmPort: TypeAlias = Annotated[Port, Parameter(env_var="VLLM_PORT", help="Port of the demo's vLLM.")]
+JudgePort: TypeAlias = Annotated[Port, Parameter(env_var="JUDGE_PORT", help="Port of the demo's judge.")]
 On: TypeAlias = Annotated[
     str | None,
     Parameter(help="Run it as this deployment, such as dpo-pipeline/local, and follow it; else in this process."),

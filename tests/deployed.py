@@ -129,6 +129,16 @@ class Api:
         found: dict[str, Any] = until(there)
         return found
 
+    def log(self, run: str) -> list[tuple[int, str]]:
+        """Return level and text of the lines of a run that has ended."""
+        chosen = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"}
+        patience, lines = time.monotonic() + 30, list[tuple[int, str]]()
+        # The run's process sends its last lines after its state.
+        while not any("Finished in state" in text for _, text in lines) and time.monotonic() < patience:
+            time.sleep(0.5)
+            lines = [(line["level"], line["message"]) for line in self.post("/logs/filter", chosen)]
+        return lines
+
 
 def prefect_home(out: Path) -> Path:
     """Lay down the folder of a Prefect server whose database has its tables."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preflow.cli import Exit
-from preflow.options import Changes, Folder, Switch
+from preflow.options import Changes, Folder, JudgePort, Switch, UiPort, VllmPort
 from preflow.settings import load_settings, parse_change
 from tasks.demo import DemoModel
 from tasks.demo.services import Service, judge_server, prefect_server
@@ -34,7 +34,7 @@ def demo(*, model: DemoModel = "tiny", sweep: Switch = False, folder: Folder = P
     from flows.demo import demo as demo_flow
     from flows.demo import demo_sweep
     from preflow.terminal import POINTS, STAGES, shown
-    from tasks.demo.local import show_result
+    from tasks.demo.summary import show_result
 
     if sweep and model != "tiny":
         raise PreflowError("--sweep tries its betas with the tiny model: leave --model out")
@@ -47,18 +47,26 @@ def demo(*, model: DemoModel = "tiny", sweep: Switch = False, folder: Folder = P
     return Exit.DONE if result.promotion is not None else Exit.NOT_BETTER
 
 
-def up(file: Path | None = None, /, *, folder: Folder = Path(".demo")) -> None:
+def up(
+    file: Path | None = None,
+    /,
+    *,
+    folder: Folder = Path(".demo"),
+    ui_port: UiPort = 4200,
+    vllm_port: VllmPort = 8000,
+    judge_port: JudgePort = 8001,
+) -> None:
     """Start Prefect with its UI in the background, and every flow as a deployment.
 
-    Without a configuration, those of the demo: then vLLM and the demo's judge start too. UI_PORT, VLLM_PORT and
-    JUDGE_PORT choose other ports than 4200, 8000 and 8001. Keys that runs need must be exported before.
+    Without a configuration, those of the demo: then vLLM and the demo's judge start too. Keys that runs need must be
+    exported before.
 
     Parameters
     ----------
     file
         A config.yaml whose settings are the deployments' defaults.
     """
-    running, ports = Up.of(file, folder), Ports.from_environment()
+    running, ports = Up.of(file, folder), Ports(ui_port, vllm_port, judge_port)
     if api := running.api():
         print("it runs already:")
         show(running, api, file)

@@ -15,12 +15,10 @@ from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, Promot
 from tasks.demo import SMOLLM2, TINY
 from tasks.demo.materials import Materials, locate_materials
 from tasks.demo.services import Service, VllmOptions, judge_server, prefect_server, vllm_server
-from tasks.demo.summary import before_and_after, summarise
 from tasks.demo.up import Places, Up
 from tasks.errors import PreflowError
 from tasks.promote.pointer import read_pointer
-from tasks.run.preflight import find_result, report_uri
-from tasks.store.workspace import PipelineResult
+from tasks.run.preflight import find_result
 
 logger = logging.getLogger(__name__)
 SERVED_NAME = "dpo"
@@ -131,16 +129,6 @@ def vllm_launcher(places: Places, port: int) -> Service:
     """Return vLLM as a service that looks up what was promoted whenever it is started."""
     command = [sys.executable, "-m", "tasks.demo.local", str(places.root), str(port)]
     return Service("vLLM", command, port, "/health", places.logs / "vllm.log")
-
-
-def show_result(result: PipelineResult, config: PipelineConfig) -> None:
-    """Print what the run did and whether the adapter is better, and, after the first run, a scene before and after."""
-    known = config.generation.endpoint == NOWHERE
-    rows = [*summarise(result, config.workspace, short=known), ("report", report_uri(config))]
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    for title, text in {} if known else before_and_after(result, config.workspace).items():
-        print(f"\n{title}:\n" + "\n".join(f"    {line}" for line in text.splitlines()), flush=True)
 
 
 if __name__ == "__main__":

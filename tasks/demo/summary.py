@@ -1,8 +1,21 @@
 """The table at the end of the demo, read from what the run left in its workspace."""
 
+from tasks.config import PipelineConfig
+from tasks.demo.local import NOWHERE
 from tasks.report.run import gather_manifests, read_quality
+from tasks.run.preflight import report_uri
 from tasks.store.measures import QualityReport, WinRate, percent, read_evaluation
 from tasks.store.workspace import Cost, PipelineResult, Row, Workspace
+
+
+def show_result(result: PipelineResult, config: PipelineConfig) -> None:
+    """Print what the run did and whether the adapter is better, and, after the first run, a scene before and after."""
+    known = config.generation.endpoint == NOWHERE
+    rows = [*summarise(result, config.workspace, short=known), ("report", report_uri(config))]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    for title, text in {} if known else before_and_after(result, config.workspace).items():
+        print(f"\n{title}:\n" + "\n".join(f"    {line}" for line in text.splitlines()), flush=True)
 
 
 def summarise(result: PipelineResult, workspace: str, short: bool = False) -> list[tuple[str, str]]:
@@ -10,14 +23,17 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
     store = Workspace(workspace)
     pairs = store.read_manifest(result.preferences).counts
     training = store.read_manifest(result.adapter).figures
-    found = read_evaluation(result.evaluation)
+    found, served = read_evaluation(result.evaluation), "none: it did not win by enough"
+    if result.promotion is not None:
+        served = f"{result.promotion.adapter_sha256[:12]} as {result.promotion.name!r}"
     verdict = [
         ("win rate", f"{_rate(found)}, {found.samples} samples of {found.prompts} held-out prompts"),
         ("SFT against itself", _rate(found.null) if found.null else "not asked"),
-        ("adapter served", _served(result)),
+        ("adapter served", served),
     ]
     if short:
         return verdict
+    used = sum((manifest.cost for manifest in gather_manifests(store, *result.references())), Cost())
     return [
         ("prompts", f"{result.completions.rows if result.completions else 0}"),
         ("pairs", f"{pairs['train']} to train, {pairs['val']} held out"),
@@ -26,7 +42,7 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
         ("eval accuracy", f"{training['eval_rewards/accuracies']:.3f}"),
         ("eval margin", f"{training['eval_rewards/margins']:.3f}"),
         *verdict,
-        ("tokens", _tokens(store, result)),
+        ("tokens", f"{used.prompt_tokens:,} in, {used.completion_tokens:,} out, {used.requests:,} requests"),
     ]
 
 
@@ -40,17 +56,6 @@ def _position_lift(quality: QualityReport) -> str:
     worst = max(detail["positions"], key=lambda row: abs(row["rate"] - row["chance"]))
     points = 100 * (worst["rate"] - worst["chance"])
     return f"{points:+.1f} points at position {worst['position']} (p {detail['p_value']:.2f})"
-
-
-def _served(result: PipelineResult) -> str:
-    if result.promotion is None:
-        return "none: it did not win by enough"
-    return f"{result.promotion.adapter_sha256[:12]} as {result.promotion.name!r}"
-
-
-def _tokens(store: Workspace, result: PipelineResult) -> str:
-    used = sum((manifest.cost for manifest in gather_manifests(store, *result.references())), Cost())
-    return f"{used.prompt_tokens:,} in, {used.completion_tokens:,} out, {used.requests:,} requests"
 
 
 def before_and_after(result: PipelineResult, workspace: str) -> dict[str, str]:

@@ -66,19 +66,6 @@ class Ports:
     vllm: int = 8000
     judge: int = 8001
 
-    @classmethod
-    def from_environment(cls) -> "Ports":
-        """Return the ports, with those that UI_PORT, VLLM_PORT and JUDGE_PORT change.
-
-        Raises:
-            PreflowError: one of these is no port.
-        """
-        given = {name: os.environ.get(f"{name.upper()}_PORT", str(port)) for name, port in vars(cls()).items()}
-        for name, port in given.items():
-            if not (port.isdecimal() and 0 < int(port) < 2**16):
-                raise PreflowError(f"{name.upper()}_PORT={port}: a port is a number from 1 to 65535")
-        return cls(**{name: int(port) for name, port in given.items()})
-
     @property
     def api(self) -> str:
         """The Prefect API's address."""

@@ -5,7 +5,7 @@
                    question or query, a plain string; with a `system` or `system_prompt` column
     pairs          TRL's explicit and implicit prompt, as messages or as text; UltraFeedback; HH-RLHF ("\n\nHuman: ...")
                    OpenAI's input, preferred_output and non_preferred_output; LLaMA-Factory's sides of one message
-    completions    a prompt of any form with completions, responses, outputs or generations
+    completions    a prompt of any form with completions, responses, outputs, generations, or choices (OpenAI's answer)
 
 The first of `PROMPT_FORMS` that fits decides. What fits none is refused, with the row that is wanted.
 """
@@ -15,7 +15,10 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
+import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -30,7 +33,7 @@ ROLES = {
     "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
 TEXT = ("text", "input_text", "output_text")
-SAMPLES = ("completions", "responses", "outputs", "generations")
+SAMPLES = ("completions", "responses", "outputs", "generations", "choices")
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -53,7 +56,8 @@ class WrongForm(ValueError):
 
 def no_such_file(uri: str) -> PreflowError:
     """Return the error for a file of rows that is not there."""
-    return PreflowError(f"{uri}: no such file. Give the path of a JSONL file, one JSON object a line.")
+    what = "a folder that holds no table of `datasets`" if os.path.isdir(uri) else "no such file"
+    return PreflowError(f"{uri}: {what}. Give the path of a JSONL file, one JSON object a line.")
 
 
 def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
@@ -67,8 +71,8 @@ def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_read_arrow(uri, store), 1)
     elif other := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
         raise PreflowError(f"{uri}: {other} is not read; unpack it, or pack it with gzip")
-    elif (name := uri.removesuffix(".gz")).endswith((".csv", ".tsv")):
-        yield from _read_csv(_text(uri, store), "\t" if name.endswith(".tsv") else ",")
+    elif uri.removesuffix(".gz").endswith((".csv", ".tsv")):
+        yield from _read_csv(uri, _text(uri, store))
     elif head.startswith((GZIP, *(bom for bom, _ in ENCODINGS))) or b"\r" in head.rstrip(b"\r\n"):
         text = _text(uri, store)
         yield from _read_array(uri, text) if text.lstrip().startswith("[") else _read_lines(uri, text.split("\n"))
@@ -84,7 +88,11 @@ def _read_array(uri: str, text: str) -> Iterator[tuple[int, Any]]:
 
 def _text(uri: str, store: Workspace) -> str:
     content = store.read_bytes(uri)
-    text = decode_text(gzip.decompress(content) if content.startswith(GZIP) else content, uri)
+    try:
+        content = gzip.decompress(content) if content.startswith(GZIP) else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise PreflowError(f"{uri}: a damaged gzip file ({error}). Pack it again.") from error
+    text = decode_text(content, uri)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -150,10 +158,29 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
     return row
 
 
-def _read_csv(text: str, delimiter: str) -> Iterator[tuple[int, Row]]:
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    for row in reader:
-        yield reader.line_num, {name: value for name, value in row.items() if name and value != ""}
+def _read_csv(uri: str, text: str) -> Iterator[tuple[int, Row]]:
+    head = text.partition("\n")[0]
+    # German and French tables have semicolons.
+    delimiter = max("\t;,", key=lambda mark: (head.count(mark), mark == ","))
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    try:
+        names = next(reader, [])
+        if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
+            raise PreflowError(f"{uri}:1: the column {twice[0]!r} stands twice: rename one")
+        for cells in reader:
+            if len(cells) > len(names):
+                raise PreflowError(
+                    f"{uri}:{reader.line_num}: {len(cells)} cells under {len(names)} names of columns. Put a cell that "
+                    f"holds {delimiter!r} in quotes."
+                )
+            if cells:
+                found = zip(names, cells, strict=False)
+                yield reader.line_num, {name: value for name, value in found if name and value != ""}
+    except csv.Error as error:
+        raise PreflowError(
+            f"{uri}:{reader.line_num}: not a table ({error}). Put cells with quotes in quotes."
+        ) from error
 
 
 def _read_arrow(uri: str, store: Workspace) -> Iterator[Row]:
@@ -204,13 +231,20 @@ def to_prompt(row: Any) -> tuple[Row, str]:
             system = row.get("system") or row.get("system_prompt")
             if isinstance(system, str) and converted and converted[0]["role"] != "system":
                 converted = [{"role": "system", "content": system}, *converted]
-            if rest.get("group") in (None, ""):
-                rest.pop("group", None)
-            return {**rest, "prompt": converted}, name
+            return _with_group({**rest, "prompt": converted}), name
     if {"chosen", "rejected"} <= row.keys():  # pairs, of which only the prompt is wanted
         pair, form = to_pair(row)
         return {name: value for name, value in pair.items() if name not in ("chosen", "rejected")}, form
     raise WrongForm(f"no prompt in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
+
+
+def _with_group(row: Row) -> Row:
+    """Return a row whose group is a text, as a table has it where JSON has a number; an empty one is none."""
+    group = row.get("group")
+    if isinstance(group, int) and not isinstance(group, bool):
+        return {**row, "group": str(group)}
+    is_none = group is None or (isinstance(group, str) and not group.strip())
+    return {name: value for name, value in row.items() if name != "group"} if is_none else row
 
 
 def _user(text: str) -> Messages:
@@ -220,6 +254,8 @@ def _user(text: str) -> Messages:
 def _from_prompt(value: Any, field: str, rest: Row) -> Messages:
     if not isinstance(value, str):
         return messages(value, field)
+    if HH_TURN.match(value) and value.rstrip().endswith("\n\nAssistant:"):
+        return _hh_turns(value.rstrip())[:-1]
     return messages(_unpack(value, field), field) if MESSAGES_AS_TEXT.match(value) else _user(value)
 
 
@@ -301,6 +337,8 @@ def to_completions(row: Any) -> tuple[Row, str]:
     if field is None:
         raise WrongForm(f"no list of completions in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
     converted, form = to_prompt({name: value for name, value in row.items() if name != field})
+    if all(isinstance(item, dict) and "finish_reason" in item for item in row[field]):
+        converted.setdefault("finish_reasons", [item["finish_reason"] for item in row[field]])
     if isinstance(reasons := converted.get("finish_reasons"), list):
         converted["finish_reasons"] = [finish_name(reason) for reason in reasons]
     return {**converted, "completions": [_sample(item, f"{field}[{n}]") for n, item in enumerate(row[field])]}, form
@@ -315,6 +353,7 @@ def finish_name(reason: Any) -> str:
 
 def _sample(item: Any, where: str) -> str:
     if isinstance(item, dict):
+        item = item["message"] if isinstance(item.get("message"), dict) else item
         item = item.get("response", item.get("content", item.get("text")))
     if isinstance(item, list):
         turns = messages(item, where)
@@ -345,12 +384,29 @@ def to_pair(row: Any) -> tuple[Row, str]:
     sides, form = _sides(row, prompt)
     whole = [prompt + side if side[0]["role"] == "assistant" else side for side in sides]
     shared = _shared(whole)
+    turns = _joined(prompt, shared)
     answers = [side[len(shared) :] for side in whole]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         if [turn["role"] for turn in answer] != ["assistant"]:
             roles = ", ".join(turn["role"] for turn in answer) or "nothing"
             raise WrongForm(f"{name}: after what both sides share it holds {roles}, not one answer of the assistant")
-    return {**rest, "prompt": shared, "chosen": answers[0], "rejected": answers[1]}, form
+    return _with_group({**rest, "prompt": turns, "chosen": answers[0], "rejected": answers[1]}), form
+
+
+def _joined(prompt: Messages, shared: Messages) -> Messages:
+    """Return the prompt's turns where the row has some, and both sides begin with some, too.
+
+    Raises:
+        WrongForm: they are not the same, and neither is a part of the other.
+    """
+    given, begun = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, shared))
+    if any(begun[n : n + len(given)] == given for n in range(len(begun) + 1)):
+        return shared
+    if given[len(given) - len(begun) :] == begun:  # a system message of the row's own before it
+        return prompt
+    if all(turn["role"] == "system" for turn in prompt) and shared[0]["role"] != "system":
+        return [*prompt, *shared]
+    raise WrongForm("prompt: chosen and rejected begin with other messages than these")
 
 
 def _from_openai(row: Row) -> Row:

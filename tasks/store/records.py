@@ -78,6 +78,13 @@ class CompletionsRow(KeepingRow):
             return {**row, "id": prompt_id(row["prompt"])}
         return row
 
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "CompletionsRow":
+        for name in ("finish_reasons", "token_ids"):
+            if (count := len(getattr(self, name))) not in (0, len(self.completions)):
+                raise ValueError(f"{name}: {count} of them for {len(self.completions)} completions")
+        return self
+
 
 class Vote(KeepingRow):
     """What one judge said about a row's completions in one order; `best` and `worst` are indexes of completions.

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tasks.errors import PreflowError
-from tasks.store.workspace import COMMITTED, Workspace
+from tasks.store.workspace import COMMITTED, Workspace, file_sha256
 
 LOG = logging.getLogger(__name__)
 
 KEPT = 2
+BEING_WRITTEN = ".writing-"
 STATE = "state.json"
 POLICY = "policy.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -91,12 +93,38 @@ class CheckpointStore:
         uri = posixpath.join(self._folder, f"step-{checkpoint.step:06d}")
         if self._problem(uri) is None:
             return 0.0
-        with tempfile.TemporaryDirectory(dir=self._scratch) as name:
-            checkpoint.write(Path(name))
-            self._store.delete_folder(uri)
-            self._store.commit_folder(Path(name), uri, {"step": checkpoint.step})
+        if self._store.is_local:
+            self._commit_in_place(checkpoint, Path(uri))
+        else:
+            with tempfile.TemporaryDirectory(dir=self._scratch) as name:
+                checkpoint.write(Path(name))
+                self._store.delete_folder(uri)
+                self._store.commit_folder(Path(name), uri, {"step": checkpoint.step})
         self.prune(spared=spared)
         return time.monotonic() - started
+
+    def _commit_in_place(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write next to it and rename the whole folder: a copy more than doubles the time (583 MB: 10 s for 4)."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=BEING_WRITTEN, ignore_cleanup_errors=True) as name:
+            written = Path(name) / folder.name
+            checkpoint.write(written)
+            files = sorted(written.iterdir())
+            with ThreadPoolExecutor(len(files)) as pool:
+                digests = list(pool.map(file_sha256, files))
+            facts = {
+                file.name: {"size": file.stat().st_size, "sha256": sha256}
+                for file, sha256 in zip(files, digests, strict=True)
+            }
+            (written / COMMITTED).write_text(json.dumps({"files": facts, "step": checkpoint.step}))
+            self._store.delete_folder(str(folder))  # and only the holder of the lease gets past here
+            written.rename(folder)
+
+    def sweep(self) -> None:
+        """Remove what a killed trainer was just writing."""
+        for name in self._store.folders(self._folder):
+            if name.startswith(BEING_WRITTEN):
+                self._store.delete_folder(posixpath.join(self._folder, name))
 
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint that is whole; torn ones are named in the log and skipped."""

@@ -144,17 +144,23 @@ CONTENDERS = {
 }
 
 
+def waited() -> float:
+    """Return the seconds for which the event loop was ready to run and had no CPU: what others took away."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+
+
 def contend(order: Row) -> None:
     """Run one contender and print what it took; its imports are made before the clock starts."""
     if order["who"].startswith("preflow"):
         import flows.generate
         import flows.judge  # noqa: F401
-    before, start = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    before, waited_before, start = resource.getrusage(resource.RUSAGE_SELF), waited(), time.monotonic()
     with open(order["prompts"]) as prompts, open(order["out"], "w") as out:
         asyncio.run(CONTENDERS[order["who"]](order, prompts, out))
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     found = {"seconds": time.monotonic() - start, "cpu": cpu, "rss_mb": after.ru_maxrss / 1024, **ANSWERS}
+    found["waited"] = waited() - waited_before
     if ANSWERS["count"] > 1:
         seconds, cpu = (last - first for first, last in zip(ANSWERS["first"], ANSWERS["last"], strict=True))
         found |= {"rate": (ANSWERS["count"] - 1) / seconds, "cpu_ms": 1000 * cpu / (ANSWERS["count"] - 1)}
@@ -234,8 +240,8 @@ def median(runs: list[Row], name: str) -> float:
 
 def windows(sizes: list[int], folder: Path, options: argparse.Namespace) -> None:
     """Print throughput and CPU against the raw loop at several numbers of requests in flight."""
-    print("| in flight | prompts | way | seconds | ratio | CPU | prompts/s between answers | ratio | CPU between |")
-    print("| ---: | ---: | --- |" + " ---: |" * 6)
+    print("| in flight | prompts | way | seconds | ratio | CPU | no CPU | rate between answers | ratio | CPU |")
+    print("| ---: | ---: | --- |" + " ---: |" * 7)
     for size in sizes:
         count = options.waves * size
         prompts = synthetic_prompts(folder / f"prompts-{size}.jsonl", count)
@@ -246,12 +252,13 @@ def windows(sizes: list[int], folder: Path, options: argparse.Namespace) -> None
             raw: Row = {}
             for who in options.ways:
                 runs = [run(who, **order, workspace=str(folder / f"ws-{size}-{n}")) for n in range(options.rounds)]
-                found = {name: median(runs, name) for name in ("seconds", "cpu", "rate", "cpu_ms")}
+                found = {name: median(runs, name) for name in ("seconds", "cpu", "rate", "cpu_ms", "waited")}
                 raw = raw or found
                 whole = f"{found['seconds']:.1f} | {raw['seconds'] / found['seconds']:.3f}"
                 between = f"{found['rate']:.1f} | {found['rate'] / raw['rate']:.3f} | {found['cpu_ms']:.2f}"
                 cpu = 1000 * found["cpu"] / count
-                print(f"| {size:,} | {count:,} | {who} | {whole} | {cpu:.2f} | {between} |", flush=True)
+                cells = f"{size:,} | {count:,} | {who} | {whole} | {cpu:.2f} | {found['waited']:.1f} s | {between}"
+                print(f"| {cells} |", flush=True)
 
 
 def scale(sizes: list[int], folder: Path, options: argparse.Namespace) -> None:

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from tasks.config import TrainingConfig
 from tasks.train.launch import Preempted, run_training, training_key
 from tasks.train.spec import Progress
+from tests.deployed import until
 from tests.fakes.tiny_training import TinyWorld
 from tests.fakes.training_process import REPOSITORY, Kill, TrainingProcesses
 
@@ -38,13 +37,6 @@ def trainers(workspace: Path) -> list[int]:
             if mine:
                 found.append(int(process.name))
     return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def checkpoints(workspace: Path) -> list[Path]:
@@ -94,11 +86,11 @@ def test_a_launcher_that_is_killed_leaves_no_trainer_behind(world: TinyWorld, tm
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=REPOSITORY)
     # Row 0 is logged before the first update: with a second row there is a complete step to save.
-    wait_for(lambda: any(len(f.read_text().splitlines()) > 1 for f in tmp_path.glob("training/*/metrics.jsonl")), 120)
+    until(lambda: any(len(f.read_text().splitlines()) > 1 for f in tmp_path.glob("training/*/metrics.jsonl")), 120)
     (trainer,) = trainers(tmp_path)
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: trainer not in trainers(tmp_path), training.grace_seconds + 60)
+    until(lambda: trainer not in trainers(tmp_path), training.grace_seconds + 60)
     assert len(checkpoints(tmp_path)) == 1, "its last act was to save"
 
 
@@ -118,7 +110,7 @@ def test_a_second_trainer_waits_and_takes_what_the_first_made(
 def test_a_zombie_that_comes_back_cannot_commit(world: TinyWorld, processes: TrainingProcesses, tmp_path: Path) -> None:
     training: TrainingConfig = world.config(lease_seconds=3)
     zombie = processes.start(world.preferences, tmp_path, training, (Kill("training_step", 9, signal.SIGSTOP),))
-    wait_for(lambda: is_stopped(zombie), 60)
+    until(lambda: is_stopped(zombie), 60)
     assert processes.run(world.preferences, tmp_path, training) == 0, processes.log()
     (adapter,) = tmp_path.glob("training/*/adapter")
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in adapter.iterdir()}

@@ -36,7 +36,7 @@ class FakeGcs:
         self._store, self._proxy = self._services()
         self.healthy = f"http://127.0.0.1:{self._store.port}"
         self.url = f"http://127.0.0.1:{self._proxy.port}"
-        self.plan(**(plan or {}))
+        self._plan.write_text(json.dumps(plan or {}))
 
     def _services(self) -> tuple[Service, Service]:
         port = free_port()
@@ -49,18 +49,6 @@ class FakeGcs:
         command += ["--port", str(front), "--plan", str(self._plan), "--log", str(self.log)]
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         return store, Service("the faulty bucket", command, front, "/storage/v1/b", log, {"PYTHONPATH": paths})
-
-    def plan(self, **plan: Any) -> None:
-        """Set the plan; a proxy that runs goes on by it once it is restarted."""
-        self._plan.write_text(json.dumps(plan))
-
-    def restart_proxy(self, **plan: Any) -> None:
-        """Go on with another plan and an empty log; the objects stay."""
-        self._proxy.stop()
-        self.log.unlink(missing_ok=True)
-        self.plan(**plan)
-        self._proxy.start()
-        self._proxy.wait_ready()
 
     def __enter__(self) -> Self:
         self._store.start()

@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
     arguments = parser.parse_args()
-    plan = GcsPlan.from_json(json.loads(arguments.plan.read_text()))
+    plan = GcsPlan.model_validate_json(arguments.plan.read_bytes())
     proxy = Proxy(arguments.upstream, plan, arguments.log, f"http://127.0.0.1:{arguments.port}")
     app = web.Application(client_max_size=2**31)
     app.router.add_route("*", "/{path:.*}", proxy.handle)

@@ -172,8 +172,8 @@ def sweep_pages() -> list[ReportSection]:
     ranking = tuple(range(len(points), 1, -1))
     widened = sidak(0.95, len(ranking))
     ranked = SweepResult(key="k", points=results, ranking=ranking, confidence=0.95, widened_confidence=widened)
-    work = [Work("evaluate: sample new adapter", MODEL, list(range(1, 13, 2)), 123_456, prompt_tokens=98_765_432,
-                 completion_tokens=98_765_432, gpu_minutes=1234.5, usd=1234.5, most_usd=99999.0)]  # fmt: skip
+    work = [Work("evaluate: sample new adapter", MODEL, list(range(1, 13, 2)), 123_456, prompt_tokens=1_234_567_890,
+                 completion_tokens=1_234_567_890, gpu_minutes=1234.5, usd=1234.5, most_usd=99999.0)]  # fmt: skip
     return [ranking_section(ranked, points), plan_section(Plan(work), points, SweepConfig(), 3)]
 
 

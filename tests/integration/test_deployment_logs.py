@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from prefect.deployments import run_deployment
 
-from tests.deployed import process_worker, rest_client
+from tests.deployed import Api, process_worker
 from tests.fakes.process import ROOT, FakeOpenAI
 from tests.fakes.tiny_training import build_adapter, build_base
 
@@ -66,15 +65,7 @@ class World:
         found = run_deployment(
             deployment, parameters=parameters, timeout=SECONDS, poll_interval=0.5, flow_run_name=name, as_subflow=False
         )
-        chosen = {"logs": {"flow_run_id": {"any_": [str(found.id)]}}, "sort": "TIMESTAMP_ASC"}
-        patience = time.monotonic() + 20
-        with rest_client(self.url) as client:
-            while True:  # the run's process sends its last lines after its state
-                lines = client.post("/logs/filter", json=chosen).raise_for_status().json()
-                if any("Finished in state" in line["message"] for line in lines) or time.monotonic() > patience:
-                    break
-                time.sleep(0.5)
-        return Run(found.name, found.state.type.value, [(line["level"], line["message"]) for line in lines])
+        return Run(found.name, found.state.type.value, Api(self.url).log(str(found.id)))
 
 
 @dataclass
@@ -153,8 +144,7 @@ def test_serving_tells_from_what_to_what(world: World) -> None:
     assert re.search(r"better is now adapter \w{12}", promoted.text), promoted.text
     back = world.run("rollback-adapter/local", **common)
     assert re.search(r"better: \w{12} \(win rate [\d.]+ %\) -> \w{12} \(win rate [\d.]+ %\)", back.text), back.text
-    with rest_client(world.url) as client:
-        pages = client.post("/artifacts/latest/filter", json={}).json()
+    pages = Api(world.url).post("/artifacts/latest/filter", {})
     assert "was rolled back" in next(page["data"] for page in pages if page["key"] == "rollback")
     nothing = world.run("reconcile-served/local", **common)
     assert nothing.errors == ["promotion.endpoint is empty: give the address of the vLLM that is to serve the adapter"]

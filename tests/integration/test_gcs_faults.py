@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,9 @@ def test_what_is_listed_is_what_is_there(store: Workspace) -> None:
     stat = store.storage.stat(store.uri("a/one"))
     assert stat is not None
     assert (stat.uri, stat.size, stat.sha256) == (store.uri("a/one"), 5, hashlib.sha256(b"a/one").hexdigest())
+    with suppress(RuntimeError), store.writing(stat.uri) as out:
+        out.write(b"half")
+        raise RuntimeError("half way")
+    assert store.read_bytes(stat.uri) == b"a/one"
+    store.delete(stat.uri)
+    assert not store.exists(stat.uri)

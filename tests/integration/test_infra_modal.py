@@ -9,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +18,7 @@ from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Manifest, Workspace
 from tasks.train.launch import run_training, training_key
+from tests.deployed import until
 from tests.fakes.dockerfile import values
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import TinyWorld
@@ -62,13 +61,6 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Volume:
     return Volume(tmp_path_factory.mktemp("modal"))
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 @pytest.mark.long  # two processes that train
 def test_a_preempted_training_goes_on_from_its_checkpoint(volume: Volume) -> None:
     """Modal sends SIGINT to the process that runs the function, and then makes the same call again."""
@@ -77,7 +69,7 @@ def test_a_preempted_training_goes_on_from_its_checkpoint(volume: Volume) -> Non
     first = subprocess.Popen(
         [sys.executable, "-c", call], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: first.poll() is not None or list(volume.folder.glob("training/*/checkpoints/*/COMMITTED.json")))
+    until(lambda: first.poll() is not None or list(volume.folder.glob("training/*/checkpoints/*/COMMITTED.json")))
     first.send_signal(signal.SIGINT)
     output, errors = first.communicate(timeout=120)
     assert first.returncode == -signal.SIGINT, output + errors
@@ -124,7 +116,7 @@ def test_vllm_is_started_with_the_flags_of_the_image(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("MODEL", "base")
     load_app().serve.local()
-    wait_for(told.exists)
+    until(told.exists)
     arguments = json.loads(told.read_text())
     assert arguments[:2] == ["serve", "base"]
     assert {"--enable-lora", "--structured-outputs-config"} <= set(arguments)

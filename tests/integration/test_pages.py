@@ -1,6 +1,7 @@
 """Every page that preflow shows, on a wide window and on a phone: nothing is cut off, overlaps, or scrolls sideways.
 
-The pages are made of the hardest texts there are (tests/fakes/pages.py), nothing runs; pictures of them are kept.
+The pages are made of the hardest texts there are (tests/fakes/pages.py), nothing runs. Pictures of them are kept where
+something is wrong, and of all of them where PREFLOW_TEST_PICTURES names a folder.
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,6 @@
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,28 +28,6 @@ def bucket() -> Iterator[FakeGcs]:
 @pytest.fixture
 def workspace(bucket: FakeGcs) -> str:
     return f"gs://{BUCKET}/{uuid.uuid4().hex}"
-
-
-def test_a_bucket_behaves_as_a_folder_does(workspace: str) -> None:
-    store = Workspace(workspace)
-    store.check_writable()
-    uri = store.uri("a", "file.txt")
-    assert not store.exists(uri)
-    assert store.list(store.uri("a")) == []
-    store.write_bytes(uri, b"one\ntwo\nthree\n")
-    assert (store.exists(uri), store.exists(store.uri("a")), store.size(uri)) == (True, False, 14)
-    assert list(store.lines(uri, 4, 8)) == [b"two\n"]
-    assert store.read_bytes(uri, 8, 99) == b"three\n"
-    assert store.list(store.uri("a")) == [uri]
-    assert store.sha256(uri) == store.sha256(uri)
-    store.write_bytes(uri, b"other")
-    assert store.read_bytes(uri) == b"other"
-    with suppress(RuntimeError), store.writing(uri) as out:
-        out.write(b"half")
-        raise RuntimeError("half way")
-    assert store.read_bytes(uri) == b"other"
-    store.delete(uri)
-    assert not store.exists(uri)
 
 
 @pytest.mark.usefixtures("prefect_server")

@@ -1,8 +1,6 @@
-"""compose.yaml: valid by the compose specification, and it names images, commands and paths that are there."""
+"""compose.yaml names images, commands and paths that are there."""
 
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -10,14 +8,7 @@ import yaml
 
 from tests.fakes.process import ROOT
 
-FILE = ROOT / "compose.yaml"
-SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(FILE.read_text())["services"]
-
-
-def test_it_is_valid_by_the_specification() -> None:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(FILE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
 
 
 @pytest.mark.parametrize("name", SERVICES)

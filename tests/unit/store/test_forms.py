@@ -11,7 +11,7 @@ import pytest
 from tasks.errors import PreflowError
 from tasks.store.forms import WrongForm, to_completions, to_pair, to_prompt
 from tasks.store.prompts import import_prompts
-from tasks.store.records import PairRow, PromptRow, number_rows, read_rows
+from tasks.store.records import CompletionsRow, PairRow, PromptRow, number_rows, read_rows
 from tasks.store.workspace import Workspace
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -43,6 +43,10 @@ PROMPTS: dict[str, tuple[Any, list[dict[str, str]]]] = {
     "a conversation in a table's cell": ({"messages": json.dumps([*HELLO, ANSWER])}, HELLO),
     "text about messages": ({"prompt": '[{"role": "user"}]: what is it?'},
                             [{"role": "user", "content": '[{"role": "user"}]: what is it?'}]),
+    "HH-RLHF's column": (
+        {"prompt": "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: More\n\nAssistant:"},
+        [*HELLO, ANSWER, {"role": "user", "content": "More"}],
+    ),
     "columns of nothing": ({"prompt": [{**HELLO[0], "name": None, "tool_calls": None}]}, HELLO),
 }  # fmt: skip
 
@@ -99,6 +103,20 @@ PAIRS: dict[str, tuple[Any, list[dict[str, str]], str]] = {
         {"conversations": [{"from": "human", "value": "Hello"}], "chosen": {"from": "gpt", "value": "good"},
          "rejected": {"from": "gpt", "value": "bad"}}, HELLO, "explicit prompt",
     ),
+    "HH-RLHF in three columns": (
+        {"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": "good", "rejected": "bad"}, HELLO,
+        "explicit prompt, text",
+    ),
+    "system of its own": (
+        {"prompt": [SYSTEM], "chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]}, [SYSTEM, *HELLO], "UltraFeedback",
+    ),
+    "system column, whole sides": (
+        {"system": "Be brief.", "prompt": "Hello ", "chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]},
+        [SYSTEM, {"role": "user", "content": "Hello "}], "UltraFeedback",
+    ),
+    "prompt is the first turn": (
+        {"prompt": "Hello", "chosen": [*TURNS, *GOOD], "rejected": [*TURNS, *BAD]}, TURNS, "UltraFeedback",
+    ),
     "prompt of several turns": ({"prompt": TURNS, "chosen": GOOD, "rejected": BAD}, TURNS, "explicit prompt"),
     "equal sides": ({"prompt": HELLO, "chosen": GOOD, "rejected": GOOD}, HELLO, "explicit prompt"),
 }  # fmt: skip
@@ -117,6 +135,25 @@ def test_sides_that_part_before_the_last_answer_are_not_taken_for_equal_or_cut()
     sides = [[*HELLO, {"role": "assistant", "content": text}, TURNS[2], *GOOD] for text in ("a", "b")]
     with pytest.raises(WrongForm, match="chosen: after what both sides share it holds assistant, user, assistant"):
         to_pair({"chosen": sides[0], "rejected": sides[1]})
+
+
+def test_a_prompt_that_the_sides_do_not_begin_with_is_refused() -> None:
+    other = [{"role": "user", "content": "Other"}]
+    with pytest.raises(WrongForm, match="chosen and rejected begin with other messages"):
+        to_pair({"prompt": "Hello", "chosen": [*other, *GOOD], "rejected": [*other, *BAD]})
+
+
+@pytest.mark.parametrize(("group", "kept"), [(5, "5"), ("5", "5"), (" ", None), (None, None)])
+def test_a_group_is_a_text_whatever_the_file_has(group: Any, kept: str | None) -> None:
+    sides = {"chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]}
+    found = [to_prompt({"prompt": "Hello", "group": group}), to_pair({**sides, "group": group})]
+    assert [row.get("group") for row, _ in found] == [kept, kept]
+
+
+def test_answers_of_the_openai_api_are_completions() -> None:
+    choices = [{"message": ANSWER, "finish_reason": "MAX_TOKENS"}, {"message": ANSWER, "finish_reason": "stop"}]
+    row, _ = to_completions({"prompt": "Hello", "choices": choices})
+    assert (row["completions"], row["finish_reasons"]) == (["Hi", "Hi"], ["length", "stop"])
 
 
 def test_completions_made_elsewhere() -> None:
@@ -144,6 +181,8 @@ FILES: dict[str, tuple[str, bytes]] = {
     "array with BOM": ("p.json", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=1).encode()),
     "array, gzip": ("p.json.gz", gzip.compress(json.dumps(ROWS, indent=1).encode())),
     "CSV, gzip": ("p.csv.gz", gzip.compress("prompt\nGrüß Gott\n日本\nc\n".encode())),
+    "CSV with semicolons": ("p.csv", "prompt;group\nGrüß Gott;a\n日本;\nc;b\n".encode()),
+    "TSV": ("p.tsv", "prompt\tgroup\nGrüß Gott\ta, b; c\n日本\t\nc\tb\n".encode()),
     "CSV": ("p.csv", b"prompt,group\n" + "".join(f"{row['prompt']},\n" for row in ROWS).encode()),
 }
 
@@ -161,6 +200,32 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, encode: Any) -> None:
     file, texts = tmp_path / "p.jsonl", ["a\u2028b\x85c", "e"]
     file.write_bytes(encode(lines(*({"prompt": text} for text in texts)).encode()))
     assert [row.prompt[0].content for row in read_rows(PromptRow, str(file))] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.csv", b"prompt,prompt\na,b\n", ":1: the column 'prompt' stands twice"),
+        ("t.csv", b"prompt,group\na,b\nc,d,e\n", ":3: 3 cells under 2 names"),
+        ("t.csv", b'prompt,group\n"a,b\nc,d\n', ":3: not a table"),
+        ("t.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9], ": a damaged gzip file"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PreflowError, match=name + said):
+        list(read_rows(PromptRow, str(tmp_path / name)))
+
+
+def test_a_cell_of_a_table_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"prompt\n{'x' * 200_000}\n")
+    assert [len(row.prompt[0].content) for row in read_rows(PromptRow, str(tmp_path / "t.csv"))] == [200_000]
+
+
+def test_reasons_that_do_not_fit_the_completions_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(lines({"prompt": "a", "completions": ["b", "c"], "finish_reasons": ["stop"]}))
+    with pytest.raises(PreflowError, match=r"c.jsonl:1: finish_reasons: 1 of them for 2 completions"):
+        list(read_rows(CompletionsRow, str(tmp_path / "c.jsonl")))
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"PK\x03\x04x", "a zip archive"), (b"\x28\xb5\x2f\xfdx", "zstd")])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
-from tasks.store.records import CompletionsRow, PairRow, PromptRow, prompt_id, read_rows
+from tasks.store.records import CompletionsRow, PromptRow, prompt_id, read_rows
 
 USER = {"role": "user", "content": "Go on."}
 GOOD: dict[str, Any] = {"prompt": [{"role": "system", "content": "You write scenes."}, USER]}
@@ -43,7 +43,7 @@ BAD = {
     ),
     "ends with the assistant": ({"prompt": [USER, {"role": "assistant", "content": "x"}]}, r"the last message is the"),
     "all empty": ({"prompt": [{"role": "user", "content": "  \n"}]}, r"every message is empty"),
-    "group is a number": ({**GOOD, "group": 3}, r"group: Input should be a valid string"),
+    "group is a list": ({**GOOD, "group": ["3"]}, r"group: Input should be a valid string"),
     "half a character": (b'{"prompt": [{"role": "user", "content": "\\ud800"}]}', r"prompt"),
 }
 
@@ -100,12 +100,6 @@ def test_completions_get_the_prompt_s_id(tmp_path: Path) -> None:
     assert row.id == prompt_id(GOOD["prompt"])
     with pytest.raises(PreflowError, match=r":1: completions\[1\]: not the text"):
         list(read_rows(CompletionsRow, write_lines(tmp_path, {**GOOD, "completions": ["a", None]})))
-
-
-def test_pairs_need_both_sides(tmp_path: Path) -> None:
-    side = [{"role": "assistant", "content": "x"}]
-    with pytest.raises(PreflowError, match=r":1: no chosen and rejected in it"):
-        list(read_rows(PairRow, write_lines(tmp_path, {**GOOD, "chosen": side})))
 
 
 def test_an_error_names_the_first_five_wrong_lines_with_a_row_that_is_right_and_stays_short(tmp_path: Path) -> None:

@@ -104,3 +104,10 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(store: CheckpointSt
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert steps(tmp_path) == ["step-000005"]
+
+
+def test_what_a_killed_trainer_was_writing_is_swept(store: CheckpointStore, tmp_path: Path) -> None:
+    store.save(checkpoint(5))
+    (tmp_path / "checkpoints" / ".writing-abc" / "step-000010").mkdir(parents=True)
+    store.sweep()
+    assert steps(tmp_path) == ["step-000005"]
