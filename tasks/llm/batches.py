@@ -136,14 +136,26 @@ class Batches:
 
     async def check_pending(self) -> None:
         """Raise `BatchPending` if the process may leave and what an earlier one handed in is not answered."""
-        if self._may_leave:
-            await self._look_back()
-            for record in self._earlier.values():
-                if record.requests[0] not in self._lines:
-                    self._begin_taking_up(record)
-            for failure in await asyncio.gather(*set(self._lines.values()), return_exceptions=True):
-                if isinstance(failure, BaseException):
-                    raise failure
+        if not self._may_leave:
+            return
+        await self._look_back()
+        for record in {record.name: record for record in self._earlier.values()}.values():
+            if not await self._has_ended(record):
+                self._begin_taking_up(record)
+        for failure in await asyncio.gather(*set(self._lines.values()), return_exceptions=True):
+            if isinstance(failure, BaseException):
+                raise failure
+
+    async def _has_ended(self, record: Record) -> bool:
+        """Tell whether nothing more comes of a batch; one that the provider has forgotten, after months, has ended."""
+        try:
+            batch = await self._try(partial(self._client.batches.retrieve, str(record.batch)))
+        except StageStopped:
+            raise
+        except PreflowError as error:
+            logger.info("batch %s of an earlier start is left aside: %s", record.batch, error)
+            return True
+        return batch.status in ENDED
 
     async def _look_back(self) -> None:
         self._found = self._found or asyncio.create_task(self._find_earlier())

@@ -195,7 +195,7 @@ def only_known_forms(what: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise PreflowError(
-            f"{what}: its JSON files are not as PEFT and transformers write them ({type(error).__name__}: {error}). "
+            f"{what}: a JSON file there is not as PEFT or transformers write it ({type(error).__name__}: {error}). "
             "Copy or save it again."
         ) from error
 

@@ -118,7 +118,7 @@ def check_training_inputs(training: TrainingConfig, trains_here: bool = True) ->
         named = str(adapter.config.get("base_model_name_or_path") or base.name)
         if posixpath.basename(named) != posixpath.basename(base.name):
             LOG.warning("SFT adapter %s names the base model %s; base_model is %s", adapter.uri, named, base.name)
-        with only_known_forms(f"base_model {base.name}"):
+        with only_known_forms(f"base_model {base.name} or sft_adapter {adapter.uri}"):
             base.check(training.max_length, training.router_aux_loss_coef)
             base.check_holds(adapter)
             base.check_tokenizer(adapter.uri)

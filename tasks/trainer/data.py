@@ -35,6 +35,7 @@ class NoUsablePairsError(PreflowError):
 class TokenPair:
     """One pair in tokens; `line` is its line in the file, from 1, `sampled` which sides have the sampled tokens.
 
+    One with a `problem` has tokens that the model has no embeddings for, and is never trained on.
     One that is `sft_only` has equal sides: every DPO loss is a function of how both differ from the reference, so its
     gradient cancels out, and an SFT loss on the chosen side remains.
     """
@@ -46,6 +47,7 @@ class TokenPair:
     rejected_ids: list[int]
     sampled: tuple[bool, bool] = (False, False)
     sft_only: bool = False
+    problem: str | None = None
 
     def length(self, max_length: int) -> int:
         """Return the length of the longer side with its prompt, in tokens, after truncation."""
@@ -54,6 +56,8 @@ class TokenPair:
     def refusal(self, max_length: int) -> str | None:
         """Return why this pair cannot be trained on, or None."""
         room = max_length - len(self.prompt_ids)
+        if self.problem:
+            return self.problem
         if room <= 0:
             return f"the prompt alone has {len(self.prompt_ids)} tokens"
         if not (self.chosen_ids and self.rejected_ids):
@@ -210,22 +214,19 @@ class PairTokenizer:
 
     def _pair(self, place: str, row: PairRow, rendered: list[list[int]], report: LengthReport) -> TokenPair:
         prompt, *answers = rendered
-        known = row.prompt_token_ids
+        known, sides, line = row.prompt_token_ids, list(_sides(row)), int(place.rpartition(":")[2])
+        for ids in filter(None, (known, *(ids for _, ids, _ in sides))):
+            if min(ids) < 0 or max(ids) > self._highest:
+                report.foreign += 1
+                problem = f"sampled tokens from {min(ids)} to {max(ids)}, the tokenizer's end at {self._highest}"
+                return TokenPair(line, digest([prompt, ids]), [], [], [], problem=problem)
         if known is not None and known != prompt:
             report.other_prompts += 1
             prompt = known
-        sides = list(_sides(row))
-        for ids in filter(None, (known, *(ids for _, ids, _ in sides))):
-            if min(ids) < 0 or max(ids) > self._highest:
-                raise PreflowError(
-                    f"{place}: its sampled tokens have numbers from {min(ids)} to {max(ids)}, the tokenizer's end at "
-                    f"{self._highest}: they are of another one. Give the base model that was sampled from."
-                )
         chosen, rejected = (self._side(*side, ids, report) for side, ids in zip(sides, answers, strict=True))
         if row.sft_only:
             rejected = chosen
         sampled_chosen, sampled_rejected = (known is not None and ids is not None for _, ids, _ in sides)
-        line = int(place.rpartition(":")[2])
         tokens = prompt, chosen, rejected
         return TokenPair(
             line, digest(list(tokens)), *tokens, (sampled_chosen, sampled_rejected), sft_only=bool(row.sft_only)

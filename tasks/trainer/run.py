@@ -236,10 +236,9 @@ class TrainingRun:
 
     def _commit(self, trainer: ExactTrainer, done: list[Finished]) -> None:
         """Commit what is kept of the training, the last adapter's manifest last: that finishes all of it."""
-        kept = kept_steps(trainer.state.max_steps, self._training.checkpoints)
-        for one in done:
-            self._commit_adapter(one, trainer, kept)
         *earlier, last = done
+        for one in done:
+            self._commit_adapter(one, trainer, [kept.step for kept in earlier])
         timing = {
             "seconds": time.monotonic() - self._started,
             "phases": self._phases.seconds,

@@ -529,9 +529,6 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             group.update(saved)
         self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **self._restored.state["scheduler"]})
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        return  # bfloat16 and fp32 need no gradient scaler
-
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return

@@ -98,7 +98,9 @@ class FakeBatches:
         return web.json_response({"object": "list", "data": list(self.batches.values()), "has_more": False})
 
     async def _retrieve(self, request: web.Request) -> web.Response:
-        batch = self.batches[request.match_info["batch"]]
+        batch = self.batches.get(request.match_info["batch"])
+        if batch is None:
+            return web.json_response({"error": {"message": "No batch found", "code": None}}, status=404)
         if batch["status"] == "in_progress" and time.monotonic() > batch["due"]:
             self._finish(batch)
         return web.json_response(batch)

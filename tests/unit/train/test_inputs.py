@@ -50,7 +50,7 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
         ({"rank_pattern": {"q_proj": 4.5}}, "the rank of q_proj is 4.5, not a positive number"),
         ({"lora_alpha": "8"}, "the alpha of lora_alpha is '8', not a number"),
         ({"alpha_pattern": {"q_proj": None}}, "the alpha of q_proj is None, not a number"),
-        ({"alpha_pattern": ["q_proj"]}, r"its JSON files are not as PEFT and transformers write them \("),
+        ({"alpha_pattern": ["q_proj"]}, r"a JSON file there is not as PEFT or transformers write it"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16', which changes the base"),
         ({"init_lora_weights": "loftq"}, "changes the base"),
         ({"init_lora_weights": "olora"}, "changes the base"),
@@ -157,7 +157,7 @@ def test_weights_that_are_no_linear_lora_are_refused_with_their_cause(
         ("base/chat_template.jinja", b"\xff\xfe", "chat_template.jinja: damaged .*utf-8"),
         ("base/tokenizer_config.json", b"[]", r"tokenizer_config.json: damaged \(no JSON object\)"),
         ("base/tokenizer_config.json", b"{", "tokenizer_config.json: damaged"),
-        ("base/tokenizer.json", b'{"model": {"vocab": [1]}}', "its JSON files are not as PEFT and transformers"),
+        ("base/tokenizer.json", b'{"model": {"vocab": [1]}}', "a JSON file there is not as PEFT or transformers"),
     ],
 )
 def test_a_file_that_is_missing_or_damaged_is_named(
@@ -213,7 +213,7 @@ def test_another_base_is_seen_by_its_shapes(world: TinyWorld, tmp_path: Path, sh
     ("changes", "message"),
     [
         ({"vocab_size": 100}, r"says vocab_size 100, its weight model\.embed_tokens\.weight has 128 rows"),
-        ({"rope_scaling": "yarn"}, "its JSON files are not as PEFT and transformers write them"),
+        ({"rope_scaling": "yarn"}, "a JSON file there is not as PEFT or transformers"),
         ({"text_config": None}, None),
     ],
 )

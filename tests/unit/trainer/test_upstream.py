@@ -22,7 +22,6 @@ OVERRIDDEN: dict[str, tuple[type, str]] = {
     "_load_from_checkpoint": (Trainer, "resume_from_checkpoint model"),
     "_load_optimizer_and_scheduler": (Trainer, "checkpoint"),
     "_load_rng_state": (Trainer, "checkpoint"),
-    "_load_scaler": (Trainer, "checkpoint"),
     "_maybe_log_save_evaluate": (
         Trainer, "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
     ),

@@ -1,0 +1,63 @@
+"""Batches of a process that need not wait for them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+
+from tasks.llm import batches
+from tasks.llm.batches import Batches, BatchPending, Line
+from tasks.store.workspace import Workspace, digest
+from tests.fakes.batches import FakeBatches
+
+BODY: dict[str, Any] = {"model": "judge-hash", "messages": [{"role": "user", "content": "ping"}]}
+NAME = digest(BODY)
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.5)
+    for name in ("QUIET_SECONDS", "FIRST_POLL_SECONDS"):
+        monkeypatch.setattr(batches, name, 0.1)
+
+
+@asynccontextmanager
+async def process(fake: FakeBatches, folder: Path) -> AsyncIterator[Batches]:
+    client = AsyncOpenAI(base_url=fake.url, api_key="none", max_retries=0)
+    made = Batches(client, Workspace(str(folder)), str(folder / "batches"), 1.0, None, may_leave=True)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def test_a_batch_is_left_and_taken_up_by_whoever_looks_when_it_is_answered(tmp_path: Path) -> None:
+    with FakeBatches(late=3600) as fake:
+        async with process(fake, tmp_path) as first:
+            with pytest.raises(BatchPending, match="batch batch-0: 0 of 1 questions are answered"):
+                await first.ask(NAME, BODY, ["temperature"])
+        async with process(fake, tmp_path) as second:
+            assert await second.has(NAME)
+            with pytest.raises(BatchPending, match="batch batch-0"):
+                await second.check_pending()
+        fake.batches["batch-0"]["due"] = 0.0
+        async with process(fake, tmp_path) as third:
+            async with asyncio.timeout(20):
+                await third.check_pending()
+                line = await third.ask(NAME, BODY, ())
+        assert isinstance(line, Line)
+        assert (line.status, line.refused) == (200, ("temperature",))
+        assert fake.asked == [NAME]
+
+
+async def test_a_batch_that_the_provider_has_forgotten_holds_up_nothing(tmp_path: Path) -> None:
+    with FakeBatches(late=0.0) as fake:
+        async with process(fake, tmp_path) as first:
+            await first.ask(NAME, BODY, ())
+        fake.batches.clear()
+        async with process(fake, tmp_path) as second:
+            await second.check_pending()
