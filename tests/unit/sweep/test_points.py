@@ -17,7 +17,7 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.errors import PreflowError
-from tasks.run import preflight, stages
+from tasks.run import preflight
 from tasks.run.estimate import Plan, Work
 from tasks.run.estimate_page import plan_lines
 from tasks.store.measures import WinRate
@@ -205,10 +205,7 @@ async def test_a_model_that_several_points_ask_has_one_question_on_trial(monkeyp
         if settings.model == "down":
             raise PreflowError("does not answer")
 
-    async def would_load(_: PipelineConfig) -> None: ...
-
     monkeypatch.setattr(preflight, "_check_endpoint", trial)
-    monkeypatch.setattr(stages, "_check_would_load", would_load)
     config = PipelineConfig.model_validate({"judging": {"model": "a", "api_key": None}})
     points = expand_points(config, SweepConfig(grid={"judging.model": ["a", "b", "down"], "training.beta": [0.1, 0.2]}))
     work = Work("train", "here", points=[point.number for point in points])
