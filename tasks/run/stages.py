@@ -105,18 +105,18 @@ def _evaluation(config: PipelineConfig) -> list[Any]:
 
 async def _try_generation(endpoint: Endpoint, config: PipelineConfig) -> None:
     """Sample once, and see that the server turns prompts into the tokens that are trained on."""
+    if config.evaluation.generation and config.evaluation.generation.endpoint == config.generation.endpoint:
+        await _check_would_load(endpoint, config)
     await try_sampler(endpoint, config.generation)
     if (template := _find_template(config.training)) is not None:
         prompts = longest_prompts(Workspace(config.workspace), import_prompts(config.prompts, config.workspace))
         messages = [prompt["prompt"] for prompt in prompts]
         await check_same_template(endpoint, config.generation, template, messages, fast_tokenizer(config.training))
-    if config.evaluation.generation and config.evaluation.generation.endpoint == config.generation.endpoint:
-        await _check_would_load(endpoint, config)
 
 
 async def _try_evaluation(endpoint: Endpoint, config: PipelineConfig, generation: GenerationConfig) -> None:
-    await try_sampler(endpoint, generation)
     await _check_would_load(endpoint, config)
+    await try_sampler(endpoint, generation)
 
 
 async def _check_would_load(endpoint: Endpoint, config: PipelineConfig) -> None:
