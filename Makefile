@@ -81,6 +81,7 @@ quick-tests:
 
 test-all: .venv/ready .venv-serve/ready
 	@infra/local/setup.sh browser
+	@infra/local/setup.sh database
 	$(AND_LINT) all-tests
 
 all-tests:

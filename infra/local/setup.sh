@@ -3,6 +3,7 @@
 #   setup.sh main  .venv         Prefect, TRL, tests
 #   setup.sh serve .venv-serve   vLLM
 #   setup.sh browser             Chromium, which the tests of the UI drive
+#   setup.sh database            PostgreSQL, which the long test of backups dumps and restores
 #   setup.sh lock                write the hashes of constraints*.txt into infra/local/*.lock
 # uv does the work; it is installed into the environment where the machine has none, and pip takes over where uv fails.
 # pip's own settings (index, find-links, certificate, proxies) count for both.
@@ -56,6 +57,8 @@ has_gpu() { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1
 install_browser() {
     [ -n "${PREFLOW_CHROMIUM:-}" ] || command -v google-chrome >/dev/null || need chromium command -v chromium
 }
+
+has_postgresql() { compgen -G "/usr/lib/postgresql/*/bin/initdb"; }
 
 find_uv() {
     uv=$(command -v uv) && return
@@ -125,6 +128,7 @@ lock() {
 
 case $kind in
 browser) install_browser && exit ;;
+database) need postgresql has_postgresql && exit ;;
 lock) lock && exit ;;
 esac
 # A link leads to an environment that others use too, and making it begins by emptying it.

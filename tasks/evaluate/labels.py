@@ -133,15 +133,10 @@ def measure_agreement(
     share, kappa = measure_closeness(human[labelled], outcomes[labelled], clusters[labelled], confidence)
     rate, lower, upper = correct_rate(outcomes, asked, human, clusters, confidence)
     corrected = WinRate(
-        win_rate=rate,
-        lower=lower,
-        upper=upper,
-        confidence=confidence,
-        samples=len(read),
-        prompts=len({one.prompt for _, _, one in read}),
-        clusters=int(clusters.max()) + 1,
+        win_rate=rate, lower=lower, upper=upper, confidence=confidence, samples=len(read),
+        prompts=len({one.prompt for _, _, one in read}), clusters=int(clusters.max()) + 1,
         ties=float((human[labelled] == 0.5).mean()),
-    )
+    )  # fmt: skip
     return Agreement(labels=int(labelled.sum()), share=share, kappa=kappa, corrected=corrected)
 
 

@@ -10,20 +10,10 @@ from prefect.artifacts import acreate_markdown_artifact
 
 from tasks.batch.costs import StageCost, add_up, format_seconds, format_usd
 from tasks.config import PipelineConfig, StageConfig
+from tasks.report import sections as parts
 from tasks.report.overview import glance_section, inputs_section, run_figures
 from tasks.report.page import ReportSection, Table
 from tasks.report.render import render_html, render_markdown
-from tasks.report.sections import (
-    choice_section,
-    cost_section,
-    evaluation_section,
-    lineage_section,
-    pairs_section,
-    quality_section,
-    sample_lengths,
-    sample_rows,
-    training_section,
-)
 from tasks.store.measures import Choice, Health, QualityReport, read_choice, read_evaluation
 from tasks.store.workspace import (
     MANIFEST,
@@ -75,7 +65,7 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     choice = read_choice(result.evaluation)
     shown = [
         evaluation_page(result.evaluation, store.root, bar),
-        *([choice_section(choice)] if choice else []),
+        *([parts.choice_section(choice)] if choice else []),
         *preference_sections(result.preferences, store.root),
         training_page(result.adapter, store.root),
     ]
@@ -92,7 +82,13 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     glance = glance_section(found, bar, served, figures, shown)
     glance = replace(glance, tables=(_facts(config, result, costs[-1]), *glance.tables))
     inputs = inputs_section(manifests, changed_settings(config))
-    return [glance, inputs, *shown, cost_section(costs, has_prices(config)), lineage_section(manifests, store.root)]
+    return [
+        glance,
+        inputs,
+        *shown,
+        parts.cost_section(costs, has_prices(config)),
+        parts.lineage_section(manifests, store.root),
+    ]
 
 
 def has_prices(config: PipelineConfig) -> bool:
@@ -136,8 +132,8 @@ def _differences(prefix: str, given: StageConfig, defaults: StageConfig) -> Iter
 def preference_sections(preferences: PreferencesRef, workspace: str) -> list[ReportSection]:
     """Return the sections on the judge's quality and on the pairs."""
     store = Workspace(workspace)
-    pairs = sample_rows(row for row in store.read_rows(preferences.uri) if not row.get("sft_only"))
-    return [quality_section(read_quality(store, preferences)), pairs_section(pairs)]
+    pairs = parts.sample_rows(row for row in store.read_rows(preferences.uri) if not row.get("sft_only"))
+    return [parts.quality_section(read_quality(store, preferences)), parts.pairs_section(pairs)]
 
 
 def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport:
@@ -155,19 +151,21 @@ def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
     store = Workspace(workspace)
     metrics = list(store.read_rows(adapter.sibling("metrics.jsonl")))
     counts = store.read_manifest(adapter).counts if adapter.manifest else {}
-    return training_section(read_health(store, adapter), metrics, counts)
+    return parts.training_section(read_health(store, adapter), metrics, counts)
 
 
 def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:
     """Return the section on the win rate, with comparisons to read."""
     store, comparisons = Workspace(workspace), evaluation.sibling("comparisons.jsonl")
-    lengths = sample_lengths(store.read_rows(comparisons))
-    return evaluation_section(read_evaluation(evaluation), sample_rows(store.read_rows(comparisons)), bar, lengths)
+    lengths = parts.sample_lengths(store.read_rows(comparisons))
+    return parts.evaluation_section(
+        read_evaluation(evaluation), parts.sample_rows(store.read_rows(comparisons)), bar, lengths
+    )
 
 
 def choice_page(choice: ChoiceRef) -> ReportSection:
     """Return the section on the checkpoints of a training."""
-    return choice_section(Choice.model_validate(Workspace.holding(choice.uri).read_json(choice.uri)))
+    return parts.choice_section(Choice.model_validate(Workspace.holding(choice.uri).read_json(choice.uri)))
 
 
 def gather_manifests(store: Workspace, *references: Origin) -> list[Manifest]:

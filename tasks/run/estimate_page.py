@@ -16,8 +16,9 @@ HOW_ESTIMATED = (
     "L4, batches of 2 x 8), without evaluations and start-up; sampling runs on your own endpoint and takes no GPU time "
     "here. Money: the prices in the configuration; where there is none, nothing is counted. Retries come on top."
 )
+# More do not fit the UI's page at 1,400 pixels.
 COLUMNS = (
-    "work", "by", "points", "requests", "known", "tokens in", "tokens out", "at most", "training", "US$", "at most US$",
+    "work", "points", "requests", "known", "tokens in", "tokens out", "at most", "training", "US$", "at most US$",
 )  # fmt: skip
 
 
@@ -51,8 +52,9 @@ def work_table(plan: Plan, title: str) -> Table:
 
 def _work_row(work: Work, price: str) -> tuple[Cell, ...]:
     known = "finished" if work.finished else f"{work.known:,}" if work.requests else None
+    name = f"{work.stage} ({work.who})" if work.who else work.stage
     return (
-        work.stage, work.who or None, number_ranges(work.points) or None, work.requests or None, known,
+        name, number_ranges(work.points) or None, work.requests or None, known,
         round(work.prompt_tokens) or None, round(work.completion_tokens) or None,
         round(work.most_completion_tokens) or None,
         format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None, price, format_usd(work.most_usd),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tasks.config import EndpointConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
 from tasks.evaluate.choice import check_choice
 from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity, try_sampler
 from tasks.judge.asking import try_judge
@@ -110,18 +110,23 @@ async def _try_generation(endpoint: Endpoint, config: PipelineConfig) -> None:
         prompts = longest_prompts(Workspace(config.workspace), import_prompts(config.prompts, config.workspace))
         messages = [prompt["prompt"] for prompt in prompts]
         await check_same_template(endpoint, config.generation, template, messages, fast_tokenizer(config.training))
+    if config.evaluation.generation and config.evaluation.generation.endpoint == config.generation.endpoint:
+        await _check_would_load(endpoint, config)
 
 
-async def _check_would_load(config: PipelineConfig) -> None:
+async def _try_evaluation(endpoint: Endpoint, config: PipelineConfig, generation: GenerationConfig) -> None:
+    await try_sampler(endpoint, generation)
+    await _check_would_load(endpoint, config)
+
+
+async def _check_would_load(endpoint: Endpoint, config: PipelineConfig) -> None:
     """See that the server will load the new adapter, whose configuration is the SFT adapter's, from the workspace."""
     store, evaluation = Workspace(config.workspace), config.evaluation
     source = f"{config.training.sft_adapter}/adapter_config.json"
     content = Workspace.holding(source).read_bytes(source)
     uri = store.uri("preflight", digest(content.decode())[:32], "adapter_config.json")
     store.write_bytes(uri, content)
-    async with await Endpoint.connect(evaluation.generation or config.generation, "evaluation") as endpoint:
-        await endpoint.check_model()
-        await endpoint.check_would_load(server_path(posixpath.dirname(uri), config.workspace, evaluation.adapter_root))
+    await endpoint.check_would_load(server_path(posixpath.dirname(uri), config.workspace, evaluation.adapter_root))
 
 
 def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
@@ -133,7 +138,7 @@ def _judges(judging: JudgingConfig) -> list[tuple[EndpointConfig, Trial]]:
 
 def _evaluation_endpoints(config: PipelineConfig) -> list[tuple[EndpointConfig, Trial]]:
     generation, judging = config.evaluation.generation, config.evaluation.comparison_judge()
-    sampler = [(generation, partial(try_sampler, generation=generation))] if generation else []
+    sampler = [(generation, partial(_try_evaluation, config=config, generation=generation))] if generation else []
     return [*sampler, *_judges(judging)]
 
 
@@ -168,7 +173,6 @@ STAGES = (
         identity=_evaluation,
         checks=lambda config: [partial(check_choice, config)],
         endpoints=_evaluation_endpoints,
-        service_checks=lambda config: [partial(_check_would_load, config)],
     ),
 )
 

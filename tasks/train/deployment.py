@@ -47,7 +47,7 @@ async def read_deployment(name: str) -> DeploymentResponse:
             names = ", ".join(sorted(f"{FLOW}/{deployment.name}" for deployment in found)) or "none"
             raise PreflowError(
                 f"deployment {name}: there is no such deployment on {PREFECT_API_URL.value()} (found: {names}). "
-                "Make all of them with deployments/register.sh, or leave the field empty to train here."
+                "Make all of them with deployments/register.sh, or name none, to train here."
             ) from error
 
 

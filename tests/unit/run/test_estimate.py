@@ -137,7 +137,7 @@ def test_what_is_to_be_approved_has_requests_and_both_costs() -> None:
     page = approval_section(Plan([judging, later]))
     assert "asked 100 questions (about 0.02 US$, at most 0.30)" in page.summary
     assert "up to 480 verdicts more" in page.summary
-    row = (JUDGING, "judge", 120, "20", 50_000, 3_000, 102_400, None, "0.02", "0.30")
+    row = (f"{JUDGING} (judge)", 120, "20", 50_000, 3_000, 102_400, None, "0.02", "0.30")
     assert page.tables[0].rows[0] == page.tables[1].rows[0] == row
     free = approval_section(Plan([Work(JUDGING, "judge", [1], 120, usd=None)]))
     assert "no price set" in free.summary

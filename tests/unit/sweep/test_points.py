@@ -17,7 +17,7 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.errors import PreflowError
-from tasks.run import preflight, stages
+from tasks.run import preflight
 from tasks.run.estimate import Plan, Work
 from tasks.run.estimate_page import plan_lines
 from tasks.store.measures import WinRate
@@ -184,9 +184,9 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     assert "1 trainings and 260 requests, about 2.58 US$, at most 20.08 and what has no price set." in section.summary
     assert "One by one, the points would take 2 trainings and 800 requests" in section.summary
     rows = section.tables[0].rows
-    assert rows[0] == ("sample completions", "sft", "1-3, 5", 100, "40", 6000, 9000, None, None, "no price set", "0.00")
-    assert rows[2][8:] == ("13 min 24 s", "0.08", "0.08")
-    assert rows[3][4] == "finished"
+    assert rows[0] == ("sample completions (sft)", "1-3, 5", 100, "40", 6000, 9000, None, None, "no price set", "0.00")
+    assert rows[2][7:] == ("13 min 24 s", "0.08", "0.08")
+    assert rows[3][3] == "finished"
     assert rows[-1][-2:] == ("2.58", "20.08")
     assert list(plan_lines(Plan(WORK))) == [
         "  sample completions (sft, points 1-3, 5): 60 requests (40 more known), about 6,000 + 9,000 tokens, "
@@ -205,10 +205,7 @@ async def test_a_model_that_several_points_ask_has_one_question_on_trial(monkeyp
         if settings.model == "down":
             raise PreflowError("does not answer")
 
-    async def would_load(_: PipelineConfig) -> None: ...
-
     monkeypatch.setattr(preflight, "_check_endpoint", trial)
-    monkeypatch.setattr(stages, "_check_would_load", would_load)
     config = PipelineConfig.model_validate({"judging": {"model": "a", "api_key": None}})
     points = expand_points(config, SweepConfig(grid={"judging.model": ["a", "b", "down"], "training.beta": [0.1, 0.2]}))
     work = Work("train", "here", points=[point.number for point in points])
