@@ -20,9 +20,9 @@ NAME = digest(BODY)
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(batches, "PATIENCE_SECONDS", 0.2)
     for name in ("QUIET_SECONDS", "FIRST_POLL_SECONDS"):
-        monkeypatch.setattr(batches, name, 0.1)
+        monkeypatch.setattr(batches, name, 0.05)
 
 
 @asynccontextmanager
