@@ -47,8 +47,9 @@ async def train_adapter(preferences: PreferencesRef, workspace: str, training: T
     adapter = AdapterRef.model_validate(record)
     made = Workspace(workspace).read_manifest(adapter)
     named = {"eval_loss": "loss", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
-    told = ", ".join(f"{title} {made.figures[name]:.3f}" for name, title in named.items() if name in made.figures)
-    logger.info("training: %d steps; on held-out pairs: %s", made.counts["steps"], told or "there are none")
+    told = [f"{title} {made.figures[name]:.3f}" for name, title in named.items() if name in made.figures]
+    steps = f"{made.counts['steps']} steps, first loss {made.figures['first_loss']:.4f}"
+    logger.info("training: %s; on held-out pairs: %s", steps, ", ".join(told) or "there are none")
     return adapter
 
 
