@@ -43,9 +43,10 @@ async def run_points(points: tuple[Point, ...], sweep: SweepConfig, duplicates: 
     await report_plan(plan, points, sweep, duplicates)
     check_budget(plan, sweep)
     unready = await find_unready(points, plan)
-    async with sharing_endpoints():
+    at_once = trainings_at_once(points, sweep)
+    async with sharing_endpoints(at_once):
         runs = (attempt(point, run_point, unready.get(point.number)) for point in points)
-        return rank(points, await settle(runs, trainings_at_once(points, sweep)))
+        return rank(points, await settle(runs, at_once))
 
 
 @flow(name="sweep-point", flow_run_name="point {point.number}: {point.name}")

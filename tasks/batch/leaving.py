@@ -6,6 +6,7 @@ script has nobody to start it again.
 """
 
 import logging
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
@@ -18,14 +19,24 @@ from prefect.states import Scheduled
 # So long a run stays away before it looks again: a batch takes minutes to hours, a start half a minute.
 AWAY_SECONDS = 600.0
 STATE = "AwaitingBatch"
+# Whether other runs are under way in this process, which a second process must not run as well.
+stays: ContextVar[bool] = ContextVar("stays", default=False)
 logger = logging.getLogger(__name__)
 
 
-async def is_started_again() -> bool:
-    """Tell whether the server starts this run again when it has left."""
+async def may_leave() -> bool:
+    """Tell whether nothing else is under way here, and the server starts this run again when it has left."""
+    if stays.get():
+        return False
     async with get_client() as client:
         runs = await _with_parents(client)
     return bool(runs) and runs[-1].deployment_id is not None
+
+
+def has_left() -> bool:
+    """Tell whether this run has left before: what it needs was checked at its first start."""
+    context = FlowRunContext.get()
+    return bool(context and context.flow_run and STATE in context.flow_run.tags)
 
 
 async def leave(reason: object) -> NoReturn:
@@ -36,17 +47,20 @@ async def leave(reason: object) -> NoReturn:
     state: State[object] = Scheduled(name=STATE, scheduled_time=again, message=message)
     async with get_client() as client:
         for run in await _with_parents(client):
+            await client.update_flow_run(run.id, tags=[*{*run.tags, STATE}])
             await client.set_flow_run_state(run.id, state)
     raise Pause(state=state)
 
 
 async def _with_parents(client: PrefectClient) -> list[FlowRun]:
-    """Return this flow run and those that it is a part of, up to the one that was started by itself."""
+    """Return this flow run and those that it is a part of, up to the one that has this process to itself."""
     context = FlowRunContext.get()
     run = context.flow_run if context else None
     runs: list[FlowRun] = []
     while run is not None:
         runs.append(run)
+        if run.deployment_id is not None:  # whoever had it started runs elsewhere, and waits
+            break
         task = await client.read_task_run(run.parent_task_run_id) if run.parent_task_run_id else None
         run = await client.read_flow_run(task.flow_run_id) if task and task.flow_run_id else None
     return runs

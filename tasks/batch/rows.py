@@ -181,26 +181,34 @@ class RowStore:
 
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
         """Return the outcomes already known under `keys`; damaged ones count as unknown."""
+        found, moved = self._find(keys)
+        if moved:  # another run has finished a shard since, or made one again: look where its units are now
+            self._index = None
+            found, moved = self._find(keys)
+        for uri, start in moved:
+            logger.warning("%s: the row at byte %d is damaged or gone and will be made again", uri, start)
+        return found
+
+    def _find(self, keys: Sequence[str]) -> tuple[dict[str, Outcome], list[tuple[str, int]]]:
+        """Return what is found under `keys` where the index has it, and the places where something else is."""
         index = self._indexed()
         places = sorted((index[place], key) for key in keys if (place := bytes.fromhex(key)) in index)
         found: dict[str, Outcome] = {}
+        moved: list[tuple[str, int]] = []
         for uri, of_file in itertools.groupby(places, key=lambda place: place[0][0]):
+            wanted = [(start, end, key) for (_, start, end), key in of_file]
+            first = wanted[0][0]
             try:
-                found.update(self._read_places(uri, [(start, end, key) for (_, start, end), key in of_file]))
-            except FileNotFoundError:  # another run has finished that shard since: look where its units are now
-                self._index = None
-                return self.find(keys)
-        return found
-
-    def _read_places(self, uri: str, wanted: list[tuple[int, int, str]]) -> Iterator[tuple[str, Outcome]]:
-        first, last = wanted[0][0], wanted[-1][1]
-        content = self.store.read_bytes(uri, first, last)
-        for start, end, key in wanted:
-            decoded = _decode(content[start - first : end - first])
-            if decoded is not None and decoded[0] == key:
-                yield decoded
-            else:
-                logger.warning("%s: the row at byte %d is damaged and will be made again", uri, start)
+                content = self.store.read_bytes(uri, first, wanted[-1][1])
+            except FileNotFoundError:
+                content = b""
+            for start, end, key in wanted:
+                decoded = _decode(content[start - first : end - first])
+                if decoded is not None and decoded[0] == key:
+                    found[key] = decoded[1]
+                else:
+                    moved.append((uri, start))
+        return found, moved
 
     def _build_index(self) -> dict[bytes, Place]:
         index, seen = dict[bytes, Place](), set[str]()

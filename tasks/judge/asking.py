@@ -219,7 +219,11 @@ async def collect_verdicts(plan: JudgingPlan) -> VerdictsRef:
     if known := plan.finished:
         logger.info("verdicts: %d rows are judged already, in %s", known.rows, known.uri)
         return known
-    return merge_verdicts(plan, await settle(judge_shards(judge) for judge in plan.judges))
+    try:
+        shards = await settle(judge_shards(judge) for judge in plan.judges)
+    except BatchPending as pending:  # by now nothing of this stage is under way
+        await leaving.leave(pending)
+    return merge_verdicts(plan, shards)
 
 
 async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
@@ -228,7 +232,7 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
     Raises:
         PreflowError: before the first request: the endpoint does not answer, does not know the model or refuses the
             key; later: it is down for too long, the budget is used up, or too much failed.
-        Pause: a batch is not answered yet, and the server starts the run again.
+        BatchPending: a batch is not answered yet, and the server starts the run again if this process ends.
     """
     judge, judging = plan.judge, plan.judging
     costs, store = CostLog(judging.workspace, judging.folder, judge.model), Workspace(judging.workspace)
@@ -239,7 +243,7 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
     async with await Endpoint.connect(costs.left_of(judge), f"judging ({judge.model})") as endpoint:
         if judge.batch:
             folder = store.uri("batches", plan.settings_key)
-            endpoint.use_batches(store, folder, await leaving.is_started_again())
+            endpoint.use_batches(store, folder, judging.source.sha256, await leaving.may_leave())
 
         async def prepare() -> None:
             await endpoint.check_model()
@@ -253,10 +257,7 @@ async def judge_shards(plan: JudgePlan) -> list[ShardRef]:
             concurrency=endpoint.most_in_flight,
             prepare=prepare,
         )
-        try:
-            return await run_shards("judge", judging.slices, worker, endpoint, costs)
-        except BatchPending as pending:
-            await leaving.leave(pending)
+        return await run_shards("judge", judging.slices, worker, endpoint, costs)
 
 
 # Two answers that anyone can tell apart.

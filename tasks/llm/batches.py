@@ -7,6 +7,7 @@ its batches again, and nothing is paid for twice.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -15,8 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
-from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
-from openai.pagination import AsyncCursorPage
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, NotFoundError
 from openai.types import Batch, FileObject
 from pydantic import BaseModel
 
@@ -47,13 +47,14 @@ class BatchPending(PreflowError):
 class Record(BaseModel, frozen=True):
     """What was handed in as one batch, without the settings that the endpoint had `refused` by then.
 
-    Without an id, the process ended before the answer that tells it.
+    Without an id, the process ended before the answer that tells it. `source` tells what the questions are about.
     """
 
     name: str
     requests: list[str]
     batch: str | None = None
     refused: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,16 @@ class Batches:
         folder: where they are written down.
         wait_seconds: how long an endpoint that does not answer is waited for.
         hide: the key, which no message may show.
+        source: what the questions are about: only batches about it are waited for at a start.
         may_leave: whether to raise `BatchPending` rather than to wait for hours.
     """
 
     def __init__(
         self, client: AsyncOpenAI, store: Workspace, folder: str, wait_seconds: float, hide: str | None,
-        may_leave: bool = False,
+        source: str = "", may_leave: bool = False,
     ) -> None:  # fmt: skip
         self._client, self._store, self._folder = client, store, folder
-        self._wait_seconds, self._hide, self._may_leave = wait_seconds, hide, may_leave
+        self._wait_seconds, self._hide, self._source, self._may_leave = wait_seconds, hide, source, may_leave
         self._earlier: dict[str, Record] = {}
         self._lines: dict[str, Awaited] = {}
         self._open: tuple[_Open, Awaited] | None = None
@@ -140,22 +142,22 @@ class Batches:
             return
         await self._look_back()
         for record in {record.name: record for record in self._earlier.values()}.values():
-            if not await self._has_ended(record):
+            batch = await self._retrieve(record) if record.source == self._source else None
+            if batch and batch.status not in ENDED:
                 self._begin_taking_up(record)
         for failure in await asyncio.gather(*set(self._lines.values()), return_exceptions=True):
             if isinstance(failure, BaseException):
                 raise failure
 
-    async def _has_ended(self, record: Record) -> bool:
-        """Tell whether nothing more comes of a batch; one that the provider has forgotten, after months, has ended."""
-        try:
-            batch = await self._try(partial(self._client.batches.retrieve, str(record.batch)))
-        except StageStopped:
-            raise
-        except PreflowError as error:
-            logger.info("batch %s of an earlier start is left aside: %s", record.batch, error)
-            return True
-        return batch.status in ENDED
+    async def _retrieve(self, record: Record) -> Batch | None:
+        """Return a batch; None if it is not known here: forgotten after months, or handed in elsewhere."""
+
+        async def retrieve() -> Batch | None:
+            with contextlib.suppress(NotFoundError):
+                return await self._client.batches.retrieve(str(record.batch))
+            return None
+
+        return await self._try(retrieve)
 
     async def _look_back(self) -> None:
         self._found = self._found or asyncio.create_task(self._find_earlier())
@@ -182,7 +184,7 @@ class Batches:
         await group.closed.wait()
         requests = sorted(group.bodies)
         name, refused = digest([requests, time.time_ns()])[:32], tuple(sorted(group.refused))
-        record = Record(name=name, requests=requests, refused=refused)
+        record = Record(name=name, requests=requests, refused=refused, source=self._source)
         self._write(record)
         batch = await self._create(record, group.bodies)
         group.bodies.clear()
@@ -261,14 +263,26 @@ class Batches:
             self._earlier |= dict.fromkeys(record.requests, record)
 
     async def _take_up(self, record: Record) -> dict[str, Line]:
-        batch = await self._try(partial(self._client.batches.retrieve, str(record.batch)))
+        batch = await self._retrieve(record)
+        if batch is None:
+            logger.warning(
+                "batch %s of an earlier start is not known at %s: its %d requests go the normal way", record.batch,
+                self._client.base_url, len(record.requests),
+            )  # fmt: skip
+            return {}
         logger.info("batch %s of an earlier start: %s", batch.id, batch.status)
         return await self._collect(record, batch)
 
     async def _find(self, name: str) -> Batch | None:
         """Return the batch that was handed in under `name`."""
-        page: AsyncCursorPage[Batch] = await self._try(partial(self._client.batches.list, limit=100))
-        return next((batch for batch in page.data if (batch.metadata or {}).get("preflow") == name), None)
+
+        async def look() -> Batch | None:
+            async for batch in self._client.batches.list(limit=100):
+                if (batch.metadata or {}).get("preflow") == name:
+                    return batch
+            return None
+
+        return await self._try(look)
 
     def _uri(self, record: Record) -> str:
         return f"{self._folder}/{record.name}.json"

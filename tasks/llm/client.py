@@ -100,9 +100,10 @@ class Endpoint(Administration):
         self._dialect = Dialect(config.model)
         self._batches: Batches | None = None
 
-    def use_batches(self, store: Workspace, folder: str, may_leave: bool = False) -> None:
+    def use_batches(self, store: Workspace, folder: str, source: str = "", may_leave: bool = False) -> None:
         """Send what may wait through the batch API from now on; batches are written down in `folder`.
 
+        `source` tells what the questions are about, so that a run does not wait for what others have handed in.
         Where the process `may_leave`, answers that take long are not waited for: `BatchPending` is raised.
         """
         headers = {name: value for name, value in self._headers.items() if name != "Content-Type"}
@@ -110,7 +111,7 @@ class Endpoint(Administration):
             base_url=self.base_url, api_key=self._key or "none", default_headers=headers, max_retries=0,
             default_query=dict(parse_qsl(self._query.removeprefix("?"))),
         )  # fmt: skip
-        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self._key, may_leave)
+        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self._key, source, may_leave)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

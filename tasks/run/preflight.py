@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TypeAlias
 
+from tasks.batch import leaving
 from tasks.config import EndpointConfig, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.llm.client import Endpoint
@@ -61,7 +62,8 @@ def record_result(config: PipelineConfig, result: PipelineResult) -> str:
 async def prepare_run(config: PipelineConfig) -> PipelineConfig:
     """Check everything a run needs before anything is spent, and return its configuration written out in full.
 
-    Endpoints are not asked if an equal run has finished: there is nothing left to ask them.
+    Endpoints are not asked if an equal run has finished: there is nothing left to ask them. Nor are they asked again by
+    a run that has waited for a batch without a process.
 
     Raises:
         PreflowError: naming the first thing that is wrong, where, and what to do.
@@ -70,7 +72,7 @@ async def prepare_run(config: PipelineConfig) -> PipelineConfig:
     Workspace(config.workspace).check_writable()
     for check_input in input_checks(config):
         check_input()
-    if find_result(config) is None:
+    if find_result(config) is None and not leaving.has_left():
         await resolve_secret(config.promotion.api_key, "promotion.api_key")
         for check_service in service_checks(config, {}):
             await check_service()
@@ -139,12 +141,13 @@ async def find_problems(config: PipelineConfig) -> list[str]:
 
 
 @asynccontextmanager
-async def sharing_endpoints() -> AsyncIterator[None]:
+async def sharing_endpoints(at_once: int) -> AsyncIterator[None]:
     """Have the runs that are under way at once in the block take `endpoint_lock` one after another."""
-    token = _lock.set(asyncio.Lock())
+    token, stays = _lock.set(asyncio.Lock()), leaving.stays.set(at_once > 1)
     try:
         yield
     finally:
+        leaving.stays.reset(stays)
         _lock.reset(token)
 
 

@@ -44,7 +44,9 @@ ENDED = re.compile(r"(stop(_sequence)?|end_?(of_)?turn|eos(_token)?|complete)$",
 AT_LIMIT = re.compile(r"(length|(max|model)_?(output_|completion_)?(tokens|length)|token_?limit)$", re.IGNORECASE)
 GZIP, PACKED = b"\x1f\x8b", {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:.*\]\s*$""", re.DOTALL)
+MESSAGES_AS_TEXT = re.compile(
+    r"""\s*\[\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:).*\}\s*\]\s*$""", re.DOTALL
+)
 
 
 class WrongForm(ValueError):
@@ -161,7 +163,8 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
 def _read_csv(uri: str, text: str) -> Iterator[tuple[int, Row]]:
     head = text.partition("\n")[0]
     # German and French tables have semicolons.
-    delimiter = max("\t;,", key=lambda mark: (head.count(mark), mark == ","))
+    usual = "\t" if uri.removesuffix(".gz").endswith(".tsv") else ","
+    delimiter = max("\t;,", key=lambda mark: (head.count(mark), mark == usual))
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
@@ -169,7 +172,7 @@ def _read_csv(uri: str, text: str) -> Iterator[tuple[int, Row]]:
         if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
             raise PreflowError(f"{uri}:1: the column {twice[0]!r} stands twice: rename one")
         for cells in reader:
-            if len(cells) > len(names):
+            if any(cells[len(names) :]):
                 raise PreflowError(
                     f"{uri}:{reader.line_num}: {len(cells)} cells under {len(names)} names of columns. Put a cell that "
                     f"holds {delimiter!r} in quotes."
@@ -241,6 +244,8 @@ def to_prompt(row: Any) -> tuple[Row, str]:
 def _with_group(row: Row) -> Row:
     """Return a row whose group is a text, as a table has it where JSON has a number; an empty one is none."""
     group = row.get("group")
+    if isinstance(group, float) and group.is_integer():  # of a column that pandas has read, with gaps
+        group = int(group)
     if isinstance(group, int) and not isinstance(group, bool):
         return {**row, "group": str(group)}
     is_none = group is None or (isinstance(group, str) and not group.strip())
@@ -399,7 +404,7 @@ def _joined(prompt: Messages, shared: Messages) -> Messages:
     Raises:
         WrongForm: they are not the same, and neither is a part of the other.
     """
-    given, begun = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, shared))
+    given, begun = ([(turn["role"], turn["content"].split()) for turn in turns] for turns in (prompt, shared))
     if any(begun[n : n + len(given)] == given for n in range(len(begun) + 1)):
         return shared
     if given[len(given) - len(begun) :] == begun:  # a system message of the row's own before it

@@ -78,9 +78,10 @@ def expand_points(config: PipelineConfig, sweep: SweepConfig) -> list[Point]:
         more = f"\n... and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         listed = "\n".join(problems[:PROBLEMS_SHOWN])
         raise PreflowError(f"{len(problems)} of {len(changes)} points are wrong; nothing was spent:\n{listed}{more}")
-    if len(found) > sweep.max_points:
+    distinct = len({point.config.model_dump_json() for point in found})
+    if distinct > sweep.max_points:
         raise PreflowError(
-            f"the sweep has {len(found)} points, over sweep.max_points ({sweep.max_points}): every one is a training. "
+            f"the sweep has {distinct} points, over sweep.max_points ({sweep.max_points}): every one is a training. "
             "Take fewer values, or raise max_points."
         )
     return found

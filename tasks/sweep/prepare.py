@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from tasks.batch import leaving
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.run.estimate import Plan
@@ -83,6 +84,8 @@ async def find_unready(points: Sequence[Point], plan: Plan) -> dict[int, Preflow
     Raises:
         PreflowError: no point can run.
     """
+    if leaving.has_left():
+        return {}
     unfinished = plan.points(unfinished=True)
     asked: Asked = {}
     unready: dict[int, PreflowError] = {}

@@ -21,6 +21,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import arun_deployment
 
 from flows.judge import judge_preferences
+from tasks.batch.leaving import STATE
 from tasks.config import JudgingConfig
 from tasks.errors import PreflowError
 from tasks.judge.elsewhere import import_completions
@@ -207,6 +208,7 @@ async def test_a_served_run_leaves_its_process_and_comes_back_until_the_batch_is
             again = await reach(client, run.id, "AwaitingBatch", attempts=2)
             parts = await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id={"any_": [run.id]}))
             assert [(part.state_name, again.state_name) for part in parts] == [("AwaitingBatch", "AwaitingBatch")]
+            assert all(STATE in gone.tags for gone in (again, *parts)), "so that the models are not tried again"
             fake.batches["batch-0"]["due"] = 0.0
             await reach(client, run.id, "Completed", attempts=3)
             (part,) = await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id={"any_": [run.id]}))

@@ -514,6 +514,16 @@ async def test_a_shard_that_another_run_finishes_while_its_files_are_read_is_fou
     assert mine.find(list(outcomes)) == outcomes
 
 
+def test_a_shard_that_another_run_has_made_again_is_read_where_its_units_are_now(tmp_path: Path) -> None:
+    (part,) = slice_rows(Workspace(tmp_path), make_source(tmp_path, 6), 6)
+    mine, other = (RowStore(str(tmp_path), "squares", "key") for _ in range(2))
+    outcomes = {digest(number): Outcome(row={"square": number}) for number in range(3)}
+    other.commit(part, list(outcomes)[1:], outcomes)
+    assert mine.known(list(outcomes)[1:])
+    other.commit(part, list(outcomes), outcomes)
+    assert mine.find(list(outcomes)[1:]) == dict(list(outcomes.items())[1:])
+
+
 async def test_a_unit_that_fails_fails_for_the_shard_that_waits_for_it_too(tmp_path: Path) -> None:
     source, maker = make_source(tmp_path, 6), Maker(broken={0, 1, 2})
     worker = make_worker(tmp_path, maker, 6)

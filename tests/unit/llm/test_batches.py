@@ -26,9 +26,9 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def process(fake: FakeBatches, folder: Path) -> AsyncIterator[Batches]:
+async def process(fake: FakeBatches, folder: Path, source: str = "prompts") -> AsyncIterator[Batches]:
     client = AsyncOpenAI(base_url=fake.url, api_key="none", max_retries=0)
-    made = Batches(client, Workspace(str(folder)), str(folder / "batches"), 1.0, None, may_leave=True)
+    made = Batches(client, Workspace(str(folder)), str(folder / "batches"), 1.0, None, source, may_leave=True)
     try:
         yield made
     finally:
@@ -44,6 +44,8 @@ async def test_a_batch_is_left_and_taken_up_by_whoever_looks_when_it_is_answered
             assert await second.has(NAME)
             with pytest.raises(BatchPending, match="batch batch-0"):
                 await second.check_pending()
+        async with process(fake, tmp_path, "other prompts") as other:
+            await other.check_pending()
         fake.batches["batch-0"]["due"] = 0.0
         async with process(fake, tmp_path) as third:
             async with asyncio.timeout(20):
@@ -61,3 +63,4 @@ async def test_a_batch_that_the_provider_has_forgotten_holds_up_nothing(tmp_path
         fake.batches.clear()
         async with process(fake, tmp_path) as second:
             await second.check_pending()
+            assert await second.ask(NAME, BODY, ()) is None, "it goes the normal way"

@@ -143,7 +143,7 @@ def test_a_prompt_that_the_sides_do_not_begin_with_is_refused() -> None:
         to_pair({"prompt": "Hello", "chosen": [*other, *GOOD], "rejected": [*other, *BAD]})
 
 
-@pytest.mark.parametrize(("group", "kept"), [(5, "5"), ("5", "5"), (" ", None), (None, None)])
+@pytest.mark.parametrize(("group", "kept"), [(5, "5"), (3.0, "3"), ("5", "5"), (" ", None), (None, None)])
 def test_a_group_is_a_text_whatever_the_file_has(group: Any, kept: str | None) -> None:
     sides = {"chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]}
     found = [to_prompt({"prompt": "Hello", "group": group}), to_pair({**sides, "group": group})]
@@ -183,6 +183,7 @@ FILES: dict[str, tuple[str, bytes]] = {
     "CSV, gzip": ("p.csv.gz", gzip.compress("prompt\nGrüß Gott\n日本\nc\n".encode())),
     "CSV with semicolons": ("p.csv", "prompt;group\nGrüß Gott;a\n日本;\nc;b\n".encode()),
     "TSV": ("p.tsv", "prompt\tgroup\nGrüß Gott\ta, b; c\n日本\t\nc\tb\n".encode()),
+    "CSV with an empty cell too many": ("p.csv", "prompt,group\nGrüß Gott,a,\n日本,,\nc,b,\n".encode()),
     "CSV": ("p.csv", b"prompt,group\n" + "".join(f"{row['prompt']},\n" for row in ROWS).encode()),
 }
 
@@ -193,6 +194,16 @@ def test_files(tmp_path: Path, name: str) -> None:
     (tmp_path / file).write_bytes(content)
     found = [row.prompt[0].content for row in read_rows(PromptRow, str(tmp_path / file))]
     assert found == [row["prompt"] for row in ROWS]
+
+
+def test_a_tsv_of_one_column_may_hold_commas(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text("prompt\nred, green\n")
+    assert [row.prompt[0].content for row in read_rows(PromptRow, str(tmp_path / "p.tsv"))] == ["red, green"]
+
+
+@pytest.mark.parametrize("text", ['[{"value": 3}, {"value": 4}] Sum [x]', '[{"role": "admin", "level": 3}]', "[1]"])
+def test_a_text_that_holds_json_is_a_text(text: str) -> None:
+    assert to_prompt({"prompt": text})[0]["prompt"] == [{"role": "user", "content": text}]
 
 
 @pytest.mark.parametrize("encode", [gzip.compress, lambda content: content.decode().encode("utf-16")])
