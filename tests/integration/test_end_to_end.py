@@ -493,7 +493,7 @@ async def test_what_is_served_is_published(bench: Bench, result: PipelineResult)
     await run_to_the_end("publish-adapter/local", workspace=str(bench.workspace), name="better", publishing=publishing)
     files = bench.hub.repos["lab/better"].files
     assert files["adapter_model.safetensors"] == Path(result.adapter.uri, "adapter_model.safetensors").read_bytes()
-    assert f"{result.evaluation.win_rate:.3f}" in files["README.md"].decode()
+    assert f"{100 * result.evaluation.win_rate:.1f} %" in files["README.md"].decode()
 
 
 def _prompt_ids(bench: Bench, result: PipelineResult) -> list[int]:

@@ -159,11 +159,11 @@ def test_the_plan_came_first_and_was_right(bench: Bench, result: SweepResult) ->
     assert datetime.fromisoformat(plan["created"]).timestamp() < asked[0]["time"]
     text = plan["data"]
     assert f"Still to come: 6 trainings and {len(asked)} requests, about 0.0" in text
-    assert re.search(rf"\| sample completions \| sampler \| 1-6 \| {PROMPTS} \| 0 \|.*no price set", text)
-    assert re.search(rf"\| judge preferences \| judge-length \| 2, 4, 6 \| {PROMPTS * 2} \|", text)
+    assert re.search(rf"\| sample completions \(sampler\) \| 1-6 \| {PROMPTS} \| 0 \|.*no price set", text)
+    assert re.search(rf"\| judge preferences \(judge-length\) \| 2, 4, 6 \| {PROMPTS * 2} \|", text)
     # 3 steps of 2 x 2 pairs at 1.14 pairs a second, at 0.35 US$ an hour.
-    assert len(re.findall(r"\| train \| this machine \| \d \| – \| – \| – \| – \| – \| 11 s \| 0\.001 \|", text)) == 6
-    assert re.search(rf"evaluate: compare SFT with itself \| judge-hash \| 1-6 \| {HELD_OUT * 4} \|", text)
+    assert len(re.findall(r"\| train \(this machine\) \| \d \| – \| – \| – \| – \| – \| 11 s \| 0\.001 \|", text)) == 6
+    assert re.search(rf"evaluate: compare SFT with itself \(judge-hash\) \| 1-6 \| {HELD_OUT * 4} \|", text)
 
 
 def test_the_result_is_ranked_and_shown(bench: Bench, result: SweepResult) -> None:
