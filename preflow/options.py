@@ -17,7 +17,7 @@ Changes: TypeAlias = Annotated[
 Made: TypeAlias = Annotated[tuple[str, ...], _SET, Parameter(help="A change that the run was made with.")]
 Switch: TypeAlias = Annotated[bool, Parameter(negative=(), show_default=False)]
 Folder: TypeAlias = Annotated[Path, Parameter(help="Where the demo is kept.")]
-Port: TypeAlias = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
+Port: TypeAlias = Annotated[int, Parameter(validator=Number(gte=1, lte=65535))]
 UiPort: TypeAlias = Annotated[Port, Parameter(env_var="UI_PORT", help="Port of Prefect's UI.")]
 VllmPort: TypeAlias = Annotated[Port, Parameter(env_var="VLLM_PORT", help="Port of the demo's vLLM.")]
 JudgePort: TypeAlias = Annotated[Port, Parameter(env_var="JUDGE_PORT", help="Port of the demo's judge.")]

@@ -12,6 +12,7 @@ from typing import Any
 from preflow.cli import Exit
 from preflow.options import Changes, Folder, JudgePort, Switch, UiPort, VllmPort
 from preflow.settings import load_settings, parse_change
+from tasks.config import PromotionConfig
 from tasks.demo import DemoModel
 from tasks.demo.services import Service, judge_server, prefect_server
 from tasks.demo.up import Places, Ports, Up, require_free
@@ -130,11 +131,17 @@ def flow_server(running: Up, ports: Ports) -> Service:
 
 def show(running: Up, api: str, file: Path | None) -> None:
     """Say where to look and what to press."""
-    name = json.loads((running.run / "serving.json").read_text())["name"]
+    told = json.loads((running.run / "serving.json").read_text())
+    name, served = told["name"], PromotionConfig.model_validate(told["config"].get("promotion", {}))
+    chat = "preflow chat"
+    if served.endpoint not in (None, PromotionConfig().endpoint):
+        chat += f" --endpoint {served.endpoint}"
+    if served.api_key:
+        chat += f" --api-key {served.api_key}"
     print(f"Prefect UI:  {api.removesuffix('/api')}/v2/deployments: choose {name} (dpo-pipeline), then Run > Quick run")
     print(f"Terminal:    export PREFECT_API_URL={api}; preflow run {file or 'CONFIG'} --on dpo-pipeline/{name}")
     print(f"Logs:        {running.logs}")
-    print(f"`preflow chat` talks to what is served; `preflow down{f' {file}' if file else ''}` ends it all.")
+    print(f"`{chat}` talks to what is served; `preflow down{f' {file}' if file else ''}` ends it all.")
 
 
 def down(file: Path | None = None, /, *, folder: Folder = Path(".demo")) -> None:

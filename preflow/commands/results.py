@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from preflow.cli import Exit
-from preflow.options import Made, Port, Run, Switch, write_file
+from preflow.options import Made, Run, Switch, write_file
 from tasks.errors import PreflowError
 
 
@@ -37,7 +37,7 @@ def label(
     /,
     *,
     pairs: Annotated[int, Parameter(validator=Number(gte=1))] = 50,
-    port: Port = 0,
+    port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 0,
     quiet: Switch = False,
     changes: Made = (),
 ) -> None:

@@ -133,7 +133,7 @@ async def choose_target(drill: Drill) -> tuple[Target, dict[str, int]]:
             f"deployment {drill.deployment} runs on {kind}: the drill preempts pods of a pool of type kubernetes, and "
             "without --deployment a training on this machine"
         )
-    target = PodTarget(drill.grace_seconds, namespace_of(pool))
+    target = PodTarget(drill.grace_seconds, namespace_of(pool, deployment.job_variables))
     await target.check()
     # A container that is killed counts as a failed pod, unlike an evicted one.
     return target, {"backoff_limit": 6 + drill.preemptions}

@@ -19,7 +19,7 @@ from kubernetes_asyncio.stream import WsApiClient
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
 from tasks.train.launch import Preempted, run_training
-from tasks.train.pods import OVER, cluster_settings
+from tasks.train.pods import ANSWER_SECONDS, OVER, cluster_settings
 from tasks.train.work_pool import TrainingOrder, obtain_adapter
 from tasks.trainer.lease import is_dead
 
@@ -114,7 +114,7 @@ class PodTarget:
             PreflowError: it does not, or cannot be asked.
         """
         with self._explained():
-            async with kubernetes.ApiClient(await cluster_settings()) as connection:
+            async with asyncio.timeout(ANSWER_SECONDS), kubernetes.ApiClient(await cluster_settings()) as connection:
                 api = kubernetes.AuthorizationV1Api(connection)
                 for right in RIGHTS:
                     answer = await api.create_self_subject_access_review(self._question(*right))
@@ -153,7 +153,9 @@ class PodTarget:
             yield
         except (ClientError, kubernetes.ApiException, OSError) as error:
             status = getattr(error, "status", None)
-            said = f"{status} {getattr(error, 'reason', None) or getattr(error, 'message', '')}" if status else error
+            said = str(error) or "it does not answer"
+            if status:
+                said = f"{status} {getattr(error, 'reason', None) or getattr(error, 'message', '')}"
             raise PreflowError(
                 f"the cluster does not do what the drill asks in namespace {self.namespace}: {said}. See `kubectl auth "
                 "can-i` and KUBECONFIG"

@@ -5,7 +5,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ from uuid import UUID
 
 from aiohttp import ClientError
 from kubernetes_asyncio import client as kubernetes
-from kubernetes_asyncio.config import ConfigException, load_config
+from kubernetes_asyncio.config import load_config
 from prefect.client.schemas.objects import WorkPool
 from prefect_kubernetes.diagnostics import diagnose_k8s_pod
 
@@ -108,7 +108,8 @@ class Sight:
 def _end_of(pod: Item) -> str:
     """Say how a pod ended: by its own fault, for lack of memory, or because its machine was taken away."""
     status, name = pod["status"], pod["metadata"]["name"]
-    ends = [item["state"].get("terminated", {}) for item in status.get("containerStatuses", [])]
+    states = [item["state"] for item in status.get("containerStatuses", [])]
+    ends = [state["terminated"] for state in states if "terminated" in state]
     lost = [item for item in status.get("conditions", []) if item["type"] == "DisruptionTarget"]
     if any(end.get("reason") == "OOMKilled" for end in ends):
         return (
@@ -117,8 +118,10 @@ def _end_of(pod: Item) -> str:
         )
     if lost:
         return f"Pod {name} was preempted ({lost[0].get('reason')}); that uses up no retry."
-    code = ends[0].get("exitCode") if ends else "unknown"
-    return f"Pod {name} ended with exit code {code}; its log is the run's."
+    if not ends:
+        why = ": ".join(filter(None, (status.get("reason"), status.get("message")))) or "no reason is given"
+        return f"Pod {name} was evicted, or refused by its node, before it started ({why})."
+    return f"Pod {name} ended with exit code {ends[0].get('exitCode')}; its log is the run's."
 
 
 async def cluster_settings() -> kubernetes.Configuration:
@@ -127,7 +130,7 @@ async def cluster_settings() -> kubernetes.Configuration:
     try:
         with warnings.catch_warnings(action="ignore"):  # about there being no kubeconfig, which is so in every pod
             await load_config(client_configuration=settings)
-    except ConfigException as error:
+    except Exception as error:  # it checks little of the file: what it raises says only where it stumbled
         raise PreflowError(f"no way to a Kubernetes cluster ({error}): set KUBECONFIG to your kubeconfig") from error
     return settings
 
@@ -144,10 +147,10 @@ async def look(run_id: UUID, namespace: str) -> Sight:
         return Sight(*(connection.sanitize_for_serialization(answer)["items"] for answer in found))
 
 
-def namespace_of(pool: WorkPool) -> str:
-    """Return the namespace of a pool's Jobs."""
-    variables = pool.base_job_template.get("variables", {}).get("properties", {})
-    return str(variables.get("namespace", {}).get("default") or "default")
+def namespace_of(pool: WorkPool, job_variables: Mapping[str, Any]) -> str:
+    """Return the namespace of a pool's Jobs, for runs with these job variables."""
+    settings = pool.base_job_template.get("variables", {}).get("properties", {})
+    return str(job_variables.get("namespace") or settings.get("namespace", {}).get("default") or "default")
 
 
 @dataclass
@@ -160,11 +163,11 @@ class PodWatch:
     _looked: float = field(default=float("-inf"))
 
     @classmethod
-    def of(cls, run_id: UUID, pool: WorkPool | None, variables: Any) -> "PodWatch | None":
+    def of(cls, run_id: UUID, pool: WorkPool | None, job_variables: Mapping[str, Any]) -> "PodWatch | None":
         """Return the watch of a run on a pool of type kubernetes; None on another one."""
         if pool is None or pool.type != "kubernetes":
             return None
-        return cls(run_id, variables.get("namespace") or namespace_of(pool))
+        return cls(run_id, namespace_of(pool, job_variables))
 
     async def say(self, quiet_seconds: float) -> None:
         """Log what it waits for if that is new; the cluster is asked once a minute."""

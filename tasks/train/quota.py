@@ -1,4 +1,4 @@
-"""Whether the quotas of a namespace leave room for a training's pod: asked before anything is spent."""
+"""Whether the quotas of a namespace have room for a training's pod: asked before anything is spent."""
 
 import asyncio
 import logging
@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 
-from aiohttp import ClientError
 from kubernetes_asyncio import client as kubernetes
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkPool
@@ -15,43 +14,47 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from tasks.errors import PreflowError
-from tasks.train.pods import ANSWER_SECONDS, OVER, Item, cluster_settings, namespace_of
+from tasks.train.pods import ANSWER_SECONDS, Item, cluster_settings, namespace_of
 
 logger = logging.getLogger(__name__)
 
-TRAINING = "preflow.dev/component=training"
 # A quota's short names for what pods request.
 SHORT = {"cpu": "requests.cpu", "memory": "requests.memory", "ephemeral-storage": "requests.ephemeral-storage"}
 UNITS: dict[str, Decimal | int] = {
-    "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+    "n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("1e-3"),
+    "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
 }  # fmt: skip
 
 
 async def check_quotas(pool: WorkPool, deployment: DeploymentResponse) -> None:
-    """See that the ResourceQuotas of the pool's namespace let a training start; where they cannot be read, say so.
+    """Compare the ResourceQuotas of the pool's namespace with a training's pod; where they cannot be read, say so.
 
-    A quota that other trainings use up is only warned of, for they end.
+    One that is used up is only warned of: what uses it may end, and a run that has trained already needs no pod.
 
     Raises:
-        PreflowError: a quota is too small, or used up by what does not end by itself.
+        PreflowError: a quota is smaller than the pod.
     """
-    namespace = str(deployment.job_variables.get("namespace") or namespace_of(pool))
+    namespace = namespace_of(pool, deployment.job_variables)
     try:
         async with asyncio.timeout(ANSWER_SECONDS), kubernetes.ApiClient(await cluster_settings()) as connection:
-            core = kubernetes.CoreV1Api(connection)
-            found = (
-                await core.list_namespaced_resource_quota(namespace),
-                await core.list_namespaced_pod(namespace, label_selector=TRAINING),
-            )
-            quotas, pods = (connection.sanitize_for_serialization(answer)["items"] for answer in found)
-    except (PreflowError, ClientError, kubernetes.ApiException, OSError) as error:
-        logger.info("the quotas of namespace %s cannot be read from here (%s)", namespace, type(error).__name__)
+            answer = await kubernetes.CoreV1Api(connection).list_namespaced_resource_quota(namespace)
+            quotas = connection.sanitize_for_serialization(answer)["items"]
+            limits = list(_limits(quotas, charges(await _pod_of(pool, deployment)))) if quotas else []
+            where = f"work pool {pool.name}, namespace {namespace} of {connection.configuration.host}"
+    except Exception as error:  # noqa: BLE001  advice: no kubeconfig, role, job variable or block may end a run here
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("the quotas of namespace %s are not compared with a training's pod (%s)", namespace, said)
         return
-    if quotas:
-        wanted = charges(await _pod_of(pool, deployment))
-        trainings = [charges(pod["spec"]) for pod in pods if pod["status"].get("phase") not in OVER]
-        check_room(quotas, wanted, trainings, f"work pool {pool.name}, namespace {namespace}")
+    for name, resource, ask, hard, used in limits:
+        told = f"{where}: quota {name} has {resource} {hard}, {used} of it used, and a training wants {ask}"
+        if ask > hard:
+            raise PreflowError(
+                f"{told}, so none would ever start. Raise the quota (kubectl edit resourcequota {name}), ask for less "
+                "in the work pool's settings, or set KUBECONFIG if that is another cluster than the pool's."
+            )
+        if used + ask > hard:
+            logger.warning("%s: it starts when something there has ended; a vLLM does not end by itself", told)
 
 
 async def _pod_of(pool: WorkPool, deployment: DeploymentResponse) -> Item:
@@ -76,34 +79,18 @@ def charges(pod: Item) -> dict[str, Decimal]:
 
 def amount(quantity: object) -> Decimal:
     """Return a quantity of Kubernetes, such as 500m or 24Gi, as a number."""
-    number, unit = re.fullmatch(r"(.*?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?", str(quantity)).groups()  # type: ignore[union-attr]
+    number, unit = re.fullmatch(rf"(.*?)({'|'.join(UNITS)})?", str(quantity)).groups()  # type: ignore[union-attr]
     return Decimal(number) * UNITS.get(unit or "", 1)
 
 
-def check_room(
-    quotas: Sequence[Item], wanted: Mapping[str, Decimal], trainings: Sequence[Mapping[str, Decimal]], where: str
-) -> None:
-    """Compare what a training wants with what the quotas have left; see `check_quotas`."""
-    for name, resource, hard, used in _limits(quotas):
-        key = SHORT.get(resource, resource)
-        passing = sum((training.get(key, Decimal(0)) for training in trainings), Decimal(0))
-        if (ask := wanted.get(key, Decimal(0))) == 0 or used + ask <= hard:
-            continue
-        told = f"{where}: quota {name} has {resource} {hard}, {used} of it used, and a training wants {ask}"
-        if used - passing + ask <= hard:
-            logger.warning("%s: it starts when another training has ended", told)
-            continue
-        raise PreflowError(
-            f"{told}, so none would start. Raise the quota (kubectl edit resourcequota {name}), end what uses it "
-            "(kubectl describe resourcequota; a vLLM counts, too), or ask for less in the work pool's settings."
-        )
-
-
-def _limits(quotas: Sequence[Item]) -> Iterator[tuple[str, str, Decimal, Decimal]]:
-    """Yield name, resource, limit and use of the quotas that count every pod; those with scopes count only some."""
+def _limits(
+    quotas: Sequence[Item], wanted: Mapping[str, Decimal]
+) -> Iterator[tuple[str, str, Decimal, Decimal, Decimal]]:
+    """Yield name, resource, wish, limit and use of the quotas without scopes, which count every pod."""
     for quota in quotas:
         if quota["spec"].get("scopes") or quota["spec"].get("scopeSelector"):
             continue
         used = quota.get("status", {}).get("used", {})
         for resource, hard in quota["spec"].get("hard", {}).items():
-            yield quota["metadata"]["name"], resource, amount(hard), amount(used.get(resource, 0))
+            if ask := wanted.get(SHORT.get(resource, resource)):
+                yield quota["metadata"]["name"], resource, ask, amount(hard), amount(used.get(resource, 0))

@@ -186,8 +186,8 @@ async def _follow(run: FlowRun, order: TrainingOrder) -> FlowRun:
     if (address := url_for(run)) is not None:
         about = f"The training, on {order.deployment}."
         await retry_while_api_is_down(partial(acreate_link_artifact, address, link_text=run.name, description=about))
-    pool = await retry_while_api_is_down(_read_pool, run)
-    pods = PodWatch.of(run.id, pool, order.job_variables)
+    pool, job_variables = await retry_while_api_is_down(_read_pool, run, order.deployment)
+    pods = PodWatch.of(run.id, pool, job_variables | dict(order.job_variables))
     limit = max(SILENT_SECONDS, SILENT_LEASES * order.training.lease_seconds)
     said, heard, since = None, None, time.monotonic()
     while True:
@@ -221,9 +221,11 @@ async def _read(run_id: UUID) -> FlowRun:
             ) from error
 
 
-async def _read_pool(run: FlowRun) -> WorkPool | None:
+async def _read_pool(run: FlowRun, deployment: str) -> tuple[WorkPool | None, dict[str, Any]]:
+    """Return a run's work pool, and what its deployment changes of the pool's settings."""
     async with get_client() as client:
-        return await client.read_work_pool(run.work_pool_name) if run.work_pool_name else None
+        pool = await client.read_work_pool(run.work_pool_name) if run.work_pool_name else None
+        return pool, (await client.read_deployment_by_name(deployment)).job_variables
 
 
 async def _mark_crashed(run: FlowRun) -> None:

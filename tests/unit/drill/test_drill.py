@@ -2,18 +2,30 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
+from uuid import UUID
 
 import pytest
+from prefect.client.schemas.objects import FlowRun, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
 
+import tasks.train.deployment
 from tasks.config import TrainingConfig
 from tasks.drill import drill
-from tasks.drill.drill import Drill, DrillResult, Preemption, TrainingWatch, make_order, read_pairs
-from tasks.drill.preemption import Kind
+from tasks.drill.drill import Drill, DrillResult, Preemption, TrainingWatch, choose_target, make_order, read_pairs
+from tasks.drill.preemption import Kind, PodTarget
 from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, PreferencesRef
+from tasks.train import work_pool
+from tasks.train.pods import PodWatch
 from tasks.train.work_pool import TrainingOrder
 
+RUN = UUID(int=1)
 ADAPTER = AdapterRef(uri="/a", sha256="0", size=0, rows=0)
 
 
@@ -57,6 +69,27 @@ def test_without_torch_or_with_a_wrong_setting_it_is_said_what_to_do(
     given = Drill(str(tmp_path), pairs=str(tmp_path / "train.jsonl"), training={"beta": -1, "nonsense": 1})
     with pytest.raises(PreflowError, match=r"(?s)beta: .*nonsense: "):
         make_order(given, {})
+
+
+async def test_pods_are_looked_for_where_the_deployment_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, template = datetime(2026, 1, 1, tzinfo=UTC), {"variables": {}, "job_configuration": {}}
+    pool = WorkPool(name="pods", type="kubernetes", base_job_template=template)
+    deployment = DeploymentResponse(
+        name="pods", flow_id=RUN, created=now, updated=now, work_pool_name="pods", job_variables={"namespace": "mine"}
+    )
+
+    @asynccontextmanager
+    async def client() -> AsyncIterator[SimpleNamespace]:
+        answers = {"read_work_pool": AsyncMock(return_value=pool)}
+        yield SimpleNamespace(read_deployment_by_name=AsyncMock(return_value=deployment), **answers)
+
+    for module in (drill, tasks.train.deployment, work_pool):
+        monkeypatch.setattr(module, "get_client", client)
+    monkeypatch.setattr(PodTarget, "check", AsyncMock())
+    target, _ = await choose_target(Drill("w", "train-dpo/pods"))
+    assert target == PodTarget(15.0, "mine")
+    found = await work_pool._read_pool(FlowRun(flow_id=RUN, work_pool_name="pods"), "train-dpo/pods")
+    assert PodWatch.of(RUN, *found) == PodWatch(RUN, "mine")
 
 
 @pytest.fixture

@@ -118,16 +118,26 @@ async def test_the_running_pod_of_the_newest_run_is_evicted_or_killed(cluster: C
         await TARGET.preempt(ORDER, kind)
 
 
-async def test_a_right_that_is_missing_is_named_before_anything_is_trained(cluster: Cluster) -> None:
+async def test_a_right_that_is_missing_is_named_before_anything_is_trained(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await TARGET.check()
     assert cluster.reviewed == list(preemption.RIGHTS)
     cluster.forbidden = True
     with pytest.raises(PreflowError, match=r"may not create pods eviction in namespace preflow.*an administrator's"):
         await TARGET.check()
+    monkeypatch.setattr(preemption, "ANSWER_SECONDS", 0.0)
+    with pytest.raises(PreflowError, match=r"namespace preflow: it does not answer\. See"):
+        await TARGET.check()
 
 
-async def test_without_a_cluster_it_is_said_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_kubeconfig(tmp_path / "none", monkeypatch)
+@pytest.mark.parametrize("kubeconfig", [None, "", "a: [", "5", "contexts: 5", "clusters: [a]", "current-context: here"])
+async def test_without_a_cluster_it_is_said_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kubeconfig: str | None
+) -> None:
+    if kubeconfig is not None:
+        (tmp_path / "kubeconfig").write_text(kubeconfig)
+    use_kubeconfig(tmp_path / "kubeconfig", monkeypatch)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(PreflowError, match="set KUBECONFIG"):
         await TARGET.check()

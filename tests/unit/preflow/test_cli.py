@@ -1,6 +1,7 @@
 """The command as a person types it: help that fits a screen, errors in one line, exit codes."""
 
 import errno
+import json
 import signal
 import socket
 import subprocess
@@ -87,7 +88,11 @@ FILES = {
         ("chat --api-key env:UNSET_X", "--api-key names env:UNSET_X, but it is not set or empty"),
         ("up --folder x", "Invalid value for UI_PORT from env"),
         ("up --ui-port 70000", "--ui-port"),
+        ("up --ui-port 0", "--ui-port"),
+        ("up --ui-port 4200 --vllm-port 0", "--vllm-port"),
+        ("up --ui-port 4200 --judge-port 0", "--judge-port"),
         ("label ok.yaml --port 70000", "--port"),
+        ("label unfinished/config.yaml --port 0", "unfinished/config.yaml: no such file"),
         ("drill --preemptions 0", "--preemptions 0 do not fit --steps 40: take more steps"),
         ("drill --set beta", "--set beta: write it as beta=0.05"),
         ("drill --deployment nope", "there is no Prefect server: `preflow up`, or export PREFECT_API_URL="),
@@ -118,6 +123,25 @@ def test_a_port_in_use_is_said_with_the_way_out(
         monkeypatch.setenv("UI_PORT", str(taken.getsockname()[1]))
         assert main(["up", "--folder", str(tmp_path)]) == Exit.WRONG
     assert "is taken by another program: end that, or choose another port with UI_PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("promotion", "said"),
+    [
+        ({}, "`preflow chat` talks to what is served"),
+        ({"endpoint": "http://127.0.0.1:9000/v1"}, "`preflow chat --endpoint http://127.0.0.1:9000/v1` talks"),
+        ({"endpoint": None, "api_key": "env:KEY"}, "`preflow chat --api-key env:KEY` talks"),
+    ],
+)
+def test_up_says_how_to_talk_to_what_is_served(
+    promotion: dict[str, str | None], said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "serving.json").write_text(json.dumps({"name": "demo", "config": {"promotion": promotion}}))
+    monkeypatch.setattr("tasks.demo.up.Up.api", lambda running: "http://127.0.0.1:4200/api")
+    assert main(["up", "--folder", str(tmp_path)]) == Exit.DONE
+    assert said in capsys.readouterr().out
 
 
 def test_ctrl_c_says_what_to_do(

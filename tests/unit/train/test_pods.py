@@ -60,6 +60,8 @@ PREEMPTED = {"type": "DisruptionTarget", "status": "True", "reason": "Terminatio
         (ended("OOMKilled", 137), ("OOMKilled", "600 s at most")),
         (ended("Error", 143, PREEMPTED), ("preempted (TerminationByKubelet)", "600 s at most")),
         (ended("Error", 1), ("exit code 1", "600 s at most")),
+        (pod(phase="Failed", reason="Evicted", message="no disk"), ("evicted", "it started (Evicted: no disk)")),
+        (pod(phase="Failed", containerStatuses=[PULL]), ("evicted", "before it started (no reason is given)")),
     ],
 )
 def test_what_a_pod_waits_for_or_died_of_is_shown_with_what_to_do(found: dict[str, Any], said: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,13 +46,6 @@ def add_quota(cluster: DoubleCluster, hard: dict[str, str], used: dict[str, str]
     Kubernetes(cluster).ask("POST", "resourcequotas", made)
 
 
-def add_training(cluster: DoubleCluster, phase: str) -> None:
-    labels, resources = {"preflow.dev/component": "training"}, {"requests": {"nvidia.com/gpu": "1"}}
-    spec = {"containers": [{"name": "prefect-job", "resources": resources}]}
-    pod = {"metadata": {"generateName": "t-", "labels": labels}, "spec": spec, "status": {"phase": phase}}
-    Kubernetes(cluster).ask("POST", "pods", pod)
-
-
 def check(**job_variables: Any) -> None:
     deployment = DeploymentResponse(
         id=UUID(int=1), flow_id=UUID(int=2), name="l4-spot", created=NOW, updated=NOW, job_variables=job_variables
@@ -65,12 +57,12 @@ def check(**job_variables: Any) -> None:
     ("hard", "used", "variables", "said"),
     [
         ({GPU: "0"}, {}, {}, r"quota gpus\w+ has requests.nvidia.com/gpu 0, 0 of it used, and a training wants 1,"),
-        ({GPU: "2"}, {GPU: "1"}, {"gpu_count": 2}, r"gpu 2, 1 of it used, and a training wants 2.*edit resourcequota"),
-        ({"cpu": "8500m"}, {"cpu": "2600m"}, {}, r"has cpu 8\.5\d*, 2\.6\d* of it used, and a training wants 6"),
+        ({GPU: "1"}, {GPU: "1"}, {"gpu_count": 2}, r"gpu 1, 1 of it used, and a training wants 2.*edit resourcequota"),
+        ({"cpu": "5500m"}, {"cpu": "2600m"}, {}, r"has cpu 5\.5\d*, 2\.6\d* of it used, and a training wants 6"),
         ({"limits.memory": "20Gi"}, {}, {}, r"has limits.memory"),
     ],
 )
-def test_a_quota_that_lets_no_training_start_is_an_error(
+def test_a_quota_that_is_smaller_than_a_training_is_an_error(
     cluster: DoubleCluster, hard: dict[str, str], used: dict[str, str], variables: dict[str, Any], said: str
 ) -> None:
     add_quota(cluster, hard, used)
@@ -78,22 +70,26 @@ def test_a_quota_that_lets_no_training_start_is_an_error(
         check(**variables)
 
 
-def test_what_trainings_use_is_free_again_when_they_end(
-    cluster: DoubleCluster, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("hard", "used", "said"),
+    [
+        ({GPU: "1"}, {GPU: "1"}, "requests.nvidia.com/gpu 1, 1 of it used, and a training wants 1: it starts when"),
+        ({"cpu": "8500m"}, {"cpu": "2600m"}, "has cpu 8.500, 2.600 of it used, and a training wants 6: it starts when"),
+    ],
+)
+def test_what_is_used_up_is_a_warning_for_it_may_end_and_the_run_may_need_no_pod(
+    cluster: DoubleCluster, caplog: pytest.LogCaptureFixture, hard: dict[str, str], used: dict[str, str], said: str
 ) -> None:
-    add_quota(cluster, {GPU: "1"}, {GPU: "1"})
-    add_training(cluster, "Succeeded")
-    with pytest.raises(PreflowError, match="end what uses it"):
-        check()
-    add_training(cluster, "Running")
+    add_quota(cluster, hard, used)
     check()
-    assert "requests.nvidia.com/gpu 1, 1 of it used, and a training wants 1: it starts when" in caplog.text
+    assert said in caplog.text
 
 
 def test_room_another_resource_and_other_pods_are_no_reason(
     cluster: DoubleCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    add_quota(cluster, {GPU: "3", "services": "0", "memory": "1Ti"}, {GPU: "2", "services": "5"})
+    others = {"services": "0", "requests.storage": "no number"}
+    add_quota(cluster, {GPU: "3", "memory": "1Pi"} | others, {GPU: "2", "services": "5"})
     check()
     add_quota(cluster, {GPU: "0"}, {}, scopes=["BestEffort"])
     check()
@@ -109,22 +105,46 @@ def test_the_flow_worker_may_ask_all_that_it_asks_and_no_more(cluster: DoubleClu
     assert {verb for verb, _, _ in granted()[FLOWS]} == {"list"}, "it changes nothing"
 
 
-@pytest.mark.parametrize("missing", ["role", "cluster", "answer"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("role", "ApiException: (403)"),
+        ("answer", "TimeoutError"),
+        ("cluster", "PreflowError: no way to a Kubernetes cluster"),
+        ("empty kubeconfig", "PreflowError: no way to a Kubernetes cluster"),
+        ("user", "PreflowError: no way to a Kubernetes cluster"),
+        ("number", "InvalidOperation"),
+        ("job variable", "ValidationError"),
+        ("block", "ConnectError"),
+        ("namespace", "ApiException: (404)"),
+    ],
+)
 def test_where_nobody_tells_nothing_is_refused(
-    cluster: DoubleCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: str
+    cluster: DoubleCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: str, said: str
 ) -> None:
     add_quota(cluster, {GPU: "0"}, {})
-    caplog.set_level(logging.INFO)
-    if missing == "role":
+    kubeconfig = cluster.kubeconfig(FLOWS)
+    variables: dict[str, dict[str, Any]] = {
+        "number": {"cpu": "lots"}, "job variable": {"labels": "none"},
+        "block": {"env": {"KEY": "{{ prefect.blocks.secret.none }}"}}, "namespace": {"namespace": "other"},
+    }  # fmt: skip
+    if wrong == "role":
         monkeypatch.setitem(granted(), FLOWS, {("list", "", "pods")})
-    elif missing == "answer":
+    elif wrong == "answer":
         monkeypatch.setattr(quota, "ANSWER_SECONDS", 0.0)
-    else:
-        cluster.kubeconfig(FLOWS).unlink()
-    check()
-    assert "quotas of namespace preflow cannot be read from here" in caplog.text
+    elif wrong == "cluster":
+        kubeconfig.unlink()
+    elif wrong == "empty kubeconfig":
+        kubeconfig.write_text("")
+    elif wrong == "user":
+        kubeconfig.write_text(kubeconfig.read_text().replace("users:", "unused:").replace("http:", "https:"))
+    check(**variables.get(wrong, {}))
+    assert f"quotas of namespace {'other' if wrong == 'namespace' else 'preflow'} are not compared" in caplog.text
+    assert said in caplog.text
 
 
 def test_a_quantity_is_read_as_kubernetes_writes_it() -> None:
-    assert [str(amount(text)) for text in ("1", 2, "24Gi", "5M", "1e3")] == ["1", "2", "25769803776", "5000000", "1E+3"]
-    assert float(amount("500m")) == 0.5
+    whole = {"1": 1, "24Gi": 24 * 2**30, "5M": 5 * 10**6, "1e3": 1000, "1E3": 1000, "2P": 2 * 10**15, "3E": 3 * 10**18,
+             "1Pi": 2**50, "1Ei": 2**60}  # fmt: skip
+    assert {text: amount(text) for text in whole} == whole
+    assert [float(amount(text)) for text in ("500m", "7u", "9n", 2)] == [0.5, 7e-6, 9e-9, 2.0]
