@@ -93,8 +93,8 @@ class JudgingConfig(JudgeConfig):
     )
     leave_out_cut: bool = Field(
         False,
-        description="Leave out pairs with a side that was cut at max_tokens. Off: they are trained on as they are, the "
-        "cut side without an end of turn.",
+        description="Leave out pairs with a side that was cut (at max_tokens, by a filter, by an abort). Off: they are "
+        "trained on as they are, the cut side without an end of turn.",
     )
     val_ratio: float = Field(0.1, ge=0, lt=1, description="Share of pairs (or groups) held out for evaluation.")
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of the orders and of the train/val split.")

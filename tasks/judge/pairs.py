@@ -13,6 +13,7 @@ from tasks.config import JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.asking import JudgingPlan
 from tasks.judge.quality.metrics import measure_judgements
+from tasks.store.forms import ended_by_itself
 from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import (
@@ -24,9 +25,9 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-VERSION = 5
+VERSION = 6
 TOKENS = {"prompt_token_ids", "token_ids"}
-CUT = "a side was cut at max_tokens"
+CUT = "a side did not end by itself"
 LOW = "score of the best"
 SFT = "sft_only"
 TOLD = {"pair": "rows gave a pair", "cut_pairs": "of them with a cut side", SFT: "for the SFT term alone"}
@@ -128,7 +129,7 @@ def is_cut(row: VerdictsRow, decision: "Decision") -> bool:
     """Tell whether what is trained on has a side that did not end by itself."""
     reasons = row.finish_reasons
     sides = (decision.best, decision.worst) if decision.status in ("pair", SFT) else ()
-    return any(side is not None and side < len(reasons) and reasons[side] == "length" for side in sides)
+    return any(side is not None and side < len(reasons) and not ended_by_itself(reasons[side]) for side in sides)
 
 
 def finish_pairs(

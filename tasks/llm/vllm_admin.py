@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, Unpack
@@ -20,6 +21,8 @@ CHECK_SECONDS = 10.0
 CHECK_ATTEMPTS = 4
 ADAPTER_SECONDS = 120.0
 TRIAL = "preflow-trial"
+# A mount that reads a bucket shows a new file that late.
+MOUNT_SECONDS, MOUNT_PAUSE = 60.0, 5.0
 
 
 class Template(TypedDict):
@@ -145,21 +148,30 @@ class Administration(Connection, ABC):
         than the one that failed then have the adapter all the same.
         """
         for failure in await self._order("load", {"lora_name": name, "lora_path": path, "load_inplace": replace}):
-            where = f"{self.config.endpoint} did not load the adapter {name} from {path}"
-            raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
+            raise self._not_loaded(name, path, failure) from failure
+
+    def _not_loaded(self, name: str, path: str, failure: Transient | RequestRefused) -> PreflowError:
+        where = f"{self.config.endpoint} did not load the adapter {name} from {path}"
+        return PreflowError(f"{where}: {failure}. {_remedy(failure)}")
 
     async def check_would_load(self, folder: str) -> None:
         """See that vLLM will load an adapter with the configuration that lies, alone, in the folder `folder`.
 
-        It holds rank and kind against its own settings before it looks for the weights. Raises `PreflowError`.
+        It holds rank and kind against its own settings before it looks for the weights. Every replica is asked; one
+        that does not see the folder yet is asked again, for up to a minute. Raises `PreflowError`.
         """
-        try:
-            await self.load_adapter(TRIAL, folder, replace=True)
-        except PreflowError as error:
-            if "contain tensors" not in str(error):
-                raise
-        else:
-            await self.unload_adapter(TRIAL)
+        order, until = {"lora_name": TRIAL, "lora_path": folder, "load_inplace": True}, time.monotonic() + MOUNT_SECONDS
+        while failures := await self._order("load", order):
+            problems = [failure for failure in failures if "contain tensors" not in str(failure)]
+            if not problems:
+                return
+            other = [failure for failure in problems if "No adapter found" not in str(failure)]
+            if other or time.monotonic() >= until:
+                failure = (other or problems)[0]
+                raise self._not_loaded(TRIAL, folder, failure) from failure
+            log.info("%s does not see %s yet: asking again", self.config.endpoint, folder)
+            await asyncio.sleep(MOUNT_PAUSE)
+        await self.unload_adapter(TRIAL)
 
     async def unload_adapter(self, name: str) -> None:
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""

@@ -356,6 +356,11 @@ def finish_name(reason: Any) -> str:
     return "stop" if ENDED.match(reason) else "length" if AT_LIMIT.match(reason) else reason
 
 
+def ended_by_itself(reason: str | None) -> bool:
+    """Tell whether an answer ended by itself, or it is not told; else it was cut: length, abort, content_filter, ..."""
+    return finish_name(reason).lower() in ("stop", "unknown", "tool_calls", "tool_use", "function_call")
+
+
 def _sample(item: Any, where: str) -> str:
     if isinstance(item, dict):
         item = item["message"] if isinstance(item.get("message"), dict) else item

@@ -88,10 +88,15 @@ def with_measured_smoothing(preferences: PreferencesRef, training: TrainingConfi
 
 def error_of_pairs(error: float, votes: int, needed: int) -> float:
     """Return the share of wrong pairs among those on which `needed` of `votes` agree, each wrong with this chance."""
-    from scipy.stats import binom  # slow to load, and for this setting alone
 
-    wrong, right = (float(binom.sf(needed - 1, votes, chance)) for chance in (error, 1 - error))
-    return wrong / (wrong + right)
+    # Not scipy's: the sum is in the training's key to its last bit, whatever is installed.
+    def agree(chance: float) -> float:
+        return sum(
+            math.comb(votes, count) * chance**count * (1 - chance) ** (votes - count)
+            for count in range(needed, votes + 1)
+        )
+
+    return agree(error) / (agree(error) + agree(1 - error))
 
 
 def base_digest(training: TrainingConfig) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from tasks.config import ChatSettings
 from tasks.errors import PreflowError
 from tasks.llm.chat_template import ChatTemplate, TemplateRefused, same_words
+from tasks.store.forms import ended_by_itself
 from tasks.store.records import Message, PairRow, number_rows
 from tasks.store.workspace import Workspace, digest
 
@@ -20,9 +21,6 @@ LOG = logging.getLogger(__name__)
 
 # Share of prompts or completions that may be in other tokens than the model is sampled and served with.
 MOST_UNLIKE = 0.01
-# Why an answer that ended by itself ended, by the names of vLLM, OpenAI, TGI and Anthropic; None: it is not told. All
-# others (length, max_tokens, abort, content_filter, ...) were cut off, and get no end of turn.
-ENDED = (None, "stop", "eos_token", "end_turn", "stop_sequence")
 # Rows whose texts go to the tokenizer in one call; more at once are not faster.
 ROWS_AT_ONCE = 100
 
@@ -150,12 +148,15 @@ class PairTokenizer:
     its own, as in sampling: white space, thinking and the prompt's last token stay what they were.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None, rows: int | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         template = template or ChatTemplate(tokenizer.chat_template, tokenizer.name_or_path, {}, ChatSettings())
         self.template = replace(template, special_tokens=tokenizer.special_tokens_map)
         self._lead, self._end = self.template.around_answer
-        self._highest = highest_token(tokenizer)
+        known = highest_token(tokenizer) + 1
+        self._rows = min(rows or known, known)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ends = (added | set(tokenizer.all_special_ids)) & set(self._encode([self._end])[0])
         stops = template.settings.stop
@@ -202,7 +203,7 @@ class PairTokenizer:
         return self._lead_of(answer) + answer + (end if self._is_ended(reason) else "")
 
     def _is_ended(self, reason: str | None) -> bool:
-        return reason in ENDED and self._knows_end
+        return ended_by_itself(reason) and self._knows_end
 
     def _compare(self, prompt: str, answer: Message, whole: str, report: LengthReport) -> None:
         """Count an answer that the template would have changed: `whole` is the conversation as it renders it."""
@@ -215,10 +216,11 @@ class PairTokenizer:
     def _pair(self, place: str, row: PairRow, rendered: list[list[int]], report: LengthReport) -> TokenPair:
         prompt, *answers = rendered
         known, sides, line = row.prompt_token_ids, list(_sides(row)), int(place.rpartition(":")[2])
-        for ids in filter(None, (known, *(ids for _, ids, _ in sides))):
-            if min(ids) < 0 or max(ids) > self._highest:
-                report.foreign += 1
-                problem = f"sampled tokens from {min(ids)} to {max(ids)}, the tokenizer's end at {self._highest}"
+        sampled = list(filter(None, (known, *(ids for _, ids, _ in sides))))
+        for number, ids in enumerate([*sampled, *filter(None, rendered)]):
+            if min(ids) < 0 or max(ids) >= self._rows:
+                report.foreign += number < len(sampled)
+                problem = f"tokens from {min(ids)} to {max(ids)}, the model's go from 0 to {self._rows - 1}"
                 return TokenPair(line, digest([prompt, ids]), [], [], [], problem=problem)
         if known is not None and known != prompt:
             report.other_prompts += 1
@@ -235,7 +237,7 @@ class PairTokenizer:
     def _side(
         self, answer: Message, sampled: list[int] | None, reason: str | None, rendered: list[int], report: LengthReport
     ) -> list[int]:
-        report.unfinished += reason not in ENDED
+        report.unfinished += not ended_by_itself(reason)
         if sampled is not None:
             report.foreign += not self._reads(sampled, answer.content)
             return sampled
@@ -267,15 +269,16 @@ def load_pairs(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     template: ChatTemplate | None = None,
+    rows: int | None = None,
 ) -> PairData:
     """Read and tokenize a file of `PairRow`s; what cannot be trained on is refused, counted and named.
 
-    Prompt + side is cut at `max_length` tokens. Raises `PreflowError` if a line is wrong, not one pair can be trained
-    on, or the tokens are not the model's own.
+    Prompt + side is cut at `max_length` tokens; the model has embeddings for `rows` (None: all of the tokenizer's).
+    Raises `PreflowError` if a line is wrong, not one pair can be trained on, or the tokens are not the model's own.
     """
-    report, kept, reader = LengthReport(), [], PairTokenizer(tokenizer, template)
-    rows = number_rows(PairRow, uri, store)
-    while some := list(islice(rows, ROWS_AT_ONCE)):
+    report, kept, reader = LengthReport(), [], PairTokenizer(tokenizer, template, rows)
+    numbered = number_rows(PairRow, uri, store)
+    while some := list(islice(numbered, ROWS_AT_ONCE)):
         kept += [pair for pair in reader.tokenize(some, report) if report.add(pair, max_length)]
     if not report.pairs:
         raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one pair.")

@@ -73,10 +73,17 @@ def load_tokenizer(training: TrainingConfig, adapter: Path) -> PreTrainedTokeniz
             f"base_model {training.base_model}: no tokenizer there, nor in the SFT adapter {adapter}. Save the "
             "tokenizer into one of the two with tokenizer.save_pretrained(folder)."
         )
-    if tokenizer.pad_token is None:
+    rows = vocabulary_rows(training)
+    if tokenizer.pad_token is None or (rows and tokenizer.pad_token_id >= rows):
         # Padding is masked everywhere: any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def vocabulary_rows(training: TrainingConfig) -> int | None:
+    """Return how many tokens the base can read and write, by its configuration; its tokenizer may have more."""
+    config = _config_of(training.base_model, training.base_revision).get_text_config()
+    return getattr(config, "vocab_size", None)
 
 
 def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
@@ -219,10 +226,10 @@ def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) ->
     """Put the SFT adapter, trainable and in fp32 as `default`, onto the base model."""
     rows, highest = base.get_input_embeddings().weight.shape[0], highest_token(tokenizer)
     if highest >= rows:
-        raise PreflowError(
-            f"the tokenizer has tokens up to number {highest}, the base model {rows} embeddings: it belongs to another "
-            "model. Give the base model that the SFT adapter was trained on."
-        )
+        LOG.warning(
+            "the tokenizer has tokens up to %d, the base model %d embeddings: pairs with higher ones are left out",
+            highest, rows,
+        )  # fmt: skip
     try:
         policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -49,6 +49,7 @@ from tasks.trainer.model import (
     record_probe,
     save_adapter,
     use_deterministic_kernels,
+    vocabulary_rows,
 )
 from tasks.trainer.reference import Split, load_reference, reference_key, save_reference
 from tasks.trainer.stopping import StopFlag
@@ -141,7 +142,7 @@ class TrainingRun:
     def _load_splits(self, tokenizer: Any) -> list[Split]:
         """Return what to train on, and what to evaluate on if anything can be."""
         preferences, training = self._spec.preferences, self._training
-        options = tokenizer, training.max_length, self._template
+        options = tokenizer, training.max_length, self._template, vocabulary_rows(training)
         self._train_data = load_pairs(preferences.uri, self._store, *options)
         lengths = [pair.length(training.max_length) for pair in self._train_data.pairs]
         batches = make_micro_batches(

@@ -274,6 +274,8 @@ class Server:
         rank = json.loads(settings)["r"]
         if rank > self.plan.max_lora_rank:
             return error(500, f"LoRA rank {rank} is greater than max_lora_rank {self.plan.max_lora_rank}.")
+        if self.plan.wants_weights and self.plan.read_mounted(f"{path}/adapter_model.safetensors") is None:
+            return error(500, f"{path} doesn't contain tensors")
         self.adapters[name] = path
         return Reply(200, f"Success: LoRA adapter '{name}' added successfully.")
 

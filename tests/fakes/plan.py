@@ -84,6 +84,7 @@ class Plan(BaseModel):
     thinking_tokens: int = 0
     runtime_lora: bool = True
     max_lora_rank: int = 64
+    wants_weights: bool = False  # an adapter without weights is refused, as vLLM does
     # Where the adapters that are loaded really lie: a folder of the server's to another folder, or to the objects of a
     # bucket (http://host/storage/v1/b/BUCKET/o/PREFIX).
     mounts: Mapping[str, str] = {}

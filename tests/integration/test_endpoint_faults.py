@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +397,41 @@ async def test_adapters_are_loaded_replaced_and_unloaded(tmp_path: Path) -> None
         await endpoint.unload_adapter("tuned")
         await endpoint.unload_adapter("tuned")
         assert "tuned" not in [model.id for model in await endpoint.models()]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "late", "message"),
+    [
+        ((64, 64), 0.0, None),
+        ((64, 64), 0.3, None),  # a mount that shows the file late
+        ((64, 8), 0.0, r"rank 16 is greater than max_lora_rank 8\..*--max-lora-rank"),  # of the second alone
+        ((64, 8), 0.3, r"rank 16 is greater than max_lora_rank 8\..*--max-lora-rank"),
+        ((64, None), 0.0, "Check that the server is up"),
+        ((64, 64), 9.0, "No adapter found.*must exist where the server runs"),
+    ],
+)
+async def test_every_replica_is_asked_whether_it_would_load_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, int | None], late: float, message: str | None
+) -> None:
+    monkeypatch.setattr(vllm_admin, "MOUNT_SECONDS", 2.0)
+    monkeypatch.setattr(vllm_admin, "MOUNT_PAUSE", 0.1)
+    plans = [{"max_lora_rank": rank or 64, "wants_weights": True} for rank in ranks]
+    async with serving(plans[0]) as (first, endpoint), serving(plans[1]) as (second, _):
+
+        async def both(_: str) -> list[str]:
+            return [fake.url.removesuffix("/v1") for fake in (first, second)]
+
+        monkeypatch.setattr(vllm_admin, "replicas", both)
+        if ranks[1] is None:
+            second.stop()
+        shown = asyncio.get_running_loop().call_later(late, make_adapter, tmp_path / "sft", 16)
+        if not late:
+            make_adapter(tmp_path / "sft", 16)
+            shown.cancel()
+        with pytest.raises(PreflowError, match=message) if message else nullcontext():
+            await endpoint.check_would_load(str(tmp_path / "sft"))
+        shown.cancel()
+        assert not [model.id for model in await endpoint.models() if model.parent]
 
 
 async def test_an_adapter_that_cannot_be_loaded_is_explained(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from flows.rollback import rollback_adapter
 from tasks.config import EndpointConfig, PromotionConfig
 from tasks.demo.services import Service, VllmOptions, answers, vllm_server
 from tasks.errors import PreflowError
+from tasks.llm import vllm_admin
 from tasks.llm.client import Endpoint
 from tasks.promote import pointer as promotion
 from tasks.promote import vllm as serving
@@ -214,7 +215,10 @@ class Traffic:
             self.right += 1
 
 
-async def test_what_vllm_would_not_load_is_known_from_its_configuration_alone(stage: Stage, tmp_path: Path) -> None:
+async def test_what_vllm_would_not_load_is_known_from_its_configuration_alone(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_admin, "MOUNT_SECONDS", 0.0)
     settings = EndpointConfig(endpoint=stage.vllm.base_url, model="sft")
     config = json.loads((stage.folder / "sft" / "adapter_config.json").read_text())
     refused = "preflow-trial from .*LoRA rank 32 is greater than max_lora_rank 16.*start vLLM with --max-lora-rank of"

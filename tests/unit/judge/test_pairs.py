@@ -334,16 +334,17 @@ def test_a_pair_carries_what_was_sampled(tmp_path: Path) -> None:
 
 def test_pairs_with_a_cut_side_are_kept_or_left_out_and_counted(tmp_path: Path) -> None:
     rows = make_rows(50)
-    for row in rows:
-        row["finish_reasons"] = ["length", "stop", "stop"]
+    for number, row in enumerate(rows):
+        row["finish_reasons"] = [("length", "abort", "content_filter")[number % 3], "tool_calls", "unknown"]
     for leave_out in (False, True):
         preferences = make(tmp_path, rows, leave_out_cut=leave_out)
         found = sides(preferences)
         assert Workspace(tmp_path).read_json(str(preferences.manifest))["counts"]["cut_pairs"] == 26
         cut = [pair for pair in [*found["train"], *found["val"]]
-               if "length" in (pair["chosen_finish_reason"], pair["rejected_finish_reason"])]  # fmt: skip
+               if {"length", "abort", "content_filter"}
+               & {pair["chosen_finish_reason"], pair["rejected_finish_reason"]}]  # fmt: skip
         assert len(cut) == (0 if leave_out else 26)
-        assert sum(row.get("reason") == "a side was cut at max_tokens" for row in found["judged"]) == 26 * leave_out
+        assert sum(row.get("reason") == "a side did not end by itself" for row in found["judged"]) == 26 * leave_out
 
 
 def test_every_row_is_listed_and_every_pair_is_the_judge_s(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
 from tasks.trainer.model import as_loaded, load_base, load_tokenizer, precision, switch_off_dropout
 from tasks.trainer.run import with_fitting_warmup
-from tests.fakes.tiny_training import build_base
+from tests.fakes.tiny_training import build_base, large_tokenizer
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -141,6 +141,17 @@ def test_a_configuration_that_is_wrong_is_not_taken_for_a_tokenizer_that_is(base
         load_tokenizer(settings(base), base)
     with pytest.raises(PreflowError, match=r"base_model .*: cannot be loaded \(StrictDataclass"):
         load_base(settings(base), 0)
+
+
+def test_padding_has_a_row_in_the_model(base: Path) -> None:
+    large_tokenizer(base, 128)
+    assert load_tokenizer(settings(base), base).pad_token == "<pad>"
+    content = json.loads((base / "tokenizer_config.json").read_text())
+    tokens = json.loads((base / "tokenizer.json").read_text())
+    tokens["added_tokens"].append({**tokens["added_tokens"][0], "id": 128, "content": "[PAD]"})
+    (base / "tokenizer.json").write_text(json.dumps(tokens))
+    (base / "tokenizer_config.json").write_text(json.dumps(content | {"pad_token": "[PAD]"}))
+    assert load_tokenizer(settings(base), base).pad_token == "</s>"
 
 
 def test_a_tokenizer_that_cannot_be_read_is_not_called_absent(base: Path) -> None:

@@ -93,8 +93,9 @@ def test_rendered_pairs_are_prompt_text_and_end_of_turn(family: Family, text: st
 
 @pytest.mark.parametrize(
     ("reason", "end"),
-    [(None, "<|im_end|>"), ("stop", "<|im_end|>"), ("end_turn", "<|im_end|>"), ("length", ""), ("max_tokens", ""),
-     ("content_filter", ""), ("abort", "")],
+    [*((reason, "<|im_end|>") for reason in (None, "", "stop", "STOP", "eos", "end_turn", "unknown", "tool_calls",
+                                             "tool_use", "function_call")),
+     *((reason, "") for reason in ("length", "max_tokens", "MAX_TOKENS", "content_filter", "abort"))],
 )  # fmt: skip
 def test_only_an_answer_that_ended_by_itself_gets_an_end_of_turn(reason: str | None, end: str, tmp_path: Path) -> None:
     tokenizer, data = load_as(QWEN, tmp_path, [conversation("cat", "dog", chosen_finish_reason=reason)])
@@ -148,9 +149,20 @@ def test_a_pair_with_a_token_that_has_no_embedding_is_left_out(tmp_path: Path, w
     row = conversation("cat", "dog", prompt_token_ids=[1], chosen_token_ids=[wrong], rejected_token_ids=[2])
     _, data = load_as(QWEN, tmp_path, [row, *([conversation("cat", "dog")] * 50)])
     assert len(data.pairs) == data.report.used == 50
-    assert data.report.refused[1].startswith(f"sampled tokens from {wrong} to {wrong}, the tokenizer's end at ")
+    assert data.report.refused[1].startswith(f"tokens from {wrong} to {wrong}, the model's go from 0 to ")
     with pytest.raises(PreflowError, match="1 of 4 completions have sampled tokens that do not read as their text"):
         load_as(QWEN, tmp_path, [conversation("cat", "dog"), row])
+
+
+def test_a_text_that_spells_a_token_beyond_the_models_rows_costs_its_pair_alone(tmp_path: Path) -> None:
+    tokenizer = QWEN.build_tokenizer(tmp_path / "model")
+    rows = tokenizer.add_tokens("<image>", special_tokens=True) and tokenizer.convert_tokens_to_ids("<image>")
+    pairs = [conversation("cat <image>", "dog"), conversation("cat", "dog")]
+    preferences = write_preferences(tmp_path, pairs, [])
+    data = load_pairs(preferences.uri, Workspace(tmp_path), tokenizer, 512, rows=rows)
+    assert [pair.line for pair in data.pairs] == [2]
+    assert data.report.refused[1].endswith(f" to {rows}, the model's go from 0 to {rows - 1}")
+    assert data.report.foreign == 0
 
 
 def test_a_template_that_asks_for_a_system_message_is_taken(tmp_path: Path) -> None:
