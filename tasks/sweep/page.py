@@ -103,7 +103,7 @@ def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
         if point.rate is not None and point.widened is not None
     ]  # fmt: skip
     if null is not None:
-        rows.append((None, None, NULL, percent(null.win_rate), null.interval(), None, None))
+        rows.append((None, None, NULL, percent(null.win_rate), f"{null.interval()} (99 %)", None, None))
     if rows:
         columns = ("place", "point", "change", "win rate", alone, together, "training pairs")
         yield Table("The points, the best first", columns, tuple(rows))

@@ -27,7 +27,7 @@ from tasks.promote.vllm import read_probe, swap_adapter
 from tasks.run.preflight import PipelineResult
 from tasks.store.workspace import Manifest, Workspace
 
-pytestmark = [pytest.mark.real_model, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.real_model, pytest.mark.long, pytest.mark.timeout(3600)]  # 14 minutes of CPU time
 
 
 @pytest.fixture(scope="module")
