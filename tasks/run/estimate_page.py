@@ -53,11 +53,12 @@ def work_table(plan: Plan, title: str) -> Table:
 def _work_row(work: Work, price: str) -> tuple[Cell, ...]:
     known = "finished" if work.finished else f"{work.known:,}" if work.requests else None
     name = f"{work.stage} ({work.who})" if work.who else work.stage
+    most = format_usd(work.most_usd) if work.most_usd or work.usd is not None else None
     return (
         name, number_ranges(work.points) or None, work.requests or None, known,
         round(work.prompt_tokens) or None, round(work.completion_tokens) or None,
         round(work.most_completion_tokens) or None,
-        format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None, price, format_usd(work.most_usd),
+        format_seconds(60 * work.gpu_minutes) if work.gpu_minutes else None, price, most,
     )  # fmt: skip
 
 

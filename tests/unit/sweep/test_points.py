@@ -184,7 +184,7 @@ def test_the_plan_shows_what_is_shared_and_what_is_known() -> None:
     assert "1 trainings and 260 requests, about 2.58 US$, at most 20.08 and what has no price set." in section.summary
     assert "One by one, the points would take 2 trainings and 800 requests" in section.summary
     rows = section.tables[0].rows
-    assert rows[0] == ("sample completions (sft)", "1-3, 5", 100, "40", 6000, 9000, None, None, "no price set", "0.00")
+    assert rows[0] == ("sample completions (sft)", "1-3, 5", 100, "40", 6000, 9000, None, None, "no price set", None)
     assert rows[2][7:] == ("13 min 24 s", "0.08", "0.08")
     assert rows[3][3] == "finished"
     assert rows[-1][-2:] == ("2.58", "20.08")
