@@ -169,7 +169,7 @@ def wait_for_a_step(run: Training) -> None:
 
 @contextmanager
 def held(platform: Platform, run: Training) -> Iterator[None]:
-    """Stop a pod for as long as something slow starts, which then finds the training in its middle."""
+    """Stop a pod for as long as something slow starts or ends, which then finds the training in its middle."""
     try:
         processes = platform.cluster.processes(platform.kubernetes.running_pod(run.id))
     except Unavailable as reason:
@@ -262,7 +262,8 @@ def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Tra
     lease = ask("POST", f"{limits}/increment-with-lease", {"names": ["one"], "slots": 1})["lease_id"]
     reach(run, 5)
     for piece in (platform.worker, platform.server):
-        piece.kill()
+        with held(platform, run):
+            piece.kill()
         wait_for_a_step(run)
         with held(platform, run):
             piece.start()
