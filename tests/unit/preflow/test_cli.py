@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from preflow import cli
 from preflow.cli import COMMANDS, Exit, main
@@ -108,7 +109,8 @@ def test_what_a_person_can_fix_is_one_message_with_a_remedy(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UI_PORT", "nan")
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    code, shown = main(typed.split()), "".join(capsys.readouterr())
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):  # other tests of this process may have a server
+        code, shown = main(typed.split()), "".join(capsys.readouterr())
     assert code == Exit.WRONG, shown
     assert said in shown
     assert "Traceback" not in shown
