@@ -66,7 +66,7 @@ class Preemption:
     resumed_from: int
     seconds_lost: float
 
-    def row(self) -> tuple[object, ...]:
+    def row(self) -> tuple[str | int | float, ...]:
         """Return its row of the table; the steps that were done twice are lost."""
         lost = max(0, self.at_step - self.resumed_from)
         return self.kind.value, self.at_step, self.resumed_from, lost, round(self.seconds_lost, 1)
