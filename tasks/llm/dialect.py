@@ -13,9 +13,9 @@ Body: TypeAlias = dict[str, Any]
 # What a request can do without, and the words that endpoints have for it.
 OPTIONAL = {
     "temperature": r"temperature",
-    "top_p": r"top_?p",
+    "top_p": r"\btop_?p\b",
     "frequency_penalty": r"frequency_?penalty",
-    "seed": r"seed",
+    "seed": r"\bseed\b",
     "return_token_ids": r"return_token_ids",
     "chat_template_kwargs": r"chat_template_kwargs",
     # vLLM's words without --trust-request-chat-template.
@@ -27,7 +27,10 @@ OPTIONAL = {
 }
 _LIMIT = re.compile(r"max_?(completion_?|output_?|new_?)?tokens", re.IGNORECASE)
 _SYSTEM = re.compile(
-    r"(system|developer) (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate", re.IGNORECASE
+    r"(system|developer) (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate"
+    r"|role\b.{0,20}does not support '?(system|developer)|only user,? (and )?assistant.{0,20}roles|valid role: user"
+    r"|(unknown|unexpected|invalid|unsupported) (message )?role:? \W?(system|developer)",
+    re.IGNORECASE,
 )
 FEWEST_TOKENS = 16
 # A response_format that was never answered is left out once after so many failures of the server (status 5xx).
@@ -100,7 +103,9 @@ class Dialect:
             return self._say("takes no system role: its text opens the user's message")
         limit = sent.get(self._limit_name)
         if limit and limit > FEWEST_TOKENS and (_LIMIT.search(refused.param) or _LIMIT.search(text)):
-            told = [number for number in map(int, re.findall(r"\b\d{2,9}\b", text)) if FEWEST_TOKENS <= number < limit]
+            figures = re.sub(r"(?<=\d),(?=\d{3})", "", text.replace(self._model, " "))
+            told = [int(number) for number in re.findall(r"\b\d{2,9}\b", figures)]
+            told = [number for number in told if FEWEST_TOKENS <= number < limit]
             self._most_tokens = max(told, default=max(FEWEST_TOKENS, limit // 2))
             return self._say(f"allows at most {self._most_tokens} completion tokens")
         for said in filter(None, (refused.param, text)):
