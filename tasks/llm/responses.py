@@ -29,15 +29,17 @@ from tasks.errors import PreflowError
 from tasks.store.forms import finish_name
 from tasks.store.refs import Cost
 
-# 409 is sent by some gateways for a lock conflict, 499 by Google for a request that it cancelled, 529 for an overload.
-RETRIED = frozenset({408, 409, 425, 429, 499})
+# 409 is sent by some gateways for a lock conflict, 424 by TGI and Azure for a model that failed, 499 by Google for a
+# request that it cancelled, 529 for an overload.
+RETRIED = frozenset({408, 409, 424, 425, 429, 499})
 THROTTLES = frozenset({429, 503, 529})
 # Such refusals depend on the row alone: at the next start they would be the same.
 PERMANENT = frozenset({"context_length", "content_filter", "too_large"})
 
 _RATE_CODES = frozenset(
-    {"rate_limit_exceeded", "rate_limit_error", "rate_limited", "resource_exhausted", "too_many_requests", "throttling"}
-)
+    {"rate_limit_exceeded", "rate_limit_error", "rate_limited", "resource_exhausted", "too_many_requests", "throttling",
+     "throttlingexception"}
+)  # fmt: skip
 _CREDIT_CODES = frozenset(
     {"insufficient_quota", "insufficient_balance", "insufficient_credits", "billing_error", "billing_not_active",
      "billing_hard_limit_reached", "arrearage", "payment_required"}
@@ -47,8 +49,18 @@ _FILTER_CODES = frozenset(
     {"content_filter", "responsibleaipolicyviolation", "content_policy_violation", "data_inspection_failed",
      "datainspectionfailed", "prohibited_content"}
 )  # fmt: skip
-# The names of fields that say what kind of error it is, wherever they stand.
-_CODE_FIELDS = frozenset({"code", "type", "status", "reason", "quotaid", "error_type"})
+# The names of fields that say what kind of error it is, wherever they stand; and those that have its words.
+_CODE_FIELDS = frozenset({"code", "type", "__type", "status", "reason", "quotaid", "error_type"})
+_STATUS_FIELDS = ("code", "status", "status_code", "statusCode")
+_WORD_FIELDS = (
+    "message", "msg", "detail", "error", "errors", "error_msg", "error_message", "status_msg", "base_resp", "title",
+)  # fmt: skip
+# An error inside a 200 that has no status of its own has that of its code.
+_STATUS_OF = {
+    "invalid_request_error": 400, "invalid_argument": 400, "bad_request": 400, "badrequesterror": 400,
+    "unsupported_parameter": 400, "unsupported_value": 400, "permission_denied": 403, "permission_error": 403,
+    "not_found": 404, "not_found_error": 404, "model_not_found": 404,
+}  # fmt: skip
 
 
 def _words(*alternatives: str) -> re.Pattern[str]:
@@ -59,12 +71,15 @@ _RATE = _words(r"rate.?limit", r"too many requests", r"throttl")
 _CREDIT = _words(
     r"credit balance", r"insufficient[_ ](balance|credits?|funds|quota)", r"(out of|not enough|no|more) credits",
     r"payment required", r"spending limit", r"overdue payment", r"arrear", r"余额不足",
+    r"reached your ([\w ]{0,30})?usage limits?",
 )  # fmt: skip
 _PERIOD = _words(r"per(second|minute|hour|day)")
 _PER_DAY = _words(r"per[-_ ]?day", r"daily (limit|quota)", r"\b(rpd|tpd)\b")
-_BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key")
+_BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key", r"login fail")
+# Not about the prompt: a limit of the completion alone, which a smaller max_tokens keeps.
+_OVER_LIMIT = _words(r"(?<!\+ )(?<!\+ `)\bmax_(new_|completion_)?tokens\W{0,2} must be (less than or equal to|<=)")
 _CONTEXT_LENGTH = _words(
-    r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"max_new_tokens",
+    r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"tokens \+ .?max_new_tokens",
     r"exceeds? the (maximum number of|configured limit of \d+) tokens", r"(input|prompt) is too long",
     r"too many (input )?tokens", r"input (token count|length)", r"reduce the length",
 )  # fmt: skip
@@ -76,8 +91,9 @@ _CUT = _words(r"max_tokens or model output limit was reached")
 # Such a request has more tokens than a minute may have: it will never pass.
 _OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORECASE)
 _FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
-_WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
-_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_PERIODS = r"(\d+(?:\.\d+)?) ?(h|milli|ms|m|s)[a-z]*"
+_WAIT = re.compile(rf"\b(?:again|retry|wait)(?: in| after| for)? ((?:{_PERIODS}(?: and |, | )?)+)", re.IGNORECASE)
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "milli": 0.001}
 
 # What a token costs through the batch APIs of OpenAI and Google (2026-11), as a share of its price.
 BATCH_PRICE = 0.5
@@ -136,7 +152,7 @@ class RequestRefused(Exception):
     """The endpoint refuses this one request for good; others may pass.
 
     `reason` is one of context_length, content_filter, too_large, over_a_minute, not_found, moved, cut, keeps_failing,
-    bad_request; `text` is what the server said, shortened, `param` the setting that it names in a field of its own, and
+    bad_request; `text` is what the server said, `param` the setting that it names in a field of its own, and
     `usage` what was billed all the same.
     """
 
@@ -145,7 +161,7 @@ class RequestRefused(Exception):
         self.status, self.reason, self.text, self.param, self.usage = status, reason, text, param, usage or Cost()
 
     def __str__(self) -> str:
-        return f"refused ({self.status}, {self.reason}): {self.text}"
+        return f"refused ({self.status}, {self.reason}): {shorten(self.text)}"
 
 
 class StageStopped(PreflowError):
@@ -206,24 +222,33 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
 
     Raises what `classify` returns for an error inside, and `Transient` for a body that is not a chat completion.
     """
-    try:
-        data = json.loads(body)
-    except ValueError as error:
-        text, streams = shorten(body.decode(errors="replace"), 80), body.lstrip().startswith(b"data:")
-        what = "a stream, which was not asked for" if streams else "not JSON"
-        raise Transient(f"the answer is {what}: {text}", status=200, maybe_billed=True, odd=streams) from error
+    streams = body.lstrip().startswith(b"data:")
+    data = _parse(body.lstrip()[5:].split(b"\n")[0] if streams else body)
     if isinstance(data, list) and data:
         data = data[0]
     items = data.get("choices") if isinstance(data, dict) else None
-    if isinstance(data, dict) and data.get("error") and not items:
+    if isinstance(data, dict) and not items and (data.get("error") or _message(data)):
         raise classify_error(ServerError.of(200, {}, data))
-    if not isinstance(items, list) or not items or not all(map(_is_choice, items)):
-        text = shorten(body.decode(errors="replace"), 80)
-        raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
+    if streams or not isinstance(items, list) or not items or not all(map(_is_choice, items)):
+        what = "a stream, which was not asked for" if streams else "not a chat completion"
+        text, odd = shorten(body.decode(errors="replace"), 80), streams or not isinstance(data, str)
+        raise Transient(f"the answer is {what}: {text}", status=200, maybe_billed=True, odd=odd)
     items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
     choices = [_read_choice(item) for item in items]
-    usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
+    thoughts = (item["message"].get(name) for item in items for name in _THOUGHTS)
+    written = [*(choice.text for choice in choices), *(text for text in thoughts if isinstance(text, str))]
+    usage = _read_usage(data.get("usage"), prompt_bytes, sum(map(len, written)))
     return Answer(choices, usage, str(data.get("model") or ""), _read_ids(data.get("prompt_token_ids")))
+
+
+def _parse(content: bytes) -> Any:
+    """Return what JSON holds, or as a text what is none; of a page its words."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        text = content.decode(errors="replace")
+        is_page = text.lstrip().startswith("<")
+        return _MARKUP.sub(" ", text[:LONGEST_PAGE]) if is_page else text
 
 
 def _read_ids(value: Any) -> list[int] | None:
@@ -239,8 +264,10 @@ def _is_choice(item: Any) -> bool:
 def _read_choice(item: Mapping[str, Any]) -> Choice:
     finish, error = finish_name(item.get("finish_reason")), item.get("error")
     if finish == "error" or error:
-        cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
-        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
+        failure = classify_error(ServerError.of(200, {}, {"error": error or "the provider broke off"}))
+        if isinstance(failure, Transient):
+            failure.maybe_billed = True
+        raise failure
     message = item["message"]
     refusal, (text, thinking) = message.get("refusal"), _read_content(message.get("content"))
     note = ""
@@ -250,7 +277,7 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
         pass
     elif isinstance(refusal, str) and refusal:
         text, finish, note = "", "content_filter", f"the model refused: {shorten(refusal, 200)}"
-    elif thinking or message.get("reasoning_content") or message.get("reasoning"):
+    elif thinking or any(map(message.get, _THOUGHTS)):
         text = ""
         note = "the model only thought and wrote no answer: raise max_tokens, or have it think less (reasoning_effort)"
     else:
@@ -262,7 +289,8 @@ def _read_content(content: Any) -> tuple[str, bool]:
     """Return the text in a message's content, and whether there is thinking too: text, or a list of parts."""
     if isinstance(content, str):
         return content, False
-    parts = [part for part in content if isinstance(part, dict | str)] if isinstance(content, list) else []
+    found = content if isinstance(content, list) else [content]
+    parts = [part for part in found if isinstance(part, dict | str)]
     texts = [part if isinstance(part, str) else part.get("text") for part in parts if not _is_thinking(part)]
     return "".join(text for text in texts if isinstance(text, str)), any(map(_is_thinking, parts))
 
@@ -271,23 +299,18 @@ def _is_thinking(part: Mapping[str, Any] | str) -> bool:
     return isinstance(part, Mapping) and str(part.get("type")) not in ("text", "output_text", "None")
 
 
-def _read_usage(data: Any, prompt_bytes: int, completion_length: int) -> Cost:
-    """Return the usage; a count that is missing or no count is estimated where that is possible."""
+def _read_usage(data: Any, prompt_bytes: int, written: int) -> Cost:
+    """Return the usage; a count that is missing, no count, or 0 where there is text is estimated."""
     data = data if isinstance(data, dict) else {}
-    prompt, completion, total = (_count(data.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
+    names = ("prompt", "input"), ("completion", "output"), ("total",)
+    prompt, completion, total = (
+        next(filter(None, (_count(data.get(f"{name}_tokens")) for name in named)), None) for named in names
+    )
     details = data.get("completion_tokens_details")
     thinking = _count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
     # OpenAI counts thinking among the completion tokens; Gemini leaves it out of them and shows it in the total only.
-    hidden = max(0, (total or 0) - prompt - completion) if prompt is not None and completion is not None else 0
-    completion = completion_length // 4 + 1 if completion is None else completion + hidden
-    return Cost(
-        requests=1,
-        prompt_tokens=prompt_bytes // 4 + 1 if prompt is None else prompt,
-        completion_tokens=completion,
-        thinking_tokens=min(completion, max(thinking or 0, hidden)),
-    )
-
-
+    hidden = max(0, (total or 0) - prompt - (completion or 0)) if prompt else 0
+    if not completion ...
 def _count(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
