@@ -106,7 +106,9 @@ async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> No
     assert front["license"] == "apache-2.0"
     assert {"dpo", "trl", "lora"} <= set(front["tags"])
     for fact in (
-        "The interval holds at 97.5 %.", "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "| preference pairs, training | 189 |", "judge-1, judge-2",
+        "The interval holds at 97.5 %.",
+        "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "| preference pairs, training | 189 |",
+        "judge-1, judge-2",
         "house.md", "| beta | 0.1 |", "| learning_rate | 5e-06 |", "| first loss | 0.6931 |", "b" * 64,
         done.adapter_sha256, "trl 1.16.0",
         'AutoModelForCausalLM.from_pretrained("lab/base-3b", revision="v1.2"), "lab/better")',

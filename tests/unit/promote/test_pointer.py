@@ -139,7 +139,7 @@ def test_two_rollbacks_at_once_and_one_that_is_run_again_go_back_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = str(tmp_path / "workspace")
-    first, second, third = promoted(tmp_path, "first", "second", "third")
+    first, second, _ = promoted(tmp_path, "first", "second", "third")
     entries = [served.choose_rollback(workspace, "mine", None) for _ in range(2)]
     assert [served.roll_back_pointer(one, workspace, "mine").rows for one in entries] == [4, 4]
     monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "one")

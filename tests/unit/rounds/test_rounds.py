@@ -146,8 +146,6 @@ def test_the_page_lies_where_the_command_says(tmp_path: Path) -> None:
     result = RoundsResult(rounds=done, declined="not approved (promotion): no.")
     record_rounds(result, PipelineConfig(workspace=str(tmp_path)), config)
     page = Path(rounds_page(result, str(tmp_path), config))
-    assert (
-        "One round was run; no round won. The end: one round was asked for. It is not served: not approved (promotion): no.<"
-        in page.read_text()
-    )
+    said = "One round was run; no round won. The end: one round was asked for. It is not served: not approved"
+    assert f"{said} (promotion): no.<" in page.read_text()
     assert RoundsResult.model_validate_json(page.with_name("result.json").read_text()) == result
