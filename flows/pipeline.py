@@ -7,6 +7,7 @@ from flows.generate import generate_completions
 from flows.judge import judge_preferences
 from flows.promote import promote_adapter
 from flows.train import train_dpo
+from tasks.batch.leaving import endpoint_lock
 from tasks.config import PipelineConfig
 from tasks.evaluate.choice import evaluated_adapter
 from tasks.judge.elsewhere import import_completions, import_preferences
@@ -14,7 +15,7 @@ from tasks.promote.pointer import find_disagreement, find_promotion, find_rollba
 from tasks.report.run import report_run
 from tasks.run.approval import approve_judging, approve_promotion, cancel_if_refused
 from tasks.run.names import named
-from tasks.run.preflight import endpoint_lock, prepare_run, record_result
+from tasks.run.preflight import prepare_run, record_result
 from tasks.run.versions import say_version_skew
 from tasks.store.workspace import AdapterRef, CompletionsRef, PipelineResult, PreferencesRef
 from tasks.train.work_pool import train_on_pool

@@ -4,11 +4,11 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from flows.pipeline import improve, promote_if_better
+from tasks.batch.leaving import sharing_endpoints
 from tasks.batch.shards import settle
 from tasks.config import PipelineConfig, SweepConfig
 from tasks.run.estimate import plan_runs
 from tasks.run.names import named
-from tasks.run.preflight import sharing_endpoints
 from tasks.store.workspace import PipelineResult
 from tasks.sweep.page import conclude, report_plan, report_sweep
 from tasks.sweep.points import Point

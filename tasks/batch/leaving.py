@@ -1,11 +1,14 @@
-"""Waiting without a process: a run that ends for now, and that its server starts again later.
+"""Runs that share a process, and waiting without one: a run that ends for now and is started again later.
 
 A run of a deployment is started by whoever serves it when its state is a scheduled one whose time has come. So it may
 leave: what was paid for is kept, its stages are found finished, and what it waits for stands in its state. A run of a
 script has nobody to start it again.
 """
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import NoReturn
@@ -19,14 +22,31 @@ from prefect.states import Scheduled
 # So long a run stays away before it looks again: a batch takes minutes to hours, a start half a minute.
 AWAY_SECONDS = 600.0
 STATE = "AwaitingBatch"
-# Whether other runs are under way in this process, which a second process must not run as well.
-stays: ContextVar[bool] = ContextVar("stays", default=False)
+# Held in turn by the runs that are under way in this process at once; None where there is one.
+_turns: ContextVar[asyncio.Lock | None] = ContextVar("turns", default=None)
 logger = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def sharing_endpoints(at_once: int) -> AsyncIterator[None]:
+    """Have the runs that are under way at once in the block take `endpoint_lock` one after another."""
+    token = _turns.set(asyncio.Lock() if at_once > 1 else None)
+    try:
+        yield
+    finally:
+        _turns.reset(token)
+
+
+@asynccontextmanager
+async def endpoint_lock() -> AsyncIterator[None]:
+    """Serialise sampling and judging across the points of a sweep: later points find what earlier ones have asked."""
+    async with _turns.get() or nullcontext():
+        yield
 
 
 async def may_leave() -> bool:
     """Tell whether nothing else is under way here, and the server starts this run again when it has left."""
-    if stays.get():
+    if _turns.get() is not None:  # a second process must not run the others as well
         return False
     async with get_client() as client:
         runs = await _with_parents(client)

@@ -13,9 +13,9 @@ from uuid import UUID
 from prefect import Task, task
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.results import get_result_store
 from prefect.states import Cancelled
 from prefect.tasks import exponential_backoff
+from prefect.transactions import get_transaction
 from prefect.utilities.annotations import opaque
 
 from tasks.batch import leaving
@@ -60,8 +60,9 @@ def shard_task(verb: str) -> Task[..., Any]:
         try:
             return (await worker.run(part)).model_dump()
         except BatchPending as pending:  # the server starts the run again, which makes this shard then
-            nothing = get_result_store().create_result_record(None)  # else None is written as the shard's result
-            return Cancelled(name=leaving.STATE, message=str(pending), data=nothing)
+            if (transaction := get_transaction()) is not None:
+                transaction.write_on_commit = False  # else None is written as the shard's result
+            return Cancelled(name=leaving.STATE, message=str(pending))
 
     return make_shard
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from tasks.errors import PreflowError
+from tasks.store.storage import Stat
 from tasks.store.workspace import Cost, Reference, Row, Workspace, digest
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,9 @@ class RowStore:
         self.store = Workspace(workspace)
         self._settings_key, self._variant = settings_key, variant
         self.folder = self.store.uri("rows", stage, settings_key)
-        self._index: dict[bytes, Place] | None = None
+        self._index: dict[bytes, Place] = {}
+        self._indexed_files: dict[str, Stat] = {}
+        self._is_current = False
         self._indexing = threading.Lock()
         self._journals: dict[str, set[str]] = {}
 
@@ -171,30 +174,23 @@ class RowStore:
 
     def was_kept(self, key: str) -> bool:
         """Tell whether something is kept under `key`, as far as that is known without looking into files."""
-        return self._index is not None and bytes.fromhex(key) in self._index
-
-    def _indexed(self) -> dict[bytes, Place]:
-        with self._indexing:
-            if self._index is None:
-                self._index = self._build_index()
-            return self._index
+        return bytes.fromhex(key) in self._index
 
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
         """Return the outcomes already known under `keys`; damaged ones count as unknown."""
-        found, moved = self._find(keys)
+        found, moved = self._find(keys, self._indexed())
         if moved:  # another run has finished a shard since, or made one again: look where its units are now
-            self._index = None
-            found, moved = self._find(keys)
-        for uri, start in moved:
+            found, moved = self._find(keys, self._indexed(again=True))
+        for key, (uri, start, _) in moved.items():
             logger.warning("%s: the row at byte %d is damaged or gone and will be made again", uri, start)
+            self._index.pop(bytes.fromhex(key), None)
         return found
 
-    def _find(self, keys: Sequence[str]) -> tuple[dict[str, Outcome], list[tuple[str, int]]]:
+    def _find(self, keys: Sequence[str], index: dict[bytes, Place]) -> tuple[dict[str, Outcome], dict[str, Place]]:
         """Return what is found under `keys` where the index has it, and the places where something else is."""
-        index = self._indexed()
-        places = sorted((index[place], key) for key in keys if (place := bytes.fromhex(key)) in index)
+        places = sorted((place, key) for key in keys if (place := index.get(bytes.fromhex(key))))
         found: dict[str, Outcome] = {}
-        moved: list[tuple[str, int]] = []
+        moved: dict[str, Place] = {}
         for uri, of_file in itertools.groupby(places, key=lambda place: place[0][0]):
             wanted = [(start, end, key) for (_, start, end), key in of_file]
             first = wanted[0][0]
@@ -207,21 +203,23 @@ class RowStore:
                 if decoded is not None and decoded[0] == key:
                     found[key] = decoded[1]
                 else:
-                    moved.append((uri, start))
+                    moved[key] = (uri, start, end)
         return found, moved
 
-    def _build_index(self) -> dict[bytes, Place]:
-        index, seen = dict[bytes, Place](), set[str]()
-        while new := [uri for uri in self.store.list(self.folder) if uri not in seen]:
-            seen.update(new)
-            # Another run may finish a shard meanwhile: then its journals are gone, and its file is found the next time.
-            missing = [uri for uri in new if not self._add_to_index(index, uri)]
-            if not missing:
-                break
-        return index
+    def _indexed(self, again: bool = False) -> dict[bytes, Place]:
+        """Return where each unit is; `again` reads the files that are new or have changed since they were read."""
+        with self._indexing:
+            is_whole, self._is_current = self._is_current and not again, True
+            while not is_whole:
+                # Another run may finish a shard meanwhile: then its journals are gone, and its file is found next.
+                files, _ = self.store.storage.scan(self.folder)
+                new = [stat for stat in files.values() if not stat.is_same(self._indexed_files.get(stat.uri))]
+                is_whole = all(self._add_to_index(stat) for stat in new)
+            return self._index
 
-    def _add_to_index(self, index: dict[bytes, Place], uri: str) -> bool:
-        """Add a file's units to an index; tell whether the file was still there."""
+    def _add_to_index(self, stat: Stat) -> bool:
+        """Add a file's units to the index; tell whether the file was still there."""
+        uri = stat.uri
         part, _, rest = posixpath.basename(uri).partition(".")
         if "partial" in rest:
             self._journals.setdefault(part, set()).add(uri)
@@ -231,10 +229,11 @@ class RowStore:
                 whole = line.startswith(b'{"key":"') and line.endswith(b"}\n") and len(line) > _HEAD
                 if whole and not _may_pass(line):
                     with contextlib.suppress(ValueError):  # a damaged key is nobody's: its unit is made again
-                        index.setdefault(bytes.fromhex(line[8:72].decode()), (uri, position, position + len(line)))
+                        self._index[bytes.fromhex(line[8:72].decode())] = (uri, position, position + len(line))
                 position += len(line)
         except FileNotFoundError:
             return False
+        self._indexed_files[uri] = stat
         return True
 
     @asynccontextmanager
@@ -245,7 +244,7 @@ class RowStore:
         try:
             yield journal
         except BaseException:
-            self._index = None  # built before these units were kept: a retry must see them
+            self._is_current = False  # a retry must see what was kept
             raise
         finally:
             await journal.close()
@@ -262,8 +261,7 @@ class RowStore:
                 position += len(line)
                 out.write(line)
         with self._indexing:
-            if self._index is not None:  # later shards with an equal unit find it here
-                self._index.update(places)
+            self._index.update(places)  # later shards with an equal unit find it here
         for file in self._journals.pop(self._name(part), set()):
             self.store.delete(file)
         failures = [outcomes[key] for key in keys if outcomes[key].error is not None]
@@ -289,7 +287,7 @@ class RowStore:
             if kept:
                 self.store.write_bytes(f"{self._new_journal(part)}.jsonl", b"".join(kept))
             self.store.delete(uri)
-        self._index = None
+        self._index, self._indexed_files, self._is_current = {}, {}, False
 
 
 class Journal:

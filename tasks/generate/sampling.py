@@ -23,6 +23,7 @@ from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import PERMANENT, Answer, RequestRefused, price
 from tasks.llm.vllm_admin import Template
+from tasks.store.forms import ended_by_itself
 from tasks.store.workspace import (
     MANIFEST,
     CompletionsRef,
@@ -310,27 +311,27 @@ async def try_sampler(endpoint: Endpoint, generation: GenerationConfig) -> None:
 
 
 class SampleCounts(MergeCounts):
-    """What a merge of completions found, with completions cut at `max_tokens` and such that ended up empty."""
+    """What a merge of completions found, with completions that were cut and such that ended up empty."""
 
     cut: int = 0
     empty: int = 0
 
     def add_row(self, row: Row) -> None:
         """Count one prompt's completions."""
-        self.cut += row["finish_reasons"].count("length")
+        self.cut += sum(not ended_by_itself(reason) for reason in row["finish_reasons"])
         self.empty += sum(not text.strip() for text in row["completions"])
 
     def say(self, config: GenerationConfig) -> None:
         """Log what was sampled, and a warning where much of it is cut."""
         prompts, each = self.rows - self.failed, config.num_completions
         logger.info(
-            "completions: %d prompts x %d; %d prompts failed; of %d completions %d are cut at max_tokens and %d empty",
+            "completions: %d prompts x %d; %d prompts failed; of %d completions %d were cut and %d are empty",
             prompts, each, self.failed, prompts * each, self.cut, self.empty,
         )  # fmt: skip
         if self.cut > MOST_CUT * prompts * each:
             logger.warning(
-                "%.0f %% of the completions are cut at generation.max_tokens (%d) and end in mid-sentence: raise it, "
-                "or leave out pairs with such a side (judging.leave_out_cut)",
+                "%.0f %% of the completions were cut and end in mid-sentence: raise generation.max_tokens (%d) if that "
+                "cut them (finish_reasons says length), or leave out pairs with such a side (judging.leave_out_cut)",
                 100 * self.cut / (prompts * each), config.max_tokens,
             )  # fmt: skip
 

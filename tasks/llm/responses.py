@@ -13,7 +13,6 @@ their words where there are none: providers word them alike for causes that have
 """
 
 import json
-import math
 import re
 import time
 from collections import deque
@@ -29,17 +28,15 @@ from tasks.errors import PreflowError
 from tasks.store.forms import finish_name
 from tasks.store.refs import Cost
 
-# 409 is sent by some gateways for a lock conflict, 424 by TGI and Azure for a model that failed, 499 by Google for a
-# request that it cancelled, 529 for an overload.
-RETRIED = frozenset({408, 409, 424, 425, 429, 499})
+# 409 is sent by some gateways for a lock conflict, 499 by Google for a request that it cancelled, 529 for an overload.
+RETRIED = frozenset({408, 409, 425, 429, 499})
 THROTTLES = frozenset({429, 503, 529})
 # Such refusals depend on the row alone: at the next start they would be the same.
 PERMANENT = frozenset({"context_length", "content_filter", "too_large"})
 
 _RATE_CODES = frozenset(
-    {"rate_limit_exceeded", "rate_limit_error", "rate_limited", "resource_exhausted", "too_many_requests", "throttling",
-     "throttlingexception"}
-)  # fmt: skip
+    {"rate_limit_exceeded", "rate_limit_error", "rate_limited", "resource_exhausted", "too_many_requests", "throttling"}
+)
 _CREDIT_CODES = frozenset(
     {"insufficient_quota", "insufficient_balance", "insufficient_credits", "billing_error", "billing_not_active",
      "billing_hard_limit_reached", "arrearage", "payment_required"}
@@ -49,18 +46,8 @@ _FILTER_CODES = frozenset(
     {"content_filter", "responsibleaipolicyviolation", "content_policy_violation", "data_inspection_failed",
      "datainspectionfailed", "prohibited_content"}
 )  # fmt: skip
-# The names of fields that say what kind of error it is, wherever they stand; and those that have its words.
-_CODE_FIELDS = frozenset({"code", "type", "__type", "status", "reason", "quotaid", "error_type"})
-_STATUS_FIELDS = ("code", "status", "status_code", "statusCode")
-_WORD_FIELDS = (
-    "message", "msg", "detail", "error", "errors", "error_msg", "error_message", "status_msg", "base_resp", "title",
-)  # fmt: skip
-# An error inside a 200 that has no status of its own has that of its code.
-_STATUS_OF = {
-    "invalid_request_error": 400, "invalid_argument": 400, "bad_request": 400, "badrequesterror": 400,
-    "unsupported_parameter": 400, "unsupported_value": 400, "permission_denied": 403, "permission_error": 403,
-    "not_found": 404, "not_found_error": 404, "model_not_found": 404,
-}  # fmt: skip
+# The names of fields that say what kind of error it is, wherever they stand.
+_CODE_FIELDS = frozenset({"code", "type", "status", "reason", "quotaid", "error_type"})
 
 
 def _words(*alternatives: str) -> re.Pattern[str]:
@@ -70,30 +57,32 @@ def _words(*alternatives: str) -> re.Pattern[str]:
 _RATE = _words(r"rate.?limit", r"too many requests", r"throttl")
 _CREDIT = _words(
     r"credit balance", r"insufficient[_ ](balance|credits?|funds|quota)", r"(out of|not enough|no|more) credits",
-    r"payment required", r"spending limit", r"overdue payment", r"arrear", r"余额不足",
-    r"reached your ([\w ]{0,30})?usage limits?",
+    r"payment required", r"spend(ing)? (limit|cap)", r"overdue payment", r"arrear", r"余额不足",
 )  # fmt: skip
 _PERIOD = _words(r"per(second|minute|hour|day)")
 _PER_DAY = _words(r"per[-_ ]?day", r"daily (limit|quota)", r"\b(rpd|tpd)\b")
-_BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key", r"login fail")
-# Not about the prompt: a limit of the completion alone, which a smaller max_tokens keeps.
-_OVER_LIMIT = _words(r"(?<!\+ )(?<!\+ `)\bmax_(new_|completion_)?tokens\W{0,2} must be (less than or equal to|<=)")
+_BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key")
+# Not what was asked for next to a prompt, but a limit of its own.
+_OVER_A_LIMIT = _words(r"(?<!\+ )(?<!\+ `)max_?(new_|completion_|output_)?tokens[`'\"]? must be (<|less than|at most)")
 _CONTEXT_LENGTH = _words(
-    r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"tokens \+ .?max_new_tokens",
+    r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"max_new_tokens",
     r"exceeds? the (maximum number of|configured limit of \d+) tokens", r"(input|prompt) is too long",
-    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length",
+    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length", r"tokens?[_ ]limit",
+    r"string[_ ](is )?(too[_ ]long|above[_ ]max)", r"prompt (exceeds|contains \d+ tokens)", r"max message tokens",
 )  # fmt: skip
 _CONTENT_FILTER = _words(
     r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
-    r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
+    r"(inappropriate|prohibited|sensitive|unsafe)[_ ]content", r"usage polic", r"data[_ ]?inspection", r"敏感内容",
 )  # fmt: skip
 _CUT = _words(r"max_tokens or model output limit was reached")
 # Such a request has more tokens than a minute may have: it will never pass.
 _OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORECASE)
-_FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
-_PERIODS = r"(\d+(?:\.\d+)?) ?(h|milli|ms|m|s)[a-z]*"
-_WAIT = re.compile(rf"\b(?:again|retry|wait)(?: in| after| for)? ((?:{_PERIODS}(?: and |, | )?)+)", re.IGNORECASE)
-_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "milli": 0.001}
+_FILTERED = _words(
+    r"content_?filter", r"safety", r"recitation", r"prohibited", r"block", r"spii", r"sensitive", r"refus", r"toxic"
+)
+_TIME = r"(\d+(?:\.\d+)?) ?(h|ms|m|s)(?:ours?|in(?:ute)?s?|ec(?:ond)?s?)?(?![a-z])"
+_WAIT = re.compile(rf"(?:try again|retry|wait)(?: in| after| for)? ((?:{_TIME} ?)+)", re.IGNORECASE)
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 # What a token costs through the batch APIs of OpenAI and Google (2026-11), as a share of its price.
 BATCH_PRICE = 0.5
@@ -152,7 +141,7 @@ class RequestRefused(Exception):
     """The endpoint refuses this one request for good; others may pass.
 
     `reason` is one of context_length, content_filter, too_large, over_a_minute, not_found, moved, cut, keeps_failing,
-    bad_request; `text` is what the server said, `param` the setting that it names in a field of its own, and
+    bad_request; `text` is what the server said, shortened, `param` the setting that it names in a field of its own, and
     `usage` what was billed all the same.
     """
 
@@ -161,7 +150,7 @@ class RequestRefused(Exception):
         self.status, self.reason, self.text, self.param, self.usage = status, reason, text, param, usage or Cost()
 
     def __str__(self) -> str:
-        return f"refused ({self.status}, {self.reason}): {shorten(self.text)}"
+        return f"refused ({self.status}, {self.reason}): {self.text}"
 
 
 class StageStopped(PreflowError):
@@ -222,39 +211,36 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
 
     Raises what `classify` returns for an error inside, and `Transient` for a body that is not a chat completion.
     """
-    streams = body.lstrip().startswith(b"data:")
-    data = _parse(body.lstrip()[5:].split(b"\n")[0] if streams else body)
+    try:
+        data = json.loads(body)
+    except ValueError as error:
+        text, streams = shorten(body.decode(errors="replace"), 80), body.lstrip().startswith(b"data:")
+        what = "a stream, which was not asked for" if streams else "not JSON"
+        raise Transient(f"the answer is {what}: {text}", status=200, maybe_billed=True, odd=streams) from error
     if isinstance(data, list) and data:
         data = data[0]
     items = data.get("choices") if isinstance(data, dict) else None
-    if isinstance(data, dict) and not items and (data.get("error") or _message(data)):
+    if isinstance(data, dict) and not items and _is_error(data):
         raise classify_error(ServerError.of(200, {}, data))
-    if streams or not isinstance(items, list) or not items or not all(map(_is_choice, items)):
-        what = "a stream, which was not asked for" if streams else "not a chat completion"
-        text, odd = shorten(body.decode(errors="replace"), 80), streams or not isinstance(data, str)
-        raise Transient(f"the answer is {what}: {text}", status=200, maybe_billed=True, odd=odd)
+    if not isinstance(items, list) or not items or not all(map(_is_choice, items)):
+        text = shorten(body.decode(errors="replace"), 80)
+        raise Transient(f"the answer is not a chat completion: {text}", status=200, maybe_billed=True, odd=True)
     items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
     choices = [_read_choice(item) for item in items]
-    thoughts = (item["message"].get(name) for item in items for name in _THOUGHTS)
-    written = [*(choice.text for choice in choices), *(text for text in thoughts if isinstance(text, str))]
-    usage = _read_usage(data.get("usage"), prompt_bytes, sum(map(len, written)))
+    usage = _read_usage(data.get("usage"), prompt_bytes, sum(len(choice.text) for choice in choices))
     return Answer(choices, usage, str(data.get("model") or ""), _read_ids(data.get("prompt_token_ids")))
-
-
-def _parse(content: bytes) -> Any:
-    """Return what JSON holds, or as a text what is none; of a page its words."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        text = content.decode(errors="replace")
-        is_page = text.lstrip().startswith("<")
-        return _MARKUP.sub(" ", text[:LONGEST_PAGE]) if is_page else text
 
 
 def _read_ids(value: Any) -> list[int] | None:
     """Return token ids as vLLM gives them; None for what is no such list."""
     is_list = isinstance(value, list) and all(isinstance(number, int) for number in value)
     return value if is_list else None
+
+
+def _is_error(data: Mapping[str, Any]) -> bool:
+    """Tell whether an answer is an error: OpenAI's, or one that has the code of a status next to its words."""
+    code = _number(data.get("code"))
+    return bool(data.get("error")) or data.get("object") == "error" or (code is not None and 400 <= code < 600)
 
 
 def _is_choice(item: Any) -> bool:
@@ -264,20 +250,20 @@ def _is_choice(item: Any) -> bool:
 def _read_choice(item: Mapping[str, Any]) -> Choice:
     finish, error = finish_name(item.get("finish_reason")), item.get("error")
     if finish == "error" or error:
-        failure = classify_error(ServerError.of(200, {}, {"error": error or "the provider broke off"}))
-        if isinstance(failure, Transient):
-            failure.maybe_billed = True
-        raise failure
+        cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
+        if isinstance(failure := classify_error(cause), StageStopped):
+            raise failure
+        raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
     message = item["message"]
-    refusal, (text, thinking) = message.get("refusal"), _read_content(message.get("content"))
+    refusal, (text, thinking) = _refusal(message), _read_content(message.get("content"))
     note = ""
     if _FILTERED.search(finish):
         finish, note = "content_filter", "" if text else f"withheld by the provider's filter ({finish})"
     elif text.strip():
         pass
-    elif isinstance(refusal, str) and refusal:
+    elif refusal:
         text, finish, note = "", "content_filter", f"the model refused: {shorten(refusal, 200)}"
-    elif thinking or any(map(message.get, _THOUGHTS)):
+    elif thinking or any(message.get(name) for name in ("reasoning_content", "reasoning", "reasoning_details")):
         text = ""
         note = "the model only thought and wrote no answer: raise max_tokens, or have it think less (reasoning_effort)"
     else:
@@ -285,12 +271,18 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
     return Choice(text, finish, note, _read_ids(item.get("token_ids")))
 
 
+def _refusal(message: Mapping[str, Any]) -> str:
+    """Return what a model that refuses says, in a field of its own or in a part of the content."""
+    content = message.get("content")
+    parts = [message, *(part for part in content if isinstance(part, dict))] if isinstance(content, list) else [message]
+    return next((part["refusal"] for part in parts if isinstance(part.get("refusal"), str) and part["refusal"]), "")
+
+
 def _read_content(content: Any) -> tuple[str, bool]:
     """Return the text in a message's content, and whether there is thinking too: text, or a list of parts."""
     if isinstance(content, str):
         return content, False
-    found = content if isinstance(content, list) else [content]
-    parts = [part for part in found if isinstance(part, dict | str)]
+    parts = [part for part in content if isinstance(part, dict | str)] if isinstance(content, list) else []
     texts = [part if isinstance(part, str) else part.get("text") for part in parts if not _is_thinking(part)]
     return "".join(text for text in texts if isinstance(text, str)), any(map(_is_thinking, parts))
 
@@ -299,22 +291,27 @@ def _is_thinking(part: Mapping[str, Any] | str) -> bool:
     return isinstance(part, Mapping) and str(part.get("type")) not in ("text", "output_text", "None")
 
 
-def _read_usage(data: Any, prompt_bytes: int, written: int) -> Cost:
-    """Return the usage; a count that is missing, no count, or 0 where there is text is estimated."""
+def _read_usage(data: Any, prompt_bytes: int, completion_length: int) -> Cost:
+    """Return the usage; a count that is missing or no count is estimated where that is possible."""
     data = data if isinstance(data, dict) else {}
-    names = ("prompt", "input"), ("completion", "output"), ("total",)
-    prompt, completion, total = (
-        next(filter(None, (_count(data.get(f"{name}_tokens")) for name in named)), None) for named in names
-    )
+    prompt, completion, total = (_count(data.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
     details = data.get("completion_tokens_details")
     thinking = _count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
     # OpenAI counts thinking among the completion tokens; Gemini leaves it out of them and shows it in the total only.
-    hidden = max(0, (total or 0) - prompt - (completion or 0)) if prompt else 0
-    if not completion ...
+    hidden = max(0, (total or 0) - prompt - completion) if prompt is not None and completion is not None else 0
+    completion = completion_length // 4 + 1 if completion is None else completion + hidden
+    return Cost(
+        requests=1,
+        prompt_tokens=prompt_bytes // 4 + 1 if prompt is None else prompt,
+        completion_tokens=completion,
+        thinking_tokens=min(completion, max(thinking or 0, hidden)),
+    )
+
+
 def _count(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if 0 <= value < 1e9 else None
+    return int(value) if 0 <= value < 1e9 else None  # NaN is in no range
 
 
 # ---- errors
@@ -429,7 +426,7 @@ def _reason(error: ServerError) -> str:
         return "over_a_minute"
     if error.codes & _FILTER_CODES or _CONTENT_FILTER.search(text):
         return "content_filter"
-    if _CONTEXT_LENGTH.search(text):
+    if _CONTEXT_LENGTH.search(text) and not _OVER_A_LIMIT.search(text):
         return "context_length"
     return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
@@ -463,17 +460,17 @@ def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) 
             return None
     delays = [str(value) for name, value in fields if name == "retryDelay"]
     told = _WAIT.search(text)
-    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", delays[0] if delays else told[1] if told else "")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts) if parts else None
+    parts = re.findall(_TIME, delays[0] if delays else told[1] if told else "", re.IGNORECASE)
+    return sum(float(number) * _UNITS[unit.lower()] for number, unit in parts) if parts else None
 
 
 def _epoch(headers: Mapping[str, str], fields: list[tuple[str, Any]]) -> float | None:
     """Return the moment that an X-RateLimit-Reset names, in seconds since 1970 (OpenRouter: in ms, in the body too)."""
     inside = next((value for name, value in fields if name.lower() == "x-ratelimit-reset"), None)
     moment = _number(headers.get("x-ratelimit-reset") or inside)
-    if moment is None or moment < 1e9:
-        return None
-    return moment / 1000 if moment > 1e11 else moment
+    if moment is not None and moment > 1e11:
+        moment /= 1000
+    return moment if moment is not None and 1e9 <= moment < 1e11 else None
 
 
 def _number(value: Any) -> float | None:

@@ -1,12 +1,9 @@
 """A whole run: checked before anything is spent, and its result kept so that a finished run is known as such."""
 
-import asyncio
 import inspect
 import logging
 import posixpath
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import TypeAlias
 
@@ -25,7 +22,6 @@ logger = logging.getLogger(__name__)
 Model: TypeAlias = tuple[str, str, str | None]
 # Why a model is of no use, None for one that answered.
 Asked: TypeAlias = dict[Model, PreflowError | None]
-_lock: ContextVar[asyncio.Lock | None] = ContextVar("lock", default=None)
 
 
 def run_key(config: PipelineConfig) -> str:
@@ -138,21 +134,3 @@ async def find_problems(config: PipelineConfig) -> list[str]:
             if not found:
                 raise
     return list(dict.fromkeys(found))
-
-
-@asynccontextmanager
-async def sharing_endpoints(at_once: int) -> AsyncIterator[None]:
-    """Have the runs that are under way at once in the block take `endpoint_lock` one after another."""
-    token, stays = _lock.set(asyncio.Lock()), leaving.stays.set(at_once > 1)
-    try:
-        yield
-    finally:
-        leaving.stays.reset(stays)
-        _lock.reset(token)
-
-
-@asynccontextmanager
-async def endpoint_lock() -> AsyncIterator[None]:
-    """Serialise sampling and judging across the points of a sweep: later points find what earlier ones have asked."""
-    async with _lock.get() or nullcontext():
-        yield

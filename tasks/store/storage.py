@@ -23,6 +23,10 @@ class Stat:
     sha256: str | None = None
     version: object = None
 
+    def is_same(self, earlier: "Stat | None") -> bool:
+        """Tell whether the file surely holds what it held at an `earlier` time."""
+        return self.version is not None and self == earlier
+
 
 class Facts(TypedDict):
     """What a reference says of its file."""

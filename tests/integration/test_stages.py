@@ -9,17 +9,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.utilities.annotations import opaque
 
 from flows.evaluate import evaluate_adapter
 from flows.generate import generate_completions
 from flows.judge import judge_preferences
+from tasks.batch.caching import cached, open_results
+from tasks.batch.progress import shard_task
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
 from tasks.errors import PreflowError
 from tasks.judge.prompt import build_messages, read_rubric
 from tasks.llm import retries
+from tasks.llm.batches import BatchPending
 from tasks.store.workspace import AdapterRef, CompletionsRef, Manifest, Origin, PreferencesRef, Workspace
 from tests.fakes import FakeOpenAI
 from tests.fakes.models import sample, text_sha
@@ -494,6 +499,18 @@ def planted_record(record: Path, bomb: Path) -> bytes:
 
     metadata = ResultRecordMetadata(storage_key=record.name, serializer=PickleSerializer())
     return ResultRecord(result=Bomb(bomb), metadata=metadata).serialize()
+
+
+async def test_a_shard_that_waits_for_a_batch_keeps_no_record(bench: Bench) -> None:
+    async def wait(part: Any) -> None:
+        raise BatchPending("batch b: 0 of 3 questions are answered")
+
+    shard = cached(shard_task("judge"), "k", await open_results(bench.workspace))
+    state = await shard(opaque("1 of 1"), opaque(None), opaque(SimpleNamespace(run=wait)), return_state=True)
+    assert (state.name, state.is_cancelled(), state.message) == (
+        "AwaitingBatch", True, "batch b: 0 of 3 questions are answered",
+    )  # fmt: skip
+    assert not list(Path(bench.workspace).glob("cache/*"))
 
 
 # ---- evaluation

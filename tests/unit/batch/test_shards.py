@@ -14,6 +14,8 @@ import pytest
 from tasks.batch.rows import Outcome, RowStore, ShardRef, Slice, read_slice, shard_rows, slice_rows, writable
 from tasks.batch.shards import Count, ShardWorker, Tally, TooManyFailures, merge_shards, settle
 from tasks.errors import PreflowError
+from tasks.store import local
+from tasks.store.storage import Stat
 from tasks.store.workspace import PromptsRef, Row, Workspace, digest
 
 
@@ -215,6 +217,25 @@ async def test_damaged_rows_are_made_again_and_never_wrong(tmp_path: Path, seed:
     shards = await run_all(tmp_path, maker, source, size=40)
     assert maker.made, "nothing was noticed"
     assert merged(tmp_path, source, shards, 40) == [(n, n * n) for n in range(40)]
+
+
+async def test_many_damaged_shards_take_each_file_to_be_read_a_few_times_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(local, "SETTLED_SECONDS", -1.0)
+    source, count = make_source(tmp_path, 80), 40
+    for shard in await run_all(tmp_path, Maker(), source, size=2):
+        save(shard.uri, load(shard.uri).replace(b'"square"', b'"squore"', 1))
+    read, lines = Counter[str](), Workspace.lines
+    monkeypatch.setattr(Workspace, "lines", lambda self, uri, *part: read.update([uri]) or lines(self, uri, *part))
+    maker = Maker()
+    shards = await run_all(tmp_path, maker, source, size=2, concurrency=1)
+    assert maker.made.total() == count
+    del read[source.uri]
+    assert max(read[shard.uri] for shard in shards) <= 3
+    assert read.total() < 5 * count, "whatever is read again for each damaged shard is read a thousand times"
+    assert caplog.text.count("damaged or gone") == count
+    assert merged(tmp_path, source, shards, 2) == [(n, n * n) for n in range(80)]
 
 
 async def test_a_row_moved_under_another_key_is_not_believed(tmp_path: Path) -> None:
@@ -501,16 +522,16 @@ async def test_a_shard_that_another_run_finishes_while_its_files_are_read_is_fou
         assert mine.known(outcomes) == outcomes.keys()
         other.commit(part, list(outcomes), outcomes)
         keys.extend(outcomes)
-    list_files = mine.store.list
+    scan = mine.store.storage.scan
 
-    def list_and_lose(folder: str) -> list[str]:
-        found = list_files(folder)
+    def scan_and_lose(folder: str) -> tuple[dict[str, Stat], list[str]]:
+        found = scan(folder)
         if not keys:
             keys.extend(outcomes)
             other.commit(part, keys, outcomes)
         return found
 
-    monkeypatch.setattr(mine.store, "list", list_and_lose)
+    monkeypatch.setattr(mine.store.storage, "scan", scan_and_lose)
     assert mine.find(list(outcomes)) == outcomes
 
 

@@ -87,7 +87,7 @@ async def test_the_manifest_counts_what_was_made_without_a_setting_that_the_endp
             out.write_row({**PROMPT, "id": digest(number)})
     prompts = PromptsRef(uri=store.uri("prompts.jsonl"), **out.facts())
     plan = plan_generation(prompts, str(tmp_path), CONFIG)
-    choices = [Choice("Hello.", "stop"), Choice("Bye.", "length")]
+    choices = [Choice("Hello.", "stop"), Choice("Bye.", "content_filter")]
     endpoint: Any = OneAnswer(Answer(choices, Cost(requests=1), "m", refused=("system role", "temperature")))
 
     async def ready() -> None:
