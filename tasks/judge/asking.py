@@ -176,11 +176,13 @@ class Judge:
                 )
             except RequestRefused as refused:
                 usage += refused.usage
-                reason, raw, final = f"refused: {refused.reason}", str(refused), refused.reason in PERMANENT
                 if refused.reason == "context_length" and budget > self._config.max_tokens:
-                    final, budget = False, max(self._config.max_tokens, budget // 2)
-                    most = budget  # the question fits, and twice the tokens do not
-                elif refused.reason != "cut":
+                    # It took the question with fewer: more tokens do not fit next to it.
+                    budget = most = budget // 2
+                    plain = True
+                    continue
+                reason, raw, final = f"refused: {refused.reason}", str(refused), refused.reason in PERMANENT
+                if refused.reason != "cut":
                     break
                 choice = Choice("", "length", str(refused))
             else:

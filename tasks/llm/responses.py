@@ -13,7 +13,6 @@ their words where there are none: providers word them alike for causes that have
 """
 
 import json
-import math
 import re
 import time
 from collections import deque
@@ -70,33 +69,36 @@ def _words(*alternatives: str) -> re.Pattern[str]:
 _RATE = _words(r"rate.?limit", r"too many requests", r"throttl")
 _CREDIT = _words(
     r"credit balance", r"insufficient[_ ](balance|credits?|funds|quota)", r"(out of|not enough|no|more) credits",
-    r"payment required", r"spending limit", r"overdue payment", r"arrear", r"余额不足",
+    r"payment required", r"spend(ing)? (limit|cap)", r"overdue payment", r"arrear", r"余额不足",
     r"reached your ([\w ]{0,30})?usage limits?",
 )  # fmt: skip
 _PERIOD = _words(r"per(second|minute|hour|day)")
 _PER_DAY = _words(r"per[-_ ]?day", r"daily (limit|quota)", r"\b(rpd|tpd)\b")
 _BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key", r"login fail")
-# Not about the prompt: a limit of the completion alone, which a smaller max_tokens keeps.
-_OVER_LIMIT = _words(r"(?<!\+ )(?<!\+ `)\bmax_(new_|completion_)?tokens\W{0,2} must be (less than or equal to|<=)")
+# Not what was asked for next to a prompt, but a limit of its own.
+_OVER_A_LIMIT = _words(r"(?<!\+ )(?<!\+ `)max_?(new_|completion_|output_)?tokens[`'\"]? must be (<|less than|at most)")
 _CONTEXT_LENGTH = _words(
-    r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length",
-    r"tokens \+ .?max_new_tokens", r"exceeds? the (maximum number of|configured limit of \d+) tokens",
-    r"(input|prompt) is too long", r"too many (input )?tokens", r"input (token count|length)", r"reduce the length",
+    r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"max_new_tokens",
+    r"exceeds? the (maximum number of|configured limit of \d+) tokens", r"(input|prompt) is too long",
+    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length", r"tokens?[_ ]limit",
+    r"string[_ ](is )?(too[_ ]long|above[_ ]max)", r"prompt (exceeds|contains \d+ tokens)", r"max message tokens",
 )  # fmt: skip
 _CONTENT_FILTER = _words(
     r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
-    r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
+    r"(inappropriate|prohibited|sensitive|unsafe)[_ ]content", r"usage polic", r"data[_ ]?inspection", r"敏感内容",
 )  # fmt: skip
 _CUT = _words(r"max_tokens or model output limit was reached")
 # Such a request has more tokens than a minute may have: it will never pass.
 _OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORECASE)
-_FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
-_PERIODS = r"(\d+(?:\.\d+)?) ?(h|milli|ms|m|s)[a-z]*"
-_WAIT = re.compile(rf"\b(?:again|retry|wait)(?: in| after| for)? ((?:{_PERIODS}(?: and |, | )?)+)", re.IGNORECASE)
+_FILTERED = _words(
+    r"content_?filter", r"safety", r"recitation", r"prohibited", r"block", r"spii", r"sensitive", r"refus", r"toxic"
+)
+_TIME = r"(\d+(?:\.\d+)?) ?(h|milli|ms|m|s)(?:ours?|in(?:ute)?s?|ec(?:ond)?s?|seconds?)?(?![a-z])"
+_WAIT = re.compile(rf"(?:again|retry|wait)(?: in| after| for)? ((?:{_TIME}(?: and |, | )?)+)", re.IGNORECASE)
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "milli": 0.001}
 
 # Where a message has the thinking, which is no part of its text.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
 _MARKUP = re.compile(r"<(style|script)\b.*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 LONGEST_PAGE, LONGEST_TEXT = 20_000, 2_000
 
@@ -274,13 +276,13 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
             failure.maybe_billed = True
         raise failure
     message = item["message"]
-    refusal, (text, thinking) = message.get("refusal"), _read_content(message.get("content"))
+    refusal, (text, thinking) = _refusal(message), _read_content(message.get("content"))
     note = ""
     if _FILTERED.search(finish):
         finish, note = "content_filter", "" if text else f"withheld by the provider's filter ({finish})"
     elif text.strip():
         pass
-    elif isinstance(refusal, str) and refusal:
+    elif refusal:
         text, finish, note = "", "content_filter", f"the model refused: {shorten(refusal, 200)}"
     elif thinking or any(map(message.get, _THOUGHTS)):
         text = ""
@@ -288,6 +290,13 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
     else:
         note = f"the model wrote nothing (finish_reason {finish})"
     return Choice(text, finish, note, _read_ids(item.get("token_ids")))
+
+
+def _refusal(message: Mapping[str, Any]) -> str:
+    """Return what a model that refuses says, in a field of its own or in a part of the content."""
+    content = message.get("content")
+    parts = [message, *(part for part in content if isinstance(part, dict))] if isinstance(content, list) else [message]
+    return next((part["refusal"] for part in parts if isinstance(part.get("refusal"), str) and part["refusal"]), "")
 
 
 def _read_content(content: Any) -> tuple[str, bool]:
@@ -325,9 +334,9 @@ def _read_usage(data: Any, prompt_bytes: int, written: int) -> Cost:
 
 
 def _count(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if 0 <= value < 1e9 else None
+    return int(value) if 0 <= value < 1e9 else None  # NaN is in no range
 
 
 # ---- errors
@@ -373,7 +382,7 @@ def _status_inside(parts: tuple[Any, Any], codes: frozenset[str], text: str) -> 
                 return int(number)
     told = [_STATUS_OF[code] for code in codes if code in _STATUS_OF]
     told += [status for status, words in ((402, _CREDIT), (401, _BAD_KEY), (429, _RATE)) if words.search(text)]
-    return told[0] if told else 502
+    return max(told, default=502)
 
 
 def _walk(data: Any) -> Iterator[tuple[str, Any]]:
@@ -442,7 +451,7 @@ def _reason(error: ServerError) -> str:
         return "over_a_minute"
     if error.codes & _FILTER_CODES or _CONTENT_FILTER.search(text):
         return "content_filter"
-    if _CONTEXT_LENGTH.search(text) and not _OVER_LIMIT.search(text):
+    if _CONTEXT_LENGTH.search(text) and not _OVER_A_LIMIT.search(text):
         return "context_length"
     return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
@@ -476,7 +485,7 @@ def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) 
             return None
     delays = [str(value) for name, value in fields if name == "retryDelay"]
     told = _WAIT.search(text)
-    parts = re.findall(_PERIODS, delays[0] if delays else told[1] if told else "", re.IGNORECASE)
+    parts = re.findall(_TIME, delays[0] if delays else told[1] if told else "", re.IGNORECASE)
     return sum(float(number) * _UNITS[unit.lower()] for number, unit in parts) if parts else None
 
 
@@ -486,7 +495,7 @@ def _epoch(headers: Mapping[str, str], fields: list[tuple[str, Any]]) -> float |
     moment = _number(headers.get("x-ratelimit-reset") or inside)
     if moment is not None and moment > 1e11:
         moment /= 1000
-    return moment if moment is not None and 1e9 <= moment < 1e10 else None
+    return moment if moment is not None and 1e9 <= moment < 1e11 else None
 
 
 def _number(value: Any) -> float | None:
