@@ -9,17 +9,10 @@ from tasks.config.endpoint import EndpointConfig
 
 PairPolicy = Literal["unanimous", "majority", "borda"]
 # What makes pairs of the verdicts, and of itself changes none of them.
-_APPLIED_LATER = frozenset(
-    {
-        "pair_policy",
-        "min_confidence",
-        "rejected_sigmas",
-        "min_chosen_score",
-        "unsure_for_sft",
-        "leave_out_cut",
-        "val_ratio",
-    }
-)
+_APPLIED_LATER = frozenset({
+    "pair_policy", "min_confidence", "rejected_sigmas", "min_chosen_score", "unsure_for_sft", "leave_out_cut",
+    "val_ratio",
+})  # fmt: skip
 
 # The judge of those who choose none: a current, cheap model, as of 2026-11-26 and by public reports. They name it in
 # the place of gemini-2.5-flash, whose end was announced for 2026-10-16; models end, so look again.

@@ -73,9 +73,7 @@ class PipelineConfig(StageConfig):
             )
         self._check_chat()
         if self.training.measured_label_smoothing and self.judging.orders < 2:
-            raise ValueError(
-                "training.measured_label_smoothing needs judging.orders of at least 2, to see verdicts flip"
-            )
+            raise ValueError("training.measured_label_smoothing needs judging.orders of at least 2, to see flips")
         return self
 
     def _check_chat(self) -> None:
@@ -92,7 +90,7 @@ class PipelineConfig(StageConfig):
     def _check_proof(self) -> Self:
         if not self.judging.val_ratio and not self.eval_prompts:
             raise ValueError(
-                "judging.val_ratio 0 holds no prompts out for the evaluation: raise it, or set eval_prompts"
+                "judging.val_ratio 0 holds no prompts out to evaluate on: raise it, or set eval_prompts"
             )
         labelling = {judge.model for judge in (self.evaluation.judging or self.judging).judges()}
         if known := sorted(labelling & {judge.model for judge in self.evaluation.judges}):

@@ -80,7 +80,7 @@ class Workspace:
         self.storage: Storage
         if self.is_local:
             self.storage = LocalStorage()
-        elif re.match("gs://([^/@]*@)?[^/@]", self.root):
+        elif re.match("gs://([^/@]+@)?[^/@]+(/|$)", self.root):
             from tasks.store.gcs import GcsStorage  # Google's client takes a second, and most have no use for it
 
             self.storage = GcsStorage(self.root)
