@@ -23,7 +23,8 @@ class EvaluationConfig(StageConfig):
     """Checkpoints of the training, evenly spaced, the last among them: the judge chooses the best on a part of the
     held-out prompts, and the others decide. 3 is usual; at most 35 % more verdicts. 0: the last."""
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the win rate's interval.")
-    seed: int = Field(1042, ge=0, lt=2**31, description="Seed of the samples and of the interval's bootstrap.")
+    seed: int = Field(1042, ge=0, lt=2**31)
+    """Seed of the samples, and of which prompts choose the checkpoint."""
     generation: GenerationConfig | None = None
     """Sampling endpoint and settings; empty: those of the generation stage."""
     judging: JudgingConfig | None = Field(None, title="Judging: the judge")

@@ -89,9 +89,7 @@ class PipelineConfig(StageConfig):
     @model_validator(mode="after")
     def _check_proof(self) -> Self:
         if not self.judging.val_ratio and not self.eval_prompts:
-            raise ValueError(
-                "judging.val_ratio 0 holds no prompts out to evaluate on: raise it, or set eval_prompts"
-            )
+            raise ValueError("judging.val_ratio 0 holds no prompts out to evaluate on: raise it, or set eval_prompts")
         labelling = {judge.model for judge in (self.evaluation.judging or self.judging).judges()}
         if known := sorted(labelling & {judge.model for judge in self.evaluation.judges}):
             raise ValueError(

@@ -21,7 +21,8 @@ from tasks.demo.materials import make_tiny_materials
 from tasks.drill.preemption import ChildTarget, Kind, PodTarget, Target
 from tasks.errors import PreflowError
 from tasks.report.render import render_text_table
-from tasks.store.workspace import COMMITTED, AdapterRef, PreferencesRef, Workspace, digest
+from tasks.store.refs import AdapterRef, PreferencesRef, digest
+from tasks.store.workspace import COMMITTED, Workspace
 from tasks.train.deployment import check_deployment, read_deployment
 from tasks.train.pods import namespace_of
 from tasks.train.work_pool import TrainingOrder
@@ -65,15 +66,15 @@ class Preemption:
     resumed_from: int
     seconds_lost: float
 
-    @property
-    def steps_lost(self) -> int:
-        """Steps that were done twice."""
-        return max(0, self.at_step - self.resumed_from)
+    def row(self) -> tuple[str | int | float, ...]:
+        """Return its row of the table; the steps that were done twice are lost."""
+        lost = max(0, self.at_step - self.resumed_from)
+        return self.kind.value, self.at_step, self.resumed_from, lost, round(self.seconds_lost, 1)
 
 
 @dataclass(frozen=True)
 class DrillResult:
-    """What came out: the digests of adapter and metrics, of the training left alone and of the preempted one."""
+    """What came out: the digests of adapter and metrics, of the preempted training and of the one left alone."""
 
     preemptions: list[Preemption]
     preempted: dict[str, str]
@@ -86,17 +87,14 @@ class DrillResult:
 
     def text(self) -> str:
         """Return a table with a row for each preemption, and one sentence on whether they changed anything."""
-        rows = [
-            (number, one.kind.value, one.at_step, one.resumed_from, one.steps_lost, round(one.seconds_lost, 1))
-            for number, one in enumerate(self.preemptions, 1)
-        ]
-        names = sorted(name for name in self.baseline if self.baseline[name] != self.preempted.get(name))
-        verdict = f"the results DIFFER from those of the uninterrupted training: {', '.join(names)}"
-        if self.is_exact:
-            names = sorted(self.baseline)
-            verdict = f"the results are those of the uninterrupted training, byte for byte: {', '.join(names)}"
         columns = ("preemption", "kind", "at step", "resumed from", "steps lost", "seconds lost")
-        return f"{render_text_table([columns, *rows])}\nAfter {len(self.preemptions)} preemptions {verdict}."
+        table = render_text_table([columns, *((n, *one.row()) for n, one in enumerate(self.preemptions, 1))])
+        differ = [name for name in self.baseline if self.baseline[name] != self.preempted.get(name)]
+        verdict = "are those of the uninterrupted training, byte for byte"
+        if not self.is_exact:
+            verdict = "DIFFER from those of the uninterrupted training"
+        names = ", ".join(sorted(self.baseline if self.is_exact else differ))
+        return f"{table}\nAfter {len(self.preemptions)} preemptions the results {verdict}: {names}."
 
 
 async def run_drill(drill: Drill) -> DrillResult:
@@ -112,8 +110,7 @@ async def run_drill(drill: Drill) -> DrillResult:
         await check_deployment(drill.deployment, drill.workspace, order.training)
     logger.info("training %s steps uninterrupted, on %s", order.training.max_steps, order.deployment)
     await target.train(order)
-    baseline = read_digests(order)
-    return DrillResult(*await train_with_preemptions(order, target, drill), baseline=baseline)
+    return DrillResult(*await train_with_preemptions(order, target, drill), baseline=read_digests(order))
 
 
 async def choose_target(drill: Drill) -> tuple[Target, dict[str, int]]:
@@ -147,25 +144,11 @@ def make_order(drill: Drill, variables: Mapping[str, Any]) -> TrainingOrder:
     """
     store = Workspace(drill.workspace)
     store.check_writable()
-    pairs, settings = drill.pairs, dict(drill.training)
-    if pairs is None:
-        if not store.is_local:
-            raise PreflowError(
-                f"workspace {drill.workspace}: the drill's own tiny model needs a folder (on a pod: below /workspace). "
-                "For a bucket give --pairs, and base_model (a name on the hub) and sft_adapter with --set."
-            )
-        try:
-            made, pairs = make_tiny_materials(Path(store.root, "drill", "materials"))
-        except ImportError as error:
-            raise PreflowError(
-                f"the drill's own tiny model is made with torch, which is not installed here ({error}). Run the drill "
-                "where preflow[train] is, or give --pairs, and base_model and sft_adapter with --set."
-            ) from error
-        settings = made | settings
     own = {"max_steps": drill.steps, "save_steps": max(1, drill.steps // 4), "eval_steps": drill.steps,
            "logging_steps": 1, "warmup_steps": 2, "lease_seconds": 10, "full_determinism": True}  # fmt: skip
+    made, pairs = ({}, drill.pairs) if drill.pairs else _make_materials(store)
     try:
-        training = TrainingConfig.model_validate(own | settings)
+        training = TrainingConfig.model_validate(own | made | dict(drill.training))
     except ValidationError as error:
         raise PreflowError("\n".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from error
     return TrainingOrder(
@@ -175,14 +158,28 @@ def make_order(drill: Drill, variables: Mapping[str, Any]) -> TrainingOrder:
     )  # fmt: skip
 
 
+def _make_materials(store: Workspace) -> tuple[dict[str, Any], str]:
+    """Make a tiny model and its pairs in the workspace; return the settings that suit them, and the train.jsonl."""
+    if not store.is_local:
+        raise PreflowError(
+            f"workspace {store.root}: the drill's own tiny model needs a folder (on a pod: below /workspace). "
+            "For a bucket give --pairs, and base_model (a name on the hub) and sft_adapter with --set."
+        )
+    try:
+        return make_tiny_materials(Path(store.root, "drill", "materials"))
+    except ImportError as error:
+        raise PreflowError(
+            f"the drill's own tiny model is made with torch, which is not installed here ({error}). Run the drill "
+            "where preflow[train] is, or give --pairs, and base_model and sft_adapter with --set."
+        ) from error
+
+
 def read_pairs(uri: str) -> PreferencesRef:
     """Return the reference of a train.jsonl, with the val.jsonl next to it where there is one."""
-    store = Workspace.holding(uri)
+    store, val = Workspace.holding(uri), posixpath.join(posixpath.dirname(uri), "val.jsonl")
     if not store.exists(uri):
         raise PreflowError(f"pairs {uri}: no such file; give the train.jsonl of a preferences folder")
-    val = posixpath.join(posixpath.dirname(uri), "val.jsonl")
-    held_out = sum(1 for _ in store.lines(val)) if store.exists(val) else 0
-    rows = sum(1 for _ in store.lines(uri))
+    rows, held_out = (sum(1 for _ in store.lines(file)) if store.exists(file) else 0 for file in (uri, val))
     return PreferencesRef(uri=uri, sha256=store.sha256(uri), size=store.size(uri), rows=rows, val_rows=held_out)
 
 
@@ -225,9 +222,9 @@ class TrainingWatch:
     def saved_step(self) -> int:
         """Return the step of the newest whole checkpoint, from which a training goes on; 0 if there is none."""
         folder = f"{self._folder}/checkpoints"
-        names = self._store.folders(folder)
+        names = [name for name in self._store.folders(folder) if re.fullmatch(r"step-\d+", name)]
         whole = [name for name in names if self._store.exists(posixpath.join(folder, name, COMMITTED))]
-        return max((int(name.removeprefix("step-")) for name in whole if re.fullmatch(r"step-\d+", name)), default=0)
+        return max((int(name.removeprefix("step-")) for name in whole), default=0)
 
     async def until(self, step: int, again: bool = False) -> None:
         """Wait until a step is logged; `again`: by a training that has written since.
@@ -251,6 +248,5 @@ def read_digests(order: TrainingOrder) -> dict[str, str]:
     """Return the digests of the finished adapter's files and of the metrics."""
     store = Workspace(order.workspace)
     files = store.verify_folder(store.uri("training", order.key, "adapter"))
-    return {name: facts.sha256 for name, facts in files.items() if name != COMMITTED} | {
-        "metrics.jsonl": store.sha256(store.uri("training", order.key, "metrics.jsonl"))
-    }
+    metrics = store.sha256(store.uri("training", order.key, "metrics.jsonl"))
+    return {name: facts.sha256 for name, facts in files.items() if name != COMMITTED} | {"metrics.jsonl": metrics}

@@ -162,7 +162,7 @@ class Judge:
     async def judge(self, question: Question) -> Outcome:
         """Return the vote on a row's completions in one order, or what kept it from being read, with what it used."""
         messages, n = build_messages(self._rubric, *question, self._scored), len(question.order)
-        budget, plain, usage = self._config.max_tokens, False, Cost()
+        budget, most, plain, usage = self._config.max_tokens, MOST_TOKENS, False, Cost()
         reason = raw = ""
         final, left_out = False, tuple[str, ...]()
         for _ in range(self._config.max_attempts):
@@ -176,6 +176,11 @@ class Judge:
                 )
             except RequestRefused as refused:
                 usage += refused.usage
+                if refused.reason == "context_length" and budget > self._config.max_tokens:
+                    # It took the question with fewer: more tokens do not fit next to it.
+                    budget = most = budget // 2
+                    plain = True
+                    continue
                 reason, raw, final = f"refused: {refused.reason}", str(refused), refused.reason in PERMANENT
                 if refused.reason != "cut":
                     break
@@ -190,7 +195,7 @@ class Judge:
             except UnreadableVerdict as error:
                 allowed = self._endpoint.allowed_tokens(budget)
                 reason = f"cut at {allowed} tokens" if cut else choice.note or str(error)
-                budget = min(MOST_TOKENS, budget * 2) if cut else budget
+                budget = min(most, budget * 2) if cut else budget
                 # A grammar can run off in white space up to any limit, or keep a model from ending its thinking.
                 plain = not choice.text.strip() or (cut and self._endpoint.allowed_tokens(budget) == allowed)
             else:

@@ -1,7 +1,6 @@
 """Reading a judge's verdict, strictly: never out of its thinking, and never out of a text that it quotes."""
 
 import json
-import math
 import re
 from typing import Any
 
@@ -11,8 +10,13 @@ from pydantic import BaseModel
 # Objects in an answer that are tried as the verdict, from its end.
 MOST_OBJECTS = 50
 MOST_SCORE = 10
-_CLOSING = re.compile(r"[<\[]/(?:think(?:ing)?|thought|reasoning)[>\]]|<\|channel\|>final<\|message\|>", re.IGNORECASE)
-_OPENING = re.compile(r"[<\[](?:think(?:ing)?|thought|reasoning)[>\]]|<\|channel\|>analysis", re.IGNORECASE)
+_THINKING = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad)"
+_CLOSING = re.compile(
+    rf"[<\[◁]/{_THINKING}[>\]▷]|<\|end_(?:of_)?(?:thought|thinking)\|>|<\|channel\|>final<\|message\|>", re.IGNORECASE
+)
+_OPENING = re.compile(
+    rf"[<\[◁]{_THINKING}[>\]▷]|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|channel\|>analysis", re.IGNORECASE
+)
 _FENCE = re.compile(r"\s*(?:```\w*\s*)?")
 # An object without another in it; one that is not closed, too, unless the answer was cut.
 _FLAT, _CLOSED = re.compile(r"\{[^{}]*\}?"), re.compile(r"\{[^{}]*\}")
@@ -156,4 +160,4 @@ def _whole_number(value: Any) -> int | None:
         value = float(found[0]) if len(found) == 1 and len(found[0]) < 9 else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if math.isfinite(value) and value == int(value) else None
+    return int(value) if abs(value) < 1e9 and value == int(value) else None  # NaN is in no range

@@ -13,7 +13,6 @@ their words where there are none: providers word them alike for causes that have
 """
 
 import json
-import math
 import re
 import time
 from collections import deque
@@ -58,25 +57,31 @@ def _words(*alternatives: str) -> re.Pattern[str]:
 _RATE = _words(r"rate.?limit", r"too many requests", r"throttl")
 _CREDIT = _words(
     r"credit balance", r"insufficient[_ ](balance|credits?|funds|quota)", r"(out of|not enough|no|more) credits",
-    r"payment required", r"spending limit", r"overdue payment", r"arrear", r"余额不足",
+    r"payment required", r"spend(ing)? (limit|cap)", r"overdue payment", r"arrear", r"余额不足",
 )  # fmt: skip
 _PERIOD = _words(r"per(second|minute|hour|day)")
 _PER_DAY = _words(r"per[-_ ]?day", r"daily (limit|quota)", r"\b(rpd|tpd)\b")
 _BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key")
+# Not what was asked for next to a prompt, but a limit of its own.
+_OVER_A_LIMIT = _words(r"(?<!\+ )(?<!\+ `)max_?(new_|completion_|output_)?tokens[`'\"]? must be (<|less than|at most)")
 _CONTEXT_LENGTH = _words(
     r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"max_new_tokens",
     r"exceeds? the (maximum number of|configured limit of \d+) tokens", r"(input|prompt) is too long",
-    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length",
+    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length", r"tokens?[_ ]limit",
+    r"string[_ ](is )?(too[_ ]long|above[_ ]max)", r"prompt (exceeds|contains \d+ tokens)", r"max message tokens",
 )  # fmt: skip
 _CONTENT_FILTER = _words(
     r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
-    r"(inappropriate|prohibited|sensitive|unsafe) content", r"usage polic", r"敏感内容",
+    r"(inappropriate|prohibited|sensitive|unsafe)[_ ]content", r"usage polic", r"data[_ ]?inspection", r"敏感内容",
 )  # fmt: skip
 _CUT = _words(r"max_tokens or model output limit was reached")
 # Such a request has more tokens than a minute may have: it will never pass.
 _OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORECASE)
-_FILTERED = _words(r"content_?filter", r"safety", r"recitation", r"prohibited", r"blocklist", r"spii", r"sensitive")
-_WAIT = re.compile(r"(?:try again|retry) in ((?:\d+(?:\.\d+)?(?:h|ms|m|s))+)", re.IGNORECASE)
+_FILTERED = _words(
+    r"content_?filter", r"safety", r"recitation", r"prohibited", r"block", r"spii", r"sensitive", r"refus", r"toxic"
+)
+_TIME = r"(\d+(?:\.\d+)?) ?(h|ms|m|s)(?:ours?|in(?:ute)?s?|ec(?:ond)?s?)?(?![a-z])"
+_WAIT = re.compile(rf"(?:try again|retry|wait)(?: in| after| for)? ((?:{_TIME} ?)+)", re.IGNORECASE)
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 # What a token costs through the batch APIs of OpenAI and Google (2026-11), as a share of its price.
@@ -215,7 +220,7 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
     if isinstance(data, list) and data:
         data = data[0]
     items = data.get("choices") if isinstance(data, dict) else None
-    if isinstance(data, dict) and data.get("error") and not items:
+    if isinstance(data, dict) and not items and _is_error(data):
         raise classify_error(ServerError.of(200, {}, data))
     if not isinstance(items, list) or not items or not all(map(_is_choice, items)):
         text = shorten(body.decode(errors="replace"), 80)
@@ -232,6 +237,12 @@ def _read_ids(value: Any) -> list[int] | None:
     return value if is_list else None
 
 
+def _is_error(data: Mapping[str, Any]) -> bool:
+    """Tell whether an answer is an error: OpenAI's, or one that has the code of a status next to its words."""
+    code = _number(data.get("code"))
+    return bool(data.get("error")) or data.get("object") == "error" or (code is not None and 400 <= code < 600)
+
+
 def _is_choice(item: Any) -> bool:
     return isinstance(item, dict) and (isinstance(item.get("message"), dict) or bool(item.get("error")))
 
@@ -240,22 +251,31 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
     finish, error = finish_name(item.get("finish_reason")), item.get("error")
     if finish == "error" or error:
         cause = ServerError.of(200, {}, {"error": error or "the provider broke off"})
+        if isinstance(failure := classify_error(cause), StageStopped):
+            raise failure
         raise Transient(f"{cause.status}: {cause.text}", status=cause.status, maybe_billed=True)
     message = item["message"]
-    refusal, (text, thinking) = message.get("refusal"), _read_content(message.get("content"))
+    refusal, (text, thinking) = _refusal(message), _read_content(message.get("content"))
     note = ""
     if _FILTERED.search(finish):
         finish, note = "content_filter", "" if text else f"withheld by the provider's filter ({finish})"
     elif text.strip():
         pass
-    elif isinstance(refusal, str) and refusal:
+    elif refusal:
         text, finish, note = "", "content_filter", f"the model refused: {shorten(refusal, 200)}"
-    elif thinking or message.get("reasoning_content") or message.get("reasoning"):
+    elif thinking or any(message.get(name) for name in ("reasoning_content", "reasoning", "reasoning_details")):
         text = ""
         note = "the model only thought and wrote no answer: raise max_tokens, or have it think less (reasoning_effort)"
     else:
         note = f"the model wrote nothing (finish_reason {finish})"
     return Choice(text, finish, note, _read_ids(item.get("token_ids")))
+
+
+def _refusal(message: Mapping[str, Any]) -> str:
+    """Return what a model that refuses says, in a field of its own or in a part of the content."""
+    content = message.get("content")
+    parts = [message, *(part for part in content if isinstance(part, dict))] if isinstance(content, list) else [message]
+    return next((part["refusal"] for part in parts if isinstance(part.get("refusal"), str) and part["refusal"]), "")
 
 
 def _read_content(content: Any) -> tuple[str, bool]:
@@ -289,9 +309,9 @@ def _read_usage(data: Any, prompt_bytes: int, completion_length: int) -> Cost:
 
 
 def _count(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if 0 <= value < 1e9 else None
+    return int(value) if 0 <= value < 1e9 else None  # NaN is in no range
 
 
 # ---- errors
@@ -406,7 +426,7 @@ def _reason(error: ServerError) -> str:
         return "over_a_minute"
     if error.codes & _FILTER_CODES or _CONTENT_FILTER.search(text):
         return "content_filter"
-    if _CONTEXT_LENGTH.search(text):
+    if _CONTEXT_LENGTH.search(text) and not _OVER_A_LIMIT.search(text):
         return "context_length"
     return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
@@ -440,17 +460,17 @@ def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) 
             return None
     delays = [str(value) for name, value in fields if name == "retryDelay"]
     told = _WAIT.search(text)
-    parts = re.findall(r"(\d+(?:\.\d+)?)(h|ms|m|s)", delays[0] if delays else told[1] if told else "")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts) if parts else None
+    parts = re.findall(_TIME, delays[0] if delays else told[1] if told else "", re.IGNORECASE)
+    return sum(float(number) * _UNITS[unit.lower()] for number, unit in parts) if parts else None
 
 
 def _epoch(headers: Mapping[str, str], fields: list[tuple[str, Any]]) -> float | None:
     """Return the moment that an X-RateLimit-Reset names, in seconds since 1970 (OpenRouter: in ms, in the body too)."""
     inside = next((value for name, value in fields if name.lower() == "x-ratelimit-reset"), None)
     moment = _number(headers.get("x-ratelimit-reset") or inside)
-    if moment is None or moment < 1e9:
-        return None
-    return moment / 1000 if moment > 1e11 else moment
+    if moment is not None and moment > 1e11:
+        moment /= 1000
+    return moment if moment is not None and 1e9 <= moment < 1e11 else None
 
 
 def _number(value: Any) -> float | None:

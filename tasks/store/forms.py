@@ -36,11 +36,25 @@ ROLES = {
 }  # fmt: skip
 TEXT = ("text", "input_text", "output_text")
 SAMPLES = ("completions", "responses", "outputs", "generations", "choices")
-ENCODINGS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 # What providers and gateways say where OpenAI says "stop" and "length".
-ENDED = re.compile(r"(stop(_sequence)?|end_?(of_)?turn|eos(_token)?|complete)$", re.IGNORECASE)
-AT_LIMIT = re.compile(r"(length|(max|model)_?(output_|completion_)?(tokens|length)|token_?limit)$", re.IGNORECASE)
-GZIP, PACKED = b"\x1f\x8b", {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
+ENDED = re.compile(
+    r"(finish_reason_)?(stop(_(sequence|token|string))?|end(_?(of_)?turn)?|eos(_token|_found)?|completed?|finished|done)$",
+    re.IGNORECASE,
+)
+AT_LIMIT = re.compile(
+    r"(finish_reason_)?(length|limit|(max|model)_?(output_|completion_|new_)?(tokens|length)|token_?limit"
+    r"|(model_)?context_(length|window)(_exceeded)?)$",
+    re.IGNORECASE,
+)
+GZIP, PACKED = b"\x1f\x8b", {
+    b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+}  # fmt: skip
 OPENAI_PAIR = {"input": "prompt", "preferred_output": "chosen", "non_preferred_output": "rejected"}
 # Of a file: enough to tell its format. Of a table: rows that become Python's objects, ten times as large, at once.
 HEAD, ROWS_AT_ONCE = 1 << 20, 1000
@@ -75,7 +89,7 @@ def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_read_arrow(uri, store), 1)
     elif other := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
         raise PreflowError(f"{uri}: {other} is not read; unpack it, or pack it with gzip")
-    elif uri.removesuffix(".gz").endswith((".csv", ".tsv")):
+    elif _name(uri).endswith((".csv", ".tsv")):
         yield from _read_csv(uri, _text(uri, store))
     elif head.startswith((GZIP, *(bom for bom, _ in ENCODINGS))) or b"\r" in head.rstrip(b"\r\n"):
         text = _text(uri, store)
@@ -85,6 +99,10 @@ def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
         yield from enumerate(parse_json(_text(uri, store), uri), 1)
     else:
         yield from _read_lines(uri, store.lines(uri))
+
+
+def _name(uri: str) -> str:
+    return uri.lower().removesuffix(".gz")
 
 
 def _text(uri: str, store: Workspace) -> str:
@@ -132,6 +150,8 @@ def parse_json(line: str | bytes, where: str) -> Any:
         raise PreflowError(
             f"{where}: {field}half a character (\\u{ord(half):04x}). Write the text again as UTF-8."
         ) from error
+    except UnicodeDecodeError as error:
+        raise PreflowError(f"{where}: not utf-8 text ({error.reason}). Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         raise PreflowError(f"{where}: not usable JSON ({error}). Each line must be one JSON object.") from error
     return value
@@ -154,12 +174,12 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
 def _read_csv(uri: str, text: str) -> Iterator[tuple[int, Row]]:
     head = text.partition("\n")[0]
     # German and French tables have semicolons.
-    usual = "\t" if uri.removesuffix(".gz").endswith(".tsv") else ","
+    usual = "\t" if _name(uri).endswith(".tsv") else ","
     delimiter = max("\t;,", key=lambda mark: (head.count(mark), mark == usual))
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
         if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
             raise PreflowError(f"{uri}:1: the column {twice[0]!r} stands twice: rename one")
         for cells in reader:
@@ -223,14 +243,24 @@ def to_prompt(row: Any) -> tuple[Row, str]:
         if row.get(field) not in (None, ""):
             rest = {key: value for key, value in row.items() if key not in (field, "system", "system_prompt")}
             converted = read(row[field], field, rest)
-            system = row.get("system") or row.get("system_prompt")
-            if isinstance(system, str) and converted and converted[0]["role"] != "system":
-                converted = [{"role": "system", "content": system}, *converted]
-            return _with_group({**rest, "prompt": converted}), name
+            return _with_group({**rest, "prompt": _with_system(row, converted)}), name
     if {"chosen", "rejected"} <= row.keys():  # pairs, of which only the prompt is wanted
         pair, form = to_pair(row)
         return {name: value for name, value in pair.items() if name not in ("chosen", "rejected")}, form
     raise WrongForm(f"no prompt in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
+
+
+def _with_system(row: Row, turns: Messages) -> Messages:
+    """Return a prompt's turns with the system message that a column of its own holds."""
+    texts = [value for name in ("system", "system_prompt") if (value := row.get(name)) not in (None, "")]
+    if not texts:
+        return turns
+    if not isinstance(texts[0], str):
+        raise WrongForm(f"system: a {type(texts[0]).__name__}, not a text")
+    own = [turn["content"] for turn in turns[:1] if turn["role"] == "system"]
+    if any(text != texts[0] for text in (*texts, *own)):
+        raise WrongForm("system: two system messages that differ; keep one")
+    return turns if own else [{"role": "system", "content": texts[0]}, *turns]
 
 
 def _with_group(row: Row) -> Row:
@@ -240,7 +270,9 @@ def _with_group(row: Row) -> Row:
         group = int(group)
     if isinstance(group, int) and not isinstance(group, bool):
         return {**row, "group": str(group)}
-    is_none = group is None or (isinstance(group, str) and not group.strip())
+    if isinstance(group, str) and group.strip():
+        return {**row, "group": group.strip()}
+    is_none = group is None or isinstance(group, str)
     return {name: value for name, value in row.items() if name != "group"} if is_none else row
 
 
@@ -272,11 +304,19 @@ def _from_messages(value: Any, field: str, rest: Row) -> Messages:
     return found
 
 
-def _from_instruction(value: Any, _: str, rest: Row) -> Messages:
+def _from_instruction(value: Any, field: str, rest: Row) -> Messages:
     given = rest.pop("input", None)
-    if (answer := rest.pop("output", None)) is not None:
+    if "completion" not in rest and (answer := rest.pop("output", None)) is not None:
         rest["completion"] = answer
-    return _user(f"{value}\n\n{given}" if given else str(value))
+    asked = _plain(value, field)
+    return _user(f"{asked}\n\n{_plain(given, 'input')}" if given else asked)
+
+
+def _plain(value: Any, field: str) -> str:
+    """Return a text, or a number as one."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise WrongForm(f"{field}: a {type(value).__name__}, not a text")
+    return str(value)
 
 
 PROMPT_FORMS: tuple[tuple[str, str, Callable[[Any, str, Row], Messages]], ...] = (
@@ -285,8 +325,8 @@ PROMPT_FORMS: tuple[tuple[str, str, Callable[[Any, str, Row], Messages]], ...] =
     ("conversations (ShareGPT)", "conversations", _from_messages),
     ("conversation", "conversation", _from_messages),
     ("instruction (Alpaca)", "instruction", _from_instruction),
-    ("question", "question", lambda value, _, __: _user(str(value))),
-    ("query", "query", lambda value, _, __: _user(str(value))),
+    ("question", "question", lambda value, field, _: _user(_plain(value, field))),
+    ("query", "query", lambda value, field, _: _user(_plain(value, field))),
 )
 
 
@@ -305,11 +345,12 @@ def _message(item: Any, where: str) -> dict[str, str]:
     if not isinstance(item, dict):
         raise WrongForm(f"{where}: not a message with role and content")
     role = item.get("role", item.get("from"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise WrongForm(f"{where}: the role {role!r} is not system, user or assistant")
     content = item.get("content", item.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") in TEXT for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text", "") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
         raise WrongForm(f"{where}: its content is not text")
     known = {"role", "from", "content", "value", "weight"}
@@ -341,7 +382,8 @@ def finish_name(reason: Any) -> str:
     """Return OpenAI's name for why an answer ended: stop or length; another reason as it is."""
     if not isinstance(reason, str) or not reason:
         return "unknown"
-    return "stop" if ENDED.match(reason) else "length" if AT_LIMIT.match(reason) else reason
+    reason = reason.strip()
+    return "stop" if ENDED.match(reason) else "length" if AT_LIMIT.match(reason) else reason or "unknown"
 
 
 def ended_by_itself(reason: str | None) -> bool:

@@ -1,7 +1,6 @@
 """Pairs that something else made, held to the same measures: each is read as a row that a judge has voted on once."""
 
 import hashlib
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +59,7 @@ def _confidence_of(pair: PairRow, where: str) -> int | None:
     given = (pair.model_extra or {}).get("confidence")
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) < 1e9:
         raise PreflowError(f"{where}: confidence is {given!r}, not a number. Give 1-5, or leave it out.")
     return round(given)
 

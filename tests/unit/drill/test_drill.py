@@ -37,11 +37,10 @@ def test_the_plan_is_that_of_its_seed_and_alternates() -> None:
     assert steps == sorted(set(steps))
     assert steps[-1] < 36, "not so near the end that the training is over first"
     assert [kind for _, kind in plan] == [Kind.NOTICE, Kind.AT_ONCE, Kind.NOTICE, Kind.AT_ONCE, Kind.NOTICE]
-    for few in (4, 5, 100):
-        assert len(Drill("w", preemptions=few // 2, steps=few).plan()) == few // 2
-        for preemptions in (0, few // 2 + 1):
-            with pytest.raises(PreflowError, match="take more steps"):
-                Drill("w", preemptions=preemptions, steps=few).plan()
+    assert len(Drill("w", preemptions=2, steps=5).plan()) == 2
+    for preemptions in (0, 3):
+        with pytest.raises(PreflowError, match="take more steps"):
+            Drill("w", preemptions=preemptions, steps=5).plan()
 
 
 def test_the_table_says_what_each_preemption_cost_and_the_verdict_what_differs() -> None:
@@ -126,11 +125,11 @@ async def test_being_back_means_having_written_since(order: TrainingOrder, tmp_p
     write_steps(tmp_path, 0, 1, 2)
     training = asyncio.create_task(asyncio.sleep(60, ADAPTER))
     back = asyncio.create_task(TrainingWatch(order, training).until(2, again=True))
-    await asyncio.sleep(0.3)
-    assert not back.done(), "these are the rows of the trainer that was preempted"
-    write_steps(tmp_path, 0, 1)
-    await asyncio.sleep(0.3)
-    assert not back.done()
+    for rows_of_the_next_trainer in ((), (0, 1)):
+        if rows_of_the_next_trainer:
+            write_steps(tmp_path, *rows_of_the_next_trainer)
+        await asyncio.sleep(0.3)
+        assert not back.done()
     write_steps(tmp_path, 0, 1, 2, 3)
     await asyncio.wait_for(back, 30)
     training.cancel()

@@ -1,5 +1,6 @@
 """Interrupting a training's pod, against a server that speaks as much Kubernetes as that takes."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from tasks.errors import PreflowError
 from tasks.train.work_pool import TrainingOrder
 
 RUN = UUID(int=7)
-POLLS_UNTIL_GONE = 2
+POLLS_UNTIL_GONE = 3
 PODS = "/api/v1/namespaces/preflow/pods"
 
 
@@ -30,19 +31,23 @@ def pod(name: str, phase: str = "Running", run: UUID = RUN, leaving: bool = Fals
 
 
 class Cluster:
-    """Pods, what was done to them, and an API that takes a pod away after a few questions."""
+    """Pods, what was done to them, and an API that takes a pod away after it was listed a few times."""
 
-    def __init__(self, *pods: dict[str, Any]) -> None:
-        self.pods, self.asked, self.forbidden = pods, 0, False
-        self.done, self.reviewed = list[tuple[str, Any]](), list[tuple[str, str, str]]()
+    def __init__(self) -> None:
+        self.pods, self.listed, self.forbidden, self.silent = list[dict[str, Any]](), 0, False, "nothing"
+        self.done, self.reviewed = list[tuple[str, Any]](), list[tuple[str, str]]()
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
+        name, _, action = request.path.removeprefix(PODS).strip("/").partition("/")
+        if self.silent == (action or "list"):
+            await asyncio.sleep(60)
         if request.path.endswith("selfsubjectaccessreviews"):
             asked = (await request.json())["spec"]["resourceAttributes"]
-            self.reviewed.append((asked["verb"], asked["resource"], asked["subresource"]))
-            allowed = asked["namespace"] == "preflow" and not (self.forbidden and asked["subresource"])
+            self.reviewed.append((asked["verb"], asked["subresource"]))
+            allowed = (asked["namespace"], asked["resource"]) == ("preflow", "pods") and not (
+                self.forbidden and asked["subresource"]
+            )
             return web.json_response({"spec": {}, "status": {"allowed": allowed}}, status=201)
-        name, _, action = request.path.removeprefix(PODS).strip("/").partition("/")
         if action and self.forbidden:
             return web.json_response({"kind": "Status", "code": 403}, status=403)
         if action == "eviction":
@@ -54,14 +59,11 @@ class Cluster:
             await stream.prepare(request)
             await stream.close()
             return stream
-        if name:
-            self.asked += 1
-            gone = self.asked > POLLS_UNTIL_GONE
-            return web.json_response(
-                {"kind": "Status", "code": 404} if gone else pod(name), status=404 if gone else 200
-            )
+        self.listed += 1
         key, _, value = request.query["labelSelector"].partition("=")
         items = [item for item in self.pods if item["metadata"]["labels"].get(key) == value]
+        if self.listed > POLLS_UNTIL_GONE:
+            items = [item for item in items if item["metadata"]["name"] != "wanted"]
         return web.json_response({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items})
 
 
@@ -77,7 +79,7 @@ async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     cluster = Cluster()
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", cluster.answer)
-    runner = web.AppRunner(application, access_log=None)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     kubeconfig = {
@@ -105,17 +107,27 @@ TARGET = PodTarget(15, "preflow")
 
 @pytest.mark.parametrize(("kind", "done"), [(Kind.NOTICE, 15), (Kind.AT_ONCE, ["sh", "-c", "kill -KILL -1"])])
 async def test_the_running_pod_of_the_newest_run_is_evicted_or_killed(cluster: Cluster, kind: Kind, done: Any) -> None:
-    others = pod("failed", phase="Failed"), pod("leaving", leaving=True), pod("other", run=UUID(int=6))
-    cluster.pods = (*others, pod("wanted"))
+    others = [pod("failed", phase="Failed"), pod("leaving", leaving=True), pod("other", run=UUID(int=6))]
+    cluster.pods = [*others, pod("wanted")]
     await TARGET.preempt(ORDER, kind)
     assert cluster.done == [("wanted", done)]
-    assert cluster.asked == POLLS_UNTIL_GONE + 1, "it is waited for until the pod is gone"
-    cluster.forbidden = True
-    with pytest.raises(PreflowError, match=r"namespace preflow: 403 .*kubectl auth can-i"):
-        await TARGET.preempt(ORDER, kind)
-    cluster.pods = others
+    assert cluster.listed == POLLS_UNTIL_GONE + 1, "it is waited for until the pod is gone"
     with pytest.raises(PreflowError, match=f"flow-run-id={RUN} in namespace preflow"):
         await TARGET.preempt(ORDER, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "silent", "said"),
+    [(Kind.NOTICE, "", "403 "), (Kind.AT_ONCE, "", "403 "), (Kind.NOTICE, "list", "it does not answer"),
+     (Kind.NOTICE, "eviction", "it does not answer"), (Kind.AT_ONCE, "exec", "it does not answer")],
+)  # fmt: skip
+async def test_a_cluster_that_refuses_or_is_silent_ends_the_drill_with_a_message(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, kind: Kind, silent: str, said: str
+) -> None:
+    monkeypatch.setattr(preemption, "ANSWER_SECONDS", 0.5 if silent else 20.0)
+    cluster.pods, cluster.silent, cluster.forbidden = [pod("wanted")], silent or "nothing", not silent
+    with pytest.raises(PreflowError, match=rf"namespace preflow: {said}.*kubectl auth can-i"):
+        await asyncio.wait_for(TARGET.preempt(ORDER, kind), 10)
 
 
 async def test_a_right_that_is_missing_is_named_before_anything_is_trained(

@@ -194,6 +194,8 @@ READABLE = {
     "thinking that the template opened": f'The form is {{"best": 1, "worst": 2}}.\n</think>\n\n{V}',
     "thinking in brackets": f'[THINK]{{"best": 1, "worst": 2}}[/THINK]{V}',
     "thinking of gpt-oss": f'<|channel|>analysis<|message|>{{"best": 1, "worst": 2}}<|channel|>final<|message|>{V}',
+    "thinking of Kimi": f'◁think▷{{"best": 1, "worst": 2}}◁/think▷{V}',
+    "thinking of Seed": f'<seed:think>{{"best": 1, "worst": 2}}</seed:think>{V}',
     "unclosed": '{"best": 2, "worst": 3, "confidence": 4',
     "another object last": f'{V}\n{{"note": "done"}}',
 }
@@ -214,6 +216,9 @@ UNREADABLE = {
         'The form is {"best": 1, "worst": 2, "confidence": 5}. Two is better.\n</think>\n\nBest is 2, worst is 1.',
         "no JSON object",
     ),
+    "a verdict in other thinking": ("<seed:think>" + V + "</seed:think>Not sure.", "no JSON object"),
+    "a verdict in a thought": (f"<|begin_of_thought|>{V}<|end_of_thought|>Not sure.", "no JSON object"),
+    "without end": (f'{{"best": {"9" * 400}, "worst": 1}}', "not a number"),
     "prose": ("The second is best, the third worst.", "no JSON object"),
     "no worst": ('{"best": 2}', "not a number"),
     "equal": ('{"best": 2, "worst": 2}', "both 2"),
@@ -350,6 +355,7 @@ async def test_scores_stand_in_the_order_shown_and_are_asked_for_again_if_missin
 CUT = ("Let me think", "length")
 REFUSED = RequestRefused(200, "content_filter", "refused", usage=Cost(requests=1, prompt_tokens=5))
 TOO_LONG = RequestRefused(400, "cut", "max_tokens was reached")
+NO_ROOM = RequestRefused(400, "context_length", "max_tokens is too large for a context of 300 tokens")
 # What the endpoint answers, the most tokens that it allows; those asked for, each with or without (-) a grammar; why
 # there is no vote (None: there is one), whether that is final.
 ASKED: dict[str, tuple[list[Any], int, list[int], str | None, bool | None]] = {
@@ -358,6 +364,9 @@ ASKED: dict[str, tuple[list[Any], int, list[int], str | None, bool | None]] = {
     "cut at what the endpoint allows": ([CUT, V], 100, [100, -200], None, None),
     "cut to the end": ([CUT] * 3, 100, [100, -200, -400], "cut at 100 tokens", None),
     "cut, the provider says": ([TOO_LONG, V], 10**6, [100, -200], None, None),
+    "cut, and twice the tokens do not fit": ([CUT, NO_ROOM, V], 10**6, [100, 200, -100], None, None),
+    "cut, and no more fit to the end": ([CUT, NO_ROOM, CUT], 10**6, [100, 200, -100], "cut at 100 tokens", None),
+    "too long at first": ([NO_ROOM], 10**6, [100], "refused: context_length", True),
     "unreadable to the end": (["no"] * 3, 10**6, [100] * 3, "no JSON object with a `best`", None),
     "refused for what it says": ([REFUSED], 10**6, [100], "refused: content_filter", True),
     "refused for another reason": (

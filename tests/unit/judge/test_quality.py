@@ -159,6 +159,7 @@ def test_audit_reads_confidence_and_names_the_line_that_is_wrong(tmp_path: Path)
     assert set(report.metric("confidence").detail["histogram"]) == {"2", "3", "4"}
     for bad, message in (
         ({**pairs[2], "confidence": "high"}, r"broken\.jsonl, row 3: confidence"),
+        ({**pairs[2], "confidence": 10**400}, r"broken\.jsonl, row 3: confidence"),
         ({**pairs[2], "confidence": float("nan")}, r"broken\.jsonl:3: .*NaN"),
         ({"prompt": [{"role": "user", "content": "x"}]}, r"broken\.jsonl:3: no chosen and rejected"),
     ):

@@ -227,6 +227,7 @@ SEVEN = {"prompt_tokens": 7, "completion_tokens": 5}
         ({"prompt_tokens": "many", "completion_tokens": 5}, (11, 5, 0)),
         ({"prompt_tokens": 7, "completion_tokens": float("inf")}, (7, 3, 0)),
         ({"prompt_tokens": True, "completion_tokens": [5]}, (11, 3, 0)),
+        ({"prompt_tokens": 10**400, "completion_tokens": float("nan")}, (11, 3, 0)),
         ([7, 5], (11, 3, 0)),
         ("12", (11, 3, 0)),
     ],
@@ -274,6 +275,9 @@ THOUGHT = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
         ({"content": None, "reasoning_content": "hm"}, "stop", "", "stop", "only thought.*reasoning_effort"),
         ({"content": " ", "reasoning": "hm"}, "length", "", "length", "only thought"),
         ({"content": THOUGHT}, "stop", "", "stop", "only thought"),
+        ({"content": "", "reasoning_details": [{"text": "hm"}]}, "length", "", "length", "only thought"),
+        ({"content": [{"type": "refusal", "refusal": "I can't."}]}, "stop", "", "content_filter", "refused: I can't"),
+        ({"content": None}, "refusal", "", "content_filter", r"filter \(refusal"),
         ({"content": None}, "SAFETY", "", "content_filter", r"filter \(SAFETY\)"),
         ({"content": None}, "content_filter: RECITATION", "", "content_filter", r"filter \(content_filter: RECITATION"),
         ({"content": {"odd": 1}}, "stop", "", "stop", "wrote nothing"),
@@ -291,6 +295,8 @@ def test_an_answer_is_its_text_without_the_thinking(
     ("said", "reason"),
     [("MAX_TOKENS", "length"), ("max_tokens", "length"), ("model_length", "length"), ("max_output_tokens", "length"),
      ("STOP", "stop"), ("end_turn", "stop"), ("eos", "stop"), ("stop_sequence", "stop"), ("COMPLETE", "stop"),
+     ("FINISH_REASON_STOP", "stop"), ("eos_found", "stop"), ("stop_token", "stop"), ("stop ", "stop"),
+     ("max_new_tokens", "length"), ("model_context_window_exceeded", "length"), ("time_limit", "time_limit"),
      ("tool_calls", "tool_calls"), ("stopped_by_user", "stopped_by_user"), (None, "unknown"), (["stop"], "unknown")],
 )  # fmt: skip
 def test_why_an_answer_ended_has_one_name(said: Any, reason: str) -> None:
@@ -309,6 +315,9 @@ def test_a_choice_that_the_provider_broke_off_is_no_completion() -> None:
     with pytest.raises(Transient, match="Provider disconnected") as caught:
         read_answer(json.dumps({"choices": [broken]}).encode(), prompt_bytes=1)
     assert caught.value.status == 502
+    broken["error"] = {"code": 402, "message": "Insufficient credits"}
+    with pytest.raises(CreditUsedUp):
+        read_answer(json.dumps({"choices": [broken]}).encode(), prompt_bytes=1)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +334,9 @@ def test_a_choice_that_the_provider_broke_off_is_no_completion() -> None:
 def test_an_error_inside_a_200_counts_as_what_it_is(error: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind):
         read_answer(json.dumps({"error": error, "choices": []}).encode(), prompt_bytes=1)
+    if isinstance(error, dict) and "code" in error:  # as some have it
+        with pytest.raises(kind):
+            read_answer(json.dumps({"object": "error", **error}).encode(), prompt_bytes=1)
 
 
 # ---- errors
@@ -368,6 +380,13 @@ def google_error(quota: str | None, delay: str | None) -> list[Any]:
         (400, openai_error("Content Exists Risk"), "content_filter"),
         (400, {"code": "DataInspectionFailed", "message": "no"}, "content_filter"),
         (400, {"error": {"code": "content_filter", "innererror": {"code": "Jailbreak"}}}, "content_filter"),
+        (400, openai_error("string too long. Expected at most 1048576", "string_above_max_length"), "context_length"),
+        (400, openai_error("Prompt exceeds max length"), "context_length"),
+        (400, openai_error("Data inspection failed: PROHIBITED_CONTENT"), "content_filter"),
+        # A limit of the answer's tokens, whatever is asked: not this row's fault.
+        (422, {"error": "`max_new_tokens` must be <= 1024. Given: 4096", "error_type": "v"}, "bad_request"),
+        (400, openai_error("`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is "
+                           "less than the `context_window` for this model"), "bad_request"),
         (400, openai_error("Could not finish: max_tokens or model output limit was reached."), "cut"),
         (400, b"", "bad_request"),
         (451, {"message": "no"}, "bad_request"),
@@ -401,6 +420,7 @@ def test_refusals_say_why(status: int, body: Any, reason: str) -> None:
         (403, {"error": {"type": "billing_error", "message": "The account is not in good standing."}}, CreditUsedUp),
         (400, {"code": "Arrearage", "message": "Access denied."}, CreditUsedUp),
         (429, openai_error(QUOTA, "insufficient_quota"), CreditUsedUp),
+        (429, openai_error("Your project has exceeded its monthly spending cap."), CreditUsedUp),
     ],
 )  # fmt: skip
 def test_what_only_another_key_or_money_can_help(status: int, body: Any, kind: type[Exception]) -> None:
@@ -414,6 +434,7 @@ def test_what_only_another_key_or_money_can_help(status: int, body: Any, kind: t
         ({"error": {"message": "Rate limit exceeded: free-models-per-day", "code": 429,
                     "metadata": {"headers": {"X-RateLimit-Reset": "1795737600000"}}}}, "2026-11-27 00:00 UTC"),
         (openai_error("Daily limit of 50 requests reached"), "does not say when"),
+        ({**openai_error("Daily limit"), "X-RateLimit-Reset": "999999999999999"}, "does not say when"),
     ],
 )  # fmt: skip
 def test_a_day_s_quota_that_is_used_up_stops_the_stage_and_says_when_it_is_back(body: Any, when: str) -> None:
@@ -437,6 +458,8 @@ DAY = formatdate(time.time() + 86_400, usegmt=True)
         (429, {"error": {"message": "Rate limit reached on requests per day (RPD). Please try again in 7m12s.",
                          "code": "rate_limit_exceeded"}}, {}, 432),
         (429, {"error": {"message": "Please try again in 350ms. Visit the billing page.", "type": "tokens"}}, {}, 0.35),
+        (429, {"error": {"message": "Please retry after 30 seconds."}}, {}, 30),
+        (429, {"error": {"message": "Slow down. Please wait 1 minute 5.5 sec before you try."}}, {}, 65.5),
         (403, {"error": {"code": 403, "message": "Provider returned error: rate limited by upstream"}}, {}, None),
         # The wait that is asked for, in all its forms.
         (429, {}, {"retry-after": "7"}, 7),

@@ -34,6 +34,10 @@ def refusal(text: str, param: str = "") -> RequestRefused:
         ("Failed to parse grammar", "", "response_format"),
         ("Only one completion choice is allowed", "", "n"),
         ("'n' must be 1", "", "n"),
+        ("This model does not support n>1", "", "n"),
+        ("Unsupported parameter: n", "", "n"),
+        ("body.n Extra inputs are not permitted", "", "n"),
+        ("Only one candidate can be specified", "", "n"),
         ("candidateCount must be in the range of 1 to 1", "", "n"),
         ("Unrecognized request argument supplied: reasoning_effort", "", "reasoning_effort"),
         ("Unrecognized request argument supplied: return_token_ids", "", "return_token_ids"),
@@ -82,6 +86,8 @@ def test_a_refusal_that_goes_on_after_all_was_left_out_ends() -> None:
         ("max_tokens: 1024 > 400, which is the maximum allowed number of output tokens", 400),
         ("Invalid max_tokens value, the valid range of max_tokens is [1, 800]", 800),
         ("maxOutputTokens value of 1024 but the supported range is from 1 (inclusive) to 1000 (exclusive)", 1000),
+        ("max_tokens is too large: 1,024. This model supports at most 1,000 completion tokens", 1000),
+        ("`max_new_tokens` must be <= 800. Given: 1024", 800),
         ("max_tokens is too large", 512),
     ],
 )
@@ -106,7 +112,11 @@ def test_max_tokens_has_another_name_for_newer_models() -> None:
 @pytest.mark.parametrize(
     "text",
     ["System role not supported", "Developer instruction is not enabled for models/gemma-3-27b-it",
-     "Conversation roles must alternate user/assistant", "system messages are not allowed"],
+     "Conversation roles must alternate user/assistant", "system messages are not allowed",
+     "Only user and assistant roles are supported!", "Unexpected role: system", "role 'system' is not supported",
+     "'system' is not one of ['user', 'assistant'] - 'messages.0.role'", "This model does not support system messages",
+     "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+     "Invalid value: 'system'. Supported values are: 'user' and 'assistant'.", "Please use a valid role: user, model."],
 )  # fmt: skip
 def test_without_a_system_role_its_text_opens_the_user_s_message(text: str) -> None:
     dialect = Dialect("m")

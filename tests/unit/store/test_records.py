@@ -23,7 +23,7 @@ def write_lines(folder: Path, *lines: Any) -> str:
 BAD = {
     "not JSON": (b"{not json", r"not usable JSON"),
     "cut": (b'{"prompt": [{"role": "user", "con', r"not usable JSON"),
-    "not UTF-8": (b'{"prompt": "\xff\xfe"}', r"not usable JSON"),
+    "not UTF-8": (b'{"prompt": "\xff\xfe"}', r"not utf-8 text"),
     "a key twice": (b'{"prompt": "x", "prompt": "y"}', r"the key 'prompt' stands twice"),
     "a number without end": (b'{"prompt": "x", "score": 1e999}', r"1e999 is no number"),
     "half a character elsewhere": (b'{"prompt": "x", "note": "\\ud83d"}', r"note: half a character \(\\ud83d\)"),
