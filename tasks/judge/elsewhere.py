@@ -2,8 +2,6 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from typing import TypeVar
 
 from tasks.config import JudgingConfig, resolve_location
 from tasks.errors import PreflowError
@@ -15,7 +13,6 @@ from tasks.store.workspace import CompletionsRef, Manifest, Origin, PreferencesR
 
 VERSION = 3
 logger = logging.getLogger(__name__)
-FoundRow = TypeVar("FoundRow", CompletionsRow, PairRow)
 
 
 def import_completions(source: str, workspace: str) -> CompletionsRef:
@@ -26,22 +23,25 @@ def import_completions(source: str, workspace: str) -> CompletionsRef:
     Raises:
         PreflowError: a row is wrong (file, line, field), or there is none.
     """
-    file, store = _as_origin(source), Workspace(workspace)
+    source = resolve_location(source)
+    origin, store = Workspace.holding(source), Workspace(workspace)
+    file = Origin(kind="file", uri=source, sha256=source_digest(source))
     key = stage_key("completions-elsewhere", VERSION, source=file.sha256)
-    folder, counts = store.uri("completions", key), Counter[str]()
+    folder, forms = store.uri("completions", key), Counter[str]()
     if known := store.find_finished(f"{folder}/manifest.json", CompletionsRef):
         return known
-    seen = set[str]()
+    seen: set[str] = set()
+    counts: Counter[str] = Counter()
     with store.writing(f"{folder}/completions.jsonl") as out:
-        for row in _read(CompletionsRow, file.uri):
+        for _, row in number_rows(CompletionsRow, source, origin, forms):
             identity = prompt_id([message.model_dump() for message in row.prompt])
             counts["duplicates" if identity in seen else "prompts"] += 1
             if identity not in seen:
                 seen.add(identity)
                 out.write_row({**row.model_dump(exclude_none=True), "id": identity})
     if not out.rows:
-        raise PreflowError(f"{file.uri}: has no rows. Give completions, each row with its prompt.")
-    logger.info("%s: %s", file.uri, _listed(counts))
+        raise PreflowError(f"{source}: has no rows. Give completions, each row with its prompt.")
+    logger.info("%s: %s; its rows were %s", source, _listed(counts), _listed(forms))
     artifact = CompletionsRef(uri=f"{folder}/completions.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
     store.write_manifest(
         Manifest(
@@ -60,40 +60,32 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
     Raises:
         PreflowError: a row is wrong (file, line, field), or there is none to train on.
     """
-    file, store = _as_origin(source), Workspace(workspace)
-    split = {"val_ratio": judging.val_ratio, "seed": judging.seed}
-    key = stage_key("preferences-elsewhere", VERSION, source=file.sha256, **split)
-    folder, groups = store.uri("preferences", key), set[str]()
+    source = resolve_location(source)
+    origin, store = Workspace.holding(source), Workspace(workspace)
+    file = Origin(kind="file", uri=source, sha256=source_digest(source))
+    key = stage_key(
+        "preferences-elsewhere", VERSION, source=file.sha256, val_ratio=judging.val_ratio, seed=judging.seed
+    )
+    folder, forms, groups = store.uri("preferences", key), Counter[str](), set[str]()
     if known := store.find_finished(f"{folder}/manifest.json", PreferencesRef):
         return known
     with store.writing(f"{folder}/train.jsonl") as train, store.writing(f"{folder}/val.jsonl") as val:
-        for row in _read(PairRow, file.uri):
+        for _, row in number_rows(PairRow, source, origin, forms):
             identity, group = prompt_id([message.model_dump() for message in row.prompt]), getattr(row, "group", None)
+            pair = {**row.model_dump(exclude_none=True), "id": identity}
             held_out = is_validation(identity, group, judging.seed, judging.val_ratio)
             if not (held_out and row.sft_only):
-                (val if held_out else train).write_row({**row.model_dump(exclude_none=True), "id": identity})
+                (val if held_out else train).write_row(pair)
             if len(groups) < 2:
                 groups.add(group or identity)
-        check_spread(file.uri, train.rows + val.rows, groups, judging)
+        check_spread(source, train.rows + val.rows, groups, judging)
     if not train.rows:
-        raise PreflowError(f"{file.uri}: no pair to train on ({val.rows} are held out). Give more, or lower val_ratio.")
+        raise PreflowError(f"{source}: no pair to train on ({val.rows} are held out). Give more, or lower val_ratio.")
+    logger.info("%s: its rows were %s", source, _listed(forms))
     quality = measure_pairs(f"{folder}/train.jsonl", f"{folder}/val.jsonl" if val.rows else None)
     written = {"train.jsonl": train, "val.jsonl": val}
     return finish_pairs(store, folder, written, quality, version=VERSION, key=key, upstream=(file,))
 
 
-def _as_origin(source: str) -> Origin:
-    source = resolve_location(source)
-    return Origin(kind="file", uri=source, sha256=source_digest(source))
-
-
-def _read(kind: type[FoundRow], uri: str) -> Iterator[FoundRow]:
-    """Yield a file's rows, and say in the end which forms they had."""
-    forms = Counter[str]()
-    for _, row in number_rows(kind, uri, Workspace.holding(uri), forms):
-        yield row
-    logger.info("%s: its rows were %s", uri, _listed(forms))
-
-
-def _listed(counts: Counter[str]) -> str:
+def _listed(counts: dict[str, int] | Counter[str]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
