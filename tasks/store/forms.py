@@ -411,10 +411,11 @@ def _sample(item: Any, where: str) -> str:
     return item
 
 
-def to_pair(row: Any) -> tuple[Row, str]:
+def to_pair(row: Any, one_answer: bool = True) -> tuple[Row, str]:
     """Return a row as TRL's conversational preference pair, and the form that it had.
 
-    The prompt is what both sides begin with, turn by turn; what is left must be one answer of the assistant each.
+    The prompt is what both sides begin with, turn by turn; what is left must be one answer of the assistant each, or
+    else, without `one_answer`, end in one.
 
     Raises:
         WrongForm: it has no two sides in a known form, or they differ before the last answer.
@@ -435,7 +436,7 @@ def to_pair(row: Any) -> tuple[Row, str]:
     turns = _joined(prompt, shared)
     answers = [side[len(shared) :] for side in whole]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if [turn["role"] for turn in answer] != ["assistant"]:
+        if [turn["role"] for turn in (answer if one_answer else answer[-1:])] != ["assistant"]:
             roles = ", ".join(turn["role"] for turn in answer) or "nothing"
             raise WrongForm(f"{name}: after what both sides share it holds {roles}, not one answer of the assistant")
     return _with_group({**rest, "prompt": turns, "chosen": answers[0], "rejected": answers[1]}), form
