@@ -143,8 +143,8 @@ def collect_evidence(evaluation: EvaluationRef, promotion: PromotionConfig) -> E
     from tasks.report.run import gather_manifests  # with its pictures and pages, which a verification does not need
 
     store = Workspace.holding(evaluation.uri)
-    record_agreement(evaluation)
     try:
+        record_agreement(evaluation)
         found, manifest = read_evaluation(evaluation), store.read_manifest(evaluation)
         verdicts, *null = [origin for origin in manifest.upstream if origin.kind == "verdicts"]
         evidence = Evidence(

@@ -103,12 +103,17 @@ def new_is_left(identity: str) -> bool:
 
 
 def record_agreement(evaluation: EvaluationRef) -> Agreement | None:
-    """Write `agreement.json` next to an evaluation whose samples somebody has labelled, and return what it says."""
+    """Write `agreement.json` next to an evaluation whose samples somebody has labelled, and return what it says.
+
+    Without labels there is none: one of labels that somebody has deleted goes.
+    """
     store, labels = Workspace.holding(evaluation.uri), read_labels(evaluation)
     settings = store.read_manifest(evaluation).settings(EvaluationConfig)
     rows = store.read_rows(evaluation.sibling("comparisons.jsonl")) if labels else ()
     found = measure_agreement(rows, labels, settings)
-    if found is not None:
+    if found is None:
+        store.delete(evaluation.sibling(AGREEMENT))
+    else:
         store.write_json(evaluation.sibling(AGREEMENT), found.model_dump(mode="json"))
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.promote.pointer import Entry, read_evaluation
-from tasks.store.measures import Choice, Evaluation, read_choice
+from tasks.store.measures import Choice, Evaluation, percent, read_choice
 from tasks.store.workspace import MANIFEST, EvaluationRef, Manifest, Origin, Workspace
 
 HYPER_PARAMETERS = (
@@ -96,6 +96,7 @@ def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: b
         data, template_path=str(Path(__file__).with_name("model_card.md.j2")), found=provenance.found,
         choice=provenance.choice, name=publishing.repo.rsplit("/", 1)[-1], repo=publishing.repo,
         evidence=hashlib.sha256(evidence).hexdigest() if evidence else None, has_evidence=publishing.evidence,
+        percent=percent,
         **_judged(provenance.preferences), **_trained(provenance.training, provenance.preferences.counts),
     )  # fmt: skip
     return str(card) + "\n"

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from prefect.runtime import flow_run
 from pydantic import BaseModel, ValidationError
 
 from tasks.config import PromotionConfig
@@ -17,7 +18,7 @@ from tasks.report.page import ReportSection, Table
 from tasks.report.run import publish
 from tasks.store import measures
 from tasks.store.measures import Evaluation
-from tasks.store.workspace import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
+from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
 
 # Loads of one reconciliation: each after the first because the pointer moved, or the server changed, meanwhile.
 ATTEMPTS = 5
@@ -41,7 +42,7 @@ class Won(BaseModel, frozen=True):
 
 
 class Entry(BaseModel, frozen=True):
-    """One adapter that is or was served under a name: a promotion of it, or a rollback to it."""
+    """One adapter that is or was served under a name: a promotion of it, or a rollback to it, by a flow run."""
 
     adapter_sha256: str
     uri: str
@@ -50,6 +51,7 @@ class Entry(BaseModel, frozen=True):
     rolled_back_at: str | None = None
     restored_at: str | None = None
     restored_from: str | None = None
+    restored_by: str | None = None
 
     def text(self) -> str:
         """Return how the adapter is called on the page of a rollback."""
@@ -74,13 +76,13 @@ def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float, min_a
     Raises:
         PromotionRefused: with the figures and what to try.
     """
-    if evaluation.adapter_sha256 != adapter.sha256:
+    found = read_evaluation(evaluation)
+    if found.adapter_sha256 != adapter.sha256:
         raise PromotionRefused(
-            f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
-            f"{adapter.sha256[:12]}: evaluate this adapter first, or promote that one, if evaluation.checkpoints "
-            "chose it"
+            f"the evaluation {evaluation.uri} is of adapter {found.adapter_sha256[:12]}, not of {adapter.sha256[:12]}: "
+            "evaluate this adapter first, or promote that one, if evaluation.checkpoints chose it"
         )
-    if refusal := read_evaluation(evaluation).refusal(bar, min_agreement):
+    if refusal := found.refusal(bar, min_agreement):
         raise PromotionRefused(f"not promoted: {refusal} What was served before is still served.")
 
 
@@ -103,6 +105,9 @@ def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
     """Copy a finished adapter to `adapters/<name>/<digest>/` and return that uri; a copy that is whole is kept.
 
     The log-probs by which it is known, which training left next to it, lie in the copy as `probe.json`.
+
+    Raises:
+        PreflowError: the folder is not whole, or holds another adapter than the reference says.
     """
     store = Workspace(workspace)
     target = store.uri("adapters", name, adapter.sha256[:16])
@@ -110,9 +115,13 @@ def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
     origin = Workspace.holding(adapter.uri)
     if origin.exists(probe):
         store.write_bytes(posixpath.join(target, PROBE), origin.read_bytes(probe))
-    if store.exists(posixpath.join(target, "COMMITTED.json")):
+    if store.exists(posixpath.join(target, COMMITTED)):
         store.verify_folder(target)
         return target
+    if (there := origin.committed_files(adapter.uri)[COMMITTED].sha256) != adapter.sha256:
+        raise PreflowError(
+            f"{adapter.uri}: holds adapter {there[:12]}, not {adapter.sha256[:12]}, which won: evaluate what is there"
+        )
     with TemporaryDirectory() as scratch:
         local = origin.fetch_folder(adapter.uri, Path(scratch))
         store.commit_folder(local, target)
@@ -203,7 +212,9 @@ def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
         PreflowError: there is no such entry, or it is no longer whole; says which there are.
     """
     pointer = read_promoted(workspace, name, "there is nothing to roll back")
-    current = pointer.current.adapter_sha256
+    current, run = pointer.current.adapter_sha256, flow_run.id
+    if run is not None and pointer.current.restored_by == run:
+        return pointer.current  # this run has moved the pointer already, and was then killed
     latest: dict[str, Entry] = {}
     for entry in pointer.history:
         latest.setdefault(entry.adapter_sha256, entry)
@@ -234,13 +245,18 @@ def _no_rollback(name: str, to: str | None, current: str, entries: Iterable[Entr
 def roll_back_pointer(entry: Entry, workspace: str, name: str) -> PromotionRef:
     """Make `CURRENT.json` name an entry of its history again; the one rolled back stays in the history, marked so."""
 
-    def move(before: Pointer | None) -> Pointer:
+    def move(before: Pointer | None) -> Pointer | None:
         if before is None:
             raise PreflowError(
                 f"{pointer_uri(workspace, name)} was deleted during the rollback: promote an adapter again"
             )
         now, withdrawn = _now(), before.current
-        restored = {"rolled_back_at": None, "restored_at": now, "restored_from": withdrawn.adapter_sha256}
+        if withdrawn.adapter_sha256 == entry.adapter_sha256:
+            return None  # another rollback came first
+        restored = {
+            "rolled_back_at": None, "restored_at": now, "restored_from": withdrawn.adapter_sha256,
+            "restored_by": flow_run.id,
+        }  # fmt: skip
         history = (withdrawn.model_copy(update={"rolled_back_at": now}), *before.history)
         return Pointer(name=name, current=entry.model_copy(update=restored), history=history)
 
@@ -299,8 +315,13 @@ async def ensure_pointer_is_served(workspace: str, promotion: PromotionConfig) -
     Raises:
         PreflowError: as `reconcile`.
     """
-    if promotion.endpoint is not None:
+    if promotion.endpoint is None:
+        return
+    try:
         await reconcile(workspace, promotion)
+    except PreflowError as error:
+        moved = f"{pointer_uri(workspace, promotion.name)} was moved, but is not served"
+        raise type(error)(f"{moved}: {error}. When vLLM answers, run reconcile-served") from error
 
 
 def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:

@@ -91,13 +91,14 @@ def _upload(folder: Path, sha256: str, publishing: PublishingConfig, token: str)
         raise PreflowError(_refused(error.response.status_code, hub.endpoint, publishing)) from None
     except (httpx2.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client's, of a large file
         raise PreflowError(
-            f"{hub.endpoint} does not take it ({type(error).__name__}): {UNCHANGED}. Check the network, and "
-            "HF_ENDPOINT if it is set, and run again"
+            f"{hub.endpoint} does not take it ({type(error).__name__}; {UNKNOWN}). Check the network, and HF_ENDPOINT "
+            "if it is set, and run again: only what is missing is sent"
         ) from None
     return Publication(repo=publishing.repo, url=done.repo_url, commit=done.oid, adapter_sha256=sha256)
 
 
-UNCHANGED = "nothing was uploaded, an upload is a single commit"
+# An answer may be lost after the commit was made.
+UNKNOWN = "an upload is a single commit: all of it is there, or nothing"
 
 
 def _refused(status: int, endpoint: str, publishing: PublishingConfig) -> str:
@@ -106,5 +107,6 @@ def _refused(status: int, endpoint: str, publishing: PublishingConfig) -> str:
         403: f"the token {publishing.token} may not write to {publishing.repo}: give it the right, or another repo",
         404: f"there is no {publishing.repo} that the token {publishing.token} may see: check owner and name",
     }
+    outcome = "nothing was uploaded" if status < 500 else UNKNOWN
     remedy = remedies.get(status, "it is down or busy: run again later, only what is missing is sent")
-    return f"{endpoint} answered {status} to the publication of {publishing.repo}: {remedy}. Meanwhile {UNCHANGED}."
+    return f"{endpoint} answered {status} to the publication of {publishing.repo} ({outcome}): {remedy}"

@@ -86,7 +86,8 @@ def read_probe(folder: str) -> Probe | None:
 async def swap_adapter(new: str, current: str | None, workspace: str, promotion: PromotionConfig) -> None:
     """Serve the adapter in the folder `new` under its name, and verify it; put `current` back where that fails.
 
-    Without `promotion.endpoint` nothing is loaded; where `current` is None the name is taken away again.
+    Without `promotion.endpoint` nothing is loaded; where `current` is None the name is taken away again. Where it is
+    `new` itself, as in a reconciliation, there is nothing to put back.
 
     Raises:
         ProbeFailed: something else is served than was loaded.
@@ -102,6 +103,9 @@ async def swap_adapter(new: str, current: str | None, workspace: str, promotion:
                 async with await _server(one) as replica:
                     await verify_served(replica, new, one)
         except PreflowError as error:
+            if new == current:
+                again = "CURRENT.json still names it: fix the cause, then run reconcile-served"
+                raise type(error)(f"{promotion.name!r} is not served from {new}: {error}. {again}") from error
             outcome = await _restore_previous(server, current, workspace, promotion)
             raise type(error)(f"{promotion.name!r} was not exchanged: {error}. {outcome}") from error
 

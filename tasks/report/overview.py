@@ -92,8 +92,8 @@ def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
     if found.silent:
         yield _figure("Lost because the new adapter wrote nothing", f"{found.silent:,}", "0", False)
     if found.detectable is not None:
-        healthy = "what this gate finds in 4 runs of 5"
-        yield _figure("Smallest true win rate that passes", percent(found.detectable), healthy)
+        healthy = "found in 4 runs of 5; more samples find a smaller one"
+        yield _figure("Smallest true win rate told from 50 %", percent(found.detectable), healthy)
 
 
 def _figure(name: str, value: str, healthy: str, ok: bool | None = None) -> Metric:
@@ -112,18 +112,21 @@ def run_figures(
     figures = [*win_rate_figures(found, bar), *(judged[name] for name in SHOWN_METRICS if name in judged)]
     if (first := training.get("first_loss")) is not None:
         figures.append(_figure("Loss before the first update", f"{first:.4f}", "ln 2 = 0.6931 for the sigmoid loss"))
-    if (share := training.get("sampled_tokens_share")) is not None:
+    if (share := training.get("exact_share")) is not None:
         figures.append(_figure("Sides trained on exactly the sampled tokens", percent(share), "100 %", share == 1))
     return figures + [read[name] for name in SHOWN_READINGS if name in read]
 
 
 def inputs_section(manifests: Sequence[Manifest], changed: Mapping[str, Any]) -> ReportSection:
     """Show the prompts, models and judges that a run was made from, and the settings that are not the defaults."""
-    prompts = list[tuple[Cell, ...]]()
-    for manifest in (manifest for manifest in manifests if manifest.stage == "prompts"):
-        counts = (manifest.counts.get(name) for name in ("read", "duplicates", "in_training"))
-        file, used = manifest.upstream[0].uri.rsplit("/", 1)[-1], manifest.artifact
-        prompts.append(("comparison" if prompts else "pairs", file, *counts, used.rows, used.sha256[:12]))
+    prompts, purpose = list[tuple[Cell, ...]](), "pairs"
+    for manifest in manifests:
+        if manifest.stage == "training":  # all that it was made from comes before it
+            purpose = "comparison"
+        if manifest.stage == "prompts":
+            counts = (manifest.counts.get(name) for name in ("read", "duplicates", "in_training"))
+            file, used = manifest.upstream[0].uri.rsplit("/", 1)[-1], manifest.artifact
+            prompts.append((purpose, file, *counts, used.rows, used.sha256[:12]))
     settings = tuple((name, "empty" if value is None else str(value)) for name, value in changed.items())
     return ReportSection(
         "What went in",

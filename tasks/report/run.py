@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
+from pydantic import ValidationError
 
 from tasks.batch.costs import StageCost, add_up, format_seconds, format_usd
 from tasks.config import PipelineConfig, StageConfig
+from tasks.errors import PreflowError
 from tasks.report import sections as parts
 from tasks.report.overview import glance_section, inputs_section, run_figures
 from tasks.report.page import ReportSection, Table
@@ -27,6 +29,7 @@ from tasks.store.workspace import (
     Workspace,
 )
 
+AGAIN = "run the pipeline again with the same settings: what was paid for is kept, and found"
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +62,20 @@ def write_report(config: PipelineConfig, sections: Sequence[ReportSection], fold
 
 
 def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
-    """Return every page on a run: first the verdict, then what shows it, then how it came about."""
+    """Return every page on a run: first the verdict, then what shows it, then how it came about.
+
+    Raises:
+        PreflowError: a file that is shown is gone, or of another version.
+    """
+    try:
+        return _run_sections(config, result)
+    except FileNotFoundError as error:
+        raise PreflowError(f"{error.filename}: missing, and the report shows it; {AGAIN}") from error
+    except ValidationError as error:
+        raise PreflowError(f"{error.title}: not as this version of preflow writes it; {AGAIN}") from error
+
+
+def _run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
     store, bar = Workspace(config.workspace), config.promotion.min_win_rate
     manifests = gather_manifests(store, *result.references())
     choice = read_choice(result.evaluation)
@@ -77,7 +93,7 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     if result.promotion is not None:
         served = f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
     else:
-        served = f"It is not served: {result.declined or 'it did not win by enough'}."
+        served = f"It is not served: {result.declined.rstrip('.')}." if result.declined else "It is not served."
     costs = add_up(manifests)
     glance = glance_section(found, bar, served, figures, shown)
     glance = replace(glance, tables=(_facts(config, result, costs[-1]), *glance.tables))
@@ -98,9 +114,9 @@ def has_prices(config: PipelineConfig) -> bool:
 
 def _facts(config: PipelineConfig, result: PipelineResult, total: StageCost) -> Table:
     unknown = "not known: prompt_price and completion_price are not set"
-    *folders, owner, model = ["", *config.training.base_model.strip("/").split("/")]
+    *folders, model = config.training.base_model.strip("/").split("/")
     facts = (
-        ("Base model", "/".join([*("…" for _ in folders[:1]), owner, model])),
+        ("Base model", "/".join([*("…" for _ in folders[1:2]), *folders[-1:], model])),
         ("New adapter", result.adapter.sha256[:12]),
         ("Judge", ", ".join(judge.model for judge in config.judging.judges())),
         ("Prompts sampled", f"{result.completions.rows:,}" if result.completions else "none: pairs were given"),

@@ -156,7 +156,7 @@ def _pairs_used(counts: Mapping[str, int]) -> Table:
         if f"{side}_pairs" in counts:
             shown = (counts[f"{side}_{figure}"] for figure in ("pairs", "used", "refused", "cut_sides", "longest"))
             used = 2 * counts[f"{side}_used"]
-            exact = f"{counts.get(f'{side}_exact', 0) / used:.3f}" if used else "-"
+            exact = percent(counts.get(f"{side}_exact", 0) / used) if used else None
             rows.append((name, *shown, exact, counts.get(f"{side}_unfinished", 0)))
     return Table("Pairs", columns, tuple(rows))
 
@@ -273,14 +273,14 @@ def _evaluation_advice(found: Evaluation, bar: float) -> Iterator[str]:
             )
         else:
             yield (
-                "The adapter is not better, so it is not promoted. In this order: fix what is out of range under "
-                "Preferences, try a higher training.learning_rate with training.sft_weight 1, a lower training.beta, "
-                "a stronger judging.model, more generation.num_completions, more prompts."
+                f"The win rate is not proven to be over {percent(bar, '.3g')}. In this order: fix what is out of range "
+                "under Preferences, try a higher training.learning_rate with training.sft_weight 1, a lower "
+                "training.beta, a stronger judging.model, more generation.num_completions, more prompts."
             )
     if found.second is None:
         yield (
-            "No other judge was asked: a taste of the judge that made the labels cannot be told from a gain. Name "
-            "another model in evaluation.judges; the samples are there, only its verdicts are paid."
+            "There is no verdict of another judge: a taste of the judge that made the labels cannot be told from a "
+            "gain. Name another model in evaluation.judges; the samples are there, only its verdicts are paid."
         )
 
 

@@ -46,11 +46,12 @@ class Round(BaseModel, frozen=True):
 
 
 class RoundsResult(BaseModel, frozen=True):
-    """The rounds in their order, the number of the best (None: none won), and its promotion."""
+    """The rounds in their order, the number of the best (None: none won), and its promotion, or why it has none."""
 
     rounds: tuple[Round, ...]
     best: int | None = None
     promotion: PromotionRef | None = None
+    declined: str | None = None
 
 
 def check_held_out(config: PipelineConfig, rounds: RoundsConfig) -> None:
@@ -125,11 +126,19 @@ def why_last(number: int, made: PipelineResult, against: EvaluationRef | None, b
 def _why_lost(number: int, made: PipelineResult, against: EvaluationRef | None, bar: float) -> str | None:
     found = made.evaluation
     if not found.beats(bar):
-        rate = f"{interval(found)}, bar {percent(bar, '.3g')}"
-        return f"round {number} is not proven to win against the SFT adapter ({rate})"
+        return f"round {number} is not proven to win against the SFT adapter ({_why_unproven(found, bar)})"
     if against is not None and not against.beats(0.5):
-        return f"round {number} is not proven to win against round {number - 1} ({interval(against)})"
+        return f"round {number} is not proven to win against round {number - 1} ({_why_unproven(against, 0.5)})"
     return None
+
+
+def _why_unproven(found: EvaluationRef, bar: float) -> str:
+    """Return the win rate, the bar, and what decides where the interval alone would not say it."""
+    if not found.null_holds:
+        return f"{interval(found)}, but the SFT adapter against itself does not come out even"
+    if found.lower > bar and found.proven is not None:
+        return f"{interval(found)}, but with length taken out the lower bound is {percent(found.proven)}"
+    return f"{interval(found)}, bar {percent(bar, '.3g')}"
 
 
 def best_round(rounds: tuple[Round, ...], bar: float) -> Round | None:
@@ -159,15 +168,16 @@ def rounds_section(result: RoundsResult) -> ReportSection:
     columns = ("round", "against SFT", "against the round before", "state", "adapter")
     best = "no round won" if result.best is None else f"round {result.best} is the best"
     last = result.rounds[-1]
+    declined = f" It is not served: {result.declined.rstrip('.')}." if result.declined else ""
     return ReportSection(
         title="Rounds",
         headline=best[0].upper() + best[1:],
         is_good=result.best is not None,
-        summary=f"{_count(len(rows)).capitalize()} run; {best}. The end: {last.ended}.",
+        summary=f"{_count(len(rows)).capitalize()} run; {best}. The end: {last.ended}.{declined}",
         tables=(Table("Rounds", columns, tuple(rows)),),
         pictures=(Picture(plot_rates(bars, None), "Wins over the SFT adapter, round by round, with intervals."),),
-        notes=("A round is kept if its lower bound against the SFT adapter is over the bar, and that against the round "
-               "before over one half.",),
+        notes=("A round is kept if its lower bounds, that with length taken out too, are over the bar against the SFT "
+               "adapter and over 50 % against the round before, and the SFT adapter against itself comes out even.",),
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def _summary(result: SweepResult) -> str:
 
 
 def _advice(result: SweepResult) -> Iterator[str]:
-    ranked = result.ranked()
+    ranked, best = result.ranked(), result.best()
     if failed := result.failed():
         numbers = number_ranges([point.number for point in failed])
         yield f"Points {numbers} failed, see the table; start the sweep again and only they are run."
@@ -84,14 +84,28 @@ def _advice(result: SweepResult) -> Iterator[str]:
             "The points were not all measured on the same prompts with the same settings and judge, so their win rates "
             "compare only roughly. Give eval_prompts that no training prompt is in, and sweep nothing of evaluation."
         )
-    first, second = ([point.widened for point in ranked] + [None, None])[:2]
-    if first and second and first.lower <= second.upper:
+    if best is None or best.widened is None:
+        return
+    if best.null is not None and not best.null.holds(0.5):
         yield (
-            f"The intervals of points {ranked[0].number} and {ranked[1].number} overlap: the sweep does not show which "
+            f"Two draws of the SFT adapter come out at {best.null.text()}, where it must be near 50 %: do not trust "
+            "these win rates. Look at the judge's positions, and take more evaluation.num_samples."
+        )
+    second = ranked[1].widened if len(ranked) > 1 else None
+    if second is not None and best.widened.lower <= second.upper:
+        yield (
+            f"The intervals of points {best.number} and {ranked[1].number} overlap: the sweep does not show which "
             "of them is better. More evaluation.num_samples or held-out prompts narrow them."
         )
-    if first and first.lower <= 0.5:
+    if best.widened.lower <= 0.5:
         yield "Not even the best point is surely better than the SFT adapter: promote none of them on these figures."
+    elif best.proven is not None and best.proven <= 0.5:
+        yield (
+            f"Point {best.number} may have won by length alone: with length taken out, the lower bound that holds for "
+            f"all points at once is {percent(best.proven)}. Say in judging.rubric that length does not count."
+        )
+    if result.declined:
+        yield f"Point {best.number} is not served: {result.declined}"
 
 
 def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
@@ -103,7 +117,17 @@ def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
         if point.rate is not None and point.widened is not None
     ]  # fmt: skip
     if null is not None:
-        rows.append((None, None, NULL, percent(null.win_rate), f"{null.interval()} (99 %)", None, None))
+        rows.append(
+            (
+                None,
+                None,
+                NULL,
+                percent(null.win_rate),
+                f"{null.interval()} ({percent(null.confidence, '.3g')})",
+                None,
+                None,
+            )
+        )
     if rows:
         columns = ("place", "point", "change", "win rate", alone, together, "training pairs")
         yield Table("The points, the best first", columns, tuple(rows))
@@ -143,9 +167,12 @@ async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
     sections = [section, cost_section(add_up(manifests), is_priced), lineage_section(manifests, store.root)]
     store.write_bytes(f"{folder}/report.html", render_html("preflow: sweep", sections).encode())
     for point, run in made:
-        uri = f"{folder}/point-{point.number}.html"
-        if not store.exists(uri):
-            page = render_html(f"preflow: point {point.number}, {point.name}", run_sections(point.config, run))
+        uri, promotion = f"{folder}/point-{point.number}.html", result.promotion
+        is_served = promotion is not None and promotion.adapter_sha256 == run.adapter.sha256
+        if is_served or not store.exists(uri):
+            became = {"promotion": promotion} if is_served else {"declined": "a sweep promotes no point by itself"}
+            sections = run_sections(point.config, run.model_copy(update=became))
+            page = render_html(f"preflow: point {point.number}, {point.name}", sections)
             store.write_bytes(uri, page.encode())
     logger.info("the pages of the sweep and of its points are in %s", folder)
 

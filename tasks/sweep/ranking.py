@@ -45,6 +45,7 @@ class SweepResult(BaseModel, frozen=True):
     confidence: float
     widened_confidence: float
     promotion: PromotionRef | None = None
+    declined: str | None = None
 
     def ranked(self) -> list[PointResult]:
         """Return the points that finished, the best first."""
@@ -159,7 +160,7 @@ def find_sweep(points: Sequence[Point]) -> SweepResult | None:
 def record_sweep(result: SweepResult, workspace: str) -> None:
     """Keep a sweep's result under its key."""
     uri = f"{sweep_folder(workspace, result.key)}/result.json"
-    Workspace(workspace).write_json(uri, result.model_dump(mode="json", exclude={"promotion"}))
+    Workspace(workspace).write_json(uri, result.model_dump(mode="json", exclude={"promotion", "declined"}))
 
 
 def winner(result: SweepResult, points: Sequence[Point]) -> tuple[Point, PipelineResult] | None:

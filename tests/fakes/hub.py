@@ -35,6 +35,7 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, list[int]] = {}
+        self.lost = 0  # commits that are made, and answered with a 504
         self.asked: list[tuple[str, str]] = []
         self.url = ""
 
@@ -137,6 +138,9 @@ class FakeHub:
         repo.files |= files
         repo.commits.append(hashlib.sha1(body).hexdigest())
         oid = repo.commits[-1]
+        if self.lost:
+            self.lost -= 1
+            return 504, {"error": "lost"}
         return 200, {
             "success": True,
             "commitOid": oid,

@@ -186,6 +186,8 @@ def test_the_result_is_ranked_and_shown(bench: Bench, result: SweepResult) -> No
     page = (folder / "report.html").read_text()
     assert f"point {best.number} ({best.name})" in page
     assert "prefect deployment run dpo-pipeline/local" in page
+    for name in names[:6]:
+        assert "It is not served: a sweep promotes no point by itself." in (folder / name).read_text()
     assert not (bench.workspace / "adapters").exists(), "a sweep promotes nothing by itself"
 
 
@@ -255,6 +257,8 @@ async def test_the_best_is_promoted_where_that_is_asked_for(bench: Bench, result
     pointer = read_pointer(str(bench.workspace), "dpo")
     assert pointer is not None
     assert pointer.current.adapter_sha256 == best.made.adapter.sha256
+    page = bench.workspace / "sweeps" / result.key / f"point-{best.number}.html"
+    assert f"Adapter {pointer.current.adapter_sha256[:12]} is served as" in page.read_text()
     assert await swept(bench, grid=GRID, promote_best=True) == promoted
 
 

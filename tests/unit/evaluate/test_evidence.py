@@ -188,6 +188,7 @@ def test_uncounted_answers_count_and_what_is_no_longer_there_is_named(tmp_path: 
     (tmp_path / "e.json").write_bytes(collect_evidence(made, PROMOTION).text())
     assert differences(tmp_path / "e.json", lambda value: None) == []
     assert read_evidence(tmp_path / "e.json").verdict.agreement is not None
-    (tmp_path / "verdicts/main/rubric.md").unlink()
-    with pytest.raises(PreflowError, match=r"rubric\.md.*run the pipeline again"):
-        collect_evidence(made, PROMOTION)
+    for gone in ("verdicts/main/rubric.md", made.sibling("comparisons.jsonl")):
+        (tmp_path / gone).unlink()
+        with pytest.raises(PreflowError, match=rf"{Path(gone).name}.*run the pipeline again"):
+            collect_evidence(made, PROMOTION)

@@ -61,6 +61,10 @@ def test_answers_are_kept_as_they_come_and_outlive_another_judge(tmp_path: Path)
     found = record_agreement(made)
     assert found is not None
     assert read_evaluation(made).agreement == found
+    kept = Path(person.labels_uri(made)).rename(tmp_path / "labels.json")
+    assert record_agreement(made) is None
+    assert read_evaluation(made).agreement is None, "of labels that were deleted nothing counts"
+    kept.rename(person.labels_uri(made))
     again = evaluated(tmp_path, lambda identity: [0, 0], judges=("other",))
     assert again.uri != made.uri
     assert len(read_labels(again)) == 12

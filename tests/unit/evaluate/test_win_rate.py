@@ -13,7 +13,14 @@ import pytest
 from tasks.config import EvaluationConfig, GenerationConfig, JudgeConfig
 from tasks.errors import PreflowError
 from tasks.evaluate import win_rate as proof
-from tasks.evaluate.comparisons import Comparison, join_samples, outcome_of, read_comparison, win_rate
+from tasks.evaluate.comparisons import (
+    Comparison,
+    join_samples,
+    length_controlled,
+    outcome_of,
+    read_comparison,
+    win_rate,
+)
 from tasks.evaluate.win_rate import NULL_CONFIDENCE, draw_settings, judge_adapter, pair_samples
 from tasks.judge.quality.metrics import wilson_interval
 from tasks.store.measures import Evaluation
@@ -106,6 +113,12 @@ def test_bounds_stay_within_0_and_1_and_nothing_is_an_error() -> None:
     assert every.lower < 0.7
     assert win_rate(compared({"a": [0.5]}), 0.95).ties == 1.0
     assert win_rate(compared({"a": [0.0]}), 0.95).lower == 0.0
+    for outcome in (0.0, 1.0):
+        for count, by_prior in ((1, 0.5), (3, 0.5), (4, 0.5), (12, 0.75)):
+            found = length_controlled(compared({str(k): [outcome] for k in range(count)}), 0.95)
+            assert found.win_rate == pytest.approx(abs(1 - outcome - by_prior)), (
+                "a few are not turned into their contrary"
+            )
     with pytest.raises(PreflowError, match="no comparison"):
         win_rate(compared({}), 0.95)
 

@@ -63,6 +63,8 @@ def test_the_gate_reads_what_was_found_not_what_the_reference_says(tmp_path: Pat
     new, other = adapter(tmp_path, "new"), adapter(tmp_path, "other")
     with pytest.raises(PromotionRefused, match=other.sha256[:12]):
         check_gate(new, evaluation(other, lower=0.9), bar=0.5)
+    with pytest.raises(PromotionRefused, match=rf"is of adapter {other.sha256[:12]}, not of {new.sha256[:12]}"):
+        check_gate(new, evaluation(new, lower=0.9, adapter_sha256=other.sha256), bar=0.5)
     claimed = evaluation(new, lower=0.4).model_copy(update={"lower": 0.9})
     with pytest.raises(PromotionRefused, match=r"40\.0-70\.0 %"):
         check_gate(new, claimed, bar=0.5)
@@ -92,6 +94,8 @@ def test_only_a_whole_adapter_is_installed_and_a_damaged_copy_is_noticed(tmp_pat
     Path(uri, "adapter_model.safetensors").write_text("bad")
     with pytest.raises(PreflowError, match=r"adapter_model\.safetensors: damaged"):
         install_adapter(new, workspace, "mine")
+    with pytest.raises(PreflowError, match=rf"holds adapter {new.sha256[:12]}, not 000000000000, which won"):
+        install_adapter(new.model_copy(update={"sha256": "0" * 64}), workspace, "another")
     Path(new.uri, "COMMITTED.json").unlink()
     with pytest.raises(PreflowError, match="never finished"):
         install_adapter(new, workspace, "another")
@@ -129,6 +133,27 @@ def test_rollbacks_go_further_and_further_back(tmp_path: Path) -> None:
     with pytest.raises(PreflowError, match=f"no earlier adapter to roll back to.*{second.sha256[:12]}"):
         roll_back(tmp_path)
     assert roll_back(tmp_path, third.sha256[:8]) == third.sha256
+
+
+def test_two_rollbacks_at_once_and_one_that_is_run_again_go_back_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = str(tmp_path / "workspace")
+    first, second, _ = promoted(tmp_path, "first", "second", "third")
+    entries = [served.choose_rollback(workspace, "mine", None) for _ in range(2)]
+    assert [served.roll_back_pointer(one, workspace, "mine").rows for one in entries] == [4, 4]
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "one")
+    assert roll_back(tmp_path) == roll_back(tmp_path) == first.sha256, "killed after the pointer, and executed again"
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "two")
+    with pytest.raises(PreflowError, match=f"no earlier adapter.*{second.sha256[:12]}"):
+        roll_back(tmp_path)
+
+
+async def test_a_server_that_is_away_after_the_pointer_moved_is_named_with_the_remedy(tmp_path: Path) -> None:
+    promoted(tmp_path, "new")
+    away = PROMOTION.model_copy(update={"endpoint": "http://127.0.0.1:9/v1"})
+    with pytest.raises(PreflowError, match=r"CURRENT\.json was moved, but is not served: .*:9/v1.*reconcile-served"):
+        await served.ensure_pointer_is_served(str(tmp_path / "workspace"), away)
 
 
 def test_the_history_keeps_everything_with_its_times(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_win_rates_are_shown_each_against_its_bar_and_drawn() -> None:
         ("SFT against itself", True, "50.0 % (48.0-52.0 %)"),
         ("Gain that the second judge sees too", False, "20 %"),
         ("Lost because the new adapter wrote nothing", False, "3"),
-        ("Smallest true win rate that passes", None, "55.3 %"),
+        ("Smallest true win rate told from 50 %", None, "55.3 %"),
     ]
     bars, null = rate_bars(found)
     assert [bar.name for bar in bars] == [row[0] for row in rows[:3]]
@@ -130,7 +130,7 @@ def test_training_figures_are_those_that_tell() -> None:
     names = ("rewards/accuracies", "logps/chosen", "weights/moved")
     readings = tuple(Metric(name=name, title=name, value=1.0, healthy="> 0", ok=True) for name in names)
     health, quality = Health(source="s", readings=readings), measure_judgements([])
-    trained = {"first_loss": 0.693147, "sampled_tokens_share": 0.5}
+    trained = {"first_loss": 0.693147, "exact_share": 0.5}
     found = {metric.title: metric for metric in run_figures(evaluated(), 0.5, quality, health, trained)}
     assert found["Loss before the first update"].text() == "0.6931"
     assert found["Sides trained on exactly the sampled tokens"].ok is False
@@ -158,6 +158,8 @@ def test_what_went_in_names_files_counts_and_digests() -> None:
     ]
     page = inputs_section(manifests, {"training.beta": 0.2, "judging.seed": None})
     assert page.tables[0].rows == (("pairs", "scenes.jsonl", 12, 2, 0, 10, "a" * 12),)
+    pairs_given = inputs_section([manifests[-1], manifests[0]], {})
+    assert pairs_given.tables[0].rows[0][0] == "comparison"
     assert page.tables[1].rows == (
         ("judge", "j1", None), ("judge", "j2", None), ("rubric", "seinfeld", None), ("base model", "llama", "c" * 12),
         ("SFT adapter", "sft", "b" * 12),
@@ -225,7 +227,7 @@ def test_training_section_shows_readings_their_advice_and_the_course() -> None:
     readings_table, course, used = (table.rows for table in section.tables)
     assert readings_table[0] == ("rewards/chosen", False, "-0.2", ">= -0.1", "unlearns")
     assert course == (("Training loss", 0.7, 0.5, 0.5, 0.7), ("Held-out loss", 0.6, 0.6, 0.6, 0.6))
-    assert used == (("to train", 9, 8, 1, 2, 99, "0.750", 0),)
+    assert used == (("to train", 9, 8, 1, 2, 99, "75.0 %", 0),)
     assert [(picture.caption, picture.png) for picture in section.pictures] == [
         ("Loss, by optimizer step.", plot_metrics(metrics)["Loss"])
     ]
@@ -238,7 +240,7 @@ def test_evaluation_that_passes_and_one_that_does_not() -> None:
     passed = evaluation_section(evaluated(null=NULL))
     assert "61.0 % (58.0-64.0 %)" in passed.summary
     assert "58.0 %, over the bar of 50 %" in passed.summary
-    assert [text.partition(":")[0] for text in passed.advice] == ["No other judge was asked"]
+    assert [text.partition(":")[0] for text in passed.advice] == ["There is no verdict of another judge"]
     assert [row[1:5] for row in passed.tables[0].rows] == [
         (True, "61.0 %", "58.0-64.0 %", "95 %"),
         (True, "50.0 %", "48.0-52.0 %", "99 %"),
@@ -250,7 +252,8 @@ def test_evaluation_that_passes_and_one_that_does_not() -> None:
     small = evaluation_section(evaluated(lower=0.47, samples=120, detectable=0.7))
     assert "47.0 %, not over the bar" in small.summary
     assert "evaluation.num_samples" in small.advice[0]
-    assert "not promoted" in evaluation_section(evaluated(**LOST)).advice[0]
+    assert "not proven to be over 50 %" in evaluation_section(evaluated(**LOST)).advice[0]
+    assert "not proven to be over 60 %" in evaluation_section(evaluated(), bar=0.6).advice[0], "better than SFT it is"
     assert evaluation_section(evaluated(), bar=0.6).tables[0].rows[0][1] is False
     assert "do not trust this win rate" in evaluation_section(evaluated(null=OFF)).advice[0]
 
