@@ -173,7 +173,7 @@ def test_audit_holds_all_turns_of_sides_that_part_before_the_last(tmp_path: Path
     sides = [[{**turns[0], "content": text}, *turns[1:]] for text in ("one", "two")]
     pair = {"prompt": "Hello", "chosen": sides[0], "rejected": sides[1]}
     report = measure_pairs(write_jsonl(tmp_path / "pairs.jsonl", [pair, {**pair, "rejected": sides[0]}]))
-    assert (report.pairs, report.metric("degenerate_pairs").value) == (2, 0.5)
+    assert (report.pairs, report.metric("degenerate_pairs").value) == (2, 1)
 
 
 # ---- judges
