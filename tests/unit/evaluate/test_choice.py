@@ -11,7 +11,6 @@ from tasks.config import EvaluationConfig, PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.choice import check_choice, evaluated_adapter, find_checkpoints, record_choice, try_checkpoint
 from tasks.evaluate.power import Design
-from tasks.promote.model_card import _found
 from tasks.report.sections import choice_section
 from tasks.run.estimate import COMPARING, plan_runs
 from tasks.store.measures import Choice, read_choice
@@ -119,7 +118,6 @@ def test_the_checkpoint_that_won_is_what_is_evaluated_shown_and_handed_on(tmp_pa
     section = choice_section(found)
     assert "Of 3 checkpoints the one of step 2 is chosen, by 9 held-out prompts" in section.summary
     assert [row[:2] for row in section.tables[0].rows] == [(1, None), (2, "chosen"), (3, None)]
-    assert _found(Workspace(tmp_path).read_manifest(evaluation))[1] == found
 
 
 def test_a_training_that_kept_another_number_is_refused(tmp_path: Path) -> None:
