@@ -22,15 +22,7 @@ from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
 from tasks.store.measures import percent, rate_text, read_evaluation
 from tasks.store.prompts import count_shared, import_prompts
-from tasks.store.workspace import (
-    EvaluationRef,
-    PipelineResult,
-    PromotionRef,
-    Reference,
-    Workspace,
-    digest,
-    server_path,
-)
+from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Reference, Workspace, digest, server_path
 
 logger = logging.getLogger(__name__)
 

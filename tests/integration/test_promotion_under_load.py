@@ -42,10 +42,7 @@ HOST, ADDRESSES = "vllm.test", ["127.0.0.1", "127.0.0.2"]
 getaddrinfo = socket.getaddrinfo
 PROMPT_TOKENS, ANSWER_TOKENS = 140, 6  # longer than a block of the prefix cache
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.timeout(900),
-]  # the end-to-end run promotes without a load
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the end-to-end run promotes without a load
 
 
 @dataclass

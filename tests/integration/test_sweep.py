@@ -39,10 +39,7 @@ from tests.fakes.openai_server import prompt_id
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import WORDS, TinyWorld
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.timeout(900),
-]  # the end-to-end run has a sweep of two
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the end-to-end run has a sweep of two
 
 PROMPTS, HELD_OUT, CONCURRENCY = 14, 5, 4
 BETAS, JUDGES = [0.05, 0.1, 0.2], ["judge-hash", "judge-length"]

@@ -8,13 +8,7 @@ from tasks.batch.costs import StageCost
 from tasks.config import PipelineConfig
 from tasks.judge.quality.metrics import measure_judgements
 from tasks.report import sections
-from tasks.report.overview import (
-    glance_section,
-    inputs_section,
-    run_figures,
-    verdict,
-    win_rate_figures,
-)
+from tasks.report.overview import glance_section, inputs_section, run_figures, verdict, win_rate_figures
 from tasks.report.page import Example, ReportSection, Side
 from tasks.report.render import render_markdown
 from tasks.report.run import changed_settings
