@@ -167,6 +167,11 @@ def check_yield(preferences: PreferencesRef, workspace: str, judging: JudgingCon
     unsure = store.read_manifest(preferences).counts.get(SFT, 0) if judging.unsure_for_sft else 0
     if preferences.rows > unsure:
         return preferences
+    if preferences.val_rows and not preferences.rows:
+        raise PreflowError(
+            f"no pair to train on: all {preferences.val_rows} are held out (judging.val_ratio is "
+            f"{judging.val_ratio:g}). Give more prompts or groups, or lower val_ratio."
+        )
     quality = QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
     statuses = ", ".join(f"{count} {name}" for name, count in quality.statuses.items())
     advice = " ".join(metric.advice for metric in quality.problems() if metric.advice)

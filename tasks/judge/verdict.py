@@ -12,7 +12,8 @@ MOST_OBJECTS = 50
 MOST_SCORE = 10
 _THINKING = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad)"
 _CLOSING = re.compile(
-    rf"[<\[◁]/{_THINKING}[>\]▷]|<\|end_(?:of_)?(?:thought|thinking)\|>|<\|channel\|>final<\|message\|>", re.IGNORECASE
+    rf"[<\[◁]/{_THINKING}[>\]▷]|<\|end_(?:of_)?(?:thought|thinking)\|>|<\|channel\|>final[^{{]{{0,60}}<\|message\|>",
+    re.IGNORECASE,
 )
 _OPENING = re.compile(
     rf"[<\[◁]{_THINKING}[>\]▷]|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|channel\|>analysis", re.IGNORECASE
@@ -20,7 +21,8 @@ _OPENING = re.compile(
 _FENCE = re.compile(r"\s*(?:```\w*\s*)?")
 # An object without another in it; one that is not closed, too, unless the answer was cut.
 _FLAT, _CLOSED = re.compile(r"\{[^{}]*\}?"), re.compile(r"\{[^{}]*\}")
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
+# A string that is not closed is one, too: else each of its quotes would be tried as the beginning of another.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"?|[{}]', re.DOTALL)
 
 
 class Verdict(BaseModel):
@@ -128,6 +130,7 @@ def _verdicts_in(value: Any, depth: int = 3) -> list[dict[str, Any]]:
     """Return `value` if it has a `best`, else those of the objects in it that have one."""
     if not isinstance(value, dict):
         return []
+    value = {str(name).strip().lower(): inner for name, inner in value.items()}
     if "best" in value or not depth:
         return [value]
     return [found for inner in value.values() for found in _verdicts_in(inner, depth - 1)]
@@ -156,7 +159,7 @@ def _read_score(value: dict[str, Any], number: int) -> int:
 
 def _whole_number(value: Any) -> int | None:
     if isinstance(value, str):
-        found = re.findall(r"-?\d+(?:\.\d+)?", value)
+        found = re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?", value)
         value = float(found[0]) if len(found) == 1 and len(found[0]) < 9 else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

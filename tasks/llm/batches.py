@@ -95,17 +95,17 @@ class Batches:
         store: the workspace.
         folder: where they are written down.
         wait_seconds: how long an endpoint that does not answer is waited for.
-        hide: the key, which no message may show.
+        conceal: takes out of what came back what no message may show.
         source: what the questions are about: only batches about it are waited for at a start.
         may_leave: whether to raise `BatchPending` rather than to wait for hours.
     """
 
     def __init__(
-        self, client: AsyncOpenAI, store: Workspace, folder: str, wait_seconds: float, hide: str | None,
-        source: str = "", may_leave: bool = False,
+        self, client: AsyncOpenAI, store: Workspace, folder: str, wait_seconds: float,
+        conceal: Callable[[bytes], bytes], source: str = "", may_leave: bool = False,
     ) -> None:  # fmt: skip
         self._client, self._store, self._folder = client, store, folder
-        self._wait_seconds, self._hide, self._source, self._may_leave = wait_seconds, hide, source, may_leave
+        self._wait_seconds, self._conceal, self._source, self._may_leave = wait_seconds, conceal, source, may_leave
         self._earlier: dict[str, Record] = {}
         self._lines: dict[str, Awaited] = {}
         self._open: tuple[_Open, Awaited] | None = None
@@ -152,12 +152,7 @@ class Batches:
     async def _retrieve(self, record: Record) -> Batch | None:
         """Return a batch; None if it is not known here: forgotten after months, or handed in elsewhere."""
 
-        async def retrieve() -> Batch | None:
-            with contextlib.suppress(NotFoundError):
-                return await self._client.batches.retrieve(str(record.batch))
-            return None
-
-        return await self._try(retrieve)
+        return await self._try(_unless_gone(partial(self._client.batches.retrieve, str(record.batch))))
 
     async def _look_back(self) -> None:
         self._found = self._found or asyncio.create_task(self._find_earlier())
@@ -240,13 +235,14 @@ class Batches:
         return lines
 
     async def _download(self, file: str, refused: tuple[str, ...]) -> dict[str, Line]:
-        content = await self._try(partial(self._client.files.content, file))
+        """Return the lines of a file of answers; what is no line of it counts as not answered, as a lost file does."""
+        found = await self._try(_unless_gone(partial(self._client.files.content, file)))
         lines = {}
-        for text in content.content.splitlines():
-            row = json.loads(text)
-            if answer := row.get("response"):
-                status = int(answer.get("status_code") or 200)
-                lines[str(row["custom_id"])] = Line(status, answer.get("body"), refused)
+        for text in self._conceal(found.content if found else b"").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                row = json.loads(text)
+                answer = row["response"]
+                lines[str(row["custom_id"])] = Line(int(answer.get("status_code") or 200), answer.get("body"), refused)
         return lines
 
     async def _find_earlier(self) -> None:
@@ -314,7 +310,18 @@ class Batches:
     def _classify(self, error: APIError) -> Exception:
         if isinstance(error, APIStatusError):
             answer = error.response
-            return classify(answer.status_code, answer.headers, answer.content, hide=self._hide)
+            return classify(answer.status_code, answer.headers, self._conceal(answer.content))
         if isinstance(error, APIConnectionError):
             return Transient(str(error))
         return error
+
+
+def _unless_gone(call: Callable[[], Awaitable[Result]]) -> Callable[[], Awaitable[Result | None]]:
+    """Return a call that gives None for what the provider has no longer: it forgets after weeks."""
+
+    async def called() -> Result | None:
+        with contextlib.suppress(NotFoundError):
+            return await call()
+        return None
+
+    return called

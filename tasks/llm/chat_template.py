@@ -225,10 +225,12 @@ def _as_text(uri: str, content: bytes) -> str:
     """Return a model's file as text; the small ones of a tokenizer must be JSON objects."""
     try:
         text = content.decode()
+        if text.startswith("\ufeff"):
+            raise ValueError("it begins with a byte order mark, which would stand before every prompt")
         if posixpath.basename(uri) in (CONFIG, "special_tokens_map.json") and not isinstance(json.loads(text), dict):
             raise ValueError("no JSON object")
     except ValueError as error:
-        raise PreflowError(f"{uri}: damaged ({error}); copy or save it again") from error
+        raise PreflowError(f"{uri}: damaged ({error}); copy or save it again as UTF-8") from error
     return text
 
 

@@ -111,7 +111,7 @@ class Endpoint(Administration):
             base_url=self.base_url, api_key=self._key or "none", default_headers=headers, max_retries=0,
             default_query=dict(parse_qsl(self._query.removeprefix("?"))),
         )  # fmt: skip
-        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self._key, source, may_leave)
+        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self.conceal, source, may_leave)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -243,8 +243,7 @@ class Endpoint(Administration):
                 raise Transient("the batch ended without an answer")
             content = json.dumps(line.body).encode()
             if line.status >= 400:
-                failure = classify(line.status, {}, content, hide=self._key)
-                raise self._explain(failure) if isinstance(failure, StageStopped) else failure
+                raise self._explained(classify(line.status, {}, content))
             answer = self._read(content, request.prompt_bytes)
             answer = replace(answer, usage=as_batch(answer.usage), refused=line.refused)
             cost = usd_of(answer.usage, self.config)
@@ -281,6 +280,12 @@ class Endpoint(Administration):
             raise self._explain(stopped) from None
 
     async def ping(self) -> Answer:
-        """Send one short request, once; raise what became of it."""
+        """Send one short request, again only without what is refused by name; raise what became of it."""
         request = _Request(self.config, [{"role": "user", "content": "ping"}], {"max_tokens": 16})
-        return await self._attempt(request, self._dialect.shape(request.body), Attempts())
+        while True:
+            body = self._dialect.shape(request.body)
+            try:
+                return await self._attempt(request, body, Attempts())
+            except RequestRefused as refused:
+                if not self._dialect.learn(refused, body):
+                    raise

@@ -11,8 +11,10 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from tasks.config import EndpointConfig
+from tasks.errors import PreflowError
 from tasks.llm.responses import (
     CreditUsedUp,
+    Failure,
     KeyRefused,
     QuotaUsedUp,
     RequestRefused,
@@ -41,6 +43,7 @@ class Connection:
         self._key = api_key
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._headers = {"Content-Type": "application/json", **key, **(headers or {})}
+        self._secrets = [secret.encode() for secret in (api_key, *(headers or {}).values()) if secret]
         address, mark, query = config.endpoint.partition("?")
         # Many pages show the whole address of a chat request.
         self.base_url = address.rstrip("/").removesuffix("/chat/completions")
@@ -82,7 +85,7 @@ class Connection:
         request = self._session.request(method, url + self._query, data=data, allow_redirects=False)
         try:
             async with asyncio.timeout(seconds), request as response:
-                content = await response.read()
+                content = self.conceal(await response.read())
         except aiohttp.ClientError as error:
             sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
             raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
@@ -93,8 +96,17 @@ class Connection:
         if response.status < 400:
             text = f"{url} has moved to {response.headers.get('Location')}: set endpoint to where that is"
             raise RequestRefused(response.status, "moved", text)
-        failure = classify(response.status, response.headers, content, hide=self._key)
-        raise self._explain(failure) if isinstance(failure, StageStopped) else failure
+        raise self._explained(classify(response.status, response.headers, content))
+
+    def conceal(self, content: bytes) -> bytes:
+        """Return what came back without the key and the headers' values, which some servers repeat in their errors."""
+        for secret in self._secrets:
+            for written in (secret, secret.replace(b"/", b"\\/")):
+                content = content.replace(written, b"***")
+        return content
+
+    def _explained(self, failure: Failure) -> Failure:
+        return self._explain(failure) if isinstance(failure, StageStopped) else failure
 
     def _explain(self, stopped: StageStopped) -> StageStopped:
         """Return why the stage stops with where, which key and what to do."""
@@ -121,4 +133,13 @@ class Connection:
 def _proxy_of(address: str) -> str | None:
     """Return the proxy that the environment names for an address; aiohttp would look, in a thread, at each request."""
     parts, proxies = urlsplit(address), getproxies()
-    return None if proxy_bypass(parts.netloc) else proxies.get(parts.scheme, proxies.get("all"))
+    proxy = None if proxy_bypass(parts.netloc) else proxies.get(parts.scheme, proxies.get("all"))
+    if proxy is None or proxy.startswith(("http://", "https://")):
+        return proxy
+    kind, mark, _ = proxy.partition("://")
+    if mark:
+        raise PreflowError(
+            f"the environment names a {kind} proxy for {parts.netloc}, and only http and https ones are taken: name "
+            f"such a one in {parts.scheme}_proxy, or put the host into no_proxy"
+        )
+    return f"http://{proxy}"

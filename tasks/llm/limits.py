@@ -54,7 +54,9 @@ class Window(asyncio.Semaphore):
         """Halve, once for all requests that were in flight together; `sent_at` is of `time.monotonic`."""
         if sent_at > self._cut_at:
             before, self._size = self.size, max(1.0, self._size / 2)
-            self._to_close += before - self.size
+            free = min(self._value, before - self.size)
+            self._value -= free
+            self._to_close += before - self.size - free
             self._cut_at = time.monotonic()
 
 

@@ -47,8 +47,8 @@ class Administration(Connection, ABC):
         content = await self._call(f"{self.base_url}/models", None, CHECK_SECONDS)
         try:
             listed = json.loads(content)
-            return [_model(item) for item in (listed if isinstance(listed, list) else listed["data"])]
-        except (ValueError, KeyError, TypeError) as error:
+            return [_model(item) for item in (listed if isinstance(listed, list) else listed["data"] or [])]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Transient("the answer of /models is not a list of models") from error
 
     async def check_model(self) -> ModelInfo:
@@ -95,7 +95,7 @@ class Administration(Connection, ABC):
         try:
             await self.ping()
         except RequestRefused as refused:
-            if refused.reason == "not_found" or "model" in refused.text.lower():
+            if refused.reason == "not_found" or (refused.reason == "bad_request" and "model" in refused.text.lower()):
                 raise self.not_served(refused, why) from refused
         except Transient as failure:
             log.info("%s: a short question was not answered either: %s", self.config.endpoint, failure)
@@ -238,11 +238,13 @@ async def replicas(endpoint: str) -> list[str]:
     return [urlunsplit(url._replace(netloc=f"{host}:{port}")) for host in hosts] if len(hosts) > 1 else [endpoint]
 
 
-def _model(item: dict[str, Any]) -> ModelInfo:
+def _model(item: dict[str, Any] | str) -> ModelInfo:
+    if isinstance(item, str):
+        return ModelInfo(id=item)
     length = item.get("max_model_len") or item.get("context_length")  # vLLM's name, and OpenRouter's
     return ModelInfo(
-        id=str(item["id"]),
-        max_model_len=int(length) if length else None,
+        id=str(item.get("id") or item["name"]),
+        max_model_len=length if isinstance(length, int) else None,
         root=item.get("root"),
         parent=item.get("parent"),
     )

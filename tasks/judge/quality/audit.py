@@ -9,7 +9,7 @@ from tasks.errors import PreflowError
 from tasks.judge.quality.metrics import confidence, make_metric, make_report, positions, share_at_most, texts
 from tasks.judge.quality.tally import Tally
 from tasks.store.measures import Metric, QualityReport
-from tasks.store.records import CompletionsRow, PairRow, prompt_id, read_rows
+from tasks.store.records import CompletionsRow, ConversationPairRow, Message, PairRow, prompt_id, read_rows
 
 # Of each prompt: the digests of the texts in every row of completions that it has.
 Candidates = dict[str, list[list[bytes]]]
@@ -34,7 +34,7 @@ def measure_pairs(train: str, val: str | None = None, completions: str | None = 
     candidates = _read_candidates(completions) if completions else None
     prompts: dict[str, set[str]] = {"train": set(), "val": set()}
     for side, uri in (("train", train), ("val", val)):
-        for number, pair in enumerate(read_rows(PairRow, uri) if uri else (), 1):
+        for number, pair in enumerate(read_rows(ConversationPairRow, uri) if uri else (), 1):
             key = prompt_id([message.model_dump() for message in pair.prompt])
             prompts[side].add(key)
             rows[side] += 1
@@ -86,7 +86,7 @@ def _text_key(text: str) -> bytes:
 
 def _as_judged(pair: PairRow, rows: list[list[bytes]] | None, lost: Counter[str]) -> dict[str, Any]:
     """Return a pair as a row of `judged.jsonl`, with a vote in the order in which the texts stood, where known."""
-    sides, votes = [pair.chosen[-1].content, pair.rejected[-1].content], []
+    sides, votes = [_text(pair.chosen), _text(pair.rejected)], []
     place = None if rows is None else _place(rows, *map(_text_key, sides))
     if isinstance(place, str):
         lost[place] += 1
@@ -94,6 +94,11 @@ def _as_judged(pair: PairRow, rows: list[list[bytes]] | None, lost: Counter[str]
         best, worst, shown = place
         votes.append({"judge": "unknown", "order": list(range(shown)), "best": best, "worst": worst})
     return {"status": "pair", "completions": sides, "best": 0, "worst": 1, "votes": votes}
+
+
+def _text(side: Sequence[Message]) -> str:
+    """Return a side as one text: the answer, or all turns of one that parts from the other earlier."""
+    return "\n\n".join(turn.content for turn in side)
 
 
 def _place(rows: Sequence[list[bytes]], best: bytes, worst: bytes) -> tuple[int, int, int] | str:
