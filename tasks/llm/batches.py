@@ -131,11 +131,14 @@ class Batches:
             BatchPending: it is not answered yet, and the process may leave.
         """
         is_known = await self.has(name)
-        if name not in self._lines:
-            if is_known:
-                self._begin_taking_up(self._earlier[name])
-            else:
-                self._lines[name] = self._gather(name, body, refused)
+        if name not in self._lines and is_known:
+            self._begin_taking_up(self._earlier[name])
+        elif name not in self._lines:
+            if self._open is None or self._open[0].closed.is_set():
+                group = _Open()
+                self._open = group, asyncio.create_task(self._run(group))
+            group, self._lines[name] = self._open
+            group.add(name, body, refused)
         return (await asyncio.shield(self._lines[name])).pop(name, None)
 
     async def check_pending(self) -> None:
@@ -159,14 +162,6 @@ class Batches:
         for task in filter(None, (self._found, *self._lines.values())):
             task.cancel()
         await self._client.close()
-
-    def _gather(self, name: str, body: Body, refused: Iterable[str]) -> Awaited:
-        if self._open is None or self._open[0].closed.is_set():
-            group = _Open()
-            self._open = group, asyncio.create_task(self._run(group))
-        group, task = self._open
-        group.add(name, body, refused)
-        return task
 
     async def _run(self, group: _Open) -> dict[str, Line]:
         await group.closed.wait()
@@ -281,8 +276,7 @@ class Batches:
     async def _try(self, call: Call[Result], may_be_gone: bool = False) -> Result | None:
         """Await a call until it is answered; what `may_be_gone` is None where the provider has it no longer.
 
-        Raises:
-            PreflowError: it is refused, or there has been no answer for too long.
+        Raises `PreflowError`: it is refused, or there has been no answer for too long.
         """
         until = time.monotonic() + self._wait_seconds
         while True:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import TracebackType
 from typing import Any, NotRequired, Unpack
 from urllib.parse import parse_qsl
 
@@ -109,12 +108,10 @@ class Endpoint(Administration):
         )  # fmt: skip
         self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self.conceal, source, may_leave)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *failure: object) -> None:
         if self._batches is not None:
             await self._batches.close()
-        await super().__aexit__(kind, error, trace)
+        await super().__aexit__(*failure)
 
     async def check_batches(self) -> None:
         """Raise `BatchPending` if the process may leave and what an earlier one handed in is not answered."""

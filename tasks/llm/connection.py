@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -52,8 +51,7 @@ class Connection:
     async def connect(cls, config: EndpointConfig, field: str) -> Self:
         """Return the endpoint with its key and headers looked up; `field` names the configuration in messages.
 
-        Raises:
-            PreflowError: a secret is missing.
+        Raises `PreflowError`: a secret is missing.
         """
         key = await resolve_secret(config.api_key, f"{field}.api_key")
         names = config.extra_headers.items()
@@ -69,9 +67,7 @@ class Connection:
         )
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
     async def _call(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:

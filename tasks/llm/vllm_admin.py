@@ -54,8 +54,7 @@ class Administration(Connection, ABC):
     async def check_model(self) -> ModelInfo:
         """Return the configured model, after at most about 10 s; one that is not listed is asked a short question.
 
-        Raises:
-            PreflowError: it cannot be used: not reachable, not an OpenAI address, model not served, key refused.
+        Raises `PreflowError`: it cannot be used: not reachable, not an OpenAI address, model not served, key refused.
         """
         config = self.config
         try:
@@ -259,13 +258,11 @@ _REMEDIES = {
 
 
 def _remedy(failure: Transient | RequestRefused) -> str:
+    told = next((remedy for words, remedy in _REMEDIES.items() if words in str(failure)), "")
     if failure.status == 0:
         return "Check that the server is up and the address right"
     if failure.status in (404, 405) and "No adapter found" not in str(failure):
         return "Start vLLM with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-    for words, remedy in _REMEDIES.items():
-        if words in str(failure):
-            return remedy
-    if failure.status >= 500:
+    if failure.status >= 500 and not told:
         return "vLLM takes no DoRA, no modules_to_save and no bias in an adapter; its log says more"
-    return "See the server's log"
+    return told or "See the server's log"
