@@ -67,10 +67,16 @@ class Administration(Connection, ABC):
                 f"(it usually ends in /v1), and that it can be reached from here: curl {self.base_url}/models"
             ) from failure
         except RequestRefused as refused:
-            if refused.status in (404, 405, 501):
-                return await self._without_list()
-            message = f"{config.endpoint} did not list its models: {refused}; check the address"
-            raise PreflowError(message) from refused
+            if refused.status not in (404, 405, 501):
+                message = f"{config.endpoint} did not list its models: {refused}; check the address"
+                raise PreflowError(message) from refused
+            if not self.base_url.endswith("/v1"):
+                with contextlib.suppress(Transient, RequestRefused):
+                    await self._call(f"{self.base_url}/v1/models", None, CHECK_SECONDS)
+                    raise PreflowError(
+                        f"{config.endpoint} is not the API's base address: set endpoint to {self.base_url}/v1"
+                    ) from refused
+            return await self._try_unlisted("does not list its models")
         for model in models:
             # Gemini lists its models as models/NAME and takes both names.
             if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
@@ -103,26 +109,10 @@ class Administration(Connection, ABC):
 
     def not_served(self, refused: RequestRefused, why: str = "") -> PreflowError:
         """Return the error for a model that the endpoint does not answer for, listed or not."""
-        remedy = f"set model to one it has: it {why}" if why else "set model to one it has, and check the address"
+        remedy = "set model to one it has, and check the address" + (f": it {why}" if why else "")
         return PreflowError(
             f"{self.config.endpoint} does not serve the model {self.config.model!r}: {refused}; {remedy}"
         )
-
-    async def _without_list(self) -> ModelInfo:
-        config, right = self.config, f"{self.base_url}/v1"
-        if not self.base_url.endswith("/v1"):
-            try:
-                await self._call(f"{right}/models", None, CHECK_SECONDS)
-            except (Transient, RequestRefused) as absent:
-                log.debug("%s/models lists nothing either: %s", right, absent)
-            else:
-                raise PreflowError(f"{config.endpoint} is not the API's base address: set endpoint to {right}")
-        log.warning(
-            "%s does not list its models, so it is not known whether it serves %s; if every request fails with 404, "
-            "check the address (it usually ends in /v1) and the model's name",
-            config.endpoint, config.model,
-        )  # fmt: skip
-        return ModelInfo(id=config.model)
 
     @property
     def _server(self) -> str:
