@@ -37,7 +37,7 @@ async def dpo_rounds(config: PipelineConfig, rounds: RoundsConfig) -> RoundsResu
     result = RoundsResult(rounds=done)
     if best := best_round(done, config.promotion.min_win_rate):
         served = await promote_if_better(best.made, config)
-        result = RoundsResult(rounds=done, best=best.number, promotion=served.promotion)
+        result = RoundsResult(rounds=done, best=best.number, promotion=served.promotion, declined=served.declined)
     record_rounds(result, config, rounds)
     await publish(rounds_section(result))
     return result

@@ -32,7 +32,7 @@ async def dpo_sweep(config: PipelineConfig, sweep: SweepConfig) -> SweepResult |
     best = winner(result, points) if sweep.promote_best else None
     if best is not None:
         served = await promote_if_better(best[1], best[0].config)
-        result = result.model_copy(update={"promotion": served.promotion})
+        result = result.model_copy(update={"promotion": served.promotion, "declined": served.declined})
     await report_sweep(result, points)
     return conclude(result, config.workspace)
 

@@ -108,4 +108,4 @@ def rounds(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
         result = asyncio.run(dpo_rounds(settings.config, settings.rounds))
     print(rounds_text(result))
     print(f"report: {rounds_page(result, settings.config.workspace, settings.rounds)}")
-    return Exit.DONE if result.best is not None else Exit.NOT_BETTER
+    return Exit.DONE if result.promotion is not None else Exit.NOT_BETTER

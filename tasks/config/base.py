@@ -1,5 +1,6 @@
 """What all configuration has in common: frozen models, secret names, titles of the form's fields."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -161,8 +162,8 @@ def resolve_location(value: str) -> str:
     if value.startswith("file://"):
         value = unquote(urlparse(value).path)
     if "://" in value:
-        return value.rstrip("/")
-    return str(Path(value).expanduser().absolute())
+        return value.rstrip("/") if urlparse(value).netloc else value
+    return str(Path(os.path.expanduser(value)).absolute())  # ~nobody stays as it is
 
 
 def _resolve_model(value: str) -> str:
@@ -176,13 +177,9 @@ def _resolve_rubric(value: str) -> str:
     return value if re.fullmatch(r"[\w-]+", value) else resolve_location(value)
 
 
-def _none_if_empty(value: object) -> object:
-    return None if value == "" else value
-
-
 # A path or a gs:// address, a base model's folder or hub name, and a rubric's name or path.
 Location = Annotated[str, Field(min_length=1), AfterValidator(resolve_location)]
-MaybeLocation = Annotated[Location | None, BeforeValidator(_none_if_empty)]
+MaybeLocation = Annotated[Location | None, BeforeValidator(lambda value: None if value == "" else value)]
 ModelLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_model)]
 RubricLocation = Annotated[str, Field(min_length=1), AfterValidator(_resolve_rubric)]
 
@@ -192,7 +189,7 @@ def _explain_form(schema: Schema) -> None:
     for field in schema.get("properties", {}).values():
         kinds = field.get("anyOf", [field])
         bounds = " ".join(filter(None, map(_bounds, kinds)))
-        text = str(field.get("description", ""))
+        text = " ".join(str(field.get("description", "")).split())
         if {"type": "null"} in kinds:
             text = re.sub(r"\bempty: none\b", "None: no limit", text)
             text = re.sub(r"\b[Ee]mpty: ", "None: ", text)
@@ -218,6 +215,7 @@ class StageConfig(BaseModel):
         hide_input_in_errors=True,
         validate_default=True,
         field_title_generator=field_title,
+        use_attribute_docstrings=True,
         json_schema_extra=_explain_form,
     )
 

@@ -19,30 +19,21 @@ class EvaluationConfig(StageConfig):
     num_samples: int = Field(4, ge=1, le=64, description="Samples per held-out prompt and adapter.")
     max_prompts: int = Field(500, ge=1, description="Held-out prompts used, at most.")
     null_test: bool = Field(True, description="Also compare two draws of the SFT adapter: must come out near 0.5.")
-    checkpoints: int = Field(
-        0,
-        ge=0,
-        le=8,
-        description="Checkpoints of the training, evenly spaced, the last among them: the judge chooses the best on a "
-        "part of the held-out prompts, and the others decide. 3 is usual; at most 35 % more verdicts. 0: the last.",
-    )
+    checkpoints: int = Field(0, ge=0, le=8)
+    """Checkpoints of the training, evenly spaced, the last among them: the judge chooses the best on a part of the
+    held-out prompts, and the others decide. 3 is usual; at most 35 % more verdicts. 0: the last."""
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Confidence of the win rate's interval.")
-    seed: int = Field(1042, ge=0, lt=2**31, description="Seed of the samples and of the interval's bootstrap.")
-    generation: GenerationConfig | None = Field(
-        None, description="Sampling endpoint and settings; empty: those of the generation stage."
-    )
-    judging: JudgingConfig | None = Field(
-        None, title="Judging: the judge", description="The judge; empty: that of the judging stage."
-    )
-    judges: tuple[JudgeConfig, ...] = Field(
-        (),
-        max_length=15,
-        description="Second opinion, advised: judges that made no label, asked about the same samples. Each another "
-        "model; empty: none, and a quirk of the labelling judge looks like a gain.",
-    )
-    adapter_root: Operational[str | None] = Field(
-        None, description="Folder under which the vLLM server sees the workspace, where that differs from here."
-    )
+    seed: int = Field(1042, ge=0, lt=2**31)
+    """Seed of the samples, and of which prompts choose the checkpoint."""
+    generation: GenerationConfig | None = None
+    """Sampling endpoint and settings; empty: those of the generation stage."""
+    judging: JudgingConfig | None = Field(None, title="Judging: the judge")
+    """The judge; empty: that of the judging stage."""
+    judges: tuple[JudgeConfig, ...] = Field((), max_length=15)
+    """Second opinion, advised: judges that made no label, asked about the same samples. Each another model; empty:
+    none, and a quirk of the labelling judge looks like a gain."""
+    adapter_root: Operational[str | None] = None
+    """Folder under which the vLLM server sees the workspace, where that differs from here."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,5 +74,5 @@ class EvaluationConfig(StageConfig):
 
     def null_judge(self) -> JudgingConfig:
         """Return the judges as they compare the SFT adapter with itself: those that made the labels, in both orders."""
-        for_pairs = {"rejected_sigmas": None, "min_chosen_score": None, "unsure_for_sft": False}
-        return (self.judging or JudgingConfig()).model_copy(update={"orders": 2, **for_pairs})
+        both = {"orders": 2, "rejected_sigmas": None, "min_chosen_score": None, "unsure_for_sft": False}
+        return (self.judging or JudgingConfig()).model_copy(update=both)

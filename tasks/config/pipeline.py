@@ -19,50 +19,30 @@ class PipelineConfig(StageConfig):
     """One whole run: prompts in, a better adapter out."""
 
     prompts: Location = Field("prompts.jsonl", description="Prompts (or SFT rows), JSONL: a path or gs://.")
-    eval_prompts: MaybeLocation = Field(
-        None, description="Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from."
-    )
-    completions: MaybeLocation = Field(
-        None, description="Completions that something else sampled, to begin at judging. Empty: sample them."
-    )
-    preferences: MaybeLocation = Field(
-        None,
-        description="Preference pairs that something else made, to begin at training; `prompts` are then the held-out "
-        "ones. Empty: sample and judge.",
-    )
-    workspace: Location = Field(
-        "workspace",
-        description="Where everything is kept: a folder or gs://bucket/prefix. gs://BLOCK@bucket/prefix takes the "
-        "credentials of the GcpCredentials block BLOCK; without one, the machine's own are taken.",
-    )
+    eval_prompts: MaybeLocation = None
+    """Held-out prompts, JSONL. Empty: the rows of `prompts` that no training pair came from."""
+    completions: MaybeLocation = None
+    """Completions that something else sampled, to begin at judging. Empty: sample them."""
+    preferences: MaybeLocation = None
+    """Preference pairs that something else made, to begin at training; `prompts` are then the held-out ones. Empty:
+    sample and judge."""
+    workspace: Location = "workspace"
+    """Where everything is kept: a folder or gs://bucket/prefix. gs://BLOCK@bucket/prefix takes the credentials of the
+    GcpCredentials block BLOCK; without one, the machine's own are taken."""
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Sampling of completions.")
     judging: JudgingConfig = Field(default_factory=JudgingConfig, description="The judge and the pairs.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="DPO.")
-    training_deployment: Operational[str | None] = Field(
-        None,
-        pattern=r"^train-dpo/[^/]+$",
-        description="Deployment that trains, e.g. train-dpo/l4-spot for a spot GPU; empty: where the pipeline runs.",
-    )
-    max_restarts: Operational[int] = Field(
-        5,
-        ge=0,
-        le=100,
-        description="Times a training that crashed on its work pool is started again; preemptions do not count.",
-    )
+    training_deployment: Operational[str | None] = Field(None, pattern=r"^train-dpo/[^/]+$")
+    """Deployment that trains, e.g. train-dpo/l4-spot for a spot GPU; empty: where the pipeline runs."""
+    max_restarts: Operational[int] = Field(5, ge=0, le=100)
+    """Times a training that crashed on its work pool is started again; preemptions do not count."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Proof on held-out prompts.")
     promotion: PromotionConfig = Field(default_factory=PromotionConfig, description="The gate and serving.")
-    approve_before: Operational[tuple[ApprovalPoint, ...]] = Field(
-        (),
-        max_length=2,
-        description="Wait for a person's yes, given with Resume: before judging (shows calls, tokens and cost), before "
-        "promotion (shows the evaluation). Empty: never.",
-    )
-    approval_timeout_seconds: Operational[int] = Field(
-        604_800,
-        ge=1,
-        le=31_536_000,
-        description="How long the run waits for that, in seconds (a week); then it fails and can be retried.",
-    )
+    approve_before: Operational[tuple[ApprovalPoint, ...]] = Field((), max_length=2)
+    """Wait for a person's yes, given with Resume: before judging (shows calls, tokens and cost), before promotion
+    (shows the evaluation). Empty: never."""
+    approval_timeout_seconds: Operational[int] = Field(604_800, ge=1, le=31_536_000)
+    """How long the run waits for that, in seconds (a week); then it fails and can be retried."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -93,9 +73,7 @@ class PipelineConfig(StageConfig):
             )
         self._check_chat()
         if self.training.measured_label_smoothing and self.judging.orders < 2:
-            raise ValueError(
-                "training.measured_label_smoothing needs judging.orders of at least 2 to see verdicts flip"
-            )
+            raise ValueError("training.measured_label_smoothing needs judging.orders of at least 2, to see flips")
         return self
 
     def _check_chat(self) -> None:
@@ -111,9 +89,7 @@ class PipelineConfig(StageConfig):
     @model_validator(mode="after")
     def _check_proof(self) -> Self:
         if not self.judging.val_ratio and not self.eval_prompts:
-            raise ValueError(
-                "judging.val_ratio 0 holds no prompts out for the evaluation: raise it, or set eval_prompts"
-            )
+            raise ValueError("judging.val_ratio 0 holds no prompts out to evaluate on: raise it, or set eval_prompts")
         labelling = {judge.model for judge in (self.evaluation.judging or self.judging).judges()}
         if known := sorted(labelling & {judge.model for judge in self.evaluation.judges}):
             raise ValueError(
@@ -149,12 +125,8 @@ class PipelineConfig(StageConfig):
         judging = self.evaluation.judging or self.judging
         if judging.rubric is None:
             judging = judging.model_copy(update={"rubric": self.judging.rubric})
-        evaluation = self.evaluation.model_copy(
-            update={
-                "generation": (self.evaluation.generation or generation).model_copy(update=chat),
-                "judging": judging,
-            }
-        )
+        sampling = (self.evaluation.generation or generation).model_copy(update=chat)
+        evaluation = self.evaluation.model_copy(update={"generation": sampling, "judging": judging})
         kept = self.evaluation.checkpoints or self.training.checkpoints
         training = self.training.model_copy(update={**chat, "checkpoints": kept})
         return self.model_copy(update={"generation": generation, "training": training, "evaluation": evaluation})

@@ -105,7 +105,8 @@ def estimate_without_length(outcomes: Floats, lengths: Floats, clusters: Sequenc
     odd = _length_terms(lengths)
     turned = np.column_stack([np.ones(len(odd)), -odd])
     terms = np.column_stack([np.ones(len(odd)), odd])
-    weights = np.concatenate([spoken, spoken * PRIOR / spoken.sum()])
+    # As many as there are at most, or they would outvote the few there are.
+    weights = np.concatenate([spoken, spoken * min(1.0, PRIOR / spoken.sum())])
     coefficients, hessian = _fit_logistic(np.vstack([terms, turned]), np.concatenate([outcomes, 1 - outcomes]), weights)
     here, there = _logistic(terms @ coefficients), _logistic(turned @ coefficients)
     standard = np.where(spoken > 0, (here + there) / 2, outcomes)

@@ -13,21 +13,26 @@ Body: TypeAlias = dict[str, Any]
 # What a request can do without, and the words that endpoints have for it.
 OPTIONAL = {
     "temperature": r"temperature",
-    "top_p": r"top_?p",
+    "top_p": r"\btop_?p\b",
     "frequency_penalty": r"frequency_?penalty",
-    "seed": r"seed",
+    "seed": r"\bseed\b",
     "return_token_ids": r"return_token_ids",
     "chat_template_kwargs": r"chat_template_kwargs",
     # vLLM's words without --trust-request-chat-template.
     "chat_template": r"chat_template(?!_kwargs)|trust-request-chat-template",
     "reasoning_effort": r"reasoning[_.]?effort|thinking[_ ]?(budget|level)",
     "response_format": r"response_?(format|schema)|json_?schema|structured output|guided|grammar|additionalProperties",
-    "n": r"[`'\"]n[`'\"]|\bn:? (must|should|has to|is|>|=)|only one (completion )?choice|candidate_?count"
+    "n": r"[`'\"]n[`'\"]|\bn ?[:=<>]|\bn (must|should|has to|is|are|exceeds)|\bn$|\bbody\.n\b"
+    r"|only one (completion|choice|candidate)|candidate_?count|num_return_sequences|best_of"
     r"|(multiple|number of) (candidates|choices|completions)",
 }
 _LIMIT = re.compile(r"max_?(completion_?|output_?|new_?)?tokens", re.IGNORECASE)
 _SYSTEM = re.compile(
-    r"(system|developer) (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate", re.IGNORECASE
+    r"(system|developer)['\"]? (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate"
+    r"|not support (a |the )?['\"]?(system|developer)\b|['\"](system|developer)['\"] is not"
+    r"|(unexpected|invalid|unsupported|unknown|unrecognized) (message )?(role|value)s?\W{1,4}(system|developer)\b"
+    r"|only (the )?user and (assistant|model) roles|valid role: user|must (start|begin) with a user",
+    re.IGNORECASE,
 )
 FEWEST_TOKENS = 16
 # A response_format that was never answered is left out once after so many failures of the server (status 5xx).
@@ -100,7 +105,9 @@ class Dialect:
             return self._say("takes no system role: its text opens the user's message")
         limit = sent.get(self._limit_name)
         if limit and limit > FEWEST_TOKENS and (_LIMIT.search(refused.param) or _LIMIT.search(text)):
-            told = [number for number in map(int, re.findall(r"\b\d{2,9}\b", text)) if FEWEST_TOKENS <= number < limit]
+            figures = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.replace(self._model, " "))
+            told = [int(number) for number in re.findall(r"\b\d{2,9}\b", figures)]
+            told = [number for number in told if FEWEST_TOKENS <= number < limit]
             self._most_tokens = max(told, default=max(FEWEST_TOKENS, limit // 2))
             return self._say(f"allows at most {self._most_tokens} completion tokens")
         for said in filter(None, (refused.param, text)):

@@ -3,11 +3,12 @@
 import hashlib
 import logging
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from prefect.runtime import flow_run
 from pydantic import BaseModel, ValidationError
 
 from tasks.config import PromotionConfig
@@ -16,8 +17,8 @@ from tasks.promote.vllm import PROBE, is_served, swap_adapter
 from tasks.report.page import ReportSection, Table
 from tasks.report.run import publish
 from tasks.store import measures
-from tasks.store.measures import Evaluation
-from tasks.store.workspace import AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
+from tasks.store.measures import Evaluation, percent
+from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
 
 # Loads of one reconciliation: each after the first because the pointer moved, or the server changed, meanwhile.
 ATTEMPTS = 5
@@ -41,7 +42,7 @@ class Won(BaseModel, frozen=True):
 
 
 class Entry(BaseModel, frozen=True):
-    """One adapter that is or was served under a name: a promotion of it, or a rollback to it."""
+    """One adapter that is or was served under a name: a promotion of it, or a rollback to it, by a flow run."""
 
     adapter_sha256: str
     uri: str
@@ -50,10 +51,7 @@ class Entry(BaseModel, frozen=True):
     rolled_back_at: str | None = None
     restored_at: str | None = None
     restored_from: str | None = None
-
-    def text(self) -> str:
-        """Return how the adapter is called on the page of a rollback."""
-        return f"{self.adapter_sha256[:12]} (win rate {measures.percent(self.evaluation.win_rate)})"
+    restored_by: str | None = None
 
 
 class Pointer(BaseModel, frozen=True):
@@ -74,13 +72,13 @@ def check_gate(adapter: AdapterRef, evaluation: EvaluationRef, bar: float, min_a
     Raises:
         PromotionRefused: with the figures and what to try.
     """
-    if evaluation.adapter_sha256 != adapter.sha256:
+    found = read_evaluation(evaluation)
+    if found.adapter_sha256 != adapter.sha256:
         raise PromotionRefused(
-            f"the evaluation {evaluation.uri} is of adapter {evaluation.adapter_sha256[:12]}, not of "
-            f"{adapter.sha256[:12]}: evaluate this adapter first, or promote that one, if evaluation.checkpoints "
-            "chose it"
+            f"the evaluation {evaluation.uri} is of adapter {found.adapter_sha256[:12]}, not of {adapter.sha256[:12]}: "
+            "evaluate this adapter first, or promote that one, if evaluation.checkpoints chose it"
         )
-    if refusal := read_evaluation(evaluation).refusal(bar, min_agreement):
+    if refusal := found.refusal(bar, min_agreement):
         raise PromotionRefused(f"not promoted: {refusal} What was served before is still served.")
 
 
@@ -103,6 +101,9 @@ def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
     """Copy a finished adapter to `adapters/<name>/<digest>/` and return that uri; a copy that is whole is kept.
 
     The log-probs by which it is known, which training left next to it, lie in the copy as `probe.json`.
+
+    Raises:
+        PreflowError: the folder is not whole, or holds another adapter than the reference says.
     """
     store = Workspace(workspace)
     target = store.uri("adapters", name, adapter.sha256[:16])
@@ -110,9 +111,13 @@ def install_adapter(adapter: AdapterRef, workspace: str, name: str) -> str:
     origin = Workspace.holding(adapter.uri)
     if origin.exists(probe):
         store.write_bytes(posixpath.join(target, PROBE), origin.read_bytes(probe))
-    if store.exists(posixpath.join(target, "COMMITTED.json")):
+    if store.exists(posixpath.join(target, COMMITTED)):
         store.verify_folder(target)
         return target
+    if (there := origin.committed_files(adapter.uri)[COMMITTED].sha256) != adapter.sha256:
+        raise PreflowError(
+            f"{adapter.uri}: holds adapter {there[:12]}, not {adapter.sha256[:12]}, which won: evaluate what is there"
+        )
     with TemporaryDirectory() as scratch:
         local = origin.fetch_folder(adapter.uri, Path(scratch))
         store.commit_folder(local, target)
@@ -128,7 +133,7 @@ def read_pointer(workspace: str, name: str) -> Pointer | None:
     """Return what is served under `name`, with the history to roll back to; None before the first promotion."""
     uri = pointer_uri(workspace, name)
     try:
-        return _pointer(uri, Workspace(workspace).read_json(uri))
+        return _parse(uri, Workspace(workspace).read_json(uri))
     except FileNotFoundError:
         return None
 
@@ -144,7 +149,7 @@ def read_promoted(workspace: str, name: str, otherwise: str) -> Pointer:
     raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: {otherwise}")
 
 
-def _pointer(uri: str, value: object) -> Pointer:
+def _parse(uri: str, value: object) -> Pointer:
     try:
         return Pointer.model_validate(value)
     except ValidationError as error:
@@ -153,14 +158,13 @@ def _pointer(uri: str, value: object) -> Pointer:
 
 def _move(workspace: str, name: str, change: Callable[[Pointer | None], Pointer | None]) -> PromotionRef:
     """Replace the pointer by what `change` makes of it, losing nobody's change; None leaves it."""
-
     uri = pointer_uri(workspace, name)
 
     def change_json(value: object) -> object:
-        changed = change(None if value is None else _pointer(uri, value))
+        changed = change(None if value is None else _parse(uri, value))
         return None if changed is None else changed.model_dump(mode="json", exclude_none=True)
 
-    return _refer(workspace, _pointer(uri, Workspace(workspace).update_json(uri, change_json)))
+    return _refer(workspace, _parse(uri, Workspace(workspace).update_json(uri, change_json)))
 
 
 async def serve_adapter(uri: str, workspace: str, promotion: PromotionConfig) -> None:
@@ -185,7 +189,8 @@ def move_pointer(
     def move(before: Pointer | None) -> Pointer | None:
         if before is not None and before.current.adapter_sha256 == adapter.sha256:
             return None
-        current = Entry(adapter_sha256=adapter.sha256, uri=uri, evaluation=won, promoted_at=_now())
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        current = Entry(adapter_sha256=adapter.sha256, uri=uri, evaluation=won, promoted_at=now)
         history = (before.current, *before.history) if before else ()
         return Pointer(name=promotion.name, current=current, history=history)
 
@@ -203,7 +208,9 @@ def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
         PreflowError: there is no such entry, or it is no longer whole; says which there are.
     """
     pointer = read_promoted(workspace, name, "there is nothing to roll back")
-    current = pointer.current.adapter_sha256
+    current, run = pointer.current.adapter_sha256, flow_run.id
+    if run is not None and pointer.current.restored_by == run:
+        return pointer.current  # this run has moved the pointer already, and was then killed
     latest: dict[str, Entry] = {}
     for entry in pointer.history:
         latest.setdefault(entry.adapter_sha256, entry)
@@ -212,35 +219,36 @@ def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
         found = [entry for digest, entry in latest.items() if len(to) >= MIN_PREFIX and digest.startswith(to)]
     else:
         found = [entry for entry in latest.values() if entry.rolled_back_at is None][:1]
-    if len(found) != 1:
-        raise PreflowError(_no_rollback(name, to, current, latest.values()))
-    Workspace(workspace).verify_folder(found[0].uri)
-    return found[0]
-
-
-def _no_rollback(name: str, to: str | None, current: str, entries: Iterable[Entry]) -> str:
+    if len(found) == 1:
+        Workspace(workspace).verify_folder(found[0].uri)
+        return found[0]
     there = ", ".join(
         f"{entry.adapter_sha256[:12]} (promoted {entry.promoted_at}"
         + (f", rolled back {entry.rolled_back_at})" if entry.rolled_back_at else ")")
-        for entry in entries
+        for entry in latest.values()
     )
     listed = f"its history has: {there}; name one of them with `to`" if there else "its history is empty"
     if to is not None and current.startswith(to):
-        return f"{name!r} is adapter {current[:12]} already; {listed}"
+        raise PreflowError(f"{name!r} is adapter {current[:12]} already; {listed}")
     wanted = f"no one adapter {to!r} (at least {MIN_PREFIX} characters of its digest)" if to else "no earlier adapter"
-    return f"{name!r} is adapter {current[:12]}, and there is {wanted} to roll back to: {listed}"
+    raise PreflowError(f"{name!r} is adapter {current[:12]}, and there is {wanted} to roll back to: {listed}")
 
 
 def roll_back_pointer(entry: Entry, workspace: str, name: str) -> PromotionRef:
     """Make `CURRENT.json` name an entry of its history again; the one rolled back stays in the history, marked so."""
 
-    def move(before: Pointer | None) -> Pointer:
+    def move(before: Pointer | None) -> Pointer | None:
         if before is None:
             raise PreflowError(
                 f"{pointer_uri(workspace, name)} was deleted during the rollback: promote an adapter again"
             )
-        now, withdrawn = _now(), before.current
-        restored = {"rolled_back_at": None, "restored_at": now, "restored_from": withdrawn.adapter_sha256}
+        now, withdrawn = datetime.now(UTC).isoformat(timespec="seconds"), before.current
+        if withdrawn.adapter_sha256 == entry.adapter_sha256:
+            return None  # another rollback came first
+        restored = {
+            "rolled_back_at": None, "restored_at": now, "restored_from": withdrawn.adapter_sha256,
+            "restored_by": flow_run.id,
+        }  # fmt: skip
         history = (withdrawn.model_copy(update={"rolled_back_at": now}), *before.history)
         return Pointer(name=name, current=entry.model_copy(update=restored), history=history)
 
@@ -254,16 +262,16 @@ async def report_rollback(workspace: str, promotion: PromotionConfig) -> None:
     pointer = read_pointer(workspace, promotion.name)
     if pointer is None or not pointer.history:
         return  # somebody deleted it in this very moment
-    restored, withdrawn = pointer.current, pointer.history[0]
-    change = f"{withdrawn.text()} -> {restored.text()}"
+    changed = (("served until now", pointer.history[0]), ("served again", pointer.current))
+    rows = tuple(
+        (name, f"{one.adapter_sha256[:12]} (win rate {percent(one.evaluation.win_rate)})", one.promoted_at)
+        for name, one in changed
+    )
     where = (
         f"{promotion.endpoint} serves it" if promotion.endpoint else "promotion.endpoint is empty: no server was told"
     )
+    change = f"{rows[0][1]} -> {rows[1][1]}"
     logger.info("%s: %s; %s", promotion.name, change, where)
-    rows = tuple(
-        (name, entry.text(), entry.promoted_at)
-        for name, entry in (("served until now", withdrawn), ("served again", restored))
-    )
     table = Table("What is served", ("", "adapter", "promoted"), rows)
     await publish(ReportSection("Rollback", f"{promotion.name} was rolled back: {change}; {where}.", tables=(table,)))
 
@@ -299,8 +307,13 @@ async def ensure_pointer_is_served(workspace: str, promotion: PromotionConfig) -
     Raises:
         PreflowError: as `reconcile`.
     """
-    if promotion.endpoint is not None:
+    if promotion.endpoint is None:
+        return
+    try:
         await reconcile(workspace, promotion)
+    except PreflowError as error:
+        moved = f"{pointer_uri(workspace, promotion.name)} was moved, but is not served"
+        raise type(error)(f"{moved}: {error}. When vLLM answers, run reconcile-served") from error
 
 
 def find_promotion(adapter: AdapterRef, workspace: str, promotion: PromotionConfig) -> PromotionRef | None:
@@ -335,10 +348,6 @@ def find_disagreement(
     if promoted is not None or not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
         return None
     return read_evaluation(evaluation).disagreement(promotion.min_agreement)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _refer(workspace: str, pointer: Pointer) -> PromotionRef:

@@ -52,27 +52,21 @@ def glance_section(
     headline, sentence = verdict(found, bar)
     is_better = headline == BETTER  # not by the bar alone: one under 50 % lets worse ones pass
     advice = tuple(f"{page.title}: {text}" for page in details for text in page.advice[:MOST_ADVICE])
-    caption = "How often the new adapter wins; bars are the intervals"
-    caption += ", the band is SFT against itself." if found.null else "."
     places = " and ".join(page.title for page in details if page.advice)
+    bars = [RateBar(name, rate) for name, rate, _, _ in rates_of(found, 0.5)]
+    null = bars.pop() if bars[-1].name == NULL else None
+    band = ", the band is SFT against itself." if null else "."
     return ReportSection(
         "At a glance",
         f"{sentence} {served}",
         () if is_better else advice,
         (Table("The run in figures", ("figure", "state", "value", "healthy"), tuple(map(metric_row, figures))),),
-        (Picture(plot_rates(*rate_bars(found)), caption),),
+        (Picture(plot_rates(bars, null), f"How often the new adapter wins; bars are the intervals{band}"),),
         (f"It won. What could still be better stands under {places}.",) if is_better and places else (),
         tuple(replace(example, is_open=True) for page in details[:1] for example in page.examples[:OPEN_EXAMPLES]),
         headline=headline,
         is_good=is_better,
     )
-
-
-def rate_bars(found: Evaluation) -> tuple[list[RateBar], RateBar | None]:
-    """Return what to draw of an evaluation: every win rate there is, and SFT against itself."""
-    bars = [RateBar(name, rate) for name, rate, _, _ in rates_of(found, 0.5)]
-    null = bars.pop() if bars[-1].name == NULL else None
-    return bars, null
 
 
 def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
@@ -92,8 +86,8 @@ def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
     if found.silent:
         yield _figure("Lost because the new adapter wrote nothing", f"{found.silent:,}", "0", False)
     if found.detectable is not None:
-        healthy = "what this gate finds in 4 runs of 5"
-        yield _figure("Smallest true win rate that passes", percent(found.detectable), healthy)
+        healthy = "found in 4 runs of 5; more samples find a smaller one"
+        yield _figure("Smallest true win rate told from 50 %", percent(found.detectable), healthy)
 
 
 def _figure(name: str, value: str, healthy: str, ok: bool | None = None) -> Metric:
@@ -112,18 +106,21 @@ def run_figures(
     figures = [*win_rate_figures(found, bar), *(judged[name] for name in SHOWN_METRICS if name in judged)]
     if (first := training.get("first_loss")) is not None:
         figures.append(_figure("Loss before the first update", f"{first:.4f}", "ln 2 = 0.6931 for the sigmoid loss"))
-    if (share := training.get("sampled_tokens_share")) is not None:
+    if (share := training.get("exact_share")) is not None:
         figures.append(_figure("Sides trained on exactly the sampled tokens", percent(share), "100 %", share == 1))
     return figures + [read[name] for name in SHOWN_READINGS if name in read]
 
 
 def inputs_section(manifests: Sequence[Manifest], changed: Mapping[str, Any]) -> ReportSection:
     """Show the prompts, models and judges that a run was made from, and the settings that are not the defaults."""
-    prompts = list[tuple[Cell, ...]]()
-    for manifest in (manifest for manifest in manifests if manifest.stage == "prompts"):
-        counts = (manifest.counts.get(name) for name in ("read", "duplicates", "in_training"))
-        file, used = manifest.upstream[0].uri.rsplit("/", 1)[-1], manifest.artifact
-        prompts.append(("comparison" if prompts else "pairs", file, *counts, used.rows, used.sha256[:12]))
+    prompts, purpose = list[tuple[Cell, ...]](), "pairs"
+    for manifest in manifests:
+        if manifest.stage == "training":  # all that it was made from comes before it
+            purpose = "comparison"
+        if manifest.stage == "prompts":
+            counts = (manifest.counts.get(name) for name in ("read", "duplicates", "in_training"))
+            file, used = manifest.upstream[0].uri.rsplit("/", 1)[-1], manifest.artifact
+            prompts.append((purpose, file, *counts, used.rows, used.sha256[:12]))
     settings = tuple((name, "empty" if value is None else str(value)) for name, value in changed.items())
     return ReportSection(
         "What went in",

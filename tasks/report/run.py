@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from prefect.artifacts import acreate_markdown_artifact
+from pydantic import ValidationError
 
 from tasks.batch.costs import StageCost, add_up, format_seconds, format_usd
 from tasks.config import PipelineConfig, StageConfig
+from tasks.errors import PreflowError
 from tasks.report import sections as parts
 from tasks.report.overview import glance_section, inputs_section, run_figures
 from tasks.report.page import ReportSection, Table
@@ -27,6 +29,7 @@ from tasks.store.workspace import (
     Workspace,
 )
 
+AGAIN = "run the pipeline again with the same settings: what was paid for is kept, and found"
 logger = logging.getLogger(__name__)
 
 
@@ -59,32 +62,36 @@ def write_report(config: PipelineConfig, sections: Sequence[ReportSection], fold
 
 
 def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
-    """Return every page on a run: first the verdict, then what shows it, then how it came about."""
+    """Return every page on a run: first the verdict, then what shows it, then how it came about.
+
+    Raises:
+        PreflowError: a file that is shown is gone, or of another version.
+    """
     store, bar = Workspace(config.workspace), config.promotion.min_win_rate
     manifests = gather_manifests(store, *result.references())
-    choice = read_choice(result.evaluation)
-    shown = [
-        evaluation_page(result.evaluation, store.root, bar),
-        *([parts.choice_section(choice)] if choice else []),
-        *preference_sections(result.preferences, store.root),
-        training_page(result.adapter, store.root),
-    ]
-    found = read_evaluation(result.evaluation)
-    trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
-    figures = run_figures(
-        found, bar, read_quality(store, result.preferences), read_health(store, result.adapter), trained
-    )
+    try:
+        found, choice = read_evaluation(result.evaluation), read_choice(result.evaluation)
+        trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
+        quality, health = read_quality(store, result.preferences), _read_health(store, result.adapter)
+        shown = [
+            evaluation_page(result.evaluation, store.root, bar),
+            *([parts.choice_section(choice)] if choice else []),
+            *preference_sections(result.preferences, store.root),
+            training_page(result.adapter, store.root),
+        ]
+    except FileNotFoundError as error:
+        raise PreflowError(f"{error.filename}: missing, and the report shows it; {AGAIN}") from error
+    except ValidationError as error:
+        raise PreflowError(f"{error.title}: not as this version of preflow writes it; {AGAIN}") from error
     if result.promotion is not None:
         served = f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
     else:
-        served = f"It is not served: {result.declined or 'it did not win by enough'}."
+        served = f"It is not served: {result.declined.rstrip('.')}." if result.declined else "It is not served."
     costs = add_up(manifests)
-    glance = glance_section(found, bar, served, figures, shown)
-    glance = replace(glance, tables=(_facts(config, result, costs[-1]), *glance.tables))
-    inputs = inputs_section(manifests, changed_settings(config))
+    glance = glance_section(found, bar, served, run_figures(found, bar, quality, health, trained), shown)
     return [
-        glance,
-        inputs,
+        replace(glance, tables=(_facts(config, result, costs[-1]), *glance.tables)),
+        inputs_section(manifests, dict(changed_settings(config, PipelineConfig()))),
         *shown,
         parts.cost_section(costs, has_prices(config)),
         parts.lineage_section(manifests, store.root),
@@ -98,9 +105,9 @@ def has_prices(config: PipelineConfig) -> bool:
 
 def _facts(config: PipelineConfig, result: PipelineResult, total: StageCost) -> Table:
     unknown = "not known: prompt_price and completion_price are not set"
-    *folders, owner, model = ["", *config.training.base_model.strip("/").split("/")]
+    *folders, model = config.training.base_model.strip("/").split("/")
     facts = (
-        ("Base model", "/".join([*("…" for _ in folders[:1]), owner, model])),
+        ("Base model", "/".join([*("…" for _ in folders[1:2]), *folders[-1:], model])),
         ("New adapter", result.adapter.sha256[:12]),
         ("Judge", ", ".join(judge.model for judge in config.judging.judges())),
         ("Prompts sampled", f"{result.completions.rows:,}" if result.completions else "none: pairs were given"),
@@ -111,19 +118,15 @@ def _facts(config: PipelineConfig, result: PipelineResult, total: StageCost) -> 
     return Table("The run", ("what", "value"), facts)
 
 
-def changed_settings(config: PipelineConfig) -> dict[str, Any]:
-    """Return the settings that decide the outcome and differ from their defaults, by their dotted names.
+def changed_settings(given: StageConfig, defaults: StageConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings that decide the outcome and differ from their defaults, by their dotted names.
 
     Addresses, limits and prices are left out: a cached run was made with those of then, not with these.
     """
-    return dict(_differences("", config, PipelineConfig()))
-
-
-def _differences(prefix: str, given: StageConfig, defaults: StageConfig) -> Iterator[tuple[str, Any]]:
     for name in given.identity():
         value, default = getattr(given, name), getattr(defaults, name)
         if isinstance(value, StageConfig) and isinstance(default, StageConfig):
-            yield from _differences(f"{prefix}{name}.", value, default)
+            yield from changed_settings(value, default, f"{prefix}{name}.")
         # The evaluation's endpoints are those of the stages before, written out.
         elif value != default and not isinstance(value, StageConfig):
             yield f"{prefix}{name}", given.model_dump(mode="json")[name]
@@ -141,7 +144,7 @@ def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport
     return QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
 
 
-def read_health(store: Workspace, adapter: AdapterRef) -> Health:
+def _read_health(store: Workspace, adapter: AdapterRef) -> Health:
     """Return the readings of a training."""
     return Health.model_validate(store.read_json(adapter.sibling("health.json")))
 
@@ -151,7 +154,7 @@ def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
     store = Workspace(workspace)
     metrics = list(store.read_rows(adapter.sibling("metrics.jsonl")))
     counts = store.read_manifest(adapter).counts if adapter.manifest else {}
-    return parts.training_section(read_health(store, adapter), metrics, counts)
+    return parts.training_section(_read_health(store, adapter), metrics, counts)
 
 
 def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:

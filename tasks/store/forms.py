@@ -14,7 +14,9 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -36,13 +38,26 @@ TEXT = ("text", "input_text", "output_text")
 SAMPLES = ("completions", "responses", "outputs", "generations", "choices")
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 # What providers and gateways say where OpenAI says "stop" and "length".
-ENDED = re.compile(r"(stop(_sequence)?|end_?(of_)?turn|eos(_token)?|complete)$", re.IGNORECASE)
-AT_LIMIT = re.compile(r"(length|(max|model)_?(output_|completion_)?(tokens|length)|token_?limit)$", re.IGNORECASE)
-GZIP, PACKED = b"\x1f\x8b", {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
+ENDED = re.compile(
+    r"(finish_reason_)?(stop(_(sequence|token|string))?|end(_?(of_)?turn)?|eos(_token|_found)?|completed?|finished|done)$",
+    re.IGNORECASE,
+)
+AT_LIMIT = re.compile(
+    r"(finish_reason_)?(length|limit|(max|model)_?(output_|completion_|new_)?(tokens|length)|token_?limit"
+    r"|(model_)?context_(length|window)(_exceeded)?)$",
+    re.IGNORECASE,
+)
+GZIP, PACKED = b"\x1f\x8b", {
+    b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+}  # fmt: skip
+OPENAI_PAIR = {"input": "prompt", "preferred_output": "chosen", "non_preferred_output": "rejected"}
+# Of a file: enough to tell its format. Of a table: rows that become Python's objects, ten times as large, at once.
+HEAD, ROWS_AT_ONCE = 1 << 20, 1000
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 MESSAGES_AS_TEXT = re.compile(
     r"""\s*\[\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:).*\}\s*\]\s*$""", re.DOTALL
@@ -68,24 +83,26 @@ def read_table(uri: str, store: Workspace) -> Iterator[tuple[int, Any]]:
     Raises:
         PreflowError: a line is no row of its format; names the file and the line.
     """
-    head = next(iter(store.lines(uri)), b"") if store.exists(uri) else b""
-    if head.startswith(b"PAR1") or not store.exists(uri):
+    is_file = store.exists(uri)
+    head = store.read_bytes(uri, 0, HEAD).partition(b"\n")[0] if is_file else b""
+    if not is_file or head.startswith(b"PAR1"):
         yield from enumerate(_read_arrow(uri, store), 1)
     elif other := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
         raise PreflowError(f"{uri}: {other} is not read; unpack it, or pack it with gzip")
-    elif uri.removesuffix(".gz").endswith((".csv", ".tsv")):
+    elif _name(uri).endswith((".csv", ".tsv")):
         yield from _read_csv(uri, _text(uri, store))
     elif head.startswith((GZIP, *(bom for bom, _ in ENCODINGS))) or b"\r" in head.rstrip(b"\r\n"):
         text = _text(uri, store)
-        yield from _read_array(uri, text) if text.lstrip().startswith("[") else _read_lines(uri, text.split("\n"))
+        is_array = text.lstrip().startswith("[")
+        yield from enumerate(parse_json(text, uri), 1) if is_array else _read_lines(uri, text.split("\n"))
     elif head.lstrip().startswith(b"["):
-        yield from _read_array(uri, _text(uri, store))
+        yield from enumerate(parse_json(_text(uri, store), uri), 1)
     else:
         yield from _read_lines(uri, store.lines(uri))
 
 
-def _read_array(uri: str, text: str) -> Iterator[tuple[int, Any]]:
-    return enumerate(parse_json(text, uri), 1)
+def _name(uri: str) -> str:
+    return uri.lower().removesuffix(".gz")
 
 
 def _text(uri: str, store: Workspace) -> str:
@@ -94,8 +111,7 @@ def _text(uri: str, store: Workspace) -> str:
         content = gzip.decompress(content) if content.startswith(GZIP) else content
     except (OSError, EOFError, zlib.error) as error:
         raise PreflowError(f"{uri}: a damaged gzip file ({error}). Pack it again.") from error
-    text = decode_text(content, uri)
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return decode_text(content, uri).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decode_text(content: bytes, where: str) -> str:
@@ -126,29 +142,24 @@ def parse_json(line: str | bytes, where: str) -> Any:
             large for a float, half a surrogate pair.
     """
     try:
-        value = json.loads(line, parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+        value = json.loads(line, parse_constant=_number, parse_float=_number, object_pairs_hook=_object)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half, field = f"\\u{ord(error.object[error.start]):04x}", _field_with(error.object[error.start], value)
-        raise PreflowError(f"{where}: {field}half a character ({half}). Write the text again as UTF-8.") from error
+        half, fields = error.object[error.start], value.items() if isinstance(value, dict) else ()
+        field = next((f"{name}: " for name, of in fields if half in json.dumps(of, ensure_ascii=False)), "")
+        raise PreflowError(
+            f"{where}: {field}half a character (\\u{ord(half):04x}). Write the text again as UTF-8."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise PreflowError(f"{where}: not utf-8 text ({error.reason}). Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         raise PreflowError(f"{where}: not usable JSON ({error}). Each line must be one JSON object.") from error
     return value
 
 
-def _field_with(character: str, row: Any) -> str:
-    fields = row.items() if isinstance(row, dict) else ()
-    return next((f"{name}: " for name, value in fields if character in json.dumps(value, ensure_ascii=False)), "")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
-
-
 def _number(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {text} is too large")
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no number that JSON can hold")
     return value
 
 
@@ -163,12 +174,12 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
 def _read_csv(uri: str, text: str) -> Iterator[tuple[int, Row]]:
     head = text.partition("\n")[0]
     # German and French tables have semicolons.
-    usual = "\t" if uri.removesuffix(".gz").endswith(".tsv") else ","
+    usual = "\t" if _name(uri).endswith(".tsv") else ","
     delimiter = max("\t;,", key=lambda mark: (head.count(mark), mark == usual))
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
         if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
             raise PreflowError(f"{uri}:1: the column {twice[0]!r} stands twice: rename one")
         for cells in reader:
@@ -207,7 +218,8 @@ def _read_arrow(uri: str, store: Workspace) -> Iterator[Row]:
             table = ipc.open_stream(content).read_all() if file.endswith(".arrow") else parquet.read_table(content)
         except ArrowException as error:
             raise PreflowError(f"{file}: damaged, or not what its name says ({error}). Write it again.") from error
-        for number, row in enumerate(table.to_pylist(), 1):
+        rows = (row for batch in table.to_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
             try:  # as JSON holds it: dates as text, and no number that JSON has not
                 yield json.loads(json.dumps(row, default=str, allow_nan=False))
             except ValueError as error:
@@ -231,14 +243,24 @@ def to_prompt(row: Any) -> tuple[Row, str]:
         if row.get(field) not in (None, ""):
             rest = {key: value for key, value in row.items() if key not in (field, "system", "system_prompt")}
             converted = read(row[field], field, rest)
-            system = row.get("system") or row.get("system_prompt")
-            if isinstance(system, str) and converted and converted[0]["role"] != "system":
-                converted = [{"role": "system", "content": system}, *converted]
-            return _with_group({**rest, "prompt": converted}), name
+            return _with_group({**rest, "prompt": _with_system(row, converted)}), name
     if {"chosen", "rejected"} <= row.keys():  # pairs, of which only the prompt is wanted
         pair, form = to_pair(row)
         return {name: value for name, value in pair.items() if name not in ("chosen", "rejected")}, form
     raise WrongForm(f"no prompt in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
+
+
+def _with_system(row: Row, turns: Messages) -> Messages:
+    """Return a prompt's turns with the system message that a column of its own holds."""
+    texts = [value for name in ("system", "system_prompt") if (value := row.get(name)) not in (None, "")]
+    if not texts:
+        return turns
+    if not isinstance(texts[0], str):
+        raise WrongForm(f"system: a {type(texts[0]).__name__}, not a text")
+    own = [turn["content"] for turn in turns[:1] if turn["role"] == "system"]
+    if any(text != texts[0] for text in (*texts, *own)):
+        raise WrongForm("system: two system messages that differ; keep one")
+    return turns if own else [{"role": "system", "content": texts[0]}, *turns]
 
 
 def _with_group(row: Row) -> Row:
@@ -248,7 +270,9 @@ def _with_group(row: Row) -> Row:
         group = int(group)
     if isinstance(group, int) and not isinstance(group, bool):
         return {**row, "group": str(group)}
-    is_none = group is None or (isinstance(group, str) and not group.strip())
+    if isinstance(group, str) and group.strip():
+        return {**row, "group": group.strip()}
+    is_none = group is None or isinstance(group, str)
     return {name: value for name, value in row.items() if name != "group"} if is_none else row
 
 
@@ -256,7 +280,7 @@ def _user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def _from_prompt(value: Any, field: str, rest: Row) -> Messages:
+def _from_prompt(value: Any, field: str, _: Row) -> Messages:
     if not isinstance(value, str):
         return messages(value, field)
     if HH_TURN.match(value) and value.rstrip().endswith("\n\nAssistant:"):
@@ -282,13 +306,17 @@ def _from_messages(value: Any, field: str, rest: Row) -> Messages:
 
 def _from_instruction(value: Any, field: str, rest: Row) -> Messages:
     given = rest.pop("input", None)
-    if (answer := rest.pop("output", None)) is not None:
+    if "completion" not in rest and (answer := rest.pop("output", None)) is not None:
         rest["completion"] = answer
-    return _user(f"{value}\n\n{given}" if given else str(value))
+    asked = _plain(value, field)
+    return _user(f"{asked}\n\n{_plain(given, 'input')}" if given else asked)
 
 
-def _from_question(value: Any, field: str, rest: Row) -> Messages:
-    return _user(str(value))
+def _plain(value: Any, field: str) -> str:
+    """Return a text, or a number as one."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise WrongForm(f"{field}: a {type(value).__name__}, not a text")
+    return str(value)
 
 
 PROMPT_FORMS: tuple[tuple[str, str, Callable[[Any, str, Row], Messages]], ...] = (
@@ -297,8 +325,8 @@ PROMPT_FORMS: tuple[tuple[str, str, Callable[[Any, str, Row], Messages]], ...] =
     ("conversations (ShareGPT)", "conversations", _from_messages),
     ("conversation", "conversation", _from_messages),
     ("instruction (Alpaca)", "instruction", _from_instruction),
-    ("question", "question", _from_question),
-    ("query", "query", _from_question),
+    ("question", "question", lambda value, field, _: _user(_plain(value, field))),
+    ("query", "query", lambda value, field, _: _user(_plain(value, field))),
 )
 
 
@@ -317,11 +345,12 @@ def _message(item: Any, where: str) -> dict[str, str]:
     if not isinstance(item, dict):
         raise WrongForm(f"{where}: not a message with role and content")
     role = item.get("role", item.get("from"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise WrongForm(f"{where}: the role {role!r} is not system, user or assistant")
     content = item.get("content", item.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") in TEXT for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text", "") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
         raise WrongForm(f"{where}: its content is not text")
     known = {"role", "from", "content", "value", "weight"}
@@ -353,7 +382,8 @@ def finish_name(reason: Any) -> str:
     """Return OpenAI's name for why an answer ended: stop or length; another reason as it is."""
     if not isinstance(reason, str) or not reason:
         return "unknown"
-    return "stop" if ENDED.match(reason) else "length" if AT_LIMIT.match(reason) else reason
+    reason = reason.strip()
+    return "stop" if ENDED.match(reason) else "length" if AT_LIMIT.match(reason) else reason or "unknown"
 
 
 def ended_by_itself(reason: str | None) -> bool:
@@ -373,16 +403,18 @@ def _sample(item: Any, where: str) -> str:
     return item
 
 
-def to_pair(row: Any) -> tuple[Row, str]:
+def to_pair(row: Any, one_answer: bool = True) -> tuple[Row, str]:
     """Return a row as TRL's conversational preference pair, and the form that it had.
 
-    The prompt is what both sides begin with, turn by turn; what is left must be one answer of the assistant each.
+    The prompt is what both sides begin with, turn by turn; what is left must be one answer of the assistant each, or
+    else, without `one_answer`, end in one.
 
     Raises:
         WrongForm: it has no two sides in a known form, or they differ before the last answer.
     """
-    if isinstance(row, dict) and {"input", "preferred_output", "non_preferred_output"} <= row.keys():
-        row = _from_openai(row)
+    if isinstance(row, dict) and OPENAI_PAIR.keys() <= row.keys():
+        row = {OPENAI_PAIR.get(name, name): value for name, value in row.items()}
+        row["prompt"] = row["prompt"].get("messages") if isinstance(row["prompt"], dict) else row["prompt"]
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
         has = ", ".join(sorted(row)) if isinstance(row, dict) else f"a JSON {type(row).__name__}"
         raise WrongForm(f"no chosen and rejected in it (the row has: {has or 'no fields'})")
@@ -393,11 +425,14 @@ def to_pair(row: Any) -> tuple[Row, str]:
         prompt = rest["prompt"]
     sides, form = _sides(row, prompt)
     whole = [prompt + side if side[0]["role"] == "assistant" else side for side in sides]
-    shared = _shared(whole)
+    most = min(map(len, whole)) - 1  # a last answer is never a part of the prompt, though both sides have it
+    shared = whole[0][: next((n for n in range(most) if whole[0][n] != whole[1][n]), most)]
     turns = _joined(prompt, shared)
+    if turns and turns[-1]["role"] != "user":
+        raise WrongForm(f"prompt: the last message is the {turns[-1]['role']}'s; it must be the user's")
     answers = [side[len(shared) :] for side in whole]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if [turn["role"] for turn in answer] != ["assistant"]:
+        if [turn["role"] for turn in (answer if one_answer else answer[-1:])] != ["assistant"]:
             roles = ", ".join(turn["role"] for turn in answer) or "nothing"
             raise WrongForm(f"{name}: after what both sides share it holds {roles}, not one answer of the assistant")
     return _with_group({**rest, "prompt": turns, "chosen": answers[0], "rejected": answers[1]}), form
@@ -419,15 +454,6 @@ def _joined(prompt: Messages, shared: Messages) -> Messages:
     raise WrongForm("prompt: chosen and rejected begin with other messages than these")
 
 
-def _from_openai(row: Row) -> Row:
-    """Return a row of OpenAI's preference fine-tuning under the names that others use."""
-    given = row["input"]
-    prompt = given.get("messages") if isinstance(given, dict) else given
-    sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
-    known = ("input", "preferred_output", "non_preferred_output")
-    return {name: value for name, value in row.items() if name not in known} | {"prompt": prompt, **sides}
-
-
 def _sides(row: Row, prompt: Messages) -> tuple[list[Messages], str]:
     given: list[Any] = [[side] if isinstance(side, dict) else side for side in (row["chosen"], row["rejected"])]
     if all(isinstance(side, list) and side for side in given):
@@ -440,28 +466,17 @@ def _sides(row: Row, prompt: Messages) -> tuple[list[Messages], str]:
         return [_hh_turns(side) for side in given], "HH-RLHF"
     if prompt:
         return [[{"role": "assistant", "content": side}] for side in given], "explicit prompt, text"
-    start = _text_prefix(*given)
-    if not given[0][:start].strip():
+    # Where the two texts part, at the last blank before that, as TRL's `extract_prompt` does.
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*given, strict=False))
+    both = "".join(letter for letter, _ in alike)
+    start = len(both) if both[-1:].isspace() else both.rfind(" ") + 1
+    if not both[:start].strip():
         raise WrongForm("no prompt in it, and chosen and rejected do not begin alike")
-    return [
-        [*_user(side[:start].rstrip()), {"role": "assistant", "content": side[start:]}] for side in given
-    ], "implicit prompt, text"  # fmt: skip
+    sides = [[*_user(side[:start].rstrip()), {"role": "assistant", "content": side[start:]}] for side in given]
+    return sides, "implicit prompt, text"
 
 
 def _hh_turns(text: str) -> Messages:
     _, *parts = HH_TURN.split(text)
     roles = ("user" if name == "Human" else "assistant" for name in parts[::2])
     return [{"role": role, "content": content.strip()} for role, content in zip(roles, parts[1::2], strict=True)]
-
-
-def _text_prefix(a: str, b: str) -> int:
-    """Return where two texts part, at the last blank before that, as TRL's `extract_prompt` does."""
-    end = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return end if end and a[end - 1].isspace() else a[:end].rfind(" ") + 1
-
-
-def _shared(sides: Sequence[Messages]) -> Messages:
-    """Return the turns that both sides begin with, but never a last answer of both."""
-    most = min(len(side) for side in sides) - 1
-    count = next((n for n in range(most) if sides[0][n] != sides[1][n]), most)
-    return sides[0][:count]

@@ -15,6 +15,7 @@ from typing import IO
 from tasks.store.storage import DigestWriter, Stat, Storage
 
 SETTLED_SECONDS = 5.0
+UNFINISHED = ".writing-"
 
 
 class LocalStorage(Storage):
@@ -40,9 +41,10 @@ class LocalStorage(Storage):
             return io.BytesIO(file.read(max(0, end - start)))
 
     def scan(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
-        """A file that goes meanwhile is left out."""
+        """A file that goes meanwhile is left out, and so is one that a killed process had not finished."""
         try:
-            paths = list(Path(uri).rglob("*") if deep else Path(uri).iterdir())
+            found = Path(uri).rglob("*") if deep else Path(uri).iterdir()
+            paths = [path for path in found if not path.name.startswith(UNFINISHED)]
         except (FileNotFoundError, NotADirectoryError):
             return {}, []
         stats = {str(path.relative_to(uri)): self.stat(str(path)) for path in paths}
@@ -55,7 +57,7 @@ class LocalStorage(Storage):
         folder = Path(uri).parent
         folder.mkdir(parents=True, exist_ok=True)
         # Closing it writes what is buffered, and may find the disk full.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as staged:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=UNFINISHED, delete=False) as staged:
             try:
                 yield DigestWriter(staged)
                 staged.flush()

@@ -10,7 +10,7 @@ from tasks.store.forms import no_such_file
 from tasks.store.records import PromptRow, read_rows
 from tasks.store.workspace import MANIFEST, DigestWriter, Manifest, Origin, PromptsRef, Workspace, digest, stage_key
 
-VERSION = 3
+VERSION = 4
 logger = logging.getLogger(__name__)
 
 

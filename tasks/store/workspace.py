@@ -4,12 +4,12 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import posixpath
 import random
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,8 +56,6 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 # A row of a JSONL file as it stands there.
 Row: TypeAlias = dict[str, Any]
 _writable_until: dict[str, float] = {}
-
-
 # What files have been read for, so that a base model of gigabytes is read once a process.
 _digests: dict[Stat, str] = {}
 
@@ -78,8 +76,16 @@ class Workspace:
     def __init__(self, address: str | Path, guard: Callable[[], object] = lambda: None) -> None:
         self.root = resolve_location(str(address))
         self.is_local = "://" not in self.root
-        self.storage = _open_storage(self.root)
         self._guard = guard
+        self.storage: Storage
+        if self.is_local:
+            self.storage = LocalStorage()
+        elif re.match("gs://([^/@]+@)?[^/@]+(/|$)", self.root):
+            from tasks.store.gcs import GcsStorage  # Google's client takes a second, and most have no use for it
+
+            self.storage = GcsStorage(self.root)
+        else:
+            raise PreflowError(f"workspace {self.root!r}: only a local folder or gs://bucket/prefix can be a workspace")
 
     @classmethod
     def holding(cls, uri: str) -> "Workspace":
@@ -99,7 +105,7 @@ class Workspace:
         """
         if time.monotonic() < _writable_until.get(self.root, 0.0):
             return
-        probe = self.uri("cache", f".probe-{os.getpid()}")
+        probe = self.uri("cache", f".probe-{uuid.uuid4().hex}")  # all pods have the same process ids
         try:
             self.write_bytes(probe, b"preflow")
             if self.read_bytes(probe) != b"preflow":
@@ -117,15 +123,16 @@ class Workspace:
         """Tell whether there is a file at `uri`."""
         return self.storage.stat(uri) is not None
 
-    def size(self, uri: str) -> int:
-        """Return a file's size in bytes."""
-        return self._known(uri).size
-
     def _known(self, uri: str) -> Stat:
+        """Return what is known of a file that must be there."""
         stat = self.storage.stat(uri)
         if stat is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", uri)
         return stat
+
+    def size(self, uri: str) -> int:
+        """Return a file's size in bytes."""
+        return self._known(uri).size
 
     def read_bytes(self, uri: str, start: int = 0, end: int | None = None) -> bytes:
         """Return the bytes from `start` up to `end`, or the whole file; less where the file ends before."""
@@ -402,17 +409,6 @@ class Workspace:
 def indented_json(value: object) -> bytes:
     """Encode `value` as JSON for people: indented, sorted, with a newline at its end."""
     return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _open_storage(root: str) -> Storage:
-    """Return the storage of an address; Google's client is imported only when a gs:// address is used."""
-    if "://" not in root:
-        return LocalStorage()
-    if root.startswith("gs://"):
-        from tasks.store.gcs import GcsStorage
-
-        return GcsStorage(root)
-    raise PreflowError(f"workspace {root!r}: only a local folder or gs://bucket/prefix can be a workspace")
 
 
 def _parse_json(uri: str, content: bytes) -> Any:

@@ -45,6 +45,7 @@ class SweepResult(BaseModel, frozen=True):
     confidence: float
     widened_confidence: float
     promotion: PromotionRef | None = None
+    declined: str | None = None
 
     def ranked(self) -> list[PointResult]:
         """Return the points that finished, the best first."""
@@ -62,13 +63,7 @@ class SweepResult(BaseModel, frozen=True):
 async def attempt(
     point: Point, run: Callable[[Point], Awaitable[PipelineResult]], unready: PreflowError | None
 ) -> PointResult:
-    """Run one point, and keep its error if it fails: the others go on.
-
-    Args:
-        point: the point.
-        run: what runs it.
-        unready: why it cannot run at all, if that is known.
-    """
+    """Run one point, and keep its error if it fails: the others go on. `unready` is why it cannot run at all."""
     about = {"number": point.number, "change": point.change, "name": point.name}
     try:
         if unready is not None:
@@ -128,9 +123,6 @@ def _measure(store: Workspace, point: Point, result: PointResult, widened: float
     )
 
 
-# ---- the result that is kept
-
-
 def point_keys(points: Sequence[Point]) -> list[str]:
     """Return what determines each point's outcome, by content: points with equal keys come out the same."""
     return [stage_key("point", VERSION, **fingerprint(point.config)) for point in points]
@@ -159,7 +151,7 @@ def find_sweep(points: Sequence[Point]) -> SweepResult | None:
 def record_sweep(result: SweepResult, workspace: str) -> None:
     """Keep a sweep's result under its key."""
     uri = f"{sweep_folder(workspace, result.key)}/result.json"
-    Workspace(workspace).write_json(uri, result.model_dump(mode="json", exclude={"promotion"}))
+    Workspace(workspace).write_json(uri, result.model_dump(mode="json", exclude={"promotion", "declined"}))
 
 
 def winner(result: SweepResult, points: Sequence[Point]) -> tuple[Point, PipelineResult] | None:

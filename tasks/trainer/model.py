@@ -352,10 +352,10 @@ def save_adapter(model: Any, sft: Path, folder: Path) -> None:
 PAIRS, MOST_TOKENS = 3, 160
 
 
-def probe_texts(pairs: Sequence[TokenPair]) -> list[list[int]]:
-    """Return both sides of the first pairs as token ids, prompts included, cut to `MOST_TOKENS`."""
+def probe_texts(pairs: Sequence[TokenPair], max_length: int) -> list[list[int]]:
+    """Return both sides of the first pairs as token ids, prompts included, cut to `MOST_TOKENS` or as in training."""
     sides = [pair.prompt_ids + side for pair in pairs[:PAIRS] for side in (pair.chosen_ids, pair.rejected_ids)]
-    return [ids[:MOST_TOKENS] for ids in sides]
+    return [ids[: min(MOST_TOKENS, max_length)] for ids in sides]
 
 
 def as_loaded(training: TrainingConfig, config: Any) -> TrainingConfig:

@@ -236,7 +236,11 @@ class TrainingRun:
         save_adapter(trainer.model, adapter, folder)
         (folder / "chat_template.jinja").write_text(self._template.text)
         trainer.check_saved(folder, check)
-        probe = record_probe(trainer.model, adapter, probe_texts(check.pairs)) if is_main_process() else None
+        probe = (
+            record_probe(trainer.model, adapter, probe_texts(check.pairs, self._training.max_length))
+            if is_main_process()
+            else None
+        )
         return Finished(step, uri, folder, probe)
 
     def _commit(self, trainer: ExactTrainer, done: list[Finished]) -> None:

@@ -21,7 +21,7 @@ from tests.fakes.hub import FakeHub
 TOKEN = "hf_" + "t0ken" * 6
 PUBLISHING = PublishingConfig(repo="lab/better", base_model="lab/base-3b", license="apache-2.0")
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-RATE = {"win_rate": 0.7, "lower": 0.65, "upper": 0.75, "samples": 800, "prompts": 200}
+RATE = {"win_rate": 0.7, "lower": 0.65, "upper": 0.75, "samples": 800, "prompts": 200, "confidence": 0.975}
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def promote(root: Path, weights: bytes) -> AdapterRef:
         Manifest(artifact=adapter, stage="training", config=training, upstream=(pairs, *models), counts=counts,
                  figures=figures, packages={"trl": "1.16.0", "peft": "0.21.2"}, **common)
     )  # fmt: skip
-    rate = {**RATE, "confidence": 0.95, "null": {**RATE, "win_rate": 0.506, "lower": 0.471, "upper": 0.54}}
+    rate = {**RATE, "null": {**RATE, "win_rate": 0.506, "lower": 0.471, "upper": 0.54}}
     store.write_json(store.uri("evaluations/k/win_rate.json"), rate)
     won = EvaluationRef(uri=store.uri("evaluations/k/win_rate.json"), sha256="0" * 64, size=1, rows=800,
                         adapter_sha256=sha256, win_rate=0.7, lower=0.65, upper=0.75,
@@ -106,7 +106,9 @@ async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> No
     assert front["license"] == "apache-2.0"
     assert {"dpo", "trl", "lora"} <= set(front["tags"])
     for fact in (
-        "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "| preference pairs, training | 189 |", "judge-1, judge-2",
+        "The interval holds at 97.5 %.",
+        "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "| preference pairs, training | 189 |",
+        "judge-1, judge-2",
         "house.md", "| beta | 0.1 |", "| learning_rate | 5e-06 |", "| first loss | 0.6931 |", "b" * 64,
         done.adapter_sha256, "trl 1.16.0",
         'AutoModelForCausalLM.from_pretrained("lab/base-3b", revision="v1.2"), "lab/better")',
@@ -173,8 +175,17 @@ async def test_a_hub_that_stays_away_leaves_nothing_half_done(workspace: str, hu
     assert sum(method == "PUT" for method, _ in hub.asked) == 1, "what had arrived was sent again"
 
 
+async def test_a_commit_whose_answer_is_lost_is_not_called_undone(workspace: str, hub: FakeHub) -> None:
+    hub.lost = 50
+    with pytest.raises(PreflowError, match="all of it is there, or nothing"):
+        await published(workspace)
+    commits, hub.lost = list(hub.repos["lab/better"].commits), 0
+    assert (await published(workspace)).commit == commits[-1]
+    assert hub.repos["lab/better"].commits == commits
+
+
 async def test_what_the_hub_refuses_is_said(workspace: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PreflowError, match=r"answered 403.*may not write to other/better"):
+    with pytest.raises(PreflowError, match=r"answered 403.*\(nothing was uploaded\).*may not write to other/better"):
         await published(workspace, repo="other/better")
     hub.faults = {"/blob/": [400] * 50}  # a large file does not get through
     with pytest.raises(PreflowError, match="does not take it"):

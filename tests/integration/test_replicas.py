@@ -67,6 +67,10 @@ async def test_both_servers_have_the_new_adapter_or_both_the_old_one(
     else:
         with pytest.raises(PreflowError, match=r"another adapter.*is served again"):
             await swap_adapter(*given)
+        with pytest.raises(
+            PreflowError, match=r"another adapter\. CURRENT\.json still names it: fix.*reconcile-served"
+        ):
+            await swap_adapter(str(tmp_path / "old"), *given[1:])
     assert [served(address) for address in servers] == ["new" if broken is None else "old"] * 2
     assert {(address, address) for address in servers} == set(proved)
 

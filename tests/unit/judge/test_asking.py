@@ -194,8 +194,14 @@ READABLE = {
     "thinking that the template opened": f'The form is {{"best": 1, "worst": 2}}.\n</think>\n\n{V}',
     "thinking in brackets": f'[THINK]{{"best": 1, "worst": 2}}[/THINK]{V}',
     "thinking of gpt-oss": f'<|channel|>analysis<|message|>{{"best": 1, "worst": 2}}<|channel|>final<|message|>{V}',
+    "thinking of Kimi": f'◁think▷{{"best": 1, "worst": 2}}◁/think▷{V}',
+    "thinking of Seed": f'<seed:think>{{"best": 1, "worst": 2}}</seed:think>{V}',
     "unclosed": '{"best": 2, "worst": 3, "confidence": 4',
     "another object last": f'{V}\n{{"note": "done"}}',
+    "capital names": '{"Best": 2, "WORST": 3, "Confidence ": 4}',
+    "hyphens": '{"best": "Completion-2", "worst": "completion_3", "confidence": "4"}',
+    "gpt-oss with a format": f"<|channel|>analysis<|message|>{{}}<|channel|>final <|constrain|>json<|message|>{V}",
+    "a text that JSON holds": json.dumps(V),
 }
 
 
@@ -214,6 +220,9 @@ UNREADABLE = {
         'The form is {"best": 1, "worst": 2, "confidence": 5}. Two is better.\n</think>\n\nBest is 2, worst is 1.',
         "no JSON object",
     ),
+    "a verdict in other thinking": ("<seed:think>" + V + "</seed:think>Not sure.", "no JSON object"),
+    "a verdict in a thought": (f"<|begin_of_thought|>{V}<|end_of_thought|>Not sure.", "no JSON object"),
+    "without end": (f'{{"best": {"9" * 400}, "worst": 1}}', "not a number"),
     "prose": ("The second is best, the third worst.", "no JSON object"),
     "no worst": ('{"best": 2}', "not a number"),
     "equal": ('{"best": 2, "worst": 2}', "both 2"),
@@ -269,8 +278,12 @@ def test_nothing_a_judge_may_write_breaks_the_reader() -> None:
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("text", ['{"a":' * 50_000, "[" * 100_000 + "{", "{" * 200_000, '{"best":' + "[" * 50_000])
-def test_an_answer_of_brackets_costs_no_time(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ['{"a":' * 50_000, "[" * 100_000 + "{", "{" * 200_000, '{"best":' + "[" * 50_000, "{" + '\\"' * 60_000],
+    ids=range(5),
+)
+def test_an_answer_of_brackets_or_quotes_costs_no_time(text: str) -> None:
     with pytest.raises(UnreadableVerdict):
         read_verdict(text, 3)
 
@@ -350,6 +363,7 @@ async def test_scores_stand_in_the_order_shown_and_are_asked_for_again_if_missin
 CUT = ("Let me think", "length")
 REFUSED = RequestRefused(200, "content_filter", "refused", usage=Cost(requests=1, prompt_tokens=5))
 TOO_LONG = RequestRefused(400, "cut", "max_tokens was reached")
+NO_ROOM = RequestRefused(400, "context_length", "max_tokens is too large for a context of 300 tokens")
 # What the endpoint answers, the most tokens that it allows; those asked for, each with or without (-) a grammar; why
 # there is no vote (None: there is one), whether that is final.
 ASKED: dict[str, tuple[list[Any], int, list[int], str | None, bool | None]] = {
@@ -358,6 +372,9 @@ ASKED: dict[str, tuple[list[Any], int, list[int], str | None, bool | None]] = {
     "cut at what the endpoint allows": ([CUT, V], 100, [100, -200], None, None),
     "cut to the end": ([CUT] * 3, 100, [100, -200, -400], "cut at 100 tokens", None),
     "cut, the provider says": ([TOO_LONG, V], 10**6, [100, -200], None, None),
+    "cut, and twice the tokens do not fit": ([CUT, NO_ROOM, V], 10**6, [100, 200, -100], None, None),
+    "cut, and no more fit to the end": ([CUT, NO_ROOM, CUT], 10**6, [100, 200, -100], "cut at 100 tokens", None),
+    "too long at first": ([NO_ROOM], 10**6, [100], "refused: context_length", True),
     "unreadable to the end": (["no"] * 3, 10**6, [100] * 3, "no JSON object with a `best`", None),
     "refused for what it says": ([REFUSED], 10**6, [100], "refused: content_filter", True),
     "refused for another reason": (

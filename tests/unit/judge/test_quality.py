@@ -159,12 +159,21 @@ def test_audit_reads_confidence_and_names_the_line_that_is_wrong(tmp_path: Path)
     assert set(report.metric("confidence").detail["histogram"]) == {"2", "3", "4"}
     for bad, message in (
         ({**pairs[2], "confidence": "high"}, r"broken\.jsonl, row 3: confidence"),
+        ({**pairs[2], "confidence": 10**400}, r"broken\.jsonl, row 3: confidence"),
         ({**pairs[2], "confidence": float("nan")}, r"broken\.jsonl:3: .*NaN"),
         ({"prompt": [{"role": "user", "content": "x"}]}, r"broken\.jsonl:3: no chosen and rejected"),
     ):
         broken = write_jsonl(tmp_path / "broken.jsonl", [*pairs[:2], bad])
         with pytest.raises(PreflowError, match=message):
             measure_pairs(broken, val)
+
+
+def test_audit_holds_all_turns_of_sides_that_part_before_the_last(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "the same"} for role in ("assistant", "user", "assistant")]
+    sides = [[{**turns[0], "content": text}, *turns[1:]] for text in ("one", "two")]
+    pair = {"prompt": "Hello", "chosen": sides[0], "rejected": sides[1]}
+    report = measure_pairs(write_jsonl(tmp_path / "pairs.jsonl", [pair, {**pair, "rejected": sides[0]}]))
+    assert (report.pairs, report.metric("degenerate_pairs").value) == (2, 1)
 
 
 # ---- judges

@@ -48,6 +48,10 @@ async def test_window_halves_once_for_requests_in_flight_together_and_grows_by_o
     window, sent_at = Window(16), time.monotonic()
     assert await most_in(window) == 16
     async with asyncio.timeout(60):
+        idle = Window(16)
+        async with idle:
+            idle.throttled(time.monotonic())
+            assert await most_in(idle) == 7, "places that nobody has go at once"
         holders = [asyncio.ensure_future(hold(window)) for _ in range(16)]
         await asyncio.sleep(0)
         for _ in range(10):
@@ -227,14 +231,22 @@ SEVEN = {"prompt_tokens": 7, "completion_tokens": 5}
         ({"prompt_tokens": "many", "completion_tokens": 5}, (11, 5, 0)),
         ({"prompt_tokens": 7, "completion_tokens": float("inf")}, (7, 3, 0)),
         ({"prompt_tokens": True, "completion_tokens": [5]}, (11, 3, 0)),
+        ({"prompt_tokens": 10**400, "completion_tokens": float("nan")}, (11, 3, 0)),
         ([7, 5], (11, 3, 0)),
         ("12", (11, 3, 0)),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (11, 3, 0)),
+        ({"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 57}, (7, 50, 50)),
+        ({"input_tokens": 7, "output_tokens": 5}, (7, 5, 0)),
     ],
 )
 def test_usage_as_endpoints_report_it(usage: Any, expected: tuple[int, int, int]) -> None:
     found = read_answer(completion(usage), prompt_bytes=40).usage
     assert (found.prompt_tokens, found.completion_tokens, found.thinking_tokens) == expected
     assert found.requests == 1
+
+
+def test_thinking_counts_where_usage_is_estimated() -> None:
+    assert read_answer(completion(reasoning_content="x" * 400), prompt_bytes=40).usage.completion_tokens == 103
 
 
 def test_choices_are_put_in_the_order_of_their_indices() -> None:
@@ -249,7 +261,7 @@ def test_choices_are_put_in_the_order_of_their_indices() -> None:
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b'"text"', b"<html>", b'{"choices": []}', b'{"choices": null}',
-             b'{"choices": [1]}', b'{"choices": [{"message": null}]}', b"\xff\xfe"],
+             b'{"choices": [1]}', b'{"choices": [{"message": null}]}', b"\xff\xfe", b"[" * 100_000, b"data:"],
 )  # fmt: skip
 def test_what_is_no_chat_completion_is_asked_for_again(body: bytes) -> None:
     with pytest.raises(Transient) as caught:
@@ -274,9 +286,14 @@ THOUGHT = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]
         ({"content": None, "reasoning_content": "hm"}, "stop", "", "stop", "only thought.*reasoning_effort"),
         ({"content": " ", "reasoning": "hm"}, "length", "", "length", "only thought"),
         ({"content": THOUGHT}, "stop", "", "stop", "only thought"),
+        ({"content": "", "reasoning_details": [{"text": "hm"}]}, "length", "", "length", "only thought"),
+        ({"content": [{"type": "refusal", "refusal": "I can't."}]}, "stop", "", "content_filter", "refused: I can't"),
+        ({"content": None}, "refusal", "", "content_filter", r"filter \(refusal"),
         ({"content": None}, "SAFETY", "", "content_filter", r"filter \(SAFETY\)"),
         ({"content": None}, "content_filter: RECITATION", "", "content_filter", r"filter \(content_filter: RECITATION"),
         ({"content": {"odd": 1}}, "stop", "", "stop", "wrote nothing"),
+        ({"content": {"type": "text", "text": "x"}}, "stop", "x", "stop", "^$"),
+        ({"content": None, "refusal": "no \ud800"}, "stop", "", "content_filter", r"refused: no \?$"),
     ],
 )  # fmt: skip
 def test_an_answer_is_its_text_without_the_thinking(
@@ -291,6 +308,8 @@ def test_an_answer_is_its_text_without_the_thinking(
     ("said", "reason"),
     [("MAX_TOKENS", "length"), ("max_tokens", "length"), ("model_length", "length"), ("max_output_tokens", "length"),
      ("STOP", "stop"), ("end_turn", "stop"), ("eos", "stop"), ("stop_sequence", "stop"), ("COMPLETE", "stop"),
+     ("FINISH_REASON_STOP", "stop"), ("eos_found", "stop"), ("stop_token", "stop"), ("stop ", "stop"),
+     ("max_new_tokens", "length"), ("model_context_window_exceeded", "length"), ("time_limit", "time_limit"),
      ("tool_calls", "tool_calls"), ("stopped_by_user", "stopped_by_user"), (None, "unknown"), (["stop"], "unknown")],
 )  # fmt: skip
 def test_why_an_answer_ended_has_one_name(said: Any, reason: str) -> None:
@@ -303,35 +322,61 @@ def test_a_stream_that_was_not_asked_for_is_paid_for_a_few_times_only() -> None:
     assert caught.value.odd
 
 
-def test_a_choice_that_the_provider_broke_off_is_no_completion() -> None:
-    broken = {"index": 0, "message": {"content": "The answer begi"}, "finish_reason": "error",
-              "error": {"code": 502, "message": "Provider disconnected"}}  # fmt: skip
-    with pytest.raises(Transient, match="Provider disconnected") as caught:
-        read_answer(json.dumps({"choices": [broken]}).encode(), prompt_bytes=1)
-    assert caught.value.status == 502
+BROKEN_OFF = {"message": {"content": "The answer begi"}, "finish_reason": "error"}
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"),
+    ("body", "kind", "status"),
     [
-        ({"code": 402, "message": "Insufficient credits."}, CreditUsedUp),
-        ({"code": 429, "message": "Rate limit exceeded: free-models-per-min"}, Transient),
-        ({"code": "400", "message": "Provider returned error"}, RequestRefused),
-        ({"code": 401, "message": "No auth"}, KeyRefused),
-        ({"message": "busy"}, Transient),
-        ("busy", Transient),
+        ({"error": {"code": 402, "message": "Insufficient credits."}}, CreditUsedUp, None),
+        ({"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-min"}}, Transient, 429),
+        ({"error": {"code": "400", "message": "Provider returned error"}}, RequestRefused, 400),
+        ({"error": {"code": 401, "message": "No auth"}}, KeyRefused, None),
+        ({"error": {"message": "busy"}}, Transient, 502),
+        ({"error": "busy"}, Transient, 502),
+        ({"error": {"message": "busy", "status": 429}}, Transient, 429),
+        ({"error": {"message": "no"}, "statusCode": 401}, KeyRefused, None),
+        # Without a number its code decides, or its words.
+        ({"type": "error", "error": {"type": "invalid_request_error", "message": "x"}}, RequestRefused, 400),
+        ({"error": "Rate limit exceeded, slow down"}, Transient, 429),
+        ({"error": {"message": "Insufficient Balance"}}, CreditUsedUp, None),
+        # Errors that are not in an `error`: MiniMax, GLM, SGLang, Cloudflare.
+        (
+            {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}},
+            CreditUsedUp,
+            None,
+        ),
+        ({"choices": None, "base_resp": {"status_code": 1004, "status_msg": "login fail"}}, KeyRefused, None),
+        ({"code": 500, "msg": "404 NOT_FOUND", "success": False}, Transient, 500),
+        ({"object": "error", "message": "context length is 4096", "code": 400}, RequestRefused, 400),
+        ({"success": False, "errors": [{"code": 2001, "message": "Rate limited"}]}, Transient, 429),
+        # In a choice.
+        ({"choices": [{**BROKEN_OFF, "error": {"code": 502, "message": "Provider disconnected"}}]}, Transient, 502),
+        ({"choices": [BROKEN_OFF]}, Transient, 502),
+        ({"choices": [{**BROKEN_OFF, "error": {"code": 402, "message": "Insufficient credits"}}]}, CreditUsedUp, None),
+        (
+            {"choices": [{**BROKEN_OFF, "error": {"code": 403, "message": "flagged by moderation"}}]},
+            RequestRefused,
+            403,
+        ),
     ],
 )
-def test_an_error_inside_a_200_counts_as_what_it_is(error: Any, kind: type[Exception]) -> None:
-    with pytest.raises(kind):
-        read_answer(json.dumps({"error": error, "choices": []}).encode(), prompt_bytes=1)
+@pytest.mark.parametrize("form", ["{}", "[{}]", "data: {}\n\ndata: [DONE]"])
+def test_an_error_inside_a_200_counts_as_what_it_is(
+    body: Any, kind: type[Exception], status: int | None, form: str
+) -> None:
+    if body.get("choices"):
+        form = form.replace("data: {}\n\ndata: [DONE]", "{}")  # a stream of answers is refused as such
+    with pytest.raises(kind) as caught:
+        read_answer(form.replace("{}", json.dumps(body)).encode(), prompt_bytes=1)
+    assert getattr(caught.value, "status", None) == status
 
 
 # ---- errors
 
 
-def failure_of(status: int, body: Any, headers: dict[str, str] | None = None, hide: str | None = None) -> Any:
-    return classify(status, headers or {}, body if isinstance(body, bytes) else json.dumps(body).encode(), hide)
+def failure_of(status: int, body: Any, headers: dict[str, str] | None = None) -> Any:
+    return classify(status, headers or {}, body if isinstance(body, bytes) else json.dumps(body).encode())
 
 
 def openai_error(message: str, code: str | None = None) -> dict[str, Any]:
@@ -368,8 +413,21 @@ def google_error(quota: str | None, delay: str | None) -> list[Any]:
         (400, openai_error("Content Exists Risk"), "content_filter"),
         (400, {"code": "DataInspectionFailed", "message": "no"}, "content_filter"),
         (400, {"error": {"code": "content_filter", "innererror": {"code": "Jailbreak"}}}, "content_filter"),
+        (400, openai_error("string too long. Expected at most 1048576", "string_above_max_length"), "context_length"),
+        (400, openai_error("Prompt exceeds max length"), "context_length"),
+        (400, openai_error("Data inspection failed: PROHIBITED_CONTENT"), "content_filter"),
+        # A limit of the answer's tokens, whatever is asked: not this row's fault.
+        (422, {"error": "`max_new_tokens` must be <= 1024. Given: 4096", "error_type": "v"}, "bad_request"),
+        (400, openai_error("`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is "
+                           "less than the `context_window` for this model"), "bad_request"),
         (400, openai_error("Could not finish: max_tokens or model output limit was reached."), "cut"),
         (400, b"", "bad_request"),
+        # A limit of the completion alone is learned; one of both together is the row's own.
+        (400, openai_error("`max_tokens` must be less than or equal to `8192`, less than the `context_window`"),
+         "bad_request"),
+        (422, {"error": "Input validation error: `max_new_tokens` must be <= 512. Given: 1024"}, "bad_request"),
+        (400, openai_error(f"litellm.BadRequestError: {'x' * 400} maximum context length is 4096"), "context_length"),
+        (400, {"errors": [{"message": "the prompt is too long"}]}, "context_length"),
         (451, {"message": "no"}, "bad_request"),
         # It has more tokens than a minute may have: no wait helps, and it ends no stage.
         *((status, openai_error(f"{words} Limit 6000, Requested 8046, please reduce", "rate_limit_exceeded"),
@@ -401,6 +459,9 @@ def test_refusals_say_why(status: int, body: Any, reason: str) -> None:
         (403, {"error": {"type": "billing_error", "message": "The account is not in good standing."}}, CreditUsedUp),
         (400, {"code": "Arrearage", "message": "Access denied."}, CreditUsedUp),
         (429, openai_error(QUOTA, "insufficient_quota"), CreditUsedUp),
+        (400, {"type": "error", "error": {"type": "invalid_request_error", "message":
+               "You have reached your specified API usage limits. You will regain access on 2026-12."}}, CreditUsedUp),
+        (429, openai_error("Your project has exceeded its monthly spending cap."), CreditUsedUp),
     ],
 )  # fmt: skip
 def test_what_only_another_key_or_money_can_help(status: int, body: Any, kind: type[Exception]) -> None:
@@ -414,6 +475,7 @@ def test_what_only_another_key_or_money_can_help(status: int, body: Any, kind: t
         ({"error": {"message": "Rate limit exceeded: free-models-per-day", "code": 429,
                     "metadata": {"headers": {"X-RateLimit-Reset": "1795737600000"}}}}, "2026-11-27 00:00 UTC"),
         (openai_error("Daily limit of 50 requests reached"), "does not say when"),
+        ({**openai_error("Daily limit"), "X-RateLimit-Reset": "999999999999999"}, "does not say when"),
     ],
 )  # fmt: skip
 def test_a_day_s_quota_that_is_used_up_stops_the_stage_and_says_when_it_is_back(body: Any, when: str) -> None:
@@ -437,6 +499,8 @@ DAY = formatdate(time.time() + 86_400, usegmt=True)
         (429, {"error": {"message": "Rate limit reached on requests per day (RPD). Please try again in 7m12s.",
                          "code": "rate_limit_exceeded"}}, {}, 432),
         (429, {"error": {"message": "Please try again in 350ms. Visit the billing page.", "type": "tokens"}}, {}, 0.35),
+        (429, {"error": {"message": "Please retry after 30 seconds."}}, {}, 30),
+        (429, {"error": {"message": "Slow down. Please wait 1 minute 5.5 sec before you try."}}, {}, 65.5),
         (403, {"error": {"code": 403, "message": "Provider returned error: rate limited by upstream"}}, {}, None),
         # The wait that is asked for, in all its forms.
         (429, {}, {"retry-after": "7"}, 7),
@@ -447,7 +511,12 @@ DAY = formatdate(time.time() + 86_400, usegmt=True)
         *((429, {}, {"retry-after": odd}, None) for odd in ("soon", "nan", "-5", "")),
         (429, openai_error("Rate limit reached (TPM): Limit 6000, Used 5000, Requested 1200. Please try again in 2s.",
                            "rate_limit_exceeded"), {}, 2),
-        *((status, openai_error("later"), {}, None) for status in (408, 409, 429, 499, 500, 502, 503, 504, 529)),
+        (429, {"message": "Rate limit is exceeded. Please retry after 26 seconds."}, {}, 26),
+        (429, {"message": "Try again in 1 minute and 5 seconds"}, {}, 65),
+        (429, {"message": "Too many requests, please wait 12 s"}, {}, 12),
+        (429, {"__type": "ThrottlingException", "message": "Too many requests, please wait before trying"}, {}, None),
+        (500, b"[" * 100_000, {}, None),
+        *((status, openai_error("later"), {}, None) for status in (408, 409, 424, 429, 499, 500, 502, 503, 504, 529)),
     ],
 )  # fmt: skip
 def test_what_another_attempt_can_help_and_when(
@@ -466,7 +535,8 @@ def test_a_refusal_survives_the_way_between_processes() -> None:
     assert str(refused) == "refused (400, context_length): too long"
 
 
-def test_a_key_that_the_server_repeats_is_hidden_and_a_page_is_shortened() -> None:
-    refused = failure_of(401, openai_error("bad key\n sk-very-secret!" + 1000 * "x"), hide="sk-very-secret")
-    assert str(refused).startswith("bad key ***!x")
-    assert len(str(refused)) <= 300
+def test_a_page_is_its_words_and_a_long_text_is_shortened() -> None:
+    page = b"<!DOCTYPE html><html><style>p {color: red}</style><title>502: Bad\n gateway</title><p>" + b"x " * 1000
+    assert str(failure_of(502, page)).startswith("502: 502: Bad gateway x x")
+    assert len(str(failure_of(502, page))) <= 310
+    assert len(str(failure_of(400, openai_error("x" * 1000)))) <= 340

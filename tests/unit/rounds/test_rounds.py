@@ -57,6 +57,15 @@ def test_a_round_that_does_not_win_is_the_last(
     assert found is None if why is None else found is not None and why in found
 
 
+def test_what_decides_is_said_where_the_interval_alone_would_say_the_contrary(tmp_path: Path) -> None:
+    for found, said in (
+        (evaluation(0.6, null_holds=False), "65.0 % (60.0-70.0 %), but the SFT adapter against itself does not"),
+        (evaluation(0.6).model_copy(update={"proven": 0.45}), "with length taken out the lower bound is 45.0 %"),
+        (evaluation(0.4), "45.0 % (40.0-50.0 %), bar 50 %"),
+    ):
+        assert said in (why_last(1, made(0.6).model_copy(update={"evaluation": found}), None, 0.5, 3) or "")
+
+
 def test_a_round_that_went_astray_is_not_the_best() -> None:
     good = Round(number=1, made=made(0.6))
     better = Round(number=2, made=made(0.6), against_before=evaluation(0.55))
@@ -133,11 +142,10 @@ def test_the_next_round_samples_from_the_last_adapter_and_is_measured_against_sf
 
 def test_the_page_lies_where_the_command_says(tmp_path: Path) -> None:
     first = made(0.6).model_copy(update={"evaluation": evaluated(tmp_path, lambda _: [1, 1])})
-    result, config = (
-        RoundsResult(rounds=(Round(number=1, made=first, ended="one round was asked for"),)),
-        RoundsConfig(),
-    )
+    done, config = (Round(number=1, made=first, ended="one round was asked for"),), RoundsConfig()
+    result = RoundsResult(rounds=done, declined="not approved (promotion): no.")
     record_rounds(result, PipelineConfig(workspace=str(tmp_path)), config)
     page = Path(rounds_page(result, str(tmp_path), config))
-    assert "One round was run; no round won. The end: one round was asked for." in page.read_text()
+    said = "One round was run; no round won. The end: one round was asked for. It is not served: not approved"
+    assert f"{said} (promotion): no.<" in page.read_text()
     assert RoundsResult.model_validate_json(page.with_name("result.json").read_text()) == result

@@ -69,6 +69,13 @@ def test_an_sft_rows_answer_and_other_fields_are_carried_along() -> None:
         ({"prompt": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
         ({"messages": [{**HELLO[0], "tool_calls": [1]}]}, "tool_calls"),
         ({"prompt": 3}, "not a list of messages"),
+        ({"prompt": [{"role": ["user"], "content": "x"}]}, "the role .'user'. is not"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "content is not text"),
+        ({"question": ["Hello"]}, "question: a list, not a text"),
+        ({"instruction": "Hello", "input": ["a"]}, "input: a list, not a text"),
+        ({"prompt": "Hello", "system": ["Be brief."]}, "system: a list, not a text"),
+        ({"prompt": [SYSTEM, *HELLO], "system": "Be long."}, "two system messages that differ"),
+        ({"prompt": "Hello", "system": "Be brief.", "system_prompt": "Be long."}, "two system messages that differ"),
         ({"txt": "x"}, "the row has: txt"),
         ({"prompt": str(HELLO)}, "looks like messages and is not JSON"),
     ],
@@ -141,9 +148,11 @@ def test_a_prompt_that_the_sides_do_not_begin_with_is_refused() -> None:
     other = [{"role": "user", "content": "Other"}]
     with pytest.raises(WrongForm, match="chosen and rejected begin with other messages"):
         to_pair({"prompt": "Hello", "chosen": [*other, *GOOD], "rejected": [*other, *BAD]})
+    with pytest.raises(WrongForm, match="prompt: the last message is the assistant's; it must be the user's"):
+        to_pair({"prompt": [*HELLO, ANSWER], "chosen": GOOD, "rejected": BAD})
 
 
-@pytest.mark.parametrize(("group", "kept"), [(5, "5"), (3.0, "3"), ("5", "5"), (" ", None), (None, None)])
+@pytest.mark.parametrize(("group", "kept"), [(5, "5"), (3.0, "3"), ("5", "5"), (" b ", "b"), (" ", None), (None, None)])
 def test_a_group_is_a_text_whatever_the_file_has(group: Any, kept: str | None) -> None:
     sides = {"chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]}
     found = [to_prompt({"prompt": "Hello", "group": group}), to_pair({**sides, "group": group})]
@@ -157,7 +166,7 @@ def test_answers_of_the_openai_api_are_completions() -> None:
 
 
 def test_completions_made_elsewhere() -> None:
-    ends = ["MAX_TOKENS", "end_turn", None]
+    ends = ["max_new_tokens", "FINISH_REASON_STOP", None]
     row, _ = to_completions(
         {"instruction": "Hello", "responses": ["a", {"response": "b"}, [*HELLO, ANSWER]], "finish_reasons": ends}
     )
@@ -175,6 +184,9 @@ FILES: dict[str, tuple[str, bytes]] = {
     "gzip": ("p.jsonl.gz", gzip.compress(lines(*ROWS).encode())),
     "UTF-8 with BOM": ("p.jsonl", b"\xef\xbb\xbf" + lines(*ROWS).encode()),
     "UTF-16": ("p.jsonl", lines(*ROWS).encode("utf-16")),
+    "UTF-32": ("p.jsonl", lines(*ROWS).encode("utf-32")),
+    "CSV of a shouting name": ("P.CSV", b"prompt,group\n" + "".join(f"{row['prompt']},\n" for row in ROWS).encode()),
+    "CSV with blanks in its head": ("p.csv", " prompt , group\nGrüß Gott,a\n日本,\nc,b\n".encode()),
     "array": ("p.json", json.dumps(ROWS, indent=1).encode()),
     "Windows lines": ("p.jsonl", lines(*ROWS).replace("\n", "\r\n").encode()),
     "CR alone": ("p.jsonl", lines(*ROWS).replace("\n", "\r").encode()),
@@ -217,6 +229,9 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, encode: Any) -> None:
     ("name", "content", "said"),
     [
         ("t.csv", b"prompt,prompt\na,b\n", ":1: the column 'prompt' stands twice"),
+        ("t.csv", b"prompt,prompt \na,b\n", ":1: the column 'prompt' stands twice"),
+        ("t.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}\n', ":2: not utf-8 text .* Save the file as UTF-8"),
+        ("t.jsonl", '{"prompt": "a"}\n'.encode("utf-16-le"), ":1: not utf-8 text .* Save the file as UTF-8"),
         ("t.csv", b"prompt,group\na,b\nc,d,e\n", ":3: 3 cells under 2 names"),
         ("t.csv", b'prompt,group\n"a,b\nc,d\n', ":3: not a table"),
         ("t.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], ": a damaged gzip file"),
@@ -239,7 +254,9 @@ def test_reasons_that_do_not_fit_the_completions_are_refused(tmp_path: Path) -> 
         list(read_rows(CompletionsRow, str(tmp_path / "c.jsonl")))
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"PK\x03\x04x", "a zip archive"), (b"\x28\xb5\x2f\xfdx", "zstd")])
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"PK\x03\x04x", "a zip archive"), (b"\x28\xb5\x2f\xfdx", "zstd"), (b"\xfd7zXZ\0", "xz")]
+)
 def test_another_packing_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
     with pytest.raises(PreflowError, match=f"p.jsonl: {said} is not read; unpack it, or pack it with gzip"):

@@ -47,6 +47,7 @@ def test_every_way_to_write_a_path_is_one_path(home: Path, model: type[BaseModel
 @pytest.mark.parametrize("text", ["gs://bucket/a b", "gs://bucket/a b/", "gs://block@bucket/a b"])
 def test_addresses_stay_as_they_are(text: str) -> None:
     assert resolve_location(text) == text.rstrip("/")
+    assert resolve_location("~nobody-of-this-name/a").endswith("/~nobody-of-this-name/a")
 
 
 def test_names_are_no_paths(home: Path) -> None:

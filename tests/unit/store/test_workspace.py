@@ -106,6 +106,7 @@ def test_a_process_killed_while_writing_leaves_what_was_there(store: Workspace) 
     ended = subprocess.run([sys.executable, "-c", script, store.root], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert store.read_bytes(store.uri("file")) == b"old"
+    assert store.list(store.root) == [store.uri("file")], "what was not finished was taken for a file"
 
 
 def test_a_full_disk_damages_nothing(store: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,15 @@ def test_a_full_disk_damages_nothing(store: Workspace, monkeypatch: pytest.Monke
         store.check_writable()
 
 
-def test_a_workspace_is_tried_and_keeps_no_trace_of_it(store: Workspace) -> None:
+def test_a_workspace_is_tried_and_keeps_no_trace_of_it(store: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, others = Workspace.read_bytes, [Workspace(store.root)]  # of a pod whose process has the same id
+
+    def read_after_another(self: Workspace, uri: str) -> bytes:
+        while others:
+            others.pop().check_writable()
+        return read(self, uri)
+
+    monkeypatch.setattr(Workspace, "read_bytes", read_after_another)
     store.check_writable()
     assert store.list(store.root) + store.list(store.uri("cache")) == []
     store.write_bytes(store.uri("file"), b"")
@@ -130,8 +139,8 @@ def test_a_workspace_is_tried_and_keeps_no_trace_of_it(store: Workspace) -> None
         Workspace(store.uri("file", "workspace")).check_writable()
 
 
-@pytest.mark.parametrize("root", ["s3://bucket/x", "http://host/x"])
-def test_other_schemes_are_no_workspace(root: str) -> None:
+@pytest.mark.parametrize("root", ["s3://bucket/x", "http://host/x", "gs://", "gs:///x", "gs://block@/x"])
+def test_other_schemes_and_no_bucket_are_no_workspace(root: str) -> None:
     with pytest.raises(PreflowError, match=rf"workspace '{root}': only a local folder or gs://"):
         Workspace(root)
 

@@ -239,6 +239,20 @@ def test_the_ranking_is_honest() -> None:
     results = (_result(1, 0.50), _result(2, None), _result(3, 0.54, "another"))
     result = SweepResult(key="k", points=results, ranking=(3, 1), confidence=0.95, widened_confidence=sidak(0.95, 2))
     section = ranking_section(result, found)
+    by_length = results[2].model_copy(
+        update={
+            "widened": WinRate(win_rate=0.7, lower=0.6, upper=0.8),
+            "proven": 0.45,
+            "null": WinRate(win_rate=0.6, lower=0.55, upper=0.65, confidence=0.99),
+        }
+    )
+    warned = result.model_copy(update={"points": (*results[:2], by_length), "declined": "not approved"})
+    shown = ranking_section(warned, found)
+    said = " ".join(shown.advice)
+    assert "Point 3 may have won by length alone: with length taken out" in said
+    assert "Two draws of the SFT adapter come out at 60.0 % (55.0-65.0 %)" in said
+    assert "Point 3 is not served: not approved" in said
+    assert shown.tables[0].rows[-1][-3] == "55.0-65.0 % (99 %)"
     assert "point 3 (n3) wins 54.0 % (51.0-57.0 %)" in section.summary
     assert "looks better than it is" in section.summary
     assert "49.0-59.0 % (each at 97.47 %, together at least 95 %; Sidak 1967)" in section.summary

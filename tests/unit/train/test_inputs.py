@@ -50,6 +50,17 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
         ({"rank_pattern": {"q_proj": 4.5}}, "the rank of q_proj is 4.5, not a positive number"),
         ({"lora_alpha": "8"}, "the alpha of lora_alpha is '8', not a number"),
         ({"r": 4.0}, "the rank of r is 4.0, not a positive number"),  # PEFT takes no such number either
+        *(
+            ({"lora_alpha": odd}, "the alpha of lora_alpha is .*, not a number above 0")
+            for odd in (0, -8, float("nan"), float("inf"), 10**400)
+        ),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "the alpha of q_proj is nan"),
+        *(
+            ({"lora_dropout": odd}, "lora_dropout is .*, not a number from 0 to 1")
+            for odd in (1.5, float("nan"), "0.1")
+        ),
+        ({"target_modules": None}, "target_modules is empty"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "it targets model.embed_tokens, which vLLM does not serve"),
         ({"lora_alpha": None}, "the alpha of lora_alpha is None, not a number"),
         ({"alpha_pattern": {"q_proj": None}}, "the alpha of q_proj is None, not a number"),
         ({"alpha_pattern": ["q_proj"]}, r"a JSON file there is not as PEFT or transformers write it"),
@@ -86,6 +97,7 @@ def test_an_adapter_that_cannot_work_is_refused_with_its_cause(
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 32}},
         {"target_modules": ["q_proj"], "rank_pattern": {"^model.layers.0.self_attn.q_proj": 8}},
         {"target_modules": r"^(?!.*lm_head).*\.(q_proj|v_proj)$"},
+        {"target_modules": r".*", "exclude_modules": r"^(?!.*(q|v)_proj$).*"},
         {"target_modules": "all-linear", "exclude_modules": ["k_proj"], "use_rslora": True},
     ],
 )
@@ -134,6 +146,7 @@ def zeros(*shape: int, kind: type = numpy.float32) -> Any:
         (lambda w: w.pop(Q), f"lora_B.weight and not {Q}: a part is missing"),
         (lambda w: w.pop(Q.replace("_A", "_B")), f"holds {Q} and not .*lora_B.weight: a part is missing"),
         (lambda w: w.update({Q: zeros(4, 64, kind=numpy.int8)}), f"weight {Q} is of type I8, no floating-point"),
+        (lambda w: [w.update({name[11:]: w.pop(name)}) for name in list(w)], "has not the name that PEFT's"),
         (lambda w: w.clear(), "holds no weights. Save the adapter again"),
     ],
 )
@@ -154,6 +167,9 @@ def test_weights_that_are_no_linear_lora_are_refused_with_their_cause(
         ("sft/adapter_model.safetensors", -1000, r"sft/adapter_model.safetensors: cut off, it has [\d,]+ bytes of"),
         ("base/model.safetensors", None, "no .safetensors there"),
         ("base/model.safetensors", -1000, r"base/model.safetensors: cut off, it has [\d,]+ bytes of [\d,]+"),
+        ("base/model.safetensors.index.json", b'{"weight_map": null}', "index.json: .* not as PEFT or transformers"),
+        ("sft/adapter_config.json", b'\xef\xbb\xbf{"r": 4}', "adapter_config.json: not JSON .*BOM"),
+        ("base/chat_template.jinja", b"\xef\xbb\xbf{{ messages }}", "chat_template.jinja: .*a byte order mark"),
         ("base/model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}', "model-2.* is missing"),
         ("base/model.safetensors", WRONG_HEADER, "damaged, its header cannot be read"),
         ("base/config.json", None, "no config.json there"),
