@@ -169,6 +169,10 @@ WRONG: dict[str, tuple[type[StageConfig], dict[str, Any], str]] = {
         {"judging": {"rejected_sigmas": 2}, "generation": {"num_completions": 5}},
         r"rejected_sigmas 2 does nothing with generation.num_completions 5: .* Take 6 or more",
     ),
+    "an endless price": (JudgingConfig, {"prompt_price": "1e999"}, r"prompt_price\n.*finite"),
+    "a question of its own": (JudgingConfig, {"extra_body": {"n": 2, "stream": True}}, "extra_body: n, stream would"),
+    "no number": (JudgingConfig, {"extra_body": {"min_p": float("nan")}}, "extra_body.min_p"),
+    "no norm": (TrainingConfig, {"max_grad_norm": float("nan")}, "max_grad_norm"),
     "rotations": (PipelineConfig, {"judging": {"orders": 4}}, r"judging.orders \(4\) .*num_completions \(3\)"),
     "no room": (
         PipelineConfig,
