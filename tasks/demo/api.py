@@ -70,7 +70,7 @@ def _present_api(folder: Path) -> str | None:
             raise PreflowError(
                 f"PREFECT_API_URL is {api}, and no Prefect answers there ({problem}): start that server, or unset it"
             )
-    return api
+    return str(api)
 
 
 @contextmanager
