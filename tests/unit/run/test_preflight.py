@@ -60,7 +60,7 @@ def test_addresses_keys_and_limits_do_not(config: PipelineConfig) -> None:
 @pytest.mark.parametrize(
     ("groups", "ratio", "held_out", "said"),
     [(2, 0.1, False, "2 groups.*nothing would be left to evaluate on"), (2, 0.1, True, None), (40, 0.1, False, None),
-     (1, 0.1, False, "1 groups"), (2, 0.99, True, "nothing would be left to train on"), (None, 0.1, False, None)],
+     (2, 0.99, True, "nothing would be left to train on"), (None, 0.1, False, None)],
 )  # fmt: skip
 def test_a_split_with_an_empty_side_is_refused_before_anything_is_spent(
     config: PipelineConfig, groups: int | None, ratio: float, held_out: bool, said: str | None
