@@ -88,29 +88,18 @@ async def published(workspace: str, **changes: Any) -> Any:
 async def test_the_adapter_arrives_with_its_card_and_nothing_else(workspace: str, hub: FakeHub) -> None:
     done = await published(workspace)
     repo = hub.repos["lab/better"]
-    assert repo.private
-    assert done.commit == repo.commits[-1]
-    assert done.url == f"{hub.url}/lab/better"
-    assert set(repo.files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
-    assert repo.files["chat_template.jinja"].decode() == TEMPLATE
-    assert repo.files["adapter_model.safetensors"] == b"weights"
-    assert json.loads(repo.files["adapter_config.json"]) == {"base_model_name_or_path": "lab/base-3b", "r": 16}
-
-
-async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> None:
-    done = await published(workspace)
-    card = hub.repos["lab/better"].files["README.md"].decode()
+    assert (repo.private, done.commit, done.url) == (True, repo.commits[-1], f"{hub.url}/lab/better")
+    files = {name: content.decode() for name, content in repo.files.items()}
+    card = files.pop("README.md")
+    assert json.loads(files.pop("adapter_config.json")) == {"base_model_name_or_path": "lab/base-3b", "r": 16}
+    assert files == {"adapter_model.safetensors": "weights", "chat_template.jinja": TEMPLATE}
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == "lab/base-3b"
-    assert front["library_name"] == "peft"
-    assert front["license"] == "apache-2.0"
+    assert [front[name] for name in ("base_model", "library_name", "license")] == ["lab/base-3b", "peft", "apache-2.0"]
     assert {"dpo", "trl", "lora"} <= set(front["tags"])
     for fact in (
-        "The interval holds at 97.5 %.",
-        "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "| preference pairs, training | 189 |",
-        "judge-1, judge-2",
-        "house.md", "| beta | 0.1 |", "| learning_rate | 5e-06 |", "| first loss | 0.6931 |", "b" * 64,
-        done.adapter_sha256, "trl 1.16.0",
+        "The interval holds at 97.5 %.", "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "judge-1, judge-2", "house.md",
+        "| preference pairs, training | 189 |", "| beta | 0.1 |", "| learning_rate | 5e-06 |",
+        "| first loss | 0.6931 |", "b" * 64, done.adapter_sha256, "trl 1.16.0",
         'AutoModelForCausalLM.from_pretrained("lab/base-3b", revision="v1.2"), "lab/better")',
         "hf download lab/better chat_template.jinja --local-dir .\n"
         "vllm serve lab/base-3b --revision v1.2 --chat-template chat_template.jinja \\\n"
@@ -157,22 +146,17 @@ async def test_the_same_adapter_again_is_no_commit_and_a_new_one_is(workspace: s
     assert hub.repos["lab/better"].files["adapter_model.safetensors"] == b"better weights"
 
 
-@pytest.mark.parametrize("where", ["/preupload/", "/blob/"])
-async def test_a_hub_that_is_busy_is_waited_for(workspace: str, hub: FakeHub, where: str) -> None:
-    hub.faults = {where: [503, 503]}
-    await published(workspace)
-    assert hub.repos["lab/better"].files["adapter_model.safetensors"] == b"weights"
-
-
-async def test_a_hub_that_stays_away_leaves_nothing_half_done(workspace: str, hub: FakeHub) -> None:
-    hub.faults = {"/commit/": [503] * 50}
+async def test_a_hub_that_is_busy_is_waited_for_and_one_that_stays_away_leaves_nothing_half_done(
+    workspace: str, hub: FakeHub
+) -> None:
+    hub.faults = {"/preupload/": [503, 503], "/blob/": [503, 503], "/commit/": [503] * 50}
     with pytest.raises(PreflowError, match=r"answered 503.*run again later"):
         await published(workspace)
     assert hub.repos["lab/better"].files == {}
-    hub.faults = {}
+    sent, hub.faults = sum(method == "PUT" for method, _ in hub.asked), {}
     await published(workspace)
     assert len(hub.repos["lab/better"].files) == 4
-    assert sum(method == "PUT" for method, _ in hub.asked) == 1, "what had arrived was sent again"
+    assert sum(method == "PUT" for method, _ in hub.asked) == sent, "what had arrived was sent again"
 
 
 async def test_a_commit_whose_answer_is_lost_is_not_called_undone(workspace: str, hub: FakeHub) -> None:
