@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from flows.publish import publish_adapter
-from tasks.config import PromotionConfig, PublishingConfig
+from tasks.config import EvaluationConfig, JudgingConfig, PromotionConfig, PublishingConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.evidence import collect_evidence
 from tasks.promote.pointer import install_adapter, move_pointer
@@ -43,7 +43,7 @@ def workspace(tmp_path: Path) -> str:
     return str(root)
 
 
-def promote(root: Path, weights: bytes) -> AdapterRef:
+def promote(root: Path, weights: bytes, are_judged: bool = True) -> AdapterRef:
     store = Workspace(root)
     made = root.parent / "made"
     made.mkdir(exist_ok=True)
@@ -59,6 +59,7 @@ def promote(root: Path, weights: bytes) -> AdapterRef:
                            manifest=store.uri("preferences/k/manifest.json"))  # fmt: skip
     judging = {"model": "judge-1", "panel": [{"model": "judge-2"}], "orders": 2,
                "rubric": "/home/someone/rubrics/house.md", "pair_policy": "unanimous"}  # fmt: skip
+    judging = judging if are_judged else {}
     counts = {"pair": 214, "dropped": 26, "train": 189, "val": 25}
     store.write_manifest(Manifest(artifact=pairs, stage="preferences", config=judging, counts=counts, **common))
     models = [Origin(kind="sft_adapter", uri="sft", sha256="b" * 64)]
@@ -76,7 +77,8 @@ def promote(root: Path, weights: bytes) -> AdapterRef:
     won = EvaluationRef(uri=store.uri("evaluations/k/win_rate.json"), sha256="0" * 64, size=1, rows=800,
                         adapter_sha256=sha256, win_rate=0.7, lower=0.65, upper=0.75,
                         manifest=store.uri("evaluations/k/manifest.json"))  # fmt: skip
-    store.write_manifest(Manifest(artifact=won, stage="evaluation", upstream=(adapter,), **common))
+    config = EvaluationConfig(judging=JudgingConfig(model="judge-3"))
+    store.write_manifest(Manifest(artifact=won, stage="evaluation", upstream=(adapter,), config=config, **common))
     move_pointer(adapter, won, install_adapter(adapter, str(root), "mine"), str(root), PromotionConfig(name="mine"))
     return adapter
 
@@ -98,6 +100,7 @@ async def test_the_adapter_arrives_with_its_card_and_nothing_else(workspace: str
     assert {"dpo", "trl", "lora"} <= set(front["tags"])
     for fact in (
         "The interval holds at 97.5 %.", "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "judge-1, judge-2", "house.md",
+        "The same judge compared 800 samples", "Completions, as chosen", "## Judge\n\n| what",
         "| preference pairs, training | 189 |", "| beta | 0.1 |", "| learning_rate | 5e-06 |",
         "| first loss | 0.6931 |", "b" * 64, done.adapter_sha256, "trl 1.16.0",
         'AutoModelForCausalLM.from_pretrained("lab/base-3b", revision="v1.2"), "lab/better")',
@@ -108,6 +111,15 @@ async def test_the_adapter_arrives_with_its_card_and_nothing_else(workspace: str
         assert fact in card, fact
     assert "/home/someone" not in card
     assert TOKEN not in card
+
+
+async def test_the_card_credits_no_judge_with_pairs_that_were_given(tmp_path: Path, hub: FakeHub) -> None:
+    promote(tmp_path / "workspace", b"weights", are_judged=False)
+    await published(str(tmp_path / "workspace"))
+    card = hub.repos["lab/better"].files["README.md"].decode()
+    assert "judge-3 compared 800 samples" in card
+    assert "pairs that were made elsewhere, and given. The data" in card
+    assert "## Judge" not in card
 
 
 @pytest.mark.parametrize("uploads", [True, False])
