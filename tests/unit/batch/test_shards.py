@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tasks.batch import rows as rows_module
 from tasks.batch.rows import Outcome, RowStore, ShardRef, Slice, read_slice, shard_rows, slice_rows, writable
 from tasks.batch.shards import Count, ShardWorker, Tally, TooManyFailures, merge_shards, settle
 from tasks.errors import PreflowError
@@ -248,6 +249,28 @@ async def test_a_row_moved_under_another_key_is_not_believed(tmp_path: Path) -> 
     shards = await run_all(tmp_path, maker, source, size=2)
     assert maker.made
     assert merged(tmp_path, source, shards, 2) == [(0, 0), (1, 1)]
+
+
+async def test_on_a_bucket_a_unit_is_kept_after_seconds_though_the_next_one_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "SEGMENT_SECONDS", 0.05)
+    source, maker = make_source(tmp_path, 3), Maker()
+    worker = make_worker(tmp_path, maker, 3)
+    worker.rows.store.is_local = False  # as a bucket's, whose files are written whole
+    (part,) = slice_rows(Workspace(tmp_path), source, 3)
+    kept: list[set[str]] = []
+
+    async def work(row: Row) -> Outcome:
+        if row["number"] == 2:
+            await asyncio.sleep(0.5)
+            kept.append(RowStore(str(tmp_path), "squares", "key").known(map(digest, range(3))))
+        return await maker.work(row)
+
+    worker.work = work
+    await worker.run(part)
+    assert kept == [{digest(0), digest(1)}]
+    assert not journals(tmp_path)
 
 
 async def test_a_torn_last_line_of_a_journal_costs_one_row(tmp_path: Path) -> None:
