@@ -5,7 +5,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -119,7 +119,7 @@ async def try_question(stage: str, endpoint: Endpoint, answering: Awaitable[Outc
     if outcome.error is not None:
         raise PreflowError(
             f"{stage}: {config.endpoint} (model {config.model}) did not answer a trial question: "
-            f"{outcome.error.get('reason')}: {str(outcome.error.get('detail'))[:300]}. Nothing else was asked."
+            f"{_cause(outcome.error)}. Nothing else was asked."
         )
     usage = price(outcome.usage, config)
     logger.info(
@@ -127,6 +127,11 @@ async def try_question(stage: str, endpoint: Endpoint, answering: Awaitable[Outc
         stage, config.model, usage.prompt_tokens, usage.completion_tokens, usage.thinking_tokens,
         format_usd(usage.usd),
     )  # fmt: skip
+
+
+def _cause(failure: Mapping[str, object]) -> str:
+    reason, detail = str(failure.get("reason")), str(failure.get("detail"))[:300]
+    return reason if detail == reason else f"{reason}: {detail}"
 
 
 def refuse_failures(where: str, worker: ShardWorker, allowed: float) -> PreflowError:
@@ -137,10 +142,9 @@ def refuse_failures(where: str, worker: ShardWorker, allowed: float) -> PreflowE
             out.write_row(failure)
     worker.rows.forget_failures()
     first = tally.failures[0] if tally.failures else {}
-    detail = str(first.get("detail"))[:300]
     return PreflowError(
         f"{tally.failed} of {tally.total} requests failed for good, over max_failure_ratio ({allowed:.1%}); the first: "
-        f"{first.get('reason')}: {detail}. All of them are in {where}. What succeeded is kept. Fix the "
+        f"{_cause(first)}. All of them are in {where}. What succeeded is kept. Fix the "
         "cause and run again, only the others are asked for; or raise max_failure_ratio to go on without them."
     )
 

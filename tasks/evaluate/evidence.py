@@ -5,7 +5,7 @@ import io
 import json
 import math
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,10 +193,14 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
     if made is None or made.stage != "evaluation":
         yield "made: does not end with the evaluation"
         return
-    yield from _changed("comparisons", evidence.comparisons)
-    yield from _changed("null", evidence.null or ())
-    verdicts = [sha256 for kind, sha256 in made.upstream if kind == "verdicts"]
-    given = [_file_digest(rows) for rows in (evidence.comparisons, evidence.null) if rows is not None]
+    verdicts, given = [sha256 for kind, sha256 in made.upstream if kind == "verdicts"], []
+    for name, rows in (("comparisons", evidence.comparisons), ("null", evidence.null)):
+        if rows is not None:
+            yield from _changed(name, rows)
+            as_written = DigestWriter(io.BytesIO())
+            for judged in rows:
+                as_written.write_row(judged.row)
+            given.append(as_written.sha256)
     if given != verdicts:
         names = (" and ".join(sha256[:16] for sha256 in digests) for digests in (given, verdicts))
         yield "comparisons, null: {}, and the verdicts that were evaluated are {}".format(*names)
@@ -206,22 +210,16 @@ def find_differences(evidence: Evidence) -> Iterator[str]:
         yield f"rubric: not the one that the judge was told (its digest is {rubric[:16]})"
     if evidence.contents() != evidence.seal:
         yield f"seal: something was changed after the file was written (its digest was {evidence.seal[:16]})"
-    if evidence.choice is not None:
-        yield from _wrong_choice(evidence, evidence.choice)
+    if (choice := evidence.choice) is not None:
+        if choice.best.adapter_sha256 != evidence.verdict.adapter_sha256:
+            yield f"choice: step {choice.best.step} has the highest lower bound, and another adapter was evaluated"
+        if shared := {str(judged.row["prompt_id"]) for judged in evidence.comparisons} & set(choice.prompts):
+            yield f"choice: {len(shared):,} prompts of the comparisons chose the checkpoint too"
     found = recompute(evidence)
     yield from _differing("verdict", evidence.verdict.model_dump(mode="json"), found.model_dump(mode="json"))
     yield from _differing(
         "passes", evidence.passes, found.refusal(evidence.min_win_rate, evidence.min_agreement) is None
     )
-
-
-def _wrong_choice(evidence: Evidence, choice: Choice) -> Iterator[str]:
-    """Yield what is wrong with the choice of a checkpoint: another is better, or it was made on these very prompts."""
-    if choice.best.adapter_sha256 != evidence.verdict.adapter_sha256:
-        yield f"choice: step {choice.best.step} has the highest lower bound, and another adapter was evaluated"
-    deciding = {str(judged.row["prompt_id"]) for judged in evidence.comparisons}
-    if shared := deciding & set(choice.prompts):
-        yield f"choice: {len(shared):,} prompts of the comparisons chose the checkpoint too"
 
 
 def recompute(evidence: Evidence) -> Evaluation:
@@ -254,14 +252,6 @@ def _changed(name: str, rows: Sequence[Judged]) -> Iterator[str]:
         yield f"{name}: {row['id']} was changed after the judges left it: its votes are {', '.join(votes) or 'none'}"
     if len(changed) > MOST_SHOWN:
         yield f"{name}: {len(changed) - MOST_SHOWN:,} more rows were changed"
-
-
-def _file_digest(rows: Iterable[Judged]) -> str:
-    """Return the digest of the rows as the judging wrote them."""
-    out = DigestWriter(io.BytesIO())
-    for judged in rows:
-        out.write_row(judged.row)
-    return out.sha256
 
 
 def _differing(name: str, stated: Any, found: Any) -> Iterator[str]:

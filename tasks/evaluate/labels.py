@@ -175,8 +175,12 @@ def correct_rate(
     """
     labelled = ~np.isnan(human)
     count, share = int(labelled.sum()), float(asked.mean())
-    weight = _weight(outcomes[labelled], human[labelled], count / float(asked.sum()))
-    differs = human[labelled] - weight * outcomes[labelled]
+    judge, person = outcomes[labelled], human[labelled]
+    weight, scatter = 0.0, float(judge.var())  # what makes the variance smallest, given the share that is labelled
+    if scatter >= EDGE:
+        together = float(((judge - judge.mean()) * (person - person.mean())).mean())
+        weight = min(1.0, max(0.0, together / scatter / (1 + count / float(asked.sum()))))
+    differs = person - weight * judge
     corrected = np.where(asked > 0, weight * outcomes + differs.mean(), outcomes)
     influence = (corrected - corrected.mean()) / len(outcomes)
     influence[labelled] += share * (differs - differs.mean()) / count
@@ -184,14 +188,6 @@ def correct_rate(
     rate = float(np.clip(corrected.mean(), EDGE, 1 - EDGE))
     q = quantile(confidence, len(np.unique(clusters[labelled])))
     return (rate, *wilson(rate, rate * (1 - rate) / variance, q))
-
-
-def _weight(judge: Floats, human: Floats, labelled: float) -> float:
-    """Return how far to rely on the judge: what makes the variance smallest, given the share that is labelled."""
-    if (scatter := float(judge.var())) < EDGE:
-        return 0.0
-    together = float(((judge - judge.mean()) * (human - human.mean())).mean())
-    return min(1.0, max(0.0, together / scatter / (1 + labelled)))
 
 
 def _interval(figures: Sequence[float]) -> Interval:

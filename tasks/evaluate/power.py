@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from tasks.config import EvaluationConfig, PipelineConfig
 from tasks.evaluate.intervals import quantile, spread
-from tasks.store.measures import Evaluation, WinRate, percent
+from tasks.store.measures import Evaluation, percent
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import Workspace
 
@@ -102,19 +102,16 @@ def design_of(measured: Evaluation, prompts: int | None = None, samples: int | N
 
     The gate looks at the lower of two bounds; the less sure of the two rates decides.
     """
-    rates = [rate for rate in (measured, measured.length_controlled) if rate is not None]
-    effect = max(_design_effect(rate) for rate in rates)
+    effect = 1.0
+    for rate in (rate for rate in (measured, measured.length_controlled) if rate is not None):
+        independent = rate.win_rate * (1 - rate.win_rate) / max(1e-9, rate.effective_samples)
+        effect = max(effect, rate.samples * independent / max(1e-9, spread(rate.win_rate, rate.ties)))
     had = measured.samples / max(1, measured.prompts)
     per_cluster = measured.samples / max(1, measured.clusters)
     samples, prompts = samples or max(1, round(had)), prompts or max(1, measured.prompts)
     grown = per_cluster * samples / had
     alike = (effect - 1) / (per_cluster - 1) if per_cluster > 1 else ALIKE
     return Design(prompts, samples, measured.ties, 1 + max(0.0, grown - 1) * alike, grown)
-
-
-def _design_effect(rate: WinRate) -> float:
-    independent = rate.win_rate * (1 - rate.win_rate) / max(1e-9, rate.effective_samples)
-    return max(1.0, rate.samples * independent / max(1e-9, spread(rate.win_rate, rate.ties)))
 
 
 def plan_design(workspace: str, evaluation: EvaluationConfig, held_out: int) -> Design:

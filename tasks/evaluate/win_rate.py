@@ -15,7 +15,6 @@ from tasks.store.workspace import (
     ChoiceRef,
     CompletionsRef,
     EvaluationRef,
-    FileFacts,
     Manifest,
     PromptsRef,
     VerdictsRef,
@@ -130,9 +129,15 @@ def summarise_evaluation(
     chosen = {"choice": choice.sha256} if choice else {}
     key = stage_key("evaluation", VERSION, confidence=evaluation.confidence, second=second, **inputs, **chosen)
     folder = store.uri("evaluations", key)
-    first, others, comparisons = _write_comparisons(store, folder, verdicts, evaluation)
+    labelling, others = {judge.model for judge in (evaluation.judging or JudgingConfig()).judges()}, set(second)
+    by_labelling, by_others = list[Comparison](), list[Comparison]()
+    with store.writing(f"{folder}/comparisons.jsonl") as comparisons:
+        for row in store.read_rows(verdicts.uri):
+            by_labelling.append(read_comparison(row, labelling))
+            by_others.append(read_comparison(row, others))
+            comparisons.write_row({**row, "outcome": by_labelling[-1].outcome})
     even = [read_comparison(row) for row in store.read_rows(null.uri)] if null else None
-    found = judge_adapter(adapter.sha256, first, others, even, evaluation)
+    found = judge_adapter(adapter.sha256, by_labelling, by_others if others else [], even, evaluation)
     with store.writing(f"{folder}/win_rate.json") as written:
         written.write(indented_json(found.model_dump(mode="json", exclude_none=True)))
     artifact = EvaluationRef(
@@ -144,26 +149,11 @@ def summarise_evaluation(
         Manifest(
             artifact=artifact, stage="evaluation", version=VERSION, key=key, config=evaluation,
             upstream=tuple(ref for ref in (adapter, verdicts, null, choice) if ref),
-            files={"win_rate.json": written.file, "comparisons.jsonl": comparisons},
+            files={"win_rate.json": written.file, "comparisons.jsonl": comparisons.file},
         )
     )  # fmt: skip
     _log(found)
     return artifact
-
-
-def _write_comparisons(
-    store: Workspace, folder: str, verdicts: VerdictsRef, evaluation: EvaluationConfig
-) -> tuple[list[Comparison], list[Comparison], FileFacts]:
-    """Write every comparison with its outcome; return them by the labelling judges and by the others."""
-    labelling = {judge.model for judge in (evaluation.judging or JudgingConfig()).judges()}
-    others = {judge.model for judge in evaluation.judges}
-    first, second = list[Comparison](), list[Comparison]()
-    with store.writing(f"{folder}/comparisons.jsonl") as out:
-        for row in store.read_rows(verdicts.uri):
-            first.append(read_comparison(row, labelling))
-            second.append(read_comparison(row, others))
-            out.write_row({**row, "outcome": first[-1].outcome})
-    return first, second if others else [], out.file
 
 
 def judge_adapter(

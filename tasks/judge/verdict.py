@@ -12,7 +12,8 @@ MOST_OBJECTS = 50
 MOST_SCORE = 10
 _THINKING = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad)"
 _CLOSING = re.compile(
-    rf"[<\[◁]/{_THINKING}[>\]▷]|<\|end_(?:of_)?(?:thought|thinking)\|>|<\|channel\|>final<\|message\|>", re.IGNORECASE
+    rf"[<\[◁]/{_THINKING}[>\]▷]|<\|end_(?:of_)?(?:thought|thinking)\|>|<\|channel\|>final[^{{]{{0,60}}<\|message\|>",
+    re.IGNORECASE,
 )
 _OPENING = re.compile(
     rf"[<\[◁]{_THINKING}[>\]▷]|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|channel\|>analysis", re.IGNORECASE
@@ -20,7 +21,8 @@ _OPENING = re.compile(
 _FENCE = re.compile(r"\s*(?:```\w*\s*)?")
 # An object without another in it; one that is not closed, too, unless the answer was cut.
 _FLAT, _CLOSED = re.compile(r"\{[^{}]*\}?"), re.compile(r"\{[^{}]*\}")
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}]')
+# A string that is not closed is one, too: else each of its quotes would be tried as the beginning of another.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"?|[{}]', re.DOTALL)
 
 
 class Verdict(BaseModel):
@@ -44,15 +46,8 @@ def verdict_format(n: int, scored: bool = False) -> dict[str, Any]:
     """
     most = {f"score_{number}": MOST_SCORE for number in range(1, n + 1)} if scored else {}
     most |= {"best": n, "worst": n, "confidence": 5}
-    schema = {
-        "type": "object",
-        "properties": {
-            name: {"type": "string", "enum": [str(number) for number in range(1, top + 1)]}
-            for name, top in most.items()
-        },
-        "required": list(most),
-        "additionalProperties": False,
-    }
+    numbers = {name: {"type": "string", "enum": [str(k) for k in range(1, top + 1)]} for name, top in most.items()}
+    schema = {"type": "object", "properties": numbers, "required": list(most), "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
 
@@ -106,7 +101,13 @@ def _read_object(text: str, opening: int, cut: bool) -> tuple[Any, int]:
         return value, end - opening
     except (ValueError, RecursionError):
         flat = (_CLOSED if cut else _FLAT).match(text, opening)
-        broken = _span(text, opening) or (flat[0] if flat else "")
+        broken, depth = flat[0] if flat else "", 0
+    for token in _TOKEN.finditer(text, opening):  # up to the brace that closes it, passing over strings
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            broken = text[opening : token.end()]
+        if depth == 0 or depth > MOST_OBJECTS:
+            break
     try:
         value = repair_json(broken, return_objects=True) if broken else None
     except (ValueError, RecursionError):
@@ -114,20 +115,11 @@ def _read_object(text: str, opening: int, cut: bool) -> tuple[Any, int]:
     return (value, len(broken)) if isinstance(value, dict) else (None, 0)
 
 
-def _span(text: str, opening: int) -> str:
-    """Return the text up to the brace that closes the one at `opening`, passing over strings; "" if none does."""
-    depth = 0
-    for token in _TOKEN.finditer(text, opening):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0 or depth > MOST_OBJECTS:
-            return text[opening : token.end()] if depth == 0 else ""
-    return ""
-
-
 def _verdicts_in(value: Any, depth: int = 3) -> list[dict[str, Any]]:
     """Return `value` if it has a `best`, else those of the objects in it that have one."""
     if not isinstance(value, dict):
         return []
+    value = {str(name).strip().lower(): inner for name, inner in value.items()}
     if "best" in value or not depth:
         return [value]
     return [found for inner in value.values() for found in _verdicts_in(inner, depth - 1)]
@@ -141,22 +133,19 @@ def _check_verdict(value: dict[str, Any], n: int, scored: bool) -> Verdict:
         raise UnreadableVerdict(f"best or worst is not between 1 and {n}")
     if best == worst:
         raise UnreadableVerdict(f"best and worst are both {best}")
-    if confidence is not None and not 1 <= confidence <= 5:
-        confidence = None
-    scores = [_read_score(value, number) for number in range(1, n + 1)] if scored else None
-    return Verdict(best=best - 1, worst=worst - 1, confidence=confidence, scores=scores)
-
-
-def _read_score(value: dict[str, Any], number: int) -> int:
-    score = _whole_number(value.get(f"score_{number}"))
-    if score is None or not 1 <= score <= MOST_SCORE:
-        raise UnreadableVerdict(f"score_{number} is not a whole number from 1 to {MOST_SCORE}")
-    return score
+    scores = []
+    for name in [f"score_{number}" for number in range(1, n + 1)] if scored else ():
+        score = _whole_number(value.get(name))
+        if score is None or not 1 <= score <= MOST_SCORE:
+            raise UnreadableVerdict(f"{name} is not a whole number from 1 to {MOST_SCORE}")
+        scores.append(score)
+    sure = confidence if confidence is not None and 1 <= confidence <= 5 else None
+    return Verdict(best=best - 1, worst=worst - 1, confidence=sure, scores=scores or None)
 
 
 def _whole_number(value: Any) -> int | None:
     if isinstance(value, str):
-        found = re.findall(r"-?\d+(?:\.\d+)?", value)
+        found = re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?", value)
         value = float(found[0]) if len(found) == 1 and len(found[0]) < 9 else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

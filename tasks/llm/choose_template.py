@@ -27,7 +27,9 @@ def choose(folders: Iterable[str], read: Callable[[str, str], str | None]) -> tu
             return folder, JINJA, text
         found = json.loads(read(folder, CONFIG) or "{}").get("chat_template")
         if isinstance(found, list):  # several by name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+            found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        if isinstance(found, dict):
+            found = found.get("default")
         if isinstance(found, str) and found:
             return folder, CONFIG, found
     return None

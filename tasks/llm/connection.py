@@ -11,12 +11,13 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from tasks.config import EndpointConfig
+from tasks.errors import PreflowError
 from tasks.llm.responses import (
     CreditUsedUp,
+    Failure,
     KeyRefused,
     QuotaUsedUp,
     RequestRefused,
-    StageStopped,
     Transient,
     classify,
 )
@@ -41,6 +42,7 @@ class Connection:
         self._key = api_key
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._headers = {"Content-Type": "application/json", **key, **(headers or {})}
+        self._secrets = [secret.encode() for secret in (api_key, *(headers or {}).values()) if secret]
         address, mark, query = config.endpoint.partition("?")
         # Many pages show the whole address of a chat request.
         self.base_url = address.rstrip("/").removesuffix("/chat/completions")
@@ -82,7 +84,7 @@ class Connection:
         request = self._session.request(method, url + self._query, data=data, allow_redirects=False)
         try:
             async with asyncio.timeout(seconds), request as response:
-                content = await response.read()
+                content = self.conceal(await response.read())
         except aiohttp.ClientError as error:
             sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
             raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
@@ -93,32 +95,46 @@ class Connection:
         if response.status < 400:
             text = f"{url} has moved to {response.headers.get('Location')}: set endpoint to where that is"
             raise RequestRefused(response.status, "moved", text)
-        failure = classify(response.status, response.headers, content, hide=self._key)
-        raise self._explain(failure) if isinstance(failure, StageStopped) else failure
+        raise self._explained(classify(response.status, response.headers, content))
 
-    def _explain(self, stopped: StageStopped) -> StageStopped:
-        """Return why the stage stops with where, which key and what to do."""
+    def conceal(self, content: bytes) -> bytes:
+        """Return what came back without the key and the headers' values, which some servers repeat in their errors."""
+        for secret in self._secrets:
+            for written in (secret, secret.replace(b"/", b"\\/")):
+                content = content.replace(written, b"***")
+        return content
+
+    def _explained(self, failure: Failure) -> Failure:
+        """Return a failure; one that stops the stage with where, which key and what to do."""
         name, where = self.config.api_key, f"{self.config.endpoint} (model {self.config.model})"
-        which = f"the key {name}" if name else "a request without a key"
-        kept = "Everything answered so far is kept"
-        if isinstance(stopped, CreditUsedUp):
-            return CreditUsedUp(f"{where}: {which} has no credit left: {stopped}. {kept}: top it up, then run again")
-        if isinstance(stopped, QuotaUsedUp):
-            return QuotaUsedUp(
-                f"{where}: the day's quota of {which} is used up: {stopped}. {kept}: run again after that"
-            )
-        if not isinstance(stopped, KeyRefused):
-            return stopped
+        which, kept = f"the key {name}" if name else "a request without a key", "Everything answered so far is kept"
+        if isinstance(failure, CreditUsedUp):
+            return CreditUsedUp(f"{where}: {which} has no credit left: {failure}. {kept}: top it up, then run again")
+        if isinstance(failure, QuotaUsedUp):
+            used = f"{where}: the day's quota of {which} is used up: {failure}"
+            return QuotaUsedUp(f"{used}. {kept}: run again after that")
+        if not isinstance(failure, KeyRefused):
+            return failure
         if name is None:
             remedy = "it wants a key: set api_key to env:NAME (and export NAME=...) or to a Prefect Secret block's name"
-        elif name.startswith("env:"):
-            remedy = f"check the key and its account, and export {name.removeprefix('env:')}=... where the flow runs"
         else:
-            remedy = f"check the key and its account, and change the Prefect Secret block {name!r}"
-        return type(stopped)(f"{self.config.endpoint} refused {which} for {self.config.model}: {stopped}; {remedy}")
+            change = f"change the Prefect Secret block {name!r}"
+            if name.startswith("env:"):
+                change = f"export {name.removeprefix('env:')}=... where the flow runs"
+            remedy = f"check the key and its account, and {change}"
+        return type(failure)(f"{self.config.endpoint} refused {which} for {self.config.model}: {failure}; {remedy}")
 
 
 def _proxy_of(address: str) -> str | None:
     """Return the proxy that the environment names for an address; aiohttp would look, in a thread, at each request."""
     parts, proxies = urlsplit(address), getproxies()
-    return None if proxy_bypass(parts.netloc) else proxies.get(parts.scheme, proxies.get("all"))
+    proxy = None if proxy_bypass(parts.netloc) else proxies.get(parts.scheme, proxies.get("all"))
+    if proxy is None or proxy.startswith(("http://", "https://")):
+        return proxy
+    kind, mark, _ = proxy.partition("://")
+    if mark:
+        raise PreflowError(
+            f"the environment names a {kind} proxy for {parts.netloc}, and only http and https ones are taken: name "
+            f"such a one in {parts.scheme}_proxy, or put the host into no_proxy"
+        )
+    return f"http://{proxy}"

@@ -13,9 +13,9 @@ Body: TypeAlias = dict[str, Any]
 # What a request can do without, and the words that endpoints have for it.
 OPTIONAL = {
     "temperature": r"temperature",
-    "top_p": r"top_?p",
+    "top_p": r"\btop_?p\b",
     "frequency_penalty": r"frequency_?penalty",
-    "seed": r"seed",
+    "seed": r"\bseed\b",
     "return_token_ids": r"return_token_ids",
     "chat_template_kwargs": r"chat_template_kwargs",
     # vLLM's words without --trust-request-chat-template.
@@ -30,8 +30,9 @@ _LIMIT = re.compile(r"max_?(completion_?|output_?|new_?)?tokens", re.IGNORECASE)
 _SYSTEM = re.compile(
     r"(system|developer)['\"]? (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate"
     r"|not support (a |the )?['\"]?(system|developer)\b|['\"](system|developer)['\"] is not"
-    r"|(unexpected|invalid|unsupported|unknown|unrecognized) (role|value)s?\W{1,4}(system|developer)\b"
-    r"|only (the )?user and (assistant|model) roles|valid role: user|must (start|begin) with a user",
+    r"|(unexpected|invalid|unsupported|unknown|unrecognized) (message )?(role|value)s?\W{1,4}(system|developer)\b"
+    r"|only (the )?user and (assistant|model) roles|valid role: user|must (start|begin) with a user"
+    r"|\brole\W.{0,20}should be '?user\b",
     re.IGNORECASE,
 )
 FEWEST_TOKENS = 16
@@ -105,8 +106,9 @@ class Dialect:
             return self._say("takes no system role: its text opens the user's message")
         limit = sent.get(self._limit_name)
         if limit and limit > FEWEST_TOKENS and (_LIMIT.search(refused.param) or _LIMIT.search(text)):
-            numbers = re.findall(r"\b\d{2,9}\b", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))
-            told = [number for number in map(int, numbers) if FEWEST_TOKENS <= number < limit]
+            figures = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.replace(self._model, " "))
+            told = [int(number) for number in re.findall(r"\b\d{2,9}\b", figures)]
+            told = [number for number in told if FEWEST_TOKENS <= number < limit]
             self._most_tokens = max(told, default=max(FEWEST_TOKENS, limit // 2))
             return self._say(f"allows at most {self._most_tokens} completion tokens")
         for said in filter(None, (refused.param, text)):

@@ -5,7 +5,6 @@ import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
@@ -44,19 +43,14 @@ class Provenance:
             evaluation = store.read_manifest(posixpath.join(posixpath.dirname(entry.evaluation.uri), MANIFEST))
             training = store.read_manifest(_upstream(evaluation, "adapter"))
             preferences = store.read_manifest(_upstream(training, "preferences"))
-            found, choice = _found(evaluation)
-            return cls(found, choice, training, preferences)
+            if not isinstance(made := evaluation.artifact, EvaluationRef):
+                raise PreflowError(f"{made.manifest}: is of no evaluation; run evaluate-adapter again")
+            return cls(read_evaluation(made), read_choice(made), training, preferences)
         except PreflowError as error:
             raise PreflowError(
                 f"the model card cannot say how the adapter was made: {error}. Publish from the workspace that it was "
                 "made in."
             ) from error
-
-
-def _found(manifest: Manifest) -> tuple[Evaluation, Choice | None]:
-    if isinstance(manifest.artifact, EvaluationRef):
-        return read_evaluation(manifest.artifact), read_choice(manifest.artifact)
-    raise PreflowError(f"{manifest.artifact.manifest}: is of no evaluation; run evaluate-adapter again")
 
 
 def _upstream(manifest: Manifest, kind: str) -> Origin:
@@ -87,39 +81,25 @@ def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: b
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    base = base_name(provenance, publishing)
+    base, training = base_name(provenance, publishing), provenance.training
+    config, judging = training.settings(TrainingConfig), provenance.preferences.settings(JudgingConfig)
     data = ModelCardData(
         base_model=base, library_name="peft", pipeline_tag="text-generation", license=publishing.license,
         tags=["base_model:adapter:" + base, "dpo", "lora", "trl", "preflow"],
     )  # fmt: skip
     card = ModelCard.from_template(
-        data, template_path=str(Path(__file__).with_name("model_card.md.j2")), found=provenance.found,
-        choice=provenance.choice, name=publishing.repo.rsplit("/", 1)[-1], repo=publishing.repo,
+        data, template_path=str(Path(__file__).with_name("model_card.md.j2")), percent=percent,
+        found=provenance.found, choice=provenance.choice,
         evidence=hashlib.sha256(evidence).hexdigest() if evidence else None, has_evidence=publishing.evidence,
-        percent=percent,
-        **_judged(provenance.preferences), **_trained(provenance.training, provenance.preferences.counts),
+        name=publishing.repo.rsplit("/", 1)[-1], repo=publishing.repo,
+        judging=judging, rubric=posixpath.basename(judging.rubric or ""),
+        data=_data(training.counts, provenance.preferences.counts), settings=_settings(training),
+        versions=", ".join(f"{name} {version}" for name, version in sorted(training.packages.items())),
+        sft_adapter=_upstream(training, "sft_adapter"), base=_upstream(training, "base_model"),
+        pairs=_upstream(training, "preferences"), revision=config.base_revision, max_length=config.max_length,
+        lora_rank=next(rank for rank in SERVED_RANKS if rank >= training.counts.get("lora_rank", 64)),
     )  # fmt: skip
     return str(card) + "\n"
-
-
-def _judged(preferences: Manifest) -> dict[str, Any]:
-    judging = preferences.settings(JudgingConfig)
-    return {"judging": judging, "rubric": posixpath.basename(judging.rubric or "")}
-
-
-def _trained(training: Manifest, pairs: dict[str, int]) -> dict[str, Any]:
-    config, rank = training.settings(TrainingConfig), training.counts.get("lora_rank", 64)
-    return {
-        "data": _data(training.counts, pairs),
-        "settings": _settings(training),
-        "versions": ", ".join(f"{name} {version}" for name, version in sorted(training.packages.items())),
-        "sft_adapter": _upstream(training, "sft_adapter"),
-        "base": _upstream(training, "base_model"),
-        "pairs": _upstream(training, "preferences"),
-        "revision": config.base_revision,
-        "max_length": config.max_length,
-        "lora_rank": next(served for served in SERVED_RANKS if served >= rank),
-    }
 
 
 def _data(counts: dict[str, int], pairs: dict[str, int]) -> list[tuple[str, str]]:

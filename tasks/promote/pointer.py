@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from tasks.promote.vllm import PROBE, is_served, swap_adapter
 from tasks.report.page import ReportSection, Table
 from tasks.report.run import publish
 from tasks.store import measures
-from tasks.store.measures import Evaluation
+from tasks.store.measures import Evaluation, percent
 from tasks.store.workspace import COMMITTED, AdapterRef, EvaluationRef, PromotionRef, Workspace, indented_json
 
 # Loads of one reconciliation: each after the first because the pointer moved, or the server changed, meanwhile.
@@ -52,10 +52,6 @@ class Entry(BaseModel, frozen=True):
     restored_at: str | None = None
     restored_from: str | None = None
     restored_by: str | None = None
-
-    def text(self) -> str:
-        """Return how the adapter is called on the page of a rollback."""
-        return f"{self.adapter_sha256[:12]} (win rate {measures.percent(self.evaluation.win_rate)})"
 
 
 class Pointer(BaseModel, frozen=True):
@@ -137,7 +133,7 @@ def read_pointer(workspace: str, name: str) -> Pointer | None:
     """Return what is served under `name`, with the history to roll back to; None before the first promotion."""
     uri = pointer_uri(workspace, name)
     try:
-        return _pointer(uri, Workspace(workspace).read_json(uri))
+        return _parse(uri, Workspace(workspace).read_json(uri))
     except FileNotFoundError:
         return None
 
@@ -153,7 +149,7 @@ def read_promoted(workspace: str, name: str, otherwise: str) -> Pointer:
     raise PreflowError(f"nothing was ever promoted as {name!r} in {workspace}: {otherwise}")
 
 
-def _pointer(uri: str, value: object) -> Pointer:
+def _parse(uri: str, value: object) -> Pointer:
     try:
         return Pointer.model_validate(value)
     except ValidationError as error:
@@ -162,14 +158,13 @@ def _pointer(uri: str, value: object) -> Pointer:
 
 def _move(workspace: str, name: str, change: Callable[[Pointer | None], Pointer | None]) -> PromotionRef:
     """Replace the pointer by what `change` makes of it, losing nobody's change; None leaves it."""
-
     uri = pointer_uri(workspace, name)
 
     def change_json(value: object) -> object:
-        changed = change(None if value is None else _pointer(uri, value))
+        changed = change(None if value is None else _parse(uri, value))
         return None if changed is None else changed.model_dump(mode="json", exclude_none=True)
 
-    return _refer(workspace, _pointer(uri, Workspace(workspace).update_json(uri, change_json)))
+    return _refer(workspace, _parse(uri, Workspace(workspace).update_json(uri, change_json)))
 
 
 async def serve_adapter(uri: str, workspace: str, promotion: PromotionConfig) -> None:
@@ -194,7 +189,8 @@ def move_pointer(
     def move(before: Pointer | None) -> Pointer | None:
         if before is not None and before.current.adapter_sha256 == adapter.sha256:
             return None
-        current = Entry(adapter_sha256=adapter.sha256, uri=uri, evaluation=won, promoted_at=_now())
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        current = Entry(adapter_sha256=adapter.sha256, uri=uri, evaluation=won, promoted_at=now)
         history = (before.current, *before.history) if before else ()
         return Pointer(name=promotion.name, current=current, history=history)
 
@@ -223,23 +219,19 @@ def choose_rollback(workspace: str, name: str, to: str | None) -> Entry:
         found = [entry for digest, entry in latest.items() if len(to) >= MIN_PREFIX and digest.startswith(to)]
     else:
         found = [entry for entry in latest.values() if entry.rolled_back_at is None][:1]
-    if len(found) != 1:
-        raise PreflowError(_no_rollback(name, to, current, latest.values()))
-    Workspace(workspace).verify_folder(found[0].uri)
-    return found[0]
-
-
-def _no_rollback(name: str, to: str | None, current: str, entries: Iterable[Entry]) -> str:
+    if len(found) == 1:
+        Workspace(workspace).verify_folder(found[0].uri)
+        return found[0]
     there = ", ".join(
         f"{entry.adapter_sha256[:12]} (promoted {entry.promoted_at}"
         + (f", rolled back {entry.rolled_back_at})" if entry.rolled_back_at else ")")
-        for entry in entries
+        for entry in latest.values()
     )
     listed = f"its history has: {there}; name one of them with `to`" if there else "its history is empty"
     if to is not None and current.startswith(to):
-        return f"{name!r} is adapter {current[:12]} already; {listed}"
+        raise PreflowError(f"{name!r} is adapter {current[:12]} already; {listed}")
     wanted = f"no one adapter {to!r} (at least {MIN_PREFIX} characters of its digest)" if to else "no earlier adapter"
-    return f"{name!r} is adapter {current[:12]}, and there is {wanted} to roll back to: {listed}"
+    raise PreflowError(f"{name!r} is adapter {current[:12]}, and there is {wanted} to roll back to: {listed}")
 
 
 def roll_back_pointer(entry: Entry, workspace: str, name: str) -> PromotionRef:
@@ -250,7 +242,7 @@ def roll_back_pointer(entry: Entry, workspace: str, name: str) -> PromotionRef:
             raise PreflowError(
                 f"{pointer_uri(workspace, name)} was deleted during the rollback: promote an adapter again"
             )
-        now, withdrawn = _now(), before.current
+        now, withdrawn = datetime.now(UTC).isoformat(timespec="seconds"), before.current
         if withdrawn.adapter_sha256 == entry.adapter_sha256:
             return None  # another rollback came first
         restored = {
@@ -270,16 +262,16 @@ async def report_rollback(workspace: str, promotion: PromotionConfig) -> None:
     pointer = read_pointer(workspace, promotion.name)
     if pointer is None or not pointer.history:
         return  # somebody deleted it in this very moment
-    restored, withdrawn = pointer.current, pointer.history[0]
-    change = f"{withdrawn.text()} -> {restored.text()}"
+    changed = (("served until now", pointer.history[0]), ("served again", pointer.current))
+    rows = tuple(
+        (name, f"{one.adapter_sha256[:12]} (win rate {percent(one.evaluation.win_rate)})", one.promoted_at)
+        for name, one in changed
+    )
     where = (
         f"{promotion.endpoint} serves it" if promotion.endpoint else "promotion.endpoint is empty: no server was told"
     )
+    change = f"{rows[0][1]} -> {rows[1][1]}"
     logger.info("%s: %s; %s", promotion.name, change, where)
-    rows = tuple(
-        (name, entry.text(), entry.promoted_at)
-        for name, entry in (("served until now", withdrawn), ("served again", restored))
-    )
     table = Table("What is served", ("", "adapter", "promoted"), rows)
     await publish(ReportSection("Rollback", f"{promotion.name} was rolled back: {change}; {where}.", tables=(table,)))
 
@@ -356,10 +348,6 @@ def find_disagreement(
     if promoted is not None or not promotion.min_agreement or not evaluation.beats(promotion.min_win_rate):
         return None
     return read_evaluation(evaluation).disagreement(promotion.min_agreement)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _refer(workspace: str, pointer: Pointer) -> PromotionRef:

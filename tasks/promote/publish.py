@@ -16,6 +16,8 @@ from tasks.promote.model_card import Provenance, base_name, write_card
 from tasks.promote.pointer import Entry, read_promoted
 from tasks.store.workspace import COMMITTED, Workspace
 
+# An answer may be lost after the commit was made.
+UNKNOWN = "an upload is a single commit: all of it is there, or nothing"
 logger = logging.getLogger(__name__)
 
 
@@ -55,25 +57,21 @@ async def publish(
     provenance = Provenance.of(entry, workspace)
     card = write_card(provenance, publishing, evidence)
     token = await resolve_secret(publishing.token, "publishing.token")
+    store = Workspace.holding(entry.uri)
     with TemporaryDirectory() as scratch:
-        _lay_out(entry.uri, Path(scratch), card, base_name(provenance, publishing))
+        folder = Path(scratch)
+        for name in store.verify_folder(entry.uri).keys() - {COMMITTED}:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(store.read_bytes(f"{entry.uri}/{name}"))
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = base_name(provenance, publishing)  # its public name, and no path
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if evidence is not None and publishing.evidence:
-            (Path(scratch) / "evidence.json").write_bytes(evidence)
-        found = _upload(Path(scratch), entry.adapter_sha256, publishing, str(token))
+            (folder / "evidence.json").write_bytes(evidence)
+        found = _upload(folder, entry.adapter_sha256, publishing, str(token))
     logger.info("adapter %s is published as %s (commit %s)", entry.adapter_sha256[:12], found.url, found.commit[:12])
     return found
-
-
-def _lay_out(uri: str, folder: Path, card: str, base: str) -> None:
-    """Copy the committed files of an adapter, with the base's public name instead of a path, and add the card."""
-    store = Workspace.holding(uri)
-    for name in store.verify_folder(uri).keys() - {COMMITTED}:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(store.read_bytes(f"{uri}/{name}"))
-    config = folder / "adapter_config.json"
-    settings = json.loads(config.read_text()) | {"base_model_name_or_path": base}
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _upload(folder: Path, sha256: str, publishing: PublishingConfig, token: str) -> Publication:
@@ -87,26 +85,21 @@ def _upload(folder: Path, sha256: str, publishing: PublishingConfig, token: str)
             repo_id=publishing.repo, folder_path=folder, commit_message=f"Adapter {sha256[:12]}, by preflow"
         )
     except HfHubHTTPError as error:
+        status, repo, key = error.response.status_code, publishing.repo, publishing.token
+        remedies = {
+            401: f"it does not accept the token {key}: make one that may write and set it there",
+            403: f"the token {key} may not write to {repo}: give it the right, or another repo",
+            404: f"there is no {repo} that the token {key} may see: check owner and name",
+        }
+        remedy = remedies.get(status, "it is down or busy: run again later, only what is missing is sent")
+        outcome = "nothing was uploaded" if status < 500 else UNKNOWN
         # The original's text may hold what was sent: it is not chained.
-        raise PreflowError(_refused(error.response.status_code, hub.endpoint, publishing)) from None
+        raise PreflowError(
+            f"{hub.endpoint} answered {status} to the publication of {repo} ({outcome}): {remedy}"
+        ) from None
     except (httpx2.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: the client's, of a large file
         raise PreflowError(
             f"{hub.endpoint} does not take it ({type(error).__name__}; {UNKNOWN}). Check the network, and HF_ENDPOINT "
             "if it is set, and run again: only what is missing is sent"
         ) from None
     return Publication(repo=publishing.repo, url=done.repo_url, commit=done.oid, adapter_sha256=sha256)
-
-
-# An answer may be lost after the commit was made.
-UNKNOWN = "an upload is a single commit: all of it is there, or nothing"
-
-
-def _refused(status: int, endpoint: str, publishing: PublishingConfig) -> str:
-    remedies = {
-        401: f"it does not accept the token {publishing.token}: make one that may write and set it there",
-        403: f"the token {publishing.token} may not write to {publishing.repo}: give it the right, or another repo",
-        404: f"there is no {publishing.repo} that the token {publishing.token} may see: check owner and name",
-    }
-    outcome = "nothing was uploaded" if status < 500 else UNKNOWN
-    remedy = remedies.get(status, "it is down or busy: run again later, only what is missing is sent")
-    return f"{endpoint} answered {status} to the publication of {publishing.repo} ({outcome}): {remedy}"

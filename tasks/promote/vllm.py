@@ -146,11 +146,10 @@ async def verify_served(server: Endpoint, uri: str, promotion: PromotionConfig) 
 
 
 async def _ask(model: Endpoint, probe: Probe) -> list[list[float]]:
-    async def ask_text(text: ProbeText) -> list[float]:
-        ids = text.token_ids
-        return list(await asyncio.gather(*(model.token_log_prob(ids[: i + 1], ids[i + 1]) for i in positions(text))))
-
-    return list(await asyncio.gather(*(ask_text(text) for text in probe.texts)))
+    asked = [[(text.token_ids[: at + 1], text.token_ids[at + 1]) for at in positions(text)] for text in probe.texts]
+    found = await asyncio.gather(*(model.token_log_prob(*one) for text in asked for one in text))
+    answers = iter(found)
+    return [[next(answers) for _ in text] for text in asked]
 
 
 async def _models(server: Endpoint) -> dict[str, ModelInfo]:
@@ -180,21 +179,15 @@ async def _restore_previous(server: Endpoint, current: str | None, workspace: st
 
 async def is_served(uri: str, workspace: str, promotion: PromotionConfig) -> bool:
     """Tell whether vLLM serves the adapter in the folder `uri` under its name; asks for log-probs, changes nothing."""
-    for one in await _each_replica(promotion):
-        if not await _serves(uri, workspace, one):
-            return False
-    return True
-
-
-async def _serves(uri: str, workspace: str, promotion: PromotionConfig) -> bool:
     path = server_path(uri, workspace, promotion.adapter_root)
-    async with await _server(promotion) as server:
-        listed = (await _models(server)).get(promotion.name)
-        if listed is None or listed.root != path:
-            return False
-        try:
-            await verify_served(server, uri, promotion)
-        except ProbeFailed as error:
-            logger.warning("vLLM lists %s from %s, but %s", promotion.name, path, error)
-            return False
+    for one in await _each_replica(promotion):
+        async with await _server(one) as server:
+            listed = (await _models(server)).get(one.name)
+            if listed is None or listed.root != path:
+                return False
+            try:
+                await verify_served(server, uri, one)
+            except ProbeFailed as error:
+                logger.warning("vLLM lists %s from %s, but %s", one.name, path, error)
+                return False
     return True

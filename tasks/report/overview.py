@@ -52,27 +52,21 @@ def glance_section(
     headline, sentence = verdict(found, bar)
     is_better = headline == BETTER  # not by the bar alone: one under 50 % lets worse ones pass
     advice = tuple(f"{page.title}: {text}" for page in details for text in page.advice[:MOST_ADVICE])
-    caption = "How often the new adapter wins; bars are the intervals"
-    caption += ", the band is SFT against itself." if found.null else "."
     places = " and ".join(page.title for page in details if page.advice)
+    bars = [RateBar(name, rate) for name, rate, _, _ in rates_of(found, 0.5)]
+    null = bars.pop() if bars[-1].name == NULL else None
+    band = ", the band is SFT against itself." if null else "."
     return ReportSection(
         "At a glance",
         f"{sentence} {served}",
         () if is_better else advice,
         (Table("The run in figures", ("figure", "state", "value", "healthy"), tuple(map(metric_row, figures))),),
-        (Picture(plot_rates(*rate_bars(found)), caption),),
+        (Picture(plot_rates(bars, null), f"How often the new adapter wins; bars are the intervals{band}"),),
         (f"It won. What could still be better stands under {places}.",) if is_better and places else (),
         tuple(replace(example, is_open=True) for page in details[:1] for example in page.examples[:OPEN_EXAMPLES]),
         headline=headline,
         is_good=is_better,
     )
-
-
-def rate_bars(found: Evaluation) -> tuple[list[RateBar], RateBar | None]:
-    """Return what to draw of an evaluation: every win rate there is, and SFT against itself."""
-    bars = [RateBar(name, rate) for name, rate, _, _ in rates_of(found, 0.5)]
-    null = bars.pop() if bars[-1].name == NULL else None
-    return bars, null
 
 
 def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:

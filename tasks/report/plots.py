@@ -1,14 +1,15 @@
 """Pictures of a run as PNG bytes: one look for all, readable on a light page and on a dark one."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tasks.store.measures import WinRate
+from tasks.report.page import Picture
+from tasks.store.measures import Metric, QualityReport, WinRate, p_text, percent, percent_range
 
 # On a transparent ground this grey has a contrast of about 4 to 1 on white and on the dark page alike.
 INK = "#75808f"
@@ -64,32 +65,26 @@ def to_png(axes: Axes) -> bytes:
     return out.getvalue()
 
 
-def plot_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Return a PNG each of loss, accuracy, margin, rewards, log-probs and gradient norm over the steps.
+def plot_metrics(rows: Sequence[Mapping[str, Any]]) -> Iterator[Picture]:
+    """Yield pictures of loss, accuracy, margin, rewards, log-probs and gradient norm over the steps.
 
     `rows` are those of `metrics.jsonl`; what they have nothing of is left out. Solid: training, dashed: held out.
     """
-    pictures = {}
     for title, unit, names in PANELS:
         axes = new_axes()
         for name, colour in zip(names, (BLUE, ORANGE), strict=False):
             label = name.rpartition("/")[2] if len(names) > 1 else "training"
-            _draw(axes, rows, name, label, color=colour)
             held_out = f"{label}, held out" if len(names) > 1 else "held out"
-            _draw(axes, rows, f"eval_{name}", held_out, color=colour, linestyle="--")
+            for figure, shown, style in ((name, label, "-"), (f"eval_{name}", held_out, "--")):
+                points = [(row["step"], row[figure]) for row in rows if figure in row]
+                if points:
+                    marker = "." if len(points) < 30 else None
+                    axes.plot(*zip(*points, strict=True), marker=marker, label=shown, color=colour, linestyle=style)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
         axes.grid(alpha=0.3)
         if axes.lines:
-            pictures[title] = to_png(axes)
-    return pictures
-
-
-def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, label: str, **style: Any) -> None:
-    points = [(row["step"], row[name]) for row in rows if name in row]
-    if points:
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, marker="." if len(points) < 30 else None, label=label, **style)
+            yield Picture(to_png(axes), f"{title}, by optimizer step.")
 
 
 def plot_rates(bars: Sequence[RateBar], null: RateBar | None) -> bytes:
@@ -116,4 +111,53 @@ def plot_rates(bars: Sequence[RateBar], null: RateBar | None) -> bytes:
     axes.set_yticks([])
     axes.set_ylim(len(bars) - 0.5, -0.55)
     axes.set_xlabel("wins over the SFT adapter (%)")
+    return to_png(axes)
+
+
+def plot_quality(report: QualityReport) -> Iterator[Picture]:
+    """Yield best and worst by position against chance, and the lengths of both sides, as far as they were measured."""
+    if found := {metric.name: metric.detail for metric in report.metrics if "positions" in metric.detail}:
+        png = _plot_positions(found["position_best"], found["position_worst"])
+        yield Picture(png, "Where the judge finds the best and the worst; bars with 95 % intervals.")
+    if histogram := report.detail.get("lengths"):
+        png = _plot_lengths(histogram, report.metric("longer_chosen"))
+        yield Picture(png, "Length of chosen and rejected; dotted: the medians.")
+
+
+def _plot_positions(best: Mapping[str, Any], worst: Mapping[str, Any]) -> bytes:
+    axes = new_axes()
+    for side, detail, colour, offset in (("best", best, BLUE, -0.2), ("worst", worst, ORANGE, 0.2)):
+        table = detail["positions"]
+        error = [[100 * abs(row["rate"] - row["interval"][k]) for row in table] for k in (0, 1)]
+        axes.bar(
+            [row["position"] + offset for row in table], [100 * row["rate"] for row in table], 0.36, color=colour,
+            yerr=error, capsize=3, ecolor=INK, error_kw={"linewidth": 1}, label=f"{side} ({p_text(detail['p_value'])})",
+        )  # fmt: skip
+    places, chances = [row["position"] for row in table], [100 * row["chance"] for row in table]
+    starts, ends = [place - 0.45 for place in places], [place + 0.45 for place in places]
+    axes.hlines(chances, starts, ends, color=INK, linestyle="--", linewidth=1.2, label="chance")
+    axes.set_xticks(places if len(places) <= 10 else places[:: -(-len(places) // 10)])
+    axes.set_xlabel(f"position in the judge's prompt ({worst['verdicts']:,} verdicts)")
+    axes.set_ylabel("share of verdicts (%)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    return to_png(axes)
+
+
+def _plot_lengths(histogram: Mapping[str, Any], longer: Metric) -> bytes:
+    axes, edges = new_axes(), histogram["edges"]
+    for side, colour in (("chosen", BLUE), ("rejected", ORANGE)):
+        counts, middle = histogram[side], histogram["medians"][side]
+        axes.stairs(counts, edges, color=colour, alpha=0.2, fill=True)
+        axes.stairs(counts, edges, color=colour, linewidth=1.8, label=f"{side} (median {middle:.0f})")
+        axes.axvline(middle, color=colour, linestyle=":", linewidth=1.5)
+    if longer.value is not None:
+        interval = percent_range(*longer.detail["interval"])
+        axes.plot([], [], " ", label=f"longer is chosen: {percent(longer.value)} ({interval})")
+    axes.set_xlabel("length in characters (last bin: that and longer)")
+    axes.set_ylabel("pairs")
+    axes.set_ylim(0, 1.05 * max(*histogram["chosen"], *histogram["rejected"], 1))
+    axes.set_xlim(edges[0], edges[-1])
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     return to_png(axes)

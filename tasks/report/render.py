@@ -5,16 +5,15 @@ import io
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tasks.report.page import Cell, Example, ReportSection, Table
+from tasks.report.page import Cell, ReportSection, Table
 
 LONGEST_TEXT = 6000
 LONGEST_CELL = 60
@@ -27,16 +26,11 @@ FIGURE = re.compile(r"(< ?)?[-+]?\d[\d,.]*(-\d[\d,.]*)?(e[-+]\d+)?( %| [MG]| s| 
 
 def render_html(title: str, sections: Sequence[ReportSection]) -> str:
     """Return one page that needs nothing else: no script, style and pictures inside, light or dark as the reader's."""
-    written = f"{datetime.now(UTC):%-d %B %Y, %H:%M} UTC"
-    return _page_template().render(title=title, sections=sections, written=written)
-
-
-@cache
-def _page_template() -> Template:
     page = Environment(autoescape=True, undefined=StrictUndefined, loader=PackageLoader("tasks.report", ""))
     page.filters.update(clean=_clean, joined=_joined, cell_text=_cell_text, cell_class=_cell_class)
     page.filters.update(figure_columns=_figure_columns, table_class=_table_class)
-    return page.get_template("report.html.j2")
+    written = f"{datetime.now(UTC):%-d %B %Y, %H:%M} UTC"
+    return page.get_template("report.html.j2").render(title=title, sections=sections, written=written)
 
 
 def _cell_class(is_figure: bool, cell: Cell) -> Markup:
@@ -64,10 +58,22 @@ def render_markdown(section: ReportSection) -> str:
     for picture in section.pictures:
         caption = _markdown(picture.caption)
         parts.append(f"![{caption}]({picture.data_uri()})\n\n*{caption}*")
-    parts += [_markdown_table(table) for table in section.tables if table.rows]
+    for table in (table for table in section.tables if table.rows):
+        marks = ["---:" if figures else "---" for figures in _figure_columns(table)]
+        rows = [[_markdown(_cell_text(cell)) for cell in row] for row in (table.columns, *table.rows)]
+        lines = (f"| {' | '.join(line)} |" for line in (rows[0], marks, *rows[1:]))
+        parts.append(f"**{_markdown(table.caption)}**\n\n" + "\n".join(lines))
     parts += [_markdown(text) for text in section.notes]
-    parts += [_markdown_example(example) for example in section.examples]
-    parts += [f"**{_markdown(title)}**\n\n{_markdown_code(text)}" for title, text in section.blocks]
+    for example in section.examples:
+        parts.append(f"### {_markdown(example.title)}")
+        for side in example.sides:
+            quoted = (_markdown(line) for line in _clean(side.text).split("\n"))
+            parts.append(f"**{_markdown(side.label)}**{' ✓ won' if side.won else ''}")
+            parts.append("\n".join(f"> {line}\\" if line else ">" for line in quoted).removesuffix("\\"))
+    for title, text in section.blocks:
+        shown = _clean(text)
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+        parts.append(f"**{_markdown(title)}**\n\n{fence}\n{shown}\n{fence}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -75,13 +81,14 @@ def render_text_table(rows: Sequence[Sequence[Cell]]) -> str:
     """Return rows as a table for a terminal, the first one as its heading; figures stand to the right."""
     if not rows:
         return ""
-    heading, *body = [[_shorten(_inline(_cell_text(cell)), LONGEST_CELL) for cell in row] for row in rows]
+    lines = [[_shorten(" ".join(_clean(_cell_text(cell)).split()), LONGEST_CELL) for cell in row] for row in rows]
     table = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name, *column in zip(heading, *body, strict=True):
-        table.add_column(Text(name), justify="right" if _is_figures(column) else "left", no_wrap=True)
-    for line in body:
+    for name, *column in zip(*lines, strict=True):
+        is_figures = all(FIGURE.fullmatch(text) for text in column)
+        table.add_column(Text(name), justify="right" if is_figures else "left", no_wrap=True)
+    for line in lines[1:]:
         table.add_row(*map(Text, line))
-    console = Console(width=LONGEST_CELL * len(heading) + 80, color_system=None, file=io.StringIO())
+    console = Console(width=LONGEST_CELL * len(rows[0]) + 80, color_system=None, file=io.StringIO())
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
@@ -103,10 +110,6 @@ def _shorten(text: str, limit: int) -> str:
     return f"{text[:limit]}… ({len(text) - limit:,} characters more)" if limit > 100 else f"{text[: limit - 1]}…"
 
 
-def _inline(text: str) -> str:
-    return " ".join(_clean(text).split())
-
-
 def _cell_text(cell: Cell) -> str:
     if cell is None:
         return "–"
@@ -120,44 +123,15 @@ def _cell_text(cell: Cell) -> str:
     return f"{cell:,}" if cell < 10_000_000 else f"{cell / 1e6:,.1f} M" if cell < 1e9 else f"{cell / 1e9:,.1f} G"
 
 
-def _is_figures(column: Sequence[str]) -> bool:
-    return all(FIGURE.fullmatch(text) for text in column)
-
-
 def _figure_columns(table: Table) -> list[bool]:
-    return [_is_figures([_cell_text(row[k]) for row in table.rows]) for k in range(len(table.columns))]
+    """Tell of each column whether it holds figures alone."""
+    columns = range(len(table.columns))
+    return [all(FIGURE.fullmatch(_cell_text(row[column])) for row in table.rows) for column in columns]
 
 
 def _markdown(text: str) -> str:
     """Escape one line of text so that markdown shows it and obeys nothing in it."""
     # The UI breaks no word, however long: a model that repeats one letter would push its page apart.
-    line = html.escape(re.sub(r"(\w{32})(?=\w)", "\\1\N{ZERO WIDTH SPACE}", _inline(text)), quote=False)
-    line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
-    line = re.sub(r"^([#+=-])", r"\\\1", line)
-    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
-
-
-def _markdown_table(table: Table) -> str:
-    marks = ["---:" if figures else "---" for figures in _figure_columns(table)]
-    lines = [[_markdown(name) for name in table.columns], marks]
-    lines += [[_markdown(_cell_text(cell)) for cell in row] for row in table.rows]
-    return f"**{_markdown(table.caption)}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _markdown_quote(text: str) -> str:
-    lines = [_markdown(line) for line in _clean(text).split("\n")]
-    return "\n".join(f"> {line}\\" if line else ">" for line in lines).removesuffix("\\")
-
-
-def _markdown_example(example: Example) -> str:
-    parts = [f"### {_markdown(example.title)}"]
-    for side in example.sides:
-        parts += [f"**{_markdown(side.label)}**{' ✓ won' if side.won else ''}", _markdown_quote(side.text)]
-    return "\n\n".join(parts)
-
-
-def _markdown_code(text: str) -> str:
-    text = _clean(text)
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{text}\n{fence}"
+    broken = re.sub(r"(\w{32})(?=\w)", "\\1\N{ZERO WIDTH SPACE}", " ".join(_clean(text).split()))
+    line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(broken, quote=False))
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(r"^([#+=-])", r"\\\1", line))

@@ -67,40 +67,31 @@ def run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportS
     Raises:
         PreflowError: a file that is shown is gone, or of another version.
     """
+    store, bar = Workspace(config.workspace), config.promotion.min_win_rate
+    manifests = gather_manifests(store, *result.references())
     try:
-        return _run_sections(config, result)
+        found, choice = read_evaluation(result.evaluation), read_choice(result.evaluation)
+        trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
+        quality, health = read_quality(store, result.preferences), _read_health(store, result.adapter)
+        shown = [
+            evaluation_page(result.evaluation, store.root, bar),
+            *([parts.choice_section(choice)] if choice else []),
+            *preference_sections(result.preferences, store.root),
+            training_page(result.adapter, store.root),
+        ]
     except FileNotFoundError as error:
         raise PreflowError(f"{error.filename}: missing, and the report shows it; {AGAIN}") from error
     except ValidationError as error:
         raise PreflowError(f"{error.title}: not as this version of preflow writes it; {AGAIN}") from error
-
-
-def _run_sections(config: PipelineConfig, result: PipelineResult) -> list[ReportSection]:
-    store, bar = Workspace(config.workspace), config.promotion.min_win_rate
-    manifests = gather_manifests(store, *result.references())
-    choice = read_choice(result.evaluation)
-    shown = [
-        evaluation_page(result.evaluation, store.root, bar),
-        *([parts.choice_section(choice)] if choice else []),
-        *preference_sections(result.preferences, store.root),
-        training_page(result.adapter, store.root),
-    ]
-    found = read_evaluation(result.evaluation)
-    trained = store.read_manifest(result.adapter).figures if result.adapter.manifest else {}
-    figures = run_figures(
-        found, bar, read_quality(store, result.preferences), read_health(store, result.adapter), trained
-    )
     if result.promotion is not None:
         served = f"Adapter {result.promotion.adapter_sha256[:12]} is served as {result.promotion.name!r}."
     else:
         served = f"It is not served: {result.declined.rstrip('.')}." if result.declined else "It is not served."
     costs = add_up(manifests)
-    glance = glance_section(found, bar, served, figures, shown)
-    glance = replace(glance, tables=(_facts(config, result, costs[-1]), *glance.tables))
-    inputs = inputs_section(manifests, changed_settings(config))
+    glance = glance_section(found, bar, served, run_figures(found, bar, quality, health, trained), shown)
     return [
-        glance,
-        inputs,
+        replace(glance, tables=(_facts(config, result, costs[-1]), *glance.tables)),
+        inputs_section(manifests, dict(changed_settings(config, PipelineConfig()))),
         *shown,
         parts.cost_section(costs, has_prices(config)),
         parts.lineage_section(manifests, store.root),
@@ -127,19 +118,15 @@ def _facts(config: PipelineConfig, result: PipelineResult, total: StageCost) -> 
     return Table("The run", ("what", "value"), facts)
 
 
-def changed_settings(config: PipelineConfig) -> dict[str, Any]:
-    """Return the settings that decide the outcome and differ from their defaults, by their dotted names.
+def changed_settings(given: StageConfig, defaults: StageConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings that decide the outcome and differ from their defaults, by their dotted names.
 
     Addresses, limits and prices are left out: a cached run was made with those of then, not with these.
     """
-    return dict(_differences("", config, PipelineConfig()))
-
-
-def _differences(prefix: str, given: StageConfig, defaults: StageConfig) -> Iterator[tuple[str, Any]]:
     for name in given.identity():
         value, default = getattr(given, name), getattr(defaults, name)
         if isinstance(value, StageConfig) and isinstance(default, StageConfig):
-            yield from _differences(f"{prefix}{name}.", value, default)
+            yield from changed_settings(value, default, f"{prefix}{name}.")
         # The evaluation's endpoints are those of the stages before, written out.
         elif value != default and not isinstance(value, StageConfig):
             yield f"{prefix}{name}", given.model_dump(mode="json")[name]
@@ -157,7 +144,7 @@ def read_quality(store: Workspace, preferences: PreferencesRef) -> QualityReport
     return QualityReport.model_validate(store.read_json(preferences.sibling("quality.json")))
 
 
-def read_health(store: Workspace, adapter: AdapterRef) -> Health:
+def _read_health(store: Workspace, adapter: AdapterRef) -> Health:
     """Return the readings of a training."""
     return Health.model_validate(store.read_json(adapter.sibling("health.json")))
 
@@ -167,7 +154,7 @@ def training_page(adapter: AdapterRef, workspace: str) -> ReportSection:
     store = Workspace(workspace)
     metrics = list(store.read_rows(adapter.sibling("metrics.jsonl")))
     counts = store.read_manifest(adapter).counts if adapter.manifest else {}
-    return parts.training_section(read_health(store, adapter), metrics, counts)
+    return parts.training_section(_read_health(store, adapter), metrics, counts)
 
 
 def evaluation_page(evaluation: EvaluationRef, workspace: str, bar: float) -> ReportSection:

@@ -9,9 +9,8 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from tasks.batch.costs import COLUMNS, StageCost, format_usd
-from tasks.report.page import Cell, Example, Picture, ReportSection, Side, Table
-from tasks.report.plots import plot_metrics
-from tasks.report.quality_plots import plot_quality
+from tasks.report.page import Cell, Example, ReportSection, Side, Table
+from tasks.report.plots import plot_metrics, plot_quality
 from tasks.store.measures import (
     Choice,
     Evaluation,
@@ -119,24 +118,32 @@ def training_section(health: Health, metrics: Sequence[Row], counts: Mapping[str
 
     `metrics` are the rows of `metrics.jsonl`, `counts` those of the training's manifest: what became of the pairs.
     """
-    readings = tuple((*metric_row(reading), reading.meaning) for reading in health.readings)
-    columns = ("metric", "state", "value", "healthy", "meaning")
+    counts, pairs = counts or {}, list[tuple[Cell, ...]]()
+    for name, side in (("to train", "train"), ("held out", "val")):
+        if f"{side}_pairs" in counts:
+            shown = (counts[f"{side}_{figure}"] for figure in ("pairs", "used", "refused", "cut_sides", "longest"))
+            used = 2 * counts[f"{side}_used"]
+            exact = percent(counts.get(f"{side}_exact", 0) / used) if used else None
+            pairs.append((name, *shown, exact, counts.get(f"{side}_unfinished", 0)))
     return ReportSection(
         title="Training",
         summary=f"{'Healthy' if health.ok else 'Needs attention'}: readings from {health.source}.",
         advice=(*health.warnings, *health.advice),
-        tables=(Table("Readings", columns, readings), _course(metrics), _pairs_used(counts or {})),
-        pictures=_curves(metrics),
-    )
+        tables=(
+            Table("Readings", ("metric", "state", "value", "healthy", "meaning"),
+                  tuple((*metric_row(reading), reading.meaning) for reading in health.readings)),
+            _course(metrics),
+            Table("Pairs", ("pairs", "given", "used", "refused", "sides cut at max_length", "longest, tokens",
+                            "share on exactly the sampled tokens", "sides cut in sampling"), tuple(pairs)),
+        ),
+        pictures=tuple(plot_metrics(metrics)),
+    )  # fmt: skip
 
 
 def live_section(summary: str, metrics: Sequence[Row]) -> ReportSection:
     """Show a training that is still running: how far it is, and the rows of `metrics.jsonl` so far."""
-    return ReportSection("Training live", summary, tables=(_course(metrics),), pictures=_curves(metrics))
-
-
-def _curves(metrics: Sequence[Row]) -> tuple[Picture, ...]:
-    return tuple(Picture(png, f"{title}, by optimizer step.") for title, png in plot_metrics(metrics).items())
+    pictures = tuple(plot_metrics(metrics))
+    return ReportSection("Training live", summary, tables=(_course(metrics),), pictures=pictures)
 
 
 def _course(metrics: Sequence[Row]) -> Table:
@@ -146,19 +153,6 @@ def _course(metrics: Sequence[Row]) -> Table:
         if values:
             rows.append((title, values[0], values[-1], min(values), max(values)))
     return Table("From first to last", ("figure", "first", "last", "lowest", "highest"), tuple(rows))
-
-
-def _pairs_used(counts: Mapping[str, int]) -> Table:
-    columns = ("pairs", "given", "used", "refused", "sides cut at max_length", "longest, tokens",
-               "share on exactly the sampled tokens", "sides cut in sampling")  # fmt: skip
-    rows = list[tuple[Cell, ...]]()
-    for name, side in (("to train", "train"), ("held out", "val")):
-        if f"{side}_pairs" in counts:
-            shown = (counts[f"{side}_{figure}"] for figure in ("pairs", "used", "refused", "cut_sides", "longest"))
-            used = 2 * counts[f"{side}_used"]
-            exact = percent(counts.get(f"{side}_exact", 0) / used) if used else None
-            rows.append((name, *shown, exact, counts.get(f"{side}_unfinished", 0)))
-    return Table("Pairs", columns, tuple(rows))
 
 
 class Rate(NamedTuple):
@@ -196,23 +190,28 @@ def evaluation_section(
 
     `lengths` are of all samples, from `sample_lengths`: a judge may like longer texts better.
     """
-    summary = (
-        f"The new adapter wins {found.text()} of the comparisons with the SFT adapter on {found.prompts:,} held-out "
-        f"prompts (ties count half). The lower bound that counts is {percent(found.proven)}, "
-        f"{'over' if found.proven > bar else 'not over'} the bar of {percent(bar, '.3g')}."
-    )
     rows = tuple(
         (name, ok, percent(rate.win_rate), rate.interval(), percent(rate.confidence, ".3g"),
          rate.samples, rate.prompts, percent(rate.ties))
         for name, rate, _, ok in rates_of(found, bar)
     )  # fmt: skip
     columns = ("comparison", "state", "win rate", "interval", "confidence", "samples", "prompts", "ties")
+    examples = []
+    for number, row in enumerate(comparisons[:EXAMPLES], 1):
+        (before, after), lost, won = row["completions"], row.get("outcome") == 0, row.get("outcome") == 1
+        note = "the new adapter won" if won else "the SFT adapter won" if lost else "undecided"
+        sides = Side("before (SFT)", before, lost), Side("after (DPO)", after, won)
+        examples.append(_example(number, row["prompt"], note, sides))
     return ReportSection(
         title="Evaluation",
-        summary=summary,
+        summary=(
+            f"The new adapter wins {found.text()} of the comparisons with the SFT adapter on {found.prompts:,} "
+            f"held-out prompts (ties count half). The lower bound that counts is {percent(found.proven)}, "
+            f"{'over' if found.proven > bar else 'not over'} the bar of {percent(bar, '.3g')}."
+        ),
         advice=tuple(_evaluation_advice(found, bar)),
         tables=(Table("Win rates", columns, rows), *([lengths] if lengths else [])),
-        examples=tuple(_comparison(number, row) for number, row in enumerate(comparisons[:EXAMPLES], 1)),
+        examples=tuple(examples),
     )
 
 
@@ -282,14 +281,6 @@ def _evaluation_advice(found: Evaluation, bar: float) -> Iterator[str]:
             "There is no verdict of another judge: a taste of the judge that made the labels cannot be told from a "
             "gain. Name another model in evaluation.judges; the samples are there, only its verdicts are paid."
         )
-
-
-def _comparison(number: int, row: Row) -> Example:
-    before, after = row["completions"]
-    lost, won = row.get("outcome") == 0, row.get("outcome") == 1
-    note = "the new adapter won" if won else "the SFT adapter won" if lost else "undecided"
-    sides = Side("before (SFT)", before, lost), Side("after (DPO)", after, won)
-    return _example(number, row["prompt"], note, sides)
 
 
 def cost_section(costs: Sequence[StageCost], is_priced: bool) -> ReportSection:

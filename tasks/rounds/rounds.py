@@ -11,7 +11,6 @@ do: it goes further, and nothing holds it to where it came from.
 
 import logging
 import posixpath
-from collections.abc import Iterator
 
 from pydantic import BaseModel
 
@@ -23,15 +22,7 @@ from tasks.report.plots import RateBar, plot_rates
 from tasks.report.render import render_html, render_text_table
 from tasks.store.measures import percent, rate_text, read_evaluation
 from tasks.store.prompts import count_shared, import_prompts
-from tasks.store.workspace import (
-    EvaluationRef,
-    PipelineResult,
-    PromotionRef,
-    Reference,
-    Workspace,
-    digest,
-    server_path,
-)
+from tasks.store.workspace import EvaluationRef, PipelineResult, PromotionRef, Reference, Workspace, digest, server_path
 
 logger = logging.getLogger(__name__)
 
@@ -70,24 +61,20 @@ def check_held_out(config: PipelineConfig, rounds: RoundsConfig) -> None:
             "eval_prompts is empty: each round trains on pairs of other prompts, so none of `prompts` is held out from "
             "all rounds. Give eval_prompts, a file of other prompts, or set rounds.rounds to 1."
         )
-    held_out = import_prompts(config.eval_prompts, config.workspace)
-    for source, read in _trained_on(config):
-        if shared := count_shared(held_out.uri, read.uri, Workspace(config.workspace)):
+    workspace = config.workspace
+    held_out = import_prompts(config.eval_prompts, workspace)
+    trained_on: dict[str, Reference] = {config.prompts: import_prompts(config.prompts, workspace)}
+    if config.preferences:  # the pairs that the first round begins with, or what they come from
+        trained_on[config.preferences] = import_preferences(config.preferences, workspace, config.judging)
+    elif config.completions:
+        trained_on[config.completions] = import_completions(config.completions, workspace)
+    for source, read in trained_on.items():
+        if shared := count_shared(held_out.uri, read.uri, Workspace(workspace)):
             raise PreflowError(
                 f"{config.eval_prompts}: {shared:,} of {held_out.rows:,} prompts are in {source} too, or share a "
                 "`group` with a row there: one round or another is trained on them, so they prove nothing. Take them "
                 "out of one of the files."
             )
-
-
-def _trained_on(config: PipelineConfig) -> Iterator[tuple[str, Reference]]:
-    """Yield what the rounds make pairs of, and the pairs that the first one begins with: the file and its rows here."""
-    workspace = config.workspace
-    yield config.prompts, import_prompts(config.prompts, workspace)
-    if config.preferences:
-        yield config.preferences, import_preferences(config.preferences, workspace, config.judging)
-    elif config.completions:
-        yield config.completions, import_completions(config.completions, workspace)
 
 
 def round_config(config: PipelineConfig, rounds: RoundsConfig, before: Round | None) -> PipelineConfig:
@@ -120,25 +107,22 @@ def round_config(config: PipelineConfig, rounds: RoundsConfig, before: Round | N
 
 def why_last(number: int, made: PipelineResult, against: EvaluationRef | None, bar: float, most: int) -> str | None:
     """Return why no round follows, or None: it must win against the SFT adapter and against the round before."""
-    return _why_lost(number, made, against, bar) or (f"{_count(most)} asked for" if number == most else None)
+    asked_for = f"{_count(most)} asked for" if number == most else None
+    return _why_lost(number, made, against, bar) or asked_for
 
 
 def _why_lost(number: int, made: PipelineResult, against: EvaluationRef | None, bar: float) -> str | None:
-    found = made.evaluation
-    if not found.beats(bar):
-        return f"round {number} is not proven to win against the SFT adapter ({_why_unproven(found, bar)})"
-    if against is not None and not against.beats(0.5):
-        return f"round {number} is not proven to win against round {number - 1} ({_why_unproven(against, 0.5)})"
+    """Return the win rate that proves nothing, with the bar, or what decides where the interval would not say it."""
+    for rival, found, over in (("the SFT adapter", made.evaluation, bar), (f"round {number - 1}", against, 0.5)):
+        if found is None or found.beats(over):
+            continue
+        why = f"bar {percent(over, '.3g')}"
+        if not found.null_holds:
+            why = "but the SFT adapter against itself does not come out even"
+        elif found.lower > over and found.proven is not None:
+            why = f"but with length taken out the lower bound is {percent(found.proven)}"
+        return f"round {number} is not proven to win against {rival} ({_interval(found)}, {why})"
     return None
-
-
-def _why_unproven(found: EvaluationRef, bar: float) -> str:
-    """Return the win rate, the bar, and what decides where the interval alone would not say it."""
-    if not found.null_holds:
-        return f"{interval(found)}, but the SFT adapter against itself does not come out even"
-    if found.lower > bar and found.proven is not None:
-        return f"{interval(found)}, but with length taken out the lower bound is {percent(found.proven)}"
-    return f"{interval(found)}, bar {percent(bar, '.3g')}"
 
 
 def best_round(rounds: tuple[Round, ...], bar: float) -> Round | None:
@@ -151,8 +135,7 @@ def _count(rounds: int) -> str:
     return "one round was" if rounds == 1 else f"{rounds} rounds were"
 
 
-def interval(found: EvaluationRef) -> str:
-    """Return a win rate with its interval."""
+def _interval(found: EvaluationRef) -> str:
     return rate_text(found.win_rate, found.lower, found.upper)
 
 
@@ -162,8 +145,8 @@ def rounds_section(result: RoundsResult) -> ReportSection:
     for one in result.rounds:
         found, against = one.made.evaluation, one.against_before
         state = "the best" if one.number == result.best else None
-        won_before = interval(against) if against else None
-        rows.append((f"round {one.number}", interval(found), won_before, state, found.adapter_sha256[:12]))
+        won_before = _interval(against) if against else None
+        rows.append((f"round {one.number}", _interval(found), won_before, state, found.adapter_sha256[:12]))
         bars.append(RateBar(f"round {one.number}", read_evaluation(found), None))
     columns = ("round", "against SFT", "against the round before", "state", "adapter")
     best = "no round won" if result.best is None else f"round {result.best} is the best"

@@ -403,10 +403,11 @@ def _sample(item: Any, where: str) -> str:
     return item
 
 
-def to_pair(row: Any) -> tuple[Row, str]:
+def to_pair(row: Any, one_answer: bool = True) -> tuple[Row, str]:
     """Return a row as TRL's conversational preference pair, and the form that it had.
 
-    The prompt is what both sides begin with, turn by turn; what is left must be one answer of the assistant each.
+    The prompt is what both sides begin with, turn by turn; what is left must be one answer of the assistant each, or
+    else, without `one_answer`, end in one.
 
     Raises:
         WrongForm: it has no two sides in a known form, or they differ before the last answer.
@@ -426,13 +427,15 @@ def to_pair(row: Any) -> tuple[Row, str]:
     whole = [prompt + side if side[0]["role"] == "assistant" else side for side in sides]
     most = min(map(len, whole)) - 1  # a last answer is never a part of the prompt, though both sides have it
     shared = whole[0][: next((n for n in range(most) if whole[0][n] != whole[1][n]), most)]
+    turns = _joined(prompt, shared)
+    if turns and turns[-1]["role"] != "user":
+        raise WrongForm(f"prompt: the last message is the {turns[-1]['role']}'s; it must be the user's")
     answers = [side[len(shared) :] for side in whole]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if [turn["role"] for turn in answer] != ["assistant"]:
+        if [turn["role"] for turn in (answer if one_answer else answer[-1:])] != ["assistant"]:
             roles = ", ".join(turn["role"] for turn in answer) or "nothing"
             raise WrongForm(f"{name}: after what both sides share it holds {roles}, not one answer of the assistant")
-    pair = {**rest, "prompt": _joined(prompt, shared), "chosen": answers[0], "rejected": answers[1]}
-    return _with_group(pair), form
+    return _with_group({**rest, "prompt": turns, "chosen": answers[0], "rejected": answers[1]}), form
 
 
 def _joined(prompt: Messages, shared: Messages) -> Messages:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -130,6 +131,10 @@ class PairRow(KeepingRow):
     sft_only: bool | None = None
 
 
+class ConversationPairRow(PairRow):
+    """A pair whose sides may part before their last answer: it can be looked at, and not be trained on."""
+
+
 def prompt_id(messages: list[dict[str, str]]) -> str:
     """Return the sha256 (hex) of the canonical messages: only role and content count."""
     return digest([{"role": m.get("role"), "content": m.get("content")} for m in messages])
@@ -140,13 +145,16 @@ CONVERT: dict[type[BaseModel], Callable[[Any], tuple[Row, str]]] = {
     PromptRow: to_prompt,
     CompletionsRow: to_completions,
     PairRow: to_pair,
+    ConversationPairRow: partial(to_pair, one_answer=False),
 }
 _PROMPT = '"prompt": [{"role": "user", "content": "..."}]'
 _ANSWER = '[{"role": "assistant", "content": "..."}]'
+_PAIR = f'{{{_PROMPT}, "chosen": {_ANSWER}, "rejected": {_ANSWER}}}'
 WANTED: dict[type[BaseModel], str] = {
     PromptRow: f"{{{_PROMPT}}}",
     CompletionsRow: f'{{{_PROMPT}, "completions": ["...", "..."]}}',
-    PairRow: f'{{{_PROMPT}, "chosen": {_ANSWER}, "rejected": {_ANSWER}}}',
+    PairRow: _PAIR,
+    ConversationPairRow: _PAIR,
 }
 
 

@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from tasks.batch.costs import add_up
-from tasks.config import PipelineConfig, SweepConfig
+from tasks.config import SweepConfig
 from tasks.errors import PreflowError
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
@@ -19,11 +19,12 @@ from tasks.report.run import gather_manifests, has_prices, publish, run_sections
 from tasks.report.sections import NULL, cost_section, lineage_section
 from tasks.run.estimate import TRAINING, Plan
 from tasks.run.estimate_page import how_estimated, money_text, number_ranges, plan_lines, work_table
-from tasks.store.measures import WinRate, percent
+from tasks.store.measures import percent
 from tasks.store.workspace import Workspace
 from tasks.sweep.points import Point
-from tasks.sweep.ranking import PointResult, SweepResult, sweep_folder
+from tasks.sweep.ranking import SweepResult, sweep_folder
 
+CAPTION = "Win rates; thick: the interval of each alone, thin: the one that holds for all points at once."
 logger = logging.getLogger(__name__)
 
 
@@ -43,34 +44,34 @@ def plan_section(plan: Plan, points: Sequence[Point], sweep: SweepConfig, duplic
 
 def ranking_section(result: SweepResult, points: Sequence[Point]) -> ReportSection:
     """Show the points from the best down, and what the best one's configuration is."""
-    ranked, best = result.ranked(), result.best()
+    ranked, best, count = result.ranked(), result.best(), len(result.points)
+    if best is None or best.rate is None or best.widened is None:
+        summary = f"None of the {count} points could be finished."
+        return ReportSection("Sweep", summary, tuple(_advice(result)), tuple(_tables(result)))
     null = next((point.null for point in ranked if point.null), None)
-    null_bar = RateBar(NULL, null) if null else None
     # Without the sections, "training.": there is room for little, and the number says which it is.
     names = {point.number: f"{point.number}. {re.sub(r'[a-z]+[.](?=[a-z_]+=)', '', point.name)}" for point in ranked}
     bars = [RateBar(names[point.number], point.rate, point.widened) for point in ranked if point.rate]
-    caption = "Win rates; thick: the interval of each alone, thin: the one that holds for all points at once."
-    configs = {point.number: point.config for point in points}
+    part = "" if len(ranked) == count else f" of the {len(ranked)} that finished, out of {count}"
+    # The best one's configuration, for the form and for the command line; what it leaves out is default.
+    config = next(point.config for point in points if point.number == best.number)
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    argument = shlex.quote(f"config={json.dumps(values, ensure_ascii=False)}")
     return ReportSection(
         title="Sweep",
-        summary=_summary(result),
+        summary=(
+            f"Best{part}: point {best.number} ({best.name}) wins {best.rate.text()} against the SFT adapter. The best "
+            f"of {len(ranked)} looks better than it is, since chance had so many tries: the interval that holds for "
+            f"all points at once is {best.widened.interval()} (each at {100 * result.widened_confidence:.2f} %, "
+            f"together at least {100 * result.confidence:.3g} %; Sidak 1967)."
+        ),
         advice=tuple(_advice(result)),
-        tables=tuple(_tables(result, null)),
-        pictures=(Picture(plot_rates(bars, null_bar), caption),) if ranked else (),
-        blocks=tuple(_to_copy(best, configs[best.number])) if best else (),
-    )
-
-
-def _summary(result: SweepResult) -> str:
-    best, count = result.best(), len(result.points)
-    if best is None or best.rate is None or best.widened is None:
-        return f"None of the {count} points could be finished."
-    part = "" if len(result.ranking) == count else f" of the {len(result.ranking)} that finished, out of {count}"
-    return (
-        f"Best{part}: point {best.number} ({best.name}) wins {best.rate.text()} against the SFT adapter. The best of "
-        f"{len(result.ranking)} looks better than it is, since chance had so many tries: the interval that holds for "
-        f"all points at once is {best.widened.interval()} (each at {100 * result.widened_confidence:.2f} %, "
-        f"together at least {100 * result.confidence:.3g} %; Sidak 1967)."
+        tables=tuple(_tables(result)),
+        pictures=(Picture(plot_rates(bars, RateBar(NULL, null) if null else None), CAPTION),),
+        blocks=(
+            (f"Configuration of point {best.number}", json.dumps(values, ensure_ascii=False, indent=2)),
+            ("Promote it", f"prefect deployment run dpo-pipeline/local --param {argument}"),
+        ),
     )
 
 
@@ -108,7 +109,7 @@ def _advice(result: SweepResult) -> Iterator[str]:
         yield f"Point {best.number} is not served: {result.declined}"
 
 
-def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
+def _tables(result: SweepResult) -> Iterator[Table]:
     alone, together = f"{100 * result.confidence:.3g} % interval", "interval for all at once"
     rows: list[tuple[Cell, ...]] = [
         (place, point.number, point.name, percent(point.rate.win_rate), point.rate.interval(), point.widened.interval(),
@@ -116,32 +117,14 @@ def _tables(result: SweepResult, null: WinRate | None) -> Iterator[Table]:
         for place, point in enumerate(result.ranked(), 1)
         if point.rate is not None and point.widened is not None
     ]  # fmt: skip
-    if null is not None:
-        rows.append(
-            (
-                None,
-                None,
-                NULL,
-                percent(null.win_rate),
-                f"{null.interval()} ({percent(null.confidence, '.3g')})",
-                None,
-                None,
-            )
-        )
-    if rows:
-        columns = ("place", "point", "change", "win rate", alone, together, "training pairs")
-        yield Table("The points, the best first", columns, tuple(rows))
+    if null := next((point.null for point in result.ranked() if point.null), None):
+        interval = f"{null.interval()} ({percent(null.confidence, '.3g')})"
+        rows.append((None, None, NULL, percent(null.win_rate), interval, None, None))
+    columns = ("place", "point", "change", "win rate", alone, together, "training pairs")
     failed = tuple((point.number, point.name, point.error) for point in result.failed())
-    if failed:
-        yield Table("Points that failed", ("point", "change", "error"), failed)
-
-
-def _to_copy(best: PointResult, config: PipelineConfig) -> Iterator[tuple[str, str]]:
-    """Yield the best point's configuration, for the form and for the command line; what it leaves out is default."""
-    values = config.model_dump(mode="json", exclude_defaults=True)
-    yield f"Configuration of point {best.number}", json.dumps(values, ensure_ascii=False, indent=2)
-    argument = shlex.quote(f"config={json.dumps(values, ensure_ascii=False)}")
-    yield "Promote it", f"prefect deployment run dpo-pipeline/local --param {argument}"
+    tables = (("The points, the best first", columns, tuple(rows)),
+              ("Points that failed", ("point", "change", "error"), failed))  # fmt: skip
+    yield from (Table(*table) for table in tables if table[2])
 
 
 async def report_plan(plan: Plan, points: Sequence[Point], sweep: SweepConfig, duplicates: int) -> None:

@@ -3,9 +3,8 @@
 import difflib
 import itertools
 import json
-import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, get_args
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -22,7 +21,6 @@ SHARED = ("workspace", "promotion")
 MOST_COMBINATIONS = 10_000
 PROBLEMS_SHOWN = 10
 EXAMPLE = '{"training.beta": [0.05, 0.1]}'
-logger = logging.getLogger(__name__)
 
 
 class Point(BaseModel, frozen=True):
@@ -42,16 +40,13 @@ def name_change(change: Change, is_checked: bool = True) -> str:
     """Return a change as text; before it is checked, without what could be a key that stands where a name belongs."""
     shown = []
     for name, value in change.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        if text.startswith("/"):  # a path: its end tells it from others
+            text = f"…/{text.rpartition('/')[2]}"
         is_harmless = is_checked or not (name.endswith("api_key") or isinstance(value, dict | list))
-        shown.append(f"{name}={_short(value) if is_harmless else '...'}")
+        short = text if len(text) <= 60 else f"{text[:57]}..."
+        shown.append(f"{name}={short if is_harmless else '...'}")
     return ", ".join(shown) or "unchanged"
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    if text.startswith("/"):  # a path: its end tells it from others
-        text = f"…/{text.rpartition('/')[2]}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def expand_points(config: PipelineConfig, sweep: SweepConfig) -> list[Point]:
@@ -64,7 +59,9 @@ def expand_points(config: PipelineConfig, sweep: SweepConfig) -> list[Point]:
     changes = [*_preset_changes(config, sweep), *_combinations(sweep.grid), *sweep.changes]
     if not changes:
         raise PreflowError(f"the sweep has no points: give sweep.presets, sweep.grid (such as {EXAMPLE}) or .changes")
-    _check_names(name for change in changes for name in change)
+    known = parameter_names()
+    if wrong := [name for name in dict.fromkeys(name for change in changes for name in change) if name not in known]:
+        raise PreflowError("; ".join(_name_problem(name, known) for name in wrong))
     # The evaluation is written out before anything is changed: all points are measured by one judge on like samples.
     base = config.model_copy(update={"evaluation": config.filled().evaluation})
     found, problems = list[Point](), list[str]()
@@ -72,8 +69,8 @@ def expand_points(config: PipelineConfig, sweep: SweepConfig) -> list[Point]:
         try:
             found.append(Point(number=number, change=change, config=apply_change(base, change)))
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-            problems.append(f"point {number} ({name_change(change, is_checked=False)}): {wrong}")
+            what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+            problems.append(f"point {number} ({name_change(change, is_checked=False)}): {what}")
     if problems:
         more = f"\n... and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         listed = "\n".join(problems[:PROBLEMS_SHOWN])
@@ -103,9 +100,6 @@ def apply_change(base: PipelineConfig, change: Change) -> PipelineConfig:
     return PipelineConfig.model_validate(values).filled()
 
 
-# ---- names
-
-
 def setting_names(model: type[StageConfig] = PipelineConfig, prefix: str = "") -> Iterator[str]:
     """Yield the dotted name of every setting and of every section of them."""
     for name, field in model.model_fields.items():
@@ -121,12 +115,6 @@ def parameter_names() -> list[str]:
     return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
 
 
-def _check_names(names: Iterable[str]) -> None:
-    known = parameter_names()
-    if problems := [_name_problem(name, known) for name in dict.fromkeys(names) if name not in known]:
-        raise PreflowError("; ".join(problems))
-
-
 def _name_problem(name: str, known: Sequence[str]) -> str:
     if name.split(".")[0] in SHARED:
         return f"{name!r} cannot be swept: all points share one workspace, and none is promoted by itself"
@@ -137,9 +125,6 @@ def _name_problem(name: str, known: Sequence[str]) -> str:
     near = list(dict.fromkeys([*same_end, *difflib.get_close_matches(name, known, n=3, cutoff=0.8)]))[:3]
     meant = f"; did you mean {' or '.join(near)}?" if near else "; names are like training.beta or judging.model"
     return f"there is no parameter {name!r}{meant}"
-
-
-# ---- what makes points
 
 
 def _combinations(grid: dict[str, list[Any]]) -> list[Change]:

@@ -37,18 +37,15 @@ def prepare_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
     Workspace(config.workspace).check_writable()
     by_files, distinct = dict[str, Point](), dict[str, Point]()
     for point in expanded:
-        by_files.setdefault(_files(point.config), point)
+        training = point.config.training.model_dump(mode="json", include={"base_model", "sft_adapter", "report_to"})
+        files = [point.config.prompts, point.config.eval_prompts, point.config.judging.rubric, training]
+        by_files.setdefault(digest(files), point)
     for point in by_files.values():
         _check_files(point)
     for key, point in zip(point_keys(expanded), expanded, strict=True):
         distinct.setdefault(key, point)
     points = tuple(point.model_copy(update={"number": number}) for number, point in enumerate(distinct.values(), 1))
     return Points(points=points, duplicates=len(expanded) - len(points))
-
-
-def _files(config: PipelineConfig) -> str:
-    training = config.training.model_dump(mode="json", include={"base_model", "sft_adapter", "report_to"})
-    return digest([config.prompts, config.eval_prompts, config.judging.rubric, training])
 
 
 def _check_files(point: Point) -> None:

@@ -63,13 +63,7 @@ class SweepResult(BaseModel, frozen=True):
 async def attempt(
     point: Point, run: Callable[[Point], Awaitable[PipelineResult]], unready: PreflowError | None
 ) -> PointResult:
-    """Run one point, and keep its error if it fails: the others go on.
-
-    Args:
-        point: the point.
-        run: what runs it.
-        unready: why it cannot run at all, if that is known.
-    """
+    """Run one point, and keep its error if it fails: the others go on. `unready` is why it cannot run at all."""
     about = {"number": point.number, "change": point.change, "name": point.name}
     try:
         if unready is not None:
@@ -127,9 +121,6 @@ def _measure(store: Workspace, point: Point, result: PointResult, widened: float
             "evaluation_fingerprint": digest([prompts, evaluation.num_samples, evaluation.seed, sampled, judge])[:16],
         }
     )
-
-
-# ---- the result that is kept
 
 
 def point_keys(points: Sequence[Point]) -> list[str]:

@@ -37,7 +37,7 @@ EXPONENTS = {
 }
 UNSERVED = (
     "modules_to_save", "lora_bias", "trainable_token_indices", "alora_invocation_tokens", "layer_replication",
-    "target_parameters", "monteclora_config", "kasa_config", "arrow_config",
+    "target_parameters", "monteclora_config", "kasa_config", "arrow_config", "velora_config",
 )  # fmt: skip
 # The embeddings of the architectures that transformers knows.
 EMBEDDINGS = r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$"
@@ -103,7 +103,8 @@ class AdapterFiles:
     def rank(self, module: str) -> int:
         """Return the rank that the configuration gives a module, as PEFT looks it up."""
         patterns: dict[str, int] = self.config.get("rank_pattern") or {}
-        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        name = module.removeprefix("base_model.model.")  # a pattern may begin with ^
+        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
         return int(patterns[key] if key else self.config["r"])
 
     def check(self) -> None:
@@ -117,6 +118,7 @@ class AdapterFiles:
         config = self.config
         kind, bias, init = (config.get(name) for name in ("peft_type", "bias", "init_lora_weights"))
         targets, excluded = (config.get(name) or [] for name in ("target_modules", "exclude_modules"))
+        dropout = config.get("lora_dropout", 0.0)
         ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
         scales = {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
         patterns = [text for text in (targets, excluded) if isinstance(text, str)]
@@ -133,14 +135,20 @@ class AdapterFiles:
             "save_pretrained(path_initial_model_for_weight_conversion=...)": re.match(
                 "pissa|olora|corda|loftq|lora_ga", str(init), re.IGNORECASE
             ),
-            "it targets lm_head, which vLLM does not serve; train the SFT adapter without": (
-                re.fullmatch(targets, "lm_head") if isinstance(targets, str) else "lm_head" in targets
-            ),
+            "init_lora_weights is 'mica', with which PEFT trains half of an adapter and takes no 4-bit base; set it to "
+            "true: the weights stay what they are": str(init).lower() == "mica",
+            "target_modules is empty, where PEFT writes what it was trained on; save the adapter again": not targets,
+            f"lora_dropout is {dropout!r}, not a number from 0 to 1": type(dropout) not in (int, float)
+            or not 0 <= dropout <= 1,
         }
+        for module in ("lm_head", "model.embed_tokens", "transformer.wte"):
+            if _names(targets, module) and not _names(excluded, module):
+                yield f"it targets {module}, {unserved} (adapter_config.json)"
         for name, number in ranks.items():
             problems[f"the rank of {name} is {number!r}, not a positive number"] = type(number) is not int or number < 1
         for name, number in scales.items():
-            problems[f"the alpha of {name} is {number!r}, not a number"] = type(number) not in (int, float)
+            is_number = type(number) in (int, float) and 0 < number < 1e9  # NaN is in no range
+            problems[f"the alpha of {name} is {number!r}, not a number above 0"] = not is_number
         # A variant that vLLM does not know it ignores in silence: served would be something else than was trained.
         for name in (*UNSERVED, *(name for name in config if name.startswith("use_") and name != "use_rslora")):
             problems[f"{name} is {config.get(name)}, {unserved}"] = config.get(name)
@@ -160,6 +168,8 @@ class AdapterFiles:
                         "with save_embedding_layers=False"
                     )
                 yield f"{ADAPTER_WEIGHTS} holds {name} of shape {tensor.shape}, no LoRA weight of a linear layer {why}"
+            elif not name.startswith("base_model.model."):
+                yield f"its weight {name} has not the name that PEFT's save_pretrained() gives; save it with that"
             elif (other := f"{module}.lora_{'B' if side == 'A.weight' else 'A'}.weight") not in self.header:
                 yield f"{ADAPTER_WEIGHTS} holds {name} and not {other}: a part is missing; copy or save it again"
             elif tensor.dtype not in EXPONENTS:
@@ -188,6 +198,13 @@ class AdapterFiles:
                     )
 
 
+def _names(pattern: str | list[str], module: str) -> bool:
+    """Tell whether target_modules, or exclude_modules, name a module: as PEFT reads a text, and a list."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in pattern)
+
+
 @contextmanager
 def only_known_forms(what: str) -> Iterator[None]:
     """Name the folder whose files hold a text where a number belongs, a list for a table, and the like."""
@@ -203,7 +220,7 @@ def only_known_forms(what: str) -> Iterator[None]:
 def read_json(uri: str, remedy: str) -> dict[str, Any]:
     """Read a JSON object from a file that is the user's own."""
     try:
-        found = json.loads(Workspace.holding(uri).read_bytes(uri))
+        found = json.loads(Workspace.holding(uri).read_bytes(uri).decode())  # as PEFT and transformers read it
     except ValueError as error:
         raise PreflowError(f"{uri}: not JSON ({error}); {remedy}") from error
     if not isinstance(found, dict):
@@ -242,7 +259,8 @@ class BaseFiles:
             )
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            named = set(read_json(str(index), "copy it again").get("weight_map", {}).values())
+            with only_known_forms(f"base_model {folder}, {index.name}"):
+                named = set(read_json(str(index), "copy it again")["weight_map"].values())
             for missing in sorted(named - files):
                 raise PreflowError(f"base_model {folder}: {missing} is missing, which {index.name} names; copy it.")
             # transformers reads no others.
@@ -258,6 +276,7 @@ class BaseFiles:
             PreflowError: there is no such model or revision, or it may not be read.
             OSError: the hub cannot be reached and the cache does not hold it.
         """
+        import httpx2
         from huggingface_hub import get_safetensors_metadata, snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
@@ -284,8 +303,8 @@ class BaseFiles:
                 f"({str(error).strip().splitlines()[-1]}). Correct the name, accept the model's terms, or give a "
                 "folder."
             ) from error
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise OSError(str(error).strip().splitlines()[0]) from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
+            raise OSError(f"{type(error).__name__}: {error}".strip().splitlines()[0]) from error
         shapes = {key: info.shape for file in metadata.files_metadata.values() for key, info in file.tensors.items()}
         return cls(name, folder, shapes)
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from tasks.config import TrainingConfig
 from tasks.store.workspace import PreferencesRef
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 # A row of metrics.jsonl: the step and epoch, and what TRL logs, by its names.
 MetricsRow: TypeAlias = dict[str, Any]
 

@@ -33,7 +33,7 @@ class NoUsablePairsError(PreflowError):
 class TokenPair:
     """One pair in tokens; `line` is its line in the file, from 1, `sampled` which sides have the sampled tokens.
 
-    One with a `problem` has tokens that the model has no embeddings for, and is never trained on.
+    One with a `problem`, such as tokens that the model has no embeddings for, is never trained on.
     One that is `sft_only` has equal sides: every DPO loss is a function of how both differ from the reference, so its
     gradient cancels out, and an SFT loss on the chosen side remains.
     """
@@ -216,6 +216,8 @@ class PairTokenizer:
     def _pair(self, place: str, row: PairRow, rendered: list[list[int]], report: LengthReport) -> TokenPair:
         prompt, *answers = rendered
         known, sides, line = row.prompt_token_ids, list(_sides(row)), int(place.rpartition(":")[2])
+        if not row.chosen[0].content.strip():
+            return TokenPair(line, digest(rendered), [], [], [], problem="chosen is empty, which would teach silence")
         sampled = list(filter(None, (known, *(ids for _, ids, _ in sides))))
         for number, ids in enumerate([*sampled, *filter(None, rendered)]):
             if min(ids) < 0 or max(ids) >= self._rows:
@@ -281,7 +283,7 @@ def load_pairs(
     while some := list(islice(numbered, ROWS_AT_ONCE)):
         kept += [pair for pair in reader.tokenize(some, report) if report.add(pair, max_length)]
     if not report.pairs:
-        raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one pair.")
+        raise NoUsablePairsError(f"{uri}: has no rows. Give a JSONL file with at least one pair.")
     _report(uri, report, max_length)
     report.check(uri, reader.template)
     if not kept:

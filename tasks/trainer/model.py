@@ -232,7 +232,7 @@ def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) ->
         )  # fmt: skip
     try:
         policy = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # PEFT checks little of a configuration: what it raises says where it stumbled
         raise PreflowError(
             f"SFT adapter {adapter}: does not fit the base model {base.config.name_or_path} ({_cause(error)}). Give "
             "the base model that it was trained on, and the adapter_config.json that PEFT wrote."
@@ -352,10 +352,10 @@ def save_adapter(model: Any, sft: Path, folder: Path) -> None:
 PAIRS, MOST_TOKENS = 3, 160
 
 
-def probe_texts(pairs: Sequence[TokenPair]) -> list[list[int]]:
-    """Return both sides of the first pairs as token ids, prompts included, cut to `MOST_TOKENS`."""
+def probe_texts(pairs: Sequence[TokenPair], max_length: int) -> list[list[int]]:
+    """Return both sides of the first pairs as token ids, prompts included, cut to `MOST_TOKENS` or as in training."""
     sides = [pair.prompt_ids + side for pair in pairs[:PAIRS] for side in (pair.chosen_ids, pair.rejected_ids)]
-    return [ids[:MOST_TOKENS] for ids in sides]
+    return [ids[: min(MOST_TOKENS, max_length)] for ids in sides]
 
 
 def as_loaded(training: TrainingConfig, config: Any) -> TrainingConfig:

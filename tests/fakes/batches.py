@@ -36,6 +36,7 @@ class FakeBatches:
         self.batches: dict[str, Body] = {}
         self.asked: list[str] = []  # custom ids of all batches
         self.direct = 0
+        self.pages = 0  # so many batches are shown as a page
         self.url = ""
 
     def __enter__(self) -> Self:
@@ -76,7 +77,8 @@ class FakeBatches:
                 "purpose": "batch", "status": "processed"}  # fmt: skip
 
     async def _download(self, request: web.Request) -> web.Response:
-        return web.Response(body=self.files[request.match_info["file"]])
+        content = self.files.get(request.match_info["file"])
+        return web.Response(body=content) if content is not None else _absent("file")
 
     async def _create(self, request: web.Request) -> web.Response:
         asked = await request.json()
@@ -98,9 +100,12 @@ class FakeBatches:
         return web.json_response({"object": "list", "data": list(self.batches.values()), "has_more": False})
 
     async def _retrieve(self, request: web.Request) -> web.Response:
+        if self.pages:
+            self.pages -= 1
+            return web.Response(text="<html>One moment, please", content_type="text/html")
         batch = self.batches.get(request.match_info["batch"])
         if batch is None:
-            return web.json_response({"error": {"message": "No batch found", "code": None}}, status=404)
+            return _absent("batch")
         if batch["status"] == "in_progress" and time.monotonic() > batch["due"]:
             self._finish(batch)
         return web.json_response(batch)
@@ -126,6 +131,10 @@ class FakeBatches:
         for name, lines in (("output_file_id", answered), ("error_file_id", errors)):
             if lines:
                 batch[name] = self._keep("\n".join(map(json.dumps, lines)).encode())["id"]
+
+
+def _absent(what: str) -> web.Response:
+    return web.json_response({"error": {"message": f"No {what} found", "code": None}}, status=404)
 
 
 def _answer(body: Body) -> Body:

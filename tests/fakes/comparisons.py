@@ -15,12 +15,10 @@ from tasks.store.measures import Choice, Interval
 Taste = Callable[[int, int, float], float]
 
 
-def compared(
-    outcomes: Mapping[str, Sequence[float | None]], groups: Mapping[str, str] | None = None
-) -> list[Comparison]:
+def compared(outcomes: Mapping[str, Sequence[float | None]]) -> list[Comparison]:
     """Return comparisons of texts of one length: of each prompt the outcomes of its samples."""
     return [
-        Comparison(prompt=prompt, cluster=(groups or {}).get(prompt, prompt), outcome=outcome, lengths=(100, 100))
+        Comparison(prompt=prompt, cluster=prompt, outcome=outcome, lengths=(100, 100))
         for prompt, values in outcomes.items()
         for outcome in values
     ]
@@ -80,31 +78,26 @@ def draw_texts(
     return drawn
 
 
-# ---- planted judges
+# ---- planted judges: the probability that the new sample wins, by both lengths and the difference in merit
 
 
 def longer_wins(old: int, new: int, merit: float) -> float:
-    """Prefer the longer one, always."""
     return 0.5 if old == new else float(new > old)
 
 
 def longer_wins_mostly(old: int, new: int, merit: float) -> float:
-    """Prefer the longer one in four of five."""
     return 0.5 if old == new else 0.2 + 0.6 * (new > old)
 
 
 def much_longer_wins(old: int, new: int, merit: float) -> float:
-    """Prefer the longer one if it is longer by a fifth, else toss a coin."""
     return 0.499 if max(old, new) < 1.2 * min(old, new) else float(new > old)
 
 
 def longer_wins_by_degrees(old: int, new: int, merit: float) -> float:
-    """Prefer the longer one, the more so the longer it is."""
     return 1 / (1 + math.exp(-(new - old) / 40))
 
 
 def better_wins(old: int, new: int, merit: float) -> float:
-    """Prefer the better one, whatever its length."""
     return float(merit > 0)
 
 
@@ -116,11 +109,7 @@ def draw_opinions(
 ) -> tuple[list[Comparison], list[Comparison]]:
     """Draw what two judges say of the same samples: both see the merit, only the first one (of the labels) the quirk.
 
-    Args:
-        rng: the source of chance.
-        merit: mean of the merit's difference between new and old sample.
-        quirk: how much more often the new sample has what only the first judge likes.
-        prompts: held-out prompts, of 4 samples each.
+    `merit` is the mean of its difference between new and old sample, `quirk` how much more often the new one has it.
     """
     first, second = [], []
     for prompt in range(prompts):

@@ -55,8 +55,9 @@ class FakeHub:
         return web.json_response(value, status=status)
 
     def _decide(self, request: web.Request, body: bytes) -> tuple[int, Any]:
-        if (status := self.fault(request.path)) is not None:
-            return status, {"error": "fault"}
+        for part, statuses in self.faults.items():
+            if part in request.path and statuses:
+                return statuses.pop(0), {"error": "fault"}
         if request.path.startswith(BLOB):  # a signed address: no token
             oid = request.path.removeprefix(BLOB)
             if hashlib.sha256(body).hexdigest() != oid:
@@ -69,31 +70,24 @@ class FakeHub:
 
     def _route(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         if path == "/api/repos/create":
-            return self.create(json.loads(body))
+            return self._create(json.loads(body))
         if path == "/api/validate-yaml":
             return _check_yaml(json.loads(body)["content"])
         if path.endswith("/info/lfs/objects/batch"):
-            return self.batch(json.loads(body))
+            return 200, {"transfer": "basic", "objects": [self._object(file) for file in json.loads(body)["objects"]]}
         name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
         repo = self.repos.get(name)
         if repo is None:
             return 404, {"error": "Repository not found"}
         if "/preupload/" in path:
-            return self.preupload(repo, json.loads(body))
+            return 200, {"files": [_upload_mode(repo, file["path"]) for file in json.loads(body)["files"]]}
         if "/commit/" in path:
-            return self.commit(repo, name, body)
+            return self._commit(repo, name, body)
         if method == "GET" and path.startswith("/api/models/"):
             return 200, {"id": name, "sha": repo.commits[-1], "private": repo.private, "siblings": []}
         return 404, {"error": f"no such call: {method} {path}"}
 
-    def fault(self, path: str) -> int | None:
-        """Return the status that this request gets instead of its answer, once."""
-        for part, statuses in self.faults.items():
-            if part in path and statuses:
-                return statuses.pop(0)
-        return None
-
-    def create(self, wanted: dict[str, Any]) -> tuple[int, Any]:
+    def _create(self, wanted: dict[str, Any]) -> tuple[int, Any]:
         name = f"{wanted['organization']}/{wanted['name']}"
         if wanted["organization"] not in self.owners:
             return 403, {"error": "You don't have the rights to create a model under this namespace"}
@@ -104,30 +98,13 @@ class FakeHub:
         self.repos[name] = Repo(private=private)
         return 200, address
 
-    def preupload(self, repo: Repo, wanted: dict[str, Any]) -> tuple[int, Any]:
-        files = []
-        for file in wanted["files"]:
-            large = file["path"].endswith(".safetensors")
-            entry = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
-            known = repo.files.get(file["path"])
-            if known is not None:
-                entry["oid"] = hashlib.sha256(known).hexdigest() if large else _git_hash(known)
-            files.append(entry)
-        return 200, {"files": files}
+    def _object(self, file: dict[str, Any]) -> dict[str, Any]:
+        upload = {"actions": {"upload": {"href": f"{self.url}{BLOB}{file['oid']}"}}}
+        return {"oid": file["oid"], "size": file["size"], **({} if file["oid"] in self.blobs else upload)}
 
-    def batch(self, wanted: dict[str, Any]) -> tuple[int, Any]:
-        objects: list[dict[str, Any]] = []
-        for file in wanted["objects"]:
-            entry: dict[str, Any] = {"oid": file["oid"], "size": file["size"]}
-            if file["oid"] not in self.blobs:
-                entry["actions"] = {"upload": {"href": f"{self.url}{BLOB}{file['oid']}"}}
-            objects.append(entry)
-        return 200, {"transfer": "basic", "objects": objects}
-
-    def commit(self, repo: Repo, name: str, body: bytes) -> tuple[int, Any]:
+    def _commit(self, repo: Repo, name: str, body: bytes) -> tuple[int, Any]:
         files = {}
-        for line in body.splitlines():
-            item = json.loads(line)
+        for item in map(json.loads, body.splitlines()):
             value = item["value"]
             if item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -135,22 +112,23 @@ class FakeHub:
                 if value["oid"] not in self.blobs:
                     return 400, {"error": f"LFS pointer pointed to a file that does not exist: {value['path']}"}
                 files[value["path"]] = self.blobs[value["oid"]]
+        oid = hashlib.sha1(body).hexdigest()
         repo.files |= files
-        repo.commits.append(hashlib.sha1(body).hexdigest())
-        oid = repo.commits[-1]
+        repo.commits.append(oid)
         if self.lost:
             self.lost -= 1
             return 504, {"error": "lost"}
-        return 200, {
-            "success": True,
-            "commitOid": oid,
-            "commitUrl": f"{self.url}/{name}/commit/{oid}",
-            "hookOutput": "",
-        }
+        url = f"{self.url}/{name}/commit/{oid}"
+        return 200, {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""}
 
 
-def _git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+def _upload_mode(repo: Repo, path: str) -> dict[str, Any]:
+    large, known = path.endswith(".safetensors"), repo.files.get(path)
+    entry = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+    if known is None:
+        return entry
+    git = hashlib.sha1(b"blob %d\0" % len(known) + known)
+    return {**entry, "oid": hashlib.sha256(known).hexdigest() if large else git.hexdigest()}
 
 
 def _check_yaml(content: str) -> tuple[int, Any]:

@@ -23,7 +23,7 @@ from tasks.report.sections import (
 from tasks.rounds.rounds import Round, RoundsResult, rounds_section
 from tasks.run.estimate import JUDGING, Plan, Work
 from tasks.run.estimate_page import approval_section
-from tasks.store.measures import Choice, Evaluation, Health, Metric, WinRate
+from tasks.store.measures import Choice, Evaluation, Health, Metric
 from tasks.store.workspace import (
     AdapterRef,
     Cost,
@@ -70,11 +70,9 @@ def quality() -> ReportSection:
     for number in range(60):
         votes = []
         for shift in range(2):
-            order = [(k + shift) % 8 for k in range(8)]
             best, worst = rng.sample(range(8), 2)
-            votes.append(
-                {"judge": MODEL, "order": order, "best": best, "worst": worst, "confidence": rng.randint(1, 5)}
-            )
+            about = {"judge": MODEL, "order": [(k + shift) % 8 for k in range(8)], "confidence": rng.randint(1, 5)}
+            votes.append({**about, "best": best, "worst": worst})
         decision = {"status": "pair"} if number % 3 else {"status": "dropped", "reason": "best not unanimous"}
         texts = [f"[{LONG[:80]}] {'word ' * rng.randint(1, 400)}\n[BOB] {n}" for n in range(8)]
         judged.append({"id": f"{number}", "completions": texts, "votes": votes, "best": 0, "worst": 1, **decision})
@@ -96,21 +94,13 @@ def metrics(steps: int = 4_000) -> list[dict[str, Any]]:
 
 def training() -> ReportSection:
     """Return the page of a training that has gone wrong in every way."""
-    readings = tuple(
-        Metric(
-            name=name, title=name, value=value, healthy="rising or stable, never below -0.1", ok=ok, meaning=WORDS[:90]
-        )
-        for name, value, ok in (
-            ("rewards/accuracies", 0.612, True),
-            ("logps/rejected", -12_345.6, False),
-            ("x", 1, None),
-        )
-    )
+    about = {"healthy": "rising or stable, never below -0.1", "meaning": WORDS[:90]}
+    values = (("rewards/accuracies", 0.612, True), ("logps/rejected", -12_345.6, False), ("x", 1, None))
+    readings = tuple(Metric(name=name, title=name, value=value, ok=ok, **about) for name, value, ok in values)
     sides = ("pairs", "used", "refused", "cut_sides", "longest")
     counts = {f"{part}_{side}": 1_234_567 for part in ("train", "val") for side in sides}
-    health = Health(
-        source="step 12,000, 2,345 held-out pairs", readings=readings, warnings=(WORDS[:200],), advice=(LONG,)
-    )
+    source = "step 12,000, 2,345 held-out pairs"
+    health = Health(source=source, readings=readings, warnings=(WORDS[:200],), advice=(LONG,))
     return training_section(health, metrics(), counts)
 
 
@@ -128,15 +118,11 @@ def run_pages() -> list[ReportSection]:
     used = Cost(requests=1_234_567, prompt_tokens=1_234_567_890, completion_tokens=987_654_321, usd=12_345.678)
     costs = [StageCost(stage=stage, used=used, seconds=123_456.0) for stage in ("evaluation", "total")]
     first = ReportSection(**{**vars(glance), "tables": (facts, *glance.tables)})
-    return [first, inputs_section(made, settings), compared, choice(), quality(), pairs_section([pair] * 3), trained,
-            cost_section(costs, is_priced=True), lineage_section(made)]  # fmt: skip
-
-
-def choice() -> ReportSection:
-    """Return the page of a choice among three checkpoints."""
     about = {"length_controlled": rate(0.5, 0.1), "adapter_sha256": "a" * 64}
     tried = [{**rate(0.6, 0.02 * k), "step": 123_456 * k, **about} for k in (1, 2, 3)]
-    return choice_section(Choice.model_validate({"tried": tried, "prompts": ["p"] * 60}))
+    choice = choice_section(Choice.model_validate({"tried": tried, "prompts": ["p"] * 60}))
+    return [first, inputs_section(made, settings), compared, choice, quality(), pairs_section([pair] * 3), trained,
+            cost_section(costs, is_priced=True), lineage_section(made)]  # fmt: skip
 
 
 def manifests() -> list[Manifest]:
@@ -154,12 +140,6 @@ def manifests() -> list[Manifest]:
     ]
 
 
-def approval() -> ReportSection:
-    """Return what is shown before the judges are paid."""
-    cost = {"prompt_tokens": 1_234_567_890, "completion_tokens": 987_654_321, "usd": 12_345.678, "most_usd": 99_999.9}
-    return approval_section(Plan([Work(JUDGING, who, [1], 1_234_567, **cost) for who in (MODEL, "short")]))
-
-
 def sweep_pages() -> list[ReportSection]:
     """Return the pages before and after a sweep of long changes, one of which failed."""
     grid = {
@@ -168,43 +148,36 @@ def sweep_pages() -> list[ReportSection]:
         "judging.model": [MODEL, "short"],
     }
     points = expand_points(PipelineConfig(), SweepConfig.model_validate({"grid": grid}))
-    results = tuple(_result(point.number, point.name) for point in points)
+    made = result(EvaluationRef(uri=ADDRESS, adapter_sha256="a" * 64, win_rate=0.5, lower=0.4, upper=0.6, **DIGEST))
+    results = [PointResult(number=1, change={}, name=points[0].name, error=f"{ADDRESS}: {WORDS}")]
+    for point in points[1:]:
+        alone, widened, null = (rate(point.number / 15, 0.02), rate(point.number / 15, 0.05), rate(0.5, 0.04))
+        about = {"number": point.number, "change": {}, "name": point.name, "made": made}
+        results.append(PointResult.model_validate({**about, "rate": alone, "widened": widened, "null": null}))
     ranking = tuple(range(len(points), 1, -1))
-    widened = sidak(0.95, len(ranking))
-    ranked = SweepResult(key="k", points=results, ranking=ranking, confidence=0.95, widened_confidence=widened)
+    confidence = {"confidence": 0.95, "widened_confidence": sidak(0.95, len(ranking))}
+    ranked = SweepResult(key="k", points=tuple(results), ranking=ranking, **confidence)
     work = [Work("evaluate: sample new adapter", MODEL, list(range(1, 13, 2)), 123_456, prompt_tokens=1_234_567_890,
                  completion_tokens=1_234_567_890, gpu_minutes=1234.5, usd=1234.5, most_usd=99999.0)]  # fmt: skip
     return [ranking_section(ranked, points), plan_section(Plan(work), points, SweepConfig(), 3)]
 
 
-def _result(number: int, name: str) -> PointResult:
-    about: dict[str, Any] = {"number": number, "change": {}, "name": name}
-    if number == 1:
-        return PointResult(error=f"{ADDRESS}: {WORDS}", **about)
-    alone, widened = (WinRate.model_validate(rate(number / 15, half)) for half in (0.02, 0.05))
-    made = PipelineResult(
-        preferences=PreferencesRef(uri=ADDRESS, val_rows=0, **DIGEST), adapter=AdapterRef(uri=ADDRESS, **DIGEST),
-        evaluation=EvaluationRef(uri=ADDRESS, adapter_sha256="a" * 64, win_rate=0.5, lower=0.4, upper=0.6, **DIGEST),
-    )  # fmt: skip
-    null = WinRate.model_validate(rate(0.5, 0.04))
-    return PointResult(rate=alone, widened=widened, null=null, made=made, **about)
-
-
-def rounds_page(folder: Path) -> ReportSection:
-    """Return the page of two rounds, measured in a workspace in `folder`."""
-    found = evaluated(folder, lambda _: [1, 1])
+def result(evaluation: EvaluationRef) -> PipelineResult:
+    """Return what a run has made."""
     preferences, adapter = PreferencesRef(uri=ADDRESS, val_rows=0, **DIGEST), AdapterRef(uri=ADDRESS, **DIGEST)
-    made = PipelineResult(preferences=preferences, adapter=adapter, evaluation=found)
-    last = Round(number=2, made=made, against_before=found, ended=WORDS)
-    return rounds_section(RoundsResult(rounds=(Round(number=1, made=made), last), best=1))
+    return PipelineResult(preferences=preferences, adapter=adapter, evaluation=evaluation)
 
 
 def all_pages(folder: Path) -> dict[str, list[ReportSection]]:
     """Return the sections of each page, by its name; `folder` is for what has to be in a workspace."""
+    found = evaluated(folder, lambda _: [1, 1])
+    last = Round(number=2, made=result(found), against_before=found, ended=WORDS)
+    cost = {"prompt_tokens": 1_234_567_890, "completion_tokens": 987_654_321, "usd": 12_345.678, "most_usd": 99_999.9}
+    approved = Plan([Work(JUDGING, who, [1], 1_234_567, **cost) for who in (MODEL, "short")])
     return {
-        "rounds": [rounds_page(folder)],
+        "rounds": [rounds_section(RoundsResult(rounds=(Round(number=1, made=result(found)), last), best=1))],
         "run": run_pages(),
-        "approval": [approval()],
+        "approval": [approval_section(approved)],
         "sweep": sweep_pages(),
         "training-live": [live_section("Running: step 9,000 of 12,000.", metrics())],
     }

@@ -42,10 +42,7 @@ HOST, ADDRESSES = "vllm.test", ["127.0.0.1", "127.0.0.2"]
 getaddrinfo = socket.getaddrinfo
 PROMPT_TOKENS, ANSWER_TOKENS = 140, 6  # longer than a block of the prefix cache
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.timeout(900),
-]  # the end-to-end run promotes without a load
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the end-to-end run promotes without a load
 
 
 @dataclass
@@ -201,18 +198,16 @@ class Traffic:
             except httpx.HTTPError as error:
                 self.failed.append(repr(error))
                 continue
-            self._count(text, {name: stage.wanted[name, prompt] for name in "ab"}, for_whom, epoch)
-
-    def _count(self, text: str, wanted: dict[str, str], for_whom: str | None, epoch: int) -> None:
-        if for_whom is None or self.current is None or epoch != self.epoch:
-            # A switch was under way: either adapter will do, but wholly the one or the other.
-            self.during += 1
-            if text not in wanted.values():
-                self.wrong.append(f"a mixture of adapters: {text!r}")
-        elif text != wanted[for_whom]:
-            self.wrong.append(f"after switch {epoch} to {for_whom}: {text!r}")
-        else:
-            self.right += 1
+            wanted = {name: stage.wanted[name, prompt] for name in "ab"}
+            if for_whom is None or self.current is None or epoch != self.epoch:
+                # A switch was under way: either adapter will do, but wholly the one or the other.
+                self.during += 1
+                if text not in wanted.values():
+                    self.wrong.append(f"a mixture of adapters: {text!r}")
+            elif text != wanted[for_whom]:
+                self.wrong.append(f"after switch {epoch} to {for_whom}: {text!r}")
+            else:
+                self.right += 1
 
 
 async def test_what_vllm_would_not_load_is_known_from_its_configuration_alone(
@@ -256,16 +251,11 @@ async def test_twenty_switches_under_load_lose_and_mix_up_nothing(
         await asyncio.gather(*clients)
     with capsys.disabled():
         print(
-            f"\n2 vLLM, {CLIENTS} clients, {SWITCHES} switches: {traffic.right} right, {traffic.during} during one, "
-            f"{len(traffic.wrong)} wrong, {len(traffic.failed)} failed; "
+            f"\n2 vLLM, {CLIENTS} clients, {SWITCHES} switches: {traffic.right} right, {traffic.during} during one; "
             f"a switch takes {statistics.median(seconds):.2f} s in the median"
         )
-    assert traffic.failed == []
-    assert traffic.wrong == []
+    assert (traffic.failed, traffic.wrong) == ([], [])
     assert traffic.right >= SWITCHES * CLIENTS // 2
-    pointer = read_pointer(stage.workspace, NAME)
-    assert pointer is not None
-    assert len(pointer.history) >= SWITCHES
 
 
 async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
@@ -283,28 +273,23 @@ async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
     assert answers == [stage.wanted["a", number] for number in range(4)]
 
 
-async def test_a_wrong_adapter_fails_the_probe_and_the_old_one_is_put_back(stage: Stage) -> None:
+async def test_a_wrong_adapter_fails_the_probe_and_the_old_one_is_put_back(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await stage.promote("a")
-    async with connected() as http:
-        before = await stage.both(http, 0)
-        swapped = AdapterRef(**{**stage.adapters["b"].model_dump(), "uri": _with_probe_of_another(stage)})
-        stage.adapters["b"], honest = swapped, stage.adapters["b"]
-        try:
-            with pytest.raises(ProbeFailed, match="is served again"):
-                await stage.promote("b")
-        finally:
-            stage.adapters["b"] = honest
-        assert stage.current() == "a"
-        assert await stage.both(http, 0) == before
-
-
-def _with_probe_of_another(stage: Stage) -> str:
-    """Return a training folder with b's weights next to the log-probs of a."""
     store = Workspace(stage.workspace)
-    folder = store.uri("training", "swapped")
+    folder = store.uri("training", "swapped")  # b's weights next to the log-probs of a
     store.commit_folder(Path(stage.adapters["b"].uri), f"{folder}/adapter")
     store.write_bytes(f"{folder}/probe.json", Path(stage.adapters["a"].uri).parent.joinpath("probe.json").read_bytes())
-    return f"{folder}/adapter"
+    swapped = stage.adapters["b"].model_copy(update={"uri": f"{folder}/adapter"})
+    async with connected() as http:
+        before = await stage.both(http, 0)
+        with monkeypatch.context() as patch:
+            patch.setitem(stage.adapters, "b", swapped)
+            with pytest.raises(ProbeFailed, match="is served again"):
+                await stage.promote("b")
+        assert stage.current() == "a"
+        assert await stage.both(http, 0) == before
 
 
 @pytest.mark.parametrize("flow", [promotion_flow, rollback_flow])

@@ -39,10 +39,7 @@ from tests.fakes.openai_server import prompt_id
 from tests.fakes.process import ROOT
 from tests.fakes.tiny_training import WORDS, TinyWorld
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.timeout(900),
-]  # the end-to-end run has a sweep of two
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the end-to-end run has a sweep of two
 
 PROMPTS, HELD_OUT, CONCURRENCY = 14, 5, 4
 BETAS, JUDGES = [0.05, 0.1, 0.2], ["judge-hash", "judge-length"]
@@ -167,13 +164,11 @@ def test_the_plan_came_first_and_was_right(bench: Bench, result: SweepResult) ->
 
 
 def test_the_result_is_ranked_and_shown(bench: Bench, result: SweepResult) -> None:
-    rates = [point.rate.win_rate for point in result.ranked() if point.rate]
-    assert rates == sorted(rates, reverse=True)
+    rates = [(point.rate, point.widened) for point in result.ranked() if point.rate and point.widened]
     assert len(rates) == 6
-    for point in result.points:
-        assert point.rate is not None
-        assert point.widened is not None
-        assert point.widened.lower <= point.rate.lower <= point.rate.win_rate <= point.rate.upper <= point.widened.upper
+    assert rates == sorted(rates, key=lambda pair: pair[0].win_rate, reverse=True)
+    for alone, widened in rates:
+        assert widened.lower <= alone.lower <= alone.win_rate <= alone.upper <= widened.upper
     assert len({point.evaluation_fingerprint for point in result.points}) == 1
     assert len({(point.null.win_rate, point.null.lower) for point in result.points if point.null}) == 1
     (shown,) = artifacts(bench, "sweep")
@@ -210,9 +205,6 @@ async def test_a_sweep_of_known_points_costs_nothing(bench: Bench, result: Sweep
     smaller = await swept(bench, grid=sweep.grid)
     assert [p.rate for p in smaller.points] == [result.points[0].rate, result.points[2].rate]
     assert len(bench.asked()) == asked
-
-
-# ---- what fails
 
 
 async def test_a_point_that_fails_leaves_the_others(bench: Bench, result: SweepResult) -> None:
@@ -260,9 +252,6 @@ async def test_the_best_is_promoted_where_that_is_asked_for(bench: Bench, result
     page = bench.workspace / "sweeps" / result.key / f"point-{best.number}.html"
     assert f"Adapter {pointer.current.adapter_sha256[:12]} is served as" in page.read_text()
     assert await swept(bench, grid=GRID, promote_best=True) == promoted
-
-
-# ---- on a work pool
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 from tasks.errors import PreflowError
 from tasks.judge.quality.metrics import confidence, make_metric, make_report, positions, share_at_most, texts
 from tasks.judge.quality.tally import Tally
-from tasks.store.measures import Metric, QualityReport
-from tasks.store.records import CompletionsRow, PairRow, prompt_id, read_rows
+from tasks.store.measures import QualityReport
+from tasks.store.records import CompletionsRow, ConversationPairRow, Message, PairRow, prompt_id, read_rows
 
 # Of each prompt: the digests of the texts in every row of completions that it has.
 Candidates = dict[str, list[list[bytes]]]
@@ -34,16 +34,22 @@ def measure_pairs(train: str, val: str | None = None, completions: str | None = 
     candidates = _read_candidates(completions) if completions else None
     prompts: dict[str, set[str]] = {"train": set(), "val": set()}
     for side, uri in (("train", train), ("val", val)):
-        for number, pair in enumerate(read_rows(PairRow, uri) if uri else (), 1):
+        for number, pair in enumerate(read_rows(ConversationPairRow, uri) if uri else (), 1):
             key = prompt_id([message.model_dump() for message in pair.prompt])
             prompts[side].add(key)
             rows[side] += 1
             if pair.sft_only:
                 continue
             tally.add(_as_judged(pair, None if candidates is None else candidates.get(key, []), lost))
-            if (given := _confidence_of(pair, f"{uri}, row {number}")) is not None:
-                tally.confidence[given] += 1
-    metrics = [_shared_prompts(prompts["train"], prompts["val"])]
+            given = (pair.model_extra or {}).get("confidence")
+            if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < 1e9:
+                tally.confidence[round(given)] += 1
+            elif given is not None:
+                raise PreflowError(f"{uri}, row {number}: confidence is {given!r}, not a number. Give 1-5, or none.")
+    both = len(prompts["train"] & prompts["val"])
+    advice = "Prompts lie in both files, which flatters the held-out accuracy: split by prompt or group, not by pair."
+    about = ("shared_prompts", "Prompts in both train and val", "prompts", "none")
+    metrics = [make_metric(about, both, both == 0 if prompts["val"] else None, advice if both else None)]
     if candidates is not None:
         advice = (
             f"{lost.total():,} of {tally.pairs:,} pairs could not be placed among the completions: give the file that "
@@ -53,22 +59,6 @@ def measure_pairs(train: str, val: str | None = None, completions: str | None = 
         metrics += [share_at_most(0.05, unmatched, lost.total(), tally.pairs, advice, lost), *positions(tally)]
     metrics += [*([confidence(tally)] if tally.confidence else []), *texts(tally)]
     return make_report(tally, metrics).model_copy(update={"statuses": dict(rows), "reasons": dict(lost)})
-
-
-def _confidence_of(pair: PairRow, where: str) -> int | None:
-    given = (pair.model_extra or {}).get("confidence")
-    if given is None:
-        return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) < 1e9:
-        raise PreflowError(f"{where}: confidence is {given!r}, not a number. Give 1-5, or leave it out.")
-    return round(given)
-
-
-def _shared_prompts(train: set[str], val: set[str]) -> Metric:
-    both = len(train & val)
-    advice = "Prompts lie in both files, which flatters the held-out accuracy: split by prompt or group, not by pair."
-    about = ("shared_prompts", "Prompts in both train and val", "prompts", "none")
-    return make_metric(about, both, both == 0 if val else None, advice if both else None)
 
 
 def _read_candidates(uri: str) -> Candidates:
@@ -86,7 +76,7 @@ def _text_key(text: str) -> bytes:
 
 def _as_judged(pair: PairRow, rows: list[list[bytes]] | None, lost: Counter[str]) -> dict[str, Any]:
     """Return a pair as a row of `judged.jsonl`, with a vote in the order in which the texts stood, where known."""
-    sides, votes = [pair.chosen[-1].content, pair.rejected[-1].content], []
+    sides, votes = [_text(pair.chosen), _text(pair.rejected)], []
     place = None if rows is None else _place(rows, *map(_text_key, sides))
     if isinstance(place, str):
         lost[place] += 1
@@ -94,6 +84,11 @@ def _as_judged(pair: PairRow, rows: list[list[bytes]] | None, lost: Counter[str]
         best, worst, shown = place
         votes.append({"judge": "unknown", "order": list(range(shown)), "best": best, "worst": worst})
     return {"status": "pair", "completions": sides, "best": 0, "worst": 1, "votes": votes}
+
+
+def _text(side: Sequence[Message]) -> str:
+    """Return a side as one text: the answer, or all turns of one that parts from the other earlier."""
+    return "\n\n".join(turn.content for turn in side)
 
 
 def _place(rows: Sequence[list[bytes]], best: bytes, worst: bytes) -> tuple[int, int, int] | str:

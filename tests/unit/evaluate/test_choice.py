@@ -11,7 +11,6 @@ from tasks.config import EvaluationConfig, PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.choice import check_choice, evaluated_adapter, find_checkpoints, record_choice, try_checkpoint
 from tasks.evaluate.power import Design
-from tasks.promote.model_card import _found
 from tasks.report.sections import choice_section
 from tasks.run.estimate import COMPARING, plan_runs
 from tasks.store.measures import Choice, read_choice
@@ -39,6 +38,13 @@ def test_of_equal_ones_the_later_is_taken_and_length_does_not_buy_the_choice() -
     assert Choice(tried=tuple(tried), prompts=()).best.step == 10
 
 
+def write_prompts(folder: Path, count: int, per_group: int = 0) -> str:
+    groups = (f', "group": "{n // per_group}"' if per_group else "" for n in range(count))
+    rows = (f'{{"prompt": [{{"role": "user", "content": "{n}"}}]{group}}}\n' for n, group in enumerate(groups))
+    (folder / "prompts.jsonl").write_text("".join(rows))
+    return str(folder / "prompts.jsonl")
+
+
 @pytest.mark.parametrize("checkpoints", [2, 3, 5, 8])
 @pytest.mark.parametrize("null_test", [True, False])
 @pytest.mark.parametrize("judges", [(), ({"model": "other"},)])
@@ -47,25 +53,21 @@ def test_the_choice_costs_at_most_35_percent_more_verdicts(
 ) -> None:
     (tmp_path / "adapter_model.safetensors").touch()
     for held_out in (21, 100, 333):
-        rows = (f'{{"prompt": [{{"role": "user", "content": "{n}"}}]}}\n' for n in range(held_out))
-        (tmp_path / "prompts.jsonl").write_text("".join(rows))
+        given = {
+            "prompts": write_prompts(tmp_path, held_out), "workspace": str(tmp_path / "workspace"),
+            "judging": {"rubric": "demo"}, "training": {"sft_adapter": str(tmp_path)},
+        }  # fmt: skip
         counts = []
         for number in (0, checkpoints):
-            given = {
-                "prompts": str(tmp_path / "prompts.jsonl"), "workspace": str(tmp_path / "workspace"),
-                "judging": {"rubric": "demo"}, "training": {"sft_adapter": str(tmp_path)},
-                "evaluation": {"null_test": null_test, "judges": judges, "checkpoints": number},
-            }  # fmt: skip
-            plan = plan_runs([PipelineConfig.model_validate(given)])
+            evaluation = {"null_test": null_test, "judges": judges, "checkpoints": number}
+            plan = plan_runs([PipelineConfig.model_validate({**given, "evaluation": evaluation})])
             counts.append(plan.of(COMPARING).total().requests)
         assert counts[0] < counts[1] * 1.2
         assert counts[1] <= 1.35 * counts[0]
 
 
 def test_too_few_held_out_prompts_are_said_before_anything_is_spent(tmp_path: Path) -> None:
-    rows = (f'{{"prompt": [{{"role": "user", "content": "{n}"}}], "group": "{n // 20}"}}\n' for n in range(60))
-    (tmp_path / "prompts.jsonl").write_text("".join(rows))
-    common = {"prompts": str(tmp_path / "prompts.jsonl"), "workspace": str(tmp_path / "workspace")}
+    common = {"prompts": write_prompts(tmp_path, 60, per_group=20), "workspace": str(tmp_path / "workspace")}
     for more, said in (
         ({"judging": {"val_ratio": 0.05}}, "about 3 prompts will be held out"),
         ({"eval_prompts": common["prompts"]}, "the smallest group of 20: at most 10 of them may choose"),
@@ -119,7 +121,6 @@ def test_the_checkpoint_that_won_is_what_is_evaluated_shown_and_handed_on(tmp_pa
     section = choice_section(found)
     assert "Of 3 checkpoints the one of step 2 is chosen, by 9 held-out prompts" in section.summary
     assert [row[:2] for row in section.tables[0].rows] == [(1, None), (2, "chosen"), (3, None)]
-    assert _found(Workspace(tmp_path).read_manifest(evaluation))[1] == found
 
 
 def test_a_training_that_kept_another_number_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tasks.errors import PreflowError
 from tasks.evaluate.evidence import collect_evidence, find_differences, read_evidence
 from tasks.evaluate.labels import Labelling, record_agreement
 from tasks.store.measures import Choice, Tried
-from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef, Workspace
+from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef, Workspace, digest
 from tests.fakes.evaluated import evaluated
 
 PROMOTION = PromotionConfig(min_win_rate=0.55)
@@ -73,15 +73,12 @@ def vote(value: Any, rows: str = "comparisons", row: int = 3, order: int = 0) ->
 
 def sides(value: Any) -> None:
     """Exchange both votes on a tie: no figure changes."""
-    for order in (0, 1):
-        cast = vote(value, row=0, order=order)
+    for cast in (vote(value, row=0, order=order) for order in (0, 1)):
         cast["best"], cast["worst"] = cast["worst"], cast["best"]
 
 
 def forge(value: Any) -> None:
     """Change a vote together with the row's digest."""
-    from tasks.store.workspace import digest
-
     vote(value)["best"] = 0
     value["comparisons"][3]["sha256"] = digest(value["comparisons"][3]["row"])[:16]
 
@@ -135,22 +132,21 @@ def test_how_the_checkpoint_was_chosen_is_in_it_and_is_checked(file: Path) -> No
     assert "another adapter was evaluated" in verify(good.model_copy(update={"tried": tuple(tried[::-1])}))[0]
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "not evidence"), ("[]", "not evidence"), ('{"format": 1}', "format")])
-def test_another_file_is_no_evidence(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(PreflowError, match=said):
-        read_evidence(tmp_path / "x.json")
+def test_what_is_no_evidence_no_comparison_and_no_setting_is_named(file: Path, tmp_path: Path) -> None:
+    whole = file.read_bytes()
+    for text, said in (("", "not evidence"), ("[]", "not evidence"), ('{"format": 1}', "format")):
+        file.write_text(text)
+        with pytest.raises(PreflowError, match=said):
+            read_evidence(file)
     with pytest.raises(PreflowError, match="preflow evidence"):
         read_evidence(tmp_path / "none.json")
-
-
-def test_what_is_no_comparison_and_no_setting_is_named(file: Path) -> None:
-    whole = file.read_bytes()
-    with pytest.raises(PreflowError, match=r"comparisons\.3\.row"):
-        differences(file, lambda v: vote(v).pop("best"))
-    file.write_bytes(whole)
-    with pytest.raises(PreflowError, match="settings of the evaluation"):
-        differences(file, lambda v: v["made"][-1]["settings"].update(confidence=8))
+    for change, said in (
+        (lambda v: vote(v).pop("best"), r"comparisons\.3\.row"),
+        (lambda v: v["made"][-1]["settings"].update(confidence=8), "settings of the evaluation"),
+    ):
+        file.write_bytes(whole)
+        with pytest.raises(PreflowError, match=said):
+            differences(file, change)
 
 
 def test_verify_says_so_in_the_exit_code(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

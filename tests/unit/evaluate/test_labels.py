@@ -12,7 +12,7 @@ from tasks.errors import PreflowError
 from tasks.evaluate import labels as person
 from tasks.evaluate.labels import Labelling, choose_rows, measure_agreement, read_labels, record_agreement
 from tasks.promote.pointer import find_disagreement
-from tasks.store.measures import read_evaluation
+from tasks.store.measures import Agreement, read_evaluation
 from tests.fakes.comparisons import ERRING_JUDGES, PlantedJudge, draw_labels
 from tests.fakes.evaluated import evaluated
 
@@ -76,9 +76,8 @@ def test_answers_are_kept_as_they_come_and_outlive_another_judge(tmp_path: Path)
 def test_nothing_to_judge_and_nothing_judged(tmp_path: Path) -> None:
     made = evaluated(tmp_path, lambda identity: [1, 1], prompts=2)
     assert record_agreement(made) is None
-    assert read_evaluation(made).agreement is None
     assert not Path(person.labels_uri(made)).exists()
-    (tmp_path / "evaluations" / made.folder.rpartition("/")[2] / "comparisons.jsonl").write_text("")
+    Path(made.sibling("comparisons.jsonl")).write_text("")
     with pytest.raises(PreflowError, match="asked nothing"):
         Labelling(made, 40)
     (tmp_path / "verdicts/main/manifest.json").unlink()
@@ -86,14 +85,16 @@ def test_nothing_to_judge_and_nothing_judged(tmp_path: Path) -> None:
         read_labels(made)
 
 
-def test_agreement_by_hand() -> None:
-    judged = rows(1, 1, 0, 0.5, 0.5, 0, 1, 1)
-    labels = {"p0#0": 1.0, "p1#0": 0.0, "p2#0": 0.0, "p3#0": 0.5, "p4#0": 1.0}
+def measure(judged: list[Row], labels: dict[str, float]) -> Agreement:
     found = measure_agreement(judged, labels, EVALUATION)
     assert found is not None
-    assert found.labels == 5
-    assert found.share.value == pytest.approx((1 + 0 + 1 + 1 + 0.5) / 5)
+    return found
+
+
+def test_agreement_by_hand() -> None:
     human, judge = [1, 0, 0, 0.5, 1], [1, 1, 0, 0.5, 0.5]
+    found = measure(rows(*judge, 0, 1, 1), {f"p{k}#0": worth for k, worth in enumerate(human)})
+    assert (found.labels, found.share.value) == (5, pytest.approx((1 + 0 + 1 + 1 + 0.5) / 5))
     chance = np.mean([1 - abs(h - j) for h in human for j in judge])
     assert found.kappa is not None
     assert found.kappa.value == pytest.approx((0.7 - chance) / (1 - chance))
@@ -103,62 +104,45 @@ def test_agreement_by_hand() -> None:
 def test_labels_of_what_nobody_asked_and_of_other_runs_do_not_count() -> None:
     judged = [*rows(1, 0, None), {**rows(1, start=3)[0], "votes": [{"judge": "j", "error": "unreadable"}]}]
     assert measure_agreement(judged, {"p2#0": 1.0, "p3#0": 1.0, "x": 1.0}, EVALUATION) is None
-    found = measure_agreement(judged, {"p0#0": 1.0, "p2#0": 1.0}, EVALUATION)
-    assert found is not None
+    found = measure(judged, {"p0#0": 1.0, "p2#0": 1.0})
     assert (found.labels, found.corrected.samples) == (1, 3)
-    same = measure_agreement(rows(*[1.0] * 50), {f"p{number}#0": 1.0 for number in range(50)}, EVALUATION)
-    assert same is not None
+    same = measure(rows(*[1.0] * 50), {f"p{number}#0": 1.0 for number in range(50)})
     assert (same.kappa, same.share.value, same.share.upper) == (None, 1.0, 1.0), "of one answer there is no kappa"
     assert 0.9 < same.share.lower < 0.95
 
 
 def test_a_judge_that_always_agrees_is_left_alone_and_one_that_errs_is_corrected() -> None:
     judged = rows(*[1.0, 1.0, 0.0] * 100)
-    right = measure_agreement(judged, {row["id"]: float(row["votes"][0]["best"]) for row in judged[:60]}, EVALUATION)
-    assert right is not None
-    assert right.corrected.win_rate == pytest.approx(2 / 3, abs=0.01)
-    wrong = {row["id"]: float(row["votes"][0]["best"] and number % 2) for number, row in enumerate(judged[:60])}
-    corrected = measure_agreement(judged, wrong, EVALUATION)
-    assert corrected is not None
-    assert corrected.corrected.win_rate == pytest.approx(1 / 3, abs=0.03)
-    assert corrected.corrected.upper < 0.5
+    right = {row["id"]: float(row["votes"][0]["best"]) for row in judged[:60]}
+    assert measure(judged, right).corrected.win_rate == pytest.approx(2 / 3, abs=0.01)
+    corrected = measure(judged, {one: worth * (k % 2) for k, (one, worth) in enumerate(right.items())}).corrected
+    assert corrected.win_rate == pytest.approx(1 / 3, abs=0.03)
+    assert corrected.upper < 0.5
 
 
 @pytest.mark.parametrize("judge", ERRING_JUDGES, ids=lambda judge: judge.name)
 def test_the_corrected_interval_holds_the_true_rate(judge: PlantedJudge) -> None:
-    rng = np.random.default_rng(17)
-    held = runs = 0
-    for rate in (0.5, 0.65):
-        for labels in (40, 60):
-            for _ in range(100):
-                _, lower, upper = person.correct_rate(*astuple(draw_labels(rng, judge, rate, labels)), 0.95)
-                held += lower <= rate <= upper
-                runs += 1
+    rng, held = np.random.default_rng(17), 0
+    for rate, labels in [(0.5, 40), (0.5, 60), (0.65, 40), (0.65, 60)] * 100:
+        _, lower, upper = person.correct_rate(*astuple(draw_labels(rng, judge, rate, labels)), 0.95)
+        held += lower <= rate <= upper
     # 95 % of 400 is 380, standard deviation 4.4.
     assert held >= 367
 
 
-def test_a_judge_that_agrees_in_55_of_100_is_refused_and_a_good_one_is_not(tmp_path: Path) -> None:
-    found = read_evaluation(evaluated(tmp_path, lambda identity: [1, 1]))
+def test_a_judge_that_agrees_in_55_of_100_is_refused_and_a_good_one_is_not() -> None:
     rng = np.random.default_rng(19)
-    for wins, refused_in in ((0.55, (0.95, 1.0)), (0.85, (0.0, 0.15))):
-        planted = PlantedJudge("", wins, wins)
-        drawn = [draw_labels(rng, planted, 0.6).agreement()[0] for _ in range(400)]
-        refused = [share.lower <= 0.6 for share in drawn]
-        assert refused_in[0] <= np.mean(refused) <= refused_in[1]
-        held = [share.lower <= wins <= share.upper for share in drawn]
-        assert np.mean(held) >= 0.92
-    assert "nobody has labelled" in (found.disagreement(0.6) or "")
+    for wins, least, most in ((0.55, 0.95, 1.0), (0.85, 0.0, 0.15)):
+        drawn = [draw_labels(rng, PlantedJudge("", wins, wins), 0.6).agreement()[0] for _ in range(400)]
+        assert least <= np.mean([share.lower <= 0.6 for share in drawn]) <= most
+        assert np.mean([share.lower <= wins <= share.upper for share in drawn]) >= 0.92
 
 
 def test_a_run_waits_for_labels_only_if_it_won_and_is_told_to(tmp_path: Path) -> None:
-    won = evaluated(tmp_path, lambda identity: [1, 1])
-    asks = PromotionConfig(min_agreement=0.6)
-    assert "preflow label" in (find_disagreement(won, asks) or "")
+    won, asks = evaluated(tmp_path, lambda identity: [1, 1]), PromotionConfig(min_agreement=0.6)
+    assert "nobody has labelled" in (find_disagreement(won, asks) or "")
     assert find_disagreement(won, PromotionConfig()) is None
-    assert find_disagreement(won, asks.model_copy(update={"min_win_rate": 0.999})) is None, (
-        "it lost: nothing to wait for"
-    )
+    assert find_disagreement(won, asks.model_copy(update={"min_win_rate": 0.999})) is None, "it lost"
     labelling = Labelling(won, 40)
     for number in range(labelling.total):
         labelling.answer(number, "1" if "new" in labelling.show(number)["sides"][0] else "2")

@@ -198,6 +198,10 @@ READABLE = {
     "thinking of Seed": f'<seed:think>{{"best": 1, "worst": 2}}</seed:think>{V}',
     "unclosed": '{"best": 2, "worst": 3, "confidence": 4',
     "another object last": f'{V}\n{{"note": "done"}}',
+    "capital names": '{"Best": 2, "WORST": 3, "Confidence ": 4}',
+    "hyphens": '{"best": "Completion-2", "worst": "completion_3", "confidence": "4"}',
+    "gpt-oss with a format": f"<|channel|>analysis<|message|>{{}}<|channel|>final <|constrain|>json<|message|>{V}",
+    "a text that JSON holds": json.dumps(V),
 }
 
 
@@ -274,8 +278,12 @@ def test_nothing_a_judge_may_write_breaks_the_reader() -> None:
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("text", ['{"a":' * 50_000, "[" * 100_000 + "{", "{" * 200_000, '{"best":' + "[" * 50_000])
-def test_an_answer_of_brackets_costs_no_time(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ['{"a":' * 50_000, "[" * 100_000 + "{", "{" * 200_000, '{"best":' + "[" * 50_000, "{" + '\\"' * 60_000],
+    ids=range(5),
+)
+def test_an_answer_of_brackets_or_quotes_costs_no_time(text: str) -> None:
     with pytest.raises(UnreadableVerdict):
         read_verdict(text, 3)
 

@@ -403,5 +403,7 @@ def test_without_a_pair_the_error_says_what_the_judge_does(tmp_path: Path) -> No
     assert "no pair to train on: of 200 prompts 200 dropped" in str(caught.value)
     assert "The judge prefers late positions" in str(caught.value)
     assert "stronger judging.model" in str(caught.value)
+    with pytest.raises(PreflowError, match=r"no pair to train on: all 1 are held out \(judging.val_ratio is 0.9\)"):
+        check_yield(preferences.model_copy(update={"val_rows": 1}), str(tmp_path), JudgingConfig(val_ratio=0.9))
     some = make(tmp_path, make_rows(50))
     assert check_yield(some, str(tmp_path), JudgingConfig()) is some

@@ -168,6 +168,14 @@ def test_audit_reads_confidence_and_names_the_line_that_is_wrong(tmp_path: Path)
             measure_pairs(broken, val)
 
 
+def test_audit_holds_all_turns_of_sides_that_part_before_the_last(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "the same"} for role in ("assistant", "user", "assistant")]
+    sides = [[{**turns[0], "content": text}, *turns[1:]] for text in ("one", "two")]
+    pair = {"prompt": "Hello", "chosen": sides[0], "rejected": sides[1]}
+    report = measure_pairs(write_jsonl(tmp_path / "pairs.jsonl", [pair, {**pair, "rejected": sides[0]}]))
+    assert (report.pairs, report.metric("degenerate_pairs").value) == (2, 1)
+
+
 # ---- judges
 
 

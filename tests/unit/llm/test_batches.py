@@ -28,7 +28,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def process(fake: FakeBatches, folder: Path, source: str = "prompts") -> AsyncIterator[Batches]:
     client = AsyncOpenAI(base_url=fake.url, api_key="none", max_retries=0)
-    made = Batches(client, Workspace(str(folder)), str(folder / "batches"), 1.0, None, source, may_leave=True)
+    made = Batches(client, Workspace(str(folder)), str(folder / "batches"), 1.0, bytes, source, may_leave=True)
     try:
         yield made
     finally:
@@ -46,7 +46,7 @@ async def test_a_batch_is_left_and_taken_up_by_whoever_looks_when_it_is_answered
                 await second.check_pending()
         async with process(fake, tmp_path, "other prompts") as other:
             await other.check_pending()
-        fake.batches["batch-0"]["due"] = 0.0
+        fake.batches["batch-0"]["due"], fake.pages = 0.0, 1
         async with process(fake, tmp_path) as third:
             async with asyncio.timeout(20):
                 await third.check_pending()
@@ -56,11 +56,17 @@ async def test_a_batch_is_left_and_taken_up_by_whoever_looks_when_it_is_answered
         assert fake.asked == [NAME]
 
 
-async def test_a_batch_that_the_provider_has_forgotten_holds_up_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["batch", "file", "line"])
+async def test_what_the_provider_has_forgotten_or_broken_holds_up_nothing(tmp_path: Path, lost: str) -> None:
     with FakeBatches(late=0.0) as fake:
         async with process(fake, tmp_path) as first:
             await first.ask(NAME, BODY, ())
-        fake.batches.clear()
+        if lost == "batch":
+            fake.batches.clear()
+        elif lost == "file":
+            fake.files.clear()
+        else:
+            fake.files[fake.batches["batch-0"]["output_file_id"]] = b'\n{"custom_id": 1}\n[]\n{"resp'
         async with process(fake, tmp_path) as second:
             await second.check_pending()
             assert await second.ask(NAME, BODY, ()) is None, "it goes the normal way"

@@ -68,6 +68,8 @@ def test_the_adapters_template_comes_before_the_bases_and_a_file_before_an_entry
         choose_template(settings, str(adapter), str(base))
     places = [
         (base / "tokenizer_config.json", json.dumps({"chat_template": [{"name": "default", "template": "1"}]}), "1"),
+        (base / "tokenizer_config.json", json.dumps({"chat_template": ["odd", {"default": "0"}]}), None),
+        (base / "tokenizer_config.json", json.dumps({"chat_template": {"default": "1.5", "rag": "0"}}), "1.5"),
         (base / "chat_template.jinja", "2", "2"),
         (adapter / "tokenizer_config.json", json.dumps({"chat_template": "3", "eos_token": {"content": "</s>"}}), "3"),
         (adapter / "chat_template.jinja", "4", "4"),
@@ -75,6 +77,9 @@ def test_the_adapters_template_comes_before_the_bases_and_a_file_before_an_entry
     for file, content, text in places:
         file.write_text(content)
         found = choose_template(ChatSettings(), str(adapter), str(base))
+        assert (found and found.text) == text
+        if text is None:
+            continue
         assert found is not None
         assert (found.text, found.source) == (text, str(file))
         served = template_file([str(adapter), str(base)])

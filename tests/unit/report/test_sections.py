@@ -8,16 +8,8 @@ from tasks.batch.costs import StageCost
 from tasks.config import PipelineConfig
 from tasks.judge.quality.metrics import measure_judgements
 from tasks.report import sections
-from tasks.report.overview import (
-    glance_section,
-    inputs_section,
-    rate_bars,
-    run_figures,
-    verdict,
-    win_rate_figures,
-)
+from tasks.report.overview import glance_section, inputs_section, run_figures, verdict, win_rate_figures
 from tasks.report.page import Example, ReportSection, Side
-from tasks.report.plots import plot_metrics
 from tasks.report.render import render_markdown
 from tasks.report.run import changed_settings
 from tasks.report.sections import evaluation_section, quality_section, sample_lengths, sample_rows, training_section
@@ -70,14 +62,12 @@ def test_the_verdict_is_a_few_words_and_one_sentence(change: dict[str, Any], bar
     assert sentence[0].isupper()
 
 
-def test_what_a_person_says_stands_on_the_first_page_and_in_its_picture() -> None:
+def test_what_a_person_says_stands_on_the_first_page() -> None:
     found = evaluated(agreement=labelled(0.48))
     rows = {metric.title: (metric.ok, metric.text()) for metric in win_rate_figures(found, 0.5)}
     assert rows["Judge and person agree"] == (False, "70.0 % (48.0-80.0 %)")
     assert rows["The same beyond chance, kappa"] == (True, "0.40 (0.20-0.60)")
-    corrected = "Corrected by 50 labels of a person"
-    assert rows[corrected][0] is False
-    assert corrected in [bar.name for bar in rate_bars(found)[0]]
+    assert rows["Corrected by 50 labels of a person"][0] is False
     assert any("a coin would in 50 %" in text for text in evaluation_section(found).advice)
     assert not glance_section(found, 0.5, "", [], []).is_good
 
@@ -99,14 +89,13 @@ def test_the_first_page_has_advice_only_where_nothing_is_proven() -> None:
     assert (page.headline, page.is_good, page.advice) == ("Better", True, ())
     assert "Evaluation and Training" in page.notes[0]
     assert [(example.title, example.is_open) for example in page.examples] == [("0", True), ("1", True), ("2", True)]
-    assert page.pictures[0].png.startswith(b"\x89PNG")
     assert page.pictures[0].caption.endswith("intervals.")
     page = glance_section(evaluated(**LOST, null=NULL), 0.0, "It is served.", [], pages)
     assert (page.headline, page.is_good, len(page.advice)) == ("Worse", False, 4), "whatever the bar lets pass"
     assert page.pictures[0].caption.endswith("the band is SFT against itself.")
 
 
-def test_win_rates_are_shown_each_against_its_bar_and_drawn() -> None:
+def test_win_rates_are_shown_each_against_its_bar() -> None:
     second = {"judges": ["other"], "rate": RATE, "transfer": 0.2}
     found = evaluated(null=NULL, length_controlled=EVEN, second=second, silent=3, detectable=0.553)
     rows = [(m.title, m.ok, m.text()) for m in win_rate_figures(found, 0.5)]
@@ -119,11 +108,6 @@ def test_win_rates_are_shown_each_against_its_bar_and_drawn() -> None:
         ("Lost because the new adapter wrote nothing", False, "3"),
         ("Smallest true win rate told from 50 %", None, "55.3 %"),
     ]
-    bars, null = rate_bars(found)
-    assert [bar.name for bar in bars] == [row[0] for row in rows[:3]]
-    assert null is not None
-    assert null == ("SFT against itself", found.null, None)
-    assert rate_bars(evaluated())[1] is None
 
 
 def test_training_figures_are_those_that_tell() -> None:
@@ -168,10 +152,10 @@ def test_what_went_in_names_files_counts_and_digests() -> None:
 
 
 def test_changed_settings_leave_out_what_was_only_written_out_and_what_is_of_this_run_alone() -> None:
-    config = PipelineConfig.model_validate({"training": {"beta": 0.2}, "judging": {"model": "strong"}}).filled()
-    assert changed_settings(config) == {"judging.model": "strong", "training.beta": 0.2}
     judge = {"endpoint": "http://127.0.0.1:9/v1", "prompt_price": 3.0, "max_concurrency": 2, "temperature": 0.5}
-    assert changed_settings(PipelineConfig.model_validate({"judging": judge})) == {"judging.temperature": 0.5}
+    config = PipelineConfig.model_validate({"training": {"beta": 0.2}, "judging": judge}).filled()
+    changed = dict(changed_settings(config, PipelineConfig()))
+    assert changed == {"judging.temperature": 0.5, "training.beta": 0.2}
 
 
 def test_quality_section_says_what_is_wrong_and_what_to_do() -> None:
@@ -224,13 +208,12 @@ def test_training_section_shows_readings_their_advice_and_the_course() -> None:
     section = training_section(health, metrics, {**counts, "train_exact": 12})
     assert section.summary == "Needs attention: readings from step 58."
     assert section.advice == ("first", "then")
-    readings_table, course, used = (table.rows for table in section.tables)
-    assert readings_table[0] == ("rewards/chosen", False, "-0.2", ">= -0.1", "unlearns")
-    assert course == (("Training loss", 0.7, 0.5, 0.5, 0.7), ("Held-out loss", 0.6, 0.6, 0.6, 0.6))
-    assert used == (("to train", 9, 8, 1, 2, 99, "75.0 %", 0),)
-    assert [(picture.caption, picture.png) for picture in section.pictures] == [
-        ("Loss, by optimizer step.", plot_metrics(metrics)["Loss"])
+    assert [table.rows for table in section.tables] == [
+        (("rewards/chosen", False, "-0.2", ">= -0.1", "unlearns"),),
+        (("Training loss", 0.7, 0.5, 0.5, 0.7), ("Held-out loss", 0.6, 0.6, 0.6, 0.6)),
+        (("to train", 9, 8, 1, 2, 99, "75.0 %", 0),),
     ]
+    assert [picture.caption for picture in section.pictures] == ["Loss, by optimizer step."]
     empty = training_section(Health(source="step 0"), [])
     assert [table.rows for table in empty.tables] == [(), (), ()]
     assert empty.pictures == ()
@@ -276,14 +259,17 @@ def test_comparisons_are_before_and_after() -> None:
     assert sample_lengths([]).rows == ()
 
 
-def test_cost_section_sums_up_and_claims_no_money_without_prices() -> None:
+def test_no_money_is_claimed_without_prices() -> None:
     costs = [StageCost(stage=name, used=Cost(requests=10, usd=0.5)) for name in ("judge", "total")]
-    section = sections.cost_section(costs, is_priced=True)
-    assert section.summary == "Making everything in this run cost 0.50 US$, whichever run made it."
-    assert [row[0] for row in section.tables[0].rows] == ["judge", "total"]
     free = [StageCost(stage="total", used=Cost(requests=10))]
-    assert "not known" in sections.cost_section(free, is_priced=False).summary
-    assert "cost 0.00 US$" in sections.cost_section(free, is_priced=True).summary
+    for given, is_priced, said in (
+        (costs, True, "cost 0.50 US$"),
+        (free, False, "not known"),
+        (free, True, "0.00 US$"),
+    ):
+        section = sections.cost_section(given, is_priced)
+        assert said in section.summary
+        assert [row[0] for row in section.tables[0].rows] == [cost.stage for cost in given]
 
 
 def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
@@ -307,10 +293,8 @@ def test_lineage_shows_what_came_from_what_and_mixed_versions() -> None:
 def test_sample_is_even_repeatable_and_in_order() -> None:
     rows = [{"n": n} for n in range(1000)]
     sample = sample_rows(iter(rows), 20)
-    numbers = [row["n"] for row in sample]
-    assert numbers == sorted(set(numbers))
-    assert len(numbers) == 20
-    assert sample == sample_rows(iter(rows), 20)
+    assert len(sample) == 20
+    assert sample == sorted(sample, key=lambda row: row["n"]) == sample_rows(iter(rows), 20)
     assert sample_rows(iter(rows[:3]), 20) == rows[:3]
     means = [sum(row["n"] for row in sample_rows(iter(rows), 20, seed)) / 20 for seed in range(200)]
     assert sum(means) / len(means) == pytest.approx(499.5, abs=25)

@@ -134,6 +134,8 @@ def test_a_prompt_that_the_sides_do_not_begin_with_is_refused() -> None:
     other = [{"role": "user", "content": "Other"}]
     with pytest.raises(WrongForm, match="chosen and rejected begin with other messages"):
         to_pair({"prompt": "Hello", "chosen": [*other, *GOOD], "rejected": [*other, *BAD]})
+    with pytest.raises(WrongForm, match="prompt: the last message is the assistant's; it must be the user's"):
+        to_pair({"prompt": [*HELLO, ANSWER], "chosen": GOOD, "rejected": BAD})
 
 
 @pytest.mark.parametrize(("group", "kept"), [(5, "5"), (3.0, "3"), ("5", "5"), (" b ", "b"), (" ", None), (None, None)])

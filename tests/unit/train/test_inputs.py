@@ -50,6 +50,17 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
         ({"rank_pattern": {"q_proj": 4.5}}, "the rank of q_proj is 4.5, not a positive number"),
         ({"lora_alpha": "8"}, "the alpha of lora_alpha is '8', not a number"),
         ({"r": 4.0}, "the rank of r is 4.0, not a positive number"),  # PEFT takes no such number either
+        *(
+            ({"lora_alpha": odd}, "the alpha of lora_alpha is .*, not a number above 0")
+            for odd in (0, -8, float("nan"), float("inf"), 10**400)
+        ),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "the alpha of q_proj is nan"),
+        *(
+            ({"lora_dropout": odd}, "lora_dropout is .*, not a number from 0 to 1")
+            for odd in (1.5, float("nan"), "0.1")
+        ),
+        ({"target_modules": None}, "target_modules is empty"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "it targets model.embed_tokens, which vLLM does not serve"),
         ({"lora_alpha": None}, "the alpha of lora_alpha is None, not a number"),
         ({"alpha_pattern": {"q_proj": None}}, "the alpha of q_proj is None, not a number"),
         ({"alpha_pattern": ["q_proj"]}, r"a JSON file there is not as PEFT or transformers write it"),
@@ -57,6 +68,8 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
         ({"init_lora_weights": "loftq"}, "changes the base"),
         ({"init_lora_weights": "olora"}, "changes the base"),
         ({"init_lora_weights": "corda"}, "changes the base"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights is 'mica', .* set it to true"),
+        ({"velora_config": {"num_groups": 4}}, "velora_config is {'num_groups': 4}, which vLLM does not serve"),
         ({"lora_bias": True}, "lora_bias is True, which vLLM does not serve"),
         ({"trainable_token_indices": [5]}, r"trainable_token_indices is \[5\]"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
@@ -82,7 +95,9 @@ def test_an_adapter_that_cannot_work_is_refused_with_its_cause(
     "options",
     [
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 32}},
+        {"target_modules": ["q_proj"], "rank_pattern": {"^model.layers.0.self_attn.q_proj": 8}},
         {"target_modules": r"^(?!.*lm_head).*\.(q_proj|v_proj)$"},
+        {"target_modules": r".*", "exclude_modules": r"^(?!.*(q|v)_proj$).*"},
         {"target_modules": "all-linear", "exclude_modules": ["k_proj"], "use_rslora": True},
     ],
 )
@@ -131,6 +146,7 @@ def zeros(*shape: int, kind: type = numpy.float32) -> Any:
         (lambda w: w.pop(Q), f"lora_B.weight and not {Q}: a part is missing"),
         (lambda w: w.pop(Q.replace("_A", "_B")), f"holds {Q} and not .*lora_B.weight: a part is missing"),
         (lambda w: w.update({Q: zeros(4, 64, kind=numpy.int8)}), f"weight {Q} is of type I8, no floating-point"),
+        (lambda w: [w.update({name[11:]: w.pop(name)}) for name in list(w)], "has not the name that PEFT's"),
         (lambda w: w.clear(), "holds no weights. Save the adapter again"),
     ],
 )
@@ -151,6 +167,9 @@ def test_weights_that_are_no_linear_lora_are_refused_with_their_cause(
         ("sft/adapter_model.safetensors", -1000, r"sft/adapter_model.safetensors: cut off, it has [\d,]+ bytes of"),
         ("base/model.safetensors", None, "no .safetensors there"),
         ("base/model.safetensors", -1000, r"base/model.safetensors: cut off, it has [\d,]+ bytes of [\d,]+"),
+        ("base/model.safetensors.index.json", b'{"weight_map": null}', "index.json: .* not as PEFT or transformers"),
+        ("sft/adapter_config.json", b'\xef\xbb\xbf{"r": 4}', "adapter_config.json: not JSON .*BOM"),
+        ("base/chat_template.jinja", b"\xef\xbb\xbf{{ messages }}", "chat_template.jinja: .*a byte order mark"),
         ("base/model.safetensors.index.json", b'{"weight_map": {"a": "model-2.safetensors"}}', "model-2.* is missing"),
         ("base/model.safetensors", WRONG_HEADER, "damaged, its header cannot be read"),
         ("base/config.json", None, "no config.json there"),
@@ -318,8 +337,13 @@ class TestOnTheHub:
         refused(world, r"base_model acme/tiny has \[128, \d+\]", base_model="acme/tiny")
 
     def test_what_cannot_be_asked_for_is_not_called_absent(
-        self, world: TinyWorld, caplog: pytest.LogCaptureFixture
+        self, world: TinyWorld, cached: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         refused(world, r"acme/other: the hub cannot be asked .*HF_HUB_OFFLINE", base_model="acme/other")
+        (cached / "model.safetensors").unlink()
+        with monkeypatch.context() as unreachable:  # the small files are here, and the sizes of its weights are not
+            unreachable.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+            unreachable.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+            refused(world, r"acme/tiny: the hub cannot be asked .*ConnectError", base_model="acme/tiny")
         check_training_inputs(world.config(base_model="acme/other"), trains_here=False)
         assert "acme/other cannot be looked at from here" in caplog.text

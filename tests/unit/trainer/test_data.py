@@ -24,6 +24,7 @@ from tasks.trainer.data import (
     load_pairs,
     make_micro_batches,
 )
+from tasks.trainer.model import probe_texts
 from tests.fakes.chat import FAMILIES, Family
 from tests.fakes.tiny_training import build_base, pairs, write_preferences
 
@@ -263,15 +264,20 @@ def test_pairs_that_teach_nothing_are_refused(pair: TokenPair, reason: str | Non
 
 
 def test_refused_pairs_are_counted_and_named(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = pairs(4, 0)
+    rows = pairs(5, 0)
     rows[2]["rejected"] = rows[2]["chosen"]
+    rows[4]["chosen"] = [{"role": "assistant", "content": " \n"}]
     rows[3] |= {"rejected": rows[3]["chosen"], "sft_only": True}
     preferences = write_preferences(tmp_path, rows, [])
     data = load_pairs(preferences.uri, Workspace(tmp_path), tokenizer, 128)
     assert [pair.line for pair in data.pairs] == [1, 2, 4]
-    assert data.report.pairs == 4
-    assert data.report.refused == {3: "chosen and rejected are equal"}
-    assert "1 pairs refused and left out: line 3: chosen and rejected are equal" in caplog.text
+    assert data.report.pairs == 5
+    assert data.report.refused == {3: "chosen and rejected are equal", 5: "chosen is empty, which would teach silence"}
+    assert "2 pairs refused and left out: line 3: chosen and rejected are equal; line 5: chosen is" in caplog.text
+
+
+def test_an_adapter_is_probed_with_no_more_tokens_than_it_was_trained_on() -> None:
+    assert [len(ids) for ids in probe_texts([token_pair(10, [1] * 9, [2] * 3)], max_length=16)] == [16, 13]
 
 
 def test_nothing_left_is_an_error_that_names_the_file(tokenizer: Any, tmp_path: Path) -> None:
