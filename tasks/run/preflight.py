@@ -105,13 +105,17 @@ async def _ask_once(asked: Asked, who: Model, name: str, settings: EndpointConfi
     if who not in asked:
         asked[who] = None
         try:
-            async with await Endpoint.connect(settings, name) as endpoint:
-                await endpoint.check_model()
-                await trial(endpoint)
+            await _check_endpoint(name, settings, trial)
         except PreflowError as error:
             asked[who] = error
     if (problem := asked[who]) is not None:
         raise problem
+
+
+async def _check_endpoint(name: str, settings: EndpointConfig, trial: Trial) -> None:
+    async with await Endpoint.connect(settings, name) as endpoint:
+        await endpoint.check_model()
+        await trial(endpoint)
 
 
 async def find_problems(config: PipelineConfig) -> list[str]:
