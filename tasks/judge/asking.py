@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from pydantic import BaseModel
@@ -15,11 +15,11 @@ from tasks.batch.rows import Outcome, RowStore, ShardRef, Slice, slice_rows, wri
 from tasks.batch.shards import MergeCounts, ShardWorker, Tally, merge_shards, settle
 from tasks.config import JudgeConfig, JudgingConfig
 from tasks.judge.prompt import MARKS, build_messages, distinct_completions, instructions, orders_for, read_rubric
-from tasks.judge.verdict import UnreadableVerdict, Verdict, read_verdict, verdict_format
+from tasks.judge.verdict import UnreadableVerdict, read_verdict, verdict_format
 from tasks.llm.batches import BatchPending
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import PERMANENT, Choice, RequestRefused, price
-from tasks.store.workspace import Cost, FileFacts, Manifest, Reference, Row, VerdictsRef, Workspace, digest, stage_key
+from tasks.store.workspace import Cost, Manifest, Reference, Row, VerdictsRef, Workspace, digest, stage_key
 
 VERSION = 3
 MOST_TOKENS = 65_536
@@ -199,7 +199,10 @@ class Judge:
                 # A grammar can run off in white space up to any limit, or keep a model from ending its thinking.
                 plain = not choice.text.strip() or (cut and self._endpoint.allowed_tokens(budget) == allowed)
             else:
-                return Outcome(row=_make_vote(question.order, verdict), usage=usage, refused=left_out)
+                best, worst = question.order[verdict.best], question.order[verdict.worst]
+                vote = {"order": question.order, "best": best, "worst": worst, "confidence": verdict.confidence}
+                scores = {} if verdict.scores is None else {"scores": verdict.scores}
+                return Outcome(row=vote | scores, usage=usage, refused=left_out)
         failure = {"id": question.row["id"], "order": question.order, "reason": reason, "detail": writable(raw)[:2000]}
         return Outcome(final=final or None, error=failure, usage=usage)
 
@@ -211,12 +214,6 @@ def _reminded(messages: list[dict[str, str]], reason: str) -> list[dict[str, str
     system, user = messages
     note = f"\n\nAn earlier answer of yours could not be read: {reason}. Answer with the JSON object alone."
     return [system, {**user, "content": user["content"] + note}]
-
-
-def _make_vote(order: Sequence[int], verdict: Verdict) -> Vote:
-    best, worst = order[verdict.best], order[verdict.worst]
-    vote = {"order": order, "best": best, "worst": worst, "confidence": verdict.confidence}
-    return vote if verdict.scores is None else {**vote, "scores": verdict.scores}
 
 
 async def collect_verdicts(plan: JudgingPlan) -> VerdictsRef:
@@ -304,8 +301,16 @@ def merge_verdicts(plan: JudgingPlan, shards: Sequence[list[ShardRef]]) -> Verdi
                     failed = {"order": error["order"], "error": error["reason"], "raw": error["detail"]}
                     votes.append({"judge": model, **failed})
             out.write_row({**of_judges[0][0], "votes": votes})
+    with store.writing(f"{folder}/rubric.md") as rubric:
+        rubric.write(plan.rubric.encode())
     artifact = VerdictsRef(uri=f"{folder}/verdicts.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
-    _write_manifest(plan, artifact, counts, {"verdicts.jsonl": out.file, "failures.jsonl": failures.file})
+    made = Manifest(
+        artifact=artifact, stage="judging", version=VERSION, key=plan.key, config=plan.judging, upstream=(plan.source,),
+        files={"verdicts.jsonl": out.file, "failures.jsonl": failures.file, "rubric.md": rubric.file},
+        counts={f"{name} {model}": n for model, found in counts.items() for name, n in found.named(*COUNTED).items()},
+        cost=sum((price(counts[judge.judge.model].usage, judge.judge) for judge in plan.judges), Cost()),
+    )  # fmt: skip
+    write_manifest(store, made)
     return artifact
 
 
@@ -317,27 +322,3 @@ def as_asked(question: Question, outcome: Outcome) -> Outcome:
     asked = outcome.row["order"]
     places = {name: question.order[asked.index(outcome.row[name])] for name in ("best", "worst")}
     return outcome.model_copy(update={"row": {**outcome.row, "order": question.order, **places}})
-
-
-def _write_manifest(
-    plan: JudgingPlan, artifact: VerdictsRef, counts: Mapping[str, MergeCounts], files: dict[str, FileFacts]
-) -> None:
-    judges = {judge.model: judge for judge in plan.judging.judges()}
-    spent = sum((price(count.usage, judges[model]) for model, count in counts.items()), Cost())
-    store = Workspace(plan.workspace)
-    with store.writing(f"{plan.folder}/rubric.md") as rubric:
-        rubric.write(plan.rubric.encode())
-    made = Manifest(
-        artifact=artifact,
-        stage="judging",
-        version=VERSION,
-        key=plan.key,
-        config=plan.judging,
-        upstream=(plan.source,),
-        files={**files, "rubric.md": rubric.file},
-        counts={
-            f"{name} {model}": count for model, found in counts.items() for name, count in found.named(*COUNTED).items()
-        },
-        cost=spent,
-    )
-    write_manifest(store, made)

@@ -16,14 +16,7 @@ from tasks.judge.quality.metrics import measure_judgements
 from tasks.store.forms import ended_by_itself
 from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
-from tasks.store.workspace import (
-    DigestWriter,
-    Manifest,
-    PreferencesRef,
-    VerdictsRef,
-    Workspace,
-    stage_key,
-)
+from tasks.store.workspace import DigestWriter, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
 
 VERSION = 6
 TOKENS = {"prompt_token_ids", "token_ids"}
@@ -35,16 +28,11 @@ NONE_LOWER = "none scores lower than the best"
 logger = logging.getLogger(__name__)
 
 
-def preferences_key(verdicts: VerdictsRef, judging: JudgingConfig) -> str:
-    """Return the content key of the pairs made of these verdicts."""
-    return stage_key("preferences", VERSION, verdicts=verdicts.sha256, **judging.pairs_identity())
-
-
 def find_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConfig) -> PreferencesRef | None:
     """Return the pairs made of these verdicts, if they were made before."""
     store = Workspace(workspace)
-    manifest = store.uri("preferences", preferences_key(verdicts, judging), "manifest.json")
-    return store.find_finished(manifest, PreferencesRef)
+    key = stage_key("preferences", VERSION, verdicts=verdicts.sha256, **judging.pairs_identity())
+    return store.find_finished(store.uri("preferences", key, "manifest.json"), PreferencesRef)
 
 
 def check_groups(plan: JudgingPlan) -> None:
@@ -82,7 +70,8 @@ def make_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
     """
     if known := find_preferences(verdicts, workspace, judging):
         return known
-    store, key = Workspace(workspace), preferences_key(verdicts, judging)
+    key = stage_key("preferences", VERSION, verdicts=verdicts.sha256, **judging.pairs_identity())
+    store = Workspace(workspace)
     folder = store.uri("preferences", key)
     written, found = _write_pairs(store, folder, verdicts, judging)
     cost = store.read_manifest(verdicts).cost if verdicts.manifest else None
@@ -111,25 +100,21 @@ def _write_pairs(
             held_out = is_validation(row.id, row.group, judging.seed, judging.val_ratio)
             if decision.status == SFT and held_out:
                 decision = decision.model_copy(update={"status": "dropped"})
-            if is_cut(row, decision):
+            reasons, trained_on = row.finish_reasons, (decision.best, decision.worst)
+            ends = [reasons[side] for side in trained_on if side is not None and side < len(reasons)]
+            if decision.status in ("pair", SFT) and not all(map(ended_by_itself, ends)):
                 counts["cut_pairs"] += 1
                 if judging.leave_out_cut:
                     decision = decision.model_copy(update={"status": "dropped", "reason": CUT})
             counts[decision.status] += 1
             if judging.min_chosen_score is not None:
                 counts["low_scores"] += decision.is_low
-            judged.write_row({**row.model_dump(exclude=TOKENS, exclude_none=True), **decision.as_judged()})
+            columns = decision.model_dump(exclude=set() if decision.scores else {"scores"})
+            judged.write_row({**row.model_dump(exclude=TOKENS, exclude_none=True), **columns})
             if decision.status in ("pair", SFT):
                 (val if held_out else train).write_row(preference_pair(row, decision).model_dump(exclude_none=True))
         check_spread(verdicts.uri, verdicts.rows, groups, judging)
     return {"judged.jsonl": judged, "train.jsonl": train, "val.jsonl": val}, counts
-
-
-def is_cut(row: VerdictsRow, decision: "Decision") -> bool:
-    """Tell whether what is trained on has a side that did not end by itself."""
-    reasons = row.finish_reasons
-    sides = (decision.best, decision.worst) if decision.status in ("pair", SFT) else ()
-    return any(side is not None and side < len(reasons) and not ended_by_itself(reasons[side]) for side in sides)
 
 
 def finish_pairs(
@@ -202,10 +187,6 @@ class Decision(BaseModel):
         """Whether it is no pair because the chosen side scores too low."""
         return bool(self.reason and self.reason.startswith(LOW))
 
-    def as_judged(self) -> dict[str, Any]:
-        """Return the columns of `judged.jsonl`."""
-        return self.model_dump(exclude=set() if self.scores else {"scores"})
-
 
 def decide(votes: Sequence[Vote], judging: JudgingConfig) -> Decision:
     """Turn votes into a pair, or into the reason why there is none."""
@@ -223,36 +204,25 @@ def decide(votes: Sequence[Vote], judging: JudgingConfig) -> Decision:
         worst = _below_mean(scores, best, judging.rejected_sigmas)
     given = [vote.confidence for vote in read if vote.confidence is not None]
     confidence = round(fmean(given), 3) if given else None
-    reason = _why_no_pair(best, worst, confidence, scores, judging)
-    status = "dropped" if reason else "pair"
+    reason, status = None, "pair"
+    if best is None:
+        reason = f"best not {policy}"
+    elif worst is None:
+        reason = f"worst not {policy}" if judging.rejected_sigmas is None else NONE_LOWER
+    elif confidence is not None and confidence < judging.min_confidence:
+        reason = f"confidence {confidence:.1f} < {judging.min_confidence}"
+    elif judging.min_chosen_score is not None and scores[best] < judging.min_chosen_score:
+        reason = f"{LOW} {scores[best]:.1f} < {judging.min_chosen_score:g}"
     if best is None or worst is None:
         best = worst = None
-    if reason and judging.unsure_for_sft and (liked := _liked(read, scores, judging)) is not None:
-        status, best, worst = SFT, liked, None
-    most = Counter((vote.best, vote.worst) for vote in read).most_common(1)[0][1]
+    if reason:
+        liked = _liked(read, scores, judging) if judging.unsure_for_sft else None
+        status, best, worst = ("dropped", best, worst) if liked is None else (SFT, liked, None)
+    agreement = Counter((vote.best, vote.worst) for vote in read).most_common(1)[0][1] / len(read)
     return Decision(
-        status=status,
-        reason=reason,
-        best=best,
-        worst=worst,
-        agreement=round(most / len(read), 4),
-        confidence=confidence,
+        status=status, reason=reason, best=best, worst=worst, agreement=round(agreement, 4), confidence=confidence,
         scores=scores,
-    )
-
-
-def _why_no_pair(
-    best: int | None, worst: int | None, confidence: float | None, scores: Mapping[int, float], judging: JudgingConfig
-) -> str | None:
-    if best is None:
-        return f"best not {judging.pair_policy}"
-    if worst is None:
-        return f"worst not {judging.pair_policy}" if judging.rejected_sigmas is None else NONE_LOWER
-    if confidence is not None and confidence < judging.min_confidence:
-        return f"confidence {confidence:.1f} < {judging.min_confidence}"
-    if judging.min_chosen_score is not None and scores[best] < judging.min_chosen_score:
-        return f"{LOW} {scores[best]:.1f} < {judging.min_chosen_score:g}"
-    return None
+    )  # fmt: skip
 
 
 def _liked(votes: Sequence[Vote], scores: Mapping[int, float], judging: JudgingConfig) -> int | None:
@@ -273,10 +243,9 @@ def _mean_scores(votes: Sequence[Vote]) -> dict[int, float]:
 
 
 def _below_mean(scores: Mapping[int, float], best: int, sigmas: float) -> int | None:
-    """Return the completion whose score is the closest to so many standard deviations below their mean.
+    """Return the completion that scores the closest to so many standard deviations below the mean, and under the best.
 
-    Of many completions the very worst is an outlier, which any policy beats: see arXiv 2502.16825. None scores lower
-    than the best one: None.
+    Of many completions the very worst is an outlier, which any policy beats: see arXiv 2502.16825.
     """
     target = fmean(scores.values()) - sigmas * pstdev(scores.values())
     lower = [index for index, score in scores.items() if score < scores[best]]
@@ -289,16 +258,13 @@ def _choose(votes: Sequence[Vote], policy: PairPolicy) -> tuple[int | None, int 
         scores: Counter[int | None] = Counter(dict.fromkeys(votes[0].order, 0))
         scores.update(vote.best for vote in votes)
         scores.subtract(vote.worst for vote in votes)
-        return _only(scores, max(scores.values())), _only(scores, min(scores.values()))
+        ends = [[i for i, score in scores.items() if score == end(scores.values())] for end in (max, min)]
+        best, worst = (found[0] if len(found) == 1 else None for found in ends)
+        return best, worst
     share = len(votes) if policy == "unanimous" else len(votes) // 2 + 1
     chosen = [Counter(getattr(vote, name) for vote in votes).most_common(1)[0] for name in ("best", "worst")]
     best, worst = (index if count >= share else None for index, count in chosen)
     return (best, worst) if best != worst else (None, None)
-
-
-def _only(scores: Counter[int | None], value: int) -> int | None:
-    at = [index for index, score in scores.items() if score == value]
-    return at[0] if len(at) == 1 else None
 
 
 def is_validation(identity: str, group: str | None, seed: int, val_ratio: float) -> bool:

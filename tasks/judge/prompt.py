@@ -85,14 +85,14 @@ def build_messages(rubric: str, row: Row, order: Sequence[int], scored: bool = F
     scene = "\n".join(f"[{m['role']}]\n{m['content']}" for m in row["prompt"])
     texts = [row["completions"][index] for index in order]
     mark = _make_mark([scene, *sorted(texts)])
-    parts = [_fence("SCENE", _make_mark([scene]), scene), MARKS.format(n=len(texts), mark=mark)]
-    parts += [_fence(f"COMPLETION {number}", mark, text) for number, text in enumerate(texts, 1)]
+    named = [
+        ("SCENE", _make_mark([scene]), scene),
+        *((f"COMPLETION {k}", mark, text) for k, text in enumerate(texts, 1)),
+    ]
+    parts = [f"<<<{name} {mark}>>>\n{text}\n<<<END {name} {mark}>>>" for name, mark, text in named]
+    parts.insert(1, MARKS.format(n=len(texts), mark=mark))
     system = f"{rubric}\n{instructions(scored)}"
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
-
-
-def _fence(name: str, mark: str, text: str) -> str:
-    return f"<<<{name} {mark}>>>\n{text}\n<<<END {name} {mark}>>>"
 
 
 def _make_mark(texts: Sequence[str]) -> str:

@@ -46,15 +46,8 @@ def verdict_format(n: int, scored: bool = False) -> dict[str, Any]:
     """
     most = {f"score_{number}": MOST_SCORE for number in range(1, n + 1)} if scored else {}
     most |= {"best": n, "worst": n, "confidence": 5}
-    schema = {
-        "type": "object",
-        "properties": {
-            name: {"type": "string", "enum": [str(number) for number in range(1, top + 1)]}
-            for name, top in most.items()
-        },
-        "required": list(most),
-        "additionalProperties": False,
-    }
+    numbers = {name: {"type": "string", "enum": [str(k) for k in range(1, top + 1)]} for name, top in most.items()}
+    schema = {"type": "object", "properties": numbers, "required": list(most), "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
 
@@ -108,22 +101,18 @@ def _read_object(text: str, opening: int, cut: bool) -> tuple[Any, int]:
         return value, end - opening
     except (ValueError, RecursionError):
         flat = (_CLOSED if cut else _FLAT).match(text, opening)
-        broken = _span(text, opening) or (flat[0] if flat else "")
+        broken, depth = flat[0] if flat else "", 0
+    for token in _TOKEN.finditer(text, opening):  # up to the brace that closes it, passing over strings
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            broken = text[opening : token.end()]
+        if depth == 0 or depth > MOST_OBJECTS:
+            break
     try:
         value = repair_json(broken, return_objects=True) if broken else None
     except (ValueError, RecursionError):
         return None, 0
     return (value, len(broken)) if isinstance(value, dict) else (None, 0)
-
-
-def _span(text: str, opening: int) -> str:
-    """Return the text up to the brace that closes the one at `opening`, passing over strings; "" if none does."""
-    depth = 0
-    for token in _TOKEN.finditer(text, opening):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0 or depth > MOST_OBJECTS:
-            return text[opening : token.end()] if depth == 0 else ""
-    return ""
 
 
 def _verdicts_in(value: Any, depth: int = 3) -> list[dict[str, Any]]:
@@ -144,17 +133,14 @@ def _check_verdict(value: dict[str, Any], n: int, scored: bool) -> Verdict:
         raise UnreadableVerdict(f"best or worst is not between 1 and {n}")
     if best == worst:
         raise UnreadableVerdict(f"best and worst are both {best}")
-    if confidence is not None and not 1 <= confidence <= 5:
-        confidence = None
-    scores = [_read_score(value, number) for number in range(1, n + 1)] if scored else None
-    return Verdict(best=best - 1, worst=worst - 1, confidence=confidence, scores=scores)
-
-
-def _read_score(value: dict[str, Any], number: int) -> int:
-    score = _whole_number(value.get(f"score_{number}"))
-    if score is None or not 1 <= score <= MOST_SCORE:
-        raise UnreadableVerdict(f"score_{number} is not a whole number from 1 to {MOST_SCORE}")
-    return score
+    scores = []
+    for name in [f"score_{number}" for number in range(1, n + 1)] if scored else ():
+        score = _whole_number(value.get(name))
+        if score is None or not 1 <= score <= MOST_SCORE:
+            raise UnreadableVerdict(f"{name} is not a whole number from 1 to {MOST_SCORE}")
+        scores.append(score)
+    sure = confidence if confidence is not None and 1 <= confidence <= 5 else None
+    return Verdict(best=best - 1, worst=worst - 1, confidence=sure, scores=scores or None)
 
 
 def _whole_number(value: Any) -> int | None:

@@ -14,9 +14,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, overload
 
-from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, NotFoundError
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 from openai.types import Batch, FileObject
 from pydantic import BaseModel
 
@@ -37,6 +37,7 @@ PATIENCE_SECONDS = 120.0
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Call: TypeAlias = Callable[[], Awaitable[Result]]
 Awaited: TypeAlias = "asyncio.Task[dict[str, Line]]"
 
 
@@ -113,7 +114,8 @@ class Batches:
 
     async def has(self, name: str) -> bool:
         """Tell whether an earlier process has handed in the request `name`."""
-        await self._look_back()
+        self._found = self._found or asyncio.create_task(self._find_earlier())
+        await asyncio.shield(self._found)
         return name in self._earlier
 
     async def ask(self, name: str, body: Body, refused: Iterable[str]) -> Line | None:
@@ -128,10 +130,10 @@ class Batches:
             PreflowError: the endpoint takes no batches, or this one.
             BatchPending: it is not answered yet, and the process may leave.
         """
-        await self._look_back()
+        is_known = await self.has(name)
         if name not in self._lines:
-            if record := self._earlier.get(name):
-                self._begin_taking_up(record)
+            if is_known:
+                self._begin_taking_up(self._earlier[name])
             else:
                 self._lines[name] = self._gather(name, body, refused)
         return (await asyncio.shield(self._lines[name])).pop(name, None)
@@ -140,7 +142,7 @@ class Batches:
         """Raise `BatchPending` if the process may leave and what an earlier one handed in is not answered."""
         if not self._may_leave:
             return
-        await self._look_back()
+        await self.has("")
         for record in {record.name: record for record in self._earlier.values()}.values():
             batch = await self._retrieve(record) if record.source == self._source else None
             if batch and batch.status not in ENDED:
@@ -148,15 +150,6 @@ class Batches:
         for failure in await asyncio.gather(*set(self._lines.values()), return_exceptions=True):
             if isinstance(failure, BaseException):
                 raise failure
-
-    async def _retrieve(self, record: Record) -> Batch | None:
-        """Return a batch; None if it is not known here: forgotten after months, or handed in elsewhere."""
-
-        return await self._try(_unless_gone(partial(self._client.batches.retrieve, str(record.batch))))
-
-    async def _look_back(self) -> None:
-        self._found = self._found or asyncio.create_task(self._find_earlier())
-        await asyncio.shield(self._found)
 
     def _begin_taking_up(self, record: Record) -> None:
         self._lines |= dict.fromkeys(record.requests, asyncio.create_task(self._take_up(record)))
@@ -188,22 +181,19 @@ class Batches:
         return await self._collect(record, batch)
 
     async def _create(self, record: Record, bodies: dict[str, Body]) -> Batch:
-        lines = (
+        lines = [
             json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body})
             for name, body in bodies.items()
-        )
-        content = ("\n".join(lines) + "\n").encode()
-        upload = partial(self._client.files.create, file=(f"{record.name}.jsonl", content), purpose="batch")
-        file: FileObject = await self._try(upload)
+        ]
+        named = f"{record.name}.jsonl", "".join(f"{line}\n" for line in lines).encode()
+        file: FileObject = await self._try(partial(self._client.files.create, file=named, purpose="batch"))
 
         async def create() -> Batch:
             # An answer that was lost on its way may have made it.
             return await self._find(record.name) or await self._client.batches.create(
-                input_file_id=file.id,
-                endpoint="/v1/chat/completions",
-                completion_window="24h",
+                input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h",
                 metadata={"preflow": record.name},
-            )
+            )  # fmt: skip
 
         return await self._try(create)
 
@@ -221,22 +211,21 @@ class Batches:
             if (counts := batch.request_counts) and counts != before:
                 logger.info("batch %s: %d of %d answered", batch.id, counts.completed + counts.failed, counts.total)
         if batch.status == "failed":
-            self._store.delete(self._uri(record))
+            self._store.delete(f"{self._folder}/{record.name}.json")
             causes = "; ".join(str(error.message) for error in (batch.errors and batch.errors.data) or ())
             raise PreflowError(
                 f"batch {batch.id} was refused: {causes or 'no reason was given'}. Nothing of it was asked: set "
                 "judging.batch to false to ask the normal way, or run again when the cause is gone."
             )
-        lines: dict[str, Line] = {}
-        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            lines.update(await self._download(file, record.refused))
+        files = filter(None, (batch.output_file_id, batch.error_file_id))
+        lines = {name: line for file in files for name, line in (await self._download(file, record.refused)).items()}
         if missing := len(set(record.requests) - lines.keys()):
             logger.warning("batch %s %s: %d requests go the normal way", batch.id, batch.status, missing)
         return lines
 
     async def _download(self, file: str, refused: tuple[str, ...]) -> dict[str, Line]:
         """Return the lines of a file of answers; what is no line of it counts as not answered, as a lost file does."""
-        found = await self._try(_unless_gone(partial(self._client.files.content, file)))
+        found = await self._try(partial(self._client.files.content, file), may_be_gone=True)
         lines = {}
         for text in self._conceal(found.content if found else b"").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
@@ -249,7 +238,7 @@ class Batches:
         """Take up what an earlier process has handed in."""
         for uri in self._store.list(self._folder):
             record = Record.model_validate(self._store.read_json(uri))
-            batch = None if record.batch else await self._find(record.name)
+            batch = None if record.batch else await self._try(partial(self._find, record.name))
             if record.batch is None and batch is None:
                 self._store.delete(uri)
                 continue
@@ -269,59 +258,51 @@ class Batches:
         logger.info("batch %s of an earlier start: %s", batch.id, batch.status)
         return await self._collect(record, batch)
 
+    async def _retrieve(self, record: Record) -> Batch | None:
+        """Return a batch; None if it is not known here: forgotten after months, or handed in elsewhere."""
+        return await self._try(partial(self._client.batches.retrieve, str(record.batch)), may_be_gone=True)
+
     async def _find(self, name: str) -> Batch | None:
         """Return the batch that was handed in under `name`."""
-
-        async def look() -> Batch | None:
-            async for batch in self._client.batches.list(limit=100):
-                if (batch.metadata or {}).get("preflow") == name:
-                    return batch
-            return None
-
-        return await self._try(look)
-
-    def _uri(self, record: Record) -> str:
-        return f"{self._folder}/{record.name}.json"
+        async for batch in self._client.batches.list(limit=100):
+            if (batch.metadata or {}).get("preflow") == name:
+                return batch
+        return None
 
     def _write(self, record: Record) -> None:
-        self._store.write_json(self._uri(record), record.model_dump())
+        self._store.write_json(f"{self._folder}/{record.name}.json", record.model_dump())
 
-    async def _try(self, call: Callable[[], Awaitable[Result]]) -> Result:
-        """Await a call until it is answered.
+    @overload
+    async def _try(self, call: Call[Result]) -> Result: ...
+
+    @overload
+    async def _try(self, call: Call[Result], may_be_gone: bool) -> Result | None: ...
+
+    async def _try(self, call: Call[Result], may_be_gone: bool = False) -> Result | None:
+        """Await a call until it is answered; what `may_be_gone` is None where the provider has it no longer.
 
         Raises:
             PreflowError: it is refused, or there has been no answer for too long.
         """
-        started = time.monotonic()
+        until = time.monotonic() + self._wait_seconds
         while True:
             try:
-                return await call()
+                found = await call()
+                if not isinstance(found, str):
+                    return found
+                failure: Exception = Transient("the answer is a page")
+            except APIStatusError as error:
+                answer = error.response
+                if may_be_gone and answer.status_code == 404:
+                    return None
+                failure = classify(answer.status_code, answer.headers, self._conceal(answer.content))
             except APIError as error:
-                failure = self._classify(error)
-                if not isinstance(failure, Transient) or time.monotonic() - started > self._wait_seconds:
-                    if isinstance(failure, StageStopped):
-                        raise failure from None
-                    raise PreflowError(
-                        f"{self._client.base_url}: no batch could be handed in or fetched: {failure}. What was handed "
-                        "in is found again: run again later, or set judging.batch to false where there is no batch API."
-                    ) from None
+                failure = Transient(str(error)) if isinstance(error, APIConnectionError) else error
+            if isinstance(failure, StageStopped):
+                raise failure
+            if not isinstance(failure, Transient) or time.monotonic() > until:
+                raise PreflowError(
+                    f"{self._client.base_url}: no batch could be handed in or fetched: {failure}. What was handed in "
+                    "is found again: run again later, or set judging.batch to false where there is no batch API."
+                )
             await asyncio.sleep(FIRST_POLL_SECONDS)
-
-    def _classify(self, error: APIError) -> Exception:
-        if isinstance(error, APIStatusError):
-            answer = error.response
-            return classify(answer.status_code, answer.headers, self._conceal(answer.content))
-        if isinstance(error, APIConnectionError):
-            return Transient(str(error))
-        return error
-
-
-def _unless_gone(call: Callable[[], Awaitable[Result]]) -> Callable[[], Awaitable[Result | None]]:
-    """Return a call that gives None for what the provider has no longer: it forgets after weeks."""
-
-    async def called() -> Result | None:
-        with contextlib.suppress(NotFoundError):
-            return await call()
-        return None
-
-    return called

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -127,13 +126,10 @@ def _compile(text: str, date: str) -> jinja2.Template:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals.update(raise_exception=refuse, strftime_now=datetime.strptime(date, "%d %b %Y").strftime)
     return environment.from_string(text)
 
@@ -149,16 +145,20 @@ def choose_template(
     read = partial(read_model_file, revision=revision)
     folders = [source for source in (adapter, base) if source]
     if settings.chat_template is not None:
-        text = Workspace.holding(settings.chat_template)
-        if not text.exists(settings.chat_template):
-            raise PreflowError(f"chat_template {settings.chat_template}: no such file")
-        chosen = settings.chat_template, "", _as_text(settings.chat_template, text.read_bytes(settings.chat_template))
+        source, store = settings.chat_template, Workspace.holding(settings.chat_template)
+        if not store.exists(source):
+            raise PreflowError(f"chat_template {source}: no such file")
+        content = _as_text(source, store.read_bytes(source))
     elif found := choose(folders, read):
-        chosen = found
+        source, content = "/".join(found[:2]), found[2]
     else:
         return None
-    source, name, content = chosen
-    return ChatTemplate(content, f"{source}/{name}".rstrip("/"), _special_tokens(folders, read), settings)
+    tokens: dict[str, str | None] = {}
+    if owner := next((folder for folder in folders if read(folder, CONFIG)), None):  # the first with a tokenizer
+        entries = json.loads(read(owner, "special_tokens_map.json") or "{}") | json.loads(read(owner, CONFIG) or "{}")
+        texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
+        tokens = {n: text for n, text in texts.items() if n.endswith("_token") and isinstance(text, str | None)}
+    return ChatTemplate(content, source, tokens, settings)
 
 
 def template_of(training: TrainingConfig, adapter: str | None = None, base: str | None = None) -> ChatTemplate:
@@ -174,16 +174,6 @@ def template_of(training: TrainingConfig, adapter: str | None = None, base: str 
             "need one. Put the template of the SFT training into chat_template.jinja in the adapter's folder."
         )
     return found
-
-
-def _special_tokens(folders: Sequence[str], read: Any) -> dict[str, str | None]:
-    """Return the special tokens of the first folder that has a tokenizer, by name (`bos_token`, ...)."""
-    owner = next((folder for folder in folders if read(folder, CONFIG)), None)
-    if owner is None:
-        return {}
-    entries = {**json.loads(read(owner, "special_tokens_map.json") or "{}"), **json.loads(read(owner, CONFIG))}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str | None)}
 
 
 def fast_tokenizer(training: TrainingConfig) -> Tokenizer | None:

@@ -64,11 +64,7 @@ class _Request:
     """One chat request over all its attempts."""
 
     def __init__(
-        self,
-        config: EndpointConfig,
-        messages: Sequence[Mapping[str, str]],
-        settings: Sampling,
-        may_wait: bool = False,
+        self, config: EndpointConfig, messages: Sequence[Mapping[str, str]], settings: Sampling, may_wait: bool = False
     ) -> None:
         self.may_wait = may_wait
         given = {name: value for name, value in settings.items() if value is not None}
@@ -159,32 +155,23 @@ class Endpoint(Administration):
         return answer
 
     async def _chat(self, messages: Sequence[Mapping[str, str]], sampling: Sampling, may_wait: bool) -> Answer:
-        wanted, answers = sampling.get("n") or 1, list[Answer]()
+        wanted, first, answers = sampling.get("n") or 1, sampling.get("seed"), list[Answer]()
         if wanted == 1 or "n" not in self._dialect.dropped:
             answers.append(await self._ask(_Request(self.config, messages, sampling, may_wait)))
             if len(answers[0].choices) == 1 < wanted and "n" not in self._dialect.dropped:
                 self._dialect.drop("n")
-        given = answers[0].choices if answers else []
-        if missing := range(len(given), wanted):
-            answers += await self._ask_singly(messages, sampling, missing)
+        missing = range(len(answers[0].choices) if answers else 0, wanted)
+        singles = [sampling | Sampling(n=None, seed=None if first is None else first + place) for place in missing]
+        requests = (self._ask(_Request(self.config, messages, single)) for single in singles)
+        for found in await asyncio.gather(*requests, return_exceptions=True):  # all to their end: they are paid for
+            if isinstance(found, BaseException):
+                raise found
+            answers.append(found)
         choices = [choice for answer in answers for choice in answer.choices[:wanted]][:wanted]
         usage = sum((answer.usage for answer in answers), Cost())
         if all(choice.finish_reason == "content_filter" for choice in choices):
             raise RequestRefused(200, "content_filter", choices[0].note, usage=usage)
         return replace(answers[-1], choices=choices, usage=usage)
-
-    async def _ask_singly(
-        self, messages: Sequence[Mapping[str, str]], sampling: Sampling, places: range
-    ) -> list[Answer]:
-        """Ask for the completions at `places` one by one; all to their end, for they are paid for."""
-        first = sampling.get("seed")
-        singles = [sampling | Sampling(n=None, seed=None if first is None else first + place) for place in places]
-        requests = [self._ask(_Request(self.config, messages, single)) for single in singles]
-        found = await asyncio.gather(*requests, return_exceptions=True)
-        for failure in found:
-            if isinstance(failure, BaseException):
-                raise failure
-        return [answer for answer in found if isinstance(answer, Answer)]
 
     async def _ask(self, request: _Request) -> Answer:
         """Return the answer to one request, leaving out what the endpoint refuses by name."""
@@ -277,7 +264,7 @@ class Endpoint(Administration):
         try:
             return read_answer(content, prompt_bytes)
         except StageStopped as stopped:
-            raise self._explain(stopped) from None
+            raise self._explained(stopped) from None
 
     async def ping(self) -> Answer:
         """Send one short request, again only without what is refused by name; raise what became of it."""

@@ -18,7 +18,6 @@ from tasks.llm.responses import (
     KeyRefused,
     QuotaUsedUp,
     RequestRefused,
-    StageStopped,
     Transient,
     classify,
 )
@@ -106,28 +105,24 @@ class Connection:
         return content
 
     def _explained(self, failure: Failure) -> Failure:
-        return self._explain(failure) if isinstance(failure, StageStopped) else failure
-
-    def _explain(self, stopped: StageStopped) -> StageStopped:
-        """Return why the stage stops with where, which key and what to do."""
+        """Return a failure; one that stops the stage with where, which key and what to do."""
         name, where = self.config.api_key, f"{self.config.endpoint} (model {self.config.model})"
-        which = f"the key {name}" if name else "a request without a key"
-        kept = "Everything answered so far is kept"
-        if isinstance(stopped, CreditUsedUp):
-            return CreditUsedUp(f"{where}: {which} has no credit left: {stopped}. {kept}: top it up, then run again")
-        if isinstance(stopped, QuotaUsedUp):
-            return QuotaUsedUp(
-                f"{where}: the day's quota of {which} is used up: {stopped}. {kept}: run again after that"
-            )
-        if not isinstance(stopped, KeyRefused):
-            return stopped
+        which, kept = f"the key {name}" if name else "a request without a key", "Everything answered so far is kept"
+        if isinstance(failure, CreditUsedUp):
+            return CreditUsedUp(f"{where}: {which} has no credit left: {failure}. {kept}: top it up, then run again")
+        if isinstance(failure, QuotaUsedUp):
+            used = f"{where}: the day's quota of {which} is used up: {failure}"
+            return QuotaUsedUp(f"{used}. {kept}: run again after that")
+        if not isinstance(failure, KeyRefused):
+            return failure
         if name is None:
             remedy = "it wants a key: set api_key to env:NAME (and export NAME=...) or to a Prefect Secret block's name"
-        elif name.startswith("env:"):
-            remedy = f"check the key and its account, and export {name.removeprefix('env:')}=... where the flow runs"
         else:
-            remedy = f"check the key and its account, and change the Prefect Secret block {name!r}"
-        return type(stopped)(f"{self.config.endpoint} refused {which} for {self.config.model}: {stopped}; {remedy}")
+            change = f"change the Prefect Secret block {name!r}"
+            if name.startswith("env:"):
+                change = f"export {name.removeprefix('env:')}=... where the flow runs"
+            remedy = f"check the key and its account, and {change}"
+        return type(failure)(f"{self.config.endpoint} refused {which} for {self.config.model}: {failure}; {remedy}")
 
 
 def _proxy_of(address: str) -> str | None:

@@ -94,21 +94,18 @@ class Gate:
         async with self._turn:
             expected = min(float(tokens), MARGIN * self._known / self._answered if self._answered else tokens)
             if self._tokens is not None:
-                await self._take(self._tokens, expected)
+                due = max(0.0, expected + self._debt)
+                self._debt += expected - due
+                while due > 0:  # one larger than the bucket goes in parts
+                    part = min(due, self._tokens.max_rate)
+                    await self._tokens.acquire(part)
+                    due -= part
             if self._requests is not None:
                 await self._requests.acquire()
             while (pause := self._paused_until - time.monotonic()) > 0:
                 self._on_pause()
                 await asyncio.sleep(min(pause, HEARTBEAT_SECONDS))
             return expected
-
-    async def _take(self, limiter: AsyncLimiter, expected: float) -> None:
-        due = max(0.0, expected + self._debt)
-        self._debt += expected - due
-        while due > 0:  # one larger than the bucket goes in parts
-            part = min(due, limiter.max_rate)
-            await limiter.acquire(part)
-            due -= part
 
     def settle(self, expected: float, tokens: int) -> None:
         """Correct what `admit` returned by the tokens that were used."""
@@ -123,11 +120,9 @@ class Budget:
 
     def __init__(self, limit: float | None) -> None:
         self._limit = limit
-        self._known = 0.0
-        self._answered = 0
+        self._known, self._answered = 0.0, 0
         self._lost: list[float] = []
-        self._reserved = 0.0
-        self._holders = 0
+        self._reserved, self._holders = 0.0, 0
         self._settled = asyncio.Event()
 
     @property
@@ -141,9 +136,13 @@ class Budget:
 
         Raises `BudgetExceeded` when even the answers to all of them would leave too little.
         """
-        while self._limit is not None and self.spent + self._reserved + most > self._limit:
+        while self._limit is not None and (projected := self.spent + self._reserved + most) > self._limit:
             if self.spent + most > self._limit or not self._holders:
-                raise self._exceeded(most)
+                raise BudgetExceeded(
+                    f"budget_usd is {self._limit:.4g} US$: {self.spent:.4g} is spent, and the next request may cost up "
+                    f"to {most:.4g}, which would make {projected:.4g}. It was not sent. Everything answered so far is "
+                    "kept: raise budget_usd (or lower max_tokens) and run again to go on from here."
+                )
             self._settled.clear()
             await self._settled.wait()
         self._reserved += most
@@ -159,11 +158,3 @@ class Budget:
             self._known += cost
             self._answered += 1
         self._settled.set()
-
-    def _exceeded(self, most: float) -> BudgetExceeded:
-        projected = self.spent + self._reserved + most
-        return BudgetExceeded(
-            f"budget_usd is {self._limit:.4g} US$: {self.spent:.4g} is spent, and the next request may cost up to "
-            f"{most:.4g}, which would make {projected:.4g}. It was not sent. Everything answered so far is kept: raise "
-            "budget_usd (or lower max_tokens) and run again to go on from here."
-        )

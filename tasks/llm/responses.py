@@ -87,6 +87,8 @@ _CONTENT_FILTER = _words(
     r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
     r"(inappropriate|prohibited|sensitive|unsafe)[_ ]content", r"usage polic", r"data[_ ]?inspection", r"敏感内容",
 )  # fmt: skip
+# OpenRouter's, where the model is known and none of its providers takes what was asked for.
+_NO_ROUTE = _words(r"no endpoints found that (can handle|support)")
 _CUT = _words(r"max_tokens or model output limit was reached")
 # Such a request has more tokens than a minute may have: it will never pass.
 _OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORECASE)
@@ -231,12 +233,12 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
     """
     streams = body.lstrip().startswith(b"data:")
     data = _parse(body.lstrip()[5:].split(b"\n")[0] if streams else body)
-    if isinstance(data, list) and data:
-        data = data[0]
+    data = data[0] if isinstance(data, list) and data else data
     items = data.get("choices") if isinstance(data, dict) else None
     if isinstance(data, dict) and not items and (data.get("error") or _message(data)):
         raise classify_error(ServerError.of(200, {}, data))
-    if streams or not isinstance(items, list) or not items or not all(map(_is_choice, items)):
+    items = items if isinstance(items, list) and not streams else []
+    if not items or not all(map(_is_choice, items)):
         what = "a stream, which was not asked for" if streams else "not a chat completion"
         text, odd = shorten(body.decode(errors="replace"), 80), streams or not isinstance(data, str)
         raise Transient(f"the answer is {what}: {text}", status=200, maybe_billed=True, odd=odd)
@@ -276,41 +278,33 @@ def _read_choice(item: Mapping[str, Any]) -> Choice:
             failure.maybe_billed = True
         raise failure
     message = item["message"]
-    refusal, (text, thinking) = _refusal(message), _read_content(message.get("content"))
-    note = ""
+    text, refusal, thinks = _read_content(message.get("content"))
+    refusal, note = message.get("refusal") or refusal, ""
     if _FILTERED.search(finish):
         finish, note = "content_filter", "" if text else f"withheld by the provider's filter ({finish})"
-    elif text.strip():
-        pass
-    elif refusal:
+    elif not text.strip() and isinstance(refusal, str) and refusal:
         text, finish, note = "", "content_filter", f"the model refused: {shorten(refusal, 200)}"
-    elif thinking or any(map(message.get, _THOUGHTS)):
+    elif not text.strip() and (thinks or any(map(message.get, _THOUGHTS))):
         text = ""
         note = "the model only thought and wrote no answer: raise max_tokens, or have it think less (reasoning_effort)"
-    else:
+    elif not text.strip():
         note = f"the model wrote nothing (finish_reason {finish})"
     return Choice(text, finish, note, _read_ids(item.get("token_ids")))
 
 
-def _refusal(message: Mapping[str, Any]) -> str:
-    """Return what a model that refuses says, in a field of its own or in a part of the content."""
-    content = message.get("content")
-    parts = [message, *(part for part in content if isinstance(part, dict))] if isinstance(content, list) else [message]
-    return next((part["refusal"] for part in parts if isinstance(part.get("refusal"), str) and part["refusal"]), "")
-
-
-def _read_content(content: Any) -> tuple[str, bool]:
-    """Return the text in a message's content, and whether there is thinking too: text, or a list of parts."""
-    if isinstance(content, str):
-        return content, False
-    found = content if isinstance(content, list) else [content]
-    parts = [part for part in found if isinstance(part, dict | str)]
-    texts = [part if isinstance(part, str) else part.get("text") for part in parts if not _is_thinking(part)]
-    return "".join(text for text in texts if isinstance(text, str)), any(map(_is_thinking, parts))
-
-
-def _is_thinking(part: Mapping[str, Any] | str) -> bool:
-    return isinstance(part, Mapping) and str(part.get("type")) not in ("text", "output_text", "None")
+def _read_content(content: Any) -> tuple[str, str, bool]:
+    """Return what is text and what a refusal in a message's content, a text or parts, and whether it has thinking."""
+    texts, refusals, thinks = list[Any](), list[Any](), False
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and (part.get("type") or "text") in ("text", "output_text"):
+            texts.append(part.get("text"))
+        elif isinstance(part, dict):
+            refusals.append(part.get("refusal"))
+            thinks = True
+    text, refusal = ("".join(part for part in parts if isinstance(part, str)) for parts in (texts, refusals))
+    return text, refusal, thinks
 
 
 def _read_usage(data: Any, prompt_bytes: int, written: int) -> Cost:
@@ -453,32 +447,32 @@ def _reason(error: ServerError) -> str:
         return "content_filter"
     if _CONTEXT_LENGTH.search(text) and not _OVER_A_LIMIT.search(text):
         return "context_length"
+    if error.status == 404 and _NO_ROUTE.search(text):
+        return "bad_request"
     return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
 
 def _reset(error: ServerError, google: bool) -> str:
     """Say when a day's quota is there again."""
-    moment = error.resets_at
-    if moment is not None:
-        return f"at {datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M} UTC"
+    if error.resets_at is not None:
+        return f"at {datetime.fromtimestamp(error.resets_at, UTC):%Y-%m-%d %H:%M} UTC"
     if not google:
         return "after a day (the endpoint does not say when)"
     try:
-        now = datetime.now(ZoneInfo("America/Los_Angeles"))
+        tomorrow = datetime.now(ZoneInfo("America/Los_Angeles")) + timedelta(days=1)
     except ZoneInfoNotFoundError:
         return "at midnight Pacific time"
-    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
-    return f"at midnight Pacific time, {midnight.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    midnight = tomorrow.replace(hour=0, minute=0, second=0, microsecond=0).astimezone(UTC)
+    return f"at midnight Pacific time, {midnight:%Y-%m-%d %H:%M} UTC"
 
 
 def _wait(headers: Mapping[str, str], fields: list[tuple[str, Any]], text: str) -> float | None:
     """Return the seconds the server asks to wait: a header (ms, seconds or a date), Google's RetryInfo, or words."""
     if (in_ms := _number(headers.get("retry-after-ms"))) is not None:
         return in_ms / 1000
-    header = headers.get("retry-after", "")
-    if (in_seconds := _number(header)) is not None:
-        return in_seconds
-    if header:
+    if header := headers.get("retry-after", ""):
+        if (in_seconds := _number(header)) is not None:
+            return in_seconds
         try:
             return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
         except ValueError:

@@ -2,12 +2,10 @@
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from tasks.config import EndpointConfig
 from tasks.llm.limits import HEARTBEAT_SECONDS
@@ -54,7 +52,6 @@ class RetryPolicy:
         self, config: EndpointConfig, ping: Callable[[], Awaitable[object]], pause: Callable[[float], None]
     ) -> None:
         self._config, self._ping, self._pause = config, ping, pause
-        self._backoff = wait_random_exponential(FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS)
         self._pinging = asyncio.Lock()
         self._ping_failed_at = self._said_at = float("-inf")
         self._since: float | None = None
@@ -66,24 +63,17 @@ class RetryPolicy:
         Raises `EndpointDown` when the outage has lasted `max_outage_seconds` (or would, if the endpoint's wish were
         granted), and `RequestRefused` when the request itself is the cause, which would else be retried for ever.
         """
-        attempts = Attempts()
-        try:
-            return await attempt(attempts)  # nearly always; tenacity would take a fifth of the client's CPU
-        except Transient as failure:
-            failures = [failure]
-
-        async def again(attempts: Attempts) -> Answer:
-            if failures:
-                raise failures.pop()
-            return await attempt(attempts)
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Transient),
-            wait=self._wait,
-            before_sleep=partial(self._check_hope, attempts),
-            sleep=asyncio.sleep,
-        )
-        return await retrying(again, attempts)
+        attempts, longest = Attempts(), FIRST_BACKOFF_SECONDS
+        while True:
+            try:
+                return await attempt(attempts)
+            except Transient as failure:
+                await self._check_hope(attempts, failure)
+                pause = min(max(self._left(), FIRST_BACKOFF_SECONDS), random.uniform(0, longest))
+                if failure.retry_after:
+                    pause = 0.0  # the gate's holds for every request, this one too
+            await asyncio.sleep(pause)
+            longest = min(LONGEST_BACKOFF_SECONDS, 2 * longest)
 
     def sent(self, attempts: Attempts) -> None:
         """Note that an attempt is being sent."""
@@ -94,9 +84,8 @@ class RetryPolicy:
         self._since = None
         self._answers += 1
 
-    async def _check_hope(self, attempts: Attempts, state: RetryCallState) -> None:
+    async def _check_hope(self, attempts: Attempts, failure: Transient) -> None:
         """Raise why there is no further attempt, if there is none."""
-        failure = _failure(state)
         self.failures += 1
         self._since = self._since or time.monotonic()
         if not failure.throttled:
@@ -117,12 +106,6 @@ class RetryPolicy:
         if failure.retry_after:
             self._pause(failure.retry_after)
 
-    def _wait(self, state: RetryCallState) -> float:
-        failure = _failure(state)
-        if failure.retry_after:
-            return 0.0  # the pause holds for every request, this one too
-        return float(min(max(self._left(), FIRST_BACKOFF_SECONDS), self._backoff(state)))
-
     def _left(self) -> float:
         return self._config.max_outage_seconds - self._seconds()
 
@@ -139,7 +122,7 @@ class RetryPolicy:
                 async with asyncio.timeout(PING_SECONDS):
                     await self._ping()
             except RequestRefused:
-                return True
+                pass  # a sign of life, too
             except (Transient, TimeoutError):
                 self._ping_failed_at = time.monotonic()
                 return False
@@ -167,9 +150,3 @@ class RetryPolicy:
             self._config.endpoint, trouble, self._seconds(), self._config.max_outage_seconds,
             self._answers, self.failures,
         )  # fmt: skip
-
-
-def _failure(state: RetryCallState) -> Transient:
-    failure = state.outcome.exception() if state.outcome else None
-    assert isinstance(failure, Transient)
-    return failure

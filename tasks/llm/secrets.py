@@ -31,8 +31,8 @@ async def resolve_secret(name: str | None, field: str) -> str | None:
 async def _load_secret(name: str, field: str) -> str | None:
     from prefect.blocks.system import Secret
 
-    create = f"""python -c "from prefect.blocks.system import Secret; Secret(value=input('value: ')).save('{name}')" """
-    block = await _load_block(Secret, name, field, f"in the Prefect UI (Blocks > Secret), or with: {create.strip()}")
+    code = f"from prefect.blocks.system import Secret; Secret(value=input('value: ')).save('{name}')"
+    block = await _load_block(Secret, name, field, f'in the Prefect UI (Blocks > Secret), or with: python -c "{code}"')
     value = block.value.get_secret_value()  # not `get()`: that would turn a key of digits into a number
     return value if isinstance(value, str) else None
 

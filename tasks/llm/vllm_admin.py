@@ -68,10 +68,10 @@ class Administration(Connection, ABC):
                 f"(it usually ends in /v1), and that it can be reached from here: curl {self.base_url}/models"
             ) from failure
         except RequestRefused as refused:
-            if refused.status not in (404, 405, 501):
-                message = f"{config.endpoint} did not list its models: {refused}; check the address"
-                raise PreflowError(message) from refused
-            return await self._without_list()
+            if refused.status in (404, 405, 501):
+                return await self._without_list()
+            message = f"{config.endpoint} did not list its models: {refused}; check the address"
+            raise PreflowError(message) from refused
         for model in models:
             # Gemini lists its models as models/NAME and takes both names.
             if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
@@ -148,11 +148,10 @@ class Administration(Connection, ABC):
         than the one that failed then have the adapter all the same.
         """
         for failure in await self._order("load", {"lora_name": name, "lora_path": path, "load_inplace": replace}):
-            raise self._not_loaded(name, path, failure) from failure
+            raise self._not_done(f"load the adapter {name} from {path}", failure) from failure
 
-    def _not_loaded(self, name: str, path: str, failure: Transient | RequestRefused) -> PreflowError:
-        where = f"{self.config.endpoint} did not load the adapter {name} from {path}"
-        return PreflowError(f"{where}: {failure}. {_remedy(failure)}")
+    def _not_done(self, what: str, failure: Transient | RequestRefused) -> PreflowError:
+        return PreflowError(f"{self.config.endpoint} did not {what}: {failure}. {_remedy(failure)}")
 
     async def check_would_load(self, folder: str) -> None:
         """See that vLLM will load an adapter with the configuration that lies, alone, in the folder `folder`.
@@ -168,7 +167,7 @@ class Administration(Connection, ABC):
             other = [failure for failure in problems if "No adapter found" not in str(failure)]
             if other or time.monotonic() >= until:
                 failure = (other or problems)[0]
-                raise self._not_loaded(TRIAL, folder, failure) from failure
+                raise self._not_done(f"load the adapter {TRIAL} from {folder}", failure) from failure
             log.info("%s does not see %s yet: asking again", self.config.endpoint, folder)
             await asyncio.sleep(MOUNT_PAUSE)
         await self.unload_adapter(TRIAL)
@@ -177,8 +176,7 @@ class Administration(Connection, ABC):
         """Have vLLM no longer serve the LoRA adapter `name`; one it does not serve is left at that."""
         for failure in await self._order("unload", {"lora_name": name}):
             if "cannot be found" not in str(failure):
-                where = f"{self.config.endpoint} did not unload the adapter {name}"
-                raise PreflowError(f"{where}: {failure}. {_remedy(failure)}") from failure
+                raise self._not_done(f"unload the adapter {name}", failure) from failure
             log.info("%s does not serve the adapter %s: nothing to unload", self.config.endpoint, name)
 
     async def tokenize(

@@ -75,7 +75,7 @@ def run_distilabel(python: str, url: str, prompts: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run both and print a table."""
-    from tasks.demo.local import prefect_api
+    from tasks.demo.api import prefect_api
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--distilabel-python", required=True)

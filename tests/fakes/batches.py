@@ -36,6 +36,7 @@ class FakeBatches:
         self.batches: dict[str, Body] = {}
         self.asked: list[str] = []  # custom ids of all batches
         self.direct = 0
+        self.pages = 0  # so many batches are shown as a page
         self.url = ""
 
     def __enter__(self) -> Self:
@@ -99,6 +100,9 @@ class FakeBatches:
         return web.json_response({"object": "list", "data": list(self.batches.values()), "has_more": False})
 
     async def _retrieve(self, request: web.Request) -> web.Response:
+        if self.pages:
+            self.pages -= 1
+            return web.Response(text="<html>One moment, please", content_type="text/html")
         batch = self.batches.get(request.match_info["batch"])
         if batch is None:
             return _absent("batch")

@@ -8,7 +8,7 @@ from typing import Any
 from tasks.errors import PreflowError
 from tasks.judge.quality.metrics import confidence, make_metric, make_report, positions, share_at_most, texts
 from tasks.judge.quality.tally import Tally
-from tasks.store.measures import Metric, QualityReport
+from tasks.store.measures import QualityReport
 from tasks.store.records import CompletionsRow, ConversationPairRow, Message, PairRow, prompt_id, read_rows
 
 # Of each prompt: the digests of the texts in every row of completions that it has.
@@ -41,9 +41,15 @@ def measure_pairs(train: str, val: str | None = None, completions: str | None = 
             if pair.sft_only:
                 continue
             tally.add(_as_judged(pair, None if candidates is None else candidates.get(key, []), lost))
-            if (given := _confidence_of(pair, f"{uri}, row {number}")) is not None:
-                tally.confidence[given] += 1
-    metrics = [_shared_prompts(prompts["train"], prompts["val"])]
+            given = (pair.model_extra or {}).get("confidence")
+            if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < 1e9:
+                tally.confidence[round(given)] += 1
+            elif given is not None:
+                raise PreflowError(f"{uri}, row {number}: confidence is {given!r}, not a number. Give 1-5, or none.")
+    both = len(prompts["train"] & prompts["val"])
+    advice = "Prompts lie in both files, which flatters the held-out accuracy: split by prompt or group, not by pair."
+    about = ("shared_prompts", "Prompts in both train and val", "prompts", "none")
+    metrics = [make_metric(about, both, both == 0 if prompts["val"] else None, advice if both else None)]
     if candidates is not None:
         advice = (
             f"{lost.total():,} of {tally.pairs:,} pairs could not be placed among the completions: give the file that "
@@ -53,22 +59,6 @@ def measure_pairs(train: str, val: str | None = None, completions: str | None = 
         metrics += [share_at_most(0.05, unmatched, lost.total(), tally.pairs, advice, lost), *positions(tally)]
     metrics += [*([confidence(tally)] if tally.confidence else []), *texts(tally)]
     return make_report(tally, metrics).model_copy(update={"statuses": dict(rows), "reasons": dict(lost)})
-
-
-def _confidence_of(pair: PairRow, where: str) -> int | None:
-    given = (pair.model_extra or {}).get("confidence")
-    if given is None:
-        return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not abs(given) < 1e9:
-        raise PreflowError(f"{where}: confidence is {given!r}, not a number. Give 1-5, or leave it out.")
-    return round(given)
-
-
-def _shared_prompts(train: set[str], val: set[str]) -> Metric:
-    both = len(train & val)
-    advice = "Prompts lie in both files, which flatters the held-out accuracy: split by prompt or group, not by pair."
-    about = ("shared_prompts", "Prompts in both train and val", "prompts", "none")
-    return make_metric(about, both, both == 0 if val else None, advice if both else None)
 
 
 def _read_candidates(uri: str) -> Candidates:

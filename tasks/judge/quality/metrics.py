@@ -1,5 +1,6 @@
 """What is measured about a judge and its pairs: each metric with its range, and what to do outside it."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,32 +24,32 @@ def measure_judgements(rows: Iterable[Mapping[str, Any]], usage: Mapping[str, in
     tally = Tally()
     for row in rows:
         tally.add(row)
+    failed, unreadable = _failures(tally)
     judge = (
-        _pair_yield(tally), _failed_prompts(tally), *positions(tally), _flip_rate(tally), _agreement(tally),
-        confidence(tally), _parse_failures(tally), _tokens_per_verdict(tally, usage or {}),
+        _pair_yield(tally), failed, *positions(tally), _flip_rate(tally), _agreement(tally), confidence(tally),
+        unreadable, _tokens_per_verdict(tally, usage or {}),
     )  # fmt: skip
     return make_report(tally, [*judge, *_scores(tally), *texts(tally)])
 
 
 def make_report(tally: Tally, metrics: Sequence[Metric]) -> QualityReport:
-    """Return the report on counted rows: their metrics, and how long chosen and rejected are."""
+    """Return the report on counted rows: their metrics, and how long chosen and rejected are, in characters."""
+    lengths: dict[str, Any] = {}
+    if tally.pairs:
+        sides = tally.sides()
+        reach = float(np.quantile(sides, 0.99)) + 1  # the last bin holds the longest per cent, whatever it is
+        edges = np.linspace(0, reach, BINS + 1).round(1)
+        chosen, rejected = (np.histogram(np.minimum(side, reach), edges)[0].tolist() for side in sides)
+        medians = dict(zip(("chosen", "rejected"), np.median(sides, axis=1).tolist(), strict=True))
+        lengths = {"edges": edges.tolist(), "chosen": chosen, "rejected": rejected, "medians": medians}
     return QualityReport(
         rows=tally.rows,
         pairs=tally.pairs,
         statuses=dict(tally.statuses),
         reasons=dict(tally.reasons.most_common()),
         metrics=list(metrics),
-        detail={"lengths": _histogram(tally.sides()) if tally.pairs else {}},
+        detail={"lengths": lengths},
     )
-
-
-def _histogram(sides: Ints) -> dict[str, Any]:
-    """Return how long both sides are, in characters; the last bin holds the longest per cent, whatever it is."""
-    reach = float(np.quantile(sides, 0.99)) + 1
-    edges = np.linspace(0, reach, BINS + 1).round(1)
-    chosen, rejected = (np.histogram(np.minimum(side, reach), edges)[0].tolist() for side in sides)
-    medians = dict(zip(("chosen", "rejected"), np.median(sides, axis=1).tolist(), strict=True))
-    return {"edges": edges.tolist(), "chosen": chosen, "rejected": rejected, "medians": medians}
 
 
 def short(value: float) -> float:
@@ -68,16 +69,11 @@ def make_metric(
     `about` is its name, its title, its unit and the range it should lie in; `detail` is what else the report shows.
     """
     name, title, unit, healthy = about
+    value, ok = None if value is None else short(value), None if ok is None else bool(ok)
+    advice, detail = None if ok else advice, dict(detail or {})
     return Metric(
-        name=name,
-        title=title,
-        unit=unit,
-        healthy=healthy,
-        value=None if value is None else short(value),
-        ok=None if ok is None else bool(ok),
-        advice=None if ok else advice,
-        detail=dict(detail or {}),
-    )
+        name=name, title=title, unit=unit, healthy=healthy, value=value, ok=ok, advice=advice, detail=detail
+    )  # fmt: skip
 
 
 def share_at_most(
@@ -101,45 +97,39 @@ def wilson_interval(successes: int, total: int) -> list[float]:
 # ---- rows
 
 
+# What helps against too few pairs, by a word of the most frequent reason.
+_YIELD_ADVICE = {
+    "unanimous|majority": "The judge changes its mind with the order: take a stronger judging.model or a sharper "
+    "judging.rubric, make the extremes clearer with a higher generation.num_completions or temperature; "
+    "judging.pair_policy majority or borda keeps more pairs, of less certain ones.",
+    "confidence": "Lower judging.min_confidence, or raise generation.num_completions so that the extremes differ.",
+    "score": "Lower judging.min_chosen_score, or raise generation.num_completions so that one of them is good. Where "
+    "most scores are equal, say in judging.rubric what tells a good answer from a fair one.",
+    "distinct": "The completions are equal: raise generation.temperature and generation.num_completions.",
+    "": "Look at `reason` and `votes` in judged.jsonl.",
+}
+
+
 def _pair_yield(tally: Tally) -> Metric:
     about = ("pair_yield", "Prompts that gave a pair", "share", "at least 30 %")
     if not tally.rows:
         return make_metric(about, None)
     reason = tally.reasons.most_common(1)[0][0] if tally.reasons else "?"
-    advice = f"Only {tally.pairs:,} of {tally.rows:,} prompts gave a pair, most often because of: {reason}. "
-    if "unanimous" in reason or "majority" in reason:
-        advice += (
-            "The judge changes its mind with the order: take a stronger judging.model or a sharper judging.rubric, "
-            "make the extremes clearer with a higher generation.num_completions or temperature; "
-            "judging.pair_policy majority or borda keeps more pairs, of less certain ones."
-        )
-    elif "confidence" in reason:
-        advice += "Lower judging.min_confidence, or raise generation.num_completions so that the extremes differ."
-    elif "score" in reason:
-        advice += (
-            "Lower judging.min_chosen_score, or raise generation.num_completions so that one of them is good. Where "
-            "most scores are equal, say in judging.rubric what tells a good answer from a fair one."
-        )
-    elif "distinct" in reason:
-        advice += "The completions are equal: raise generation.temperature and generation.num_completions."
-    else:
-        advice += "Look at `reason` and `votes` in judged.jsonl."
+    help_ = next(words for pattern, words in _YIELD_ADVICE.items() if re.search(pattern, reason))
+    advice = f"Only {tally.pairs:,} of {tally.rows:,} prompts gave a pair, most often because of: {reason}. {help_}"
     share = tally.pairs / tally.rows
     return make_metric(about, share, share >= 0.3, advice, {"statuses": dict(tally.statuses)})
 
 
-def _failed_prompts(tally: Tally) -> Metric:
+def _failures(tally: Tally) -> Iterator[Metric]:
+    """Yield the shares of prompts without a verdict and of verdicts that could not be read, refused ones apart."""
     failed = tally.statuses["failed"]
     advice = (
         f"{failed:,} prompts could not be judged: `votes[].error` in judged.jsonl says why. Where verdicts were cut, "
         "raise judging.max_tokens; where the endpoint refused, look at its limits. Run again: only these are asked."
     )
     about = ("failed_prompts", "Prompts that could not be judged")
-    return share_at_most(0.01, about, failed, tally.rows, advice, {"failed": failed})
-
-
-def _parse_failures(tally: Tally) -> Metric:
-    """Return the share of verdicts that could not be read; those the endpoint refused are counted apart."""
+    yield share_at_most(0.01, about, failed, tally.rows, advice, {"failed": failed})
     refused = sum(count for error, count in tally.errors.items() if error.startswith("refused"))
     failures = tally.errors.total() - refused
     advice = (
@@ -149,7 +139,7 @@ def _parse_failures(tally: Tally) -> Metric:
     errors = dict(tally.errors.most_common(10))
     detail = {"failures": failures, "refused": refused, "votes": tally.votes, "errors": errors}
     about = ("parse_failures", "Verdicts that could not be read")
-    return share_at_most(0.01, about, failures, tally.votes, advice, detail)
+    yield share_at_most(0.01, about, failures, tally.votes, advice, detail)
 
 
 def _tokens_per_verdict(tally: Tally, usage: Mapping[str, int]) -> Metric:
@@ -194,15 +184,8 @@ def _position_table(at: Ints, sizes: Ints) -> tuple[list[dict[str, Any]], list[f
     for k, chance in enumerate(expected):
         shown, observed = int((sizes > k).sum()), int((at == k).sum())
         rates = {"rate": observed / shown, "chance": chance / shown, "lift": observed / chance}
-        table.append(
-            {
-                "position": k + 1,
-                "shown": shown,
-                "observed": observed,
-                **{name: short(rate) for name, rate in rates.items()},
-                "interval": wilson_interval(observed, shown),
-            }
-        )
+        row = {"position": k + 1, "shown": shown, "observed": observed, **{n: short(r) for n, r in rates.items()}}
+        table.append({**row, "interval": wilson_interval(observed, shown)})
     return table, expected
 
 
@@ -309,16 +292,23 @@ def _scores(tally: Tally) -> list[Metric]:
 # ---- the texts
 
 
-def texts(tally: Tally) -> list[Metric]:
-    """Return what is measured of the pairs' texts, where they show it."""
-    found = (_degenerate_pairs, _longer_chosen, _distinct_2, _speaker_balance, _cut_by_length)
-    return [metric for measure in found if (metric := measure(tally)) is not None]
-
-
-def _degenerate_pairs(tally: Tally) -> Metric:
+def texts(tally: Tally) -> Iterator[Metric]:
+    """Yield what is measured of the pairs' texts, where they show it."""
     advice = "Pairs whose sides are equal or empty teach nothing: take them out of the file."
     about = ("degenerate_pairs", "Pairs with equal or empty sides", "pairs", "none")
-    return make_metric(about, tally.degenerate, tally.degenerate == 0 if tally.pairs else None, advice)
+    yield make_metric(about, tally.degenerate, tally.degenerate == 0 if tally.pairs else None, advice)
+    yield _longer_chosen(tally)
+    if tally.scored:
+        yield _distinct_2(tally)
+    if tally.scenes * 2 > tally.pairs > 0:
+        yield _speaker_balance(tally)
+    if reasons := tally.finish_reasons:
+        advice = (
+            "Many completions end in mid-sentence; such a side is trained on without an end of turn. Raise "
+            "generation.max_tokens, or leave these pairs out with judging.leave_out_cut."
+        )
+        cut, detail = ("cut_by_length", "Completions cut by max_tokens"), {"finish_reasons": dict(reasons)}
+        yield share_at_most(0.1, cut, reasons["length"], reasons.total(), advice, detail)
 
 
 def _longer_chosen(tally: Tally) -> Metric:
@@ -340,10 +330,8 @@ def _longer_chosen(tally: Tally) -> Metric:
     return make_metric(about, longer / (longer + shorter), low <= 0.55 and high >= 0.45, advice, detail)
 
 
-def _distinct_2(tally: Tally) -> Metric | None:
+def _distinct_2(tally: Tally) -> Metric:
     """Return distinct-2 (Li et al. 2016) of two completions of a prompt."""
-    if not tally.scored:
-        return None
     means = {n: tally.distinct[n] / tally.scored for n in NGRAMS}
     advice = (
         "The completions of a prompt repeat each other, so best and worst hardly differ: raise generation.temperature "
@@ -354,12 +342,10 @@ def _distinct_2(tally: Tally) -> Metric | None:
     return make_metric(about, means[2], means[2] >= 0.55, advice, detail)
 
 
-def _speaker_balance(tally: Tally) -> Metric | None:
+def _speaker_balance(tally: Tally) -> Metric:
     """Return half the summed differences in who speaks, between chosen and rejected; only of scenes."""
     from scipy.stats import chi2_contingency
 
-    if tally.scenes * 2 <= tally.pairs or not tally.pairs:
-        return None
     chosen, rejected = tally.speakers["chosen"], tally.speakers["rejected"]
     shares = {name: (chosen[name] / chosen.total(), rejected[name] / rejected.total()) for name in chosen | rejected}
     gap = sum(abs(a - b) for a, b in shares.values()) / 2
@@ -377,14 +363,3 @@ def _speaker_balance(tally: Tally) -> Metric | None:
     about = ("speaker_balance", f"Speakers: {title}", "share of lines", healthy)
     detail = {"speakers": table, "p_value": short(p_value)}
     return make_metric(about, gap, gap <= 0.05 or p_value >= 0.01, advice, detail)
-
-
-def _cut_by_length(tally: Tally) -> Metric | None:
-    if not tally.finish_reasons:
-        return None
-    advice = (
-        "Many completions end in mid-sentence; such a side is trained on without an end of turn. Raise "
-        "generation.max_tokens, or leave these pairs out with judging.leave_out_cut."
-    )
-    reasons, about = tally.finish_reasons, ("cut_by_length", "Completions cut by max_tokens")
-    return share_at_most(0.1, about, reasons["length"], reasons.total(), advice, {"finish_reasons": dict(reasons)})

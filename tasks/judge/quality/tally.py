@@ -75,12 +75,13 @@ class Tally:
             _count(self.reasons, _without_numbers(row["reason"]))
         for reason in row.get("finish_reasons") or ():
             _count(self.finish_reasons, str(reason))
-        self._add_diversity(row["completions"])
+        if self.scored < DIVERSITY_PROMPTS:
+            self._add_diversity(row["completions"])
         self._add_votes(row["votes"])
         if row.get("scores") and row["best"] is not None:
             self.scores[round(row["scores"][str(row["best"])])] += 1
         if row["status"] == "pair":
-            self._add_pair(row["completions"][row["best"]], row["completions"][row["worst"]])
+            self._add_pair(*(row["completions"][row[side]] for side in ("best", "worst")))
 
     def _add_votes(self, votes: Sequence[Mapping[str, Any]]) -> None:
         self.votes += len(votes)
@@ -101,19 +102,17 @@ class Tally:
                 named = Counter(vote[side] for vote in orders.values())
                 self.flipped[side] += pairs - sum(count * (count - 1) // 2 for count in named.values())
 
-    def _add_pair(self, chosen: str, rejected: str) -> None:
-        self.lengths.extend((len(chosen), len(rejected)))
-        self.degenerate += not chosen.strip() or not rejected.strip() or chosen.strip() == rejected.strip()
-        named = {"chosen": SPEAKER.findall(chosen), "rejected": SPEAKER.findall(rejected)}
-        self.scenes += all(named.values())
-        for side, names in named.items():
+    def _add_pair(self, *texts: str) -> None:
+        self.lengths.extend(map(len, texts))
+        self.degenerate += not all(text.strip() for text in texts) or texts[0].strip() == texts[1].strip()
+        named = [SPEAKER.findall(text) for text in texts]
+        self.scenes += all(named)
+        for side, names in zip(("chosen", "rejected"), named, strict=True):
             for name in names:
                 _count(self.speakers[side], name)
 
     def _add_diversity(self, completions: Sequence[str]) -> None:
         """Add distinct over all n-grams of the first two completions: of more, the figure falls with their number."""
-        if self.scored >= DIVERSITY_PROMPTS:
-            return
         self.scored += 1
         words = [WORD.findall(text.lower()) for text in completions[:2]]
         for n in NGRAMS:

@@ -46,7 +46,7 @@ async def test_a_batch_is_left_and_taken_up_by_whoever_looks_when_it_is_answered
                 await second.check_pending()
         async with process(fake, tmp_path, "other prompts") as other:
             await other.check_pending()
-        fake.batches["batch-0"]["due"] = 0.0
+        fake.batches["batch-0"]["due"], fake.pages = 0.0, 1
         async with process(fake, tmp_path) as third:
             async with asyncio.timeout(20):
                 await third.check_pending()

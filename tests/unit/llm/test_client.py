@@ -402,6 +402,7 @@ def google_error(quota: str | None, delay: str | None) -> list[Any]:
         (403, openai_error("Your input was flagged by moderation"), "content_filter"),
         (400, openai_error("response_format is not supported"), "bad_request"),
         (404, openai_error("The model `x` does not exist."), "not_found"),
+        (404, openai_error("No endpoints found that can handle the requested parameters."), "bad_request"),
         (413, b"<html>Request Entity Too Large</html>", "too_large"),
         (422, {"detail": [{"msg": "field required"}]}, "bad_request"),
         (400, openai_error("Input tokens exceed the configured limit of 272000 tokens."), "context_length"),
