@@ -94,14 +94,6 @@ def _training(config: PipelineConfig) -> list[Any]:
     return [training.identity(), folder_digest(training.sft_adapter), base_digest(training), token_identity(training)]
 
 
-def _training_checks(config: PipelineConfig) -> list[Callable[[], object]]:
-    trains_here = config.training_deployment is None
-    return [
-        partial(check_training_inputs, config.training, trains_here=trains_here),
-        partial(_check_prompts, config),
-    ]
-
-
 def _find_template(training: TrainingConfig) -> ChatTemplate | None:
     found = choose_template(training, training.sft_adapter, training.base_model, training.base_revision)
     if found is not None and found.is_complete:
@@ -114,12 +106,6 @@ def _check_prompts(config: PipelineConfig) -> None:
     if (template := _find_template(config.training)) is not None:
         for uri in _prompts(config):
             check_prompts(uri, template)
-
-
-def _training_service(config: PipelineConfig) -> list[Callable[[], Awaitable[object]]]:
-    if config.training_deployment is None:
-        return []
-    return [partial(check_deployment, config.training_deployment, config.workspace, config.training)]
 
 
 def _evaluation(config: PipelineConfig) -> list[Any]:
@@ -191,8 +177,15 @@ STAGES = (
     Stage(
         "training",
         identity=_training,
-        checks=_training_checks,
-        service_checks=_training_service,
+        checks=lambda config: [
+            partial(check_training_inputs, config.training, trains_here=config.training_deployment is None),
+            partial(_check_prompts, config),
+        ],
+        service_checks=lambda config: [
+            partial(check_deployment, name, config.workspace, config.training)
+            for name in (config.training_deployment,)
+            if name
+        ],
     ),
     Stage(
         "evaluation",

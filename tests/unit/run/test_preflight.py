@@ -20,11 +20,9 @@ def config(tmp_path: Path) -> PipelineConfig:
         (tmp_path / name / "adapter_config.json").write_text("{}")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": [{"role": "user", "content": "a"}]}\n')
     return PipelineConfig(
-        prompts=str(tmp_path / "prompts.jsonl"),
-        workspace=str(tmp_path / "workspace"),
-        judging=JudgingConfig(rubric="seinfeld"),
-        training=TrainingConfig(sft_adapter=str(tmp_path / "sft")),
-    )
+        prompts=str(tmp_path / "prompts.jsonl"), workspace=str(tmp_path / "workspace"),
+        judging=JudgingConfig(rubric="seinfeld"), training=TrainingConfig(sft_adapter=str(tmp_path / "sft")),
+    )  # fmt: skip
 
 
 def changed(config: PipelineConfig, **parts: Any) -> str:
