@@ -214,6 +214,7 @@ class StageConfig(BaseModel):
         extra="forbid",
         hide_input_in_errors=True,
         validate_default=True,
+        allow_inf_nan=False,
         field_title_generator=field_title,
         use_attribute_docstrings=True,
         json_schema_extra=_explain_form,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
-from prefect.client.schemas.objects import WorkerStatus, WorkPool
+from prefect.client.schemas.objects import WorkerStatus, WorkPool, WorkQueue
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
@@ -30,8 +30,16 @@ async def check_deployment(name: str, workspace: str, training: TrainingConfig) 
     if deployment.work_pool_name is not None:
         async with get_client() as client:
             pool = await client.read_work_pool(deployment.work_pool_name)
+            queue = await client.read_work_queue_by_name(deployment.work_queue_name or "default", pool.name)
             workers = await client.read_workers_for_work_pool(pool.name)
-        _check_pool(pool, [worker.name for worker in workers if worker.status == WorkerStatus.ONLINE])
+        _check_starts(f"work pool {pool.name}", pool)
+        _check_starts(f"work queue {queue.name} of the work pool {pool.name}", queue)
+        is_online = any(worker.status == WorkerStatus.ONLINE for worker in workers)
+        if not (is_online or pool.is_push_pool or pool.is_managed_pool):
+            logger.warning(
+                "no worker of the work pool %s is online: the training will wait for one (prefect worker start --pool "
+                "%s)", pool.name, pool.name,
+            )  # fmt: skip
         _check_reach(workspace, training, pool)
         if pool.type == "kubernetes":
             await check_quotas(pool, deployment)
@@ -51,14 +59,12 @@ async def read_deployment(name: str) -> DeploymentResponse:
             ) from error
 
 
-def _check_pool(pool: WorkPool, online: list[str]) -> None:
-    if pool.is_paused:
-        raise PreflowError(f"work pool {pool.name} is paused, so nothing would train: resume it in the Prefect UI")
-    if not online and not (pool.is_push_pool or pool.is_managed_pool):
-        logger.warning(
-            "no worker of the work pool %s is online: the training will wait for one (prefect worker start --pool %s)",
-            pool.name, pool.name,
-        )  # fmt: skip
+def _check_starts(name: str, found: WorkPool | WorkQueue) -> None:
+    """Refuse a work pool or queue that hands out no run."""
+    if found.is_paused:
+        raise PreflowError(f"{name} is paused, so nothing would train: resume it in the Prefect UI")
+    if found.concurrency_limit == 0:
+        raise PreflowError(f"{name} allows 0 runs at once, so nothing would train: raise its limit in the Prefect UI")
 
 
 def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> None:

@@ -37,7 +37,7 @@ EXPONENTS = {
 }
 UNSERVED = (
     "modules_to_save", "lora_bias", "trainable_token_indices", "alora_invocation_tokens", "layer_replication",
-    "target_parameters", "monteclora_config", "kasa_config", "arrow_config",
+    "target_parameters", "monteclora_config", "kasa_config", "arrow_config", "velora_config",
 )  # fmt: skip
 # The embeddings of the architectures that transformers knows.
 EMBEDDINGS = r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$"
@@ -103,7 +103,8 @@ class AdapterFiles:
     def rank(self, module: str) -> int:
         """Return the rank that the configuration gives a module, as PEFT looks it up."""
         patterns: dict[str, int] = self.config.get("rank_pattern") or {}
-        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        name = module.removeprefix("base_model.model.")  # a pattern may begin with ^
+        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
         return int(patterns[key] if key else self.config["r"])
 
     def check(self) -> None:
@@ -134,6 +135,8 @@ class AdapterFiles:
             "save_pretrained(path_initial_model_for_weight_conversion=...)": re.match(
                 "pissa|olora|corda|loftq|lora_ga", str(init), re.IGNORECASE
             ),
+            "init_lora_weights is 'mica', with which PEFT trains half of an adapter and takes no 4-bit base; set it to "
+            "true: the weights stay what they are": str(init).lower() == "mica",
             "target_modules is empty, where PEFT writes what it was trained on; save the adapter again": not targets,
             f"lora_dropout is {dropout!r}, not a number from 0 to 1": type(dropout) not in (int, float)
             or not 0 <= dropout <= 1,
@@ -273,6 +276,7 @@ class BaseFiles:
             PreflowError: there is no such model or revision, or it may not be read.
             OSError: the hub cannot be reached and the cache does not hold it.
         """
+        import httpx2
         from huggingface_hub import get_safetensors_metadata, snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
@@ -299,8 +303,8 @@ class BaseFiles:
                 f"({str(error).strip().splitlines()[-1]}). Correct the name, accept the model's terms, or give a "
                 "folder."
             ) from error
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise OSError(str(error).strip().splitlines()[0]) from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
+            raise OSError(f"{type(error).__name__}: {error}".strip().splitlines()[0]) from error
         shapes = {key: info.shape for file in metadata.files_metadata.values() for key, info in file.tensors.items()}
         return cls(name, folder, shapes)
 

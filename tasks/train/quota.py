@@ -71,8 +71,10 @@ def charges(pod: Item) -> dict[str, Decimal]:
     """Return what a pod counts towards a quota, by the quota's names."""
     found = defaultdict(Decimal, {"pods": Decimal(1), "count/pods": Decimal(1)})
     for container in pod["containers"]:
-        for kind in ("requests", "limits"):
-            for name, quantity in container.get("resources", {}).get(kind, {}).items():
+        limits = container.get("resources", {}).get("limits", {})
+        requests = limits | container.get("resources", {}).get("requests", {})  # what is only limited is requested too
+        for kind, sizes in (("requests", requests), ("limits", limits)):
+            for name, quantity in sizes.items():
                 found[f"{kind}.{name}"] += amount(quantity)
     return found
 

@@ -88,7 +88,7 @@ class TrainingView:
 
     def show(self, progress: Progress) -> None:
         """Move the bar; draw the page again if the last one is `REFRESH_SECONDS` old."""
-        with self._server_may_be_away():
+        with self._may_fail():
             if progress.total:
                 _move_bar(self._bar, progress=100.0 * progress.step / progress.total, _sync=True)
             if time.monotonic() - self._drawn >= REFRESH_SECONDS:
@@ -96,19 +96,19 @@ class TrainingView:
 
     def finish(self) -> None:
         """Show the finished training."""
-        with self._server_may_be_away():
+        with self._may_fail():
             _move_bar(self._bar, progress=100.0, _sync=True)
             self._draw("Finished; the page on the training has its readings and the advice.")
 
     @contextmanager
-    def _server_may_be_away(self) -> Iterator[None]:
-        """Let a training go on while the Prefect server does not answer; say so at most once a refresh."""
+    def _may_fail(self) -> Iterator[None]:
+        """Let a training go on while server or workspace do not answer; say so at most once a refresh."""
         try:
             yield
-        except (httpx.HTTPError, PrefectException) as error:
+        except (httpx.HTTPError, PrefectException, OSError) as error:
             if time.monotonic() - self._complained >= REFRESH_SECONDS:
                 self._complained = time.monotonic()
-                logger.warning("the Prefect server does not take the training's progress (%s); training goes on", error)
+                logger.warning("the training's progress cannot be shown in the UI (%s); training goes on", error)
 
     def _draw(self, summary: str) -> None:
         if not self._store.exists(self._metrics):

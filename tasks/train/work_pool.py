@@ -206,7 +206,8 @@ async def _follow(run: FlowRun, order: TrainingOrder) -> FlowRun:
         if pods is not None:
             await pods.say(quiet)
         # Nobody else would report it: its worker is gone with it. On Kubernetes a lost pod is replaced, however late.
-        if pool is not None and pool.type == "process" and state.is_running() and quiet > limit:
+        begun = state.type in (StateType.PENDING, StateType.RUNNING)
+        if pool is not None and pool.type == "process" and begun and quiet > limit:
             await retry_while_api_is_down(_mark_crashed, run)
         await asyncio.sleep(POLL_SECONDS)
 

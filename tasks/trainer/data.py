@@ -283,7 +283,7 @@ def load_pairs(
     while some := list(islice(numbered, ROWS_AT_ONCE)):
         kept += [pair for pair in reader.tokenize(some, report) if report.add(pair, max_length)]
     if not report.pairs:
-        raise PreflowError(f"{uri}: has no rows. Give a JSONL file with at least one pair.")
+        raise NoUsablePairsError(f"{uri}: has no rows. Give a JSONL file with at least one pair.")
     _report(uri, report, max_length)
     report.check(uri, reader.template)
     if not kept:

@@ -133,20 +133,23 @@ class Lease:
                 LOG.warning("the lease's heartbeat failed once", exc_info=True)
 
     def _beat(self, mine: Holder) -> None:
-        version = self._swap(self._version, mine)
-        if version is None:  # nobody else has a reason to write it
-            self.check()
-            return
-        self._mine, self._version = mine, version
+        # Where the answer to an earlier beat was lost, the file has another version, and is still this trainer's.
+        version = self._swap(self._version, mine) or self._swap(self._version_held(), mine)
+        if version is not None:
+            self._mine, self._version = mine, version
 
     def check(self) -> None:
         """Raise `LeaseLostError` if another trainer has taken over."""
-        holder = self._read()[0]
+        self._version_held()
+
+    def _version_held(self) -> object:
+        holder, version = self._read()
         if holder is None or holder.owner != self._mine.owner:
             token = holder.token if holder else "?"
             raise LeaseLostError(
                 f"this trainer (token {self._mine.token}) lost its lease to another (token {token}) and must not write"
             )
+        return version
 
     def release(self) -> None:
         """Give the lease back, so that a waiting trainer need not wait for it to run out."""

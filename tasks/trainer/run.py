@@ -206,7 +206,10 @@ class TrainingRun:
         """Write all rows; a file is written whole, so each time costs more, and then it is done more rarely."""
         started = time.monotonic()
         if is_main_process() and started >= self._rows_due:
-            self._store.write_bytes(f"{self._folder}/metrics.jsonl", as_lines(rows))
+            try:
+                self._store.write_bytes(f"{self._folder}/metrics.jsonl", as_lines(rows))
+            except OSError as error:  # the rows are in every checkpoint, and written again at the end
+                LOG.warning("the newest metrics could not be written (%s); training goes on", error)
             self._rows_due = started + ROWS_PAUSE * (time.monotonic() - started)
 
     def _finish(self, trainer: ExactTrainer, adapter: Path, check: Split) -> None:
@@ -223,7 +226,8 @@ class TrainingRun:
             if is_main_process():
                 self._commit(trainer, done)
         except OSError:
-            trainer.save_boundary()  # the training is done, and is not done again when there is room
+            if self._training.num_processes == 1:  # the other processes do not wait for this one any more
+                trainer.save_boundary()  # the training is done, and is not done again when there is room
             raise
 
     def _save_adapter(self, trainer: ExactTrainer, adapter: Path, check: Split, step: int, uri: str) -> Finished:
@@ -345,7 +349,10 @@ def gpu_usd_per_hour() -> float:
     node, prices = os.environ.get("PREFLOW_NODE", ""), os.environ.get("PREFLOW_GPU_USD_PER_HOUR", "")
     for name, _, price in (part.partition("=") for part in prices.split(",") if part):
         if name in node:
-            return float(price)
+            try:
+                return float(price)
+            except ValueError:
+                LOG.warning("gpu_usd_per_hour: no price in %r of %r; the cost is counted as 0", price, prices)
     return 0.0
 
 

@@ -23,6 +23,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._set = threading.Event()
+        self._reason = "asked to stop"
         self._deferred = False
 
     def install(self) -> None:
@@ -41,14 +42,16 @@ class StopFlag:
         """Whether the trainer was asked to stop."""
         return self._set.is_set()
 
-    def set(self) -> None:
-        """Ask the trainer to stop; from any thread."""
+    def set(self, reason: str = "asked to stop") -> None:
+        """Ask the trainer to stop, if nobody has; from any thread."""
+        if not self._set.is_set():
+            self._reason = reason
         self._set.set()
 
     def check(self) -> None:
         """Raise `StopTraining` if the trainer was asked to stop."""
         if self._set.is_set():
-            raise StopTraining("asked to stop")
+            raise StopTraining(self._reason)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

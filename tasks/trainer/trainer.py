@@ -360,7 +360,7 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         if self.args.world_size > 1:
             wanted = torch.tensor([int(self._hooks.stop.is_set)], device=self.args.device)
             if int(self.accelerator.reduce(wanted, "sum")) > 0:
-                raise StopTraining("another process of this training was asked to stop")
+                self._hooks.stop.set("another process of this training was asked to stop")
         self._hooks.stop.check()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -467,14 +467,13 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             seconds = self._hooks.save(checkpoint)
         except OSError as error:
             if checkpoint.step in kept_steps(self.state.max_steps, self._training.checkpoints):
-                raise StopTraining(  # and the next start goes on from the one before
+                self._hooks.stop.set(  # all processes together; the next start goes on from the one before
                     f"the checkpoint of step {checkpoint.step}, which training.checkpoints keeps, could not be written "
                     f"({error}): free space in the workspace"
-                ) from error
+                )
             LOG.error(
-                "checkpoint of step %d could not be written (%s): free space in the workspace. Training goes on; if "
-                "it is preempted now, it resumes from the checkpoint before",
-                checkpoint.step, error,
+                "checkpoint of step %d could not be written (%s): free space in the workspace. If it is preempted now, "
+                "it resumes from the checkpoint before", checkpoint.step, error,
             )  # fmt: skip
             return
         LOG.info("checkpoint of step %d committed, checkpoint_seconds %.2f", checkpoint.step, seconds)

@@ -78,7 +78,6 @@ def sides(value: Any) -> None:
 
 
 def forge(value: Any) -> None:
-    """Change a vote together with the row's digest."""
     vote(value)["best"] = 0
     value["comparisons"][3]["sha256"] = digest(value["comparisons"][3]["row"])[:16]
 

@@ -394,6 +394,7 @@ REFUSED: dict[str, list[tuple[int, Any]]] = {
     "bad_request": [
         (400, "response_format is not supported"),
         (422, {"detail": [{"msg": "field required"}]}),
+        (404, "No endpoints found that can handle the requested parameters."),
         # A limit of the answer's tokens, whatever is asked: not this row's fault.
         (422, {"error": "Input validation error: `max_new_tokens` must be <= 1024. Given: 4096", "error_type": "v"}),
         (400, "`max_tokens` must be less than or equal to `8192`, which is less than the `context_window`"),

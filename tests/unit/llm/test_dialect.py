@@ -117,6 +117,7 @@ def test_max_tokens_has_another_name_for_newer_models() -> None:
      "'system' is not one of ['user', 'assistant'] - 'messages.0.role'", "This model does not support system messages",
      "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
      "Unexpected message role: 'system'",
+     "body.messages.0.role Input should be 'user' or 'assistant'",
      "Invalid value: 'system'. Supported values are: 'user' and 'assistant'.", "Please use a valid role: user, model."],
 )  # fmt: skip
 def test_without_a_system_role_its_text_opens_the_user_s_message(text: str) -> None:

@@ -123,8 +123,10 @@ def test_a_damaged_pointer_is_named(tmp_path: Path, content: str) -> None:
     pointer = tmp_path / "workspace" / "adapters" / "mine" / "CURRENT.json"
     pointer.parent.mkdir(parents=True)
     pointer.write_text(content)
-    with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged"):
-        read_pointer(str(tmp_path / "workspace"), "mine")
+    with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged.*delete it"):
+        promoted(tmp_path, "new")
+    pointer.unlink()
+    promoted(tmp_path, "new")
 
 
 def roll_back(folder: Path, to: str | None = None) -> str:

@@ -68,6 +68,8 @@ def refused(world: TinyWorld, message: str, **changes: Any) -> None:
         ({"init_lora_weights": "loftq"}, "changes the base"),
         ({"init_lora_weights": "olora"}, "changes the base"),
         ({"init_lora_weights": "corda"}, "changes the base"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights is 'mica', .* set it to true"),
+        ({"velora_config": {"num_groups": 4}}, "velora_config is {'num_groups': 4}, which vLLM does not serve"),
         ({"lora_bias": True}, "lora_bias is True, which vLLM does not serve"),
         ({"trainable_token_indices": [5]}, r"trainable_token_indices is \[5\]"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
@@ -93,6 +95,7 @@ def test_an_adapter_that_cannot_work_is_refused_with_its_cause(
     "options",
     [
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 32}},
+        {"target_modules": ["q_proj"], "rank_pattern": {"^model.layers.0.self_attn.q_proj": 8}},
         {"target_modules": r"^(?!.*lm_head).*\.(q_proj|v_proj)$"},
         {"target_modules": r".*", "exclude_modules": r"^(?!.*(q|v)_proj$).*"},
         {"target_modules": "all-linear", "exclude_modules": ["k_proj"], "use_rslora": True},
@@ -334,8 +337,13 @@ class TestOnTheHub:
         refused(world, r"base_model acme/tiny has \[128, \d+\]", base_model="acme/tiny")
 
     def test_what_cannot_be_asked_for_is_not_called_absent(
-        self, world: TinyWorld, caplog: pytest.LogCaptureFixture
+        self, world: TinyWorld, cached: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         refused(world, r"acme/other: the hub cannot be asked .*HF_HUB_OFFLINE", base_model="acme/other")
+        (cached / "model.safetensors").unlink()
+        with monkeypatch.context() as unreachable:  # the small files are here, and the sizes of its weights are not
+            unreachable.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+            unreachable.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+            refused(world, r"acme/tiny: the hub cannot be asked .*ConnectError", base_model="acme/tiny")
         check_training_inputs(world.config(base_model="acme/other"), trains_here=False)
         assert "acme/other cannot be looked at from here" in caplog.text

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_room_another_resource_and_other_pods_are_no_reason(
     add_quota(cluster, {GPU: "0"}, {}, scopes=["BestEffort"])
     check()
     assert caplog.text == ""
+
+
+def test_what_a_template_only_limits_counts_as_requested(
+    cluster: DoubleCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = json.loads(json.dumps(TEMPLATE))
+    pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    del pod["containers"][0]["resources"]["requests"]
+    monkeypatch.setattr(sys.modules[__name__], "POOL", POOL.model_copy(update={"base_job_template": template}))
+    add_quota(cluster, {GPU: "0"}, {})
+    with pytest.raises(PreflowError, match=r"has requests\.nvidia\.com/gpu 0"):
+        check()
 
 
 def test_the_flow_worker_may_ask_all_that_it_asks_and_no_more(cluster: DoubleCluster) -> None:

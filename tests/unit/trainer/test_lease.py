@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,29 @@ def test_a_lease_lost_while_a_file_is_written_keeps_the_file_from_appearing(tmp_
         write()
     assert store.list(store.root) == [store.uri("lease.json"), store.uri("lease.lock")]
     lease.release()
+
+
+def test_a_beat_whose_answer_was_lost_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, lost = str(tmp_path / "lease.json"), threading.Event()
+    lease = Lease(uri, 0.6, ignore)
+    lease.acquire(ignore)
+    original: Callable[..., object] = Workspace.swap
+
+    def swap(store: Workspace, *arguments: Any) -> object:
+        found = original(store, *arguments)
+        if not lost.is_set():
+            lost.set()
+            raise OSError("the bucket did not do it")
+        return found
+
+    monkeypatch.setattr(Workspace, "swap", swap)
+    assert lost.wait(10)
+    before, deadline = json.loads(Path(uri).read_text())["beat"], time.monotonic() + 10
+    while json.loads(Path(uri).read_text())["beat"] < before + 2:
+        assert time.monotonic() < deadline, "the trainer lives, and looks dead"
+        time.sleep(0.05)
+    lease.release()
+    assert json.loads(Path(uri).read_text())["released"]
 
 
 def test_a_torn_lease_file_counts_as_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

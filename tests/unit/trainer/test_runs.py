@@ -46,11 +46,9 @@ MODELS: dict[str, dict[str, Any]] = {
 class Run:
     """One training below a folder; `base` takes the place of the tiny Llama."""
 
-    def __init__(self, root: Path, train: int = 6, val: list[dict[str, Any]] | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         self.root, self.base, self.sft = root, root / "base", root / "sft"
-        self.preferences: PreferencesRef = write_preferences(
-            root / "preferences", pairs(train, 3), pairs(2, 4) if val is None else val
-        )
+        self.preferences: PreferencesRef = write_preferences(root / "preferences", pairs(6, 3), pairs(2, 4))
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(build_base(self.base))
 
     def use(self, kind: str, **changes: Any) -> None:
@@ -148,17 +146,44 @@ def test_an_adapter_that_did_not_move_is_not_committed(run: Run, monkeypatch: py
     assert not (run.folder / "adapter").exists()
 
 
-@pytest.mark.parametrize("too_long", [True, False])
+@pytest.mark.parametrize(("val", "said"), [("", None), ("\n", "has no rows"), ("too long", "can be trained on")])
 def test_without_usable_validation_pairs_nothing_is_evaluated(
-    tmp_path: Path, too_long: bool, caplog: pytest.LogCaptureFixture
+    run: Run, val: str, said: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     (long,) = pairs(1, 9)
     long["prompt"][0]["content"] = " ".join(["w1"] * 200)
-    run = Run(tmp_path, val=[long] if too_long else [])
+    Path(run.preferences.sibling("val.jsonl")).write_text(json.dumps(long) if val == "too long" else val)
     build_adapter(run.sft, run.base)
     assert run.train().rows()[-1]["step"] == 2
     assert not any("eval_loss" in row for row in run.rows())
-    assert ("goes on without an evaluation" in caplog.text) == too_long
+    assert ("goes on without an evaluation" in caplog.text) == (said is not None)
+    assert said is None or said in caplog.text
+
+
+def test_metrics_that_cannot_be_written_cost_no_training(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_adapter(run.sft, run.base)
+    original: Callable[..., Any] = Workspace.write_bytes
+    left = [2]
+
+    def write(store: Workspace, uri: str, *more: Any) -> Any:
+        if uri.endswith("metrics.jsonl") and left[0]:
+            left[0] -= 1
+            raise DiskFullError(f"{uri}: the disk is full")
+        return original(store, uri, *more)
+
+    monkeypatch.setattr(Workspace, "write_bytes", write)
+    assert [row["step"] for row in run.train().rows()] == [0, 1, 2, 2]
+    assert "the newest metrics could not be written" in caplog.text
+
+
+def test_a_configuration_over_which_peft_stumbles_is_no_traceback(run: Run) -> None:
+    build_adapter(run.sft, run.base)
+    file = run.sft / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"megatron_config": {"a": 1}}))
+    with pytest.raises(PreflowError, match=r"SFT adapter .*\(ModuleNotFoundError: .*megatron"):
+        run.train()
 
 
 @pytest.mark.parametrize("failures", [1, 2])
@@ -260,3 +285,5 @@ def test_a_gpu_costs_what_its_kind_of_node_costs(node: str, price: float, monkey
     monkeypatch.setenv("PREFLOW_GPU_USD_PER_HOUR", template["variables"]["properties"]["gpu_usd_per_hour"]["default"])
     monkeypatch.setenv("PREFLOW_NODE", node)
     assert gpu_usd_per_hour() == price
+    monkeypatch.setenv("PREFLOW_GPU_USD_PER_HOUR", f"{node}=0.4 USD")
+    assert gpu_usd_per_hour() == 0.0, "a slip in the settings costs a figure and no training"
