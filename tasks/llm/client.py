@@ -219,7 +219,7 @@ class Endpoint(Administration):
                 raise Transient("the batch ended without an answer")
             content = json.dumps(line.body).encode()
             if line.status >= 400:
-                raise self._explained(classify(line.status, {}, content))
+                raise self._explained(classify(line.status, {}, self.conceal(content)))
             answer = self._read(content, request.prompt_bytes)
             answer = replace(answer, usage=as_batch(answer.usage), refused=line.refused)
             cost = usd_of(answer.usage, self.config)
@@ -252,6 +252,10 @@ class Endpoint(Administration):
     def _read(self, content: bytes, prompt_bytes: int) -> Answer:
         try:
             return read_answer(content, prompt_bytes)
+        except (Transient, RequestRefused, StageStopped):
+            concealed = self.conceal(content)
+        try:
+            return read_answer(concealed, prompt_bytes)
         except StageStopped as stopped:
             raise self._explained(stopped) from None
 

@@ -23,6 +23,8 @@ from tasks.llm.responses import (
 )
 from tasks.llm.secrets import resolve_secret
 
+SHORTEST_SECRET = 8
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -51,7 +53,9 @@ class Connection:
         self._key = api_key
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._headers = {**key, **(headers or {})}
-        self._secrets = [secret.encode() for secret in (api_key, *(headers or {}).values()) if secret]
+        # A shorter one, such as a local server's "none", is no secret, and may stand in any text.
+        self._secrets = [value.encode() for value in self._headers.values() if len(value) >= SHORTEST_SECRET]
+        self._secrets += [api_key.encode()] if api_key and len(api_key) >= SHORTEST_SECRET else []
         address, mark, query = config.endpoint.partition("?")
         # Many pages show the whole address of a chat request.
         self.base_url = address.rstrip("/").removesuffix("/chat/completions")
@@ -104,15 +108,19 @@ class Connection:
             raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
         except TimeoutError:
             raise Transient(f"no answer within {seconds:g} s", maybe_billed=True) from None
-        for secret in self._secrets:  # some servers repeat what they were sent
-            for written in (secret, secret.replace(b"/", b"\\/")):
-                content = content.replace(written, b"***")
         if response.status < 300:
             return content
         if response.status < 400:
             text = f"{url} has moved to {response.headers.get('Location')}: set endpoint to where that is"
             raise RequestRefused(response.status, "moved", text)
-        raise self._explained(classify(response.status, response.headers, content))
+        raise self._explained(classify(response.status, response.headers, self.conceal(content)))
+
+    def conceal(self, content: bytes) -> bytes:
+        """Return an error without the key and the headers' values, which some servers repeat."""
+        for secret in self._secrets:
+            for written in (secret, secret.replace(b"/", b"\\/")):
+                content = content.replace(written, b"***")
+        return content
 
     def _explained(self, failure: Failure) -> Failure:
         """Return a failure; one that stops the stage with where, which key and what to do."""
