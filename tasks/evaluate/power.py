@@ -90,11 +90,8 @@ def smallest_detectable(design: Design, bar: float = 0.5, confidence: float = 0.
 
 def prompts_needed(design: Design, rate: float, bar: float = 0.5, confidence: float = 0.95) -> int:
     """Return the held-out prompts it takes to pass an adapter of true win rate `rate`, over `bar`, in POWER of runs."""
-
-    def is_enough(prompts: int) -> bool:
-        return replace(design, prompts=prompts).power(rate, bar, confidence) >= POWER
-
-    return 1 + bisect_left(range(1, MOST_PROMPTS), True, key=is_enough)
+    counts = range(1, MOST_PROMPTS)
+    return 1 + bisect_left(counts, POWER, key=lambda count: replace(design, prompts=count).power(rate, bar, confidence))
 
 
 def design_of(measured: Evaluation, prompts: int | None = None, samples: int | None = None) -> Design:

@@ -87,7 +87,8 @@ def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
         yield _figure("Lost because the new adapter wrote nothing", f"{found.silent:,}", "0", False)
     if found.detectable is not None:
         healthy = "found in 4 runs of 5; more samples find a smaller one"
-        yield _figure("Smallest true win rate told from 50 %", percent(found.detectable), healthy)
+        value = percent(found.detectable) if found.detectable < 1 else "none: too few comparisons"
+        yield _figure("Smallest true win rate told from 50 %", value, healthy)
 
 
 def _figure(name: str, value: str, healthy: str, ok: bool | None = None) -> Metric:

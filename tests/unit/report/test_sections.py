@@ -108,6 +108,7 @@ def test_win_rates_are_shown_each_against_its_bar() -> None:
         ("Lost because the new adapter wrote nothing", False, "3"),
         ("Smallest true win rate told from 50 %", None, "55.3 %"),
     ]
+    assert list(win_rate_figures(evaluated(detectable=1.0), 0.5))[-1].text() == "none: too few comparisons"
 
 
 def test_training_figures_are_those_that_tell() -> None:
