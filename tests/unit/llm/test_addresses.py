@@ -62,6 +62,12 @@ async def test_an_address_that_has_moved_is_named_before_anything_is_asked() -> 
             await endpoint.check_model()
 
 
+async def test_a_model_that_neither_is_listed_nor_answers_is_named_before_anything_is_asked() -> None:
+    async with endpoint_of([]) as endpoint:
+        with pytest.raises(PreflowError, match=r"does not serve the model 'm'.*check the address: it does not list"):
+            await endpoint.check_model()
+
+
 @pytest.mark.parametrize(
     "listed",
     [{"data": None}, {"data": []}, [], {"data": ["n", "o"]}, {"data": [{"name": "n", "max_model_len": "8k"}]}],
