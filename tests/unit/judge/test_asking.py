@@ -144,6 +144,7 @@ def test_rubrics_are_found_by_name_or_path(tmp_path: Path) -> None:
     for content, said in (
         ("Prefer déjà vu.".encode("cp1252"), r"judging.rubric: .*mine.md:1: not utf-8 text .* Save the file as UTF-8"),
         (b" \n", r"judging.rubric: .*mine.md is empty"),
+        ("Prefer.".encode("utf-16-le"), r"judging.rubric: .*mine.md:1: a byte 0, so UTF-16 without its mark"),
     ):
         (tmp_path / "mine.md").write_bytes(content)
         with pytest.raises(PreflowError, match=said):
