@@ -14,9 +14,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Annotated, Any, TypeAlias, TypeVar, overload
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError
 
 from tasks.errors import PreflowError
 from tasks.llm.connection import Connection, Upload
@@ -35,7 +35,7 @@ FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 5.0, 60.0
 PATIENCE_SECONDS = 120.0
 # For one call: a file of answers has many megabytes.
 CALL_SECONDS = 600.0
-ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+ENDED = frozenset({"completed", "failed", "expired", "cancelled", "canceled"})
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Find: TypeAlias = Callable[[], Awaitable[Result | None]]
@@ -77,7 +77,7 @@ class Named(BaseModel):
 class Batch(Named):
     """A batch, as the API describes it."""
 
-    status: str
+    status: Annotated[str, StringConstraints(to_lower=True)]
     output_file_id: str | None = None
     error_file_id: str | None = None
     request_counts: dict[str, int] | None = None

@@ -231,7 +231,7 @@ def _model(item: dict[str, Any] | str) -> ModelInfo:
     length = item.get("max_model_len") or item.get("context_length")  # vLLM's name, and OpenRouter's
     return ModelInfo(
         id=str(item.get("id") or item["name"]),
-        max_model_len=length if isinstance(length, int) else None,
+        max_model_len=int(str(length)) if str(length).isdecimal() else None,
         root=item.get("root"),
         parent=item.get("parent"),
     )
