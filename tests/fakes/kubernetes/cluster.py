@@ -92,11 +92,9 @@ class Cluster:
         self._there(lambda api: api.jobs.delete(api.store.all("jobs", _of_run(run))[0], False, None))
 
     def processes(self, pod: str) -> list[int]:
-        """Return the pids of a pod's processes."""
         return self._there(lambda api: api.kubelet.container(api.store.get("pods", pod)).processes())
 
     def requests(self, user: str) -> list[dict[str, Any]]:
-        """Return what a user asked of the API."""
         return [row for row in list(self._api.requests) if row["user"] == user]
 
 

@@ -66,7 +66,6 @@ class Server:
         self.stop()
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
-        """Return the answer to a request of the REST API."""
         answer = self._client.request(method, path, json=body)
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
@@ -113,7 +112,6 @@ class Worker:
         until(lambda: log.read_text(errors="replace").count("started!") > before)
 
     def kill(self) -> None:
-        """SIGKILL the worker, if it was started."""
         if self._process is not None:
             kill_watched(self._process.pid)
             self._process.wait()
@@ -164,7 +162,6 @@ class Training:
         return cls(server, server.ask("POST", f"/deployments/{deployment}/create_flow_run", body)["id"], workspace)
 
     def file(self, pattern: str) -> Path | None:
-        """Return a file of the training, if it is there."""
         return next(iter(self.folder.glob(f"training/*/{pattern}")), None)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -187,7 +184,6 @@ class Training:
         return int(json.loads(file.read_text())["token"]) if file else 0
 
     def state(self) -> dict[str, Any]:
-        """Return the flow run."""
         found: dict[str, Any] = self.server.ask("GET", f"/flow_runs/{self.id}")
         return found
 
