@@ -7,7 +7,6 @@ import posixpath
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,8 @@ from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import template_of
 from tasks.store.measures import Probe
-from tasks.store.workspace import (
-    COMMITTED,
-    MANIFEST,
-    AdapterRef,
-    Cost,
-    FileFacts,
-    Manifest,
-    Origin,
-    Workspace,
-    canonical_json,
-    digest,
-    folder_digest,
-)
+from tasks.store.refs import MANIFEST, AdapterRef, Cost, FileFacts, Manifest, Origin, canonical_json, digest
+from tasks.store.workspace import COMMITTED, Workspace, folder_digest
 from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
@@ -88,6 +76,7 @@ class TrainingRun:
         self._tell = progress
         self._stop = stop
         self._folder = store.uri("training", spec.key)
+        self._checkpoints = CheckpointStore(store, f"{self._folder}/checkpoints", scratch)
         self._started = time.monotonic()
         self._phases = Phases(self._tell)
         self._checkpoint_seconds: list[float] = []
@@ -97,8 +86,11 @@ class TrainingRun:
 
     def execute(self) -> None:
         """Train, check, and commit the adapter; after a `StopTraining` what could be saved is saved."""
-        if is_main_process():
-            self._sweep()
+        if is_main_process():  # files that a killed trainer was just writing
+            for uri in self._store.list(self._folder):
+                if posixpath.basename(uri).startswith(".writing-"):
+                    self._store.delete(uri)
+            self._checkpoints.sweep()
         phase = self._phases.phase
         with phase("reading the SFT adapter"):
             adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
@@ -118,17 +110,6 @@ class TrainingRun:
         self._tell(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
         self._finish(trainer, adapter, splits[-1])
-
-    def _sweep(self) -> None:
-        """Remove files that a killed trainer was just writing."""
-        for uri in self._store.list(self._folder):
-            if posixpath.basename(uri).startswith(".writing-"):
-                self._store.delete(uri)
-        self._checkpoints.sweep()
-
-    @cached_property
-    def _checkpoints(self) -> CheckpointStore:
-        return CheckpointStore(self._store, f"{self._folder}/checkpoints", self._scratch)
 
     def _check_tokens(self, checkpoint: Checkpoint) -> None:
         """See that a checkpoint was trained on these very tokens; else half of the training would be on others."""
@@ -236,11 +217,8 @@ class TrainingRun:
         save_adapter(trainer.model, adapter, folder)
         (folder / "chat_template.jinja").write_text(self._template.text)
         trainer.check_saved(folder, check)
-        probe = (
-            record_probe(trainer.model, adapter, probe_texts(check.pairs, self._training.max_length))
-            if is_main_process()
-            else None
-        )
+        texts = probe_texts(check.pairs, self._training.max_length)
+        probe = record_probe(trainer.model, adapter, texts) if is_main_process() else None
         return Finished(step, uri, folder, probe)
 
     def _commit(self, trainer: ExactTrainer, done: list[Finished]) -> None:
@@ -373,7 +351,7 @@ def count_pairs(side: str, data: PairData | None) -> dict[str, int]:
     """Return what became of the pairs of one side, each count under the side's name."""
     if data is None:
         return {}
-    counts = asdict(data.report) | {"used": len(data.pairs), "refused": len(data.report.refused)}
+    counts = asdict(data.report) | {"refused": len(data.report.refused)}
     return {f"{side}_{name}": round(count) for name, count in counts.items()}
 
 

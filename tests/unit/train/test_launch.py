@@ -102,7 +102,7 @@ BEGUN = "open(folder + '/progress.jsonl', 'w').close(); "
         (TOLD + "sys.exit(1)", PreflowError, r"exit code 1 \(KeyError: x\).* is .*log; it ends with:\nlast words"),
         ("sys.exit(3)", PreflowError, r"exit code 3 \(no message\).* is .*log; it ends with:\nlast words"),
         (BEGUN + "os.kill(os.getpid(), 9)", Preempted, "ended by SIGKILL"),
-        (BEGUN + "sys.exit(1)", Preempted, "a process of the trainer was ended by a signal"),
+        (BEGUN + "sys.exit(1)", Preempted, "process of the trainer was ended by a signal"),
     ],
 )
 def test_how_a_trainer_ends_decides_whether_it_is_run_again(
