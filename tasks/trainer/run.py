@@ -22,7 +22,7 @@ from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, MetricsRow, Progress, TrainingSpec, is_main_process, kept_steps
-from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
+from tasks.trainer.checkpoints import Checkpoint, CheckpointStore, sweep
 from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
     AdapterWeights,
@@ -86,11 +86,8 @@ class TrainingRun:
 
     def execute(self) -> None:
         """Train, check, and commit the adapter; after a `StopTraining` what could be saved is saved."""
-        if is_main_process():  # files that a killed trainer was just writing
-            for uri in self._store.list(self._folder):
-                if posixpath.basename(uri).startswith(".writing-"):
-                    self._store.delete(uri)
-            self._checkpoints.sweep()
+        if is_main_process():
+            sweep(self._folder)
         phase = self._phases.phase
         with phase("reading the SFT adapter"):
             adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
@@ -104,21 +101,17 @@ class TrainingRun:
         with phase("reading the newest checkpoint"):
             checkpoint = self._checkpoints.newest()
         if checkpoint is not None:
-            self._check_tokens(checkpoint)
+            if checkpoint.state.get("tokens") != self._tokens:  # half of the training would be on others
+                raise PreflowError(
+                    f"{self._folder}/checkpoints: that of step {checkpoint.step} was trained on other tokens than the "
+                    f"pairs give now (chat template of {self._template.source}). Put back the tokenizer and the "
+                    "packages that it was started with, or delete this folder to start from step 0."
+                )
             self._cost_before = Cost.model_validate(checkpoint.state.get("cost", {}))
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
         self._tell(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
         self._finish(trainer, adapter, splits[-1])
-
-    def _check_tokens(self, checkpoint: Checkpoint) -> None:
-        """See that a checkpoint was trained on these very tokens; else half of the training would be on others."""
-        if checkpoint.state.get("tokens") != self._tokens:
-            raise PreflowError(
-                f"{self._folder}/checkpoints: that of step {checkpoint.step} was trained on other tokens than the "
-                f"pairs give now (chat template of {self._template.source}). Put back the tokenizer and the packages "
-                "that it was started with, or delete this folder to start from step 0."
-            )
 
     def _load_splits(self, tokenizer: Any) -> list[Split]:
         """Return what to train on, and what to evaluate on if anything can be."""
