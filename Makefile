@@ -5,6 +5,8 @@ $(error run make in the folder of this Makefile: make -C $(dir $(abspath $(lastw
 endif
 # PYTHON names the interpreter of the environments; left out, it is the first of 3.11, 3.12 and 3.13 that is there.
 export PYTHON
+# Bytecode is kept, also on a machine that says otherwise: each start would compile 15 s of libraries again.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := .venv/bin
 # Test processes at once: each takes a core, and up to 4 GB with a vLLM of its own.
 JOBS ?= 2

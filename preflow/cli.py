@@ -12,6 +12,7 @@ import traceback
 from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
+from urllib.request import getproxies
 
 from cyclopts import App, CycloptsError, Group
 
@@ -35,6 +36,7 @@ can fix it, the message says how; 3 a defect of preflow; 130 stopped by Ctrl-C."
 _ROOM, _RIGHT = "make room there, and for $TMPDIR", "give this user the right to it, or name another place"
 OF_THE_MACHINE = {
     errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EACCES: _RIGHT, errno.EPERM: _RIGHT, errno.EROFS: _RIGHT,
+    errno.EMFILE: "raise `ulimit -n`, or lower max_concurrency",
     errno.ENOTDIR: "a file stands where a folder is wanted", errno.EISDIR: "a folder stands where a file is wanted",
 }  # fmt: skip
 MINE, MODELS, SERVICE, FILES = (Group.create_ordered(name) for name in (
@@ -79,9 +81,15 @@ def make_app() -> App:
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command and return the exit code; errors are one line on standard error."""
     os.environ.setdefault("DO_NOT_TRACK", "1")  # else Prefect counts its users, and says so in the middle of a run
+    if getproxies():  # no proxy has a way to what runs on this machine
+        os.environ["no_proxy"] = ",".join(filter(None, [getproxies().get("no"), "127.0.0.1", "localhost"]))
     try:
         code = make_app()(arguments, exit_on_error=False, result_action="return_value")
+        sys.stdout.flush()
         return int(code or Exit.DONE)
+    except BrokenPipeError:  # `preflow schema | head`: whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.DONE
     except CycloptsError:  # cyclopts has said what is wrong
         return Exit.WRONG
     except PreflowError as error:

@@ -3,6 +3,7 @@
 import time
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, StateType
@@ -12,11 +13,12 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from preflow.cli import Exit
 from preflow.outcome import tell
 from preflow.settings import Settings
-from tasks.demo.local import pointed_at, running_api
+from tasks.demo.api import pointed_at, running_api
 from tasks.errors import PreflowError
 from tasks.run.preflight import find_result
 
 POLL_SECONDS = 2.0
+PATIENCE_SECONDS = 120.0
 INFO = 20
 
 
@@ -60,10 +62,18 @@ def start(client: SyncPrefectClient, name: str, parameters: dict[str, object]) -
 def watch(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
     """Print what the run logs, and return it when it has ended."""
     printed: set[UUID] = set()
+    chosen, heard = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), time.monotonic()
     while True:
-        now = client.read_flow_run(run.id)
-        chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
-        for line in client.read_logs(chosen, sort=LogSort.TIMESTAMP_ASC, offset=len(printed)):
+        try:
+            now = client.read_flow_run(run.id)
+            lines = client.read_logs(chosen, sort=LogSort.TIMESTAMP_ASC, offset=len(printed))
+            heard = time.monotonic()
+        except httpx.TransportError as error:  # a server that is started again, or a lost port-forward
+            if time.monotonic() - heard > PATIENCE_SECONDS:
+                raise PreflowError(f"{client.api_url} does not answer: {error}; {run.name} may run on") from error
+            time.sleep(POLL_SECONDS)
+            continue
+        for line in lines:
             if line.id not in printed and line.level >= INFO:
                 print(f"{line.timestamp:%H:%M:%S} {line.message}", flush=True)
             printed.add(line.id)

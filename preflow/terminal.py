@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -139,10 +140,17 @@ def _last(message: str) -> str:
 
 @contextmanager
 def shown(folder: Path, name: str, stages: Mapping[str, str] = STAGES) -> Iterator[None]:
-    """Show the flows that are run inside, with a log file of their own and a Prefect server; `folder` holds both."""
-    from tasks.demo.local import prefect_api
+    """Show the flows that are run inside, with a log file of their own and a Prefect server; `folder` holds both.
+
+    Flows are imported inside: that takes as long as the server's start, and is done meanwhile.
+    """
+    from tasks.demo.api import prefect_api
+
+    def load() -> None:
+        for module in ("flows.pipeline", "scipy.stats"):
+            import_module(module)
 
     log = folder / "logs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}.log"
-    with Display(log, stages), prefect_api(folder) as ui:
+    with Display(log, stages), prefect_api(folder, load) as ui:
         print(f"log: {log}; while it runs: {ui}/v2/runs", flush=True)
         yield

@@ -99,7 +99,7 @@ def _pointed_at_a_server(folder: Path, registered: bool = False) -> Iterator[str
 
     set_up_logs()
     home = registered_home(folder / "home") if registered else prefect_home(folder / "home")
-    with start_server(home) as server, pytest.MonkeyPatch.context() as environment:
+    with start_server(home, is_temporary=True) as server, pytest.MonkeyPatch.context() as environment:
         url = f"http://127.0.0.1:{server.port}/api"
         for name, value in {**PREFECT, "PREFECT_API_URL": url, "PREFECT_HOME": str(home)}.items():
             environment.setenv(name, value)

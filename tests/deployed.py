@@ -145,7 +145,7 @@ def prefect_home(out: Path) -> Path:
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        with prefect_server(folder):
+        with prefect_server(folder, is_temporary=True):
             pass
 
     return kept(out, make, version("prefect"))

@@ -32,14 +32,15 @@ def demo(*, model: DemoModel = "tiny", sweep: Switch = False, folder: Folder = P
     sweep
         Try three betas against each other.
     """
-    from flows.demo import demo as demo_flow
-    from flows.demo import demo_sweep
     from preflow.terminal import POINTS, STAGES, shown
-    from tasks.demo.summary import show_result
 
     if sweep and model != "tiny":
         raise PreflowError("--sweep tries its betas with the tiny model: leave --model out")
     with shown(Places.below(str(folder), model).root, "demo", POINTS if sweep else STAGES):
+        from flows.demo import demo as demo_flow
+        from flows.demo import demo_sweep
+        from tasks.demo.summary import show_result
+
         if sweep:
             asyncio.run(demo_sweep(str(folder)))
             return Exit.DONE
@@ -68,26 +69,22 @@ def up(
         A config.yaml whose settings are the deployments' defaults.
     """
     running, ports = Up.of(file, folder), Ports(ui_port, vllm_port, judge_port)
-    if api := running.api():
-        print("it runs already:")
-        show(running, api, file)
-        return
-    running.stop()  # what one that was killed has left
-    if file:
-        start_for(running, file, ports)
-    else:
-        start_demo(running, ports)
-    show(running, ports.api, file)
-
-
-def start_for(running: Up, file: Path, ports: Ports) -> None:
-    """Start the server and the deployments of a config.yaml."""
-    settings = load_settings(file)
-    require_free(ports, ["ui"])
-    tell(running, {"name": settings.config.promotion.name, **settings.parameters(sweep=True)})
-    server = prefect_server(running.prefect_home, ports.ui)
-    running.start([server, flow_server(running, ports)], ports.api)
-    running.wait({"Prefect": server.is_healthy, "deployments": running.served.exists})
+    settings = load_settings(file) if file else None
+    told = {"name": settings.config.promotion.name, **settings.parameters(sweep=True)} if settings else None
+    with running.alone():
+        if api := running.api():
+            changed = told is not None and told != json.loads((running.run / "serving.json").read_text())
+            print("it runs already" + (", with other settings: `preflow down` first" if changed else "") + ":")
+        else:
+            api = ports.api
+            running.stop()  # what one that was killed has left
+            if told is None:
+                start_demo(running, ports)
+            else:
+                require_free(ports, ["ui"])
+                start(running, ports, [], told)
+        running.wait()
+    show(running, api, file)
 
 
 def start_demo(running: Up, ports: Ports) -> None:
@@ -102,23 +99,12 @@ def start_demo(running: Up, ports: Ports) -> None:
     os.environ[JUDGE_KEY] = secrets.token_hex(16)
     config = demo_config(running, materials, ports.url("vllm"), ports.url("judge"))
     sweep = BETAS.model_dump(mode="json", exclude_defaults=True)
-    tell(running, {"name": "demo", "config": config.model_dump(mode="json"), "sweep": sweep})
-    server = prefect_server(running.prefect_home, ports.ui)
-    judge = judge_server(running.logs, os.environ[JUDGE_KEY], ports.judge)
-    vllm = vllm_launcher(running, ports.vllm)
-    running.start([server, judge, vllm, flow_server(running, ports)], ports.api)
-    ready = {"Prefect": server.is_healthy, "judge": judge.is_healthy, "deployments": running.served.exists}
-    running.wait({**ready, "vLLM": vllm.is_healthy})
+    models = [judge_server(running.logs, os.environ[JUDGE_KEY], ports.judge), vllm_launcher(running, ports.vllm)]
+    start(running, ports, models, {"name": "demo", "config": config.model_dump(mode="json"), "sweep": sweep})
 
 
-def tell(running: Up, told: dict[str, Any]) -> None:
-    """Write down what the process that serves the deployments reads."""
-    running.run.mkdir(parents=True, exist_ok=True)
-    (running.run / "serving.json").write_text(json.dumps(told))
-
-
-def flow_server(running: Up, ports: Ports) -> Service:
-    """Return the process that serves the deployments; it waits for the server by trying again."""
+def start(running: Up, ports: Ports, models: list[Service], told: dict[str, Any]) -> None:
+    """Start the server, models, and the process that serves the deployments as `told`."""
     environment = {
         "PREFECT_API_URL": ports.api, "PREFECT_HOME": str(running.prefect_home), "DO_NOT_TRACK": "1",
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",
@@ -126,7 +112,9 @@ def flow_server(running: Up, ports: Ports) -> Service:
         "PREFECT_CLIENT_MAX_RETRIES": "8",
     }  # fmt: skip
     command = [sys.executable, "-m", "preflow.serving", str(running.root)]
-    return Service("deployments", command, 0, "", running.logs / "deployments.log", environment)
+    deployments = Service("deployments", command, 0, "", running.logs / "deployments.log", environment)
+    (running.run / "serving.json").write_text(json.dumps(told))
+    running.start([prefect_server(running.prefect_home, ports.ui), *models, deployments], ports.api)
 
 
 def show(running: Up, api: str, file: Path | None) -> None:
@@ -188,7 +176,7 @@ def drill(
     pairs
         Preference pairs, a train.jsonl; else a few, and a tiny model, are made.
     """
-    from tasks.demo.local import pointed_at, running_api
+    from tasks.demo.api import pointed_at, running_api
     from tasks.drill.drill import Drill, run_drill
 
     training = dict(parse_change(change, "beta=0.05") for change in changes)

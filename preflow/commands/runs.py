@@ -14,7 +14,7 @@ def check(file: File = CONFIG, /, *, changes: Changes = ()) -> int:
     Each model is asked one question, so that its key, its name and its answers are known to work.
     """
     from preflow.terminal import Display
-    from tasks.demo.local import prefect_api
+    from tasks.demo.api import prefect_api
     from tasks.evaluate.power import power_before_price
     from tasks.run.estimate import plan_runs
     from tasks.run.estimate_page import plan_lines
@@ -47,11 +47,12 @@ def run(file: File = CONFIG, /, *, changes: Changes = (), on: On = None) -> int:
         from preflow.following import follow
 
         return follow(on, settings, sweep=False)
-    from flows.pipeline import dpo_pipeline
-    from preflow.outcome import tell
     from preflow.terminal import shown
 
     with shown(settings.folder, "run"):
+        from flows.pipeline import dpo_pipeline
+        from preflow.outcome import tell
+
         result = asyncio.run(dpo_pipeline(settings.config))
     return tell(settings.config, result)
 
@@ -71,12 +72,13 @@ def sweep(file: File = CONFIG, /, *, changes: Changes = (), on: On = None) -> in
         from preflow.following import follow
 
         return follow(on, settings, sweep=True)
-    from flows.sweep import dpo_sweep
     from preflow.terminal import POINTS, shown
-    from tasks.sweep.prepare import prepare_points
-    from tasks.sweep.ranking import find_sweep
 
     with shown(settings.folder, "sweep", POINTS):
+        from flows.sweep import dpo_sweep
+        from tasks.sweep.prepare import prepare_points
+        from tasks.sweep.ranking import find_sweep
+
         asyncio.run(dpo_sweep(settings.config, settings.sweep))
         result = find_sweep(prepare_points(settings.config, settings.sweep).points)
     if result is not None:

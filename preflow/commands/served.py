@@ -37,7 +37,6 @@ def promote(
     evaluation
         Its evaluation: the folder in the workspace.
     """
-    from flows.promote import promote_adapter
     from preflow.terminal import shown
     from tasks.run.preflight import find_result
 
@@ -49,6 +48,8 @@ def promote(
             raise PreflowError(f"no run with these settings has finished: preflow run {file}; or name both folders")
         made = (result.adapter.model_dump_json(), result.evaluation.model_dump_json())
     with shown(settings.folder, "promote"):
+        from flows.promote import promote_adapter
+
         flow: Any = promote_adapter  # it takes references, and text that names them
         promoted = asyncio.run(flow(*made, config.workspace, config.promotion))
     print(f"{promoted.name} is adapter {promoted.adapter_sha256[:12]}")
@@ -64,11 +65,12 @@ def rollback(file: File = CONFIG, /, *, to: str | None = None) -> None:
     to
         The first characters, at least 6, of the digest of the adapter to go back to.
     """
-    from flows.rollback import rollback_adapter
     from preflow.terminal import shown
 
     settings = load_settings(file)
     with shown(settings.folder, "rollback"):
+        from flows.rollback import rollback_adapter
+
         served = asyncio.run(rollback_adapter(settings.config.workspace, settings.config.promotion, to))
     print(f"{served.name} is adapter {served.adapter_sha256[:12]} again")
 

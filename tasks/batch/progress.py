@@ -165,10 +165,8 @@ class Monitor:
         Raises `PreflowError` if that is far over the budget.
         """
         self._made += 1
-        if self._made == PROJECTED_FROM:
-            self._project()
-
-    def _project(self) -> None:
+        if self._made != PROJECTED_FROM:
+            return
         stats, config = self._endpoint.stats, self._endpoint.config
         self._per_unit = stats.spent_usd / self._made
         to_go = self._tally.total - self._tally.done

@@ -14,7 +14,6 @@ import json
 import logging
 import posixpath
 import threading
-import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -300,8 +299,9 @@ class Journal:
         self._store, self._stem, self._files = store, stem, files
         self._file: Any = None
         self._pending: list[bytes] = []
-        self._flushed = time.monotonic()
         self._segments = 0
+        self._writing, self._ending = asyncio.Lock(), asyncio.Event()
+        self._flushing: asyncio.Task[None] | None = None
 
     async def append(self, key: str, outcome: Outcome) -> None:
         """Keep one unit; raises `PreflowError` if it cannot be written, which a full disk is the usual reason for."""
@@ -311,8 +311,10 @@ class Journal:
                 self._append_line(line)
                 return
             self._pending.append(line)
-            if time.monotonic() - self._flushed > SEGMENT_SECONDS:
-                await self._flush_segment()
+            if self._flushing is None or self._flushing.done():
+                if self._flushing is not None:
+                    self._flushing.result()  # raises what the bucket said
+                self._flushing = asyncio.create_task(self._flush_regularly())
         except OSError as error:
             raise PreflowError(
                 f"{self._stem}: an answer could not be written ({error}), so no more are asked for. All before it are "
@@ -329,26 +331,40 @@ class Journal:
         if written != len(line):
             raise OSError(f"{written} of {len(line)} bytes written: the disk is full")
 
+    async def _flush_regularly(self) -> None:
+        """Write what is pending some seconds after it came, also where nothing comes after it."""
+        while self._pending:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), SEGMENT_SECONDS)
+            await self._flush_segment()
+
     async def _flush_segment(self) -> None:
         """Write what is pending, in a thread: a bucket that is slow must not hold up the requests in flight."""
-        pending, self._pending, self._flushed = self._pending, [], time.monotonic()
-        if not pending:
-            return
-        uri = f"{self._stem}-{self._segments:05d}.jsonl"
-        self._segments += 1
-        try:
-            await asyncio.to_thread(self._store.write_bytes, uri, b"".join(pending))
-        except BaseException:
-            self._pending = pending + self._pending
-            raise
-        self._files.add(uri)
+        async with self._writing:
+            pending, self._pending = self._pending, []
+            if not pending:
+                return
+            uri = f"{self._stem}-{self._segments:05d}.jsonl"
+            self._segments += 1
+            try:
+                await asyncio.to_thread(self._store.write_bytes, uri, b"".join(pending))
+            except BaseException:
+                self._pending = pending + self._pending
+                raise
+            self._files.add(uri)
 
-    def forget_pending(self) -> None:
-        """Drop what is not written yet: the shard that holds it is committed."""
-        self._pending = []
+    @asynccontextmanager
+    async def replaced(self) -> AsyncIterator[None]:
+        """Write nothing during the block, after which a committed shard holds what is not written yet."""
+        async with self._writing:
+            yield
+            self._pending = []
 
     async def close(self) -> None:
         """Write what is pending and close the file."""
+        self._ending.set()
+        if self._flushing is not None:
+            await asyncio.gather(self._flushing, return_exceptions=True)
         await self._flush_segment()
         if self._file is not None:
             self._file.close()

@@ -176,8 +176,8 @@ class ShardWorker:
 
             missing = [make(key, unit) for key, unit in units.items() if key not in outcomes]
             await settle([*missing, follow()])
-            shard = await asyncio.to_thread(self.rows.commit, part, list(units), outcomes)
-            journal.forget_pending()
+            async with journal.replaced():
+                shard = await asyncio.to_thread(self.rows.commit, part, list(units), outcomes)
             for key in units:
                 self._making.pop(key, None)
         return shard

@@ -10,6 +10,9 @@ from tasks.config.base import ADDRESS, IfSet, Operational, SecretName, StageConf
 # On a cluster more than the ten minutes: there a model's node may be taken away, and a new one takes its time to come.
 OUTAGE_SECONDS = float(os.environ.get("PREFLOW_MAX_OUTAGE_SECONDS", "600"))
 
+# Of a request: what it asks, how often, and in which form it is answered.
+_OWN_FIELDS = frozenset({"model", "messages", "n", "stream"})
+
 
 class EndpointConfig(StageConfig):
     """How to reach a model behind an OpenAI-compatible address."""
@@ -58,6 +61,8 @@ class EndpointConfig(StageConfig):
                 f"budget_usd is {self.budget_usd:g} for {self.model}, but prompt_price and completion_price are 0, so "
                 "nothing could be counted: set the prices, or leave budget_usd empty"
             )
+        if taken := sorted(_OWN_FIELDS & self.extra_body.keys()):
+            raise ValueError(f"extra_body: {', '.join(taken)} would replace what preflow asks; take it out")
         most = getattr(self, "max_tokens", 0)
         if self.tokens_per_minute is not None and self.tokens_per_minute < most:
             raise ValueError(

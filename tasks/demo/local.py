@@ -8,15 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from prefect.events.worker import EventsWorker
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-
 from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, PromotionConfig, TrainingConfig
 from tasks.demo import SMOLLM2, TINY
 from tasks.demo.materials import Materials, locate_materials
-from tasks.demo.services import Service, VllmOptions, judge_server, prefect_server, vllm_server
+from tasks.demo.services import Service, VllmOptions, judge_server, vllm_server
 from tasks.demo.up import Places, Up
-from tasks.errors import PreflowError
 from tasks.promote.pointer import read_pointer
 from tasks.run.preflight import find_result
 
@@ -52,50 +48,6 @@ def demo_config(places: Places, materials: Materials, vllm: str, judge: str) -> 
     shorter = {"learning_rate": 2e-4, "max_steps": 10, "warmup_steps": 1, "gradient_accumulation_steps": 4}
     training = config.training.model_copy(update={**shorter, "eval_steps": 10, "logging_steps": 2})
     return config.model_copy(update={"generation": generation, "training": training})
-
-
-@contextmanager
-def prefect_api(folder: Path) -> Iterator[str]:
-    """Give this process a Prefect API; yields the UI's address. `folder` is the demo's, or a configuration's.
-
-    It is that of PREFECT_API_URL, that of `preflow up` if that is running (two servers would share one database), or a
-    server of our own.
-    """
-    here = Up(folder)
-    if url := PREFECT_API_URL.value() or here.api():
-        with pointed_at(url):
-            yield url.removesuffix("/api")
-        return
-    with prefect_server(here.prefect_home) as server:
-        ui = f"http://127.0.0.1:{server.port}"
-        with pointed_at(f"{ui}/api"), temporary_settings({PREFECT_HOME: here.prefect_home}):
-            try:
-                yield ui
-            finally:
-                # The server must not go before the last lines and events have reached it: with nobody there, each
-                # event holds this process up for many seconds at its end.
-                for handler in logging.getLogger("prefect.flow_runs").handlers:
-                    handler.flush()
-                EventsWorker.drain_all(timeout=30)
-
-
-def running_api(folder: Path) -> str:
-    """Return the Prefect API of PREFECT_API_URL, or that of `preflow up` for a folder.
-
-    Raises:
-        PreflowError: there is none.
-    """
-    if api := PREFECT_API_URL.value() or Up(folder).api():
-        return api
-    raise PreflowError("there is no Prefect server: `preflow up`, or export PREFECT_API_URL=http://HOST:4200/api")
-
-
-@contextmanager
-def pointed_at(url: str) -> Iterator[None]:
-    """Have this process, and those that it starts, use the Prefect API at an address."""
-    os.environ["PREFECT_API_URL"] = url
-    with temporary_settings({PREFECT_API_URL: url}):
-        yield
 
 
 @contextmanager

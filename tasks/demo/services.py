@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Self
-
-import httpx
+from urllib.parse import urlsplit
 
 from tasks.demo import watchdog
 from tasks.errors import PreflowError
@@ -55,6 +55,7 @@ class Service:
     environment: Mapping[str, str] = field(default_factory=dict)
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
     _lifeline: int = field(default=-1, init=False, repr=False)
+    _start: float = field(default=0.0, init=False, repr=False)
 
     @property
     def base_url(self) -> str:
@@ -66,6 +67,7 @@ class Service:
         if self._process is not None:
             raise PreflowError(f"{self.name} runs already on port {self.port}: stop it before it is started again")
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._start = time.monotonic()
         reader, self._lifeline = os.pipe()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -81,10 +83,9 @@ class Service:
         Raises:
             PreflowError: with the end of the server's log, where it died or took longer than `timeout` seconds.
         """
-        start = time.monotonic()
-        next_report = start + REPORT_SECONDS
-        while not self.is_healthy():
-            waited = time.monotonic() - start
+        next_report = self._start + REPORT_SECONDS
+        while not answers(self.url):
+            waited = time.monotonic() - self._start
             if self._process is None or self._process.poll() is not None:
                 raise PreflowError(f"{self.name} ended while starting. {self._log_end()}")
             if waited > timeout:
@@ -92,8 +93,8 @@ class Service:
             if time.monotonic() >= next_report:
                 LOG.info("%s is starting, %.0f s so far; its log: %s", self.name, waited, self.log)
                 next_report += REPORT_SECONDS
-            time.sleep(0.25)
-        LOG.info("%s is ready on port %d after %.0f s", self.name, self.port, time.monotonic() - start)
+            time.sleep(0.1)
+        LOG.info("%s is ready on port %d after %.0f s", self.name, self.port, time.monotonic() - self._start)
 
     def stop(self) -> None:
         """End the server: SIGTERM to its process group, SIGKILL after the grace. Does nothing where it has ended."""
@@ -116,9 +117,10 @@ class Service:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def is_healthy(self) -> bool:
-        """Tell whether the server answers now."""
-        return answers(f"http://127.0.0.1:{self.port}{self.health}")
+    @property
+    def url(self) -> str:
+        """The address that it answers when it is ready."""
+        return f"http://127.0.0.1:{self.port}{self.health}"
 
     def _log_end(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
@@ -126,11 +128,16 @@ class Service:
 
 
 def answers(url: str) -> bool:
-    """Tell whether a server answers at `url`, be it that a key is missing."""
+    """Tell whether a server of this machine answers at `url`, be it that a key is missing; no proxy is asked."""
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.netloc, timeout=2.0)
     try:
-        return httpx.get(url, timeout=2.0).status_code < 500
-    except httpx.TransportError:
+        connection.request("GET", parts.path)
+        return connection.getresponse().status < 500
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def free_port() -> int:
@@ -145,8 +152,12 @@ def free_port() -> int:
     raise PreflowError("100 ports between 20,000 and 32,000 are taken: end what runs on them")
 
 
-def prefect_server(home: Path, port: int | None = None) -> Service:
-    """Return a Prefect server with its UI on `port` or a free one, its database in `home`."""
+def prefect_server(home: Path, port: int | None = None, *, is_temporary: bool = False) -> Service:
+    """Return a Prefect server with its UI on `port` or a free one, its database in `home`.
+
+    `is_temporary`: it serves one run, and starts in two thirds of the time, as it does not import every collection of
+    Prefect's to list the types of their blocks; a block is found, and its type listed when it is saved.
+    """
     port = port or free_port()
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     environment = {
@@ -159,6 +170,9 @@ def prefect_server(home: Path, port: int | None = None) -> Service:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
     }
+    if is_temporary:
+        quick = ("REGISTER_BLOCKS_ON_START", "MEMOIZE_BLOCK_AUTO_REGISTRATION")
+        environment |= {f"PREFECT_SERVER_{name}": "false" for name in quick}
     log = home.parent / "logs" / "prefect.log"
     return Service("Prefect", command, port, "/api/health", log, environment)
 
@@ -167,7 +181,7 @@ def judge_server(logs: Path, key: str, port: int | None = None) -> Service:
     """Return the demo's rule-based judge on `port` or a free one; each request adds a line to judge-requests.jsonl."""
     port = port or free_port()
     requests = logs / "judge-requests.jsonl"
-    command = [sys.executable, "-m", "tasks.demo.judge", "--port", str(port), "--log", str(requests)]
+    command = [sys.executable, "-m", "tasks.demo.judge", str(port), str(requests)]
     return Service("judge", command, port, "/v1/models", logs / "judge.log", {"DEMO_JUDGE_KEY": key})
 
 

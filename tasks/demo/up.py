@@ -4,17 +4,20 @@ Prefect's server, a process that serves the deployments, and for the demo vLLM a
 it; processes are known by a mark in their environment, which those that they start inherit.
 """
 
+import fcntl
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +36,10 @@ logger = logging.getLogger(__name__)
 MARK = "PREFLOW_UP"
 START_SECONDS = 900.0
 END_SECONDS = 60.0
+SUPERVISOR_SECONDS = 10.0
+MAX_STARTS = 4  # of a server that has not answered yet: supervisord would start it again for ever
+# What a path in supervisord's configuration cannot hold: a comment begins there, a value ends, or a name is filled in.
+UNWRITABLE = re.compile(r"""\s[;#]|["%\n]""")
 # Prefect's server is there before what asks it, and goes last.
 CONFIG = """[unix_http_server]
 file={socket}
@@ -76,11 +83,14 @@ class Ports:
         return f"http://127.0.0.1:{getattr(self, name)}/v1"
 
 
-@dataclass(frozen=True)
 class Places:
     """Where things are kept, below one folder: the demo's, or the `.preflow` next to a configuration."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.workspace, self.logs = root / "workspace", root / "logs"
+        # The database of Prefect's server, and what `preflow up` keeps for itself.
+        self.prefect_home, self.run = root / "prefect", root / "run"
 
     @classmethod
     def below(cls, folder: str, model: DemoModel = TINY) -> "Places":
@@ -88,47 +98,40 @@ class Places:
         root = Path(folder).expanduser().absolute()
         return cls(root if model == TINY else root / model)
 
-    @property
-    def workspace(self) -> Path:
-        """The pipeline's workspace."""
-        return self.root / "workspace"
-
-    @property
-    def logs(self) -> Path:
-        """Every server's log."""
-        return self.root / "logs"
-
-    @property
-    def prefect_home(self) -> Path:
-        """The Prefect server's database."""
-        return self.root / "prefect"
-
-    @property
-    def run(self) -> Path:
-        """What `preflow up` keeps for itself."""
-        return self.root / "run"
-
 
 class Up(Places):
     """What runs in the background for one folder."""
 
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        # Written by the process that serves the deployments, once they are registered.
+        self.served = self.run / "served"
+
     @classmethod
     def of(cls, config: Path | None, demo: Path) -> "Up":
         """Return what runs for a configuration, or else for the demo in a folder."""
-        return cls(config.absolute().parent / ".preflow" if config else demo.absolute())
+        return cls((config.parent / ".preflow" if config else demo).expanduser().absolute())
 
-    @property
-    def served(self) -> Path:
-        """Written by the process that serves the deployments, once they are registered."""
-        return self.run / "served"
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep a second `preflow up` out: it would end what the first one starts."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        with (self.run / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PreflowError(f"another `preflow up` is starting {self.root}: wait for that one") from error
+            yield
 
-    @property
-    def socket(self) -> Path:
-        """Through which supervisord is asked; in the temporary folder, as its path must be short."""
-        return Path(tempfile.gettempdir()) / f"preflow-{sha256(str(self.root).encode()).hexdigest()[:16]}.sock"
+    def _told(self) -> dict[str, Any]:
+        """Return what `start` has written down; nothing where that is lost."""
+        try:
+            return dict(json.loads((self.run / "up.json").read_text()))
+        except (OSError, ValueError):
+            return {}
 
     def _supervisor(self) -> Any:
-        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        transport = SupervisorTransport(None, None, f"unix://{self._told().get('socket', '/nowhere')}")
         return ServerProxy("http://127.0.0.1", transport=transport).supervisor
 
     def state(self) -> dict[str, dict[str, Any]]:
@@ -141,42 +144,53 @@ class Up(Places):
 
     def api(self) -> str | None:
         """Return the address of its Prefect API, if it answers."""
-        if not self.state():
-            return None
-        api = str(json.loads((self.run / "up.json").read_text())["api"])
-        return api if answers(f"{api}/health") else None
+        api = self._told().get("api")
+        return str(api) if api and self.state() and answers(f"{api}/health") else None
 
     def start(self, services: Sequence[Service], api: str) -> None:
-        """Have supervisord start the services, in this order, and keep them running."""
+        """Have supervisord start the services, in this order, and keep them running.
+
+        Raises:
+            PreflowError: it does not start, or cannot be told of a folder of that name.
+        """
+        if found := UNWRITABLE.search(f"{self.root}\t{sys.executable}"):
+            raise PreflowError(f"{self.root}: supervisord cannot take a name with {found[0]!r}: rename that folder")
         for folder in (self.run, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        (self.run / "up.json").write_text(json.dumps({"api": api}))
+        # In the temporary folder, as a socket's path must be short; that of the next command may be another one.
+        door = Path(tempfile.gettempdir()) / f"preflow-{sha256(str(self.root).encode()).hexdigest()[:16]}.sock"
+        ready = {service.name: service.health and service.url for service in services}
+        (self.run / "up.json").write_text(json.dumps({"api": api, "socket": str(door), "ready": ready}))
         self.served.unlink(missing_ok=True)
-        programs = (_program(service, number) for number, service in enumerate(services))
-        text = CONFIG.format(socket=self.socket, logs=self.logs, run=self.run) + "".join(programs)
+        text = CONFIG.format(socket=door, logs=self.logs, run=self.run)
         config = self.run / "supervisord.conf"
-        config.write_text(text)
+        config.write_text(text + "".join(map(_program, services, range(len(services)))), encoding="utf-8")
         environment = {**os.environ, MARK: str(self.root)}
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise PreflowError(f"supervisord did not start: {done.stderr.strip() or done.stdout.strip()}")
 
-    def wait(self, services: Mapping[str, Callable[[], bool]]) -> None:
-        """Wait until each of these is ready, and say so as they become it.
+    def wait(self) -> None:
+        """Wait until each server is ready, and say so as they become it.
 
         Raises:
             PreflowError: one cannot be started, or it takes too long; with its log.
         """
-        waiting, deadline = dict(services), time.monotonic() + START_SECONDS
+        waiting, start = dict(self._told().get("ready", {})), time.monotonic()
+        starts: dict[str, set[int]] = defaultdict(set)
         while waiting:
-            for name in [name for name, is_ready in waiting.items() if is_ready()]:
+            for name in [name for name, url in waiting.items() if (answers(url) if url else self.served.exists())]:
                 del waiting[name]
                 print(f"  {name} ready", flush=True)
-            failed = [entry for entry in self.state().values() if entry["statename"] == "FATAL"]
-            if failed or time.monotonic() > deadline:
-                name, log = (failed[0]["name"], failed[0]["logfile"]) if failed else (next(iter(waiting)), self.logs)
-                raise PreflowError(f"{name} did not start: see {log}; `preflow down` ends the others")
+            state, waited = self.state(), time.monotonic() - start
+            for name, entry in state.items():
+                starts[name].add(entry["start"])
+                if entry["statename"] == "FATAL" or (name in waiting and len(starts[name]) >= MAX_STARTS):
+                    raise PreflowError(f"{name} did not start: see {entry['logfile']}; `preflow down` ends the others")
+            if waiting and (waited > START_SECONDS or (not state and waited > SUPERVISOR_SECONDS)):
+                why = "did not start" if state else "was ended, by `preflow down` or with supervisord"
+                raise PreflowError(f"{', '.join(waiting)} {why}: see {self.logs}")
             time.sleep(0.5)
 
     def stop(self) -> int:
@@ -203,10 +217,12 @@ class Up(Places):
 
 
 def _program(service: Service, priority: int) -> str:
-    quoted = ",".join(f'{name}="{value}"'.replace("%", "%%") for name, value in service.environment.items())
+    # What is there anyway is inherited: a key then stands in no file.
+    given = {name: value for name, value in service.environment.items() if os.environ.get(name) != value}
     return PROGRAM.format(
-        name=service.name.replace(" ", "-"), command=shlex.join(map(str, service.command)).replace("%", "%%"),
-        environment=quoted, priority=priority, log=service.log,
+        name=service.name, command=shlex.join(map(str, service.command)).replace("%", "%%"),
+        environment=",".join(f'{name}="{value}"'.replace("%", "%%") for name, value in given.items()),
+        priority=priority, log=service.log,
     )  # fmt: skip
 
 
@@ -216,9 +232,11 @@ def require_free(ports: Ports, names: Sequence[str]) -> None:
     Raises:
         PreflowError: naming the variable that chooses another one.
     """
-    uses = {"ui": "the Prefect UI", "vllm": "vLLM", "judge": "the demo's judge"}
+    uses, wanted = {"ui": "the Prefect UI", "vllm": "vLLM", "judge": "the demo's judge"}, dict[int, str]()
     for name in names:
         port, variable = getattr(ports, name), f"{name.upper()}_PORT"
+        if (other := wanted.setdefault(port, name)) != name:
+            raise PreflowError(f"port {port} is for {uses[other]} and {uses[name]}: choose another one with {variable}")
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -126,49 +126,38 @@ class Sampler:
         messages = [{"role": m["role"], "content": m["content"]} for m in prompt["prompt"]]
         try:
             answer = await self._endpoint.chat(
-                messages,
-                n=config.num_completions,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                max_tokens=config.max_tokens,
-                frequency_penalty=config.frequency_penalty,
-                seed=sample_seed(config.seed, prompt["id"]),
-                stop=config.stop or None,
-                return_token_ids=True,
+                messages, n=config.num_completions, temperature=config.temperature, top_p=config.top_p,
+                max_tokens=config.max_tokens, frequency_penalty=config.frequency_penalty,
+                seed=sample_seed(config.seed, prompt["id"]), stop=config.stop or None, return_token_ids=True,
                 **self._spoken,
-            )
+            )  # fmt: skip
         except RequestRefused as refused:
             error = {"id": prompt["id"], "reason": refused.reason, "detail": str(refused)}
             final = refused.reason in PERMANENT or None
             return Outcome(final=final, error=error, usage=refused.usage)
-        texts = [self._kept(choice.text) for choice in answer.choices]
-        usage = answer.usage
-        if not config.keep_empty and not any(text.strip() for text in texts):
-            error = {"id": prompt["id"], "reason": "empty_completions", "detail": self._say_empty(answer)}
-            return Outcome(error=error, usage=usage)
-        row = {"id": prompt["id"], "completions": texts, **_sampled(answer, texts)}
-        return Outcome(row=row, usage=usage, refused=answer.refused)
+        return self._outcome(prompt["id"], answer)
 
-    def _kept(self, text: str) -> str:
-        text = writable(text)
-        if self._keep is None:
-            return text
-        return "\n".join(line for line in text.splitlines() if self._keep.search(line))
-
-    def _say_empty(self, answer: Answer) -> str:
-        notes = sorted({choice.note for choice in answer.choices if choice.note})
-        cause = "; ".join(notes) or "no line of them matches generation.keep_lines"
-        return f"all {len(answer.choices)} completions are empty: {cause}"
-
-
-def _sampled(answer: Answer, texts: list[str]) -> Row:
-    """Return what was sampled as a row has it; a text of which lines were left out is not its tokens' any more."""
-    pairs = zip(answer.choices, texts, strict=True)
-    return {
-        "finish_reasons": [choice.finish_reason for choice in answer.choices],
-        "prompt_token_ids": answer.prompt_token_ids,
-        "token_ids": [choice.token_ids if text == writable(choice.text) else None for choice, text in pairs],
-    }
+    def _outcome(self, identity: str, answer: Answer) -> Outcome:
+        choices, texts = answer.choices, [writable(choice.text) for choice in answer.choices]
+        if (keep := self._keep) is not None:
+            texts = ["\n".join(line for line in text.splitlines() if keep.search(line)) for text in texts]
+        if not self._config.keep_empty and not any(text.strip() for text in texts):
+            cause = "; ".join(sorted({choice.note for choice in choices if choice.note}))
+            cause = (
+                f"all {len(texts)} completions are empty: {cause or 'no line of them matches generation.keep_lines'}"
+            )
+            error = {"id": identity, "reason": "empty_completions", "detail": cause}
+            return Outcome(error=error, usage=answer.usage)
+        pairs = zip(choices, texts, strict=True)
+        row = {
+            "id": identity,
+            "completions": texts,
+            "finish_reasons": [choice.finish_reason for choice in choices],
+            "prompt_token_ids": answer.prompt_token_ids,
+            # A text of which lines were left out is not its tokens' any more.
+            "token_ids": [choice.token_ids if text == writable(choice.text) else None for choice, text in pairs],
+        }
+        return Outcome(row=row, usage=answer.usage, refused=answer.refused)
 
 
 async def collect_completions(plan: GenerationPlan) -> CompletionsRef:

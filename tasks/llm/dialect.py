@@ -31,7 +31,8 @@ _SYSTEM = re.compile(
     r"(system|developer)['\"]? (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate"
     r"|not support (a |the )?['\"]?(system|developer)\b|['\"](system|developer)['\"] is not"
     r"|(unexpected|invalid|unsupported|unknown|unrecognized) (message )?(role|value)s?\W{1,4}(system|developer)\b"
-    r"|only (the )?user and (assistant|model) roles|valid role: user|must (start|begin) with a user",
+    r"|only (the )?user and (assistant|model) roles|valid role: user|must (start|begin) with a user"
+    r"|\brole\W.{0,20}should be '?user\b",
     re.IGNORECASE,
 )
 FEWEST_TOKENS = 16

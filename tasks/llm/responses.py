@@ -87,6 +87,8 @@ _CONTENT_FILTER = _words(
     r"content[_ ](filter|policy|management|exists risk)", r"moderation", r"safety (system|filter|setting)", r"flagged",
     r"(inappropriate|prohibited|sensitive|unsafe)[_ ]content", r"usage polic", r"data[_ ]?inspection", r"敏感内容",
 )  # fmt: skip
+# OpenRouter's, where the model is known and none of its providers takes what was asked for.
+_NO_ROUTE = _words(r"no endpoints found that (can handle|support)")
 _CUT = _words(r"max_tokens or model output limit was reached")
 # Such a request has more tokens than a minute may have: it will never pass.
 _OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORECASE)
@@ -445,6 +447,8 @@ def _reason(error: ServerError) -> str:
         return "content_filter"
     if _CONTEXT_LENGTH.search(text) and not _OVER_A_LIMIT.search(text):
         return "context_length"
+    if error.status == 404 and _NO_ROUTE.search(text):
+        return "bad_request"
     return {413: "too_large", 404: "not_found"}.get(error.status, "bad_request")
 
 

@@ -112,33 +112,36 @@ async def _answer(config: PipelineConfig, point: ApprovalPoint, subject: str, pa
     answers = read_answers(config, point)
     for answer in answers:
         if answer.approve and answer.subject == subject:
-            logger.info("%s was approved at %s: %s", point, answer.at, answer.note or "(no note)")
+            logger.info("%s was approved at %s: %s", point, answer.at, answer.note or "no note")
             return answer
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         raise PreflowError(f"approve_before {point}: only a flow run can be approved")
     decision = await _ask(config, context.flow_run, f"{point}-{len(answers) + 1}", page)
     answer = Answer(
-        point=point,
-        subject=subject,
-        approve=decision.approve,
-        note=decision.note,
-        flow_run_id=str(context.flow_run.id),
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        point=point, subject=subject, approve=decision.approve, note=decision.note,
+        flow_run_id=str(context.flow_run.id), at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    given = answer.model_dump(mode="json")
+    Workspace(config.workspace).update_json(
+        _answers_uri(config, point), lambda kept: {"answers": [*(kept["answers"] if kept else ()), given]}
     )
-    kept = {"answers": [one.model_dump(mode="json") for one in (*answers, answer)]}
-    Workspace(config.workspace).write_json(_answers_uri(config, point), kept)
     logger.info("%s", answer.refusal or f"approved ({point}): {answer.note or 'no note'}")
     return answer
 
 
 async def _ask(config: PipelineConfig, run: FlowRun, key: str, page: ReportSection) -> Decision:
-    """Wait for the form to be filled in; a run that is executed again finds what was filled in."""
+    """Publish what is to be approved, and wait for the form; a run that is executed again finds what was filled in."""
     keysets = [keyset_from_base_key(f"{kind}-{key}") for kind in ("suspended", "paused")]
     for keyset in keysets:
         if (given := await aread_flow_run_input(keyset["response"], flow_run_id=run.id)) is not None:
             return Decision(**given)
-    form = Decision.with_initial_data(description=await _show(page))
+    artifact = await acreate_markdown_artifact(
+        key="to-approve", markdown=render_markdown(page), description=f"Waiting for approval. {page.summary}"
+    )
+    ui = get_current_settings().ui_url
+    where = f"[Read the page first]({ui}/artifacts/artifact/{artifact})." if ui else "See the artifact `to-approve`."
+    form = Decision.with_initial_data(description=f"{page.summary}\n\n{where}")
     seconds = config.approval_timeout_seconds
     if run.deployment_id is not None and run.parent_task_run_id is None:
         return await asuspend_flow_run(wait_for_input=form, timeout=seconds, key=key)
@@ -149,16 +152,6 @@ async def _ask(config: PipelineConfig, run: FlowRun, key: str, page: ReportSecti
             f"{key.partition('-')[0]} was not approved within approval_timeout_seconds ({seconds:,} s). What was made "
             "so far is kept: run again to be asked again."
         ) from late
-
-
-async def _show(page: ReportSection) -> str:
-    """Publish what is to be approved, and return the text of the form, with the way to it."""
-    artifact = await acreate_markdown_artifact(
-        key="to-approve", markdown=render_markdown(page), description=f"Waiting for approval. {page.summary}"
-    )
-    ui = get_current_settings().ui_url
-    where = f"[Read the page first]({ui}/artifacts/artifact/{artifact})." if ui else "See the artifact `to-approve`."
-    return f"{page.summary}\n\n{where}"
 
 
 def _answers_uri(config: PipelineConfig, point: ApprovalPoint) -> str:

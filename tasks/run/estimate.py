@@ -14,6 +14,7 @@ from tasks.config import (
     SweepConfig,
     TrainingConfig,
 )
+from tasks.errors import PreflowError
 from tasks.evaluate.choice import find_checkpoints, record_choice
 from tasks.evaluate.win_rate import BASELINE, CANDIDATE, NULL, draw_settings, pair_samples
 from tasks.generate.sampling import plan_generation
@@ -118,7 +119,8 @@ def plan_runs(configs: Sequence[PipelineConfig], sweep: SweepConfig | None = Non
     planner = _Planner(configs[0].workspace, sweep or SweepConfig())
     for number, config in enumerate(configs, 1):
         planner.add(number, config.filled())
-    return planner.plan()
+    stages = list(dict.fromkeys(work.stage for work in planner.work.values()))
+    return Plan(sorted(planner.work.values(), key=lambda work: stages.index(work.stage)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class _Planner:
 
     def __init__(self, workspace: str, sweep: SweepConfig) -> None:
         self._workspace, self._sweep, self._store = workspace, sweep, Workspace(workspace)
-        self._work: dict[str, Work] = {}
+        self.work: dict[str, Work] = {}
         self._measured: dict[str, float] = {}
         self._claimed: dict[str, set[str]] = {}
         self._prompts: dict[str, _Prompts] = {}
@@ -170,7 +172,14 @@ class _Planner:
         if evaluation.checkpoints:
             choosing, deciding = self._split(deciding, evaluation, preferences is not None)
             trained, adapter = f"chosen {trained}", self._choose(trained, adapter, choosing, evaluation)
-        self._evaluate(trained, adapter, deciding, evaluation)
+        sft, again = (draw_settings(evaluation, draw, self._workspace) for draw in (BASELINE, NULL))
+        candidate = draw_settings(evaluation, CANDIDATE, self._workspace, adapter)
+        before = self._sample("evaluate: sample SFT adapter", deciding, sft)
+        after = self._sample("evaluate: sample new adapter", deciding, candidate, None if adapter else trained)
+        self._compare(COMPARING, before, after, evaluation.comparison_judge())
+        if evaluation.null_test:
+            null = self._sample("evaluate: sample SFT adapter again", deciding, again)
+            self._compare(f"{COMPARING} SFT with itself", before, null, evaluation.null_judge())
 
     def _label(self, config: PipelineConfig) -> tuple[str, PreferencesRef | None, int]:
         """Plan all up to the pairs; return what stands for them, the pairs if they are there, and how many at most."""
@@ -191,11 +200,6 @@ class _Planner:
         counts = {row["id"]: len(row["completions"]) for row in self._store.read_rows(made.uri)}
         mean = round(sum(counts.values()) / max(1, len(counts)))
         return _Samples(made.sha256, made.sha256, tuple(counts), 0.0, mean, 0.0, made)
-
-    def plan(self) -> Plan:
-        """Return all work, stage by stage."""
-        stages = list(dict.fromkeys(work.stage for work in self._work.values()))
-        return Plan(sorted(self._work.values(), key=lambda work: stages.index(work.stage)))
 
     def _tokens(self, writer: str, expected: float, of: CompletionsRef | VerdictsRef | None, count: int = 1) -> float:
         """Return the tokens of a completion of a writer: the mean of finished ones, else what is expected."""
@@ -224,8 +228,8 @@ class _Planner:
 
     def _open(self, key: str, stage: str, who: str, finished: bool) -> Work | None:
         """Note one more point for the piece of work under a key; return the piece if it is new, to be filled in."""
-        is_new = key not in self._work
-        work = self._work.setdefault(key, Work(stage, who, finished=finished))
+        is_new = key not in self.work
+        work = self.work.setdefault(key, Work(stage, who, finished=finished))
         work.points.append(self._number)
         return work if is_new else None
 
@@ -308,8 +312,11 @@ class _Planner:
         """Return the time that a finished training of the base took for a pair; None if this workspace has none."""
         measured, folder = f"training of {base_model}", self._store.uri("training")
         for key in self._store.folders(folder) if measured not in self._measured else ():
-            made = self._store.find_manifest(f"{folder}/{key}/{MANIFEST}")
-            if made is None or made.config.get("base_model") != base_model or not made.counts.get("steps"):
+            try:
+                made = self._store.read_manifest(f"{folder}/{key}/{MANIFEST}")
+            except PreflowError:  # under way, or damaged
+                continue
+            if made.config.get("base_model") != base_model or not made.counts.get("steps"):
                 continue
             settings = made.settings(TrainingConfig)
             batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
@@ -332,18 +339,6 @@ class _Planner:
             verdicts = self._compare(f"{COMPARING} checkpoints", before, after, evaluation.null_judge())
             judged += [(one, verdicts)] if one and verdicts else []
         return record_choice(judged, self._workspace, evaluation).adapter if len(judged) == len(tried) else None
-
-    def _evaluate(
-        self, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig
-    ) -> None:
-        sft, again = (draw_settings(evaluation, draw, self._workspace) for draw in (BASELINE, NULL))
-        candidate = draw_settings(evaluation, CANDIDATE, self._workspace, adapter)
-        before = self._sample("evaluate: sample SFT adapter", prompts, sft)
-        after = self._sample("evaluate: sample new adapter", prompts, candidate, None if adapter else trained)
-        self._compare(COMPARING, before, after, evaluation.comparison_judge())
-        if evaluation.null_test:
-            null = self._sample("evaluate: sample SFT adapter again", prompts, again)
-            self._compare(f"{COMPARING} SFT with itself", before, null, evaluation.null_judge())
 
     def _compare(self, stage: str, a: _Samples, b: _Samples, judging: JudgingConfig) -> VerdictsRef | None:
         """Plan the comparison of two draws: each pair of samples is a row of its own with two completions."""

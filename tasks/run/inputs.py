@@ -22,26 +22,20 @@ def find_reference(kind: type[Reference], value: object) -> object:
     text, wanted = value.strip(), kind.model_fields["kind"].default
     if text.startswith("{"):
         return json.loads(text)
-    manifest = _manifest_of(text, wanted)
-    artifact = Workspace.holding(manifest).read_manifest(manifest).artifact
+    uri = resolve_location(text)
+    places = [f"{uri}/manifest.json", f"{posixpath.dirname(uri)}/manifest.json"]
+    if uri.endswith("manifest.json"):
+        places = [uri]
+    store = Workspace.holding(uri)
+    manifest = next((place for place in places if store.exists(place)), None)
+    if manifest is None:
+        raise ValueError(
+            f"there is no {places[0]}: give the folder of finished {wanted} (in the workspace) or its manifest.json"
+        )
+    artifact = store.read_manifest(manifest).artifact
     if artifact.kind != wanted:
         raise ValueError(f"{manifest} is the manifest of {artifact.kind}, and {wanted} is wanted here")
     return artifact
-
-
-def _manifest_of(text: str, wanted: str) -> str:
-    """Return the manifest in the folder `text`, or next to the file or folder `text`."""
-    uri = resolve_location(text)
-    candidates = [f"{uri}/manifest.json", f"{posixpath.dirname(uri)}/manifest.json"]
-    if uri.endswith("manifest.json"):
-        candidates = [uri]
-    store = Workspace.holding(uri)
-    found = next((candidate for candidate in candidates if store.exists(candidate)), None)
-    if found is None:
-        raise ValueError(
-            f"there is no {candidates[0]}: give the folder of finished {wanted} (in the workspace) or its manifest.json"
-        )
-    return found
 
 
 def _named(kind: type[Reference]) -> BeforeValidator:

@@ -43,11 +43,11 @@ class LocalStorage(Storage):
     def scan(self, uri: str, deep: bool = False) -> tuple[dict[str, Stat], list[str]]:
         """A file that goes meanwhile is left out, and so is one that a killed process had not finished."""
         try:
-            found = Path(uri).rglob("*") if deep else Path(uri).iterdir()
-            paths = [path for path in found if not path.name.startswith(UNFINISHED)]
+            paths = list(Path(uri).rglob("*") if deep else Path(uri).iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return {}, []
-        stats = {str(path.relative_to(uri)): self.stat(str(path)) for path in paths}
+        wanted = [path for path in paths if not path.name.startswith(UNFINISHED)]
+        stats = {str(path.relative_to(uri)): self.stat(str(path)) for path in wanted}
         files = {name: stat for name, stat in stats.items() if stat is not None}
         return files, [] if deep else [path.name for path in paths if path.name not in files and path.is_dir()]
 

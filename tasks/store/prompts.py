@@ -36,7 +36,16 @@ def import_prompts(source: str, workspace: str, limit: int | None = None, exclud
     def copy(out: DigestWriter) -> dict[str, int]:
         rows = read_rows(PromptRow, source, Workspace.holding(source))
         counts = _copy_prompts(rows, out, _read_trained(store, exclude), limit)
-        _check_groups(source, counts.pop("groups"), out.rows, counts["read"], limit is None and exclude is None)
+        if not out.rows:
+            raise PreflowError(
+                f"{source}: no prompt is left to evaluate on: all {counts['read']} occur in training pairs. Give "
+                "held-out prompts with `eval_prompts`, or raise judging.val_ratio."
+            )
+        if counts.pop("groups") == 1 and out.rows > 1 and limit is None and exclude is None:
+            raise PreflowError(
+                f"{source}: all {out.rows} rows have the same `group`, so that none can be held out of the others' "
+                "training. Take the field out, or give the rows groups that differ."
+            )
         logger.info("%s: %d prompts; of the rows %s", source, out.rows, counts)
         return counts
 
@@ -60,20 +69,6 @@ def _find_or_make(
         )
     )  # fmt: skip
     return artifact
-
-
-def _check_groups(source: str, groups: int, kept: int, read: int, is_whole: bool) -> None:
-    """Refuse prompts of which none is left, or which make up a whole file and are all of one group."""
-    if not kept:
-        raise PreflowError(
-            f"{source}: no prompt is left to evaluate on: all {read} occur in training pairs. "
-            "Give held-out prompts with `eval_prompts`, or raise judging.val_ratio."
-        )
-    if groups == 1 and kept > 1 and is_whole:
-        raise PreflowError(
-            f"{source}: all {kept} rows have the same `group`, so that none can be held out of the others' "
-            "training. Take the field out, or give the rows groups that differ."
-        )
 
 
 def count_shared(prompts: str, others: str, store: Workspace) -> int:

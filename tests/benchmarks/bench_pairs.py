@@ -15,7 +15,8 @@ from typing import Any
 
 from flows.sweep import dpo_sweep
 from tasks.config import PipelineConfig, SweepConfig
-from tasks.demo.local import model_servers, prefect_api
+from tasks.demo.api import prefect_api
+from tasks.demo.local import model_servers
 from tasks.demo.materials import ensure_materials, locate_materials
 from tasks.demo.up import Places
 from tasks.sweep.prepare import prepare_points

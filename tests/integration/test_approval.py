@@ -15,6 +15,7 @@ from prefect.flow_runs import aresume_flow_run
 
 from tasks.config import PipelineConfig
 from tasks.errors import PreflowError
+from tasks.run import approval
 from tasks.run.approval import NotApproved, approve_judging, approve_promotion, cancel_if_refused, read_answers
 from tasks.store.workspace import AdapterRef, CompletionsRef, EvaluationRef, PromotionRef, Workspace
 
@@ -125,6 +126,20 @@ async def test_a_no_cancels_the_run_with_the_reason_and_the_next_run_asks_again(
         assert (ended.state.name, ended.id) == ("Cancelled", run.id)
         assert f"too dear {attempt}" in (ended.state.message or "")
         assert len(read_answers(bench.config, "judging")) == attempt
+
+
+async def test_answers_that_two_runs_are_given_at_once_are_both_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, both = Bench(tmp_path), asyncio.Barrier(2)
+
+    async def yes(*_: Any) -> approval.Decision:
+        await both.wait()
+        return approval.Decision(approve=True)
+
+    monkeypatch.setattr(approval, "_ask", yes)
+    await asyncio.gather(judged(bench), judged(bench))
+    assert len(read_answers(bench.config, "judging")) == 2
 
 
 async def test_what_was_approved_is_bound_to_what_was_shown(tmp_path: Path) -> None:

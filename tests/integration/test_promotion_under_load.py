@@ -91,12 +91,10 @@ class Stage:
         return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
     async def both(self, client: httpx.AsyncClient, number: int) -> list[str]:
-        """Return what each replica answers."""
         return [await self.answer(client, NAME, number, replica=replica) for replica in (0, 1)]
 
 
 def random_text(seed: int, length: int) -> list[int]:
-    """Return token ids beyond the special ones."""
     rng = random.Random(seed)
     return [rng.randrange(10, 600) for _ in range(length)]
 

@@ -89,7 +89,6 @@ class Bench:
         return [row for row in self.fake.requests()[start:] if row["status"] == 200 and row["prompt"] not in TRIALS]
 
     def trainings(self) -> list[Path]:
-        """The folders of the finished trainings."""
         return [marker.parents[1] for marker in self.workspace.glob("training/*/adapter/COMMITTED.json")]
 
 
@@ -256,7 +255,6 @@ async def test_the_best_is_promoted_where_that_is_asked_for(bench: Bench, result
 
 @pytest.fixture
 def pool(bench: Bench) -> Iterator[str]:
-    """A work pool with a process worker."""
     prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
     subprocess.run([*prefect, "work-pool", "create", "sweep", "--type", "process"], check=True, timeout=120)
     with process_worker(bench.folder, "sweep"):

@@ -17,7 +17,8 @@ import pytest
 from flows.pipeline import dpo_pipeline
 from tasks.config import PipelineConfig
 from tasks.demo import SMOLLM2
-from tasks.demo.local import VLLM_PYTHON, model_servers, prefect_api
+from tasks.demo.api import prefect_api
+from tasks.demo.local import VLLM_PYTHON, model_servers
 from tasks.demo.materials import ensure_materials, locate_materials
 from tasks.demo.smollm2 import find_weights
 from tasks.demo.up import Places

@@ -34,14 +34,8 @@ def test_costs_are_added_up_by_stage_with_a_cell_for_each_column() -> None:
         Cost(requests=-1)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0 s"), (8.44, "8.4 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(("usd", "text"), [(0, "0.00"), (1234.5, "1,234.50"), (0.0123, "0.012"), (1e-6, "< 0.0001")])
-def test_money(usd: float, text: str) -> None:
-    assert format_usd(usd) == text
+def test_durations_and_money() -> None:
+    seconds = {0: "0.0 s", 8.44: "8.4 s", 59.4: "59 s", 59.6: "1 min 00 s", 200: "3 min 20 s", 7500: "2 h 05 min"}
+    assert {of: format_seconds(of) for of in seconds} == seconds
+    usd = {0: "0.00", 1234.5: "1,234.50", 0.0123: "0.012", 1e-6: "< 0.0001"}
+    assert {of: format_usd(of) for of in usd} == usd

@@ -73,11 +73,8 @@ def test_other_refusals_change_nothing(refused: RequestRefused) -> None:
 
 
 def test_a_refusal_that_goes_on_after_all_was_left_out_ends() -> None:
-    dialect = Dialect("m")
-    learned = 0
-    while dialect.learn(refusal("temperature, top_p, seed and max_tokens are refused"), dialect.shape(BODY)):
-        learned += 1
-        assert learned < 30
+    dialect, refused = Dialect("m"), refusal("temperature, top_p, seed and max_tokens are refused")
+    assert sum(1 for _ in iter(lambda: dialect.learn(refused, dialect.shape(BODY)), False)) < 30
 
 
 @pytest.mark.parametrize(
@@ -120,6 +117,7 @@ def test_max_tokens_has_another_name_for_newer_models() -> None:
      "'system' is not one of ['user', 'assistant'] - 'messages.0.role'", "This model does not support system messages",
      "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
      "Unexpected message role: 'system'",
+     "body.messages.0.role Input should be 'user' or 'assistant'",
      "Invalid value: 'system'. Supported values are: 'user' and 'assistant'.", "Please use a valid role: user, model."],
 )  # fmt: skip
 def test_without_a_system_role_its_text_opens_the_user_s_message(text: str) -> None:

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import proxy_bypass
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from preflow import cli
 from preflow.cli import COMMANDS, Exit, main
+from preflow.settings import load_settings
 from tasks.errors import PreflowError
 
 WIDTH, HEIGHT = 80, 24
@@ -92,6 +94,7 @@ FILES = {
         ("up --ui-port 0", "--ui-port"),
         ("up --ui-port 4200 --vllm-port 0", "--vllm-port"),
         ("up --ui-port 4200 --judge-port 0", "--judge-port"),
+        ("up --ui-port 31999 --vllm-port 31999", "port 31999 is for the Prefect UI and vLLM: choose another one with"),
         ("label ok.yaml --port 70000", "--port"),
         ("label unfinished/config.yaml --port 0", "unfinished/config.yaml: no such file"),
         ("drill --preemptions 0", "--preemptions 0 do not fit --steps 40: take more steps"),
@@ -146,6 +149,53 @@ def test_up_says_how_to_talk_to_what_is_served(
     assert said in capsys.readouterr().out
 
 
+def test_up_says_when_what_runs_has_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, told = tmp_path / "config.yaml", tmp_path / ".preflow" / "run" / "serving.json"
+    file.write_text("prompts: p.jsonl\n")
+    settings = load_settings(file)
+    monkeypatch.setattr("tasks.demo.up.Up.api", lambda running: "http://127.0.0.1:4200/api")
+    told.parent.mkdir(parents=True)
+    for changes, said in (
+        ((), "it runs already:"),
+        (("training.beta=0.2",), "with other settings: `preflow down` first"),
+    ):
+        settings = load_settings(file, changes)
+        told.write_text(json.dumps({"name": settings.config.promotion.name, **settings.parameters(sweep=True)}))
+        assert main(["up", str(file)]) == Exit.DONE
+        assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run c.yaml", "run c.yaml --on dpo-pipeline/local", "rollback c.yaml"])
+def test_a_prefect_that_does_not_answer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "c.yaml").write_text("prompts: p.jsonl\n")
+    monkeypatch.chdir(tmp_path)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert main(command.split()) == Exit.WRONG
+    assert "PREFECT_API_URL is http://127.0.0.1:9/api, and no Prefect answers there" in capsys.readouterr().err
+
+
+def test_what_runs_here_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    assert main(["--version"]) == Exit.DONE
+    assert all(map(proxy_bypass, ("127.0.0.1:4200", "localhost", "inside.example")))
+    assert not proxy_bypass("outside.example")
+
+
+def test_a_reader_that_has_read_enough_is_no_defect() -> None:
+    with subprocess.Popen([sys.executable, "-m", "preflow", "schema"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == Exit.DONE
+
+
 def test_ctrl_c_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +211,7 @@ def test_ctrl_c_says_what_to_do(
         (PreflowError("prompts.jsonl:3: not JSON"), Exit.WRONG, "prompts.jsonl:3: not JSON"),
         (ZeroDivisionError("x"), Exit.DEFECT, "a defect of preflow: ZeroDivisionError: x. The traceback is in"),
         (OSError(errno.ENOSPC, "No space left on device", "/w/x"), Exit.WRONG, "/w/x: No space left on device: make"),
+        (OSError(errno.EMFILE, "Too many open files"), Exit.WRONG, "a file: Too many open files: raise `ulimit -n`"),
         (PermissionError(errno.EACCES, "Permission denied", "/w/x"), Exit.WRONG, "/w/x: Permission denied: give"),
     ],
 )  # fmt: skip

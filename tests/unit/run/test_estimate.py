@@ -12,7 +12,7 @@ from tasks.judge.asking import plan_judging
 from tasks.judge.elsewhere import import_completions
 from tasks.run.estimate import COMPARING, JUDGING, TRAINING, Plan, Work, plan_runs
 from tasks.run.estimate_page import approval_section
-from tasks.store.workspace import AdapterRef, Manifest, Workspace
+from tasks.store.workspace import AdapterRef, FileFacts, Manifest, Workspace
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_work_that_runs_share_is_planned_once(config: PipelineConfig) -> None:
         uri="a", sha256="0" * 64, size=0, rows=0, manifest=f"{config.workspace}/training/k/manifest.json"
     )
     earlier = Manifest(
-        artifact=known, stage="training", version=1, key="k", config=config.training, files={}, counts={"steps": 4},
-        seconds=120,
+        artifact=known, stage="training", version=1, key="k", config=config.training, counts={"steps": 4},
+        seconds=120, files={"adapter.safetensors": FileFacts(size=1, sha256="gone, and not read for an estimate")},
     )  # fmt: skip
     Workspace(config.workspace).write_manifest(earlier)
     again = plan_runs(runs, sweep).of(TRAINING).work[0]

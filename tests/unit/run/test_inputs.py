@@ -1,6 +1,5 @@
 """Naming an artifact by hand: a folder, a manifest or JSON becomes a reference, and the wrong one is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,9 @@ def test_every_way_to_name_pairs_gives_the_same_reference(
     folder = tmp_path / "preferences" / "key"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    paths = [
-        folder,
-        f"file://{folder}/",
-        "~/preferences/key",
-        folder / "manifest.json",
-        folder / "train.jsonl",
-        " preferences/key\n",
-    ]
-    for value in [pairs, pairs.model_dump(), pairs.model_dump_json(), *map(str, paths)]:
+    texts = ["~/preferences/key", " preferences/key\n", f"file://{folder}/", pairs.model_dump_json()]
+    paths = map(str, (folder, folder / "manifest.json", folder / "train.jsonl"))
+    for value in [pairs, pairs.model_dump(), *texts, *paths]:
         assert PAIRS.validate_python(value) == pairs, value
 
 
@@ -67,18 +60,15 @@ def test_an_adapter_is_named_by_its_folder_or_its_trainings(tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("nowhere", r"there is no .*/nowhere/manifest\.json: give the folder of finished preferences"),
-        ("{broken", "property name"),
-        ('{"kind": "adapter"}', "preferences"),
-    ],
-)
+    [("nowhere", r"there is no .*/nowhere/manifest\.json: give the folder of finished preferences"),
+     ("{broken", "property name"), ('{"kind": "adapter"}', "preferences")],
+)  # fmt: skip
 def test_what_names_no_pairs_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         PAIRS.validate_python(text)
 
 
-def test_a_flow_says_which_parameter_names_nothing_and_sees_a_reference(pairs: PreferencesRef) -> None:
+def test_a_flow_says_which_parameter_names_nothing_sees_a_reference_and_takes_text_first(pairs: PreferencesRef) -> None:
     @flow
     def stage(preferences: PreferencesInput) -> PreferencesRef:
         return preferences
@@ -87,11 +77,5 @@ def test_a_flow_says_which_parameter_names_nothing_and_sees_a_reference(pairs: P
     assert stage.validate_parameters(given) == {"preferences": pairs}
     with pytest.raises(ParameterTypeError, match=r"preferences.*there is no .*/nowhere/manifest\.json"):
         stage.validate_parameters({"preferences": "nowhere"})
-
-
-def test_the_form_takes_text_first() -> None:
-    def stage(preferences: PreferencesInput) -> None: ...
-
-    spec: dict[str, Any] = parameter_schema(stage).model_dump()["properties"]["preferences"]
-    assert spec["anyOf"][0] == {"type": "string"}
-    assert json.dumps(spec["anyOf"][1]) == '{"$ref": "#/definitions/PreferencesRef"}'
+    spec: dict[str, Any] = parameter_schema(stage.fn).model_dump()["properties"]["preferences"]
+    assert spec["anyOf"] == [{"type": "string"}, {"$ref": "#/definitions/PreferencesRef"}]

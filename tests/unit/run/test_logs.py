@@ -24,22 +24,13 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture
         logger.removeHandler(caplog.handler)
 
 
-def log_error(error: Exception) -> None:
-    try:
-        raise error
-    except type(error):
-        logging.getLogger("prefect.flow_runs").exception("Encountered an exception during execution")
-
-
-def test_what_the_user_can_fix_is_its_message_alone(lines: pytest.LogCaptureFixture) -> None:
-    log_error(PreflowError("prompts.jsonl:3: not JSON"))
-    assert lines.records[-1].getMessage() == "prompts.jsonl:3: not JSON"
-    assert lines.records[-1].exc_info is None
-
-
-def test_a_defect_keeps_its_traceback(lines: pytest.LogCaptureFixture) -> None:
-    log_error(ZeroDivisionError("a defect"))
-    assert lines.records[-1].exc_info is not None
+@pytest.mark.parametrize("error", [PreflowError("prompts.jsonl:3: not JSON"), ZeroDivisionError("a defect")])
+def test_what_the_user_can_fix_is_its_message_alone_and_a_defect_keeps_its_traceback(
+    lines: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    logging.getLogger("prefect.flow_runs").error("Encountered an exception during execution", exc_info=error)
+    said, is_users = lines.records[-1], isinstance(error, PreflowError)
+    assert (said.getMessage() == str(error), said.exc_info is None) == (is_users, is_users)
 
 
 def test_finished_shards_say_nothing_and_failed_ones_do(lines: pytest.LogCaptureFixture) -> None:

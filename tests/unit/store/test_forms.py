@@ -37,16 +37,13 @@ PROMPTS: dict[str, tuple[Any, list[dict[str, str]]]] = {
     "parts of text": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}, HELLO),
     "of pairs": ({"chosen": "\n\nHuman: Hello\n\nAssistant: a", "rejected": "\n\nHuman: Hello\n\nAssistant: b"}, HELLO),
     "parts of OpenAI's responses": (
-        {"prompt": [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]}, HELLO,
-    ),
+        {"prompt": [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]}, HELLO),
     "messages in a table's cell": ({"prompt": json.dumps(HELLO, indent=1)}, HELLO),
     "a conversation in a table's cell": ({"messages": json.dumps([*HELLO, ANSWER])}, HELLO),
     "text about messages": ({"prompt": '[{"role": "user"}]: what is it?'},
                             [{"role": "user", "content": '[{"role": "user"}]: what is it?'}]),
-    "HH-RLHF's column": (
-        {"prompt": "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: More\n\nAssistant:"},
-        [*HELLO, ANSWER, {"role": "user", "content": "More"}],
-    ),
+    "HH-RLHF's column": ({"prompt": "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: More\n\nAssistant:"},
+        [*HELLO, ANSWER, {"role": "user", "content": "More"}]),
     "columns of nothing": ({"prompt": [{**HELLO[0], "name": None, "tool_calls": None}]}, HELLO),
 }  # fmt: skip
 
@@ -93,37 +90,26 @@ PAIRS: dict[str, tuple[Any, list[dict[str, str]], str]] = {
     "TRL, explicit text": ({"prompt": "Hello", "chosen": "good", "rejected": "bad"}, HELLO, "explicit prompt, text"),
     "TRL, implicit": ({"chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]}, HELLO, "implicit prompt"),
     "TRL, implicit text": ({"chosen": "Hello good", "rejected": "Hello bad"}, HELLO, "implicit prompt, text"),
-    "UltraFeedback": (
-        {"prompt": "Hello", "chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD], "score_chosen": 8.0}, HELLO,
-        "UltraFeedback",
-    ),
+    "UltraFeedback": ({"prompt": "Hello", "chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD], "score_chosen": 8.0},
+        HELLO, "UltraFeedback"),
     "HH-RLHF": ({"chosen": f"{HH} good", "rejected": f"{HH} bad"}, TURNS, "HH-RLHF"),
-    "Orca": (
-        {"system": "Be brief.", "question": "Hello", "chosen": "good", "rejected": "bad"}, [SYSTEM, *HELLO],
-        "explicit prompt, text",
-    ),
-    "OpenAI": (
-        {"input": {"messages": HELLO, "tools": []}, "preferred_output": GOOD, "non_preferred_output": BAD}, HELLO,
-        "explicit prompt",
-    ),
+    "Orca": ({"system": "Be brief.", "question": "Hello", "chosen": "good", "rejected": "bad"}, [SYSTEM, *HELLO],
+        "explicit prompt, text"),
+    "OpenAI": ({"input": {"messages": HELLO, "tools": []}, "preferred_output": GOOD, "non_preferred_output": BAD},
+        HELLO, "explicit prompt"),
     "LLaMA-Factory": (
         {"conversations": [{"from": "human", "value": "Hello"}], "chosen": {"from": "gpt", "value": "good"},
          "rejected": {"from": "gpt", "value": "bad"}}, HELLO, "explicit prompt",
     ),
-    "HH-RLHF in three columns": (
-        {"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": "good", "rejected": "bad"}, HELLO,
-        "explicit prompt, text",
-    ),
-    "system of its own": (
-        {"prompt": [SYSTEM], "chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]}, [SYSTEM, *HELLO], "UltraFeedback",
-    ),
+    "HH-RLHF in three columns": ({"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": "good", "rejected": "bad"},
+        HELLO, "explicit prompt, text"),
+    "system of its own": ({"prompt": [SYSTEM], "chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]}, [SYSTEM, *HELLO],
+        "UltraFeedback"),
     "system column, whole sides": (
         {"system": "Be brief.", "prompt": "Hello ", "chosen": [*HELLO, *GOOD], "rejected": [*HELLO, *BAD]},
-        [SYSTEM, {"role": "user", "content": "Hello "}], "UltraFeedback",
-    ),
-    "prompt is the first turn": (
-        {"prompt": "Hello", "chosen": [*TURNS, *GOOD], "rejected": [*TURNS, *BAD]}, TURNS, "UltraFeedback",
-    ),
+        [SYSTEM, {"role": "user", "content": "Hello "}], "UltraFeedback"),
+    "prompt is the first turn": ({"prompt": "Hello", "chosen": [*TURNS, *GOOD], "rejected": [*TURNS, *BAD]}, TURNS,
+        "UltraFeedback"),
     "prompt of several turns": ({"prompt": TURNS, "chosen": GOOD, "rejected": BAD}, TURNS, "explicit prompt"),
     "equal sides": ({"prompt": HELLO, "chosen": GOOD, "rejected": GOOD}, HELLO, "explicit prompt"),
 }  # fmt: skip
@@ -197,7 +183,7 @@ FILES: dict[str, tuple[str, bytes]] = {
     "TSV": ("p.tsv", "prompt\tgroup\nGrüß Gott\ta, b; c\n日本\t\nc\tb\n".encode()),
     "CSV with an empty cell too many": ("p.csv", "prompt,group\nGrüß Gott,a,\n日本,,\nc,b,\n".encode()),
     "CSV": ("p.csv", b"prompt,group\n" + "".join(f"{row['prompt']},\n" for row in ROWS).encode()),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -37,15 +37,13 @@ BAD = {
     "no content": ({"prompt": [USER, {"role": "user"}]}, r"prompt\[1\]: its content is not text"),
     "content of parts": ({"prompt": [{"role": "user", "content": ["x"]}]}, r"prompt\[0\]: its content is not text"),
     "message with more": ({"prompt": [{**USER, "name": "x"}]}, r"prompt\[0\]\.name: .*would be lost"),
-    "ends with the system": (
-        {"prompt": [USER, {"role": "system", "content": "x"}]},
-        r"the last message is the system's",
-    ),
+    "ends with the system": ({"prompt": [USER, {"role": "system", "content": "x"}]},
+        r"the last message is the system's"),
     "ends with the assistant": ({"prompt": [USER, {"role": "assistant", "content": "x"}]}, r"the last message is the"),
     "all empty": ({"prompt": [{"role": "user", "content": "  \n"}]}, r"every message is empty"),
     "group is a list": ({**GOOD, "group": ["3"]}, r"group: Input should be a valid string"),
     "half a character": (b'{"prompt": [{"role": "user", "content": "\\ud800"}]}', r"prompt"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)

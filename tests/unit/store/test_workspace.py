@@ -84,29 +84,22 @@ def test_a_settled_file_is_read_once_for_its_digest_and_one_just_written_each_ti
 # ---- whole or absent
 
 
-def test_a_file_that_fails_half_way_leaves_what_was_there(store: Workspace) -> None:
-    uri = store.uri("a", "file")
+def test_a_write_that_fails_or_is_killed_leaves_what_was_there(store: Workspace) -> None:
+    uri, script = store.uri("file"), (
+        "import os, signal, sys; from tasks.store.workspace import Workspace\n"
+        "with Workspace(sys.argv[1]).writing(sys.argv[2]) as out:\n"
+        "    out.write(b'x' * 3_000_000)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )  # fmt: skip
     store.write_bytes(uri, b"old")
     with suppress(RuntimeError), store.writing(uri) as out:
         out.write(b"new, but")
         raise RuntimeError("half way")
-    assert store.read_bytes(uri) == b"old"
-    assert store.list(store.uri("a")) == [uri]
-
-
-def test_a_process_killed_while_writing_leaves_what_was_there(store: Workspace) -> None:
-    script = (
-        "import os, signal, sys; from tasks.store.workspace import Workspace\n"
-        "store = Workspace(sys.argv[1])\n"
-        "with store.writing(store.uri('file')) as out:\n"
-        "    out.write(b'x' * 3_000_000)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    store.write_bytes(store.uri("file"), b"old")
-    ended = subprocess.run([sys.executable, "-c", script, store.root], check=False)
+    assert os.listdir(store.root) == ["file"]
+    ended = subprocess.run([sys.executable, "-c", script, store.root, uri], check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert store.read_bytes(store.uri("file")) == b"old"
-    assert store.list(store.root) == [store.uri("file")], "what was not finished was taken for a file"
+    assert store.read_bytes(uri) == b"old"
+    assert store.list(store.root) == [uri], "what was not finished was taken for a file"
 
 
 def test_a_full_disk_damages_nothing(store: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,22 +188,17 @@ def test_an_artifact_is_finished_only_while_all_its_files_are_whole(
 
 
 def test_what_was_copied_elsewhere_is_found_there(store: Workspace, tmp_path: Path) -> None:
-    artifact = finished(store)
-    folder = store.uri("in")
+    artifact, folder = finished(store), store.uri("in")
     inside = Origin(kind="prompts", sha256="a", uri=f"{folder}/p.jsonl", manifest=f"{folder}/manifest.json")
     outside = Origin(kind="prompts", sha256="b", uri=str(tmp_path / "p.jsonl"))
-    made = store.read_manifest(artifact).model_copy(update={"upstream": (inside, outside)})
-    store.write_manifest(made)
+    store.write_manifest(store.read_manifest(artifact).model_copy(update={"upstream": (inside, outside)}))
     shutil.move(store.root, tmp_path / "moved" / "ws")
     there = Workspace(tmp_path / "moved" / "ws")
     found = there.find_manifest(there.uri("out", "manifest.json"))
     assert found is not None
-    assert (found.artifact.uri, found.artifact.manifest) == (
-        there.uri("out", "rows.jsonl"), there.uri("out", "manifest.json"),
-    )  # fmt: skip
-    assert (found.upstream[0].uri, found.upstream[0].manifest) == (
-        there.uri("in", "p.jsonl"), there.uri("in", "manifest.json"),
-    )  # fmt: skip
+    files = [(made.uri, made.manifest) for made in (found.artifact, found.upstream[0])]
+    assert files == [(there.uri(*names), there.uri(names[0], "manifest.json"))
+                     for names in (("out", "rows.jsonl"), ("in", "p.jsonl"))]  # fmt: skip
     assert found.upstream[1] == outside
     assert there.is_intact(found.artifact)
 
