@@ -282,14 +282,14 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             )
             named = "modules and every number of the base's config.json"
             invariants.check_nothing_random(training, evaluating, named)
-        training = self._training
+        settings = self._training
         more = {
-            f"{training.sft_weight:g} times the SFT loss added": training.sft_weight,
-            f"{training.router_aux_loss_coef:g} times the router's loss added": training.router_aux_loss_coef,
-            "their pairs weighted": training.use_weighting,
+            f"{settings.sft_weight:g} times the SFT loss added": settings.sft_weight,
+            f"{settings.router_aux_loss_coef:g} times the router's loss added": settings.router_aux_loss_coef,
+            "their pairs weighted": settings.use_weighting,
         }
         added = " and ".join(text for text, present in more.items() if present)
-        said = f"{training.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
+        said = f"{settings.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
         self._hooks.progress(Progress("training", said + (f"; the losses from here on have {added}" if added else "")))
         if added:
             first = {**self.measure(batches, self.train_dataset), "dpo_loss": first["loss"]}
