@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -23,6 +23,17 @@ from tasks.llm.responses import (
 )
 from tasks.llm.secrets import resolve_secret
 
+SHORTEST_SECRET = 8
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that is sent as a form has it."""
+
+    name: str
+    content: bytes
+    purpose: str
+
 
 class Connection:
     """An HTTP session with one endpoint. Use as an async context manager, in one event loop.
@@ -41,8 +52,10 @@ class Connection:
         self.config = config
         self._key = api_key
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._headers = {"Content-Type": "application/json", **key, **(headers or {})}
-        self._secrets = [secret.encode() for secret in (api_key, *(headers or {}).values()) if secret]
+        self._headers = {**key, **(headers or {})}
+        # A shorter one, such as a local server's "none", is no secret, and may stand in any text.
+        self._secrets = [value.encode() for value in self._headers.values() if len(value) >= SHORTEST_SECRET]
+        self._secrets += [api_key.encode()] if api_key and len(api_key) >= SHORTEST_SECRET else []
         address, mark, query = config.endpoint.partition("?")
         # Many pages show the whole address of a chat request.
         self.base_url = address.rstrip("/").removesuffix("/chat/completions")
@@ -52,8 +65,7 @@ class Connection:
     async def connect(cls, config: EndpointConfig, field: str) -> Self:
         """Return the endpoint with its key and headers looked up; `field` names the configuration in messages.
 
-        Raises:
-            PreflowError: a secret is missing.
+        Raises `PreflowError`: a secret is missing.
         """
         key = await resolve_secret(config.api_key, f"{field}.api_key")
         names = config.extra_headers.items()
@@ -69,22 +81,28 @@ class Connection:
         )
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def _call(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:
+    async def call(self, url: str, body: Mapping[str, Any] | Upload | None, seconds: float) -> bytes:
         """Return what comes back for a POST of `body`, or a GET without one.
 
         Every failure is raised as Transient, RequestRefused or StageStopped.
         """
-        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        kind = {"Content-Type": "application/json"}
+        data: bytes | aiohttp.FormData | None = None
+        if isinstance(body, Upload):
+            kind, data = {}, aiohttp.FormData({"purpose": body.purpose})
+            data.add_field("file", body.content, filename=body.name, content_type="application/jsonl")
+        elif body is not None:
+            data = json.dumps(body).encode()
+        method = "GET" if body is None else "POST"
+        query = self._query.replace("?", "&") if "?" in url else self._query
         # A POST that is sent on may arrive as a GET, and without its key.
-        request = self._session.request(method, url + self._query, data=data, allow_redirects=False)
+        request = self._session.request(method, url + query, headers=kind, data=data, allow_redirects=False)
         try:
             async with asyncio.timeout(seconds), request as response:
-                content = self.conceal(await response.read())
+                content = await response.read()
         except aiohttp.ClientError as error:
             sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
             raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
@@ -95,10 +113,10 @@ class Connection:
         if response.status < 400:
             text = f"{url} has moved to {response.headers.get('Location')}: set endpoint to where that is"
             raise RequestRefused(response.status, "moved", text)
-        raise self._explained(classify(response.status, response.headers, content))
+        raise self._explained(classify(response.status, response.headers, self.conceal(content)))
 
     def conceal(self, content: bytes) -> bytes:
-        """Return what came back without the key and the headers' values, which some servers repeat in their errors."""
+        """Return an error without the key and the headers' values, which some servers repeat."""
         for secret in self._secrets:
             for written in (secret, secret.replace(b"/", b"\\/")):
                 content = content.replace(written, b"***")

@@ -42,9 +42,9 @@ class Administration(Connection, ABC):
     async def models(self) -> list[ModelInfo]:
         """Return the models that the endpoint serves, LoRA adapters included.
 
-        Raises what `_call` raises, and `Transient` for an answer that is no list.
+        Raises what `call` raises, and `Transient` for an answer that is no list.
         """
-        content = await self._call(f"{self.base_url}/models", None, CHECK_SECONDS)
+        content = await self.call(f"{self.base_url}/models", None, CHECK_SECONDS)
         try:
             listed = json.loads(content)
             return [_model(item) for item in (listed if isinstance(listed, list) else listed["data"] or [])]
@@ -54,8 +54,7 @@ class Administration(Connection, ABC):
     async def check_model(self) -> ModelInfo:
         """Return the configured model, after at most about 10 s; one that is not listed is asked a short question.
 
-        Raises:
-            PreflowError: it cannot be used: not reachable, not an OpenAI address, model not served, key refused.
+        Raises `PreflowError`: it cannot be used: not reachable, not an OpenAI address, model not served, key refused.
         """
         config = self.config
         try:
@@ -68,10 +67,16 @@ class Administration(Connection, ABC):
                 f"(it usually ends in /v1), and that it can be reached from here: curl {self.base_url}/models"
             ) from failure
         except RequestRefused as refused:
-            if refused.status in (404, 405, 501):
-                return await self._without_list()
-            message = f"{config.endpoint} did not list its models: {refused}; check the address"
-            raise PreflowError(message) from refused
+            if refused.status not in (404, 405, 501):
+                message = f"{config.endpoint} did not list its models: {refused}; check the address"
+                raise PreflowError(message) from refused
+            if not self.base_url.endswith("/v1"):
+                with contextlib.suppress(Transient, RequestRefused):
+                    await self.call(f"{self.base_url}/v1/models", None, CHECK_SECONDS)
+                    raise PreflowError(
+                        f"{config.endpoint} is not the API's base address: set endpoint to {self.base_url}/v1"
+                    ) from refused
+            return await self._try_unlisted("does not list its models")
         for model in models:
             # Gemini lists its models as models/NAME and takes both names.
             if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
@@ -104,26 +109,10 @@ class Administration(Connection, ABC):
 
     def not_served(self, refused: RequestRefused, why: str = "") -> PreflowError:
         """Return the error for a model that the endpoint does not answer for, listed or not."""
-        remedy = f"set model to one it has: it {why}" if why else "set model to one it has, and check the address"
+        remedy = "set model to one it has, and check the address" + (f": it {why}" if why else "")
         return PreflowError(
             f"{self.config.endpoint} does not serve the model {self.config.model!r}: {refused}; {remedy}"
         )
-
-    async def _without_list(self) -> ModelInfo:
-        config, right = self.config, f"{self.base_url}/v1"
-        if not self.base_url.endswith("/v1"):
-            try:
-                await self._call(f"{right}/models", None, CHECK_SECONDS)
-            except (Transient, RequestRefused) as absent:
-                log.debug("%s/models lists nothing either: %s", right, absent)
-            else:
-                raise PreflowError(f"{config.endpoint} is not the API's base address: set endpoint to {right}")
-        log.warning(
-            "%s does not list its models, so it is not known whether it serves %s; if every request fails with 404, "
-            "check the address (it usually ends in /v1) and the model's name",
-            config.endpoint, config.model,
-        )  # fmt: skip
-        return ModelInfo(id=config.model)
 
     @property
     def _server(self) -> str:
@@ -132,7 +121,7 @@ class Administration(Connection, ABC):
     async def _order(self, action: str, body: Mapping[str, Any]) -> list[Transient | RequestRefused]:
         """Send an order about adapters to every replica at once, and return the failures of those that fail."""
         urls = [f"{address}/v1/{action}_lora_adapter" for address in await replicas(self._server)]
-        calls = (self._call(url, dict(body), ADAPTER_SECONDS) for url in urls)
+        calls = (self.call(url, dict(body), ADAPTER_SECONDS) for url in urls)
         failures = list[Transient | RequestRefused]()
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, Transient | RequestRefused):
@@ -188,7 +177,7 @@ class Administration(Connection, ABC):
         if not isinstance(prompt, str):
             body = {"model": self.config.model, "messages": list(prompt), "add_generation_prompt": True, **given}
         try:
-            return [int(token) for token in json.loads(await self._call(url, body, 3 * CHECK_SECONDS))["tokens"]]
+            return [int(token) for token in json.loads(await self.call(url, body, 3 * CHECK_SECONDS))["tokens"]]
         except (Transient, RequestRefused, KeyRefused, ValueError, KeyError, TypeError) as error:
             if "chat_template" in body:  # the server has its own, and takes none from a request
                 return await self.tokenize(prompt, chat_template_kwargs=template.get("chat_template_kwargs"))
@@ -207,7 +196,7 @@ class Administration(Connection, ABC):
         }  # fmt: skip
         where = f"{self.config.endpoint} gave no log-probs of {self.config.model}"
         try:
-            content = await self._call(f"{self.base_url}/completions", body, ADAPTER_SECONDS)
+            content = await self.call(f"{self.base_url}/completions", body, ADAPTER_SECONDS)
             return float(json.loads(content)["choices"][0]["logprobs"]["token_logprobs"][0])
         except (Transient, RequestRefused) as failure:
             raise PreflowError(f"{where}: {failure}") from failure
@@ -259,13 +248,11 @@ _REMEDIES = {
 
 
 def _remedy(failure: Transient | RequestRefused) -> str:
+    told = next((remedy for words, remedy in _REMEDIES.items() if words in str(failure)), "")
     if failure.status == 0:
         return "Check that the server is up and the address right"
     if failure.status in (404, 405) and "No adapter found" not in str(failure):
         return "Start vLLM with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-    for words, remedy in _REMEDIES.items():
-        if words in str(failure):
-            return remedy
-    if failure.status >= 500:
+    if failure.status >= 500 and not told:
         return "vLLM takes no DoRA, no modules_to_save and no bias in an adapter; its log says more"
-    return "See the server's log"
+    return told or "See the server's log"

@@ -40,6 +40,12 @@ def test_length_that_differs_costs_power() -> None:
     assert smallest_detectable(longer) > smallest_detectable(same)
 
 
+def test_a_judge_that_always_ties_does_not_make_every_later_evaluation_too_small() -> None:
+    tied = judged(compared({str(k): [0.5] * 4 for k in range(100)}))
+    assert design_of(tied).design_effect == pytest.approx(4)
+    assert "too few" not in power.describe_power(design_of(tied, 200, 4), 0.5, 0.95)
+
+
 def test_the_textbook_number_of_comparisons() -> None:
     """A win rate of 0.55 against 0.5, two-sided 5 %, power 80 %: (1.96 + 0.84)^2 / 4 / 0.05^2 = 785."""
     assert power.prompts_needed(INDEPENDENT, 0.55) == pytest.approx(785, rel=0.01)

@@ -53,6 +53,8 @@ def evaluation(of: AdapterRef, lower: float = 0.6, **found: Any) -> EvaluationRe
     [
         (0.51, {}, None),
         (0.5, {}, r"60\.0 % \(50\.0-70\.0 %\).*What was served before is still served"),
+        (math.nan, {}, "not as this version writes it"),
+        (0.58, {"length_controlled": {**BY_LENGTH, "lower": math.nan}}, "not as this version writes it"),
         (0.57, {"length_controlled": BY_LENGTH}, "with length taken out"),
         (0.58, {"null": UNEVEN}, r"two draws of the SFT adapter come out at 61\.0 %.*99 %"),
         (0.58, {"null": BY_LENGTH, "length_controlled": {**BY_LENGTH, "lower": 0.51}}, None),

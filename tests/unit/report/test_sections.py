@@ -66,7 +66,7 @@ def test_what_a_person_says_stands_on_the_first_page() -> None:
     found = evaluated(agreement=labelled(0.48))
     rows = {metric.title: (metric.ok, metric.text()) for metric in win_rate_figures(found, 0.5)}
     assert rows["Judge and person agree"] == (False, "70.0 % (48.0-80.0 %)")
-    assert rows["The same beyond chance, kappa"] == (True, "0.40 (0.20-0.60)")
+    assert rows["The same beyond chance, kappa"] == (True, "0.40 (0.20 to 0.60)")
     assert rows["Corrected by 50 labels of a person"][0] is False
     assert any("a coin would in 50 %" in text for text in evaluation_section(found).advice)
     assert not glance_section(found, 0.5, "", [], []).is_good
@@ -108,6 +108,7 @@ def test_win_rates_are_shown_each_against_its_bar() -> None:
         ("Lost because the new adapter wrote nothing", False, "3"),
         ("Smallest true win rate told from 50 %", None, "55.3 %"),
     ]
+    assert list(win_rate_figures(evaluated(detectable=1.0), 0.5))[-1].text() == "none: too few comparisons"
 
 
 def test_training_figures_are_those_that_tell() -> None:
