@@ -32,14 +32,11 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
     pairs = store.read_manifest(result.preferences).counts
     training = store.read_manifest(result.adapter).figures
     found, served = read_evaluation(result.evaluation), "none: it did not win by enough"
-    null = found.null
+    null, rate = found.null, f"{found.text()} at {percent(found.confidence, '.3g')}"
     if result.promotion is not None:
         served = f"{result.promotion.adapter_sha256[:12]} as {result.promotion.name!r}"
     verdict = [
-        (
-            "win rate",
-            f"{found.text()} at {percent(found.confidence, '.3g')}, {found.samples} samples of {found.prompts} held-out prompts",
-        ),
+        ("win rate", f"{rate}, {found.samples} samples of {found.prompts} held-out prompts"),
         ("SFT against itself", f"{null.text()} at {percent(null.confidence, '.3g')}" if null else "not asked"),
         ("adapter served", served),
     ]
