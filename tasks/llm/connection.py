@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -23,14 +22,7 @@ from tasks.llm.responses import (
 )
 from tasks.llm.secrets import resolve_secret
 
-
-@dataclass(frozen=True)
-class Upload:
-    """A file that is sent as a form has it."""
-
-    name: str
-    content: bytes
-    purpose: str
+SHORTEST_SECRET = 8
 
 
 class Connection:
@@ -50,8 +42,10 @@ class Connection:
         self.config = config
         self._key = api_key
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._headers = {**key, **(headers or {})}
-        self._secrets = [secret.encode() for secret in (api_key, *(headers or {}).values()) if secret]
+        self._headers = {"Content-Type": "application/json", **key, **(headers or {})}
+        # A shorter one, such as a local server's "none", is no secret, and may stand in any text.
+        values = (api_key or "", *key.values(), *(headers or {}).values())
+        self._secrets = [value.encode() for value in values if len(value) >= SHORTEST_SECRET]
         address, mark, query = config.endpoint.partition("?")
         # Many pages show the whole address of a chat request.
         self.base_url = address.rstrip("/").removesuffix("/chat/completions")
@@ -80,22 +74,14 @@ class Connection:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def call(self, url: str, body: Mapping[str, Any] | Upload | None, seconds: float) -> bytes:
+    async def _call(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:
         """Return what comes back for a POST of `body`, or a GET without one.
 
         Every failure is raised as Transient, RequestRefused or StageStopped.
         """
-        kind = {"Content-Type": "application/json"}
-        data: bytes | aiohttp.FormData | None = None
-        if isinstance(body, Upload):
-            kind, data = {}, aiohttp.FormData({"purpose": body.purpose})
-            data.add_field("file", body.content, filename=body.name, content_type="application/jsonl")
-        elif body is not None:
-            data = json.dumps(body).encode()
-        method = "GET" if body is None else "POST"
-        query = self._query.replace("?", "&") if "?" in url else self._query
+        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         # A POST that is sent on may arrive as a GET, and without its key.
-        request = self._session.request(method, url + query, headers=kind, data=data, allow_redirects=False)
+        request = self._session.request(method, url + self._query, data=data, allow_redirects=False)
         try:
             async with asyncio.timeout(seconds), request as response:
                 content = await response.read()
@@ -104,15 +90,19 @@ class Connection:
             raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
         except TimeoutError:
             raise Transient(f"no answer within {seconds:g} s", maybe_billed=True) from None
-        for secret in self._secrets:  # some servers repeat what they were sent
-            for written in (secret, secret.replace(b"/", b"\\/")):
-                content = content.replace(written, b"***")
         if response.status < 300:
             return content
         if response.status < 400:
             text = f"{url} has moved to {response.headers.get('Location')}: set endpoint to where that is"
             raise RequestRefused(response.status, "moved", text)
-        raise self._explained(classify(response.status, response.headers, content))
+        raise self._explained(classify(response.status, response.headers, self.conceal(content)))
+
+    def conceal(self, content: bytes) -> bytes:
+        """Return an error without the key and the headers' values, which some servers repeat."""
+        for secret in self._secrets:
+            for written in (secret, secret.replace(b"/", b"\\/")):
+                content = content.replace(written, b"***")
+        return content
 
     def _explained(self, failure: Failure) -> Failure:
         """Return a failure; one that stops the stage with where, which key and what to do."""

@@ -32,7 +32,7 @@ from tasks.promote import vllm as serving
 from tasks.promote.pointer import read_pointer
 from tasks.promote.vllm import ProbeFailed
 from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
-from tests.fakes.kubernetes.platform import wait_until
+from tests.deployed import until
 from tests.models import demo_adapter, demo_base
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
@@ -130,7 +130,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     second.start()
     try:
         with first, pytest.MonkeyPatch.context() as patch:
-            wait_until(lambda: answers(f"{urls[1]}/health"), what="the second vLLM")
+            until(lambda: answers(f"{urls[1]}/health"))
             patch.setattr(socket, "getaddrinfo", resolve)
             found = Stage(folder, first, [f"{url}/v1" for url in urls], adapters)
             asyncio.run(find_telling_prompts(found))

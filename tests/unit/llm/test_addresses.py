@@ -88,6 +88,12 @@ async def test_a_model_that_is_not_listed_is_asked_in_the_words_that_it_takes(li
     assert ["max_completion_tokens" in body for body in asked] == [False, True]
 
 
+async def test_an_answer_may_hold_what_a_header_says() -> None:
+    choice = {"message": {"content": f"It is {HEADER}."}, "finish_reason": "stop"}
+    async with endpoint_of([web.post("/v1/chat/completions", always(200, {"choices": [choice]}))]) as endpoint:
+        assert (await endpoint.chat(HELLO)).choices[0].text == f"It is {HEADER}."
+
+
 @pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
 @pytest.mark.parametrize("text", [f"bad key {KEY}", f"bad header {HEADER}", "bad header header\\/secret"])
 async def test_no_secret_that_a_server_repeats_is_shown(status: int, text: str) -> None:
