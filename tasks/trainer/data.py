@@ -189,18 +189,15 @@ class PairTokenizer:
                     self._compare(prompt, answer, self.template.render([*messages, answer.model_dump()]), report)
         except TemplateRefused as error:
             raise PreflowError(f"{place}: {error}. Change the messages, or give another chat_template.") from error
+        end = self._end if self._ends else self._end.rstrip()
         chosen, rejected = (
-            self._text(answer.content, reason) if ids is None else "" for answer, ids, reason in _sides(row)
-        )
+            self._lead_of(answer.content) + answer.content + (end if self._is_ended(reason) else "")
+            if ids is None else "" for answer, ids, reason in _sides(row)
+        )  # fmt: skip
         return prompt, chosen, rejected
 
     def _lead_of(self, answer: str) -> str:
         return "" if answer.startswith(self._lead) else self._lead
-
-    def _text(self, answer: str, reason: str | None) -> str:
-        """Return the text of an answer with its end of turn; one that was cut has none."""
-        end = self._end if self._ends else self._end.rstrip()
-        return self._lead_of(answer) + answer + (end if self._is_ended(reason) else "")
 
     def _is_ended(self, reason: str | None) -> bool:
         return ended_by_itself(reason) and self._knows_end
