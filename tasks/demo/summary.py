@@ -4,7 +4,7 @@ from tasks.config import PipelineConfig
 from tasks.demo.local import NOWHERE
 from tasks.report.run import gather_manifests, read_quality
 from tasks.run.preflight import report_uri
-from tasks.store.measures import WinRate, percent, read_evaluation
+from tasks.store.measures import percent, read_evaluation
 from tasks.store.workspace import Cost, PipelineResult, Row, Workspace
 
 
@@ -32,11 +32,12 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
     pairs = store.read_manifest(result.preferences).counts
     training = store.read_manifest(result.adapter).figures
     found, served = read_evaluation(result.evaluation), "none: it did not win by enough"
+    null, rate = found.null, f"{found.text()} at {percent(found.confidence, '.3g')}"
     if result.promotion is not None:
         served = f"{result.promotion.adapter_sha256[:12]} as {result.promotion.name!r}"
     verdict = [
-        ("win rate", f"{_rate(found)}, {found.samples} samples of {found.prompts} held-out prompts"),
-        ("SFT against itself", _rate(found.null) if found.null else "not asked"),
+        ("win rate", f"{rate}, {found.samples} samples of {found.prompts} held-out prompts"),
+        ("SFT against itself", f"{null.text()} at {percent(null.confidence, '.3g')}" if null else "not asked"),
         ("adapter served", served),
     ]
     if short:
@@ -56,7 +57,3 @@ def summarise(result: PipelineResult, workspace: str, short: bool = False) -> li
         *verdict,
         ("tokens", f"{used.prompt_tokens:,} in, {used.completion_tokens:,} out, {used.requests:,} requests"),
     ]
-
-
-def _rate(found: WinRate) -> str:
-    return f"{found.text()} at {percent(found.confidence, '.3g')}"

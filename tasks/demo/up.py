@@ -78,10 +78,6 @@ class Ports:
         """The Prefect API's address."""
         return f"http://127.0.0.1:{self.ui}/api"
 
-    def url(self, name: str) -> str:
-        """Return the OpenAI-compatible base URL of `vllm` or `judge`."""
-        return f"http://127.0.0.1:{getattr(self, name)}/v1"
-
 
 class Places:
     """Where things are kept, below one folder: the demo's, or the `.preflow` next to a configuration."""

@@ -360,7 +360,7 @@ if arguments[0] == "apply":
     if arguments[-1] == "-":
         made = yaml.safe_load(sys.stdin)
         (folder / "secrets" / made["metadata"]["name"]).write_text(yaml.safe_dump(made))
-elif arguments[2] == "get":
+elif arguments[2:3] == ["get"]:
     if (folder / "outage").exists():
         sys.exit("The connection to the server 10.0.0.1:6443 was refused - did you specify the right host or port?")
     file, output = folder / "secrets" / arguments[4], arguments[-1]
@@ -410,45 +410,32 @@ def secrets_in(folder: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.slow  # runs the script, which asks kubectl again and again
-def test_the_script_makes_every_secret_that_is_referred_to(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "planted-judge-key")
-    monkeypatch.setenv("HF_TOKEN", "planted-token")
-    done = run_secrets()
-    assert done.returncode == 0, done.stderr
-    made = secrets_in(kubectl)
-    for _, _, pod in workloads("gke"):
-        for name, key, optional in secret_references(pod):
-            assert optional or key in made[name], f"{name}: {key}"
-    assert made["preflow-flow"] == {"OPENAI_API_KEY": "planted-judge-key"}
-    assert made["preflow-train"] == {"HF_TOKEN": "planted-token"}
-    spoken = done.stdout + done.stderr + (kubectl / "commands").read_text()
-    assert "planted" not in spoken, "a key is shown, or stands in a command line"
-
-
-@pytest.mark.slow  # runs the script, which asks kubectl again and again
-def test_a_second_run_keeps_what_is_there_and_adds_only_what_was_missing(
+def test_the_script_makes_every_secret_that_is_referred_to_and_keeps_what_is_there(
     kubectl: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run_secrets().returncode == 0
     first = secrets_in(kubectl)
     assert first["preflow-flow"] == first["preflow-train"] == {}, "no key was given, and an error text is none"
-    monkeypatch.setenv("OPENAI_API_KEY", "given-later")
-    assert run_secrets().returncode == 0
-    assert secrets_in(kubectl) == {**first, "preflow-flow": {"OPENAI_API_KEY": "given-later"}}
+    monkeypatch.setenv("OPENAI_API_KEY", "planted-judge-key")
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    done = run_secrets()
+    assert done.returncode == 0, done.stderr
+    keys = {"preflow-flow": {"OPENAI_API_KEY": "planted-judge-key"}, "preflow-train": {"HF_TOKEN": "planted-token"}}
+    made = {**first, **keys}
+    assert secrets_in(kubectl) == made
+    for _, _, pod in workloads("gke"):
+        for name, key, optional in secret_references(pod):
+            assert optional or key in made[name], f"{name}: {key}"
+    spoken = done.stdout + done.stderr + (kubectl / "commands").read_text()
+    assert "planted" not in spoken, "a key is shown, or stands in a command line"
     monkeypatch.setenv("OPENAI_API_KEY", "another")
     assert run_secrets().returncode == 0
-    assert secrets_in(kubectl)["preflow-flow"] == {"OPENAI_API_KEY": "given-later"}
-
-
-@pytest.mark.slow  # runs the script, which asks kubectl again and again
-def test_a_password_that_cannot_be_read_is_not_replaced(kubectl: Path) -> None:
-    assert run_secrets().returncode == 0
-    before = secrets_in(kubectl)
+    assert secrets_in(kubectl) == made
     (kubectl / "outage").touch()
     done = run_secrets()
     assert done.returncode != 0
     assert "was refused" in done.stderr
-    assert secrets_in(kubectl) == before
+    assert secrets_in(kubectl) == made, "a password that cannot be read is not replaced"
 
 
 DATABASE = """#!/bin/bash

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 
-from tasks.config import EndpointConfig
 from tasks.llm import batches
 from tasks.llm.batches import Batches, BatchPending, Line
-from tasks.llm.client import Endpoint
 from tasks.store.workspace import Workspace, digest
 from tests.fakes.batches import FakeBatches
 
@@ -28,12 +27,12 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def process(fake: FakeBatches, folder: Path, source: str = "prompts") -> AsyncIterator[Batches]:
-    async with Endpoint(EndpointConfig(endpoint=fake.url, model="judge-hash", max_outage_seconds=1), None) as endpoint:
-        made = Batches(endpoint, Workspace(str(folder)), str(folder / "batches"), source, may_leave=True)
-        try:
-            yield made
-        finally:
-            made.close()
+    client = AsyncOpenAI(base_url=fake.url, api_key="none", max_retries=0)
+    made = Batches(client, Workspace(str(folder)), str(folder / "batches"), 1.0, bytes, source, may_leave=True)
+    try:
+        yield made
+    finally:
+        await made.close()
 
 
 async def test_a_batch_is_left_and_taken_up_by_whoever_looks_when_it_is_answered(tmp_path: Path) -> None:
