@@ -177,6 +177,6 @@ def look(page: Page, name: str, root: str = "body", scrolling: tuple[str, str] =
         found = faults(page, root, may_scroll)
         for scheme in ("light", "dark") if found or "PREFLOW_TEST_PICTURES" in os.environ else ():
             PICTURES.mkdir(parents=True, exist_ok=True)
-            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.emulate_media(color_scheme=scheme)
             page.screenshot(path=PICTURES / f"page-{name}-{width}-{scheme}.png", full_page=True)
         assert not found, f"{name} at {width}: {found}"

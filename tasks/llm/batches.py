@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
 
-from pydantic import BaseModel, ValidationError
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
+from openai.types import Batch, FileObject
+from pydantic import BaseModel
 
 from tasks.errors import PreflowError
-from tasks.llm.connection import Connection, Upload
 from tasks.llm.dialect import Body
-from tasks.llm.responses import RequestRefused, Transient
+from tasks.llm.responses import StageStopped, Transient, classify
 from tasks.store.refs import digest
 from tasks.store.workspace import Workspace
 
@@ -33,12 +34,10 @@ QUIET_SECONDS = 5.0
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 5.0, 60.0
 # A process that need not wait for a batch looks for so long, and then leaves.
 PATIENCE_SECONDS = 120.0
-# For one call: a file of answers has many megabytes.
-CALL_SECONDS = 600.0
-ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+ENDED = frozenset({"completed", "failed", "expired", "cancelled", "canceled"})
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Find: TypeAlias = Callable[[], Awaitable[Result | None]]
+Call: TypeAlias = Callable[[], Awaitable[Result]]
 Awaited: TypeAlias = "asyncio.Task[dict[str, Line]]"
 
 
@@ -68,36 +67,6 @@ class Line:
     refused: tuple[str, ...] = ()
 
 
-class Named(BaseModel):
-    """What the API has made, by its id."""
-
-    id: str
-
-
-class Batch(Named):
-    """A batch, as the API describes it."""
-
-    status: str
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    request_counts: dict[str, int] | None = None
-    metadata: dict[str, Any] | None = None
-    errors: Any = None
-
-    @property
-    def answered(self) -> int:
-        """How many of its requests are done with, one way or the other."""
-        counts = self.request_counts or {}
-        return counts.get("completed", 0) + counts.get("failed", 0)
-
-
-class Page(BaseModel):
-    """A page of a list of batches."""
-
-    data: list[Batch]
-    has_more: bool = False
-
-
 class _Open:
     """Requests that wait for others: until no more have come for a while, or the file is full."""
 
@@ -123,18 +92,21 @@ class Batches:
     """The batches of one model under one key.
 
     Args:
-        connection: where they go.
+        client: where they go.
         store: the workspace.
         folder: where they are written down.
+        wait_seconds: how long an endpoint that does not answer is waited for.
+        conceal: takes out of what came back what no message may show.
         source: what the questions are about: only batches about it are waited for at a start.
         may_leave: whether to raise `BatchPending` rather than to wait for hours.
     """
 
     def __init__(
-        self, connection: Connection, store: Workspace, folder: str, source: str = "", may_leave: bool = False
-    ) -> None:
-        self._connection, self._store, self._folder = connection, store, folder
-        self._source, self._may_leave = source, may_leave
+        self, client: AsyncOpenAI, store: Workspace, folder: str, wait_seconds: float,
+        conceal: Callable[[bytes], bytes], source: str = "", may_leave: bool = False,
+    ) -> None:  # fmt: skip
+        self._client, self._store, self._folder = client, store, folder
+        self._wait_seconds, self._conceal, self._source, self._may_leave = wait_seconds, conceal, source, may_leave
         self._earlier: dict[str, Record] = {}
         self._lines: dict[str, Awaited] = {}
         self._open: tuple[_Open, Awaited] | None = None
@@ -175,10 +147,8 @@ class Batches:
             return
         await self.has("")
         for record in {record.name: record for record in self._earlier.values()}.values():
-            if record.source != self._source:
-                continue
-            batch = await self._ask(f"batches/{record.batch}", Batch.model_validate_json)
-            if batch and batch.status not in ENDED:
+            batch = await self._retrieve(record) if record.source == self._source else None
+            if batch and batch.status.lower() not in ENDED:
                 self._begin_taking_up(record)
         for failure in await asyncio.gather(*set(self._lines.values()), return_exceptions=True):
             if isinstance(failure, BaseException):
@@ -187,10 +157,11 @@ class Batches:
     def _begin_taking_up(self, record: Record) -> None:
         self._lines |= dict.fromkeys(record.requests, asyncio.create_task(self._take_up(record)))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Leave the batches to the next process, which finds them."""
         for task in filter(None, (self._found, *self._lines.values())):
             task.cancel()
+        await self._client.close()
 
     async def _run(self, group: _Open) -> dict[str, Line]:
         await group.closed.wait()
@@ -209,32 +180,34 @@ class Batches:
             json.dumps({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body})
             for name, body in bodies.items()
         ]
-        content = "".join(f"{line}\n" for line in lines).encode()
-        file = await self._ask("files", Named.model_validate_json, Upload(f"{record.name}.jsonl", content, "batch"))
-        asked = {
-            "input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "24h",
-            "metadata": {"preflow": record.name},
-        }  # fmt: skip
-        # An answer that was lost on its way may have made it.
-        return await self._ask("batches", Batch.model_validate_json, asked, partial(self._find, record.name))
+        named = f"{record.name}.jsonl", "".join(f"{line}\n" for line in lines).encode()
+        file: FileObject = await self._try(partial(self._client.files.create, file=named, purpose="batch"))
+
+        async def create() -> Batch:
+            # An answer that was lost on its way may have made it.
+            return await self._find(record.name) or await self._client.batches.create(
+                input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h",
+                metadata={"preflow": record.name},
+            )  # fmt: skip
+
+        return await self._try(create)
 
     async def _collect(self, record: Record, batch: Batch) -> dict[str, Line]:
         wait, started = FIRST_POLL_SECONDS, time.monotonic()
-        while batch.status not in ENDED:
+        while batch.status.lower() not in ENDED:
             if self._may_leave and time.monotonic() - started > PATIENCE_SECONDS:
-                count = len(record.requests)
-                raise BatchPending(f"batch {batch.id}: {batch.answered} of {count} questions are answered")
+                counts = batch.request_counts
+                done = counts.completed + counts.failed if counts else 0
+                raise BatchPending(f"batch {batch.id}: {done} of {len(record.requests)} questions are answered")
             await asyncio.sleep(wait)
             wait = min(LONGEST_POLL_SECONDS, wait * 1.5)
-            before = batch.answered
-            found = await self._ask(f"batches/{batch.id}", Batch.model_validate_json)
-            batch = found or batch.model_copy(update={"status": "expired"})
-            if batch.answered != before:
-                logger.info("batch %s: %d of %d answered", batch.id, batch.answered, len(record.requests))
-        if batch.status == "failed":
+            before = batch.request_counts
+            batch = await self._try(partial(self._client.batches.retrieve, batch.id))
+            if (counts := batch.request_counts) and counts != before:
+                logger.info("batch %s: %d of %d answered", batch.id, counts.completed + counts.failed, counts.total)
+        if batch.status.lower() == "failed":
             self._store.delete(f"{self._folder}/{record.name}.json")
-            errors = batch.errors.get("data") if isinstance(batch.errors, dict) else batch.errors
-            causes = "; ".join(str(error.get("message")) for error in errors or () if isinstance(error, dict))
+            causes = "; ".join(str(error.message) for error in (batch.errors and batch.errors.data) or ())
             raise PreflowError(
                 f"batch {batch.id} was refused: {causes or 'no reason was given'}. Nothing of it was asked: set "
                 "judging.batch to false to ask the normal way, or run again when the cause is gone."
@@ -247,8 +220,9 @@ class Batches:
 
     async def _download(self, file: str, refused: tuple[str, ...]) -> dict[str, Line]:
         """Return the lines of a file of answers; what is no line of it counts as not answered, as a lost file does."""
+        found = await self._try(partial(self._client.files.content, file), may_be_gone=True)
         lines = {}
-        for text in (await self._ask(f"files/{file}/content", bytes) or b"").splitlines():
+        for text in (found.content if found else b"").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
                 row = json.loads(text)
                 answer = row["response"]
@@ -259,7 +233,7 @@ class Batches:
         """Take up what an earlier process has handed in."""
         for uri in self._store.list(self._folder):
             record = Record.model_validate(self._store.read_json(uri))
-            batch = None if record.batch else await self._find(record.name)
+            batch = None if record.batch else await self._try(partial(self._find, record.name))
             if record.batch is None and batch is None:
                 self._store.delete(uri)
                 continue
@@ -269,65 +243,60 @@ class Batches:
             self._earlier |= dict.fromkeys(record.requests, record)
 
     async def _take_up(self, record: Record) -> dict[str, Line]:
-        batch = await self._ask(f"batches/{record.batch}", Batch.model_validate_json)
+        batch = await self._retrieve(record)
         if batch is None:
             logger.warning(
                 "batch %s of an earlier start is not known at %s: its %d requests go the normal way", record.batch,
-                self._connection.base_url, len(record.requests),
+                self._client.base_url, len(record.requests),
             )  # fmt: skip
             return {}
         logger.info("batch %s of an earlier start: %s", batch.id, batch.status)
         return await self._collect(record, batch)
 
+    async def _retrieve(self, record: Record) -> Batch | None:
+        """Return a batch; None if it is not known here: forgotten after months, or handed in elsewhere."""
+        return await self._try(partial(self._client.batches.retrieve, str(record.batch)), may_be_gone=True)
+
     async def _find(self, name: str) -> Batch | None:
         """Return the batch that was handed in under `name`."""
-        after = ""
-        while page := await self._ask(f"batches?limit=100{after}", Page.model_validate_json):
-            if found := next((batch for batch in page.data if (batch.metadata or {}).get("preflow") == name), None):
-                return found
-            if not (page.has_more and page.data):
-                break
-            after = f"&after={page.data[-1].id}"
+        async for batch in self._client.batches.list(limit=100):
+            if (batch.metadata or {}).get("preflow") == name:
+                return batch
         return None
 
     def _write(self, record: Record) -> None:
         self._store.write_json(f"{self._folder}/{record.name}.json", record.model_dump())
 
     @overload
-    async def _ask(self, path: str, read: Callable[[bytes], Result]) -> Result | None: ...
+    async def _try(self, call: Call[Result]) -> Result: ...
 
     @overload
-    async def _ask(
-        self, path: str, read: Callable[[bytes], Result], body: Body | Upload, find: Find[Result] | None = None
-    ) -> Result: ...
+    async def _try(self, call: Call[Result], may_be_gone: bool) -> Result | None: ...
 
-    async def _ask(
-        self, path: str, read: Callable[[bytes], Result], body: Body | Upload | None = None,
-        find: Find[Result] | None = None,
-    ) -> Result | None:  # fmt: skip
-        """Ask until there is an answer; None for what the provider has no longer: it forgets after weeks.
+    async def _try(self, call: Call[Result], may_be_gone: bool = False) -> Result | None:
+        """Await a call until it is answered; what `may_be_gone` is None where the provider has it no longer.
 
-        What `find` finds before an attempt was made by an earlier one. Raises `PreflowError` if it is refused, or there
-        has been no answer for too long.
+        Raises `PreflowError`: it is refused, or there has been no answer for too long.
         """
-        address, until = self._connection.base_url, time.monotonic() + self._connection.config.max_outage_seconds
+        until = time.monotonic() + self._wait_seconds
         while True:
-            failure: Transient | RequestRefused
             try:
-                if find is not None and (found := await find()) is not None:
+                found = await call()
+                if not isinstance(found, str):
                     return found
-                return read(await self._connection.call(f"{address}/{path}", body, CALL_SECONDS))
-            except ValidationError:
-                failure = Transient(f"the answer to {path} is not what was asked for")
-            except RequestRefused as refused:
-                if body is None and refused.status == 404:
+                failure: Exception = Transient("the answer is a page")
+            except APIStatusError as error:
+                answer = error.response
+                if may_be_gone and answer.status_code == 404:
                     return None
-                failure = refused
-            except Transient as failed:
-                failure = failed
-            if isinstance(failure, RequestRefused) or time.monotonic() > until:
+                failure = classify(answer.status_code, answer.headers, self._conceal(answer.content))
+            except APIError as error:
+                failure = Transient(str(error)) if isinstance(error, APIConnectionError) else error
+            if isinstance(failure, StageStopped):
+                raise failure
+            if not isinstance(failure, Transient) or time.monotonic() > until:
                 raise PreflowError(
-                    f"{address}: no batch could be handed in or fetched: {failure}. What was handed in is found again: "
-                    "run again later, or set judging.batch to false where there is no batch API."
+                    f"{self._client.base_url}: no batch could be handed in or fetched: {failure}. What was handed in "
+                    "is found again: run again later, or set judging.batch to false where there is no batch API."
                 )
             await asyncio.sleep(FIRST_POLL_SECONDS)

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NotRequired, Unpack
+from urllib.parse import parse_qsl
+
+from openai import AsyncOpenAI
 
 from tasks.config import EndpointConfig
 from tasks.llm.batches import MOST_REQUESTS, Batches
@@ -98,11 +101,16 @@ class Endpoint(Administration):
         `source` tells what the questions are about, so that a run does not wait for what others have handed in.
         Where the process `may_leave`, answers that take long are not waited for: `BatchPending` is raised.
         """
-        self._batches = Batches(self, store, folder, source, may_leave)
+        headers = {name: value for name, value in self._headers.items() if name != "Content-Type"}
+        client = AsyncOpenAI(
+            base_url=self.base_url, api_key=self._key or "none", default_headers=headers, max_retries=0,
+            default_query=dict(parse_qsl(self._query.removeprefix("?"))),
+        )  # fmt: skip
+        self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self.conceal, source, may_leave)
 
     async def __aexit__(self, *failure: object) -> None:
         if self._batches is not None:
-            self._batches.close()
+            await self._batches.close()
         await super().__aexit__(*failure)
 
     async def check_batches(self) -> None:
@@ -211,7 +219,8 @@ class Endpoint(Administration):
         return answer
 
     async def _attempt_in_batch(self, batches: Batches, request: _Request, name: str, body: Body) -> Answer:
-        most, cost = request.most_usd * BATCH_PRICE, 0.0
+        most: float = request.most_usd * BATCH_PRICE
+        cost: float | None = 0.0
         await self._budget.reserve(most)
         try:
             line = await batches.ask(name, body, self._dialect.refused(request.body, body))
@@ -223,6 +232,9 @@ class Endpoint(Administration):
             answer = self._read(content, request.prompt_bytes)
             answer = replace(answer, usage=as_batch(answer.usage), refused=line.refused)
             cost = usd_of(answer.usage, self.config)
+        except Transient as failure:
+            cost = None if failure.maybe_billed else 0.0
+            raise
         finally:
             self._budget.settle(most, cost)
         self._stats.sent += 1
@@ -233,7 +245,7 @@ class Endpoint(Administration):
         self._retries.sent(attempts)
         self._stats.sent += 1
         try:
-            content = await self.call(f"{self.base_url}/chat/completions", body, self.config.request_timeout_seconds)
+            content = await self._call(f"{self.base_url}/chat/completions", body, self.config.request_timeout_seconds)
             answer = self._read(content, request.prompt_bytes)
         except Transient as failure:
             if failure.throttled:

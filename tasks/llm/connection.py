@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -26,15 +25,6 @@ from tasks.llm.secrets import resolve_secret
 SHORTEST_SECRET = 8
 
 
-@dataclass(frozen=True)
-class Upload:
-    """A file that is sent as a form has it."""
-
-    name: str
-    content: bytes
-    purpose: str
-
-
 class Connection:
     """An HTTP session with one endpoint. Use as an async context manager, in one event loop.
 
@@ -52,10 +42,10 @@ class Connection:
         self.config = config
         self._key = api_key
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._headers = {**key, **(headers or {})}
+        self._headers = {"Content-Type": "application/json", **key, **(headers or {})}
         # A shorter one, such as a local server's "none", is no secret, and may stand in any text.
-        self._secrets = [value.encode() for value in self._headers.values() if len(value) >= SHORTEST_SECRET]
-        self._secrets += [api_key.encode()] if api_key and len(api_key) >= SHORTEST_SECRET else []
+        values = (api_key or "", *key.values(), *(headers or {}).values())
+        self._secrets = [value.encode() for value in values if len(value) >= SHORTEST_SECRET]
         address, mark, query = config.endpoint.partition("?")
         # Many pages show the whole address of a chat request.
         self.base_url = address.rstrip("/").removesuffix("/chat/completions")
@@ -84,22 +74,14 @@ class Connection:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def call(self, url: str, body: Mapping[str, Any] | Upload | None, seconds: float) -> bytes:
+    async def _call(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:
         """Return what comes back for a POST of `body`, or a GET without one.
 
         Every failure is raised as Transient, RequestRefused or StageStopped.
         """
-        kind = {"Content-Type": "application/json"}
-        data: bytes | aiohttp.FormData | None = None
-        if isinstance(body, Upload):
-            kind, data = {}, aiohttp.FormData({"purpose": body.purpose})
-            data.add_field("file", body.content, filename=body.name, content_type="application/jsonl")
-        elif body is not None:
-            data = json.dumps(body).encode()
-        method = "GET" if body is None else "POST"
-        query = self._query.replace("?", "&") if "?" in url else self._query
+        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         # A POST that is sent on may arrive as a GET, and without its key.
-        request = self._session.request(method, url + query, headers=kind, data=data, allow_redirects=False)
+        request = self._session.request(method, url + self._query, data=data, allow_redirects=False)
         try:
             async with asyncio.timeout(seconds), request as response:
                 content = await response.read()

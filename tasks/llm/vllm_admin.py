@@ -42,9 +42,9 @@ class Administration(Connection, ABC):
     async def models(self) -> list[ModelInfo]:
         """Return the models that the endpoint serves, LoRA adapters included.
 
-        Raises what `call` raises, and `Transient` for an answer that is no list.
+        Raises what `_call` raises, and `Transient` for an answer that is no list.
         """
-        content = await self.call(f"{self.base_url}/models", None, CHECK_SECONDS)
+        content = await self._call(f"{self.base_url}/models", None, CHECK_SECONDS)
         try:
             listed = json.loads(content)
             return [_model(item) for item in (listed if isinstance(listed, list) else listed["data"] or [])]
@@ -72,7 +72,7 @@ class Administration(Connection, ABC):
                 raise PreflowError(message) from refused
             if not self.base_url.endswith("/v1"):
                 with contextlib.suppress(Transient, RequestRefused):
-                    await self.call(f"{self.base_url}/v1/models", None, CHECK_SECONDS)
+                    await self._call(f"{self.base_url}/v1/models", None, CHECK_SECONDS)
                     raise PreflowError(
                         f"{config.endpoint} is not the API's base address: set endpoint to {self.base_url}/v1"
                     ) from refused
@@ -121,7 +121,7 @@ class Administration(Connection, ABC):
     async def _order(self, action: str, body: Mapping[str, Any]) -> list[Transient | RequestRefused]:
         """Send an order about adapters to every replica at once, and return the failures of those that fail."""
         urls = [f"{address}/v1/{action}_lora_adapter" for address in await replicas(self._server)]
-        calls = (self.call(url, dict(body), ADAPTER_SECONDS) for url in urls)
+        calls = (self._call(url, dict(body), ADAPTER_SECONDS) for url in urls)
         failures = list[Transient | RequestRefused]()
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, Transient | RequestRefused):
@@ -177,7 +177,7 @@ class Administration(Connection, ABC):
         if not isinstance(prompt, str):
             body = {"model": self.config.model, "messages": list(prompt), "add_generation_prompt": True, **given}
         try:
-            return [int(token) for token in json.loads(await self.call(url, body, 3 * CHECK_SECONDS))["tokens"]]
+            return [int(token) for token in json.loads(await self._call(url, body, 3 * CHECK_SECONDS))["tokens"]]
         except (Transient, RequestRefused, KeyRefused, ValueError, KeyError, TypeError) as error:
             if "chat_template" in body:  # the server has its own, and takes none from a request
                 return await self.tokenize(prompt, chat_template_kwargs=template.get("chat_template_kwargs"))
@@ -196,7 +196,7 @@ class Administration(Connection, ABC):
         }  # fmt: skip
         where = f"{self.config.endpoint} gave no log-probs of {self.config.model}"
         try:
-            content = await self.call(f"{self.base_url}/completions", body, ADAPTER_SECONDS)
+            content = await self._call(f"{self.base_url}/completions", body, ADAPTER_SECONDS)
             return float(json.loads(content)["choices"][0]["logprobs"]["token_logprobs"][0])
         except (Transient, RequestRefused) as failure:
             raise PreflowError(f"{where}: {failure}") from failure
@@ -231,7 +231,7 @@ def _model(item: dict[str, Any] | str) -> ModelInfo:
     length = item.get("max_model_len") or item.get("context_length")  # vLLM's name, and OpenRouter's
     return ModelInfo(
         id=str(item.get("id") or item["name"]),
-        max_model_len=length if isinstance(length, int) else None,
+        max_model_len=int(str(length)) if str(length).isdecimal() else None,
         root=item.get("root"),
         parent=item.get("parent"),
     )

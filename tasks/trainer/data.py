@@ -212,7 +212,8 @@ class PairTokenizer:
 
     def _pair(self, place: str, row: PairRow, rendered: list[list[int]], report: LengthReport) -> TokenPair:
         prompt, *answers = rendered
-        known, sides, line = row.prompt_token_ids, list(_sides(row)), int(place.rpartition(":")[2])
+        # An empty list of tokens says that none are known, and not that nothing was asked.
+        known, sides, line = row.prompt_token_ids or None, list(_sides(row)), int(place.rpartition(":")[2])
         if not row.chosen[0].content.strip():
             return TokenPair(line, digest(rendered), [], [], [], problem="chosen is empty, which would teach silence")
         sampled = list(filter(None, (known, *(ids for _, ids, _ in sides))))

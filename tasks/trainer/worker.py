@@ -68,7 +68,10 @@ def watch_parent(grace_seconds: float) -> None:
 @contextmanager
 def holding_lease(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> Iterator[Workspace]:
     """Yield the workspace to write to; only the main process holds the lease and writes."""
+    taken = files.folder / "lease-taken"
     if not is_main_process():
+        while not taken.exists():  # in torch they would wait for it for ten minutes, and fail
+            time.sleep(0.2)
         yield Workspace(spec.workspace)
         return
     lease = Lease(
@@ -76,6 +79,7 @@ def holding_lease(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> Ite
     )
     lease.acquire(lambda text: files.progress(Progress("waiting", text)))
     LOG.info("lease taken, token %d", lease.token)
+    taken.touch()
     try:
         yield Workspace(spec.workspace, guard=lease.check)
     finally:

@@ -197,19 +197,12 @@ def test_six_preemptions_and_the_run_ends_as_one_that_nobody_disturbs(
     (job,) = platform.end_of_job(disturbed)
     assert job["status"]["succeeded"] == 1
     assert job["status"].get("failed", 0) == 2, "a disruption uses up no retry"
-    assert platform.end_of(calm)["state_type"] == "COMPLETED"
-    assert disturbed.result() == calm.result(), "the very same steps, each once"
-
-
-def test_the_calm_run_needed_one_pod(platform: Platform, calm: Training) -> None:
-    run = platform.end_of(calm)
+    run, (pod,) = platform.end_of(calm), platform.cluster.items("pods", calm.id)
     assert (run["state_type"], run["run_count"], calm.token()) == ("COMPLETED", 1, 1)
-    steps = [row["step"] for row in calm.rows() if "loss" in row]
-    assert steps == list(range(STEPS + 1))
-    (job,) = platform.end_of_job(calm)
-    assert job["status"]["succeeded"] == 1
-    (pod,) = platform.cluster.items("pods", calm.id)
+    assert platform.end_of_job(calm)[0]["status"]["succeeded"] == 1
     assert pod["status"]["phase"] == "Succeeded"
+    assert [row["step"] for row in calm.rows() if "loss" in row] == list(range(STEPS + 1))
+    assert disturbed.result() == calm.result(), "the very same steps, each once"
 
 
 def test_worker_and_server_may_die_while_it_trains(platform: Platform, calm: Training) -> None:

@@ -260,7 +260,6 @@ async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
     """Without the plugin each step reads it again: slow, and the end of the engine where the folder has gone."""
     await stage.promote("a")
     pointer = read_pointer(stage.workspace, NAME)
-    assert pointer is not None
     folder = Path(pointer.current.uri)
     away = folder.rename(folder.with_name("away"))
     try:
@@ -344,7 +343,6 @@ async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_put_right(
     verify = serving.verify_served
 
     async def killed_first(*arguments: Any) -> None:
-        assert stage.vllm._process is not None
         watchdog = stage.vllm._process.pid
         (server,) = Path(f"/proc/{watchdog}/task/{watchdog}/children").read_text().split()
         os.killpg(int(server), signal.SIGKILL)

@@ -40,7 +40,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> EvaluationRef:
     made = evaluated(tmp_path_factory.mktemp("workspace"), mostly_new, judges=("other",))
     labelling = Labelling(made, 20)
     for number in range(labelling.total):
-        labelling.answer(number, "012"[number % 3])  # type: ignore[arg-type]
+        labelling.answer(number, "012"[number % 3])
     record_agreement(made)
     return made
 

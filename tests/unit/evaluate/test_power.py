@@ -19,7 +19,7 @@ from tests.fakes.comparisons import better_wins, compared, draw_groups, draw_tex
 INDEPENDENT = Design(prompts=400, samples=1, ties=0.0, design_effect=1.0, per_cluster=1.0)
 
 
-def judged(comparisons: list) -> Evaluation:  # type: ignore[type-arg]
+def judged(comparisons: list) -> Evaluation:
     return judge_adapter("0" * 64, comparisons, [], None, EvaluationConfig())
 
 

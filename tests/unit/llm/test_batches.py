@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 
-from tasks.config import EndpointConfig
 from tasks.llm import batches
 from tasks.llm.batches import Batches, BatchPending, Line
-from tasks.llm.client import Endpoint
 from tasks.store.workspace import Workspace, digest
 from tests.fakes.batches import FakeBatches
 
@@ -28,12 +27,12 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def process(fake: FakeBatches, folder: Path, source: str = "prompts") -> AsyncIterator[Batches]:
-    async with Endpoint(EndpointConfig(endpoint=fake.url, model="judge-hash", max_outage_seconds=1), None) as endpoint:
-        made = Batches(endpoint, Workspace(str(folder)), str(folder / "batches"), source, may_leave=True)
-        try:
-            yield made
-        finally:
-            made.close()
+    client = AsyncOpenAI(base_url=fake.url, api_key="none", max_retries=0)
+    made = Batches(client, Workspace(str(folder)), str(folder / "batches"), 1.0, bytes, source, may_leave=True)
+    try:
+        yield made
+    finally:
+        await made.close()
 
 
 async def test_a_batch_is_left_and_taken_up_by_whoever_looks_when_it_is_answered(tmp_path: Path) -> None:
@@ -62,6 +61,7 @@ async def test_what_the_provider_has_forgotten_or_broken_holds_up_nothing(tmp_pa
     with FakeBatches(late=0.0) as fake:
         async with process(fake, tmp_path) as first:
             await first.ask(NAME, BODY, ())
+        fake.loud = True
         if lost == "batch":
             fake.batches.clear()
         elif lost == "file":
@@ -69,5 +69,6 @@ async def test_what_the_provider_has_forgotten_or_broken_holds_up_nothing(tmp_pa
         else:
             fake.files[fake.batches["batch-0"]["output_file_id"]] = b'\n{"custom_id": 1}\n[]\n{"resp'
         async with process(fake, tmp_path) as second:
-            await second.check_pending()
-            assert await second.ask(NAME, BODY, ()) is None, "it goes the normal way"
+            async with asyncio.timeout(20):
+                await second.check_pending()
+                assert await second.ask(NAME, BODY, ()) is None, "it goes the normal way"

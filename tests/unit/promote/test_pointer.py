@@ -12,7 +12,6 @@ from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote import pointer as served
 from tasks.promote.pointer import (
-    Pointer,
     PromotionRefused,
     check_gate,
     find_promotion,
@@ -89,17 +88,11 @@ def promoted(folder: Path, *contents: str) -> list[AdapterRef]:
     return made
 
 
-def current(folder: Path) -> Pointer:
-    pointer = read_pointer(str(folder / "workspace"), "mine")
-    assert pointer is not None
-    return pointer
-
-
 def test_the_pointer_moves_once_and_remembers(tmp_path: Path) -> None:
     workspace = str(tmp_path / "workspace")
     first, second = promoted(tmp_path, "first", "second")
     again = move_pointer(second, evaluation(second), "uri", workspace, PROMOTION)
-    pointer = current(tmp_path)
+    pointer = read_pointer(workspace, "mine")
     assert [old.adapter_sha256 for old in (pointer.current, *pointer.history)] == [second.sha256, first.sha256]
     assert Path(pointer.current.uri, "adapter_model.safetensors").read_text() == "second"
     assert find_promotion(second, workspace, PROMOTION) == again
@@ -179,7 +172,7 @@ def test_a_run_again_does_not_undo_a_rollback_and_the_history_keeps_all_with_its
     move_pointer(second, evaluation(second), "uri", workspace, PROMOTION)
     assert find_promotion(second, workspace, PROMOTION) is not None
     assert find_rollback(second, workspace, PROMOTION) is None
-    pointer = current(tmp_path)
+    pointer = read_pointer(workspace, "mine")
     restored, withdrawn, original = pointer.history
     assert [entry.adapter_sha256 for entry in (pointer.current, *pointer.history)] == [
         second.sha256, first.sha256, second.sha256, first.sha256,

@@ -100,6 +100,7 @@ BEGUN = "open(folder + '/progress.jsonl', 'w').close(); "
     ("child", "ending", "message"),
     [
         (TOLD + "sys.exit(1)", PreflowError, r"exit code 1 \(KeyError: x\).* is .*log; it ends with:\nlast words"),
+        (TOLD.replace("'code': 1", "'code': 42") + "sys.exit(42)", PreflowError, "^KeyError: x$"),
         ("sys.exit(3)", PreflowError, r"exit code 3 \(no message\).* is .*log; it ends with:\nlast words"),
         (BEGUN + "os.kill(os.getpid(), 9)", Preempted, "ended by SIGKILL"),
         (BEGUN + "sys.exit(1)", Preempted, "process of the trainer was ended by a signal"),

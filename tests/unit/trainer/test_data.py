@@ -82,9 +82,12 @@ TEXTS = ("  \n the cat \n\n", "hm\n</think>\n\nthe dog", "<think>\nhm\n</think>\
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_rendered_pairs_are_prompt_text_and_end_of_turn(family: Family, text: str, tmp_path: Path) -> None:
-    tokenizer, data = load_as(family, tmp_path, [conversation(text, "red", rejected_finish_reason="length")])
+    tokenizer, data = load_as(
+        family, tmp_path, [conversation(text, "red", rejected_finish_reason="length", prompt_token_ids=[])]
+    )
     (pair,) = data.pairs
     assert pair.prompt_ids == sampled_prompt(family, tokenizer), "the prompt is that of sampling, to its last token"
+    assert data.report.other_prompts == 0
     *answer, end = pair.chosen_ids
     assert tokenizer.decode(answer).removeprefix(" " * (family.name == "mistral" and text[0] != " ")) == text
     assert tokenizer.decode([end]) == family.eos, "it ends with the end of turn and nothing after it"
