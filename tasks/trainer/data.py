@@ -73,7 +73,8 @@ class LengthReport:
         used: pairs that are trained on.
         exact: sides of them whose tokens are exactly those that were sampled, all of them.
         unfinished: sides that were cut while being sampled: trained on without an end of turn.
-        altered: sides without sampled tokens that the chat template would have changed; they are kept as they are.
+        altered: sides without sampled tokens that the chat template would have changed, and such that spell an end of
+            turn; they are kept as they are up to there.
         rewritten: those of them in which it would have changed more than white space and thinking.
         other_prompts: pairs whose prompt was sampled with other tokens than the chat template gives.
         foreign: sides whose sampled tokens do not read as their text: of another tokenizer.
@@ -158,7 +159,9 @@ class PairTokenizer:
         known = highest_token(tokenizer) + 1
         self._rows = min(rows or known, known)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._ends = (added | set(tokenizer.all_special_ids)) & set(self._encode([self._end])[0])
+        (end,) = self._encode([self._end])
+        self._ends = (added | set(tokenizer.all_special_ids)) & set(end)
+        self._ends_of_a_turn = sum(number in self._ends for number in end)
         stops = template.settings.stop
         # Where sampling ended at other texts than the template's, the answer's own end is not known.
         self._knows_end = not stops or any(self._end.lstrip(" ").startswith(stop) for stop in stops)
@@ -243,7 +246,10 @@ class PairTokenizer:
             return sampled
         if not self._is_ended(reason):
             return rendered
-        return rendered[: next((place for place, number in enumerate(rendered, 1) if number in self._ends), None)]
+        places = [place for place, number in enumerate(rendered, 1) if number in self._ends]
+        if len(places) > self._ends_of_a_turn:  # the answer spells one itself, and is cut there, as a server would
+            report.altered += 1
+        return rendered[: next(iter(places), None)]
 
     def _reads(self, ids: list[int], text: str) -> bool:
         """Tell whether sampled tokens are this text, of which a server may have taken thinking and stop texts."""
@@ -303,7 +309,7 @@ def _report(uri: str, report: LengthReport, max_length: int) -> None:
     if report.altered or report.other_prompts:
         LOG.warning(
             "%s: %d answers stand otherwise in the chat template (white space, thinking) and are trained on as they "
-            "are; %d prompts were sampled with other tokens than it gives",
+            "are, up to an end of turn that they spell; %d prompts were sampled with other tokens than it gives",
             uri, report.altered, report.other_prompts,
         )  # fmt: skip
     if report.refused:
