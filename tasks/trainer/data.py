@@ -73,8 +73,8 @@ class LengthReport:
         used: pairs that are trained on.
         exact: sides of them whose tokens are exactly those that were sampled, all of them.
         unfinished: sides that were cut while being sampled: trained on without an end of turn.
-        altered: sides without sampled tokens that the chat template would have changed, and such that spell an end of
-            turn; they are kept as they are up to there.
+        altered: sides without sampled tokens that the chat template would have changed; they are kept as they are.
+        ended_early: sides whose text spells an end of turn: what stands behind it is left out.
         rewritten: those of them in which it would have changed more than white space and thinking.
         other_prompts: pairs whose prompt was sampled with other tokens than the chat template gives.
         foreign: sides whose sampled tokens do not read as their text: of another tokenizer.
@@ -90,6 +90,7 @@ class LengthReport:
     exact: int = 0
     unfinished: int = 0
     altered: int = 0
+    ended_early: int = 0
     rewritten: int = 0
     other_prompts: int = 0
     foreign: int = 0
@@ -248,7 +249,7 @@ class PairTokenizer:
             return rendered
         places = [place for place, number in enumerate(rendered, 1) if number in self._ends]
         if len(places) > self._ends_of_a_turn:  # the answer spells one itself, and is cut there, as a server would
-            report.altered += 1
+            report.ended_early += 1
         return rendered[: next(iter(places), None)]
 
     def _reads(self, ids: list[int], text: str) -> bool:
@@ -306,10 +307,12 @@ def _report(uri: str, report: LengthReport, max_length: int) -> None:
         uri, report.pairs, report.mean, report.longest, report.longest_prompt, report.cut_sides, max_length,
         report.cut_tokens, report.exact_share, report.unfinished,
     )  # fmt: skip
+    if report.ended_early:
+        LOG.warning("%s: %d answers spell an end of turn and are trained on up to there", uri, report.ended_early)
     if report.altered or report.other_prompts:
         LOG.warning(
             "%s: %d answers stand otherwise in the chat template (white space, thinking) and are trained on as they "
-            "are, up to an end of turn that they spell; %d prompts were sampled with other tokens than it gives",
+            "are; %d prompts were sampled with other tokens than it gives",
             uri, report.altered, report.other_prompts,
         )  # fmt: skip
     if report.refused:
