@@ -34,7 +34,7 @@ QUIET_SECONDS = 5.0
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 5.0, 60.0
 # A process that need not wait for a batch looks for so long, and then leaves.
 PATIENCE_SECONDS = 120.0
-ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+ENDED = frozenset({"completed", "failed", "expired", "cancelled", "canceled"})
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Call: TypeAlias = Callable[[], Awaitable[Result]]
@@ -148,7 +148,7 @@ class Batches:
         await self.has("")
         for record in {record.name: record for record in self._earlier.values()}.values():
             batch = await self._retrieve(record) if record.source == self._source else None
-            if batch and batch.status not in ENDED:
+            if batch and batch.status.lower() not in ENDED:
                 self._begin_taking_up(record)
         for failure in await asyncio.gather(*set(self._lines.values()), return_exceptions=True):
             if isinstance(failure, BaseException):
@@ -194,7 +194,7 @@ class Batches:
 
     async def _collect(self, record: Record, batch: Batch) -> dict[str, Line]:
         wait, started = FIRST_POLL_SECONDS, time.monotonic()
-        while batch.status not in ENDED:
+        while batch.status.lower() not in ENDED:
             if self._may_leave and time.monotonic() - started > PATIENCE_SECONDS:
                 counts = batch.request_counts
                 done = counts.completed + counts.failed if counts else 0
@@ -205,7 +205,7 @@ class Batches:
             batch = await self._try(partial(self._client.batches.retrieve, batch.id))
             if (counts := batch.request_counts) and counts != before:
                 logger.info("batch %s: %d of %d answered", batch.id, counts.completed + counts.failed, counts.total)
-        if batch.status == "failed":
+        if batch.status.lower() == "failed":
             self._store.delete(f"{self._folder}/{record.name}.json")
             causes = "; ".join(str(error.message) for error in (batch.errors and batch.errors.data) or ())
             raise PreflowError(

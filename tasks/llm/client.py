@@ -219,7 +219,8 @@ class Endpoint(Administration):
         return answer
 
     async def _attempt_in_batch(self, batches: Batches, request: _Request, name: str, body: Body) -> Answer:
-        most, cost = request.most_usd * BATCH_PRICE, 0.0
+        most: float = request.most_usd * BATCH_PRICE
+        cost: float | None = 0.0
         await self._budget.reserve(most)
         try:
             line = await batches.ask(name, body, self._dialect.refused(request.body, body))
@@ -231,6 +232,9 @@ class Endpoint(Administration):
             answer = self._read(content, request.prompt_bytes)
             answer = replace(answer, usage=as_batch(answer.usage), refused=line.refused)
             cost = usd_of(answer.usage, self.config)
+        except Transient as failure:
+            cost = None if failure.maybe_billed else 0.0
+            raise
         finally:
             self._budget.settle(most, cost)
         self._stats.sent += 1
