@@ -190,8 +190,8 @@ def _check_weights(name: str, base: Any, config: Any, found: Mapping[str, Any]) 
             f"{'; '.join(problems[:3])} ({len(problems)} in all). Fetch or save the base again."
         )
     tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
-    head, embeddings = (base.get_output_embeddings(), base.get_input_embeddings()) if tied else (None, None)
-    if head is not None and head.weight is not embeddings.weight and not torch.equal(head.weight, embeddings.weight):
+    head = base.get_output_embeddings() if tied else None
+    if head is not None and not torch.equal(head.weight, base.get_input_embeddings().weight):
         raise PreflowError(
             f"base_model {name}: config.json says tie_word_embeddings, and its lm_head differs from the embeddings: "
             "transformers would train with the lm_head, vLLM serve with the embeddings. Set it to false there."
