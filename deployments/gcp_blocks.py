@@ -19,7 +19,10 @@ from prefect_gcp import GcpCredentials, GcpSecret
 def make_credentials(name: str) -> GcpCredentials:
     """Save the GcpCredentials block, in the place of one that exists."""
     file, project = os.environ.get("PREFLOW_GCP_KEY_FILE"), os.environ.get("PREFLOW_GCP_PROJECT")
-    info = json.loads(Path(file).expanduser().read_text()) if file else None
+    try:
+        info = json.loads(Path(file).expanduser().read_text()) if file else None
+    except (OSError, ValueError) as error:
+        sys.exit(f"PREFLOW_GCP_KEY_FILE={file}: no service account's key can be read there: {error}")
     block = GcpCredentials(service_account_info=info, project=project or (info or {}).get("project_id"))
     block.save(name, overwrite=True)
     return block

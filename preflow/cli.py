@@ -6,6 +6,7 @@ so that `preflow --help` needs neither Prefect nor torch. It returns an exit cod
 
 import errno
 import os
+import select
 import sys
 import tempfile
 import traceback
@@ -87,9 +88,6 @@ def main(arguments: list[str] | None = None) -> int:
         code = make_app()(arguments, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()
         return int(code or Exit.DONE)
-    except BrokenPipeError:  # `preflow schema | head`: whoever read has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.DONE
     except CycloptsError:  # cyclopts has said what is wrong
         return Exit.WRONG
     except PreflowError as error:
@@ -99,11 +97,23 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; run it again, and it continues where it was", file=sys.stderr)
         return Exit.INTERRUPTED
     except Exception as error:  # noqa: BLE001  # the last place: a person gets one line, and the traceback in a file
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return Exit.INTERRUPTED
         if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
             print(f"{error.filename or 'a file'}: {error.strerror}: {OF_THE_MACHINE[error.errno]}", file=sys.stderr)
             return Exit.WRONG
         print(f"a defect of preflow: {type(error).__name__}: {error}. {_keep_traceback()}", file=sys.stderr)
         return Exit.DEFECT
+
+
+def _nobody_reads() -> bool:
+    """Tell whether standard output is a pipe that was closed, as by `preflow schema | head`; then let it go nowhere."""
+    output = select.poll()
+    output.register(1, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def _keep_traceback() -> str:

@@ -8,5 +8,9 @@ class PreflowError(Exception):
     """
 
 
+class LocationError(PreflowError, ValueError):
+    """A path or address that is written wrongly; pydantic names the setting."""
+
+
 class DiskFullError(PreflowError, OSError):
     """There was no room for a file; what was there before is untouched."""

@@ -102,12 +102,10 @@ class PrefectUi:
         self.page.wait_for_load_state("networkidle")
 
     def open_form(self, deployment: str) -> None:
-        """Open the form that starts a run of a deployment, by its id."""
         self.open(f"/deployments/deployment/{deployment}/run")
         expect(self.page.get_by_role("button", name="Submit")).to_be_visible()
 
     def submit(self) -> None:
-        """Press the form's button."""
         self.page.get_by_role("button", name="Submit").click()
 
     def answer(self, run: str, shown: str, yes: bool, note: str, picture: str) -> None:
@@ -125,7 +123,6 @@ class PrefectUi:
         self.press(dialog.get_by_role("button", name="Resume"), dialog)
 
     def picture(self, name: str, whole: bool = True) -> Path:
-        """Keep a picture of the page as it is."""
         PICTURES.mkdir(parents=True, exist_ok=True)
         target = PICTURES / f"{name}.png"
         self.page.screenshot(path=target, full_page=whole)
@@ -152,12 +149,10 @@ class PrefectUi:
         raise AssertionError(f"{form} is still there after five times {button}; see pressed-again.png")
 
     def choose(self, entry: str) -> None:
-        """Choose an entry of the menu of the run that is shown."""
         self.page.locator("main button[aria-haspopup=menu]").first.click()
         self.page.get_by_role("menuitem", name=entry, exact=True).click()
 
     def wait_for_state(self, state: str, seconds: float = 600) -> None:
-        """Wait until the run that is shown is in a state."""
         badge = self.page.get_by_text(state, exact=True).first
         expect(badge).to_be_visible(timeout=1000 * seconds)
 
@@ -182,6 +177,6 @@ def look(page: Page, name: str, root: str = "body", scrolling: tuple[str, str] =
         found = faults(page, root, may_scroll)
         for scheme in ("light", "dark") if found or "PREFLOW_TEST_PICTURES" in os.environ else ():
             PICTURES.mkdir(parents=True, exist_ok=True)
-            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.emulate_media(color_scheme=scheme)
             page.screenshot(path=PICTURES / f"page-{name}-{width}-{scheme}.png", full_page=True)
         assert not found, f"{name} at {width}: {found}"

@@ -97,10 +97,10 @@ def start_demo(running: Up, ports: Ports) -> None:
     materials = locate_materials(running.root)
     ensure_materials(materials)
     os.environ[JUDGE_KEY] = secrets.token_hex(16)
-    config = demo_config(running, materials, ports.url("vllm"), ports.url("judge"))
+    judge, vllm = judge_server(running.logs, os.environ[JUDGE_KEY], ports.judge), vllm_launcher(running, ports.vllm)
+    config = demo_config(running, materials, vllm.base_url, judge.base_url)
     sweep = BETAS.model_dump(mode="json", exclude_defaults=True)
-    models = [judge_server(running.logs, os.environ[JUDGE_KEY], ports.judge), vllm_launcher(running, ports.vllm)]
-    start(running, ports, models, {"name": "demo", "config": config.model_dump(mode="json"), "sweep": sweep})
+    start(running, ports, [judge, vllm], {"name": "demo", "config": config.model_dump(mode="json"), "sweep": sweep})
 
 
 def start(running: Up, ports: Ports, models: list[Service], told: dict[str, Any]) -> None:

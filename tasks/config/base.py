@@ -8,6 +8,8 @@ from urllib.parse import unquote, urlparse
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
 
+from tasks.errors import LocationError
+
 # A JSON schema, or a part of one.
 Schema = dict[str, Any]
 
@@ -157,8 +159,14 @@ def secrets_by_name(depth: int = 3) -> Schema:
     return {"patternProperties": {r"(^|\.)(api_key|token)$": listed}, "additionalProperties": inner, "items": inner}
 
 
+# An address without one of its slashes, a path of Windows: folders of such names would be made here.
+_MISWRITTEN = re.compile(r"(gs|s3|hf|file|https?):/?[^/]|[A-Za-z]:[\\/]|\\\\")
+
+
 def resolve_location(value: str) -> str:
     """Return a path or address as it is used everywhere: a path is absolute, and `~` and file:// are resolved."""
+    if _MISWRITTEN.match(value):
+        raise LocationError(f"{value}: write gs://bucket/prefix, or a path of this machine with /")
     if value.startswith("file://"):
         value = unquote(urlparse(value).path)
     if "://" in value:

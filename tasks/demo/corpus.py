@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from tasks.demo.world import BY_NAME, CHARACTERS, TOPICS, Character, Topic
 
@@ -70,10 +71,12 @@ def episodes(*, held_out: bool) -> list[Episode]:
     return [episode for episode in everything if episode.is_held_out == held_out]
 
 
-def system_message(episode: Episode) -> str:
-    """Return the system message: the topic, who is present, and the form of a line."""
+def prompt_of(episode: Episode, start: list[Line]) -> list[Message]:
+    """Return a prompt: the topic, who is present and the form of a line, then the scene so far."""
     people = ", ".join(f"{character.name} is {character.role}" for character in episode.cast)
-    return f"About {episode.topic.thing}. {people}. Each line: [NAME] text"
+    system = f"About {episode.topic.thing}. {people}. Each line: [NAME] text"
+    scene = "\n".join(map(str, start))
+    return [{"role": "system", "content": system}, {"role": "user", "content": scene}]
 
 
 class SceneWriter:
@@ -84,7 +87,8 @@ class SceneWriter:
         self._rng = rng
         self._used: set[str] = set()
 
-    def _pick(self, options: tuple[str, ...]) -> str:
+    def pick(self, options: tuple[str, ...]) -> str:
+        """Return one of these that was not used before, if there is one."""
         fresh = [option for option in options if option not in self._used] or list(options)
         choice = self._rng.choice(fresh)
         self._used.add(choice)
@@ -92,20 +96,16 @@ class SceneWriter:
 
     def text(self, voice: Character) -> str:
         """Return something on the topic in this character's voice."""
-        template = self._pick(voice.lines)
+        template = self.pick(voice.lines)
         slots = {"thing": (self.topic.thing,), "part": self.topic.parts}
         slots |= {"trouble": self.topic.troubles, "remedy": self.topic.remedies}
         for slot, options in slots.items():
             title = slot.capitalize()
             if f"{{{slot}}}" in template or f"{{{title}}}" in template:
-                filler = self._pick(options)
+                filler = self.pick(options)
                 template = template.replace(f"{{{slot}}}", filler)
                 template = template.replace(f"{{{title}}}", filler[0].upper() + filler[1:])
         return template
-
-    def closer(self, voice: Character) -> str:
-        """Return a last line in this character's voice."""
-        return self._pick(voice.closers)
 
 
 def opening(episode: Episode, rng: random.Random) -> list[Line]:
@@ -126,10 +126,11 @@ def continuation(episode: Episode, start: list[Line], flaws: frozenset[Flaw], rn
             pass
         lines.append(Line(who.name, text))
         said.add(text)
-    lines.append(Line(speakers[-1].name, writer.closer(speakers[-1])))
-    for flaw, spoil in _SPOILERS.items():
+    lines.append(Line(speakers[-1].name, writer.pick(speakers[-1].closers)))
+    # A broken format comes last, when the lines are one text.
+    for flaw in (Flaw.WRONG_VOICE, Flaw.OFF_TOPIC, Flaw.REPEATED, Flaw.NO_ENDING):
         if flaw in flaws:
-            lines = spoil(lines, episode, start, rng)
+            lines = _spoil(flaw, lines, episode, start, rng)
     text = "\n".join(str(line) for line in lines)
     return _break_format(text, episode, rng) if Flaw.BROKEN_FORMAT in flaws else text
 
@@ -142,43 +143,26 @@ def _turns(cast: tuple[Character, ...], rng: random.Random, after: str | None) -
         yield speaker
 
 
-def _wrong_voice(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
+def _spoil(flaw: Flaw, lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
+    """Return the lines with a flaw put in."""
+    if flaw is Flaw.REPEATED:
+        target = rng.randrange(1, len(lines))
+        return [*lines[:target], rng.choice([*start, *lines[:target]]), *lines[target:]]
+    if flaw is Flaw.OFF_TOPIC:
+        writer = SceneWriter(rng.choice([topic for topic in TOPICS if topic != episode.topic]), rng)
+        first = rng.randrange(len(lines) - 1)
+        drifted = [Line(line.speaker, writer.text(BY_NAME[line.speaker])) for line in lines[first:-1]]
+        return [*lines[:first], *drifted, lines[-1]]
     writer = SceneWriter(episode.topic, rng)
-    spoiled = set(rng.sample(range(len(lines) - 1), rng.randint(1, len(lines) - 1)))
+    if flaw is Flaw.NO_ENDING:
+        speakers = itertools.islice(_turns(episode.cast, rng, after=lines[-1].speaker), rng.choice((0, 0, 2)))
+        return [*lines[:-1], *(Line(who.name, writer.text(who)) for who in speakers)]
     lines = list(lines)
-    for number in sorted(spoiled):
+    for number in sorted(rng.sample(range(len(lines) - 1), rng.randint(1, len(lines) - 1))):
         speaker = lines[number].speaker
         others = [character for character in CHARACTERS if character.name != speaker]
         lines[number] = Line(speaker, writer.text(rng.choice(others)))
     return lines
-
-
-def _off_topic(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
-    writer = SceneWriter(rng.choice([topic for topic in TOPICS if topic != episode.topic]), rng)
-    first = rng.randrange(len(lines) - 1)
-    drifted = [Line(line.speaker, writer.text(BY_NAME[line.speaker])) for line in lines[first:-1]]
-    return [*lines[:first], *drifted, lines[-1]]
-
-
-def _repeated(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
-    target = rng.randrange(1, len(lines))
-    source = rng.choice([*start, *lines[:target]])
-    return [*lines[:target], source, *lines[target:]]
-
-
-def _no_ending(lines: list[Line], episode: Episode, start: list[Line], rng: random.Random) -> list[Line]:
-    writer = SceneWriter(episode.topic, rng)
-    speakers = itertools.islice(_turns(episode.cast, rng, after=lines[-1].speaker), rng.choice((0, 0, 2)))
-    return [*lines[:-1], *(Line(who.name, writer.text(who)) for who in speakers)]
-
-
-# In the order in which they are put in; a broken format comes last, when the lines are one text.
-_SPOILERS = {
-    Flaw.WRONG_VOICE: _wrong_voice,
-    Flaw.OFF_TOPIC: _off_topic,
-    Flaw.REPEATED: _repeated,
-    Flaw.NO_ENDING: _no_ending,
-}
 
 
 def _break_format(text: str, episode: Episode, rng: random.Random) -> str:
@@ -191,45 +175,27 @@ def _break_format(text: str, episode: Episode, rng: random.Random) -> str:
     return text.replace(f"[{episode.cast[0].name}]", f"[{absent}]")
 
 
-def _prompt(episode: Episode, start: list[Line]) -> list[Message]:
-    scene = "\n".join(str(line) for line in start)
-    return [{"role": "system", "content": system_message(episode)}, {"role": "user", "content": scene}]
-
-
-def sft_rows(count: int, seed: int) -> list[Row]:
-    """Return `count` rows {prompt, completion} from the training episodes, flawed at FLAW_RATES."""
-    return _rows(count, f"sft/{seed}", flaw_share=1.0)
-
-
-def pretraining_rows(count: int, seed: int) -> list[Row]:
-    """Return the base model's corpus: other conversations from the training episodes, with fewer flaws."""
-    return _rows(count, f"pretraining/{seed}", flaw_share=0.25)
-
-
-def _rows(count: int, stream: str, flaw_share: float) -> list[Row]:
+def _rows(count: int, seed: int, stream: str, flaw_share: float) -> list[Row]:
+    """Return `count` rows {prompt, completion} of the training episodes, flawed at this share of FLAW_RATES."""
     pool = episodes(held_out=False)
     rows: list[Row] = []
     for index in range(count):
-        rng = random.Random(f"{stream}/{index}")
+        rng = random.Random(f"{stream}/{seed}/{index}")
         episode = rng.choice(pool)
         start = opening(episode, rng)
         flaws = frozenset(flaw for flaw, rate in FLAW_RATES.items() if rng.random() < rate * flaw_share)
         completion = continuation(episode, start, flaws, rng)
-        rows.append({"prompt": _prompt(episode, start), "completion": [{"role": "assistant", "content": completion}]})
+        rows.append({"prompt": prompt_of(episode, start), "completion": [{"role": "assistant", "content": completion}]})
     return rows
 
 
-def training_prompts(count: int, seed: int) -> list[PromptRow]:
-    """Return `count` different prompts {prompt, group} of the training episodes."""
-    return _prompts(count, seed, held_out=False)
-
-
-def heldout_prompts(count: int, seed: int) -> list[PromptRow]:
-    """Return `count` different prompts {prompt, group}; whatever the seeds, no group is shared with training."""
-    return _prompts(count, seed, held_out=True)
+# The base model's corpus: other conversations of the same episodes, with fewer flaws.
+pretraining_rows = partial(_rows, stream="pretraining", flaw_share=0.25)
+sft_rows = partial(_rows, stream="sft", flaw_share=1.0)
 
 
 def _prompts(count: int, seed: int, *, held_out: bool) -> list[PromptRow]:
+    """Return `count` different prompts {prompt, group}; whatever the seeds, the two sides share no group."""
     pool = episodes(held_out=held_out)
     random.Random(f"order/{seed}/{held_out}").shuffle(pool)
     found: dict[str, PromptRow] = {}
@@ -237,11 +203,14 @@ def _prompts(count: int, seed: int, *, held_out: bool) -> list[PromptRow]:
     while len(found) < count:
         number = next(numbers)
         episode = pool[number % len(pool)]
-        prompt = _prompt(episode, opening(episode, random.Random(f"prompt/{seed}/{held_out}/{number}")))
+        prompt = prompt_of(episode, opening(episode, random.Random(f"prompt/{seed}/{held_out}/{number}")))
         found.setdefault(
             "\n".join(message["content"] for message in prompt), {"prompt": prompt, "group": episode.group}
         )
     return list(found.values())
+
+
+training_prompts, heldout_prompts = partial(_prompts, held_out=False), partial(_prompts, held_out=True)
 
 
 def pair_rows(count: int, seed: int, *, held_out: bool) -> list[Row]:
@@ -254,5 +223,5 @@ def pair_rows(count: int, seed: int, *, held_out: bool) -> list[Row]:
         start = opening(episode, rng)
         said = {side: continuation(episode, start, flaws, rng) for side, flaws in sides.items()}
         row = {side: [{"role": "assistant", "content": text}] for side, text in said.items()}
-        rows.append({"prompt": _prompt(episode, start), **row})
+        rows.append({"prompt": prompt_of(episode, start), **row})
     return rows

@@ -1,14 +1,14 @@
 """A judge that costs nothing: an OpenAI-compatible server whose taste is `tasks.demo.rules`.
 
-Run as `python -m tasks.demo.judge --port 0 --log judge.jsonl`; it prints `listening on http://127.0.0.1:PORT/v1`.
-Where the environment has DEMO_JUDGE_KEY, requests need it as their bearer token.
+Run as `python -m tasks.demo.judge PORT LOG`; where the environment has DEMO_JUDGE_KEY, requests need it as their bearer
+token.
 """
 
-import argparse
 import json
 import os
 import re
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -119,17 +119,7 @@ def _error(status: int, message: str, code: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status_code=status)
 
 
-def main() -> None:
-    """Serve until stopped."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--log", type=Path, help="file that gets one JSON line a request")
-    arguments = parser.parse_args()
-    listener = socket.create_server(("127.0.0.1", arguments.port), backlog=1024)
-    print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
-    app = create_app(arguments.log, os.environ.get(KEY_VARIABLE) or None)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
-
-
 if __name__ == "__main__":
-    main()
+    sockets = [socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=1024)]
+    app = create_app(Path(sys.argv[2]), os.environ.get(KEY_VARIABLE) or None)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=sockets)

@@ -64,7 +64,7 @@ def model_servers(
     with ExitStack() as running:
         judge = running.enter_context(judge_server(places.logs, os.environ[JUDGE_KEY]))
         vllm = running.enter_context(vllm_for(places, materials))
-        yield demo_config(places, materials, vllm.base_url, f"http://127.0.0.1:{judge.port}/v1")
+        yield demo_config(places, materials, vllm.base_url, judge.base_url)
 
 
 def vllm_for(places: Places, materials: Materials, port: int | None = None) -> Service:

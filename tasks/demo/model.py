@@ -95,7 +95,12 @@ def build_sft_adapter(base: Path, out: Path, seed: int, recipe: Recipe = SFT_REC
         examples = [_tokens(tokenizer, row, prompt_is_learned=False) for row in rows]
         _train(model, examples, recipe, seed, "SFT adapter")
         model.save_pretrained(folder)
-        _settle_adapter_config(folder)
+        # PEFT's config holds a set: in a fixed order, equal inputs give equal bytes.
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text())
+        config["target_modules"] = sorted(config["target_modules"])
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / "README.md").unlink(missing_ok=True)
 
 
 def train_tokenizer(rows: Iterable[Row], vocab_size: int = 1280) -> PreTrainedTokenizerFast:
@@ -130,7 +135,14 @@ def _train(
 ) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, recipe.steps))
+    warmup = max(1, recipe.steps // 20)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     shown = start = time.monotonic()
     model.train()
     for step, (ids, labels) in enumerate(_batches(examples, recipe, seed), start=1):
@@ -147,13 +159,6 @@ def _train(
     model.eval()
 
 
-def _warmup_cosine(step: int, steps: int) -> float:
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def _batches(
     examples: list[tuple[list[int], int]], recipe: Recipe, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -168,15 +173,6 @@ def _batches(
         padded = [ids + [0] * (longest - len(ids)) for ids, _ in batch]
         labels = [[IGNORED] * start + ids[start:] + [IGNORED] * (longest - len(ids)) for ids, start in batch]
         yield torch.tensor(padded), torch.tensor(labels)
-
-
-def _settle_adapter_config(folder: Path) -> None:
-    """Write PEFT's config in a fixed order (it holds a set) and drop its model card: equal inputs give equal bytes."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").unlink(missing_ok=True)
 
 
 @contextmanager

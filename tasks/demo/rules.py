@@ -1,6 +1,7 @@
 """The demo's taste, as rules on a scene and a completion: voice, topic, format, repetition, ending and length."""
 
 import re
+from statistics import fmean
 
 from tasks.demo.world import BY_NAME, CLOSING_PHRASES, TOPICS
 
@@ -8,7 +9,7 @@ LINE = re.compile(r"^\[([A-Z]+)\] (\S.*)$")
 NAMES = re.compile(rf"\b({'|'.join(BY_NAME)})\b")
 WORD = re.compile(r"[a-z]+")
 WEIGHTS = {"voice": 3.0, "topic": 3.0, "form": 3.0, "freshness": 2.0, "ending": 1.0, "length": 1.0}
-GOOD_LENGTH = range(3, 7)
+GOOD_LENGTH, NEARLY_GOOD = range(3, 7), (2, 7)
 
 
 def score(scene: str, completion: str) -> float:
@@ -25,18 +26,14 @@ def marks(scene: str, completion: str) -> dict[str, float]:
     if not lines:
         return dict.fromkeys(WEIGHTS, 0.0)
     return {
-        "voice": _mean([_voice(name, text) for name, text in lines]),
+        "voice": fmean(_voice(name, text) for name, text in lines),
         "topic": _topic(scene, [text for _, text in lines]),
         # A line that swallowed another one has a name tag in its middle.
         "form": 0.0 if any(tag in text for _, text in lines for tag in "[]") else len(lines) / len(written),
         "freshness": _freshness(scene, lines),
         "ending": float(_is_closing(lines[-1][1])),
-        "length": _length(len(written)),
+        "length": 1.0 if len(written) in GOOD_LENGTH else 0.5 if len(written) in NEARLY_GOOD else 0.0,
     }
-
-
-def _mean(marks: list[float]) -> float:
-    return sum(marks) / len(marks)
 
 
 def _words(text: str) -> set[str]:
@@ -57,7 +54,7 @@ def _topic(scene: str, texts: list[str]) -> float:
     topic = max(TOPICS, key=lambda candidate: len(heard & candidate.keywords))
     foreign = frozenset().union(*(other.keywords for other in TOPICS if other is not topic))
     body = texts[:-1] if _is_closing(texts[-1]) and len(texts) > 1 else texts
-    return _mean([0.5 + 0.5 * (bool(_words(text) & topic.keywords) - bool(_words(text) & foreign)) for text in body])
+    return fmean(0.5 + 0.5 * (bool(_words(text) & topic.keywords) - bool(_words(text) & foreign)) for text in body)
 
 
 def _freshness(scene: str, lines: list[tuple[str, str]]) -> float:
@@ -70,14 +67,8 @@ def _freshness(scene: str, lines: list[tuple[str, str]]) -> float:
         marks.append(0.0 if tagged in said else 0.5 if name == previous else 1.0)
         said.add(tagged)
         previous = name
-    return _mean(marks)
+    return fmean(marks)
 
 
 def _is_closing(text: str) -> bool:
     return any(phrase in text.lower() for phrase in CLOSING_PHRASES)
-
-
-def _length(count: int) -> float:
-    if count in GOOD_LENGTH:
-        return 1.0
-    return 0.5 if count in (GOOD_LENGTH.start - 1, GOOD_LENGTH.stop) else 0.0

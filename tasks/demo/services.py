@@ -84,7 +84,7 @@ class Service:
             PreflowError: with the end of the server's log, where it died or took longer than `timeout` seconds.
         """
         next_report = self._start + REPORT_SECONDS
-        while not self.is_healthy():
+        while not answers(self.url):
             waited = time.monotonic() - self._start
             if self._process is None or self._process.poll() is not None:
                 raise PreflowError(f"{self.name} ended while starting. {self._log_end()}")
@@ -121,10 +121,6 @@ class Service:
     def url(self) -> str:
         """The address that it answers when it is ready."""
         return f"http://127.0.0.1:{self.port}{self.health}"
-
-    def is_healthy(self) -> bool:
-        """Tell whether the server answers now."""
-        return answers(self.url)
 
     def _log_end(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
@@ -185,7 +181,7 @@ def judge_server(logs: Path, key: str, port: int | None = None) -> Service:
     """Return the demo's rule-based judge on `port` or a free one; each request adds a line to judge-requests.jsonl."""
     port = port or free_port()
     requests = logs / "judge-requests.jsonl"
-    command = [sys.executable, "-m", "tasks.demo.judge", "--port", str(port), "--log", str(requests)]
+    command = [sys.executable, "-m", "tasks.demo.judge", str(port), str(requests)]
     return Service("judge", command, port, "/v1/models", logs / "judge.log", {"DEMO_JUDGE_KEY": key})
 
 

@@ -78,16 +78,15 @@ class Ports:
         """The Prefect API's address."""
         return f"http://127.0.0.1:{self.ui}/api"
 
-    def url(self, name: str) -> str:
-        """Return the OpenAI-compatible base URL of `vllm` or `judge`."""
-        return f"http://127.0.0.1:{getattr(self, name)}/v1"
 
-
-@dataclass(frozen=True)
 class Places:
     """Where things are kept, below one folder: the demo's, or the `.preflow` next to a configuration."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.workspace, self.logs = root / "workspace", root / "logs"
+        # The database of Prefect's server, and what `preflow up` keeps for itself.
+        self.prefect_home, self.run = root / "prefect", root / "run"
 
     @classmethod
     def below(cls, folder: str, model: DemoModel = TINY) -> "Places":
@@ -95,39 +94,19 @@ class Places:
         root = Path(folder).expanduser().absolute()
         return cls(root if model == TINY else root / model)
 
-    @property
-    def workspace(self) -> Path:
-        """The pipeline's workspace."""
-        return self.root / "workspace"
-
-    @property
-    def logs(self) -> Path:
-        """Every server's log."""
-        return self.root / "logs"
-
-    @property
-    def prefect_home(self) -> Path:
-        """The Prefect server's database."""
-        return self.root / "prefect"
-
-    @property
-    def run(self) -> Path:
-        """What `preflow up` keeps for itself."""
-        return self.root / "run"
-
 
 class Up(Places):
     """What runs in the background for one folder."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        # Written by the process that serves the deployments, once they are registered.
+        self.served = self.run / "served"
 
     @classmethod
     def of(cls, config: Path | None, demo: Path) -> "Up":
         """Return what runs for a configuration, or else for the demo in a folder."""
         return cls((config.parent / ".preflow" if config else demo).expanduser().absolute())
-
-    @property
-    def served(self) -> Path:
-        """Written by the process that serves the deployments, once they are registered."""
-        return self.run / "served"
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -17,7 +17,12 @@ import psutil
 
 def main(pipe: int, grace: float, command: list[str]) -> int:
     """Return the command's exit status, or 143 where the parent went away or a SIGTERM came first."""
-    signals = _signal_pipe()
+    # Readable on SIGTERM or SIGINT; the command inherits neither handler.
+    signals, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     child = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
     child_exit = os.pidfd_open(child.pid)
     ready, _, _ = select.select([pipe, signals, child_exit], [], [])
@@ -32,16 +37,6 @@ def main(pipe: int, grace: float, command: list[str]) -> int:
         time.sleep(0.05)
     status = child.wait()
     return status if child_exit in ready else 143
-
-
-def _signal_pipe() -> int:
-    """Return a descriptor that becomes readable on SIGTERM or SIGINT; the command inherits neither handler."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return reader
 
 
 def _is_alive(group: int) -> bool:

@@ -54,7 +54,8 @@ class Made(BaseModel):
             **artifact.model_dump(include={"kind", "sha256", "rows"}),
             upstream=tuple((origin.kind, origin.sha256) for origin in manifest.upstream),
             files={name: facts.sha256 for name, facts in manifest.files.items()},
-            settings=public_settings(manifest.settings(kind)) if kind else {},
+            # What was given, as completions or pairs, has none: the defaults made nothing of it.
+            settings=public_settings(manifest.settings(kind)) if kind and manifest.config else {},
         )
 
 

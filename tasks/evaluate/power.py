@@ -90,11 +90,8 @@ def smallest_detectable(design: Design, bar: float = 0.5, confidence: float = 0.
 
 def prompts_needed(design: Design, rate: float, bar: float = 0.5, confidence: float = 0.95) -> int:
     """Return the held-out prompts it takes to pass an adapter of true win rate `rate`, over `bar`, in POWER of runs."""
-
-    def is_enough(prompts: int) -> bool:
-        return replace(design, prompts=prompts).power(rate, bar, confidence) >= POWER
-
-    return 1 + bisect_left(range(1, MOST_PROMPTS), True, key=is_enough)
+    counts = range(1, MOST_PROMPTS)
+    return 1 + bisect_left(counts, POWER, key=lambda count: replace(design, prompts=count).power(rate, bar, confidence))
 
 
 def design_of(measured: Evaluation, prompts: int | None = None, samples: int | None = None) -> Design:
@@ -104,8 +101,9 @@ def design_of(measured: Evaluation, prompts: int | None = None, samples: int | N
     """
     effect = 1.0
     for rate in (rate for rate in (measured, measured.length_controlled) if rate is not None):
-        independent = rate.win_rate * (1 - rate.win_rate) / max(1e-9, rate.effective_samples)
-        effect = max(effect, rate.samples * independent / max(1e-9, spread(rate.win_rate, rate.ties)))
+        here, scatter = rate.win_rate * (1 - rate.win_rate), spread(rate.win_rate, rate.ties)
+        lost = here / scatter if scatter > 1e-9 else 1.0  # where all tie, nothing scatters
+        effect = max(effect, rate.samples / max(1e-9, rate.effective_samples) * lost)
     had = measured.samples / max(1, measured.prompts)
     per_cluster = measured.samples / max(1, measured.clusters)
     samples, prompts = samples or max(1, round(had)), prompts or max(1, measured.prompts)

@@ -134,8 +134,7 @@ class JudgePlan(BaseModel, frozen=True):
 def plan_judging(source: Reference, workspace: str, judging: JudgingConfig) -> JudgingPlan:
     """Cut the completions into shards; nothing is requested.
 
-    Raises:
-        PreflowError: there is no such rubric.
+    Raises `PreflowError`: there is no such rubric.
     """
     return JudgingPlan(
         workspace=workspace,
@@ -273,8 +272,7 @@ TRIAL = {
 async def try_judge(endpoint: Endpoint, judge: JudgeConfig, rubric: str, scored: bool = False) -> None:
     """Ask a judge one real question, as the stage will; nothing of it is kept.
 
-    Raises:
-        PreflowError: no verdict can be read from its answer.
+    Raises `PreflowError`: no verdict can be read from its answer.
     """
     question = Question(TRIAL, [0, 1])
     await try_question("judging", endpoint, Judge(endpoint, judge, rubric, scored).judge(question))

@@ -20,8 +20,7 @@ def import_completions(source: str, workspace: str) -> CompletionsRef:
 
     `source` is a file in a form of `tasks.store.forms`: a path or gs:// address.
 
-    Raises:
-        PreflowError: a row is wrong (file, line, field), or there is none.
+    Raises `PreflowError`: a row is wrong (file, line, field), or there is none.
     """
     source = resolve_location(source)
     origin, store = Workspace.holding(source), Workspace(workspace)
@@ -57,8 +56,7 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
 
     `source` is a file in a form of `tasks.store.forms`; val_ratio and seed of `judging` decide the split.
 
-    Raises:
-        PreflowError: a row is wrong (file, line, field), or there is none to train on.
+    Raises `PreflowError`: a row is wrong (file, line, field), or there is none to train on.
     """
     source = resolve_location(source)
     origin, store = Workspace.holding(source), Workspace(workspace)

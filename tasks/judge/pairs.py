@@ -38,8 +38,7 @@ def find_preferences(verdicts: VerdictsRef, workspace: str, judging: JudgingConf
 def check_groups(plan: JudgingPlan) -> None:
     """Refuse completions of one group before the judge is paid; verdicts that are there are looked at with the pairs.
 
-    Raises:
-        PreflowError: all rows have the same group, and `val_ratio` holds some out.
+    Raises `PreflowError`: all rows have the same group, and `val_ratio` holds some out.
     """
     if plan.finished is None and plan.judging.val_ratio:
         groups = set[str]()
@@ -53,8 +52,7 @@ def check_groups(plan: JudgingPlan) -> None:
 def check_spread(uri: str, rows: int, groups: Collection[str], judging: JudgingConfig) -> None:
     """Refuse rows that are all of one group, where some are to be held out: all would be, or none.
 
-    Raises:
-        PreflowError: `groups`, of which the first two are enough, is one only, of more than one row.
+    Raises `PreflowError`: `groups`, of which the first two are enough, is one only, of more than one row.
     """
     if judging.val_ratio and rows > 1 and len(groups) == 1:
         raise PreflowError(
@@ -145,8 +143,7 @@ def finish_pairs(
 def check_yield(preferences: PreferencesRef, workspace: str, judging: JudgingConfig) -> PreferencesRef:
     """Return the preferences if there is a pair to train on.
 
-    Raises:
-        PreflowError: there is none; with what was measured about the judge, and what to do about it.
+    Raises `PreflowError`: there is none; with what was measured about the judge, and what to do about it.
     """
     store = Workspace(workspace)
     unsure = store.read_manifest(preferences).counts.get(SFT, 0) if judging.unsure_for_sft else 0
@@ -276,8 +273,7 @@ def is_validation(identity: str, group: str | None, seed: int, val_ratio: float)
 def preference_pair(row: VerdictsRow, decision: Decision) -> PairRow:
     """Return the row of `train.jsonl` or `val.jsonl`: TRL's conversational form, and what was sampled.
 
-    Raises:
-        ValueError: the decision is not a pair, nor one for the SFT term alone.
+    Raises `ValueError`: the decision is not a pair, nor one for the SFT term alone.
     """
     sft_only = decision.status == SFT or None
     rejected = decision.best if sft_only else decision.worst

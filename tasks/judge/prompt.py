@@ -41,8 +41,7 @@ def instructions(scored: bool) -> str:
 def read_rubric(name: str | None) -> str:
     """Return a rubric's text: a name in tasks/judge/rubrics, or a path.
 
-    Raises:
-        PreflowError: there is no such rubric; those that exist are named.
+    Raises `PreflowError`: there is no such rubric; those that exist are named.
     """
     known = ", ".join(sorted(path.stem for path in RUBRICS.glob("*.md")))
     if not name:

@@ -63,8 +63,7 @@ def read_verdict(text: str, n: int, cut: bool = False, scored: bool = False) -> 
         cut: the answer was cut at its token limit: what it began with counts, the rest may be thinking.
         scored: it was asked for a score of each as well.
 
-    Raises:
-        UnreadableVerdict: nothing of the kind is there, a number is missing or out of range, or best equals worst.
+    Raises `UnreadableVerdict`: nothing of the kind is there, a number is missing or out of range, or best equals worst.
     """
     try:
         is_whole = isinstance(json.loads(text.strip()), dict)

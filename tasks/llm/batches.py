@@ -34,7 +34,7 @@ QUIET_SECONDS = 5.0
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 5.0, 60.0
 # A process that need not wait for a batch looks for so long, and then leaves.
 PATIENCE_SECONDS = 120.0
-ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+ENDED = frozenset({"completed", "failed", "expired", "cancelled", "canceled"})
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Call: TypeAlias = Callable[[], Awaitable[Result]]
@@ -131,11 +131,14 @@ class Batches:
             BatchPending: it is not answered yet, and the process may leave.
         """
         is_known = await self.has(name)
-        if name not in self._lines:
-            if is_known:
-                self._begin_taking_up(self._earlier[name])
-            else:
-                self._lines[name] = self._gather(name, body, refused)
+        if name not in self._lines and is_known:
+            self._begin_taking_up(self._earlier[name])
+        elif name not in self._lines:
+            if self._open is None or self._open[0].closed.is_set():
+                group = _Open()
+                self._open = group, asyncio.create_task(self._run(group))
+            group, self._lines[name] = self._open
+            group.add(name, body, refused)
         return (await asyncio.shield(self._lines[name])).pop(name, None)
 
     async def check_pending(self) -> None:
@@ -145,7 +148,7 @@ class Batches:
         await self.has("")
         for record in {record.name: record for record in self._earlier.values()}.values():
             batch = await self._retrieve(record) if record.source == self._source else None
-            if batch and batch.status not in ENDED:
+            if batch and batch.status.lower() not in ENDED:
                 self._begin_taking_up(record)
         for failure in await asyncio.gather(*set(self._lines.values()), return_exceptions=True):
             if isinstance(failure, BaseException):
@@ -159,14 +162,6 @@ class Batches:
         for task in filter(None, (self._found, *self._lines.values())):
             task.cancel()
         await self._client.close()
-
-    def _gather(self, name: str, body: Body, refused: Iterable[str]) -> Awaited:
-        if self._open is None or self._open[0].closed.is_set():
-            group = _Open()
-            self._open = group, asyncio.create_task(self._run(group))
-        group, task = self._open
-        group.add(name, body, refused)
-        return task
 
     async def _run(self, group: _Open) -> dict[str, Line]:
         await group.closed.wait()
@@ -199,7 +194,7 @@ class Batches:
 
     async def _collect(self, record: Record, batch: Batch) -> dict[str, Line]:
         wait, started = FIRST_POLL_SECONDS, time.monotonic()
-        while batch.status not in ENDED:
+        while batch.status.lower() not in ENDED:
             if self._may_leave and time.monotonic() - started > PATIENCE_SECONDS:
                 counts = batch.request_counts
                 done = counts.completed + counts.failed if counts else 0
@@ -210,7 +205,7 @@ class Batches:
             batch = await self._try(partial(self._client.batches.retrieve, batch.id))
             if (counts := batch.request_counts) and counts != before:
                 logger.info("batch %s: %d of %d answered", batch.id, counts.completed + counts.failed, counts.total)
-        if batch.status == "failed":
+        if batch.status.lower() == "failed":
             self._store.delete(f"{self._folder}/{record.name}.json")
             causes = "; ".join(str(error.message) for error in (batch.errors and batch.errors.data) or ())
             raise PreflowError(
@@ -227,7 +222,7 @@ class Batches:
         """Return the lines of a file of answers; what is no line of it counts as not answered, as a lost file does."""
         found = await self._try(partial(self._client.files.content, file), may_be_gone=True)
         lines = {}
-        for text in self._conceal(found.content if found else b"").splitlines():
+        for text in (found.content if found else b"").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
                 row = json.loads(text)
                 answer = row["response"]
@@ -281,8 +276,7 @@ class Batches:
     async def _try(self, call: Call[Result], may_be_gone: bool = False) -> Result | None:
         """Await a call until it is answered; what `may_be_gone` is None where the provider has it no longer.
 
-        Raises:
-            PreflowError: it is refused, or there has been no answer for too long.
+        Raises `PreflowError`: it is refused, or there has been no answer for too long.
         """
         until = time.monotonic() + self._wait_seconds
         while True:

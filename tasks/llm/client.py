@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import TracebackType
 from typing import Any, NotRequired, Unpack
 from urllib.parse import parse_qsl
 
@@ -109,12 +108,10 @@ class Endpoint(Administration):
         )  # fmt: skip
         self._batches = Batches(client, store, folder, self.config.max_outage_seconds, self.conceal, source, may_leave)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *failure: object) -> None:
         if self._batches is not None:
             await self._batches.close()
-        await super().__aexit__(kind, error, trace)
+        await super().__aexit__(*failure)
 
     async def check_batches(self) -> None:
         """Raise `BatchPending` if the process may leave and what an earlier one handed in is not answered."""
@@ -222,7 +219,8 @@ class Endpoint(Administration):
         return answer
 
     async def _attempt_in_batch(self, batches: Batches, request: _Request, name: str, body: Body) -> Answer:
-        most, cost = request.most_usd * BATCH_PRICE, 0.0
+        most: float = request.most_usd * BATCH_PRICE
+        cost: float | None = 0.0
         await self._budget.reserve(most)
         try:
             line = await batches.ask(name, body, self._dialect.refused(request.body, body))
@@ -230,10 +228,13 @@ class Endpoint(Administration):
                 raise Transient("the batch ended without an answer")
             content = json.dumps(line.body).encode()
             if line.status >= 400:
-                raise self._explained(classify(line.status, {}, content))
+                raise self._explained(classify(line.status, {}, self.conceal(content)))
             answer = self._read(content, request.prompt_bytes)
             answer = replace(answer, usage=as_batch(answer.usage), refused=line.refused)
             cost = usd_of(answer.usage, self.config)
+        except Transient as failure:
+            cost = None if failure.maybe_billed else 0.0
+            raise
         finally:
             self._budget.settle(most, cost)
         self._stats.sent += 1
@@ -263,6 +264,10 @@ class Endpoint(Administration):
     def _read(self, content: bytes, prompt_bytes: int) -> Answer:
         try:
             return read_answer(content, prompt_bytes)
+        except (Transient, RequestRefused, StageStopped):
+            concealed = self.conceal(content)
+        try:
+            return read_answer(concealed, prompt_bytes)
         except StageStopped as stopped:
             raise self._explained(stopped) from None
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -22,6 +21,8 @@ from tasks.llm.responses import (
     classify,
 )
 from tasks.llm.secrets import resolve_secret
+
+SHORTEST_SECRET = 8
 
 
 class Connection:
@@ -42,7 +43,9 @@ class Connection:
         self._key = api_key
         key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._headers = {"Content-Type": "application/json", **key, **(headers or {})}
-        self._secrets = [secret.encode() for secret in (api_key, *(headers or {}).values()) if secret]
+        # A shorter one, such as a local server's "none", is no secret, and may stand in any text.
+        values = (api_key or "", *key.values(), *(headers or {}).values())
+        self._secrets = [value.encode() for value in values if len(value) >= SHORTEST_SECRET]
         address, mark, query = config.endpoint.partition("?")
         # Many pages show the whole address of a chat request.
         self.base_url = address.rstrip("/").removesuffix("/chat/completions")
@@ -52,8 +55,7 @@ class Connection:
     async def connect(cls, config: EndpointConfig, field: str) -> Self:
         """Return the endpoint with its key and headers looked up; `field` names the configuration in messages.
 
-        Raises:
-            PreflowError: a secret is missing.
+        Raises `PreflowError`: a secret is missing.
         """
         key = await resolve_secret(config.api_key, f"{field}.api_key")
         names = config.extra_headers.items()
@@ -69,9 +71,7 @@ class Connection:
         )
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
     async def _call(self, url: str, body: Mapping[str, Any] | None, seconds: float) -> bytes:
@@ -84,7 +84,7 @@ class Connection:
         request = self._session.request(method, url + self._query, data=data, allow_redirects=False)
         try:
             async with asyncio.timeout(seconds), request as response:
-                content = self.conceal(await response.read())
+                content = await response.read()
         except aiohttp.ClientError as error:
             sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
             raise Transient(f"{type(error).__name__}: {error}", maybe_billed=sent) from None
@@ -95,10 +95,10 @@ class Connection:
         if response.status < 400:
             text = f"{url} has moved to {response.headers.get('Location')}: set endpoint to where that is"
             raise RequestRefused(response.status, "moved", text)
-        raise self._explained(classify(response.status, response.headers, content))
+        raise self._explained(classify(response.status, response.headers, self.conceal(content)))
 
     def conceal(self, content: bytes) -> bytes:
-        """Return what came back without the key and the headers' values, which some servers repeat in their errors."""
+        """Return an error without the key and the headers' values, which some servers repeat."""
         for secret in self._secrets:
             for written in (secret, secret.replace(b"/", b"\\/")):
                 content = content.replace(written, b"***")

@@ -97,7 +97,14 @@ class RetryPolicy:
                 attempts.weight += PING_WEIGHT
         if self._left() <= 0 or (failure.retry_after or 0) > self._left():
             if failure.throttled or not await self._is_up():
-                raise self._down(failure)
+                limit = f"max_outage_seconds is {self._config.max_outage_seconds:g}"
+                trouble = f"has given no answer for {self._seconds():.0f} s, and {limit}; last: {failure}"
+                if failure.retry_after and failure.retry_after > self._config.max_outage_seconds:
+                    trouble = f"asks to wait {failure.retry_after:.0f} s, and {limit}: {failure}"
+                raise EndpointDown(
+                    f"{self._config.endpoint} (model {self._config.model}) {trouble}. Everything answered so far is "
+                    "kept: run again when it is up and takes requests, or raise max_outage_seconds to wait longer."
+                )
             attempts.weight += PING_WEIGHT
         if attempts.weight >= MAX_FAILURES or attempts.odd >= MAX_ODD_ANSWERS:
             text = f"failed {attempts.failures} times, and is the cause itself: {failure}"
@@ -127,17 +134,6 @@ class RetryPolicy:
                 self._ping_failed_at = time.monotonic()
                 return False
             return True
-
-    def _down(self, failure: Transient) -> EndpointDown:
-        limit = f"max_outage_seconds is {self._config.max_outage_seconds:g}"
-        if failure.retry_after and failure.retry_after > self._config.max_outage_seconds:
-            trouble = f"asks to wait {failure.retry_after:.0f} s, and {limit}: {failure}"
-        else:
-            trouble = f"has given no answer for {self._seconds():.0f} s, and {limit}; last: {failure}"
-        return EndpointDown(
-            f"{self._config.endpoint} (model {self._config.model}) {trouble}. Everything answered so far is kept: run "
-            "again when it is up and takes requests, or raise max_outage_seconds to wait longer."
-        )
 
     def say(self, trouble: str) -> None:
         """Log what is being waited for, at most one line a minute."""

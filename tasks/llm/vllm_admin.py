@@ -54,8 +54,7 @@ class Administration(Connection, ABC):
     async def check_model(self) -> ModelInfo:
         """Return the configured model, after at most about 10 s; one that is not listed is asked a short question.
 
-        Raises:
-            PreflowError: it cannot be used: not reachable, not an OpenAI address, model not served, key refused.
+        Raises `PreflowError`: it cannot be used: not reachable, not an OpenAI address, model not served, key refused.
         """
         config = self.config
         try:
@@ -68,10 +67,16 @@ class Administration(Connection, ABC):
                 f"(it usually ends in /v1), and that it can be reached from here: curl {self.base_url}/models"
             ) from failure
         except RequestRefused as refused:
-            if refused.status in (404, 405, 501):
-                return await self._without_list()
-            message = f"{config.endpoint} did not list its models: {refused}; check the address"
-            raise PreflowError(message) from refused
+            if refused.status not in (404, 405, 501):
+                message = f"{config.endpoint} did not list its models: {refused}; check the address"
+                raise PreflowError(message) from refused
+            if not self.base_url.endswith("/v1"):
+                with contextlib.suppress(Transient, RequestRefused):
+                    await self._call(f"{self.base_url}/v1/models", None, CHECK_SECONDS)
+                    raise PreflowError(
+                        f"{config.endpoint} is not the API's base address: set endpoint to {self.base_url}/v1"
+                    ) from refused
+            return await self._try_unlisted("does not list its models (is the address right?)")
         for model in models:
             # Gemini lists its models as models/NAME and takes both names.
             if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
@@ -108,22 +113,6 @@ class Administration(Connection, ABC):
         return PreflowError(
             f"{self.config.endpoint} does not serve the model {self.config.model!r}: {refused}; {remedy}"
         )
-
-    async def _without_list(self) -> ModelInfo:
-        config, right = self.config, f"{self.base_url}/v1"
-        if not self.base_url.endswith("/v1"):
-            try:
-                await self._call(f"{right}/models", None, CHECK_SECONDS)
-            except (Transient, RequestRefused) as absent:
-                log.debug("%s/models lists nothing either: %s", right, absent)
-            else:
-                raise PreflowError(f"{config.endpoint} is not the API's base address: set endpoint to {right}")
-        log.warning(
-            "%s does not list its models, so it is not known whether it serves %s; if every request fails with 404, "
-            "check the address (it usually ends in /v1) and the model's name",
-            config.endpoint, config.model,
-        )  # fmt: skip
-        return ModelInfo(id=config.model)
 
     @property
     def _server(self) -> str:
@@ -242,7 +231,7 @@ def _model(item: dict[str, Any] | str) -> ModelInfo:
     length = item.get("max_model_len") or item.get("context_length")  # vLLM's name, and OpenRouter's
     return ModelInfo(
         id=str(item.get("id") or item["name"]),
-        max_model_len=length if isinstance(length, int) else None,
+        max_model_len=int(str(length)) if str(length).isdecimal() else None,
         root=item.get("root"),
         parent=item.get("parent"),
     )
@@ -259,13 +248,11 @@ _REMEDIES = {
 
 
 def _remedy(failure: Transient | RequestRefused) -> str:
+    told = next((remedy for words, remedy in _REMEDIES.items() if words in str(failure)), "")
     if failure.status == 0:
         return "Check that the server is up and the address right"
     if failure.status in (404, 405) and "No adapter found" not in str(failure):
         return "Start vLLM with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-    for words, remedy in _REMEDIES.items():
-        if words in str(failure):
-            return remedy
-    if failure.status >= 500:
+    if failure.status >= 500 and not told:
         return "vLLM takes no DoRA, no modules_to_save and no bias in an adapter; its log says more"
-    return "See the server's log"
+    return told or "See the server's log"

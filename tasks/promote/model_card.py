@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.config import JudgingConfig, PublishingConfig, TrainingConfig
+from tasks.config import EvaluationConfig, JudgingConfig, PublishingConfig, TrainingConfig
 from tasks.errors import PreflowError
 from tasks.promote.pointer import Entry, read_evaluation
 from tasks.store.measures import Choice, Evaluation, percent, read_choice
@@ -24,10 +24,11 @@ SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Provenance:
-    """The manifests of an adapter's training and pairs, and what its evaluation found."""
+    """The manifests of an adapter's evaluation, training and pairs, and what the evaluation found."""
 
     found: Evaluation
     choice: Choice | None
+    evaluation: Manifest
     training: Manifest
     preferences: Manifest
 
@@ -45,7 +46,7 @@ class Provenance:
             preferences = store.read_manifest(_upstream(training, "preferences"))
             if not isinstance(made := evaluation.artifact, EvaluationRef):
                 raise PreflowError(f"{made.manifest}: is of no evaluation; run evaluate-adapter again")
-            return cls(read_evaluation(made), read_choice(made), training, preferences)
+            return cls(read_evaluation(made), read_choice(made), evaluation, training, preferences)
         except PreflowError as error:
             raise PreflowError(
                 f"the model card cannot say how the adapter was made: {error}. Publish from the workspace that it was "
@@ -82,7 +83,12 @@ def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: b
     from huggingface_hub import ModelCard, ModelCardData
 
     base, training = base_name(provenance, publishing), provenance.training
-    config, judging = training.settings(TrainingConfig), provenance.preferences.settings(JudgingConfig)
+    config, compared_by = (
+        training.settings(TrainingConfig),
+        provenance.evaluation.settings(EvaluationConfig).null_judge(),
+    )
+    # Pairs that were given have no settings: no judge is known to have made them.
+    judging = provenance.preferences.settings(JudgingConfig) if provenance.preferences.config else None
     data = ModelCardData(
         base_model=base, library_name="peft", pipeline_tag="text-generation", license=publishing.license,
         tags=["base_model:adapter:" + base, "dpo", "lora", "trl", "preflow"],
@@ -92,7 +98,7 @@ def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: b
         found=provenance.found, choice=provenance.choice,
         evidence=hashlib.sha256(evidence).hexdigest() if evidence else None, has_evidence=publishing.evidence,
         name=publishing.repo.rsplit("/", 1)[-1], repo=publishing.repo,
-        judging=judging, rubric=posixpath.basename(judging.rubric or ""),
+        judging=judging, rubric=posixpath.basename((judging and judging.rubric) or ""), compared_by=compared_by,
         data=_data(training.counts, provenance.preferences.counts), settings=_settings(training),
         versions=", ".join(f"{name} {version}" for name, version in sorted(training.packages.items())),
         sft_adapter=_upstream(training, "sft_adapter"), base=_upstream(training, "base_model"),

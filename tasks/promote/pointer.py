@@ -153,7 +153,7 @@ def _parse(uri: str, value: object) -> Pointer:
     try:
         return Pointer.model_validate(value)
     except ValidationError as error:
-        raise PreflowError(f"{uri}: damaged ({error.errors()[0]['loc']}); promote an adapter again") from error
+        raise PreflowError(f"{uri}: damaged ({error.errors()[0]['loc']}); delete it, and promote again") from error
 
 
 def _move(workspace: str, name: str, change: Callable[[Pointer | None], Pointer | None]) -> PromotionRef:
@@ -173,8 +173,13 @@ async def serve_adapter(uri: str, workspace: str, promotion: PromotionConfig) ->
     Raises:
         PreflowError: vLLM refused it, or serves something else; what the pointer names has been put back.
     """
-    pointer = read_pointer(workspace, promotion.name)
-    await swap_adapter(uri, pointer.current.uri if pointer else None, workspace, promotion)
+    before = read_pointer(workspace, promotion.name)
+    try:
+        await swap_adapter(uri, before.current.uri if before else None, workspace, promotion)
+    except PreflowError:
+        if read_pointer(workspace, promotion.name) != before:  # moved by another flow, and what was there is back
+            await ensure_pointer_is_served(workspace, promotion)
+        raise
 
 
 def move_pointer(

@@ -81,13 +81,14 @@ def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
         healthy = f"over 50 %, which is chance; {agreement.labels} labels"
         yield _figure("Judge and person agree", agreement.share.text(), healthy, found.agrees)
         if (kappa := agreement.kappa) is not None:
-            value = f"{kappa.value:.2f} ({kappa.lower:.2f}-{kappa.upper:.2f})"
+            value = f"{kappa.value:.2f} ({kappa.lower:.2f} to {kappa.upper:.2f})"
             yield _figure("The same beyond chance, kappa", value, "over 0", kappa.lower > 0)
     if found.silent:
         yield _figure("Lost because the new adapter wrote nothing", f"{found.silent:,}", "0", False)
     if found.detectable is not None:
         healthy = "found in 4 runs of 5; more samples find a smaller one"
-        yield _figure("Smallest true win rate told from 50 %", percent(found.detectable), healthy)
+        value = percent(found.detectable) if found.detectable < 1 else "none: too few comparisons"
+        yield _figure("Smallest true win rate told from 50 %", value, healthy)
 
 
 def _figure(name: str, value: str, healthy: str, ok: bool | None = None) -> Metric:

@@ -21,6 +21,8 @@ LONGEST_CELL = 60
 ONE_LINE = 24
 # Control characters (terminal escapes), text direction overrides and lone surrogates, which UTF-8 cannot hold.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+# What the UI makes a link of, where it stands in a text (GitHub's autolinks).
+LINKED = re.compile(r"https?:(?=//)|www(?=[.])|(?<=[-.+\w])@(?=[-\w])", re.IGNORECASE)
 FIGURE = re.compile(r"(< ?)?[-+]?\d[\d,.]*(-\d[\d,.]*)?(e[-+]\d+)?( %| [MG]| s| points from chance| min.*| h.*)?|[-–]")
 
 
@@ -133,5 +135,6 @@ def _markdown(text: str) -> str:
     """Escape one line of text so that markdown shows it and obeys nothing in it."""
     # The UI breaks no word, however long: a model that repeats one letter would push its page apart.
     broken = re.sub(r"(\w{32})(?=\w)", "\\1\N{ZERO WIDTH SPACE}", " ".join(_clean(text).split()))
+    broken = LINKED.sub("\\g<0>\N{ZERO WIDTH SPACE}", broken)
     line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(broken, quote=False))
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(r"^([#+=-])", r"\\\1", line))

@@ -2,16 +2,19 @@
 
 import logging
 import posixpath
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.errors import PreflowError
 from tasks.evaluate.choice import check_choice
 from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity, try_sampler
 from tasks.judge.asking import try_judge
 from tasks.judge.elsewhere import import_completions, import_preferences
+from tasks.judge.pairs import is_validation
 from tasks.judge.prompt import read_rubric
 from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template, fast_tokenizer
 from tasks.llm.client import Endpoint
@@ -61,6 +64,29 @@ def _given_checks(config: PipelineConfig) -> list[Callable[[], object]]:
 
 def _judge(judging: JudgingConfig) -> dict[str, object]:
     return {**judging.identity(), "rubric": digest(read_rubric(judging.rubric))}
+
+
+def check_split(config: PipelineConfig) -> None:
+    """See that some prompts become training pairs, and some are held out, before anything is spent.
+
+    Raises:
+        PreflowError: the split, which is by prompt or group, puts all of them on one side.
+    """
+    if _given(config):
+        return
+    judging, sides, groups = config.judging, Counter[bool](), set[str]()
+    for row in Workspace(config.workspace).read_rows(import_prompts(config.prompts, config.workspace).uri):
+        groups.add(row.get("group") or row["id"])
+        sides[is_validation(row["id"], row.get("group"), judging.seed, judging.val_ratio)] += 1
+    what = "train" if not sides[False] else "evaluate"
+    # A prompt that gives no pair is held out, too; one whose whole group gives none hardly is.
+    is_by_chance = len(groups) == sides.total() or config.eval_prompts
+    if not sides[False] or not (sides[True] or is_by_chance):
+        raise PreflowError(
+            f"{config.prompts}: all of its {sides.total()} prompts (of {len(groups)} groups) fall on one side of the "
+            f"split (judging.val_ratio {judging.val_ratio:g}, seed {judging.seed}): nothing would be left to {what} on."
+            " Give more prompts or groups, eval_prompts, another val_ratio, or another seed."
+        )
 
 
 def _training(config: PipelineConfig) -> list[Any]:
@@ -145,7 +171,7 @@ STAGES = (
     Stage(
         "judging",
         identity=lambda config: _judge(config.judging),
-        checks=lambda config: [partial(read_rubric, config.judging.rubric)],
+        checks=lambda config: [partial(read_rubric, config.judging.rubric), partial(check_split, config)],
         endpoints=lambda config: [] if config.preferences else _judges(config.judging),
     ),
     Stage(

@@ -122,10 +122,15 @@ def decode_text(content: bytes, where: str) -> str:
     """
     encoding = next((name for bom, name in ENCODINGS if content.startswith(bom)), "utf-8")
     try:
-        return content.decode(encoding)
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise PreflowError(f"{where}:{line}: not {encoding} text ({error.reason}). Save the file as UTF-8.") from error
+    before, zero, _ = text.partition("\0")
+    if zero:
+        line = before.count("\n") + 1
+        raise PreflowError(f"{where}:{line}: a byte 0, so UTF-16 without its mark or no text. Save the file as UTF-8.")
+    return text
 
 
 def _read_lines(uri: str, lines: Iterable[str | bytes]) -> Iterator[tuple[int, Any]]:

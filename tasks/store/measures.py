@@ -1,6 +1,6 @@
 """What was measured, in one shape each: a metric with its healthy range, a win rate with its interval."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -8,6 +8,8 @@ from tasks.store.refs import EvaluationRef
 from tasks.store.workspace import Workspace
 
 AGREEMENT = "agreement.json"
+# What is no number is in no range: a gate must not compare with it.
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def percent(share: float, form: str = ".1f") -> str:
@@ -106,9 +108,9 @@ class WinRate(BaseModel, frozen=True):
         silent: comparisons that the new adapter lost because it wrote nothing, or failed.
     """
 
-    win_rate: float
-    lower: float
-    upper: float
+    win_rate: Share
+    lower: Share
+    upper: Share
     confidence: float = 0.95
     samples: int = 0
     prompts: int = 0

@@ -40,8 +40,8 @@ async def check_deployment(name: str, workspace: str, training: TrainingConfig) 
                 "no worker of the work pool %s is online: the training will wait for one (prefect worker start --pool "
                 "%s)", pool.name, pool.name,
             )  # fmt: skip
-        _check_reach(workspace, training, pool)
         if pool.type == "kubernetes":
+            _check_reach(workspace, training, pool)
             await check_quotas(pool, deployment)
 
 
@@ -68,9 +68,7 @@ def _check_starts(name: str, found: WorkPool | WorkQueue) -> None:
 
 
 def _check_reach(workspace: str, training: TrainingConfig, pool: WorkPool) -> None:
-    """Refuse paths that mean nothing where the pool's runs are executed."""
-    if pool.type != "kubernetes":
-        return
+    """Refuse paths that mean nothing in a pod."""
     paths = {
         "workspace": workspace,
         "training.sft_adapter": training.sft_adapter,

@@ -81,9 +81,12 @@ def _readings(run: Run, first: Row, last: Row) -> list[Metric]:
     chosen, rejected = last["rewards/chosen"], last["rewards/rejected"]
     beta = run.training.beta
     moved = run.last("weights/moved")
+    learned = "strong" if accuracy > STRONG else "learning" if accuracy > LEARNING else "not learning"
+    if run.chance and abs(accuracy - 0.5) <= run.chance:
+        learned = f"at chance: a policy that learned nothing shows 0.5 +- {run.chance:.2f} on {run.eval_pairs} pairs"
     readings = [
         _reading("rewards/accuracies", accuracy, f"> {LEARNING}, strong > {STRONG}",
-                accuracy > max(LEARNING, 0.5 + run.chance), _accuracy_meaning(run, accuracy)),
+                accuracy > max(LEARNING, 0.5 + run.chance), learned),
         _reading("rewards/margins", margin, "> 0 and rising", margin > 0 and margin >= first["rewards/margins"],
                 "chosen is preferred" if margin > 0 else "rejected is preferred"),
         _reading("rewards/chosen", chosen, f"rising or stable, never below {UNLEARNING}", chosen >= UNLEARNING,
@@ -109,14 +112,6 @@ def _readings(run: Run, first: Row, last: Row) -> list[Metric]:
 
 def _reading(name: str, value: float, healthy: str, ok: bool, meaning: str) -> Metric:
     return Metric(name=name, title=name, value=value, healthy=healthy, ok=ok, meaning=meaning)
-
-
-def _accuracy_meaning(run: Run, accuracy: float) -> str:
-    if run.chance and abs(accuracy - 0.5) <= run.chance:
-        return f"at chance: a policy that learned nothing shows 0.5 +- {run.chance:.2f} on {run.eval_pairs} pairs"
-    if accuracy <= LEARNING:
-        return "not learning"
-    return "strong" if accuracy > STRONG else "learning"
 
 
 def _warnings(run: Run, judged: Sequence[Row]) -> list[str]:

@@ -277,15 +277,7 @@ class BaseFiles:
             OSError: the hub cannot be reached and the cache does not hold it.
         """
         import httpx2
-        from huggingface_hub import get_safetensors_metadata, snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            NotASafetensorsRepoError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub import errors, get_safetensors_metadata, snapshot_download
 
         try:
             found = snapshot_download(
@@ -295,15 +287,15 @@ class BaseFiles:
             if any(folder.glob("*.safetensors")):
                 return cls(name, folder, cls.of_folder(folder).shapes)
             metadata = get_safetensors_metadata(name, revision=revision)
-        except NotASafetensorsRepoError as error:
+        except errors.NotASafetensorsRepoError as error:
             raise PreflowError(f"base_model {name}: holds no .safetensors. Give a base that has them.") from error
-        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
             raise PreflowError(
                 f"base_model {name}, revision {revision}: not on the hub, or not for this machine's HF_TOKEN "
                 f"({str(error).strip().splitlines()[-1]}). Correct the name, accept the model's terms, or give a "
                 "folder."
             ) from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
+        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.TransportError) as error:
             raise OSError(f"{type(error).__name__}: {error}".strip().splitlines()[0]) from error
         shapes = {key: info.shape for file in metadata.files_metadata.values() for key, info in file.tensors.items()}
         return cls(name, folder, shapes)

@@ -38,37 +38,25 @@ def check_first_loss(measured: Mapping[str, float], training: TrainingConfig) ->
     """Check loss (without the SFT term) and margin on the first batches, before the first update of a fresh start."""
     expected = loss_at_margin_zero(training)
     margin = max(abs(measured[name]) for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"))
-    if not abs(measured["loss"] - expected) <= FIRST_LOSS_TOLERANCE * max(1.0, expected):
-        raise InvariantError(
-            "first-loss",
-            f"the {training.loss_type} loss before the first update is {measured['loss']:.6f}, where it must be "
-            f"{expected:.6f}; policy and reference differ by {margin:.6f} in reward. {_what_it_is_not(margin)}",
-        )
-    if not margin <= MARGIN_TOLERANCE:
-        raise InvariantError(
-            "first-margin",
-            f"policy and reference differ by {margin:.6f} in reward before the first update, where they must be equal. "
-            + _what_it_is_not(margin),
-        )
-
-
-def _what_it_is_not(margin: float) -> str:
-    """Say what was checked before the first loss was, and no cause that was not."""
-    if margin <= MARGIN_TOLERANCE:
-        return (
-            "They agree, so something else than DPO is in the loss: check the installed trl version against "
-            "pyproject.toml."
-        )
-    if not math.isfinite(margin):
-        return (
-            "All weights of base and adapter are finite numbers, so their products are not: set bf16, or "
-            "bnb_4bit_compute_dtype bfloat16 or float32."
-        )
-    return (
+    # What was checked before is no cause any more.
+    cause = (
         "Both hold the SFT adapter's weights, by digest, and the base's are finite numbers; so they were computed "
         "differently, or the reference log-probs are not of these pairs. Set cache_reference to false and run again: "
         "if it starts then, delete the folder reference-logprobs of the workspace."
     )
+    if margin <= MARGIN_TOLERANCE:
+        cause = "They agree, so something else than DPO is in the loss: is trl the version of pyproject.toml?"
+    elif not math.isfinite(margin):
+        cause = (
+            "All weights of base and adapter are finite numbers, so their products are not: set bf16, or "
+            "bnb_4bit_compute_dtype bfloat16 or float32."
+        )
+    differ = f"policy and reference differ by {margin:.6f} in reward"
+    if not abs(measured["loss"] - expected) <= FIRST_LOSS_TOLERANCE * max(1.0, expected):
+        told = f"the {training.loss_type} loss before the first update is {measured['loss']:.6f}, where it must be "
+        raise InvariantError("first-loss", f"{told}{expected:.6f}; {differ}. {cause}")
+    if not margin <= MARGIN_TOLERANCE:
+        raise InvariantError("first-margin", f"{differ} before the first update, where they must be equal. {cause}")
 
 
 def check_nothing_random(training_mode: float, evaluation_mode: float, named: str) -> None:

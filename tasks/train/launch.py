@@ -209,16 +209,12 @@ def _command(files: Path, training: TrainingConfig) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    environment = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     # A pipeline that runs unattended sends nothing about its data or models anywhere.
-    environment.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    environment.setdefault("WANDB_ERROR_REPORTING", "false")
-    if not shutil.which("nvidia-smi"):
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    return environment
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_ERROR_REPORTING": "false"}
+    threads = {} if shutil.which("nvidia-smi") else {"OMP_NUM_THREADS": "1"}
+    return {**quiet, **threads, **os.environ, "PYTHONPATH": path}
 
 
 def _supervise(
@@ -301,11 +297,10 @@ def _raise_for(code: int, files: Path, log: Path) -> None:
         return
     if code == ExitCode.PREEMPTED:
         raise Preempted(message or "the trainer was stopped")
-    if code < 0:
-        raise Preempted(f"the trainer was ended by {signal.Signals(-code).name} (SIGKILL: perhaps out of memory)")
-    if not message and (files / "progress.jsonl").exists():
-        # Of several processes the launcher hides the signal. One that ends by itself tells its outcome.
-        raise Preempted("a process of the trainer was ended by a signal (perhaps out of memory)")
+    # Of several processes the launcher hides the signal. One that ends by itself tells its outcome.
+    if code < 0 or (not message and (files / "progress.jsonl").exists()):
+        by = signal.Signals(-code).name if code < 0 else "a signal"
+        raise Preempted(f"a process of the trainer was ended by {by} (SIGKILL: perhaps out of memory)")
     if message and code in (ExitCode.INVARIANT, ExitCode.USER_ERROR):
         raise PreflowError(message)
     raise PreflowError(

@@ -40,7 +40,7 @@ async def check_quotas(pool: WorkPool, deployment: DeploymentResponse) -> None:
         async with asyncio.timeout(ANSWER_SECONDS), kubernetes.ApiClient(await cluster_settings()) as connection:
             answer = await kubernetes.CoreV1Api(connection).list_namespaced_resource_quota(namespace)
             quotas = connection.sanitize_for_serialization(answer)["items"]
-            limits = list(_limits(quotas, charges(await _pod_of(pool, deployment)))) if quotas else []
+            limits = list(_limits(quotas, await _charges(pool, deployment))) if quotas else []
             where = f"work pool {pool.name}, namespace {namespace} of {connection.configuration.host}"
     except Exception as error:  # noqa: BLE001  advice: no kubeconfig, role, job variable or block may end a run here
         said = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -57,20 +57,14 @@ async def check_quotas(pool: WorkPool, deployment: DeploymentResponse) -> None:
             logger.warning("%s: it starts when something there has ended; a vLLM does not end by itself", told)
 
 
-async def _pod_of(pool: WorkPool, deployment: DeploymentResponse) -> Item:
-    """Return the pod of a run of the deployment, as the pool's worker makes it."""
+async def _charges(pool: WorkPool, deployment: DeploymentResponse) -> dict[str, Decimal]:
+    """Return what the pod of a run, as the pool's worker makes it, counts towards a quota, by the quota's names."""
     async with get_client() as client:
         job = await KubernetesWorkerJobConfiguration.from_template_and_values(
             pool.base_job_template, deployment.job_variables, client=client
         )
-    pod: Item = job.job_manifest["spec"]["template"]["spec"]
-    return pod
-
-
-def charges(pod: Item) -> dict[str, Decimal]:
-    """Return what a pod counts towards a quota, by the quota's names."""
     found = defaultdict(Decimal, {"pods": Decimal(1), "count/pods": Decimal(1)})
-    for container in pod["containers"]:
+    for container in job.job_manifest["spec"]["template"]["spec"]["containers"]:
         limits = container.get("resources", {}).get("limits", {})
         requests = limits | container.get("resources", {}).get("requests", {})  # what is only limited is requested too
         for kind, sizes in (("requests", requests), ("limits", limits)):

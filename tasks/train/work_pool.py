@@ -41,17 +41,17 @@ FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 15.0, 300.0
 
 
 async def train_on_pool(preferences: PreferencesRef, config: PipelineConfig) -> AdapterRef:
-    """Return the adapter of a training that runs on a work pool; one that is under way is joined, not started again.
-
-    The training goes on when this process is killed, and whoever asks for it next finds it. It is cancelled when the
-    flow run that waits here is cancelled.
-    """
+    """Return the adapter of a pipeline's training, by `obtain_adapter`."""
     mark_used(preferences, config.workspace)
     return await obtain_adapter(TrainingOrder.of(preferences, config))
 
 
 async def obtain_adapter(order: "TrainingOrder") -> AdapterRef:
-    """As `train_on_pool`, for an order. A run that crashed is followed by another one, from the last checkpoint."""
+    """Return the adapter of a training that runs on a work pool; one that is under way is joined, not started again.
+
+    A run that crashed is followed by another one, from the last checkpoint. The training goes on when this process is
+    killed, and whoever asks for it next finds it. It is cancelled when the flow run that waits here is cancelled.
+    """
     if adapter := order.find_adapter():
         logger.info("the adapter is finished: %s asks nobody", order.deployment)
         return adapter
@@ -158,27 +158,25 @@ def _state(run: FlowRun) -> State[Any]:
 async def retry_while_api_is_down(call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     """Return what the call returns, calling again for as long as the Prefect server does not answer."""
 
+    def is_outage(error: BaseException) -> bool:
+        if isinstance(error, httpx.HTTPStatusError):
+            return error.response.status_code >= 500
+        is_away = isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
+        return is_away or isinstance(error, httpx.TransportError)
+
     def say(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
             why = state.outcome.exception()
             logger.warning("the Prefect server does not answer (%s); waiting, the training goes on", why)
 
     retrying = AsyncRetrying(
-        retry=retry_if_exception(_is_outage), wait=wait_fixed(OUTAGE_SECONDS), before_sleep=say, reraise=True
+        retry=retry_if_exception(is_outage), wait=wait_fixed(OUTAGE_SECONDS), before_sleep=say, reraise=True
     )
     answer: T = await retrying(call, *arguments)
     if retrying.statistics["attempt_number"] > 1:
         seconds = time.monotonic() - retrying.statistics["start_time"]
         logger.info("the Prefect server answers again after %.0f s", seconds)
     return answer
-
-
-def _is_outage(error: BaseException) -> bool:
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError) or (
-        isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
-    )
 
 
 async def _follow(run: FlowRun, order: TrainingOrder) -> FlowRun:

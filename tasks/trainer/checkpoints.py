@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tasks.errors import PreflowError
+from tasks.store.local import UNFINISHED
 from tasks.store.workspace import COMMITTED, Workspace, file_sha256
 
 LOG = logging.getLogger(__name__)
 
 KEPT = 2
-BEING_WRITTEN = ".writing-"
 STATE = "state.json"
 POLICY = "policy.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -45,8 +45,9 @@ class Checkpoint:
         """Write the files into a local folder."""
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(_on_cpu(self.policy), folder / POLICY)
-            save_file(_on_cpu(self.optimizer), folder / OPTIMIZER)
+            for name, tensors in ((POLICY, self.policy), (OPTIMIZER, self.optimizer)):
+                here = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+                save_file(here, folder / name)
         except SafetensorError as error:
             raise os_error(error, folder) from error
         (folder / STATE).write_text(json.dumps(self.state))
@@ -61,16 +62,21 @@ class Checkpoint:
             raise PreflowError(f"{folder}: not a readable checkpoint ({error}); delete it and run again") from error
 
 
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-
-
 def os_error(error: SafetensorError, folder: Path) -> OSError:
     """Return the error of the disk that safetensors hides in its message ("... (os error 28)")."""
     number = re.search(r"os error (\d+)", str(error))
     if number is None:
         return OSError(f"{folder}: {error}")
     return OSError(int(number[1]), os.strerror(int(number[1])), str(folder))
+
+
+def sweep(folder: str) -> None:
+    """Remove what a killed trainer was just writing below a local folder, which a workspace does not show."""
+    for left in list(Path(folder).rglob(f"{UNFINISHED}*")):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 class CheckpointStore:
@@ -106,7 +112,7 @@ class CheckpointStore:
     def _commit_in_place(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write next to it and rename the whole folder: a copy more than doubles the time (583 MB: 10 s for 4)."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=BEING_WRITTEN, ignore_cleanup_errors=True) as name:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED, ignore_cleanup_errors=True) as name:
             written = Path(name) / folder.name
             checkpoint.write(written)
             files = sorted(written.iterdir())
@@ -119,12 +125,6 @@ class CheckpointStore:
             (written / COMMITTED).write_text(json.dumps({"files": facts, "step": checkpoint.step}))
             self._store.delete_folder(str(folder))  # and only the holder of the lease gets past here
             written.rename(folder)
-
-    def sweep(self) -> None:
-        """Remove what a killed trainer was just writing."""
-        for name in self._store.folders(self._folder):
-            if name.startswith(BEING_WRITTEN):
-                self._store.delete_folder(posixpath.join(self._folder, name))
 
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint that is whole; torn ones are named in the log and skipped."""

@@ -90,7 +90,11 @@ class Lease:
             if holder is not None and (holder.owner, holder.beat) != seen:
                 seen, since = (holder.owner, holder.beat), now
             is_free = holder is None or holder.released or is_dead(holder.process) or now - since >= self._seconds
-            if is_free and self._take(holder, version):
+            mine = replace(self._mine, token=holder.token + 1 if holder else 1)
+            if is_free and (taken := self._swap(version, mine)) is not None:
+                self._mine, self._version = mine, taken
+                self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+                self._thread.start()
                 return
             if holder is not None and now >= told:
                 waiting(f"another trainer holds the lease (token {holder.token}); waiting for it to finish or die")
@@ -109,16 +113,6 @@ class Lease:
     def _swap(self, version: object, holder: Holder) -> object | None:
         """Replace the file if it still has `version`; return the new version, or None if it had not."""
         return self._store.swap(self._uri, json.dumps(asdict(holder)).encode(), version)
-
-    def _take(self, holder: Holder | None, version: object) -> bool:
-        mine = replace(self._mine, token=holder.token + 1 if holder else 1)
-        taken = self._swap(version, mine)
-        if taken is None:
-            return False
-        self._mine, self._version = mine, taken
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
-        self._thread.start()
-        return True
 
     def _keep(self) -> None:
         while not self._done.wait(self._seconds / HEARTBEATS_PER_LEASE):

@@ -7,7 +7,6 @@ import posixpath
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,13 @@ from tasks.config import TrainingConfig
 from tasks.errors import DiskFullError, PreflowError
 from tasks.llm.chat_template import template_of
 from tasks.store.measures import Probe
-from tasks.store.workspace import (
-    COMMITTED,
-    MANIFEST,
-    AdapterRef,
-    Cost,
-    FileFacts,
-    Manifest,
-    Origin,
-    Workspace,
-    canonical_json,
-    digest,
-    folder_digest,
-)
+from tasks.store.refs import MANIFEST, AdapterRef, Cost, FileFacts, Manifest, Origin, canonical_json, digest
+from tasks.store.workspace import COMMITTED, Workspace, folder_digest
 from tasks.train.health import Run, assess
 from tasks.train.invariants import check_weights_moved
 from tasks.train.phases import Phases
 from tasks.train.spec import STAGE_VERSION, MetricsRow, Progress, TrainingSpec, is_main_process, kept_steps
-from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
+from tasks.trainer.checkpoints import Checkpoint, CheckpointStore, sweep
 from tasks.trainer.data import NoUsablePairsError, PairData, load_pairs, make_micro_batches
 from tasks.trainer.model import (
     AdapterWeights,
@@ -88,6 +76,7 @@ class TrainingRun:
         self._tell = progress
         self._stop = stop
         self._folder = store.uri("training", spec.key)
+        self._checkpoints = CheckpointStore(store, f"{self._folder}/checkpoints", scratch)
         self._started = time.monotonic()
         self._phases = Phases(self._tell)
         self._checkpoint_seconds: list[float] = []
@@ -98,7 +87,7 @@ class TrainingRun:
     def execute(self) -> None:
         """Train, check, and commit the adapter; after a `StopTraining` what could be saved is saved."""
         if is_main_process():
-            self._sweep()
+            sweep(self._folder)
         phase = self._phases.phase
         with phase("reading the SFT adapter"):
             adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)
@@ -112,32 +101,17 @@ class TrainingRun:
         with phase("reading the newest checkpoint"):
             checkpoint = self._checkpoints.newest()
         if checkpoint is not None:
-            self._check_tokens(checkpoint)
+            if checkpoint.state.get("tokens") != self._tokens:  # half of the training would be on others
+                raise PreflowError(
+                    f"{self._folder}/checkpoints: that of step {checkpoint.step} was trained on other tokens than the "
+                    f"pairs give now (chat template of {self._template.source}). Put back the tokenizer and the "
+                    "packages that it was started with, or delete this folder to start from step 0."
+                )
             self._cost_before = Cost.model_validate(checkpoint.state.get("cost", {}))
             LOG.info("resuming from the checkpoint of step %d", checkpoint.step)
         self._tell(Progress("training", "resuming" if checkpoint else "starting"))
         trainer.fit(checkpoint)
         self._finish(trainer, adapter, splits[-1])
-
-    def _sweep(self) -> None:
-        """Remove files that a killed trainer was just writing."""
-        for uri in self._store.list(self._folder):
-            if posixpath.basename(uri).startswith(".writing-"):
-                self._store.delete(uri)
-        self._checkpoints.sweep()
-
-    @cached_property
-    def _checkpoints(self) -> CheckpointStore:
-        return CheckpointStore(self._store, f"{self._folder}/checkpoints", self._scratch)
-
-    def _check_tokens(self, checkpoint: Checkpoint) -> None:
-        """See that a checkpoint was trained on these very tokens; else half of the training would be on others."""
-        if checkpoint.state.get("tokens") != self._tokens:
-            raise PreflowError(
-                f"{self._folder}/checkpoints: that of step {checkpoint.step} was trained on other tokens than the "
-                f"pairs give now (chat template of {self._template.source}). Put back the tokenizer and the packages "
-                "that it was started with, or delete this folder to start from step 0."
-            )
 
     def _load_splits(self, tokenizer: Any) -> list[Split]:
         """Return what to train on, and what to evaluate on if anything can be."""
@@ -236,11 +210,8 @@ class TrainingRun:
         save_adapter(trainer.model, adapter, folder)
         (folder / "chat_template.jinja").write_text(self._template.text)
         trainer.check_saved(folder, check)
-        probe = (
-            record_probe(trainer.model, adapter, probe_texts(check.pairs, self._training.max_length))
-            if is_main_process()
-            else None
-        )
+        texts = probe_texts(check.pairs, self._training.max_length)
+        probe = record_probe(trainer.model, adapter, texts) if is_main_process() else None
         return Finished(step, uri, folder, probe)
 
     def _commit(self, trainer: ExactTrainer, done: list[Finished]) -> None:
@@ -373,7 +344,7 @@ def count_pairs(side: str, data: PairData | None) -> dict[str, int]:
     """Return what became of the pairs of one side, each count under the side's name."""
     if data is None:
         return {}
-    counts = asdict(data.report) | {"used": len(data.pairs), "refused": len(data.report.refused)}
+    counts = asdict(data.report) | {"refused": len(data.report.refused)}
     return {f"{side}_{name}": round(count) for name, count in counts.items()}
 
 

@@ -114,9 +114,14 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         self._has_moved = False
         self._first_row: MetricsRow = {}
         self._started = (time.monotonic(), 0)
+        expected = sft.digest()
         found = weights_digest(adapter_state(policy))
-        invariants.check_reference(found, sft.digest(), "the policy that is to be trained")
-        _check_router_loss(policy, training)
+        invariants.check_reference(found, expected, "the policy that is to be trained")
+        if training.router_aux_loss_coef and not hasattr(policy.config.get_text_config(), "output_router_logits"):
+            raise PreflowError(
+                f"router_aux_loss_coef {training.router_aux_loss_coef:g}: base_model {training.base_model} has no "
+                "router. Set it to 0, or give a mixture-of-experts base."
+            )
         super().__init__(
             model=policy,
             args=dpo_config(training, scratch, val is not None),
@@ -128,20 +133,17 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         # TRL rounds the policy of a 4-bit model to bfloat16, in which small updates are lost.
         sft.copy_to(self.model, "default")
         self.precompute_ref_logps = True
-        self._check_adapters()
+        parameters = trainable_parameters(self.model)
+        invariants.check_trainable_precision({name: str(p.dtype) for name, p in parameters.items()})
+        for name in self.model.peft_config:
+            found = weights_digest(adapter_state(self.model, name))
+            what = "the reference" if name == "ref" else "the policy at its start"
+            invariants.check_reference(found, expected, what)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset  # tokenized before the model was loaded
 
     # The reference
-
-    def _check_adapters(self) -> None:
-        parameters = trainable_parameters(self.model)
-        invariants.check_trainable_precision({name: str(p.dtype) for name, p in parameters.items()})
-        expected = self.sft.digest()
-        for name in self.model.peft_config:
-            found = weights_digest(adapter_state(self.model, name))
-            invariants.check_reference(found, expected, "the reference" if name == "ref" else "the policy at its start")
 
     def use_cached_reference(self, train: ReferenceLogps, val: ReferenceLogps | None) -> None:
         """Take the reference's log-probs from now on from the data, and drop the frozen adapter from memory."""
@@ -280,28 +282,25 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             )
             named = "modules and every number of the base's config.json"
             invariants.check_nothing_random(training, evaluating, named)
-        said = f"{self._training.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
-        added = f"; the losses from here on have {self._more_in_the_loss()}" if self._more_in_the_loss() else ""
-        self._hooks.progress(Progress("training", said + added))
+        settings = self._training
+        more = {
+            f"{settings.sft_weight:g} times the SFT loss added": settings.sft_weight,
+            f"{settings.router_aux_loss_coef:g} times the router's loss added": settings.router_aux_loss_coef,
+            "their pairs weighted": settings.use_weighting,
+        }
+        added = " and ".join(text for text, present in more.items() if present)
+        said = f"{settings.loss_type} loss before the first update {first['loss']:.4f}, as it must be"
+        self._hooks.progress(Progress("training", said + (f"; the losses from here on have {added}" if added else "")))
         if added:
             first = {**self.measure(batches, self.train_dataset), "dpo_loss": first["loss"]}
         self._first_row = {**first, "epoch": 0.0, "step": 0}
-
-    def _more_in_the_loss(self) -> str:
-        training = self._training
-        more = [
-            f"{training.sft_weight:g} times the SFT loss added" if training.sft_weight else "",
-            f"{training.router_aux_loss_coef:g} times the router's loss added" if training.router_aux_loss_coef else "",
-            "their pairs weighted" if training.use_weighting else "",
-        ]
-        return " and ".join(filter(None, more))
 
     def begin(self) -> None:
         """Called when training begins: put back what transformers has just set to zero."""
         self.state.save_steps = self.args.save_steps
         if self._restored is None:
             self.state.log_history.append(self._first_row)
-            self._publish()
+            self._hooks.rows(self.state.log_history)
             return
         state = self._restored.state["ranks"][self.args.process_index]
         self._tr_loss += state["tr_loss"]
@@ -311,29 +310,21 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         for name, values in state["metrics"].items():
             self._metrics["train"][name] = list(values)
         self._boundary = copy.deepcopy(self._restored.state)
-        self._check_resumed()
-        self._publish()
-        self._finish_pending(self._restored.state["pending"])
+        self._check_resumed(self._restored.state["policy_digest"])
+        self._hooks.rows(self.state.log_history)
+        if pending := self._restored.state["pending"]:
+            LOG.info("step %d: finishing the log and evaluation that the preemption cut off", self.state.global_step)
+            self.model.train()
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            rate, norm = pending["learning_rate"], pending["grad_norm"]
+            self._maybe_log_save_evaluate(self._tr_loss, norm, self.model, None, 0, None, 0.0, learning_rate=rate)
 
-    def _check_resumed(self) -> None:
-        assert self._restored is not None
-        found = weights_digest(adapter_state(self.model))
-        invariants.check_resumed_weights(found, self._restored.state["policy_digest"])
-        moved = self.sft.movement(self.model)["weights/moved"] > 0
-        self._has_moved = moved
+    def _check_resumed(self, expected: str) -> None:
+        invariants.check_resumed_weights(weights_digest(adapter_state(self.model)), expected)
+        self._has_moved = moved = self.sft.movement(self.model)["weights/moved"] > 0
         if self.state.global_step < self.state.max_steps:
             first = self.measure(self.next_batches(self.state.global_step)[:1], self.train_dataset, dpo_only=True)
             invariants.check_resumed_margin(first, moved)
-
-    def _finish_pending(self, pending: State | None) -> None:
-        if pending is None:
-            return
-        LOG.info("step %d: finishing the log and evaluation that the preemption cut off", self.state.global_step)
-        self.model.train()
-        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-        self._maybe_log_save_evaluate(
-            self._tr_loss, pending["grad_norm"], self.model, None, 0, None, 0.0, learning_rate=pending["learning_rate"]
-        )
 
     def _run_epoch(self, **arguments: Any) -> None:
         self._order.set_epoch(arguments["epoch"])
@@ -398,9 +389,6 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             repeatable |= self.sft.movement(self.model)
         super().log(repeatable, None)
         logs.update(repeatable)
-        self._publish()
-
-    def _publish(self) -> None:
         self._hooks.rows(self.state.log_history)
 
     def _progress(self, phase: str) -> Progress:
@@ -460,7 +448,13 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             return
         policy = adapter_state(self.model)
         state["policy_digest"] = weights_digest(policy)
-        self._commit(Checkpoint(state["step"], dict(policy), self._optimizer_tensors(), state))
+        names = {id(parameter): name for name, parameter in trainable_parameters(self.model).items()}
+        optimizer = {
+            f"{names[id(parameter)]}|{slot}": torch.as_tensor(value)
+            for parameter, slots in self.optimizer.state.items()
+            for slot, value in slots.items()
+        }
+        self._commit(Checkpoint(state["step"], dict(policy), optimizer, state))
 
     def _commit(self, checkpoint: Checkpoint) -> None:
         try:
@@ -481,15 +475,6 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._boundary = self._capture(None)
         self.save_boundary()
-
-    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        names = {id(parameter): name for name, parameter in trainable_parameters(self.model).items()}
-        found = {}
-        for parameter, slots in self.optimizer.state.items():
-            for slot, value in slots.items():
-                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
-                found[f"{names[id(parameter)]}|{slot}"] = tensor
-        return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         assert self._restored is not None
@@ -535,14 +520,6 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
         set_random_state(self._restored.state["ranks"][self.args.process_index]["random"])
 
 
-def _check_router_loss(policy: Any, training: TrainingConfig) -> None:
-    if training.router_aux_loss_coef and not hasattr(policy.config.get_text_config(), "output_router_logits"):
-        raise PreflowError(
-            f"router_aux_loss_coef {training.router_aux_loss_coef:g}: base_model {training.base_model} has no router. "
-            "Set it to 0, or give a mixture-of-experts base."
-        )
-
-
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -565,12 +542,13 @@ def random_state() -> State:
     """Return the state of every random generator of this process, JSON-ready."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if has_cuda() else None}
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
-        "torch": _encode(torch.get_rng_state()),
-        "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
-    }
+        **{name: found if found is None else base64.b64encode(found.cpu().numpy().tobytes()).decode()
+           for name, found in tensors.items()},
+    }  # fmt: skip
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
@@ -579,17 +557,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
-    torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-
-
-def _encode(state: torch.Tensor) -> str:
-    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    for name, put in (("torch", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        if state[name] is not None and (name == "torch" or has_cuda()):
+            put(torch.frombuffer(bytearray(base64.b64decode(state[name])), dtype=torch.uint8))
 
 
 @contextmanager

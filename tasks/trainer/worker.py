@@ -32,10 +32,6 @@ class WorkerFiles:
 
     folder: Path
 
-    def read_spec(self) -> TrainingSpec:
-        """Return the spec the parent wrote."""
-        return TrainingSpec.model_validate_json((self.folder / "spec.json").read_bytes())
-
     def progress(self, progress: Progress) -> None:
         """Append one line for the parent."""
         with (self.folder / "progress.jsonl").open("a") as out:
@@ -72,7 +68,10 @@ def watch_parent(grace_seconds: float) -> None:
 @contextmanager
 def holding_lease(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> Iterator[Workspace]:
     """Yield the workspace to write to; only the main process holds the lease and writes."""
+    taken = files.folder / "lease-taken"
     if not is_main_process():
+        while not taken.exists():  # in torch they would wait for it for ten minutes, and fail
+            time.sleep(0.2)
         yield Workspace(spec.workspace)
         return
     lease = Lease(
@@ -80,21 +79,11 @@ def holding_lease(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> Ite
     )
     lease.acquire(lambda text: files.progress(Progress("waiting", text)))
     LOG.info("lease taken, token %d", lease.token)
+    taken.touch()
     try:
         yield Workspace(spec.workspace, guard=lease.check)
     finally:
         lease.release()
-
-
-@contextmanager
-def gc_paused() -> Iterator[None]:
-    """Import in here: half a million new objects live on, and looking through them again and again takes a quarter."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def train(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> None:
@@ -102,8 +91,11 @@ def train(spec: TrainingSpec, files: WorkerFiles, stop: StopFlag) -> None:
     scratch = tempfile.TemporaryDirectory(prefix="preflow-training-", ignore_cleanup_errors=True)
     with holding_lease(spec, files, stop) as store, scratch as folder:
         files.progress(Progress("loading", "importing torch and trl"))
-        with gc_paused():
-            from tasks.trainer.run import TrainingRun
+        gc.disable()  # half a million new objects live on, and looking through them again and again takes a quarter
+        from tasks.trainer.run import TrainingRun
+
+        gc.freeze()
+        gc.enable()
         tell = files.progress if is_main_process() else lambda _: None
         TrainingRun(spec, store, Path(folder), tell, stop).execute()
 
@@ -150,7 +142,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # of a resumed run it says the same for every batch
     files, stop = WorkerFiles(Path(arguments[0])), StopFlag()
-    spec = files.read_spec()
+    spec = TrainingSpec.model_validate_json((files.folder / "spec.json").read_bytes())
     try:
         stop.install()
         watch_parent(spec.training.grace_seconds)

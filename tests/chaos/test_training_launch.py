@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.config import TrainingConfig
-from tasks.train.launch import Preempted, run_training, training_key
+from tasks.train.launch import run_training, training_key
 from tasks.train.spec import Progress
 from tests.deployed import until
 from tests.fakes.tiny_training import TinyWorld
@@ -56,21 +56,6 @@ def test_an_interrupted_task_lets_the_trainer_save_and_raises_on(world: TinyWorl
     assert len(checkpoints(tmp_path)) == 1
     assert trainers(tmp_path) == []
     assert not list(tmp_path.glob("training/*/adapter"))
-
-
-@pytest.mark.long  # the test before it sends the same signal from above
-def test_a_preempted_trainer_raises_preempted(world: TinyWorld, tmp_path: Path) -> None:
-    training = world.config(**ENDLESS)
-    sent = []
-
-    def preempt(progress: Progress) -> None:
-        if progress.step >= 20 and not sent:
-            sent.extend(trainers(tmp_path))
-            os.kill(sent[0], signal.SIGTERM)
-
-    with pytest.raises(Preempted):
-        run_training(world.preferences, str(tmp_path), training, training_key(world.preferences, training), preempt)
-    assert len(checkpoints(tmp_path)) == 1
 
 
 @pytest.mark.long  # waits for an orphan to end

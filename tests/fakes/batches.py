@@ -17,13 +17,8 @@ Body = dict[str, Any]
 class FakeBatches:
     """A running endpoint; use as a context manager.
 
-    Args:
-        late: seconds until a batch is answered.
-        lost: share of lines without an answer; with one, the batch has `expired`.
-        failed: share of lines that are answered by a 500.
-        refused: why batches fail as a whole.
-        swallow: so many answers to the creation of a batch get lost, and the batch is made.
-        has_batches: whether there is a batch API.
+    A batch is answered after `late` seconds; a share of its lines is `lost` (it has `expired` then), another `failed`
+    with a 500. `refused` is why batches fail as a whole; `swallow` so many answers to the creation of one get lost.
     """
 
     def __init__(
@@ -35,8 +30,8 @@ class FakeBatches:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, Body] = {}
         self.asked: list[str] = []  # custom ids of all batches
-        self.direct = 0
-        self.pages = 0  # so many batches are shown as a page
+        self.direct = self.pages = 0  # chat requests; batches that are yet to be shown as a page
+        self.loud = False  # whether it says COMPLETED
         self.url = ""
 
     def __enter__(self) -> Self:
@@ -108,7 +103,7 @@ class FakeBatches:
             return _absent("batch")
         if batch["status"] == "in_progress" and time.monotonic() > batch["due"]:
             self._finish(batch)
-        return web.json_response(batch)
+        return web.json_response({**batch, "status": batch["status"].upper()} if self.loud else batch)
 
     def _finish(self, batch: Body) -> None:
         if self.refused:

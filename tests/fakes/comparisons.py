@@ -131,7 +131,6 @@ class Labelled:
     clusters: NDArray[np.intp]
 
     def agreement(self) -> tuple[Interval, Interval | None]:
-        """Return the share in which both agree, and kappa."""
         known = ~np.isnan(self.human)
         return measure_closeness(self.human[known], self.outcomes[known], self.clusters[known], 0.95)
 

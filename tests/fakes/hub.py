@@ -20,8 +20,6 @@ BLOB = "/blob/"
 
 @dataclass
 class Repo:
-    """One repository: its files as last committed, and the commits."""
-
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=lambda: [hashlib.sha1(b"root").hexdigest()])

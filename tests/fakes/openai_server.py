@@ -66,15 +66,6 @@ def error(status: int, message: str, code: str | None = None, wait: float | None
     return Reply(status, {"error": {"message": message, "type": "fake", "param": None, "code": code}}, headers)
 
 
-def usage_of(prompt: int, completion: int, thinking: int) -> dict[str, Any]:
-    """Return a usage block in OpenAI's form, thinking being part of the completion."""
-    usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion + thinking}
-    usage["total_tokens"] = prompt + completion + thinking
-    if thinking:
-        usage["completion_tokens_details"] = {"reasoning_tokens": thinking}
-    return usage
-
-
 class Server:
     """The state of the endpoint: what it has been asked how often, what it serves, and whether it is down."""
 
@@ -83,16 +74,12 @@ class Server:
         self.adapters: dict[str, str] = {}
         self.connections: set[Connection] = set()
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if log else None
-        self._seen: Counter[str] = Counter()
-        self._verdicts: Counter[str] = Counter()
-        self._chats = 0
-        self.in_flight = 0
-        self._burst_left = 0
+        self._seen, self._verdicts = Counter[str](), Counter[str]()
         self._recent: deque[float] = deque()
+        self._chats = self._burst_left = self.in_flight = self.port = 0
         self._outage_until = 0.0
         self._listener: asyncio.Server | None = None
         self._away: asyncio.Future[None] | None = None
-        self.port = 0
 
     async def listen(self, port: int) -> None:
         """Accept connections on 127.0.0.1; port 0 takes a free one."""
@@ -143,9 +130,8 @@ class Server:
 
     def _refuse_key(self, request: Request) -> Reply | None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.plan.key is None or given == self.plan.key:
-            return None
-        return error(401, f"Incorrect API key provided: {given}.", "invalid_api_key")
+        is_right = self.plan.key in (None, given)
+        return None if is_right else error(401, f"Incorrect API key provided: {given}.", "invalid_api_key")
 
     def _limit(self) -> Reply | None:
         plan, now = self.plan, time.monotonic()
@@ -203,8 +189,12 @@ class Server:
             {"index": index, "message": {"role": "assistant", "content": content}, "finish_reason": reason}
             for index, (content, reason) in enumerate(texts)
         ]
-        completion = sum(len(content) for content, _ in texts) // 4 + 1
-        usage = usage_of(len(text) // 4 + 1, completion, self.plan.thinking_tokens * len(texts))
+        prompt, thinking = len(text) // 4 + 1, self.plan.thinking_tokens * len(texts)
+        completion = (
+            sum(len(content) for content, _ in texts) // 4 + 1 + thinking
+        )  # thinking is part of it, as at OpenAI
+        usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+        usage |= {"total_tokens": prompt + completion, "completion_tokens_details": {"reasoning_tokens": thinking}}
         head = {"id": f"fake-{request.sha[:12]}", "object": "chat.completion", "created": 0, "model": model}
         return Reply(200, {**head, "choices": choices, "usage": usage})
 
@@ -213,21 +203,22 @@ class Server:
         messages = json.dumps(body["messages"], sort_keys=True)
         identity = hashlib.sha256(f"{model}:{self.adapters.get(model, '')}:{messages}".encode()).hexdigest()
         first = body["seed"] if body.get("seed") is not None else random.getrandbits(31)
-        limit = body.get("max_tokens") or body.get("max_completion_tokens") or plan.max_model_len
         choices = []
         for seed in range(first, first + (body.get("n") or 1)):
             marked = plan.oracle_every and (seed + int(identity[:8], 16)) % plan.oracle_every == 0
-            text = sample(identity, seed, plan.oracle_word if marked else None)
-            choices.append((text[: limit * 4], "length" if len(text) > limit * 4 else "stop"))
+            text, limit = sample(identity, seed, plan.oracle_word if marked else None), self._limit_of(body) * 4
+            choices.append((text[:limit], "length" if len(text) > limit else "stop"))
         return choices
+
+    def _limit_of(self, body: dict[str, Any]) -> int:
+        return int(body.get("max_tokens") or body.get("max_completion_tokens") or self.plan.max_model_len)
 
     def _verdict(self, request: Request) -> list[tuple[str, str]]:
         body, plan = request.body, self.plan
         found = verdict(body["model"], body["messages"][-1]["content"], plan.oracle_word)
-        limit = body.get("max_tokens") or body.get("max_completion_tokens") or plan.max_model_len
         if found is None:
             return [("I see no completions to compare.", "stop")]
-        if plan.thinking_tokens and limit < plan.thinking_tokens + 20:
+        if plan.thinking_tokens and self._limit_of(body) < plan.thinking_tokens + 20:
             return [("", "length")]
         number = self._verdicts[request.sha]
         self._verdicts[request.sha] += 1
@@ -370,26 +361,19 @@ class Connection(asyncio.Protocol):
             self._server.in_flight -= 1
 
 
-async def serve(port: int, plan: Plan, log: Path | None) -> None:
-    """Serve until the process is ended."""
-    server = Server(plan, log)
-    if plan.base is not None:
-        _ = plan.tokenizer  # loaded now: while it is, nobody would be answered
-    await server.listen(port)
-    print(f"listening on http://127.0.0.1:{server.port}/v1", flush=True)
-    await asyncio.Event().wait()
-
-
-def main() -> None:
-    """Read the command line and serve."""
+async def main() -> None:
+    """Read the command line and serve until the process is ended."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--plan", type=Path)
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
-    plan = Plan.model_validate_json(arguments.plan.read_bytes() if arguments.plan else b"{}")
-    asyncio.run(serve(arguments.port, plan, arguments.log))
+    server = Server(Plan.model_validate_json(arguments.plan.read_bytes() if arguments.plan else b"{}"), arguments.log)
+    _ = server.plan.tokenizer  # loaded now, if there is one: while it is, nobody would be answered
+    await server.listen(arguments.port)
+    print(f"listening on http://127.0.0.1:{server.port}/v1", flush=True)
+    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(main())

@@ -48,13 +48,11 @@ DIGEST = {"sha256": "0123456789abcdef" * 4, "size": 1, "rows": 1_234_567}
 
 
 def rate(value: float, half: float, **more: Any) -> dict[str, Any]:
-    """Return a win rate of many comparisons."""
     counts = {"samples": 1_234_567, "prompts": 123_456, "ties": 0.123}
     return {"win_rate": value, "lower": value - half, "upper": value + half, **counts, **more}
 
 
 def evaluation() -> Evaluation:
-    """Return an evaluation that has every figure there is."""
     labels = {"labels": 50, "share": {"value": 0.7, "lower": 0.4, "upper": 0.8},
               "kappa": {"value": 0.4, "lower": 0.2, "upper": 0.6}, "corrected": rate(0.55, 0.2)}  # fmt: skip
     second = {"judges": [MODEL, "another"], "rate": rate(0.52, 0.1), "transfer": 0.1}
@@ -65,7 +63,6 @@ def evaluation() -> Evaluation:
 
 
 def quality() -> ReportSection:
-    """Return the page of a judge with eight positions and confidences."""
     rng, judged = random.Random(3), []
     for number in range(60):
         votes = []
@@ -81,7 +78,6 @@ def quality() -> ReportSection:
 
 
 def metrics(steps: int = 4_000) -> list[dict[str, Any]]:
-    """Return the rows of a long training."""
     names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
              "logps/rejected")  # fmt: skip
     rows: list[dict[str, Any]] = []
@@ -105,7 +101,6 @@ def training() -> ReportSection:
 
 
 def run_pages() -> list[ReportSection]:
-    """Return every page of a run's report."""
     found, prompt = evaluation(), [{"role": "user", "content": f"{LONG}\n{WORDS}"}]
     rows = [{"prompt": prompt, "completions": [LONG, WORDS], "outcome": outcome} for outcome in (0, 1, 0.5, None)]
     pair = {"prompt": prompt, "chosen": [{"content": WORDS}], "rejected": [{"content": LONG}], "confidence": 4.5}
@@ -126,7 +121,6 @@ def run_pages() -> list[ReportSection]:
 
 
 def manifests() -> list[Manifest]:
-    """Return how the artifacts of a run in a bucket were made."""
     file = Origin(kind="file", uri=ADDRESS, sha256="c" * 64)
     prompts = PromptsRef(uri=ADDRESS, **DIGEST)
     verdicts = VerdictsRef(uri=ADDRESS.replace("prompts", f"verdicts/{'e' * 64}/verdicts"), **DIGEST)
@@ -163,7 +157,6 @@ def sweep_pages() -> list[ReportSection]:
 
 
 def result(evaluation: EvaluationRef) -> PipelineResult:
-    """Return what a run has made."""
     preferences, adapter = PreferencesRef(uri=ADDRESS, val_rows=0, **DIGEST), AdapterRef(uri=ADDRESS, **DIGEST)
     return PipelineResult(preferences=preferences, adapter=adapter, evaluation=evaluation)
 

@@ -133,11 +133,9 @@ class Plan(BaseModel):
         return pick(self.faults, self._draw("fault", body_sha, attempt))
 
     def verdict_fault(self, body_sha: str, attempt: int) -> str | None:
-        """Return how the verdict's text is spoilt, or None."""
         return pick(self.verdict_faults, self._draw("verdict", body_sha, attempt)) if self.verdict_faults else None
 
     def latency(self, body_sha: str, attempt: int) -> float:
-        """Return the seconds that an answer takes: log-normal with median `latency_ms`."""
         if not self.latency_ms:
             return 0.0
         draw = random.Random(f"{self.seed}:latency:{body_sha}:{attempt}")
@@ -149,7 +147,6 @@ class Plan(BaseModel):
 
 
 def pick(shares: Mapping[T, float], draw: float) -> T | None:
-    """Return the name in whose share of [0, 1) `draw` falls, or None."""
     for name, share in shares.items():
         draw -= share
         if draw < 0:

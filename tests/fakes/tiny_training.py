@@ -130,15 +130,12 @@ def write_preferences(folder: Path, train: list[dict[str, Any]], val: list[dict[
 
 @dataclass(frozen=True)
 class TinyWorld:
-    """Base, adapter and pairs on disk."""
-
     base: Path
     adapter: Path
     preferences: PreferencesRef
 
     @classmethod
     def build(cls, root: Path, train: int = 28, val: int = 6, learnable: bool = True) -> "TinyWorld":
-        """Build everything below `root`."""
         base = build_base(root / "base")
         adapter = build_adapter(root / "sft", base)
         for file in root.rglob("*.safetensors"):

@@ -56,7 +56,6 @@ class TrainingProcesses:
     def start(
         self, preferences: PreferencesRef, workspace: Path, training: TrainingConfig, kills: tuple[Kill, ...] = ()
     ) -> int:
-        """Start one training process and return its pid."""
         number = len(list(self.root.glob("child-*")))
         folder = self.root / f"child-{number}"
         folder.mkdir(parents=True)
@@ -69,15 +68,12 @@ class TrainingProcesses:
         return int(self._ask({"start": str(folder), "kills": [asdict(kill) for kill in kills]}))
 
     def wait(self, pid: int) -> int:
-        """Return a process's exit code, negative for a signal."""
         return int(self._ask({"wait": pid}))
 
     def run(self, preferences: PreferencesRef, workspace: Path, training: TrainingConfig, *kills: Kill) -> int:
-        """Start a process and wait for its end."""
         return self.wait(self.start(preferences, workspace, training, kills))
 
     def log(self) -> str:
-        """Return the newest process's log."""
         return (self._newest() / "log").read_text()
 
     def outcome(self) -> dict[str, Any]:
@@ -89,7 +85,6 @@ class TrainingProcesses:
         return max(self.root.glob("child-*"), key=lambda folder: int(folder.name.removeprefix("child-")))
 
     def close(self) -> None:
-        """End the forking parent."""
         assert self._parent.stdin is not None
         self._parent.stdin.close()
         self._parent.wait(30)

@@ -81,6 +81,19 @@ def receiver(client: SyncPrefectClient) -> Iterator[Receiver]:
         yield receiver
 
 
+def register_sooner(folder: Path, seconds: int, block: str | None = None) -> None:
+    """Register them with 15 seconds for the time that silence, or a start, may take."""
+    soon = folder / "automations.yaml"
+    soon.write_text(FILE.read_text().replace(f"within: {seconds}", "within: 15"))
+    assert register(soon, block).returncode == 0
+
+
+def crash(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Have a run begin, and crash."""
+    for state in (Running(), Crashed(message="killed")):
+        client.set_flow_run_state(run.id, state, force=True)
+
+
 def automations(client: SyncPrefectClient) -> dict[str, Any]:
     names = [item["name"] for item in yaml.safe_load(FILE.read_text())["automations"]]
     return {name: automation for name in names for automation in client.read_automations_by_name(name)}
@@ -144,8 +157,7 @@ def test_with_a_block_they_are_on_and_one_turned_off_stays_off(client: SyncPrefe
 def test_a_crashed_run_is_told_of_and_started_again_three_times(client: SyncPrefectClient, receiver: Receiver) -> None:
     run = make_run(client, "local")
     for attempt in (1, 2, 3, 4):
-        client.set_flow_run_state(run.id, Running(), force=True)
-        client.set_flow_run_state(run.id, Crashed(message="killed"), force=True)
+        crash(client, run)
         until(lambda attempt=attempt: len(receiver.about(run.name)) == attempt)
         if attempt < 4:
             until(lambda: state_of(client, run.id) == "AwaitingRetry")
@@ -162,8 +174,7 @@ def test_what_something_else_starts_again_is_told_of_and_left_to_it(
     client: SyncPrefectClient, receiver: Receiver, pool: str, flow: str
 ) -> None:
     run = make_run(client, pool, flow=flow, tags=())
-    client.set_flow_run_state(run.id, Running(), force=True)
-    client.set_flow_run_state(run.id, Crashed(message="killed"), force=True)
+    crash(client, run)
     until(lambda: receiver.about(run.name))
     time.sleep(3)
     assert state_of(client, run.id) == "Crashed"
@@ -172,10 +183,8 @@ def test_what_something_else_starts_again_is_told_of_and_left_to_it(
 def test_a_process_that_goes_without_a_word_is_told_of(
     client: SyncPrefectClient, receiver: Receiver, tmp_path: Path
 ) -> None:
-    soon = tmp_path / "automations.yaml"
-    soon.write_text(FILE.read_text().replace("within: 900", "within: 15"))
     switch(client, "preflow-notify-silent", on=True)
-    assert register(soon, block="custom-webhook/receiver").returncode == 0
+    register_sooner(tmp_path, 900, block="custom-webhook/receiver")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "Scene"}]}) + "\n")
     with FakeOpenAI({"latency_ms": 600_000}) as sampler:
@@ -200,9 +209,7 @@ def test_a_process_that_goes_without_a_word_is_told_of(
 def test_a_silent_run_is_taken_for_crashed_if_so_wished_and_a_suspended_one_never(
     client: SyncPrefectClient, tmp_path: Path
 ) -> None:
-    soon = tmp_path / "automations.yaml"
-    soon.write_text(FILE.read_text().replace("within: 900", "within: 15"))
-    assert register(soon).returncode == 0
+    register_sooner(tmp_path, 900)
     switch(client, "preflow-crash-silent", on=True)
     silent, suspended = (make_run(client, "elsewhere", flow="audit-judge", tags=()) for _ in range(2))
     for run in (silent, suspended):
@@ -225,9 +232,7 @@ def test_a_silent_run_is_taken_for_crashed_if_so_wished_and_a_suspended_one_neve
 def test_a_run_whose_worker_dies_before_it_begins_is_started_again_and_frees_its_slot(
     client: SyncPrefectClient, tmp_path: Path
 ) -> None:
-    soon = tmp_path / "automations.yaml"
-    soon.write_text(FILE.read_text().replace("within: 240", "within: 15"))
-    assert register(soon).returncode == 0
+    register_sooner(tmp_path, 240)
     first = make_run(client, "local", flow="promote-adapter", limit=1)
     worker = Worker(tmp_path)
     until(lambda: state_of(client, first.id) in UNSTARTED)

@@ -48,13 +48,10 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def completions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("completions") / "completions.jsonl"
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"Scene {number}."}],
-            "completions": [sample(f"scene {number}", seed, None) for seed in range(3)],
-        }
-        for number in range(ROWS)
-    ]
+    scenes = {
+        f"Scene {number}.": [sample(f"scene {number}", seed, None) for seed in range(3)] for number in range(ROWS)
+    }
+    rows = [{"prompt": [{"role": "user", "content": text}], "completions": found} for text, found in scenes.items()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -144,7 +141,11 @@ async def test_a_killed_process_leaves_its_batch_to_the_next(completions: Path, 
         assert (len(fake.batches), len(fake.asked), fake.direct) == (1, ROWS * ORDERS - 1, 0)
 
 
-async def test_a_batch_that_is_refused_says_why_and_leaves_no_trace(completions: Path, tmp_path: Path) -> None:
+async def test_a_batch_that_is_refused_or_cannot_be_handed_in_says_why_and_leaves_no_trace(
+    completions: Path, tmp_path: Path
+) -> None:
+    with FakeBatches(has_batches=False) as fake, pytest.raises(PreflowError, match=r"judging\.batch to false where"):
+        await judge(completions, tmp_path / "none", fake)
     with FakeBatches(refused="Enqueued token limit reached") as fake:
         with pytest.raises(PreflowError, match=r"Enqueued token limit reached.*judging\.batch to false"):
             await judge(completions, tmp_path, fake)
@@ -152,11 +153,6 @@ async def test_a_batch_that_is_refused_says_why_and_leaves_no_trace(completions:
         await judge(completions, tmp_path, fake)
         # Each of the two starts has asked one question the normal way.
         assert (len(fake.asked), fake.direct) == (ROWS * ORDERS - 2, 2)
-
-
-async def test_an_endpoint_without_batches_is_named(completions: Path, tmp_path: Path) -> None:
-    with FakeBatches(has_batches=False) as fake, pytest.raises(PreflowError, match=r"judging\.batch to false where"):
-        await judge(completions, tmp_path, fake)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from tasks.config import PipelineConfig, RoundsConfig
 from tasks.evaluate.evidence import collect_evidence, find_differences
 from tasks.promote.pointer import read_pointer
 from tasks.run.estimate import COMPARING, plan_runs
-from tasks.store.measures import Choice, read_choice
+from tasks.store.measures import read_choice
 from tasks.store.workspace import PipelineResult
 from tests.fakes.tiny_training import WORDS
 from tests.integration.test_sweep import PROMPTS, Bench, bench
@@ -47,12 +47,6 @@ async def result(bench: Bench, config: PipelineConfig) -> PipelineResult:
     return made
 
 
-def choice_of(result: PipelineResult) -> Choice:
-    choice = read_choice(result.evaluation)
-    assert choice is not None
-    return choice
-
-
 def test_every_question_is_asked_once_and_the_choice_costs_a_third_at_most(
     bench: Bench, config: PipelineConfig, result: PipelineResult
 ) -> None:
@@ -60,7 +54,7 @@ def test_every_question_is_asked_once_and_the_choice_costs_a_third_at_most(
     assert len({row["sha"] for row in asked}) == len(asked), "something was asked twice"
     count = Counter((row["model"], row["n"]) for row in asked)
     assert count["sampler", SAMPLES] == HELD_OUT + DECIDING, "the SFT adapter, and again where it is decided"
-    sampled = [f"candidate-{one.adapter_sha256[:12]}" for one in choice_of(result).tried]
+    sampled = [f"candidate-{one.adapter_sha256[:12]}" for one in read_choice(result.evaluation).tried]
     assert sorted(count[name, SAMPLES] for name in sampled) == [CHOOSING, CHOOSING, HELD_OUT]
     compared = sum(row["model"] == "judge-hash" for row in asked) - 2 * PROMPTS
     assert compared == plan_runs([config]).of(COMPARING).total().requests
@@ -70,11 +64,10 @@ def test_every_question_is_asked_once_and_the_choice_costs_a_third_at_most(
 def test_the_chosen_one_is_what_is_decided_on_promoted_and_handed_on(
     bench: Bench, config: PipelineConfig, result: PipelineResult
 ) -> None:
-    choice = choice_of(result)
+    choice = read_choice(result.evaluation)
     assert [one.step for one in choice.tried] == [1, 2, 3]
     assert result.adapter.sha256 == result.evaluation.adapter_sha256 == choice.best.adapter_sha256
     pointer = read_pointer(config.workspace, config.promotion.name)
-    assert pointer is not None
     assert pointer.current.adapter_sha256 == choice.best.adapter_sha256
     evidence = collect_evidence(result.evaluation, config.promotion)
     assert list(find_differences(evidence)) == []
@@ -96,7 +89,7 @@ async def test_a_second_run_asks_nobody_and_the_last_adapter_needs_new_compariso
     training = config.training.model_copy(update={"checkpoints": CHECKPOINTS})
     whole = await dpo_pipeline(config.model_copy(update={"evaluation": last, "training": training}))
     assert len(bench.trainings()) == 1, "nothing is trained again"
-    assert whole.adapter.sha256 == choice_of(result).tried[-1].adapter_sha256
+    assert whole.adapter.sha256 == read_choice(result.evaluation).tried[-1].adapter_sha256
     new = bench.asked()[asked:]
     assert Counter(row["n"] for row in new)[SAMPLES] <= HELD_OUT
     assert len({row["sha"] for row in bench.asked()}) == len(bench.asked()), "something was asked twice"
@@ -109,6 +102,8 @@ async def test_rounds_choose_a_checkpoint_each_and_go_on_from_it(
     assert first.made.adapter == result.adapter
     asked = bench.asked()
     assert Counter(row["model"] for row in asked)[f"round-{result.adapter.sha256[:12]}"] == PROMPTS
-    assert second.made.adapter.sha256 == choice_of(second.made).best.adapter_sha256
-    assert choice_of(second.made).prompts == choice_of(result).prompts, "and so they decide in no round"
+    assert second.made.adapter.sha256 == read_choice(second.made.evaluation).best.adapter_sha256
+    assert read_choice(second.made.evaluation).prompts == read_choice(result.evaluation).prompts, (
+        "and so they decide in no round"
+    )
     assert len({row["sha"] for row in asked}) == len(asked), "something was asked twice"

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,14 +91,6 @@ def test_registering_again_leaves_the_settings_of_a_pool_alone(api: Api) -> None
     assert api.get("/work_pools/l4-spot") == before
 
 
-def config_fields(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every field of every configuration model in a deployment's parameter schema."""
-    for model, definition in schema.get("definitions", {}).items():
-        if model.endswith("Config"):
-            for field, spec in definition["properties"].items():
-                yield f"{model}.{field}", spec
-
-
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_the_form_explains_itself(api: Api, name: str) -> None:
     schema = api.deployment(name)["parameter_openapi_schema"]
@@ -111,14 +102,6 @@ def test_the_form_explains_itself(api: Api, name: str) -> None:
         for field, spec in model["properties"].items():
             assert len(spec.get("description", "")) >= 4, f"{model['title']}.{field} has no description"
             assert spec.get("title"), f"{model['title']}.{field} has no title"
-
-
-def test_choices_are_drop_downs(api: Api) -> None:
-    schema = api.deployment("dpo-pipeline/local")["parameter_openapi_schema"]
-    chosen = {name: spec["enum"] for name, spec in config_fields(schema) if "enum" in spec}
-    assert chosen["TrainingConfig.loss_type"][0] == "sigmoid"
-    assert chosen["JudgingConfig.pair_policy"] == ["unanimous", "majority", "borda"]
-    assert {"TrainingConfig.lr_scheduler_type", "TrainingConfig.report_to"} <= set(chosen)
 
 
 @pytest.mark.parametrize(
@@ -235,15 +218,3 @@ def test_the_file_names_every_flow() -> None:
         item["entrypoint"].split(":")[0] for item in yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]
     }
     assert deployed == {f"flows/{name}.py" for name in flows}
-
-
-def test_every_local_flow_is_started_again_but_those_that_somebody_else_does() -> None:
-    deployments = yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]
-    left_alone = {item["entrypoint"].split(":")[1] for item in deployments if "restarted" not in item["tags"]}
-    assert left_alone == {"train_dpo", "rollback_adapter", "publish_adapter"}
-    assert all(item["name"] == "local" for item in deployments if "restarted" in item["tags"])
-
-
-def test_every_deployment_of_the_process_pool_has_a_run_among_the_tests() -> None:
-    text = (ROOT / "tests" / "integration" / "test_end_to_end.py").read_text()
-    assert not [name for name in NAMES if name.endswith("/local") and f'"{name}"' not in text]

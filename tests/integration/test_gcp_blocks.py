@@ -118,6 +118,18 @@ def secret_manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server.stop(None)
 
 
+@pytest.mark.parametrize("content", [None, "no json"])
+def test_a_key_file_that_cannot_be_read_is_named(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "key.json"
+    if content is not None:
+        file.write_text(content)
+    command = [sys.executable, "deployments/gcp_blocks.py"]
+    environment = {**os.environ, "PREFLOW_GCP_KEY_FILE": str(file)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"PREFLOW_GCP_KEY_FILE={file}: no service account's key can be read there: ")
+
+
 def test_register_says_how_the_blocks_are_named(blocks: str) -> None:
     assert "gs://team@bucket/prefix" in blocks
     assert "gcp-secret:judge-key" in blocks

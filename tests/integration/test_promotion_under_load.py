@@ -32,7 +32,7 @@ from tasks.promote import vllm as serving
 from tasks.promote.pointer import read_pointer
 from tasks.promote.vllm import ProbeFailed
 from tasks.store.workspace import AdapterRef, EvaluationRef, Workspace
-from tests.fakes.kubernetes.platform import wait_until
+from tests.deployed import until
 from tests.models import demo_adapter, demo_base
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-serve" / "bin" / "python"
@@ -91,12 +91,10 @@ class Stage:
         return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
     async def both(self, client: httpx.AsyncClient, number: int) -> list[str]:
-        """Return what each replica answers."""
         return [await self.answer(client, NAME, number, replica=replica) for replica in (0, 1)]
 
 
 def random_text(seed: int, length: int) -> list[int]:
-    """Return token ids beyond the special ones."""
     rng = random.Random(seed)
     return [rng.randrange(10, 600) for _ in range(length)]
 
@@ -132,7 +130,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     second.start()
     try:
         with first, pytest.MonkeyPatch.context() as patch:
-            wait_until(lambda: answers(f"{urls[1]}/health"), what="the second vLLM")
+            until(lambda: answers(f"{urls[1]}/health"))
             patch.setattr(socket, "getaddrinfo", resolve)
             found = Stage(folder, first, [f"{url}/v1" for url in urls], adapters)
             asyncio.run(find_telling_prompts(found))
@@ -262,7 +260,6 @@ async def test_an_adapter_is_read_from_disk_once(stage: Stage) -> None:
     """Without the plugin each step reads it again: slow, and the end of the engine where the folder has gone."""
     await stage.promote("a")
     pointer = read_pointer(stage.workspace, NAME)
-    assert pointer is not None
     folder = Path(pointer.current.uri)
     away = folder.rename(folder.with_name("away"))
     try:
@@ -346,7 +343,6 @@ async def test_a_vllm_killed_in_the_middle_leaves_the_pointer_and_is_put_right(
     verify = serving.verify_served
 
     async def killed_first(*arguments: Any) -> None:
-        assert stage.vllm._process is not None
         watchdog = stage.vllm._process.pid
         (server,) = Path(f"/proc/{watchdog}/task/{watchdog}/children").read_text().split()
         os.killpg(int(server), signal.SIGKILL)

@@ -31,7 +31,6 @@ N = 2
 class Measured:
     """What one provider was asked, and what came of it."""
 
-    provider: Provider
     requests: int
     failed: int
     left_out: list[str]
@@ -86,7 +85,7 @@ async def measure(provider: Provider, folder: Path, count: int = ROWS) -> Measur
     wrong += sum(outcome.row["best"] != longer(row) for row, outcome in votes if outcome.row)
     stage = {key: count for key, count in provider.answered.items() if "Say hello." not in key and "ping" not in key}
     doubled = sum(stage.values()) - len(stage)
-    return Measured(provider, provider.requests, provider.failed, sorted(left_out), lost, doubled, wrong)
+    return Measured(provider.requests, provider.failed, sorted(left_out), lost, doubled, wrong)
 
 
 async def sample_all(folder: Path, config: GenerationConfig, count: int) -> Found:

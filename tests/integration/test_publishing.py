@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from flows.publish import publish_adapter
-from tasks.config import PromotionConfig, PublishingConfig
+from tasks.config import EvaluationConfig, JudgingConfig, PromotionConfig, PublishingConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.evidence import collect_evidence
 from tasks.promote.pointer import install_adapter, move_pointer
@@ -43,7 +43,7 @@ def workspace(tmp_path: Path) -> str:
     return str(root)
 
 
-def promote(root: Path, weights: bytes) -> AdapterRef:
+def promote(root: Path, weights: bytes, are_judged: bool = True) -> AdapterRef:
     store = Workspace(root)
     made = root.parent / "made"
     made.mkdir(exist_ok=True)
@@ -59,6 +59,7 @@ def promote(root: Path, weights: bytes) -> AdapterRef:
                            manifest=store.uri("preferences/k/manifest.json"))  # fmt: skip
     judging = {"model": "judge-1", "panel": [{"model": "judge-2"}], "orders": 2,
                "rubric": "/home/someone/rubrics/house.md", "pair_policy": "unanimous"}  # fmt: skip
+    judging = judging if are_judged else {}
     counts = {"pair": 214, "dropped": 26, "train": 189, "val": 25}
     store.write_manifest(Manifest(artifact=pairs, stage="preferences", config=judging, counts=counts, **common))
     models = [Origin(kind="sft_adapter", uri="sft", sha256="b" * 64)]
@@ -76,7 +77,8 @@ def promote(root: Path, weights: bytes) -> AdapterRef:
     won = EvaluationRef(uri=store.uri("evaluations/k/win_rate.json"), sha256="0" * 64, size=1, rows=800,
                         adapter_sha256=sha256, win_rate=0.7, lower=0.65, upper=0.75,
                         manifest=store.uri("evaluations/k/manifest.json"))  # fmt: skip
-    store.write_manifest(Manifest(artifact=won, stage="evaluation", upstream=(adapter,), **common))
+    config = EvaluationConfig(judging=JudgingConfig(model="judge-3"))
+    store.write_manifest(Manifest(artifact=won, stage="evaluation", upstream=(adapter,), config=config, **common))
     move_pointer(adapter, won, install_adapter(adapter, str(root), "mine"), str(root), PromotionConfig(name="mine"))
     return adapter
 
@@ -88,29 +90,19 @@ async def published(workspace: str, **changes: Any) -> Any:
 async def test_the_adapter_arrives_with_its_card_and_nothing_else(workspace: str, hub: FakeHub) -> None:
     done = await published(workspace)
     repo = hub.repos["lab/better"]
-    assert repo.private
-    assert done.commit == repo.commits[-1]
-    assert done.url == f"{hub.url}/lab/better"
-    assert set(repo.files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
-    assert repo.files["chat_template.jinja"].decode() == TEMPLATE
-    assert repo.files["adapter_model.safetensors"] == b"weights"
-    assert json.loads(repo.files["adapter_config.json"]) == {"base_model_name_or_path": "lab/base-3b", "r": 16}
-
-
-async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> None:
-    done = await published(workspace)
-    card = hub.repos["lab/better"].files["README.md"].decode()
+    assert (repo.private, done.commit, done.url) == (True, repo.commits[-1], f"{hub.url}/lab/better")
+    files = {name: content.decode() for name, content in repo.files.items()}
+    card = files.pop("README.md")
+    assert json.loads(files.pop("adapter_config.json")) == {"base_model_name_or_path": "lab/base-3b", "r": 16}
+    assert files == {"adapter_model.safetensors": "weights", "chat_template.jinja": TEMPLATE}
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == "lab/base-3b"
-    assert front["library_name"] == "peft"
-    assert front["license"] == "apache-2.0"
+    assert [front[name] for name in ("base_model", "library_name", "license")] == ["lab/base-3b", "peft", "apache-2.0"]
     assert {"dpo", "trl", "lora"} <= set(front["tags"])
     for fact in (
-        "The interval holds at 97.5 %.",
-        "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "| preference pairs, training | 189 |",
-        "judge-1, judge-2",
-        "house.md", "| beta | 0.1 |", "| learning_rate | 5e-06 |", "| first loss | 0.6931 |", "b" * 64,
-        done.adapter_sha256, "trl 1.16.0",
+        "The interval holds at 97.5 %.", "70.0 % (65.0-75.0 %)", "50.6 % (47.1-54.0 %)", "judge-1, judge-2", "house.md",
+        "The same judge compared 800 samples", "Completions, as chosen", "## Judge\n\n| what",
+        "| preference pairs, training | 189 |", "| beta | 0.1 |", "| learning_rate | 5e-06 |",
+        "| first loss | 0.6931 |", "b" * 64, done.adapter_sha256, "trl 1.16.0",
         'AutoModelForCausalLM.from_pretrained("lab/base-3b", revision="v1.2"), "lab/better")',
         "hf download lab/better chat_template.jinja --local-dir .\n"
         "vllm serve lab/base-3b --revision v1.2 --chat-template chat_template.jinja \\\n"
@@ -119,6 +111,15 @@ async def test_the_card_says_how_it_was_made(workspace: str, hub: FakeHub) -> No
         assert fact in card, fact
     assert "/home/someone" not in card
     assert TOKEN not in card
+
+
+async def test_the_card_credits_no_judge_with_pairs_that_were_given(tmp_path: Path, hub: FakeHub) -> None:
+    promote(tmp_path / "workspace", b"weights", are_judged=False)
+    await published(str(tmp_path / "workspace"))
+    card = hub.repos["lab/better"].files["README.md"].decode()
+    assert "judge-3 compared 800 samples" in card
+    assert "pairs that were made elsewhere, and given. The data" in card
+    assert "## Judge" not in card
 
 
 @pytest.mark.parametrize("uploads", [True, False])
@@ -157,22 +158,17 @@ async def test_the_same_adapter_again_is_no_commit_and_a_new_one_is(workspace: s
     assert hub.repos["lab/better"].files["adapter_model.safetensors"] == b"better weights"
 
 
-@pytest.mark.parametrize("where", ["/preupload/", "/blob/"])
-async def test_a_hub_that_is_busy_is_waited_for(workspace: str, hub: FakeHub, where: str) -> None:
-    hub.faults = {where: [503, 503]}
-    await published(workspace)
-    assert hub.repos["lab/better"].files["adapter_model.safetensors"] == b"weights"
-
-
-async def test_a_hub_that_stays_away_leaves_nothing_half_done(workspace: str, hub: FakeHub) -> None:
-    hub.faults = {"/commit/": [503] * 50}
+async def test_a_hub_that_is_busy_is_waited_for_and_one_that_stays_away_leaves_nothing_half_done(
+    workspace: str, hub: FakeHub
+) -> None:
+    hub.faults = {"/preupload/": [503, 503], "/blob/": [503, 503], "/commit/": [503] * 50}
     with pytest.raises(PreflowError, match=r"answered 503.*run again later"):
         await published(workspace)
     assert hub.repos["lab/better"].files == {}
-    hub.faults = {}
+    sent, hub.faults = sum(method == "PUT" for method, _ in hub.asked), {}
     await published(workspace)
     assert len(hub.repos["lab/better"].files) == 4
-    assert sum(method == "PUT" for method, _ in hub.asked) == 1, "what had arrived was sent again"
+    assert sum(method == "PUT" for method, _ in hub.asked) == sent, "what had arrived was sent again"
 
 
 async def test_a_commit_whose_answer_is_lost_is_not_called_undone(workspace: str, hub: FakeHub) -> None:

@@ -1,6 +1,7 @@
 """Two servers behind one name, as behind a headless Service: an adapter is exchanged on both or on neither."""
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ from tasks.errors import PreflowError
 from tasks.llm import vllm_admin
 from tasks.llm.client import Endpoint
 from tasks.promote import vllm
+from tasks.promote.pointer import move_pointer, serve_adapter
 from tasks.promote.vllm import ProbeFailed, is_served, swap_adapter
+from tasks.store.workspace import AdapterRef, EvaluationRef
 from tests.fakes.process import FakeOpenAI
 
 
@@ -73,6 +76,30 @@ async def test_both_servers_have_the_new_adapter_or_both_the_old_one(
             await swap_adapter(str(tmp_path / "old"), *given[1:])
     assert [served(address) for address in servers] == ["new" if broken is None else "old"] * 2
     assert {(address, address) for address in servers} == set(proved)
+
+
+async def test_a_promotion_that_fails_does_not_undo_one_that_came_first(
+    servers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read the pointer, then another flow promotes and ends, and then its own adapter fails the probe."""
+    promotion, facts = PromotionConfig(name="live", endpoint=servers[0]), {"sha256": "a" * 64, "size": 1, "rows": 1}
+    won = EvaluationRef(uri="e", adapter_sha256="a" * 64, win_rate=0.7, lower=0.6, upper=0.8, **facts)
+
+    def promoted(name: str) -> None:
+        adapter = AdapterRef(uri=str(tmp_path / name), **{**facts, "sha256": name * 20})
+        move_pointer(adapter, won, adapter.uri, str(tmp_path), promotion)
+
+    async def verify(server: Endpoint, uri: str, promotion: PromotionConfig) -> None:
+        if uri.endswith("bad"):
+            promoted("new")
+            raise ProbeFailed("it is another adapter")
+
+    monkeypatch.setattr(vllm, "verify_served", verify)
+    promoted("old")
+    shutil.copytree(tmp_path / "new", tmp_path / "bad")
+    with pytest.raises(ProbeFailed, match="it is another adapter"):
+        await serve_adapter(str(tmp_path / "bad"), str(tmp_path), promotion)
+    assert [served(address) for address in servers] == ["new", "new"]
 
 
 async def test_an_adapter_that_one_server_lacks_is_taken_from_the_other(servers: list[str], tmp_path: Path) -> None:

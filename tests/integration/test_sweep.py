@@ -89,7 +89,6 @@ class Bench:
         return [row for row in self.fake.requests()[start:] if row["status"] == 200 and row["prompt"] not in TRIALS]
 
     def trainings(self) -> list[Path]:
-        """The folders of the finished trainings."""
         return [marker.parents[1] for marker in self.workspace.glob("training/*/adapter/COMMITTED.json")]
 
 
@@ -177,7 +176,6 @@ def test_the_result_is_ranked_and_shown(bench: Bench, result: SweepResult) -> No
     names = [f"point-{number}.html" for number in range(1, 7)] + ["report.html", "result.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
     best = result.best()
-    assert best is not None
     page = (folder / "report.html").read_text()
     assert f"point {best.number} ({best.name})" in page
     assert "prefect deployment run dpo-pipeline/local" in page
@@ -242,12 +240,8 @@ async def test_a_sweep_over_its_budget_asks_nobody(bench: Bench, result: SweepRe
 
 async def test_the_best_is_promoted_where_that_is_asked_for(bench: Bench, result: SweepResult) -> None:
     best = result.best()
-    assert best is not None
-    assert best.made is not None
     promoted = await swept(bench, grid=GRID, promote_best=True)
-    assert promoted.promotion is not None
     pointer = read_pointer(str(bench.workspace), "dpo")
-    assert pointer is not None
     assert pointer.current.adapter_sha256 == best.made.adapter.sha256
     page = bench.workspace / "sweeps" / result.key / f"point-{best.number}.html"
     assert f"Adapter {pointer.current.adapter_sha256[:12]} is served as" in page.read_text()
@@ -256,7 +250,6 @@ async def test_the_best_is_promoted_where_that_is_asked_for(bench: Bench, result
 
 @pytest.fixture
 def pool(bench: Bench) -> Iterator[str]:
-    """A work pool with a process worker."""
     prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
     subprocess.run([*prefect, "work-pool", "create", "sweep", "--type", "process"], check=True, timeout=120)
     with process_worker(bench.folder, "sweep"):

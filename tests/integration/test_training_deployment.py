@@ -16,12 +16,11 @@ from uuid import UUID
 import pytest
 import pytest_asyncio
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.states import AwaitingRetry, Cancelling
 
-from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.config import GenerationConfig, JudgingConfig, PipelineConfig
 from tasks.errors import PreflowError
 from tasks.run.preflight import prepare_run
 from tasks.store.workspace import AdapterRef
@@ -297,40 +296,3 @@ async def test_the_pipeline_checks_its_deployment_before_it_asks_anybody(world: 
     config = config.model_copy(update={"prompts": str(prompts), "training_deployment": "train-dpo/nowhere"})
     with pytest.raises(PreflowError, match="there is no such deployment"):
         await prepare_run(config)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pods(deployed: None) -> str:
-    """A deployment of the training on a pool of type kubernetes that nobody works for."""
-    async with get_client() as client:
-        await client.create_work_pool(WorkPoolCreate(name="pods", type="kubernetes"))
-        flow = await client.read_flow_by_name("train-dpo")
-        await client.create_deployment(flow.id, "pods", work_pool_name="pods")
-    return "train-dpo/pods"
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"workspace": "/data/workspace"}, r"workspace /data/workspace: a pod of the work pool pods cannot.*gs://"),
-        ({"training": {"sft_adapter": "sft"}}, r"training\.sft_adapter /.*/sft: a pod"),
-        ({"training": {"base_model": "/models/base"}}, r"training\.base_model /models/base: a pod.*on the hub"),
-        ({"training": {"base_model": "./base"}}, r"training\.base_model /.*/base: a pod.*on the hub"),
-    ],
-)
-async def test_what_a_pod_cannot_see_is_refused(pods: str, changes: dict[str, Any], said: str) -> None:
-    training = {"sft_adapter": "gs://bucket/sft", "base_model": "org/base", **changes.get("training", {})}
-    with pytest.raises(PreflowError, match=said):
-        await check_deployment(pods, changes.get("workspace", "/workspace"), TrainingConfig.model_validate(training))
-
-
-async def test_a_pool_without_a_worker_is_a_warning_and_a_paused_one_an_error(
-    pods: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    training = TrainingConfig(sft_adapter="gs://bucket/sft")
-    await check_deployment(pods, "gs://bucket/workspace", training)
-    assert "no worker of the work pool pods is online" in caplog.text
-    async with get_client() as client:
-        await client.update_work_pool("pods", WorkPoolUpdate(is_paused=True))
-    with pytest.raises(PreflowError, match="work pool pods is paused"):
-        await check_deployment(pods, "gs://bucket/workspace", training)

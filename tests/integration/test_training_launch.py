@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tasks.errors import PreflowError
 from tasks.store.workspace import AdapterRef, Workspace
 from tasks.train.launch import Preempted, run_training, training_key
 from tasks.train.spec import Progress
@@ -82,7 +79,7 @@ def test_the_manifest_says_what_made_it(trained: Trained, world: TinyWorld) -> N
     assert json.loads((trained.folder / "health.json").read_text())["readings"]
 
 
-def test_progress_is_told(trained: Trained) -> None:
+def test_progress_is_told_and_a_finished_training_is_not_repeated(trained: Trained) -> None:
     phases = [progress.phase for progress in trained.progress]
     assert phases[0] == "loading"
     assert {"reference", "training", "evaluating", "saving"} <= set(phases)
@@ -90,9 +87,6 @@ def test_progress_is_told(trained: Trained) -> None:
     assert (last.step, last.total) == (12, 12)
     assert last.pairs_per_second is not None
     assert last.pairs_per_second > 0
-
-
-def test_a_finished_training_is_not_repeated(trained: Trained) -> None:
     trained.progress.clear()
     assert trained.run() == trained.adapter
     assert trained.progress == []
@@ -118,12 +112,6 @@ def test_a_damaged_adapter_is_made_again(
     assert trained.run() == trained.adapter
     assert "adapter/adapter_model.safetensors: damaged" in caplog.text
     assert file.read_bytes() == content
-
-
-@pytest.mark.long  # another training
-def test_an_invariant_reaches_the_caller_with_its_name(world: TinyWorld, tmp_path: Path) -> None:
-    with pytest.raises(PreflowError, match="invariant adapter-moves"):
-        Trained(world, tmp_path, learning_rate=1e-30)
 
 
 @pytest.mark.long  # two processes on one core each
@@ -180,15 +168,3 @@ def _is_second_worker(process: psutil.Process) -> bool:
         return mine and process.environ().get("RANK") == "1"
     except psutil.Error:
         return False
-
-
-@pytest.mark.long  # another training
-def test_robust_loss_takes_the_measured_flip_rate(world: TinyWorld, tmp_path: Path) -> None:
-    folder = tmp_path / "preferences"
-    shutil.copytree(Path(world.preferences.uri).parent, folder)
-    (folder / "quality.json").write_text(json.dumps({"metrics": [{"name": "flip_rate", "value": 0.32}]}))
-    measured = replace(world, preferences=world.preferences.model_copy(update={"uri": str(folder / "train.jsonl")}))
-    changes = {"loss_type": "robust", "measured_label_smoothing": True, "max_steps": 2}
-    manifest = json.loads((Trained(measured, tmp_path, **changes).folder / "manifest.json").read_text())
-    assert manifest["config"]["label_smoothing"] == pytest.approx(0.2)
-    assert manifest["figures"]["first_loss"] == pytest.approx(0.693147, abs=1e-5)

@@ -27,8 +27,7 @@ def measure_pairs(train: str, val: str | None = None, completions: str | None = 
         val: the held-out pairs, if there are any.
         completions: JSONL of the completions that were judged; without it nothing is said about positions.
 
-    Raises:
-        PreflowError: a file is missing or empty, or a row is wrong (file, line and field are named).
+    Raises `PreflowError`: a file is missing or empty, or a row is wrong (file, line and field are named).
     """
     tally, rows, lost = Tally(), Counter[str](), Counter[str]()
     candidates = _read_candidates(completions) if completions else None

@@ -29,7 +29,13 @@ def measure_judgements(rows: Iterable[Mapping[str, Any]], usage: Mapping[str, in
         _pair_yield(tally), failed, *positions(tally), _flip_rate(tally), _agreement(tally), confidence(tally),
         unreadable, _tokens_per_verdict(tally, usage or {}),
     )  # fmt: skip
-    return make_report(tally, [*judge, *_scores(tally), *texts(tally)])
+    scores = []
+    if tally.scores:  # where the judges were asked for them
+        mean = sum(score * count for score, count in tally.scores.items()) / tally.scores.total()
+        histogram = {str(score): count for score, count in sorted(tally.scores.items())}
+        about = ("best_score", "Score of a prompt's best completion (1-10)", None, "for information")
+        scores = [make_metric(about, mean, detail={"histogram": histogram})]
+    return make_report(tally, [*judge, *scores, *texts(tally)])
 
 
 def make_report(tally: Tally, metrics: Sequence[Metric]) -> QualityReport:
@@ -277,16 +283,6 @@ def confidence(tally: Tally) -> Metric:
         )
     histogram = {str(value): count for value, count in sorted(tally.confidence.items())}
     return make_metric(about, mean, advice is None, advice, {"histogram": histogram})
-
-
-def _scores(tally: Tally) -> list[Metric]:
-    """Return how good the best completions are by themselves, if the judges were asked for scores."""
-    if not tally.scores:
-        return []
-    mean = sum(score * count for score, count in tally.scores.items()) / tally.scores.total()
-    histogram = {str(score): count for score, count in sorted(tally.scores.items())}
-    about = ("best_score", "Score of a prompt's best completion (1-10)", None, "for information")
-    return [make_metric(about, mean, detail={"histogram": histogram})]
 
 
 # ---- the texts

@@ -6,6 +6,6 @@ store.py       the objects, their versions, and who watches them
 kubelet.py     pods: a container as processes, phases, termination, lost nodes
 jobs.py        the Job controller, and what a Job and its pods must look like
 api.py         HTTP: routes, the worker's role, the log of requests
-cluster.py     for tests: the double or a real cluster, and faults to order
+cluster.py     for tests: what they see of the double, and faults to order
 platform.py    for tests: preflow on that cluster
 """

@@ -97,7 +97,7 @@ class Api:
     def __init__(self, folder: Path, haste: float) -> None:
         self.store = Store()
         self.kubelet = Kubelet(self.store, folder)
-        self._jobs = jobs.JobController(self.store, self.kubelet, haste)
+        self.jobs = jobs.JobController(self.store, self.kubelet, haste)
         self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=0.5)
         self.requests: list[dict[str, Any]] = []
 
@@ -113,7 +113,7 @@ class Api:
         """Serve on a free port; return the address."""
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self._controller = asyncio.create_task(self._jobs.work())
+        self._controller = asyncio.create_task(self.jobs.work())
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def stop(self) -> None:
@@ -161,7 +161,7 @@ class Api:
                 self.kubelet.delete(item, _grace(asked, body))
             case "jobs", "delete":
                 policy = body.get("propagationPolicy") or asked.query.get("propagationPolicy")
-                self._jobs.delete(item, policy == "Foreground", _grace(asked, body))
+                self.jobs.delete(item, policy == "Foreground", _grace(asked, body))
         return web.json_response(item)
 
     async def _watch(self, request: web.Request, asked: Asked) -> web.StreamResponse:

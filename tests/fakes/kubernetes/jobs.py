@@ -86,25 +86,12 @@ class JobController:
 
     def _create_pod(self, job: Object) -> list[Object]:
         metadata, template = job["metadata"], job["spec"]["template"]
-        problems = pod_security_problems(template["spec"])
-        if problems:
-            text = f'violates PodSecurity "restricted:latest": {", ".join(problems)}'
-            self._warn(job, f'Error creating: pods "{metadata["name"]}-" is forbidden: {text}')
-            return []
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": metadata["name"], "uid": metadata["uid"]}
         labels = {**template["metadata"].get("labels", {}), "job-name": metadata["name"]}
         about = {"generateName": metadata["name"] + "-", "labels": labels, "ownerReferences": [owner]}
         pod = self._store.create("pods", {"metadata": about, "spec": template["spec"], "status": {"phase": "Pending"}})
         self._kubelet.accept(pod)
         return [pod]
-
-    def _warn(self, job: Object, message: str) -> None:
-        about = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
-        if not self._store.all("events", lambda event: event["involvedObject"] == about):
-            self._store.create("events", {
-                "metadata": {"generateName": about["name"]}, "involvedObject": about, "type": "Warning",
-                "reason": "FailedCreate", "message": message, "lastTimestamp": now(),
-            })  # fmt: skip
 
     def delete(self, job: Object, foreground: bool, grace: float | None) -> None:
         """Delete a Job with its pods; in the foreground they go first."""

@@ -76,11 +76,9 @@ class Container:
         return 128 + signal.SIGKILL if self._killed else code
 
     def terminate(self) -> None:
-        """Send SIGTERM to the first process alone."""
         self._signal_first(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill all processes at once."""
         if self.is_running:
             self._killed = True
             self._signal_first(signal.SIGKILL)
@@ -93,11 +91,9 @@ class Container:
 
     @property
     def is_running(self) -> bool:
-        """Tell whether its first process lives."""
         return self._process.poll() is None
 
     def processes(self) -> list[int]:
-        """Return the pids, as this machine counts them."""
         with suppress(psutil.NoSuchProcess):
             return [process.pid for process in psutil.Process(self._process.pid).children(recursive=True)]
         return []
@@ -119,7 +115,6 @@ class Kubelet:
         return self._store.changing("pods", pod)
 
     def accept(self, pod: Object) -> None:
-        """Take a pod that was just created."""
         self._soon(self._run(pod))
 
     async def _run(self, pod: Object) -> None:

@@ -34,8 +34,6 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """One event of an object's life."""
-
     version: int
     plural: str
     type: str
@@ -43,7 +41,6 @@ class Change:
 
 
 def now() -> str:
-    """Return the time as the API writes it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -102,7 +99,6 @@ class Store:
             self._note("MODIFIED", plural, item)
 
     def delete(self, plural: str, item: Object) -> None:
-        """Remove an object for good."""
         del self._objects[plural, item["metadata"]["name"]]
         self._note("DELETED", plural, item)
 
@@ -136,5 +132,4 @@ def set_condition(item: Object, kind: str, reason: str = "", message: str = "") 
 
 
 def has_condition(item: Object, kind: str) -> bool:
-    """Tell whether a condition is True."""
     return any(condition["type"] == kind for condition in item["status"].get("conditions", []))

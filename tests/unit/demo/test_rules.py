@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from tasks.demo import rules
-from tasks.demo.corpus import Flaw, continuation, episodes, opening, system_message
+from tasks.demo.corpus import Flaw, continuation, episodes, opening, prompt_of
 from tasks.demo.rules import score
 
 SCENE = """[system]
@@ -23,7 +23,7 @@ def marks(flaws: frozenset[Flaw], count: int = 150) -> list[float]:
     for index, episode in zip(range(count), episodes(held_out=False), strict=False):
         rng = random.Random(index)
         start = opening(episode, rng)
-        scene = "\n".join([system_message(episode), *map(str, start)])
+        scene = "\n".join(message["content"] for message in prompt_of(episode, start))
         found.append(score(scene, continuation(episode, start, flaws, rng)))
     return found
 

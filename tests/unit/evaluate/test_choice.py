@@ -107,15 +107,13 @@ def test_the_checkpoint_that_won_is_what_is_evaluated_shown_and_handed_on(tmp_pa
         root = tmp_path / one.sha256[0]
         made = evaluated(root, lambda row, of=one: [int(int(row[-1]) + int(row[1]) < wins[of.sha256[0]])] * 2, 9)
         verdicts = Workspace(root).read_manifest(made).origin("verdicts")
-        assert verdicts is not None
         judged.append((one, Workspace(root).read_manifest(verdicts).artifact))
-    choice = record_choice(judged, str(tmp_path), EVALUATION)  # type: ignore[arg-type]
+    choice = record_choice(judged, str(tmp_path), EVALUATION)
     assert choice.adapter == checkpoints[1]
-    assert record_choice(judged, str(tmp_path), EVALUATION) == choice  # type: ignore[arg-type]
+    assert record_choice(judged, str(tmp_path), EVALUATION) == choice
     evaluation = evaluated(tmp_path, lambda _: [1, 1], adapter=choice.adapter, choice=choice)
     assert evaluated_adapter(last, evaluation) == choice.adapter
     found = read_choice(evaluation)
-    assert found is not None
     assert [one.step for one in found.tried] == [1, 2, 3]
     assert found.prompts == tuple(f"p{n}" for n in range(9))
     section = choice_section(found)

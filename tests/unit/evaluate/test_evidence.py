@@ -10,10 +10,19 @@ import pytest
 from preflow.cli import Exit, main
 from tasks.config import PipelineConfig, PromotionConfig
 from tasks.errors import PreflowError
-from tasks.evaluate.evidence import collect_evidence, find_differences, read_evidence
+from tasks.evaluate.evidence import Made, collect_evidence, find_differences, read_evidence
 from tasks.evaluate.labels import Labelling, record_agreement
 from tasks.store.measures import Choice, Tried
-from tasks.store.workspace import AdapterRef, EvaluationRef, PipelineResult, PreferencesRef, Workspace, digest
+from tasks.store.workspace import (
+    AdapterRef,
+    CompletionsRef,
+    EvaluationRef,
+    Manifest,
+    PipelineResult,
+    PreferencesRef,
+    Workspace,
+    digest,
+)
 from tests.fakes.evaluated import evaluated
 
 PROMOTION = PromotionConfig(min_win_rate=0.55)
@@ -31,7 +40,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> EvaluationRef:
     made = evaluated(tmp_path_factory.mktemp("workspace"), mostly_new, judges=("other",))
     labelling = Labelling(made, 20)
     for number in range(labelling.total):
-        labelling.answer(number, "012"[number % 3])  # type: ignore[arg-type]
+        labelling.answer(number, "012"[number % 3])
     record_agreement(made)
     return made
 
@@ -67,6 +76,13 @@ def test_it_tells_no_folder_no_address_and_no_secret(file: Path, evaluation: Eva
     assert '"rubric": "house.md"' in text
 
 
+@pytest.mark.parametrize(("config", "told"), [({}, {}), ({"seed": 3}, {"seed": 3})])
+def test_of_completions_that_were_given_no_settings_are_told(config: Any, told: Any) -> None:
+    given = CompletionsRef(uri="c", sha256="a" * 64, size=1, rows=1)
+    manifest = Manifest(artifact=given, stage="generation", version=1, key="k", files={}, config=config)
+    assert {name: value for name, value in Made.of(manifest).settings.items() if name == "seed"} == told
+
+
 def vote(value: Any, rows: str = "comparisons", row: int = 3, order: int = 0) -> Any:
     return value[rows][row]["row"]["votes"][order]
 
@@ -78,7 +94,6 @@ def sides(value: Any) -> None:
 
 
 def forge(value: Any) -> None:
-    """Change a vote together with the row's digest."""
     vote(value)["best"] = 0
     value["comparisons"][3]["sha256"] = digest(value["comparisons"][3]["row"])[:16]
 

@@ -1,6 +1,7 @@
 """A person's labels: which comparisons are shown, what is kept, and what they say of the judge and the win rate."""
 
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from tasks.errors import PreflowError
 from tasks.evaluate import labels as person
 from tasks.evaluate.labels import Labelling, choose_rows, measure_agreement, read_labels, record_agreement
 from tasks.promote.pointer import find_disagreement
-from tasks.store.measures import Agreement, read_evaluation
+from tasks.store.measures import read_evaluation
 from tests.fakes.comparisons import ERRING_JUDGES, PlantedJudge, draw_labels
 from tests.fakes.evaluated import evaluated
 
 Row = dict[str, Any]
-EVALUATION = EvaluationConfig(judging=JudgingConfig(model="j"))
+measure = partial(measure_agreement, evaluation=EvaluationConfig(judging=JudgingConfig(model="j")))
 
 
 def rows(*outcomes: float | None, start: int = 0) -> list[Row]:
@@ -59,7 +60,6 @@ def test_answers_are_kept_as_they_come_and_outlive_another_judge(tmp_path: Path)
     labelling.answer(0, "0")
     assert list(read_labels(made).values()).count(0.5) == 1
     found = record_agreement(made)
-    assert found is not None
     assert read_evaluation(made).agreement == found
     kept = Path(person.labels_uri(made)).rename(tmp_path / "labels.json")
     assert record_agreement(made) is None
@@ -69,7 +69,6 @@ def test_answers_are_kept_as_they_come_and_outlive_another_judge(tmp_path: Path)
     assert again.uri != made.uri
     assert len(read_labels(again)) == 12
     disagreeing = record_agreement(again)
-    assert disagreeing is not None
     assert disagreeing.share.value == pytest.approx(0.5 / 12)
 
 
@@ -85,25 +84,18 @@ def test_nothing_to_judge_and_nothing_judged(tmp_path: Path) -> None:
         read_labels(made)
 
 
-def measure(judged: list[Row], labels: dict[str, float]) -> Agreement:
-    found = measure_agreement(judged, labels, EVALUATION)
-    assert found is not None
-    return found
-
-
 def test_agreement_by_hand() -> None:
     human, judge = [1, 0, 0, 0.5, 1], [1, 1, 0, 0.5, 0.5]
     found = measure(rows(*judge, 0, 1, 1), {f"p{k}#0": worth for k, worth in enumerate(human)})
     assert (found.labels, found.share.value) == (5, pytest.approx((1 + 0 + 1 + 1 + 0.5) / 5))
     chance = np.mean([1 - abs(h - j) for h in human for j in judge])
-    assert found.kappa is not None
     assert found.kappa.value == pytest.approx((0.7 - chance) / (1 - chance))
     assert found.share.lower < 0.7 < found.share.upper
 
 
 def test_labels_of_what_nobody_asked_and_of_other_runs_do_not_count() -> None:
     judged = [*rows(1, 0, None), {**rows(1, start=3)[0], "votes": [{"judge": "j", "error": "unreadable"}]}]
-    assert measure_agreement(judged, {"p2#0": 1.0, "p3#0": 1.0, "x": 1.0}, EVALUATION) is None
+    assert measure(judged, {"p2#0": 1.0, "p3#0": 1.0, "x": 1.0}) is None
     found = measure(judged, {"p0#0": 1.0, "p2#0": 1.0})
     assert (found.labels, found.corrected.samples) == (1, 3)
     same = measure(rows(*[1.0] * 50), {f"p{number}#0": 1.0 for number in range(50)})

@@ -19,7 +19,7 @@ from tests.fakes.comparisons import better_wins, compared, draw_groups, draw_tex
 INDEPENDENT = Design(prompts=400, samples=1, ties=0.0, design_effect=1.0, per_cluster=1.0)
 
 
-def judged(comparisons: list) -> Evaluation:  # type: ignore[type-arg]
+def judged(comparisons: list) -> Evaluation:
     return judge_adapter("0" * 64, comparisons, [], None, EvaluationConfig())
 
 
@@ -38,6 +38,12 @@ def test_length_that_differs_costs_power() -> None:
     same, longer = (design_of(judged(draw_texts(rng, better_wins, by, norm.ppf(0.58), 800))) for by in (0.0, 0.6))
     assert longer.design_effect > 1.5 * same.design_effect
     assert smallest_detectable(longer) > smallest_detectable(same)
+
+
+def test_a_judge_that_always_ties_does_not_make_every_later_evaluation_too_small() -> None:
+    tied = judged(compared({str(k): [0.5] * 4 for k in range(100)}))
+    assert design_of(tied).design_effect == pytest.approx(4)
+    assert "too few" not in power.describe_power(design_of(tied, 200, 4), 0.5, 0.95)
 
 
 def test_the_textbook_number_of_comparisons() -> None:

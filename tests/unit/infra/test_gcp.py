@@ -99,16 +99,6 @@ def test_the_settings_of_the_overlay_are_all_written() -> None:
     assert given == {line.split("=")[0] for line in example.splitlines() if line}
 
 
-def test_gpus_come_up_in_any_zone_and_cost_nothing_while_idle() -> None:
-    for name, spot in (("l4_spot", True), ("l4_on_demand", None)):
-        pool = resources()[f"google_container_node_pool.{name}"]
-        (node,), (autoscaling,) = pool["node_config"], pool["autoscaling"]
-        assert (pool["initial_node_count"], autoscaling["total_min_node_count"]) == (0, 0)
-        assert not {"min_node_count", "max_node_count"} & set(autoscaling), "a limit for each zone excludes one for all"
-        assert pool["node_locations"] == "${var.gpu_zones}"
-        assert node.get("spot") is spot
-
-
 def test_workload_identity_is_given_to_accounts_that_exist() -> None:
     accounts = (ROOT / "infra/k8s/base/accounts.yaml").read_text()
     for account in re.findall(r'"(preflow-\w+)"', re.search(r"bucket_accounts\s+= (.*)", TEXT).group(1)):  # type: ignore[union-attr]

@@ -1,6 +1,5 @@
 """The images: what they copy is there, what they install is pinned, and a SIGTERM reaches what they run."""
 
-import fnmatch
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.dockerfile import DOCKER, instructions, values
+from tests.fakes.dockerfile import DOCKER, values
 from tests.fakes.process import ROOT
 
 IMAGES = ("flow", "train", "serve")
@@ -22,34 +21,12 @@ PACKAGES = [name.removesuffix("*") for name in SETUPTOOLS["packages"]["find"]["i
 VLLM_PYTHON = ROOT / ".venv-serve" / "bin" / "python"
 
 
-def is_sent(path: str) -> bool:
-    """Tell whether .dockerignore lets a path into the build; the last pattern that matches it or a parent decides."""
-    ignored = False
-    parts = Path(path).parts
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
-        pattern = line.strip().removeprefix("!")
-        if not pattern or pattern.startswith("#"):
-            continue
-        parents = ["/".join(parts[: end + 1]) for end in range(len(parts))]
-        if any(fnmatch.fnmatch(parent, pattern.removeprefix("**/")) for parent in parents):
-            ignored = not line.startswith("!")
-    return not ignored
-
-
 @pytest.mark.parametrize("image", IMAGES)
-def test_what_is_copied_is_there_and_sent(image: str) -> None:
+def test_what_is_copied_is_there(image: str) -> None:
     for value in values(image, "COPY"):
         *sources, _ = value.split()
         for source in sources:
             assert (ROOT / source).exists(), source
-            assert is_sent(source), f"{source} is kept out by .dockerignore"
-
-
-@pytest.mark.parametrize(
-    "path", [".env", ".git/config", "workspace/cache/x", ".demo/keys", "infra/gcp/terraform.tfstate"]
-)
-def test_nothing_else_gets_into_a_build(path: str) -> None:
-    assert not is_sent(path)
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -64,14 +41,9 @@ def test_it_is_no_root_hears_signals_and_starts_from_a_pinned_image(image: str) 
 
 
 @pytest.mark.parametrize("image", ["flow", "train"])
-def test_dependencies_are_pinned_and_cached_apart_from_the_code(image: str) -> None:
-    steps = instructions(image)
-    (install,) = (i for i, (name, value) in enumerate(steps) if name == "RUN" and "--requirement" in value)
-    assert "--constraint constraints.txt" in steps[install][1]
-    copied_before = " ".join(value for name, value in steps[:install] if name == "COPY")
-    assert copied_before == "pyproject.toml constraints.txt infra/docker/requirements.py ./"
-    copied_after = [value.split()[0] for name, value in steps[install:] if name == "COPY"]
-    assert set(PACKAGES) <= set(copied_after)
+def test_every_package_is_in_it_and_every_dependency_is_pinned(image: str) -> None:
+    assert any("--constraint constraints.txt" in value for value in values(image, "RUN"))
+    assert set(PACKAGES) <= {value.split()[0] for value in values(image, "COPY")}
     assert values(image, "RUN")[-1].endswith(f"compileall -q {' '.join(PACKAGES)}")
 
 

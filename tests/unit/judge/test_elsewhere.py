@@ -53,11 +53,14 @@ def test_pairs_are_split_by_prompt_and_measured(tmp_path: Path) -> None:
     assert import_preferences(source, str(tmp_path / "ws"), judging) == made
 
 
-def test_what_is_wrong_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    alike = [{**pair, "group": "book"} for pair in pairs(30)]
-    for rows, said in (([*pairs(3), {"chosen": "x"}], r"p.jsonl:4: no chosen and rejected"),
-                       (alike, "all 30 rows have the same `group`")):  # fmt: skip
-        source = write(tmp_path / "p.jsonl", rows)
-        with pytest.raises(PreflowError, match=said):
-            import_preferences(source, str(tmp_path / "ws"), JudgingConfig(rubric="demo"))
-        assert not list((tmp_path / "ws").rglob("*.jsonl"))
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([*pairs(3), {"chosen": "x"}], r"p.jsonl:4: no chosen and rejected"),
+        ([{**pair, "group": "book"} for pair in pairs(30)], "all 30 rows have the same `group`"),
+    ],
+)
+def test_what_is_wrong_is_named_and_leaves_nothing_behind(rows: list[Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(PreflowError, match=said):
+        import_preferences(write(tmp_path / "p.jsonl", rows), str(tmp_path / "ws"), JudgingConfig(rubric="demo"))
+    assert not list((tmp_path / "ws").rglob("*.jsonl"))

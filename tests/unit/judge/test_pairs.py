@@ -12,18 +12,10 @@ from tasks.config import EvaluationConfig, JudgingConfig, PairPolicy
 from tasks.errors import PreflowError
 from tasks.judge.asking import plan_judging
 from tasks.judge.elsewhere import import_preferences
-from tasks.judge.pairs import (
-    Decision,
-    check_groups,
-    check_yield,
-    decide,
-    is_validation,
-    make_preferences,
-    preference_pair,
-)
+from tasks.judge.pairs import Decision, check_groups, check_yield, decide, is_validation, make_preferences
 from tasks.judge.quality.audit import measure_pairs
 from tasks.store.measures import QualityReport
-from tasks.store.records import VerdictsRow, Vote
+from tasks.store.records import Vote
 from tasks.store.workspace import CompletionsRef, Cost, Manifest, PreferencesRef, VerdictsRef, Workspace, digest
 
 Row = dict[str, Any]
@@ -166,7 +158,7 @@ def test_rows_for_the_sft_term_have_equal_sides_and_are_never_held_out(tmp_path:
     assert all(row["chosen"] == row["rejected"] for row in alone)
     assert [row for row in found["train"] if not row.get("sft_only")] == without["train"]
     assert found["val"] == without["val"]
-    counts = Workspace(tmp_path).read_json(str(preferences.manifest))["counts"]
+    counts = counts_of(preferences)
     assert counts["sft_only"] == len(alone) == preferences.rows - off.rows
     assert 0 < len(alone) < 20, "what lies on the held-out side is left out"
     quality = QualityReport.model_validate_json(Path(preferences.sibling("quality.json")).read_text())
@@ -190,15 +182,13 @@ def test_nothing_but_rows_for_the_sft_term_is_no_pair(tmp_path: Path) -> None:
 def test_settings_that_are_off_leave_keys_and_rows_as_they_were(tmp_path: Path) -> None:
     names = {"rejected_sigmas", "min_chosen_score", "unsure_for_sft"}
     on = JudgingConfig(rejected_sigmas=2, min_chosen_score=6, unsure_for_sft=True)
-    assert not names & JudgingConfig().identity().keys()
-    assert not names & JudgingConfig().pairs_identity().keys()
+    assert not names & (JudgingConfig().identity().keys() | JudgingConfig().pairs_identity().keys())
     assert names <= on.pairs_identity().keys() & on.identity().keys()
     assert not names & on.verdict_identity().keys(), "another floor asks nobody"
-    off = EvaluationConfig(judging=on).comparison_judge()
-    assert not off.wants_scores, "comparisons need no scores"
+    assert not EvaluationConfig(judging=on).comparison_judge().wants_scores, "comparisons need no scores"
     found = make(tmp_path, make_rows(10))
     assert not any("scores" in row or "scores" in row["votes"][0] for row in sides(found)["judged"])
-    assert "low_scores" not in Workspace(tmp_path).read_json(str(found.manifest))["counts"]
+    assert "low_scores" not in counts_of(found)
 
 
 def test_scores_are_counted_measured_and_travel_with_the_pair(tmp_path: Path) -> None:
@@ -212,8 +202,7 @@ def test_scores_are_counted_measured_and_travel_with_the_pair(tmp_path: Path) ->
     # Rows 0 and 5 have no best; of the others 1 and 6 score 5.
     assert [row["chosen_score"] for row in found["train"]] == [6, 7, 8] * 2
     assert {row["rejected_score"] for row in found["train"]} == {1}
-    manifest = Workspace(tmp_path).read_json(str(preferences.manifest))
-    assert (manifest["counts"]["low_scores"], manifest["counts"]["train"]) == (2, 6)
+    assert (counts_of(preferences)["low_scores"], counts_of(preferences)["train"]) == (2, 6)
     quality = QualityReport.model_validate_json(Path(preferences.sibling("quality.json")).read_text())
     assert quality.reasons == {"best not unanimous": 2, "score of the best n < n": 2}
     assert quality.metric("best_score").detail == {"histogram": {"5": 2, "6": 2, "7": 2, "8": 2}}
@@ -222,7 +211,7 @@ def test_scores_are_counted_measured_and_travel_with_the_pair(tmp_path: Path) ->
 # ---- split
 
 
-def test_the_split_has_the_wanted_size_and_depends_on_the_seed() -> None:
+def test_the_split_has_the_wanted_size_depends_on_the_seed_and_divides_no_group() -> None:
     ids = [digest(number) for number in range(5000)]
     first, other, more = (
         {i for i in ids if is_validation(i, None, seed, share)} for seed, share in ((42, 0.1), (43, 0.1), (42, 0.2))
@@ -231,14 +220,8 @@ def test_the_split_has_the_wanted_size_and_depends_on_the_seed() -> None:
     assert 20 < len(first & other) < 85  # 50 expected: two seeds are independent
     assert first < more, "a larger share only adds"
     assert not any(is_validation(i, None, 42, 0.0) for i in ids)
-
-
-def test_a_group_is_never_divided() -> None:
-    for group in ("s01e01", "s09e24"):
-        sides = {is_validation(digest(number), group, 42, 0.5) for number in range(100)}
-        assert len(sides) == 1
-    # An empty cell of a table is no group.
-    assert len({is_validation(digest(number), "", 42, 0.5) for number in range(100)}) == 2
+    for group, count in (("s01e01", 1), ("s09e24", 1), ("", 2)):  # an empty cell of a table is no group
+        assert len({is_validation(i, group, 42, 0.5) for i in ids[:100]}) == count
 
 
 def test_one_group_for_all_is_refused_before_the_judge_is_paid_and_with_verdicts_that_are_there(tmp_path: Path) -> None:
@@ -260,18 +243,6 @@ def test_one_group_for_all_is_refused_before_the_judge_is_paid_and_with_verdicts
         make(tmp_path, rows)
     assert not list(tmp_path.rglob("train.jsonl"))
     assert make(tmp_path, rows, val_ratio=0).rows == 2
-
-
-def test_a_pair_has_trl_s_form() -> None:
-    row = {"id": "i", "prompt": [{"role": "user", "content": "p"}], "completions": ["a", "b", "c"], "group": "g"}
-    verdicts = VerdictsRow.model_validate({**row, "votes": []})
-    pair = preference_pair(verdicts, Decision(status="pair", best=2, worst=0, confidence=3.5))
-    assert pair.model_dump(exclude_none=True) == {
-        "id": "i", "prompt": row["prompt"], "chosen": [{"role": "assistant", "content": "c"}],
-        "rejected": [{"role": "assistant", "content": "a"}], "confidence": 3.5, "group": "g",
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="has no pair"):
-        preference_pair(verdicts, Decision(status="dropped", reason="r"))
 
 
 # ---- the files
@@ -307,6 +278,10 @@ def sides(preferences: PreferencesRef) -> dict[str, list[Row]]:
     return {name: sides_of(preferences, name) for name in ("train", "val", "judged")}
 
 
+def counts_of(preferences: PreferencesRef) -> Any:
+    return json.loads(Path(str(preferences.manifest)).read_text())["counts"]
+
+
 def make(folder: Path, rows: list[Row], **settings: Any) -> PreferencesRef:
     store = Workspace(folder)
     place = store.uri("verdicts", digest(rows)[:8])
@@ -316,19 +291,21 @@ def make(folder: Path, rows: list[Row], **settings: Any) -> PreferencesRef:
     return make_preferences(verdicts, str(folder), JudgingConfig.model_validate({"val_ratio": 0.2, **settings}))
 
 
-def test_a_pair_carries_what_was_sampled(tmp_path: Path) -> None:
-    rows = make_rows(10)
+def test_a_pair_has_trl_s_form_and_carries_what_was_sampled(tmp_path: Path) -> None:
+    rows = make_rows(10, groups=10)
     for number, row in enumerate(rows):
         row |= {
             "prompt_token_ids": [1, number],
             "token_ids": [[5], [6, 2], None],
-            "finish_reasons": ["length"] + ["stop"] * 2,
+            "finish_reasons": ["length", "stop", "a"],
         }
     found = sides(make(tmp_path, rows, val_ratio=0.0))
-    pair = found["train"][0]  # of row 1: completion 1 won, 2 lost
-    assert (pair["prompt_token_ids"], pair["chosen_token_ids"]) == ([1, 1], [6, 2])
-    assert (pair["chosen_finish_reason"], pair["rejected_finish_reason"]) == ("stop", "stop")
-    assert "rejected_token_ids" not in pair
+    assert found["train"][0] == {  # of row 1: completion 1 won, 2 lost
+        "id": digest(1), "prompt": rows[1]["prompt"], "confidence": 4.0, "group": "episode 1",
+        "chosen": [{"role": "assistant", "content": "[ANN] 1 two."}], "chosen_token_ids": [6, 2],
+        "rejected": [{"role": "assistant", "content": "[ANN] 1 three."}], "prompt_token_ids": [1, 1],
+        "chosen_finish_reason": "stop", "rejected_finish_reason": "a",
+    }  # fmt: skip
     assert all("token_ids" not in row for row in found["judged"]), "judged.jsonl is for reading"
 
 
@@ -339,10 +316,11 @@ def test_pairs_with_a_cut_side_are_kept_or_left_out_and_counted(tmp_path: Path) 
     for leave_out in (False, True):
         preferences = make(tmp_path, rows, leave_out_cut=leave_out)
         found = sides(preferences)
-        assert Workspace(tmp_path).read_json(str(preferences.manifest))["counts"]["cut_pairs"] == 26
-        cut = [pair for pair in [*found["train"], *found["val"]]
-               if {"length", "abort", "content_filter"}
-               & {pair["chosen_finish_reason"], pair["rejected_finish_reason"]}]  # fmt: skip
+        assert counts_of(preferences)["cut_pairs"] == 26
+        ends = [
+            {pair["chosen_finish_reason"], pair["rejected_finish_reason"]} for pair in found["train"] + found["val"]
+        ]
+        cut = [end for end in ends if end & {"length", "abort", "content_filter"}]
         assert len(cut) == (0 if leave_out else 26)
         assert sum(row.get("reason") == "a side did not end by itself" for row in found["judged"]) == 26 * leave_out
 

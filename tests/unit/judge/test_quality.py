@@ -35,15 +35,8 @@ def make_judged(number: int, votes: list[Row], completions: list[str], **more: A
     decision: Row = {"status": "dropped", "reason": "best not unanimous", "best": None, "worst": None}
     if len({(vote.get("best"), vote.get("worst")) for vote in votes}) == 1 and "error" not in votes[0]:
         decision = {"status": "pair", "reason": None, "best": votes[0]["best"], "worst": votes[0]["worst"]}
-    reasons = ["stop"] * len(completions)
-    return {
-        "id": f"{number}",
-        "completions": completions,
-        "finish_reasons": reasons,
-        "votes": votes,
-        **decision,
-        **more,
-    }
+    row = {"id": f"{number}", "completions": completions, "finish_reasons": ["stop"] * len(completions), "votes": votes}
+    return {**row, **decision, **more}
 
 
 def rotations(rng: random.Random, n: int) -> list[list[int]]:
@@ -88,11 +81,9 @@ def make_audit(folder: Path, places: list[tuple[int, int]], val: int = 2) -> tup
         sides = {"chosen": best, "rejected": worst}
         pairs.append({"prompt": prompt, **{s: [{"role": "assistant", "content": texts[k]}] for s, k in sides.items()}})
     rng.shuffle(pairs)
-    return (
-        write_jsonl(folder / "train.jsonl", pairs[val:]),
-        write_jsonl(folder / "val.jsonl", pairs[:val]),
-        write_jsonl(folder / "completions.jsonl", rows),
-    )
+    parts = {"train": pairs[val:], "val": pairs[:val], "completions": rows}
+    train, held_out, completions = (write_jsonl(folder / f"{name}.jsonl", part) for name, part in parts.items())
+    return train, held_out, completions
 
 
 # ---- pairs that something else made
@@ -254,10 +245,9 @@ def test_failures_and_cuts_are_counted() -> None:
 
 
 def test_tokens_of_a_verdict_are_those_of_the_whole_stage() -> None:
-    rows = list(judged_by_content(10))
-    assert measure_judgements(rows).metric("tokens_per_verdict").value is None
     usage = {"requests": 20, "prompt_tokens": 4000, "completion_tokens": 400, "thinking_tokens": 0}
-    assert measure_judgements(rows, usage=usage).metric("tokens_per_verdict").value == pytest.approx(220)
+    for given, tokens in ((None, None), (usage, 220)):
+        assert measure_judgements(judged_by_content(10), usage=given).metric("tokens_per_verdict").value == tokens
 
 
 @pytest.mark.parametrize(("given", "said"), [((5,), "tells nothing"), ((1, 2), "judging.min_confidence")])

@@ -62,6 +62,14 @@ async def test_an_address_that_has_moved_is_named_before_anything_is_asked() -> 
             await endpoint.check_model()
 
 
+async def test_a_model_that_neither_is_listed_nor_answers_is_named_before_anything_is_asked() -> None:
+    async with endpoint_of([]) as endpoint:
+        with pytest.raises(
+            PreflowError, match=r"does not serve the model 'm'.*does not list its models \(is the address right"
+        ):
+            await endpoint.check_model()
+
+
 @pytest.mark.parametrize(
     "listed",
     [{"data": None}, {"data": []}, [], {"data": ["n", "o"]}, {"data": [{"name": "n", "max_model_len": "8k"}]}],
@@ -80,6 +88,12 @@ async def test_a_model_that_is_not_listed_is_asked_in_the_words_that_it_takes(li
     async with endpoint_of(routes) as endpoint:
         assert (await endpoint.check_model()).id == "m"
     assert ["max_completion_tokens" in body for body in asked] == [False, True]
+
+
+async def test_an_answer_may_hold_what_a_header_says() -> None:
+    choice = {"message": {"content": f"It is {HEADER}."}, "finish_reason": "stop"}
+    async with endpoint_of([web.post("/v1/chat/completions", always(200, {"choices": [choice]}))]) as endpoint:
+        assert (await endpoint.chat(HELLO)).choices[0].text == f"It is {HEADER}."
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 429, 500])

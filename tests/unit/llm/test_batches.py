@@ -61,6 +61,7 @@ async def test_what_the_provider_has_forgotten_or_broken_holds_up_nothing(tmp_pa
     with FakeBatches(late=0.0) as fake:
         async with process(fake, tmp_path) as first:
             await first.ask(NAME, BODY, ())
+        fake.loud = True
         if lost == "batch":
             fake.batches.clear()
         elif lost == "file":
@@ -68,5 +69,6 @@ async def test_what_the_provider_has_forgotten_or_broken_holds_up_nothing(tmp_pa
         else:
             fake.files[fake.batches["batch-0"]["output_file_id"]] = b'\n{"custom_id": 1}\n[]\n{"resp'
         async with process(fake, tmp_path) as second:
-            await second.check_pending()
-            assert await second.ask(NAME, BODY, ()) is None, "it goes the normal way"
+            async with asyncio.timeout(20):
+                await second.check_pending()
+                assert await second.ask(NAME, BODY, ()) is None, "it goes the normal way"

@@ -77,6 +77,7 @@ FILES = {
         ("params ok.yaml --set training..beta=3", "--set training..beta=3: write it as training.beta=0.05"),
         ("params ok.yaml --set training.bta=3", "--set: there is no setting training.bta; did you mean training.beta?"),
         ("params ok.yaml --set training=3", "--set: training: must be a section"),
+        ("params ok.yaml --set judging.orders=9", "ok.yaml:1: judging.orders (9) is more than"),
         ("params ok.yaml --set prompts.x=3", "--set prompts.x: prompts is no section: it has no settings in it"),
         ("convert unfinished", "unfinished: a folder that holds no table of `datasets`. Give the path of a JSONL"),
         ("convert rows.jsonl --show -1", "--show"),
@@ -193,7 +194,7 @@ def test_a_reader_that_has_read_enough_is_no_defect() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == Exit.DONE
+    assert process.returncode == Exit.INTERRUPTED
 
 
 def test_ctrl_c_says_what_to_do(
@@ -209,6 +210,7 @@ def test_ctrl_c_says_what_to_do(
     ("error", "code", "said"),
     [
         (PreflowError("prompts.jsonl:3: not JSON"), Exit.WRONG, "prompts.jsonl:3: not JSON"),
+        (BrokenPipeError("of a server"), Exit.DEFECT, "a defect of preflow: BrokenPipeError: of a server."),
         (ZeroDivisionError("x"), Exit.DEFECT, "a defect of preflow: ZeroDivisionError: x. The traceback is in"),
         (OSError(errno.ENOSPC, "No space left on device", "/w/x"), Exit.WRONG, "/w/x: No space left on device: make"),
         (OSError(errno.EMFILE, "Too many open files"), Exit.WRONG, "a file: Too many open files: raise `ulimit -n`"),

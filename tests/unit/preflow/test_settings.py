@@ -68,20 +68,6 @@ def test_everything_that_is_wrong_is_named_at_once_with_its_line(tmp_path: Path)
     assert len(lines) == 5
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("a: [1\nb", ":3: not YAML"), ("judging: {orders: 9}\n", ":1: judging.orders (9) is more than"),
-        ("generation: {endpoint: localhost}\n", "an address such as http://host:8000/v1"),
-        ("promts: x\n", "did you mean prompts?"),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_one_line(tmp_path: Path, text: str, said: str) -> None:
-    message = refusal(tmp_path, text)
-    assert said in message
-    assert len(message.splitlines()) == 1
-
-
 @pytest.mark.parametrize("place", ["judging", "generation", "promotion"])
 def test_a_key_is_refused_and_not_shown(tmp_path: Path, place: str) -> None:
     message = refusal(tmp_path, f"{place}: {{api_key: {KEY}}}\n")

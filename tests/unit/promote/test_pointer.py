@@ -12,7 +12,6 @@ from tasks.config import PromotionConfig
 from tasks.errors import PreflowError
 from tasks.promote import pointer as served
 from tasks.promote.pointer import (
-    Pointer,
     PromotionRefused,
     check_gate,
     find_promotion,
@@ -53,6 +52,8 @@ def evaluation(of: AdapterRef, lower: float = 0.6, **found: Any) -> EvaluationRe
     [
         (0.51, {}, None),
         (0.5, {}, r"60\.0 % \(50\.0-70\.0 %\).*What was served before is still served"),
+        (math.nan, {}, "not as this version writes it"),
+        (0.58, {"length_controlled": {**BY_LENGTH, "lower": math.nan}}, "not as this version writes it"),
         (0.57, {"length_controlled": BY_LENGTH}, "with length taken out"),
         (0.58, {"null": UNEVEN}, r"two draws of the SFT adapter come out at 61\.0 %.*99 %"),
         (0.58, {"null": BY_LENGTH, "length_controlled": {**BY_LENGTH, "lower": 0.51}}, None),
@@ -87,17 +88,11 @@ def promoted(folder: Path, *contents: str) -> list[AdapterRef]:
     return made
 
 
-def current(folder: Path) -> Pointer:
-    pointer = read_pointer(str(folder / "workspace"), "mine")
-    assert pointer is not None
-    return pointer
-
-
 def test_the_pointer_moves_once_and_remembers(tmp_path: Path) -> None:
     workspace = str(tmp_path / "workspace")
     first, second = promoted(tmp_path, "first", "second")
     again = move_pointer(second, evaluation(second), "uri", workspace, PROMOTION)
-    pointer = current(tmp_path)
+    pointer = read_pointer(workspace, "mine")
     assert [old.adapter_sha256 for old in (pointer.current, *pointer.history)] == [second.sha256, first.sha256]
     assert Path(pointer.current.uri, "adapter_model.safetensors").read_text() == "second"
     assert find_promotion(second, workspace, PROMOTION) == again
@@ -123,8 +118,10 @@ def test_a_damaged_pointer_is_named(tmp_path: Path, content: str) -> None:
     pointer = tmp_path / "workspace" / "adapters" / "mine" / "CURRENT.json"
     pointer.parent.mkdir(parents=True)
     pointer.write_text(content)
-    with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged"):
-        read_pointer(str(tmp_path / "workspace"), "mine")
+    with pytest.raises(PreflowError, match=r"CURRENT\.json: damaged.*delete it"):
+        promoted(tmp_path, "new")
+    pointer.unlink()
+    promoted(tmp_path, "new")
 
 
 def roll_back(folder: Path, to: str | None = None) -> str:
@@ -175,7 +172,7 @@ def test_a_run_again_does_not_undo_a_rollback_and_the_history_keeps_all_with_its
     move_pointer(second, evaluation(second), "uri", workspace, PROMOTION)
     assert find_promotion(second, workspace, PROMOTION) is not None
     assert find_rollback(second, workspace, PROMOTION) is None
-    pointer = current(tmp_path)
+    pointer = read_pointer(workspace, "mine")
     restored, withdrawn, original = pointer.history
     assert [entry.adapter_sha256 for entry in (pointer.current, *pointer.history)] == [
         second.sha256, first.sha256, second.sha256, first.sha256,

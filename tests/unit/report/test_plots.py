@@ -38,7 +38,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def check(figure: Figure) -> None:
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
-    renderer, page = canvas.get_renderer(), figure.bbox  # type: ignore[no-untyped-call]
+    renderer, page = canvas.get_renderer(), figure.bbox
     hidden = [
         tick.label1
         for axes in figure.axes

@@ -1,6 +1,8 @@
 """Pages: every character of the data is shown, none of it is obeyed."""
 
 import base64
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -107,12 +109,22 @@ def test_markdown_shows_hostile_text_and_obeys_none_of_it(text: str) -> None:
 
 def test_markdown_keeps_the_words_the_pictures_and_figures_to_the_right() -> None:
     rendered = MarkdownIt("commonmark").render(render_markdown(section_of(HOSTILE[5])))
-    assert "![picture](https://example.org/x.png) [link](javascript:alert(1))" in rendered
+    shown = rendered.replace("\N{ZERO WIDTH SPACE}", "")
+    assert "![picture](https://example.org/x.png) [link](javascript:alert(1))" in shown
     markdown = render_markdown(section_of("words"))
     assert f"![words](data:image/png;base64,{base64.b64encode(PNG).decode()})" in markdown
     assert "| words | n |\n| --- | ---: |\n| words | 1 |\n| – | 2 |" in markdown
     assert markdown.count("✓ won") == 1
     assert "without rows" not in markdown
+
+
+@pytest.mark.parametrize("text", ["see HTTPS://evil.example/login", "(www.evil.example)", "write to me+x@evil.example"])
+def test_an_address_in_a_text_is_no_link_in_the_ui(text: str) -> None:
+    """The UI links bare addresses, by these patterns of mdast-util-gfm-autolink-literal; code is left alone."""
+    section = section_of(text)
+    markdown = render_markdown(replace(section, pictures=(), blocks=()))
+    assert not re.search(r"(https?://|www(?=\.))([-.\w]+)|([-.\w+]+)@([-\w]+(?:\.[-\w]+)+)", markdown, re.IGNORECASE)
+    assert text in markdown.replace("\N{ZERO WIDTH SPACE}", "")
 
 
 def test_control_characters_and_lone_surrogates_do_not_get_out() -> None:

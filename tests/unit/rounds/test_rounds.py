@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,9 @@ from tests.fakes.evaluated import evaluated
 FACTS = {"sha256": "a" * 64, "size": 1, "rows": 1}
 
 
-def evaluation(lower: float, null_holds: bool = True) -> EvaluationRef:
-    return EvaluationRef(
-        uri="/w/e", adapter_sha256="a" * 64, win_rate=lower + 0.05, lower=lower, upper=lower + 0.1,
-        null_holds=null_holds, **FACTS,
-    )  # fmt: skip
+def evaluation(lower: float, **more: Any) -> EvaluationRef:
+    rate = {"win_rate": lower + 0.05, "lower": lower, "upper": lower + 0.1}
+    return EvaluationRef(uri="/w/e", adapter_sha256="a" * 64, **rate, **FACTS, **more)
 
 
 def made(lower: float, workspace: str = "/w") -> PipelineResult:
@@ -42,10 +41,17 @@ def made(lower: float, workspace: str = "/w") -> PipelineResult:
     ("number", "against_sft", "against_before", "why"),
     [
         (1, evaluation(0.6), None, None),
-        (1, evaluation(0.5), None, "round 1 is not proven to win against the SFT adapter"),
-        (1, evaluation(0.6, null_holds=False), None, "against the SFT adapter"),
+        (
+            1,
+            evaluation(0.5),
+            None,
+            "round 1 is not proven to win against the SFT adapter (55.0 % (50.0-60.0 %), bar 50 %",
+        ),
+        # What decides is said where the interval alone would say the contrary.
+        (1, evaluation(0.6, null_holds=False), None, "(60.0-70.0 %), but the SFT adapter against itself does not"),
+        (1, evaluation(0.6, proven=0.45), None, "(60.0-70.0 %), but with length taken out the lower bound is 45.0 %"),
         (2, evaluation(0.6), evaluation(0.51), None),
-        (2, evaluation(0.6), evaluation(0.49), "round 2 is not proven to win against round 1"),
+        (2, evaluation(0.6), evaluation(0.49), "round 2 is not proven to win against round 1 (54.0 %"),
         (2, evaluation(0.4), evaluation(0.6), "against the SFT adapter"),
         (3, evaluation(0.6), evaluation(0.6), "3 rounds were asked for"),
     ],
@@ -55,15 +61,6 @@ def test_a_round_that_does_not_win_is_the_last(
 ) -> None:
     found = why_last(number, made(0.6).model_copy(update={"evaluation": against_sft}), against_before, 0.5, 3)
     assert found is None if why is None else found is not None and why in found
-
-
-def test_what_decides_is_said_where_the_interval_alone_would_say_the_contrary(tmp_path: Path) -> None:
-    for found, said in (
-        (evaluation(0.6, null_holds=False), "65.0 % (60.0-70.0 %), but the SFT adapter against itself does not"),
-        (evaluation(0.6).model_copy(update={"proven": 0.45}), "with length taken out the lower bound is 45.0 %"),
-        (evaluation(0.4), "45.0 % (40.0-50.0 %), bar 50 %"),
-    ):
-        assert said in (why_last(1, made(0.6).model_copy(update={"evaluation": found}), None, 0.5, 3) or "")
 
 
 def test_a_round_that_went_astray_is_not_the_best() -> None:
@@ -108,9 +105,8 @@ def test_what_a_round_trains_on_is_not_held_out(
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(tmp_path / name)
 
-    answers = {"completions": ["yes", "no"]} if "completions" in given else {
-        "chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "no"}],
-    }  # fmt: skip
+    pair = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    answers: Any = {"completions": ["yes", "no"]} if "completions" in given else pair
     config = PipelineConfig(
         prompts=write("prompts.jsonl", {"p": None, "q": "film"}),
         eval_prompts=write("held-out.jsonl", held_out),

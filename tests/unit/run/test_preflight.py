@@ -1,12 +1,15 @@
 """When two runs are the same run: by everything that decides their outcome, and by nothing else."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig, PipelineConfig, TrainingConfig
+from tasks.errors import PreflowError
 from tasks.run.preflight import run_key
+from tasks.run.stages import check_split
 
 
 @pytest.fixture
@@ -50,6 +53,25 @@ def test_addresses_keys_and_limits_do_not(config: PipelineConfig) -> None:
     assert run_key(config) == changed(config, generation=GenerationConfig(**moved))
     written_out = EvaluationConfig(judging=JudgingConfig(**moved))
     assert run_key(config) == changed(config, evaluation=written_out)
+
+
+@pytest.mark.parametrize(
+    ("groups", "ratio", "held_out", "said"),
+    [(2, 0.1, False, "2 groups.*nothing would be left to evaluate on"), (2, 0.1, True, None), (40, 0.1, False, None),
+     (2, 0.99, True, "nothing would be left to train on"), (None, 0.1, False, None)],
+)  # fmt: skip
+def test_a_split_with_an_empty_side_is_refused_before_anything_is_spent(
+    config: PipelineConfig, groups: int | None, ratio: float, held_out: bool, said: str | None
+) -> None:
+    rows = [{"prompt": f"q{n}", "group": groups and f"g{n % groups}"} for n in range(80)]
+    Path(config.prompts).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judging = config.judging.model_copy(update={"val_ratio": ratio})
+    config = config.model_copy(update={"judging": judging, "eval_prompts": config.prompts if held_out else None})
+    if said is None:
+        check_split(config)
+        return
+    with pytest.raises(PreflowError, match=said):
+        check_split(config)
 
 
 def test_a_changed_file_makes_another_run(config: PipelineConfig) -> None:

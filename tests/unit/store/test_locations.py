@@ -15,6 +15,7 @@ from tasks.config import (
     TrainingConfig,
     resolve_location,
 )
+from tasks.errors import PreflowError
 from tasks.judge.prompt import read_rubric
 from tasks.store.prompts import import_prompts
 from tasks.store.workspace import folder_digest
@@ -48,6 +49,16 @@ def test_every_way_to_write_a_path_is_one_path(home: Path, model: type[BaseModel
 def test_addresses_stay_as_they_are(text: str) -> None:
     assert resolve_location(text) == text.rstrip("/")
     assert resolve_location("~nobody-of-this-name/a").endswith("/~nobody-of-this-name/a")
+
+
+@pytest.mark.parametrize(
+    "text", ["gs:/bucket/a", "s3:bucket", "file:a", "C:\\data\\p.jsonl", "c:/data", "\\\\server\\a"]
+)
+def test_an_address_that_is_miswritten_makes_no_folder_here(text: str) -> None:
+    with pytest.raises(PreflowError, match="write gs://bucket/prefix, or a path of this machine"):
+        resolve_location(text)
+    with pytest.raises(ValidationError, match=r"workspace\n.*write gs://bucket/prefix"):
+        PipelineConfig(workspace=text)
 
 
 def test_names_are_no_paths(home: Path) -> None:

@@ -46,54 +46,50 @@ def test_a_hub_name_is_identified_by_its_revision(world: TinyWorld) -> None:
     assert len({training_key(world.preferences, world.config(**name)) for name in names}) == 3
 
 
-class TestMeasuredSmoothing:
-    """Label smoothing from the judge's flip rate."""
+MEASURED = {"loss_type": "robust", "measured_label_smoothing": True}
 
-    def config(self) -> TrainingConfig:
-        return TrainingConfig(loss_type="robust", measured_label_smoothing=True)
 
-    def report(self, world: TinyWorld, rate: float | None) -> None:
-        content = {"metrics": [{"name": "position", "value": 0.1}, {"name": "flip_rate", "value": rate}]}
-        (Path(world.preferences.uri).parent / "quality.json").write_text(json.dumps(content))
+def report(world: TinyWorld, rate: float | None, judged: dict[str, Any] | None = None) -> None:
+    content = {"metrics": [{"name": "position", "value": 0.1}, {"name": "flip_rate", "value": rate}]}
+    folder = Path(world.preferences.uri).parent
+    (folder / "quality.json").write_text(json.dumps(content))
+    if judged is not None:
+        (folder / "manifest.json").write_text(json.dumps({"config": judged}))
 
-    @pytest.mark.parametrize(("rate", "smoothing"), [(0.0, 0.0), (0.32, 0.2), (0.42, 0.3)])
-    def test_it_is_the_share_of_wrong_verdicts(self, world: TinyWorld, rate: float, smoothing: float) -> None:
-        self.report(world, rate)
-        assert with_measured_smoothing(world.preferences, self.config()).label_smoothing == pytest.approx(smoothing)
 
-    @pytest.mark.parametrize(
-        ("judged", "smoothing"),
-        [
-            ({"orders": 2, "panel": [], "pair_policy": "unanimous"}, 0.058823529411764705),
-            ({"orders": 3, "panel": [], "pair_policy": "majority"}, 0.10400000000000001),
-            ({"orders": 2, "panel": [{}], "pair_policy": "unanimous"}, 0.0038910505836575876),
-        ],
-    )
-    def test_pairs_on_which_verdicts_agree_are_wrong_less_often(
-        self, world: TinyWorld, judged: dict[str, Any], smoothing: float
-    ) -> None:
-        self.report(world, 0.32)  # each verdict is wrong with probability 0.2
-        (Path(world.preferences.uri).parent / "manifest.json").write_text(json.dumps({"config": judged}))
-        # To the last bit: it is in the key, by which finished trainings are found.
-        assert with_measured_smoothing(world.preferences, self.config()).label_smoothing == smoothing
+@pytest.mark.parametrize(
+    ("rate", "judged", "smoothing"),
+    [
+        (0.0, None, 0.0),
+        (0.32, None, pytest.approx(0.2)),
+        (0.42, None, pytest.approx(0.3)),
+        # Verdicts that agree are wrong less often. To the last bit: it is in the key, by which trainings are found.
+        (0.32, {"orders": 2, "panel": [], "pair_policy": "unanimous"}, 0.058823529411764705),
+        (0.32, {"orders": 3, "panel": [], "pair_policy": "majority"}, 0.10400000000000001),
+        (0.32, {"orders": 2, "panel": [{}], "pair_policy": "unanimous"}, 0.0038910505836575876),
+    ],
+)
+def test_label_smoothing_is_the_share_of_wrong_pairs_by_the_judges_flip_rate(
+    world: TinyWorld, rate: float, judged: dict[str, Any] | None, smoothing: Any
+) -> None:
+    report(world, rate, judged)
+    assert with_measured_smoothing(world.preferences, TrainingConfig(**MEASURED)).label_smoothing == smoothing
 
-    @pytest.mark.parametrize("rate", [None, 0.5, 0.7])
-    def test_coin_flips_are_refused(self, world: TinyWorld, rate: float | None) -> None:
-        self.report(world, rate)
-        with pytest.raises(PreflowError, match=f"flip rate of {rate}"):
-            with_measured_smoothing(world.preferences, self.config())
 
-    def test_without_a_report_it_is_refused(self, world: TinyWorld) -> None:
-        with pytest.raises(PreflowError, match=r"quality\.json"):
-            with_measured_smoothing(world.preferences, self.config())
+@pytest.mark.parametrize(("rate", "said"), [(None, "rate of None"), (0.5, "rate of 0.5"), ("none", r"quality\.json")])
+def test_coin_flips_and_no_report_are_refused(world: TinyWorld, rate: Any, said: str) -> None:
+    if rate != "none":
+        report(world, rate)
+    with pytest.raises(PreflowError, match=said):
+        with_measured_smoothing(world.preferences, TrainingConfig(**MEASURED))
 
-    def test_it_is_part_of_the_key(self, world: TinyWorld) -> None:
-        keys = []
-        for rate in (0.1, 0.2):
-            self.report(world, rate)
-            keys.append(training_key(world.preferences, world.config(
-                loss_type="robust", measured_label_smoothing=True)))  # fmt: skip
-        assert keys[0] != keys[1]
+
+def test_measured_smoothing_is_part_of_the_key(world: TinyWorld) -> None:
+    keys = set()
+    for rate in (0.1, 0.2):
+        report(world, rate)
+        keys.add(training_key(world.preferences, world.config(**MEASURED)))
+    assert len(keys) == 2
 
 
 TOLD = "open(folder + '/outcome.json', 'w').write(json.dumps({'code': 1, 'message': 'KeyError: x'})); "
@@ -104,9 +100,10 @@ BEGUN = "open(folder + '/progress.jsonl', 'w').close(); "
     ("child", "ending", "message"),
     [
         (TOLD + "sys.exit(1)", PreflowError, r"exit code 1 \(KeyError: x\).* is .*log; it ends with:\nlast words"),
+        (TOLD.replace("'code': 1", "'code': 42") + "sys.exit(42)", PreflowError, "^KeyError: x$"),
         ("sys.exit(3)", PreflowError, r"exit code 3 \(no message\).* is .*log; it ends with:\nlast words"),
         (BEGUN + "os.kill(os.getpid(), 9)", Preempted, "ended by SIGKILL"),
-        (BEGUN + "sys.exit(1)", Preempted, "a process of the trainer was ended by a signal"),
+        (BEGUN + "sys.exit(1)", Preempted, "process of the trainer was ended by a signal"),
     ],
 )
 def test_how_a_trainer_ends_decides_whether_it_is_run_again(

@@ -71,33 +71,31 @@ def test_what_a_pod_waits_for_or_died_of_is_shown_with_what_to_do(found: dict[st
     assert ("delete node" in text) == ("n7" in str(said))
 
 
-def test_a_pod_within_its_grace_is_not_called_lost() -> None:
-    assert "delete node" not in explain(pod(leaving="2026-01-01T12:09:50Z"))
-
-
 @pytest.mark.parametrize(
-    ("message", "remedy"),
+    ("about", "message", "remedy"),
     [
-        ("Node scale up in zones europe-west4-a failed: GCE_STOCKOUT", "No such machine is free"),
-        ("in zones x failed: ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS", "No such machine is free"),
-        ("GCE quota exceeded: GPUS_ALL_REGIONS", "quota is used up"),
+        ("p", "Node scale up in zones europe-west4-a failed: GCE_STOCKOUT", "No such machine is free"),
+        ("p", "in zones x failed: ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS", "No such machine is free"),
+        ("p", "GCE quota exceeded: GPUS_ALL_REGIONS", "ask Google for more"),
+        ("job", "forbidden: exceeded quota: gpus, used: 1, limited: 1", "A ResourceQuota of the namespace is used up"),
+        ("job", 'violates PodSecurity "restricted:latest": hostPath', "The namespace forbids such a pod"),
     ],
 )
-def test_what_the_autoscaler_says_is_shown_with_what_to_do(message: str, remedy: str) -> None:
-    events = event("p", "FailedScaleUp", message, 5), event("p", "FailedScaleUp", "an old one", 4)
-    said = explain(unschedulable("1 Insufficient nvidia.com/gpu."), events=events)
-    assert all(part in said for part in (message, remedy, "Insufficient nvidia.com/gpu"))
-    assert "an old one" not in said, "the newest of each reason"
+def test_what_an_event_says_is_shown_with_what_to_do(about: str, message: str, remedy: str) -> None:
+    events = (
+        event(about, "Failed", message, 5),
+        event(about, "Failed", "an old one"),
+        event("other", "Failed", "not it"),
+    )
+    said = explain(*([unschedulable("1 Insufficient nvidia.com/gpu.")] if about == "p" else []), events=events)
+    assert all(part in said for part in (message, remedy))
+    assert ("Insufficient nvidia.com/gpu" in said) == (about == "p")
+    assert not [other for other in ("an old one", "not it") if other in said], "the newest of each reason, and its own"
+    assert ("Google" in said) == (remedy == "ask Google for more")
 
 
-def test_pods_that_may_not_be_made_and_jobs_that_are_not_there() -> None:
-    forbidden = event("job", "FailedCreate", 'violates PodSecurity "restricted:latest": hostPath')
-    said = explain(events=(forbidden, event("other", "FailedCreate", "of another Job")))
-    assert "violates PodSecurity" in said
-    assert "of another Job" not in said
-    said = explain(events=(event("job", "FailedCreate", "forbidden: exceeded quota: gpus, used: 1, limited: 1"),))
-    assert "A ResourceQuota of the namespace is used up" in said
-    assert "Google" not in said
+def test_a_pod_within_its_grace_is_not_called_lost_and_a_job_may_be_gone() -> None:
+    assert "delete node" not in explain(pod(leaving="2026-01-01T12:09:50Z"))
     assert "no Job of this run" in explain(jobs=())
 
 

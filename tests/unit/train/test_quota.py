@@ -19,8 +19,7 @@ from tasks.train import quota
 from tasks.train.pods import look
 from tasks.train.quota import amount, check_quotas
 from tests.fakes.kubernetes.api import FLOWS, granted
-from tests.fakes.kubernetes.cluster import DoubleCluster
-from tests.fakes.kubernetes.platform import Kubernetes
+from tests.fakes.kubernetes.cluster import Cluster
 from tests.fakes.process import ROOT
 
 TEMPLATE = json.loads((ROOT / "deployments" / "l4-spot.job-template.json").read_text())
@@ -30,21 +29,17 @@ GPU = "requests.nvidia.com/gpu"
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DoubleCluster]:
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A cluster that this process reaches as the flow worker does."""
-    with DoubleCluster.open(tmp_path) as double, temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+    with Cluster.open(tmp_path) as double, temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         for place in ("kubernetes_asyncio.config", "kubernetes_asyncio.config.kube_config"):
             monkeypatch.setattr(f"{place}.KUBE_CONFIG_DEFAULT_LOCATION", str(double.kubeconfig(FLOWS)))
         yield double
 
 
-def add_quota(cluster: DoubleCluster, hard: dict[str, str], used: dict[str, str], **spec: Any) -> None:
-    made = {
-        "metadata": {"generateName": "gpus"},
-        "spec": {"hard": hard, **spec},
-        "status": {"hard": hard, "used": used},
-    }
-    Kubernetes(cluster).ask("POST", "resourcequotas", made)
+def add_quota(cluster: Cluster, hard: dict[str, str], used: dict[str, str], **spec: Any) -> None:
+    made = {"metadata": {"generateName": "gpus"}, "spec": {"hard": hard, **spec}, "status": {"used": used}}
+    cluster.create("resourcequotas", made)
 
 
 def check(**job_variables: Any) -> None:
@@ -64,7 +59,7 @@ def check(**job_variables: Any) -> None:
     ],
 )
 def test_a_quota_that_is_smaller_than_a_training_is_an_error(
-    cluster: DoubleCluster, hard: dict[str, str], used: dict[str, str], variables: dict[str, Any], said: str
+    cluster: Cluster, hard: dict[str, str], used: dict[str, str], variables: dict[str, Any], said: str
 ) -> None:
     add_quota(cluster, hard, used)
     with pytest.raises(PreflowError, match=said):
@@ -79,16 +74,14 @@ def test_a_quota_that_is_smaller_than_a_training_is_an_error(
     ],
 )
 def test_what_is_used_up_is_a_warning_for_it_may_end_and_the_run_may_need_no_pod(
-    cluster: DoubleCluster, caplog: pytest.LogCaptureFixture, hard: dict[str, str], used: dict[str, str], said: str
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, hard: dict[str, str], used: dict[str, str], said: str
 ) -> None:
     add_quota(cluster, hard, used)
     check()
     assert said in caplog.text
 
 
-def test_room_another_resource_and_other_pods_are_no_reason(
-    cluster: DoubleCluster, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_room_another_resource_and_other_pods_are_no_reason(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     others = {"services": "0", "requests.storage": "no number"}
     add_quota(cluster, {GPU: "3", "memory": "1Pi"} | others, {GPU: "2", "services": "5"})
     check()
@@ -97,9 +90,7 @@ def test_room_another_resource_and_other_pods_are_no_reason(
     assert caplog.text == ""
 
 
-def test_what_a_template_only_limits_counts_as_requested(
-    cluster: DoubleCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_template_only_limits_counts_as_requested(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     template = json.loads(json.dumps(TEMPLATE))
     pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     del pod["containers"][0]["resources"]["requests"]
@@ -109,7 +100,7 @@ def test_what_a_template_only_limits_counts_as_requested(
         check()
 
 
-def test_the_flow_worker_may_ask_all_that_it_asks_and_no_more(cluster: DoubleCluster) -> None:
+def test_the_flow_worker_may_ask_all_that_it_asks_and_no_more(cluster: Cluster) -> None:
     check()
     asyncio.run(look(UUID(int=1), cluster.namespace))
     asked = cluster.requests(FLOWS)
@@ -133,7 +124,7 @@ def test_the_flow_worker_may_ask_all_that_it_asks_and_no_more(cluster: DoubleClu
     ],
 )
 def test_where_nobody_tells_nothing_is_refused(
-    cluster: DoubleCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: str, said: str
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: str, said: str
 ) -> None:
     add_quota(cluster, {GPU: "0"}, {})
     kubeconfig = cluster.kubeconfig(FLOWS)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,31 +85,40 @@ async def test_a_run_whose_machine_is_gone_is_marked_as_crashed_also_before_it_r
 
 
 @pytest.mark.parametrize(
-    ("pool", "queue", "said"),
+    ("pool", "queue", "training", "said"),
     [
-        ({"is_paused": True}, {}, "work pool local is paused"),
-        ({"concurrency_limit": 0}, {}, "work pool local allows 0 runs at once"),
-        ({}, {"is_paused": True}, "work queue default of the work pool local is paused"),
-        ({}, {"concurrency_limit": 0}, "work queue default of the work pool local allows 0 runs"),
+        ({"is_paused": True}, {}, {}, "work pool local is paused"),
+        ({"concurrency_limit": 0}, {}, {}, "work pool local allows 0 runs at once"),
+        ({}, {"is_paused": True}, {}, "work queue default of the work pool local is paused"),
+        ({}, {"concurrency_limit": 0}, {}, "work queue default of the work pool local allows 0 runs"),
+        ({"type": "kubernetes"}, {}, {"workspace": "/data/workspace"},
+         r"workspace /data/workspace: a pod of the work pool local cannot.*gs://"),
+        ({"type": "kubernetes"}, {}, {"sft_adapter": "sft"}, r"training\.sft_adapter /.*/sft: a pod"),
+        ({"type": "kubernetes"}, {}, {"base_model": "/models/base"}, r"base_model /models/base: a pod.*on the hub"),
+        ({"type": "kubernetes"}, {}, {"base_model": "./base"}, r"training\.base_model /.*/base: a pod.*on the hub"),
+        ({}, {}, {}, None),
     ],
-)
-async def test_a_pool_or_queue_that_starts_nothing_is_refused(
-    monkeypatch: pytest.MonkeyPatch, pool: dict[str, Any], queue: dict[str, Any], said: str
-) -> None:
+)  # fmt: skip
+async def test_a_pool_that_starts_nothing_or_cannot_see_a_folder_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pool: dict[str, Any], queue: dict[str, Any],
+    training: dict[str, str], said: str | None,
+) -> None:  # fmt: skip
     @asynccontextmanager
     async def client() -> AsyncIterator[SimpleNamespace]:
-        found = SimpleNamespace(work_pool_name="local", work_queue_name=None, paused=False)
         answers = {
-            "read_deployment_by_name": found, "read_work_pool": POOL.model_copy(update=pool),
+            "read_deployment_by_name": SimpleNamespace(work_pool_name="local", work_queue_name=None, paused=False),
+            "read_work_pool": POOL.model_copy(update=pool), "read_workers_for_work_pool": [],
             "read_work_queue_by_name": SimpleNamespace(**{"name": "default", "is_paused": False,
                                                           "concurrency_limit": None} | queue),
-            "read_workers_for_work_pool": [],
         }  # fmt: skip
         yield SimpleNamespace(**{name: AsyncMock(return_value=answer) for name, answer in answers.items()})
 
     monkeypatch.setattr(deployment, "get_client", client)
-    with pytest.raises(PreflowError, match=said):
-        await check_deployment("train-dpo/local", "/workspace", TrainingConfig())
+    given = {"sft_adapter": "gs://bucket/sft", "base_model": "org/base"} | training
+    workspace = given.pop("workspace", "/workspace")
+    with pytest.raises(PreflowError, match=said) if said else nullcontext():
+        await check_deployment("train-dpo/local", workspace, TrainingConfig.model_validate(given))
+    assert said or "no worker of the work pool local is online" in caplog.text
 
 
 def test_a_workspace_that_does_not_answer_costs_a_drawing_and_no_training(

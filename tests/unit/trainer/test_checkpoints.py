@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tasks.store.workspace import COMMITTED, Workspace
-from tasks.trainer.checkpoints import Checkpoint, CheckpointStore
+from tasks.trainer.checkpoints import Checkpoint, CheckpointStore, sweep
 
 FILES = ["policy.safetensors", "optimizer.safetensors", "state.json", COMMITTED]
 
@@ -109,5 +109,7 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(store: CheckpointSt
 def test_what_a_killed_trainer_was_writing_is_swept(store: CheckpointStore, tmp_path: Path) -> None:
     store.save(checkpoint(5))
     (tmp_path / "checkpoints" / ".writing-abc" / "step-000010").mkdir(parents=True)
-    store.sweep()
+    (tmp_path / ".writing-metrics").write_text("{")
+    sweep(str(tmp_path))
     assert steps(tmp_path) == ["step-000005"]
+    assert {path.name for path in tmp_path.iterdir()} == {"scratch", "checkpoints"}

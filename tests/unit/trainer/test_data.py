@@ -82,9 +82,12 @@ TEXTS = ("  \n the cat \n\n", "hm\n</think>\n\nthe dog", "<think>\nhm\n</think>\
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_rendered_pairs_are_prompt_text_and_end_of_turn(family: Family, text: str, tmp_path: Path) -> None:
-    tokenizer, data = load_as(family, tmp_path, [conversation(text, "red", rejected_finish_reason="length")])
+    tokenizer, data = load_as(
+        family, tmp_path, [conversation(text, "red", rejected_finish_reason="length", prompt_token_ids=[])]
+    )
     (pair,) = data.pairs
     assert pair.prompt_ids == sampled_prompt(family, tokenizer), "the prompt is that of sampling, to its last token"
+    assert data.report.other_prompts == 0
     *answer, end = pair.chosen_ids
     assert tokenizer.decode(answer).removeprefix(" " * (family.name == "mistral" and text[0] != " ")) == text
     assert tokenizer.decode([end]) == family.eos, "it ends with the end of turn and nothing after it"
@@ -135,13 +138,9 @@ def test_sampled_tokens_are_trained_on_as_they_are(family: Family, tmp_path: Pat
     assert (data.report.other_prompts, data.report.foreign, data.report.unfinished) == (0, 0, 1)
 
 
-LLAMA, QWEN, VICUNA = (next(f for f in FAMILIES if f.name == name) for name in ("llama3.2", "qwen3", "vicuna"))
-
-
-def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
-    row = conversation("cat", "dog", prompt_token_ids=[5], chosen_token_ids=[7, 8], rejected_token_ids=[9])
-    with pytest.raises(PreflowError, match="2 of 2 completions have sampled tokens that do not read as their text"):
-        load_as(VICUNA, tmp_path, [row])
+LLAMA, MISTRAL, QWEN, VICUNA = (
+    next(f for f in FAMILIES if f.name == name) for name in ("llama3.2", "mistral", "qwen3", "vicuna")
+)
 
 
 @pytest.mark.parametrize("wrong", [1_000_000, -5])
@@ -166,39 +165,51 @@ def test_a_text_that_spells_a_token_beyond_the_models_rows_costs_its_pair_alone(
     assert data.report.foreign == 0
 
 
+STRICT = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SHOUTING = STRICT[STRICT.index("{% for") :].replace("m.content", "m.content.replace('cat', 'CAT')")
+SPOKEN = conversation("cat", "dog")
+TWICE = SPOKEN | {"prompt": SPOKEN["prompt"] * 2}
+NO_ANSWER = SPOKEN | {"chosen": [{"role": "user", "content": "cat"}]}
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "rows", "said"),
+    [
+        (VICUNA, "", [SPOKEN | {"prompt_token_ids": [5], "chosen_token_ids": [7, 8], "rejected_token_ids": [9]}],
+         "2 of 2 completions have sampled tokens that do not read as their text"),
+        (VICUNA, STRICT, [SPOKEN], r"train\.jsonl:1: the chat template of .* refuses messages of user"),
+        (VICUNA, SHOUTING, [SPOKEN], "1 of 2 answers would be changed by the chat template"),
+        (LLAMA, "", [SPOKEN | {"prompt_token_ids": [5, 6]}],
+         "1 of 1 prompts were sampled with other tokens than the chat template"),
+        (MISTRAL, "", [SPOKEN, TWICE], r"train\.jsonl:2: the chat template of .* must alternate"),
+        (QWEN, "", [SPOKEN, NO_ANSWER], r"train\.jsonl:2: chosen: .* not one answer of the assistant"),
+    ],
+)  # fmt: skip
+def test_pairs_in_other_words_than_the_models_are_refused_with_their_line(
+    family: Family, template: str, rows: list[dict[str, Any]], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.jinja").write_text(template)
+    settings = {"chat_template": str(tmp_path / "own.jinja")} if template else {}
+    with pytest.raises(PreflowError, match=said):
+        load_as(family, tmp_path, rows, **settings)
+
+
 def test_a_template_that_asks_for_a_system_message_is_taken(tmp_path: Path) -> None:
-    file, row = tmp_path / "strict.jinja", conversation("cat", "dog")
-    file.write_text(
-        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    with pytest.raises(PreflowError, match=r"train\.jsonl:1: the chat template of .* refuses messages of user"):
-        load_as(VICUNA, tmp_path, [row], chat_template=str(file))
+    (tmp_path / "strict.jinja").write_text(STRICT)
+    row = conversation("cat", "dog")
     row["prompt"].insert(0, {"role": "system", "content": "S"})
-    tokenizer, data = load_as(VICUNA, tmp_path, [row], chat_template=str(file))
+    tokenizer, data = load_as(VICUNA, tmp_path, [row], chat_template=str(tmp_path / "strict.jinja"))
     assert tokenizer.decode(data.pairs[0].chosen_ids) == f"cat{VICUNA.eos}"
-
-
-def test_prompts_sampled_with_another_template_are_refused(tmp_path: Path) -> None:
-    prompt = sampled_prompt(LLAMA, VICUNA.build_tokenizer(tmp_path / "model"))
-    with pytest.raises(PreflowError, match="1 of 1 prompts were sampled with other tokens than the chat template"):
-        load_as(LLAMA, tmp_path, [conversation("cat", "dog", prompt_token_ids=prompt)])
-
-
-def test_a_template_that_rewrites_answers_is_refused(tmp_path: Path) -> None:
-    shouting = tmp_path / "shouting.jinja"
-    shouting.write_text(
-        "{% for m in messages %}{{ m.role + ': ' + m.content.replace('cat', 'CAT') + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    with pytest.raises(PreflowError, match="1 of 2 answers would be changed by the chat template"):
-        load_as(VICUNA, tmp_path, [conversation("cat", "dog")], chat_template=str(shouting))
 
 
 def test_nothing_after_an_end_of_turn_in_the_text_is_trained_on(tmp_path: Path) -> None:
     tokenizer, data = load_as(QWEN, tmp_path, [conversation("cat<|im_end|>\n<|im_start|>user\ndog", "dog")])
     assert tokenizer.decode(data.pairs[0].chosen_ids) == "cat<|im_end|>"
+    assert data.report.ended_early == 1
 
 
 def test_where_sampling_ended_at_other_texts_no_end_of_turn_is_made_up(tmp_path: Path) -> None:
@@ -216,21 +227,6 @@ def test_the_whole_conversation_on_each_side_is_the_same_pair(tmp_path: Path) ->
     assert (first.prompt_ids, first.chosen_ids, first.rejected_ids) == (
         second.prompt_ids, second.chosen_ids, second.rejected_ids,
     )  # fmt: skip
-
-
-def test_a_side_that_is_no_answer_is_refused_with_its_line(tmp_path: Path) -> None:
-    row = conversation("cat", "dog")
-    row["chosen"] = [{"role": "user", "content": "cat"}]
-    with pytest.raises(PreflowError, match=r"train\.jsonl:2: chosen: .* not one answer of the assistant"):
-        load_as(QWEN, tmp_path, [conversation("cat", "dog"), row])
-
-
-def test_a_pair_that_the_template_refuses_is_named(tmp_path: Path) -> None:
-    row = conversation("cat", "dog")
-    row["prompt"] = row["prompt"] * 2
-    mistral = next(family for family in FAMILIES if family.name == "mistral")
-    with pytest.raises(PreflowError, match=r"train\.jsonl:2: the chat template of .* must alternate"):
-        load_as(mistral, tmp_path, [conversation("cat", "dog"), row])
 
 
 def test_plain_trl_reads_the_pairs_with_their_extra_columns(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,15 +46,39 @@ def test_an_ending_has_a_code_and_a_message(
     assert re.search(message, said), said
 
 
+def spec_of(folder: Path) -> TrainingSpec:
+    pairs = PreferencesRef(uri="train.jsonl", sha256="0", size=0, rows=0)
+    return TrainingSpec(preferences=pairs, workspace=str(folder), training=TrainingConfig(), key="k", sft_sha256="0",
+                        base_sha256="0")  # fmt: skip
+
+
 def ending(error: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ExitCode, str]:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(worker, "train", fail)
-    pairs = PreferencesRef(uri="train.jsonl", sha256="0", size=0, rows=0)
-    spec = TrainingSpec(preferences=pairs, workspace=str(folder), training=TrainingConfig(), key="k", sft_sha256="0",
-                        base_sha256="0")  # fmt: skip
-    return worker.run_and_classify(spec, worker.WorkerFiles(folder), StopFlag())
+    return worker.run_and_classify(spec_of(folder), worker.WorkerFiles(folder), StopFlag())
+
+
+def test_all_processes_of_a_training_wait_for_the_lease_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that went ahead would wait for the first in torch, which gives up after ten minutes."""
+    arguments, order = (spec_of(tmp_path), worker.WorkerFiles(tmp_path), StopFlag()), list[str]()
+
+    def follow() -> None:
+        with worker.holding_lease(*arguments):
+            order.append("second")
+
+    monkeypatch.setenv("RANK", "1")
+    second = threading.Thread(target=follow)
+    second.start()
+    second.join(0.5)
+    order.append("first")
+    monkeypatch.setenv("RANK", "0")
+    with worker.holding_lease(*arguments):
+        second.join(30)
+    assert order == ["first", "second"]
 
 
 LOST = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:18309: Connection reset by peer. This is typically"
