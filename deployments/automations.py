@@ -31,23 +31,16 @@ def find_block(client: SyncPrefectClient, name: str) -> str:
 
 
 def load(path: Path, block: str | None) -> list[AutomationCore]:
-    """Return the automations of a file, with `block` in their notifications."""
-    return [_automation(item, block) for item in yaml.safe_load(path.read_text())["automations"]]
-
-
-def _automation(item: dict[str, Any], block: str | None) -> AutomationCore:
-    notifies = any(action["type"] == "notify" for action in item["actions"])
-    if notifies and block is None:
-        item = item | {"enabled": False, "description": item["description"] + UNSET}
-    return AutomationCore.model_validate(item | {"actions": [_action(action, block) for action in item["actions"]]})
-
-
-def _action(action: dict[str, Any], block: str | None) -> dict[str, Any]:
-    if action["type"] != "notify":
-        return action
-    if block is None:
-        return {"type": "do-nothing"}
-    return action | {"type": "send-notification", "block_document_id": block}
+    """Return the automations of a file, with `block` in their notifications; without one those are off."""
+    items: list[dict[str, Any]] = yaml.safe_load(path.read_text())["automations"]
+    for item in items:
+        for place, action in enumerate(item["actions"]):
+            if action["type"] == "notify" and block is None:
+                item |= {"enabled": False, "description": item["description"] + UNSET}
+                item["actions"][place] = {"type": "do-nothing"}
+            elif action["type"] == "notify":
+                action |= {"type": "send-notification", "block_document_id": block}
+    return [AutomationCore.model_validate(item) for item in items]
 
 
 def apply(client: SyncPrefectClient, wanted: AutomationCore) -> None:

@@ -180,9 +180,11 @@ class RowStore:
         found, moved = self._find(keys, self._indexed())
         if moved:  # another run has finished a shard since, or made one again: look where its units are now
             found, moved = self._find(keys, self._indexed(again=True))
-        for key, (uri, start, _) in moved.items():
-            logger.warning("%s: the row at byte %d is damaged or gone and will be made again", uri, start)
-            self._index.pop(bytes.fromhex(key), None)
+        with self._indexing:
+            for key, place in moved.items():
+                logger.warning("%s: the row at byte %d is damaged or gone and will be made again", *place[:2])
+                if self._index.get(bytes.fromhex(key)) == place:  # and not made by another shard meanwhile
+                    del self._index[bytes.fromhex(key)]
         return found
 
     def _find(self, keys: Sequence[str], index: dict[bytes, Place]) -> tuple[dict[str, Outcome], dict[str, Place]]:

@@ -215,7 +215,10 @@ def _bounds(kind: Schema) -> str:
 
 
 class StageConfig(BaseModel):
-    """Base of all configuration: frozen, no unknown fields, and errors that never print a value (it might be a key)."""
+    """Base of all configuration: frozen, no unknown fields, and errors that never print a value (it might be a key).
+
+    A field's help in the form is its `description`, or the text below it.
+    """
 
     model_config = ConfigDict(
         frozen=True,

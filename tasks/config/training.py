@@ -2,9 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
-from tasks.config.base import Location, ModelLocation, Operational
+from tasks.config.base import IfSet, Location, ModelLocation, Operational
 from tasks.config.chat import ChatSettings
 
 LossType = Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero"]
@@ -66,7 +66,7 @@ class TrainingConfig(ChatSettings):
     """Compute on a GPU so that equal work gives equal bytes, after a preemption too; slower."""
     eval_steps: int = Field(25, ge=1, description="Optimizer steps between evaluations.")
     save_steps: Operational[int] = Field(25, ge=1, description="Optimizer steps between checkpoints.")
-    checkpoints: int = Field(0, ge=0, le=8)
+    checkpoints: IfSet[int] = Field(0, ge=0, le=8)
     """Adapters that are kept of one training, evenly spaced over its steps, the last among them, for
     evaluation.checkpoints to choose from, which sets this too. 0: the last alone."""
     logging_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
@@ -78,10 +78,6 @@ class TrainingConfig(ChatSettings):
     """Time a preempted trainer gets to save, in seconds."""
     lease_seconds: Operational[float] = Field(60, ge=1, le=3600)
     """A trainer that gave no sign of life for so long, in seconds, is replaced by a waiting one."""
-
-    def identity(self) -> dict[str, JsonValue]:
-        """As of every stage; keeping the last adapter alone is no setting, so that older trainings are found."""
-        return {name: value for name, value in super().identity().items() if name != "checkpoints" or value}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

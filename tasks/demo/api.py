@@ -21,22 +21,22 @@ def prefect_api(folder: Path, meanwhile: Callable[[], object] = lambda: None) ->
     It is that of PREFECT_API_URL, that of `preflow up` if that is running (two servers would share one database), or a
     server of our own. `meanwhile` is called while that one starts.
     """
-    if url := _present_api(folder):
-        with pointed_at(url):
-            yield url.removesuffix("/api")
-        return
-    home = Up(folder).prefect_home
-    server = prefect_server(home, is_temporary=True)
+    here, server = Up(folder), None
     with ExitStack() as stack:
-        stack.callback(server.stop)
-        server.start()
-        meanwhile()
-        server.wait_ready()
-        ui = f"http://127.0.0.1:{server.port}"
-        stack.enter_context(pointed_at(f"{ui}/api"))
-        stack.enter_context(temporary_settings({PREFECT_HOME: home}))
-        stack.callback(_send_the_last)
-        yield ui
+        if (url := _named_api()) is None:
+            with here.alone():
+                if (url := here.api()) is None:
+                    server = prefect_server(here.prefect_home, is_temporary=True)
+                    stack.callback(server.stop)
+                    server.start()
+                    meanwhile()
+                    server.wait_ready()
+                    url = f"http://127.0.0.1:{server.port}/api"
+        stack.enter_context(pointed_at(url))
+        if server is not None:
+            stack.enter_context(temporary_settings({PREFECT_HOME: here.prefect_home}))
+            stack.callback(_send_the_last)
+        yield url.removesuffix("/api")
 
 
 def _send_the_last() -> None:
@@ -57,14 +57,14 @@ def running_api(folder: Path) -> str:
     Raises:
         PreflowError: there is none.
     """
-    if api := _present_api(folder):
+    if api := _named_api() or Up(folder).api():
         return api
     raise PreflowError("there is no Prefect server: `preflow up`, or export PREFECT_API_URL=http://HOST:4200/api")
 
 
-def _present_api(folder: Path) -> str | None:
+def _named_api() -> str | None:
     if not (api := PREFECT_API_URL.value()):
-        return Up(folder).api()
+        return None
     with get_client(sync_client=True) as client:
         if (problem := client.api_healthcheck()) is not None:
             raise PreflowError(

@@ -110,13 +110,14 @@ class Up(Places):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep a second `preflow up` out: it would end what the first one starts."""
+        """Wait for what else starts servers for this folder: it would be ended, or two would make one database."""
         self.run.mkdir(parents=True, exist_ok=True)
         with (self.run / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PreflowError(f"another `preflow up` is starting {self.root}: wait for that one") from error
+            except BlockingIOError:
+                print(f"another command is starting servers for {self.root}: waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _told(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tasks.store.prompts import source_digest
 from tasks.store.records import CompletionsRow, PairRow, number_rows, prompt_id
 from tasks.store.workspace import CompletionsRef, Manifest, Origin, PreferencesRef, Workspace, stage_key
 
-VERSION = 3
+VERSION = 4
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +37,7 @@ def import_completions(source: str, workspace: str) -> CompletionsRef:
             counts["duplicates" if identity in seen else "prompts"] += 1
             if identity not in seen:
                 seen.add(identity)
-                out.write_row({**row.model_dump(exclude_none=True), "id": identity})
+                out.write_row({**_source_id(row.id, identity), **row.model_dump(exclude_none=True), "id": identity})
     if not out.rows:
         raise PreflowError(f"{source}: has no rows. Give completions, each row with its prompt.")
     logger.info("%s: %s; its rows were %s", source, _listed(counts), _listed(forms))
@@ -70,7 +70,8 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
     with store.writing(f"{folder}/train.jsonl") as train, store.writing(f"{folder}/val.jsonl") as val:
         for _, row in number_rows(PairRow, source, origin, forms):
             identity, group = prompt_id([message.model_dump() for message in row.prompt]), getattr(row, "group", None)
-            pair = {**row.model_dump(exclude_none=True), "id": identity}
+            given = _source_id(getattr(row, "id", None), identity)
+            pair = {**given, **row.model_dump(exclude_none=True), "id": identity}
             held_out = is_validation(identity, group, judging.seed, judging.val_ratio)
             if not (held_out and row.sft_only):
                 (val if held_out else train).write_row(pair)
@@ -83,6 +84,11 @@ def import_preferences(source: str, workspace: str, judging: JudgingConfig) -> P
     quality = measure_pairs(f"{folder}/train.jsonl", f"{folder}/val.jsonl" if val.rows else None)
     written = {"train.jsonl": train, "val.jsonl": val}
     return finish_pairs(store, folder, written, quality, version=VERSION, key=key, upstream=(file,))
+
+
+def _source_id(given: object, identity: str) -> dict[str, object]:
+    """Return the id that a row had, under the name that prompts keep theirs."""
+    return {} if given in (None, "", identity) else {"source_id": given}
 
 
 def _listed(counts: dict[str, int] | Counter[str]) -> str:

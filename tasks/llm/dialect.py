@@ -26,7 +26,7 @@ OPTIONAL = {
     r"|only one (completion|choice|candidate)|candidate_?count|num_return_sequences|best_of"
     r"|(multiple|number of) (candidates|choices|completions)",
 }
-_LIMIT = re.compile(r"max_?(completion_?|output_?|new_?)?tokens", re.IGNORECASE)
+_LIMIT = re.compile(r"max(imum)?[_ ]?(completion|output|new)?[_ ]?tokens", re.IGNORECASE)
 _SYSTEM = re.compile(
     r"(system|developer)['\"]? (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate"
     r"|not support (a |the )?['\"]?(system|developer)\b|['\"](system|developer)['\"] is not"

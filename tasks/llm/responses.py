@@ -76,11 +76,13 @@ _PERIOD = _words(r"per(second|minute|hour|day)")
 _PER_DAY = _words(r"per[-_ ]?day", r"daily (limit|quota)", r"\b(rpd|tpd)\b")
 _BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key", r"login fail")
 # Not what was asked for next to a prompt, but a limit of its own.
-_OVER_A_LIMIT = _words(r"(?<!\+ )(?<!\+ `)max_?(new_|completion_|output_)?tokens[`'\"]? must be (<|less than|at most)")
+_OVER_A_LIMIT = _words(
+    r"(?<!\+ )(?<!\+ `)max[_ ]?(new_|completion_|output_)?tokens[`'\"]? must be (<|less than|at most)"
+)
 _CONTEXT_LENGTH = _words(
     r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"max_new_tokens",
     r"exceeds? the (maximum number of|configured limit of \d+) tokens", r"(input|prompt) is too long",
-    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length", r"tokens?[_ ]limit",
+    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length", r"(?<!max[_ ])\btokens?[_ ]limit",
     r"string[_ ](is )?(too[_ ]long|above[_ ]max)", r"prompt (exceeds|contains \d+ tokens)", r"max message tokens",
 )  # fmt: skip
 _CONTENT_FILTER = _words(

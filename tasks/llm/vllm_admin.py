@@ -76,7 +76,7 @@ class Administration(Connection, ABC):
                     raise PreflowError(
                         f"{config.endpoint} is not the API's base address: set endpoint to {self.base_url}/v1"
                     ) from refused
-            return await self._try_unlisted("does not list its models")
+            return await self._try_unlisted("does not list its models (is the address right?)")
         for model in models:
             # Gemini lists its models as models/NAME and takes both names.
             if config.model in (model.id, f"models/{model.id}", model.id.removeprefix("models/")):
@@ -109,7 +109,7 @@ class Administration(Connection, ABC):
 
     def not_served(self, refused: RequestRefused, why: str = "") -> PreflowError:
         """Return the error for a model that the endpoint does not answer for, listed or not."""
-        remedy = "set model to one it has, and check the address" + (f": it {why}" if why else "")
+        remedy = f"set model to one it has: it {why}" if why else "set model to one it has, and check the address"
         return PreflowError(
             f"{self.config.endpoint} does not serve the model {self.config.model!r}: {refused}; {remedy}"
         )

@@ -322,7 +322,7 @@ class _Planner:
             batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
             self._measured[measured] = made.seconds / made.counts["steps"] / batch
             break
-        return self._measured.get(measured)
+        return self._measured.setdefault(measured, 0.0) or None  # looked for once, found or not
 
     def _choose(
         self, trained: str, adapter: AdapterRef | None, prompts: _Prompts, evaluation: EvaluationConfig

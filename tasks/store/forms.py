@@ -376,8 +376,10 @@ def to_completions(row: Any) -> tuple[Row, str]:
     if field is None:
         raise WrongForm(f"no list of completions in it (the row has: {', '.join(sorted(row)) or 'no fields'})")
     converted, form = to_prompt({name: value for name, value in row.items() if name != field})
-    if all(isinstance(item, dict) and "finish_reason" in item for item in row[field]):
-        converted.setdefault("finish_reasons", [item["finish_reason"] for item in row[field]])
+    _check_turns(converted["prompt"])
+    told = [item.get("finish_reason") if isinstance(item, dict) else None for item in row[field]]
+    if any(reason is not None for reason in told):
+        converted.setdefault("finish_reasons", told)
     if isinstance(reasons := converted.get("finish_reasons"), list):
         converted["finish_reasons"] = [finish_name(reason) for reason in reasons]
     return {**converted, "completions": [_sample(item, f"{field}[{n}]") for n, item in enumerate(row[field])]}, form
@@ -433,14 +435,18 @@ def to_pair(row: Any, one_answer: bool = True) -> tuple[Row, str]:
     most = min(map(len, whole)) - 1  # a last answer is never a part of the prompt, though both sides have it
     shared = whole[0][: next((n for n in range(most) if whole[0][n] != whole[1][n]), most)]
     turns = _joined(prompt, shared)
-    if turns and turns[-1]["role"] != "user":
-        raise WrongForm(f"prompt: the last message is the {turns[-1]['role']}'s; it must be the user's")
+    _check_turns(turns)
     answers = [side[len(shared) :] for side in whole]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         if [turn["role"] for turn in (answer if one_answer else answer[-1:])] != ["assistant"]:
             roles = ", ".join(turn["role"] for turn in answer) or "nothing"
             raise WrongForm(f"{name}: after what both sides share it holds {roles}, not one answer of the assistant")
     return _with_group({**rest, "prompt": turns, "chosen": answers[0], "rejected": answers[1]}), form
+
+
+def _check_turns(turns: Messages) -> None:
+    if turns and turns[-1]["role"] != "user":
+        raise WrongForm(f"prompt: the last message is the {turns[-1]['role']}'s; it must be the user's")
 
 
 def _joined(prompt: Messages, shared: Messages) -> Messages:

@@ -96,18 +96,18 @@ def split_prompts(prompts: PromptsRef, workspace: str, most: int, seed: int) -> 
             "choose among evaluation.checkpoints, and a group is not divided. Give more held-out prompts or smaller "
             "groups, or set evaluation.checkpoints to 0."
         )
-    return _write_part(store, prompts, drawn, True), _write_part(store, prompts, drawn, False)
 
+    def write_part(is_drawn: bool) -> PromptsRef:
+        def copy(out: DigestWriter) -> dict[str, int]:
+            for row in store.read_rows(prompts.uri):
+                if ((row.get("group") or row["id"]) in drawn) == is_drawn:
+                    out.write_row(row)
+            return {"read": prompts.rows, "duplicates": 0, "in_training": 0}
 
-def _write_part(store: Workspace, prompts: PromptsRef, drawn: set[str], is_drawn: bool) -> PromptsRef:
-    def copy(out: DigestWriter) -> dict[str, int]:
-        for row in store.read_rows(prompts.uri):
-            if ((row.get("group") or row["id"]) in drawn) == is_drawn:
-                out.write_row(row)
-        return {"read": prompts.rows, "duplicates": 0, "in_training": 0}
+        key = stage_key("prompts", VERSION, source=prompts.sha256, drawn=sorted(drawn), is_drawn=is_drawn)
+        return _find_or_make(store, key, [Origin(kind="file", uri=prompts.uri, sha256=prompts.sha256)], copy)
 
-    key = stage_key("prompts", VERSION, source=prompts.sha256, drawn=sorted(drawn), is_drawn=is_drawn)
-    return _find_or_make(store, key, [Origin(kind="file", uri=prompts.uri, sha256=prompts.sha256)], copy)
+    return write_part(True), write_part(False)
 
 
 def source_digest(source: str) -> str:

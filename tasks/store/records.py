@@ -76,9 +76,13 @@ class CompletionsRow(KeepingRow):
     @model_validator(mode="before")
     @classmethod
     def _fill_id(cls, row: Any) -> Any:
-        if isinstance(row, dict) and not row.get("id") and isinstance(row.get("prompt"), list):
-            return {**row, "id": prompt_id(row["prompt"])}
-        return row
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), list):
+            return row
+        given = row.get("id")
+        if isinstance(given, str) and given:
+            return row
+        kept = {} if given in (None, "") else {"source_id": given}
+        return {**kept, **row, "id": prompt_id(row["prompt"])}
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "CompletionsRow":

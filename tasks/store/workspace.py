@@ -39,9 +39,7 @@ from tasks.store.refs import (  # others take them from here
     Reference,
     RefT,
     VerdictsRef,
-    canonical_json,
     digest,
-    package_versions,
 )
 from tasks.store.storage import DigestWriter, Stat, Storage
 
@@ -293,10 +291,9 @@ class Workspace:
 
     def fetch_files(self, uri: str, local: Path) -> Path:
         """Copy the files directly below `uri` into a local folder, committed or not, and return that."""
-        self._fetch(uri, map(posixpath.basename, self.list(uri)), local)
-        return local
+        return self._fetch(uri, map(posixpath.basename, self.list(uri)), local)
 
-    def _fetch(self, uri: str, names: Iterable[str], local: Path) -> None:
+    def _fetch(self, uri: str, names: Iterable[str], local: Path) -> Path:
         def get(name: str) -> None:
             target, source = local / name, posixpath.join(uri, name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -309,6 +306,7 @@ class Workspace:
         local.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
             list(pool.map(get, names))
+        return local
 
     def verify_folder(self, uri: str) -> dict[str, FileFacts]:
         """Check a committed folder against its `COMMITTED.json`, and return its files as `committed_files` does.

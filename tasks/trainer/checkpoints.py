@@ -45,8 +45,9 @@ class Checkpoint:
         """Write the files into a local folder."""
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(_on_cpu(self.policy), folder / POLICY)
-            save_file(_on_cpu(self.optimizer), folder / OPTIMIZER)
+            for name, tensors in ((POLICY, self.policy), (OPTIMIZER, self.optimizer)):
+                here = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+                save_file(here, folder / name)
         except SafetensorError as error:
             raise os_error(error, folder) from error
         (folder / STATE).write_text(json.dumps(self.state))
@@ -59,10 +60,6 @@ class Checkpoint:
             return cls(state["step"], load_file(folder / POLICY), load_file(folder / OPTIMIZER), state)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise PreflowError(f"{folder}: not a readable checkpoint ({error}); delete it and run again") from error
-
-
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def os_error(error: SafetensorError, folder: Path) -> OSError:

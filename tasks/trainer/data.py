@@ -74,6 +74,7 @@ class LengthReport:
         exact: sides of them whose tokens are exactly those that were sampled, all of them.
         unfinished: sides that were cut while being sampled: trained on without an end of turn.
         altered: sides without sampled tokens that the chat template would have changed; they are kept as they are.
+        ended_early: sides whose text spells an end of turn: what stands behind it is left out.
         rewritten: those of them in which it would have changed more than white space and thinking.
         other_prompts: pairs whose prompt was sampled with other tokens than the chat template gives.
         foreign: sides whose sampled tokens do not read as their text: of another tokenizer.
@@ -89,6 +90,7 @@ class LengthReport:
     exact: int = 0
     unfinished: int = 0
     altered: int = 0
+    ended_early: int = 0
     rewritten: int = 0
     other_prompts: int = 0
     foreign: int = 0
@@ -158,7 +160,9 @@ class PairTokenizer:
         known = highest_token(tokenizer) + 1
         self._rows = min(rows or known, known)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._ends = (added | set(tokenizer.all_special_ids)) & set(self._encode([self._end])[0])
+        (end,) = self._encode([self._end])
+        self._ends = (added | set(tokenizer.all_special_ids)) & set(end)
+        self._ends_of_a_turn = sum(number in self._ends for number in end)
         stops = template.settings.stop
         # Where sampling ended at other texts than the template's, the answer's own end is not known.
         self._knows_end = not stops or any(self._end.lstrip(" ").startswith(stop) for stop in stops)
@@ -243,7 +247,10 @@ class PairTokenizer:
             return sampled
         if not self._is_ended(reason):
             return rendered
-        return rendered[: next((place for place, number in enumerate(rendered, 1) if number in self._ends), None)]
+        places = [place for place, number in enumerate(rendered, 1) if number in self._ends]
+        if len(places) > self._ends_of_a_turn:  # the answer spells one itself, and is cut there, as a server would
+            report.ended_early += 1
+        return rendered[: next(iter(places), None)]
 
     def _reads(self, ids: list[int], text: str) -> bool:
         """Tell whether sampled tokens are this text, of which a server may have taken thinking and stop texts."""
@@ -300,6 +307,8 @@ def _report(uri: str, report: LengthReport, max_length: int) -> None:
         uri, report.pairs, report.mean, report.longest, report.longest_prompt, report.cut_sides, max_length,
         report.cut_tokens, report.exact_share, report.unfinished,
     )  # fmt: skip
+    if report.ended_early:
+        LOG.warning("%s: %d answers spell an end of turn and are trained on up to there", uri, report.ended_early)
     if report.altered or report.other_prompts:
         LOG.warning(
             "%s: %d answers stand otherwise in the chat template (white space, thinking) and are trained on as they "

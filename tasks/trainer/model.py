@@ -128,11 +128,12 @@ def load_base(training: TrainingConfig, device: int) -> Any:
         )  # fmt: skip
     except Exception as error:  # a quantised one raises whatever the package it lacks lets it
         raise _cannot_be_loaded(training.base_model, error) from error
-    _check_every_weight_is_its_own(training.base_model, found)
-    if getattr(config.get_text_config(), "tie_word_embeddings", False):
-        _check_tied(training.base_model, base)
-    _check_finite(f"base_model {training.base_model}", _float_weights(base))
-    _keep_weights_as_quantised(base)
+    _check_weights(training.base_model, base, config, found)
+    for module in base.modules():
+        # Else bitsandbytes (0.50) repacks 4-bit weights at the first evaluation on a CPU with AVX512-BF16: rounded
+        # further, they let no gradient through, also in the training that follows.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return base
 
 
@@ -173,8 +174,11 @@ def switch_off_dropout(config: Any) -> list[str]:
     return found
 
 
-def _check_every_weight_is_its_own(name: str, found: Mapping[str, Any]) -> None:
-    """Refuse a base of which transformers drew weights at random, or left weights out: it only prints a table."""
+def _check_weights(name: str, base: Any, config: Any, found: Mapping[str, Any]) -> None:
+    """Refuse a base of which transformers drew weights at random, or left weights out: it only prints a table.
+
+    Also one whose head is tied by its configuration and not by its weights, and one that is not finite.
+    """
     problems = [f"{weight} is missing" for weight in sorted(found["missing_keys"])]
     problems += [f"{key[0]} has shape {tuple(key[1])}, not {tuple(key[2])}" for key in sorted(found["mismatched_keys"])]
     unexpected = sorted(weight for weight in found["unexpected_keys"] if not BUFFERS.search(weight))
@@ -185,15 +189,14 @@ def _check_every_weight_is_its_own(name: str, found: Mapping[str, Any]) -> None:
             f"base_model {name}: its weights are not those of the model that its config.json describes: "
             f"{'; '.join(problems[:3])} ({len(problems)} in all). Fetch or save the base again."
         )
-
-
-def _check_tied(name: str, base: Any) -> None:
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    if head is not None and head.weight is not embeddings.weight and not torch.equal(head.weight, embeddings.weight):
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    head = base.get_output_embeddings() if tied else None
+    if head is not None and not torch.equal(head.weight, base.get_input_embeddings().weight):
         raise PreflowError(
             f"base_model {name}: config.json says tie_word_embeddings, and its lm_head differs from the embeddings: "
             "transformers would train with the lm_head, vLLM serve with the embeddings. Set it to false there."
         )
+    _check_finite(f"base_model {name}", _float_weights(base))
 
 
 def _float_weights(base: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -210,16 +213,6 @@ def _check_finite(what: str, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
         if not torch.isfinite(weight.sum(dtype=torch.float32)):  # one pass, and no second tensor of its size
             kind = "NaN" if torch.isnan(weight).any() else "infinite or overflowing numbers"
             raise PreflowError(f"{what}: its weight {name} holds {kind}. Fetch or save it again.")
-
-
-def _keep_weights_as_quantised(base: Any) -> None:
-    """Forbid bitsandbytes (0.50) to repack 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
-
-    The repacked weights are rounded further and let no gradient through, also in the training that follows.
-    """
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def load_policy(base: Any, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> Any:

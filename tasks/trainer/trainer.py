@@ -542,12 +542,13 @@ def random_state() -> State:
     """Return the state of every random generator of this process, JSON-ready."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if has_cuda() else None}
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
-        "torch": _encode(torch.get_rng_state()),
-        "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
-    }
+        **{name: found if found is None else base64.b64encode(found.cpu().numpy().tobytes()).decode()
+           for name, found in tensors.items()},
+    }  # fmt: skip
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
@@ -556,17 +557,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
-    torch.set_rng_state(_decode(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-
-
-def _encode(state: torch.Tensor) -> str:
-    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    for name, put in (("torch", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        if state[name] is not None and (name == "torch" or has_cuda()):
+            put(torch.frombuffer(bytearray(base64.b64decode(state[name])), dtype=torch.uint8))
 
 
 @contextmanager

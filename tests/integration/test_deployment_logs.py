@@ -111,14 +111,23 @@ def test_the_pipeline_tells_its_progress_its_spending_and_its_verdict(world: Wor
     assert run.errors == []
 
 
-def test_a_stage_that_is_run_alone_tells_what_it_does(world: World) -> None:
+STAGES = {
+    "generate-completions/local": ("prompts", "generation", r"24 prompts|generation.*done|100 %"),
+    "judge-preferences/local": ("completions", "judging", r"(?s)48 requests.*US\$.*preferences: .*rows gave a pair"),
+    "train-dpo/local": ("preferences", "training", r"step \d+/4"),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_is_run_alone_tells_what_it_does(world: World, name: str) -> None:
     """It is loaded by its file's path, in a folder that is not the checkout."""
+    source, stage, said = STAGES[name]
     config = world.config()
-    judging = {**config["judging"], "seed": 5}  # nothing of it is known
-    run = world.run("judge-preferences/local", workspace=world.workspace, completions=world.made("completions"),
-                    judging=judging)  # fmt: skip
+    given = config["prompts"] if source == "prompts" else world.made(source)
+    settings = {**config[stage], "seed": 5}  # nothing of it is known
+    run = world.run(name, workspace=world.workspace, **{source: given, stage: settings})
     assert run.state == "COMPLETED", run.text
-    assert re.search(r"(?s)48 requests.*US\$.*preferences: .*rows gave a pair", run.text), run.text
+    assert re.search(said, run.text), run.text
     assert not re.search(r"^\w+-\w+$", run.name), "a name that tells nothing"
 
 

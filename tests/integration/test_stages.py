@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import pickle
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -101,9 +100,9 @@ def bench(tmp_path: Path, fake: FakeOpenAI) -> Bench:
     return Bench(tmp_path, fake)
 
 
-def add_prompts(prompts: Path, *texts: str) -> None:
+def add_prompts(prompts: Path, *texts: Any) -> None:
     with prompts.open("a") as file:
-        file.writelines(json.dumps({"prompt": [{"role": "user", "content": text}]}) + "\n" for text in texts)
+        file.writelines(json.dumps({"prompt": text}) + "\n" for text in texts)
 
 
 def asked(fake: FakeOpenAI, model: str) -> list[Row]:
@@ -133,17 +132,12 @@ async def test_at_30_percent_faults_every_scene_is_judged_once_and_as_it_should_
         preferences = await bench.judge(completions, **settings, max_attempts=6, val_ratio=0.2)
         undisturbed = await Bench(tmp_path / "healthy", healthy).sample(prompts)
     distinct = list(dict.fromkeys(prompt_id(row["prompt"]) for row in read(prompts)))
-    check_completions(completions, undisturbed, distinct)
-    check_preferences(preferences, completions)
-
-
-def check_completions(found: CompletionsRef, undisturbed: CompletionsRef, distinct: list[str]) -> None:
-    listed = [row["id"] for row in read(found.sibling("failures.jsonl"))]
-    rows = read(found.uri)
+    listed = [row["id"] for row in read(completions.sibling("failures.jsonl"))]
+    rows, right = read(completions.uri), {row["id"]: row["completions"] for row in read(undisturbed.uri)}
     assert [row["id"] for row in rows] == [i for i in distinct if i not in listed], "lost, doubled, or out of order"
     assert len(listed) <= 0.02 * len(distinct)
-    right = {row["id"]: row["completions"] for row in read(undisturbed.uri)}
     assert all(row["completions"] == right[row["id"]] for row in rows), "completions under the wrong prompt"
+    check_preferences(preferences, completions)
 
 
 def check_preferences(found: PreferencesRef, completions: CompletionsRef) -> None:
@@ -152,15 +146,14 @@ def check_preferences(found: PreferencesRef, completions: CompletionsRef) -> Non
     pairs = {row["id"]: row for side in ("train", "val") for row in read(found.sibling(f"{side}.jsonl"))}
     for row in judged:
         if row["status"] == "pair":
-            best, worst = expected_by_hash(row)
-            pair = pairs.pop(row["id"])
-            assert pair["prompt"] == rows[row["id"]]["prompt"]
-            assert pair["chosen"][0]["content"] == rows[row["id"]]["completions"][best]
-            assert pair["rejected"][0]["content"] == rows[row["id"]]["completions"][worst]
-        else:
-            assert row["status"] == "failed", row["reason"]
+            pair, texts = pairs.pop(row["id"]), rows[row["id"]]["completions"]
+            chosen = [pair[side][0]["content"] for side in ("chosen", "rejected")]
+            assert (pair["prompt"], chosen) == (
+                rows[row["id"]]["prompt"], [texts[index] for index in expected_by_hash(row)],
+            )  # fmt: skip
     assert not pairs
     statuses = Counter(row["status"] for row in judged)
+    assert statuses.keys() <= {"pair", "failed"}
     assert statuses["failed"] <= 0.05 * len(judged), statuses
 
 
@@ -329,7 +322,14 @@ async def test_what_cannot_work_is_refused_before_the_first_request(
     assert "a-wrong-key-that-is-secret" not in str([caught.value, *written])
 
 
-async def test_a_judge_that_cannot_be_used_is_refused_before_the_first_request(bench: Bench, fake: FakeOpenAI) -> None:
+async def test_a_judge_or_a_row_that_cannot_be_used_is_refused_before_the_first_request(
+    bench: Bench, fake: FakeOpenAI
+) -> None:
+    prompts = write_prompts(bench.folder, 20)
+    add_prompts(prompts, [{"role": "wizard", "content": "x"}])
+    with pytest.raises(PreflowError, match=r"prompts-0-20\.jsonl:21: prompt\[0\]: the role 'wizard' is not system"):
+        await bench.sample(prompts)
+    assert fake.requests(None) == []
     completions = await bench.sample(10)
     before = len(fake.requests())
     with pytest.raises(PreflowError, match="does not serve the model 'gpt-9'"):
@@ -337,14 +337,6 @@ async def test_a_judge_that_cannot_be_used_is_refused_before_the_first_request(b
     with pytest.raises(PreflowError, match="neither a rubric of ours"):
         await bench.judge(completions, rubric="nothing")
     assert len(fake.requests()) == before + 1  # a short question to gpt-9, for it is not listed
-
-
-async def test_a_bad_row_is_refused_before_the_first_request(bench: Bench, fake: FakeOpenAI) -> None:
-    prompts = write_prompts(bench.folder, 20)
-    prompts.write_text(prompts.read_text() + '{"prompt": [{"role": "wizard", "content": "x"}]}\n')
-    with pytest.raises(PreflowError, match=r"prompts-0-20\.jsonl:21: prompt\[0\]: the role 'wizard' is not system"):
-        await bench.sample(prompts)
-    assert fake.requests(None) == []
 
 
 # ---- failures for good, budget, outage
@@ -409,96 +401,70 @@ async def test_a_stage_that_will_cost_far_too_much_is_stopped_after_its_first_ca
     assert "going by the first 20, the other 130 will take about" in caplog.text
 
 
-async def test_an_endpoint_that_goes_away_and_comes_back_costs_nothing_twice(tmp_path: Path) -> None:
-    with FakeOpenAI({"latency_ms": 5, "outage": {"after": 30, "seconds": 2, "kind": "503"}}) as fake:
-        completions = await Bench(tmp_path, fake).sample(100, max_concurrency=8)
-        answered = Counter(row["prompt"] for row in fake.requests() if row["status"] == 200)
-    assert completions.rows == len(answered) == 100
-    assert set(answered.values()) == {1}
-
-
-async def test_an_endpoint_that_stays_away_fails_the_stage_and_keeps_what_there_is(tmp_path: Path) -> None:
-    with FakeOpenAI({"outage": {"after": 40, "seconds": 600, "kind": "503"}}, folder=tmp_path / "first") as fake:
-        with pytest.raises(PreflowError, match=r"has given no answer for .*Everything answered so far is kept"):
-            await Bench(tmp_path, fake).sample(100, max_concurrency=8, max_outage_seconds=1)
-        answered = {row["prompt"] for row in fake.requests() if row["status"] == 200}
+@pytest.mark.parametrize("away_seconds", [2, 600])
+async def test_what_is_answered_before_an_outage_is_kept_and_costs_nothing_twice(
+    tmp_path: Path, away_seconds: float
+) -> None:
+    outage, answered = {"after": 40, "seconds": away_seconds, "kind": "503"}, Counter[str]()
+    settings = {"max_concurrency": 8, "max_outage_seconds": 1 if away_seconds > 10 else 60}
+    with FakeOpenAI({"latency_ms": 5, "outage": outage}, folder=tmp_path / "first") as fake:
+        if away_seconds > 10:
+            with pytest.raises(PreflowError, match=r"has given no answer for .*Everything answered so far is kept"):
+                await Bench(tmp_path, fake).sample(100, **settings)
+            answered.update(row["prompt"] for row in fake.requests() if row["status"] == 200)
+            assert answered.total() == 39
+        else:
+            await Bench(tmp_path, fake).sample(100, **settings)
+            answered.update(row["prompt"] for row in fake.requests() if row["status"] == 200)
     with FakeOpenAI(folder=tmp_path / "second") as fake:
         completions = await Bench(tmp_path, fake).sample(100)
-        again = {row["prompt"] for row in fake.requests()}
-    assert len(answered) == 39
-    assert not again & answered
-    assert completions.rows == 100
+        answered.update(row["prompt"] for row in fake.requests())
+    assert completions.rows == len(answered) == 100
+    assert set(answered.values()) == {1}
 
 
 # ---- damage
 
 
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.path,)
-
-
-def unfinish(workspace: Path) -> None:
-    """Take the finished artifacts away, so that the shards are needed again."""
-    for name in ("completions", "verdicts", "preferences"):
-        shutil.rmtree(workspace / name)
-
-
-async def run_both(bench: Bench) -> dict[str, bytes]:
+async def run_both(bench: Bench, unfinished: bool = False) -> dict[str, bytes]:
+    """Return what both stages make; `unfinished`: their artifacts are gone, so that the shards are needed again."""
+    for name in ("completions", "verdicts", "preferences") if unfinished else ():
+        shutil.rmtree(Path(bench.workspace) / name)
     completions = await bench.sample(64)
     preferences = await bench.judge(completions)
     files = [Path(preferences.sibling(name)) for name in ("train.jsonl", "val.jsonl", "judged.jsonl", "quality.json")]
     return {path.name: path.read_bytes() for path in [Path(completions.uri), *files]}
 
 
-async def test_damage_is_repaired_or_refused_and_nothing_planted_is_run(bench: Bench, fake: FakeOpenAI) -> None:
-    workspace, bomb = Path(bench.workspace), bench.folder / "boom"
-    right = await run_both(bench)
+async def test_damage_is_repaired_or_refused(bench: Bench, fake: FakeOpenAI) -> None:
+    workspace, right = Path(bench.workspace), await run_both(bench)
     count = len(fake.requests())
 
-    async def check(at_most: int) -> None:
+    async def check(at_most: int, unfinished: bool = True) -> None:
         nonlocal count
-        assert await run_both(bench) == right
+        assert await run_both(bench, unfinished) == right
         asked_again = len(fake.requests()) - count
         assert asked_again <= at_most, f"{asked_again} requests for damage worth {at_most}"
         count += asked_again
 
     shutil.rmtree(workspace / "cache")
-    await check(0)
-    unfinish(workspace)
-    shutil.rmtree(workspace / "cache")
+    await check(0, unfinished=False)
     await check(0)
 
     records = sorted((workspace / "cache").iterdir())
     assert len(records) == 16
-    plants = [pickle.dumps(Bomb(bomb)), os.urandom(300), b"", b"{}", planted_record(records[0], bomb)]
-    for record, content in zip(records, plants * 4, strict=False):
+    for record, content in zip(records, [os.urandom(300), b"", b"{}", b"\x80\x05N."] * 4, strict=True):
         record.write_bytes(content)
-    unfinish(workspace)
     await check(0)
-    assert not bomb.exists(), "a planted record was obeyed"
 
     shards = sorted((workspace / "rows").rglob("*.jsonl"))
     shards[0].write_bytes(shards[0].read_bytes()[:-100])
     shards[1].unlink()
-    unfinish(workspace)
     await check(1 + 16)
 
     (final,) = (workspace / "completions").glob("*/completions.jsonl")
     final.write_bytes(final.read_bytes()[:1000])
-    await check(0)
-
-
-def planted_record(record: Path, bomb: Path) -> bytes:
-    """Return a whole record whose result is a pickle, as Prefect itself would write and read it."""
-    from prefect.results import ResultRecord, ResultRecordMetadata
-    from prefect.serializers import PickleSerializer
-
-    metadata = ResultRecordMetadata(storage_key=record.name, serializer=PickleSerializer())
-    return ResultRecord(result=Bomb(bomb), metadata=metadata).serialize()
+    await check(0, unfinished=False)
 
 
 async def test_a_shard_that_waits_for_a_batch_keeps_no_record(bench: Bench) -> None:

@@ -2,13 +2,17 @@
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from preflow.cli import Exit, main
 from tasks.demo import up as module
+from tasks.demo.api import prefect_api
 from tasks.demo.services import Service, free_port
 from tasks.demo.up import Up
 from tasks.errors import PreflowError
@@ -60,10 +64,25 @@ def test_what_is_ended_while_it_starts_is_not_waited_for(up: Up, monkeypatch: py
         up.wait()
 
 
-def test_a_second_up_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Up(tmp_path).alone():
-        assert main(["up", "--folder", str(tmp_path)]) == Exit.WRONG
-    assert f"another `preflow up` is starting {tmp_path}: wait for that one" in capsys.readouterr().err
+def test_a_run_that_begins_while_up_starts_waits_for_it_and_takes_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, ready = Event(), Event()
+
+    def start() -> None:
+        with Up(tmp_path).alone():
+            begun.set()
+            time.sleep(0.5)
+            ready.set()
+
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    monkeypatch.setattr(Up, "api", lambda _: API if ready.is_set() else None)
+    with ThreadPoolExecutor(1) as pool, temporary_settings(restore_defaults={PREFECT_API_URL}):
+        pool.submit(start)
+        begun.wait()
+        with prefect_api(tmp_path) as ui:
+            assert ui == API.removesuffix("/api")
+    assert f"another command is starting servers for {tmp_path}: waiting for it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["a #1", "b ;c", 'd"e', "f%g"])

@@ -37,6 +37,26 @@ def test_completions_are_kept_once_a_prompt_with_their_ids(tmp_path: Path) -> No
     assert import_completions(source, str(tmp_path / "ws")) == made
 
 
+def test_an_id_and_an_end_that_rows_bring_are_kept(tmp_path: Path) -> None:
+    sampled = [{"message": {"content": "a"}, "finish_reason": "MAX_TOKENS"}, {"message": {"content": "b"}}]
+    rows = [{"id": given, "prompt": f"q {n}", "choices": sampled} for n, given in enumerate(("x😀", 7, None))]
+    store = Workspace(str(tmp_path / "ws"))
+    made = list(store.read_rows(import_completions(write(tmp_path / "c.jsonl", rows), store.root).uri))
+    assert [row.get("source_id") for row in made] == ["x😀", 7, None]
+    assert [row["finish_reasons"] for row in made] == [["length", "unknown"]] * 3
+    given = [{**pair, "id": f"mine {n}"} for n, pair in enumerate(pairs(3))]
+    judging = JudgingConfig(rubric="demo", val_ratio=0)
+    kept = import_preferences(write(tmp_path / "p.jsonl", given), store.root, judging)
+    assert [row["source_id"] for row in store.read_rows(kept.uri)] == ["mine 0", "mine 1", "mine 2"]
+
+
+def test_completions_of_a_prompt_that_ends_in_an_answer_are_refused_before_they_are_judged(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    source = write(tmp_path / "c.jsonl", [{"prompt": turns, "completions": ["b", "c"]}])
+    with pytest.raises(PreflowError, match=r"c.jsonl:1: prompt: the last message is the assistant's"):
+        import_completions(source, str(tmp_path / "ws"))
+
+
 def test_pairs_are_split_by_prompt_and_measured(tmp_path: Path) -> None:
     source = write(tmp_path / "p.jsonl", pairs(200) + pairs(200))
     judging = JudgingConfig(rubric="demo", val_ratio=0.2)

@@ -64,7 +64,9 @@ async def test_an_address_that_has_moved_is_named_before_anything_is_asked() -> 
 
 async def test_a_model_that_neither_is_listed_nor_answers_is_named_before_anything_is_asked() -> None:
     async with endpoint_of([]) as endpoint:
-        with pytest.raises(PreflowError, match=r"does not serve the model 'm'.*check the address: it does not list"):
+        with pytest.raises(
+            PreflowError, match=r"does not serve the model 'm'.*does not list its models \(is the address right"
+        ):
             await endpoint.check_model()
 
 

@@ -88,6 +88,8 @@ def test_a_refusal_that_goes_on_after_all_was_left_out_ends() -> None:
         ("`max_new_tokens` must be <= 800. Given: 1024", 800),
         ("max_tokens is too large", 512),
         ("max_tokens must be at most 1,000", 1000),
+        ("too many tokens: max tokens must be less than or equal to 400", 400),
+        ("The maximum tokens you requested exceeds the model limit of 512. Try again with a lower value.", 512),
         ("`max_tokens` must be less than or equal to `64`, for gpt-2024-08", 64),
     ],
 )

@@ -1,6 +1,7 @@
 """What runs will ask and cost, counted before anything is paid: once for all that share it, without what is known."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,17 @@ def given(config: PipelineConfig, folder: Path, **row: Any) -> PipelineConfig:
     return config.model_copy(update={"preferences" if row else "completions": str(file)})
 
 
-def test_work_that_runs_share_is_planned_once(config: PipelineConfig) -> None:
+def test_work_that_runs_share_is_planned_once(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known yet: six prompts, two judges in two orders each, four trainings, three held-out prompts."""
     runs = [
         changed(config.filled(), training={"beta": beta}, judging={"model": judge})
         for beta in (0.1, 0.2) for judge in ("a", "b")
     ]  # fmt: skip
-    sweep = SweepConfig(gpu_price=1.0)
-    plan = plan_runs(runs, sweep)
+    sweep, looks = SweepConfig(gpu_price=1.0), Counter[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "folders", lambda self, uri: looks.update([uri]) or [])
+        plan = plan_runs(runs, sweep)
+    assert looks[f"{config.workspace}/training"] == 1, "four trainings look for earlier ones once"
     found = [(work.stage.removeprefix("evaluate: "), tuple(work.points), work.requests) for work in plan.work]
     assert found == [
         ("sample completions", (1, 2, 3, 4), 6),

@@ -209,6 +209,7 @@ def test_a_template_that_asks_for_a_system_message_is_taken(tmp_path: Path) -> N
 def test_nothing_after_an_end_of_turn_in_the_text_is_trained_on(tmp_path: Path) -> None:
     tokenizer, data = load_as(QWEN, tmp_path, [conversation("cat<|im_end|>\n<|im_start|>user\ndog", "dog")])
     assert tokenizer.decode(data.pairs[0].chosen_ids) == "cat<|im_end|>"
+    assert data.report.ended_early == 1
 
 
 def test_where_sampling_ended_at_other_texts_no_end_of_turn_is_made_up(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +88,19 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch, method: str, ending: str, times: int) -> None:
+    """Have the disk full the first times that a method of the workspace is called for such an address."""
+    original, left = getattr(Workspace, method), [times]
+
+    def call(store: Workspace, *arguments: Any) -> Any:
+        if left[0] and any(str(argument).endswith(ending) for argument in arguments):
+            left[0] -= 1
+            raise DiskFullError("the disk is full")
+        return original(store, *arguments)
+
+    monkeypatch.setattr(Workspace, method, call)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_experts_and_dropout_that_is_no_module_leave_the_first_loss_alone(run: Run, kind: str) -> None:
     run.use(kind)
@@ -164,16 +176,7 @@ def test_metrics_that_cannot_be_written_cost_no_training(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     build_adapter(run.sft, run.base)
-    original: Callable[..., Any] = Workspace.write_bytes
-    left = [2]
-
-    def write(store: Workspace, uri: str, *more: Any) -> Any:
-        if uri.endswith("metrics.jsonl") and left[0]:
-            left[0] -= 1
-            raise DiskFullError(f"{uri}: the disk is full")
-        return original(store, uri, *more)
-
-    monkeypatch.setattr(Workspace, "write_bytes", write)
+    fill_disk(monkeypatch, "write_bytes", "metrics.jsonl", 2)
     assert [row["step"] for row in run.train().rows()] == [0, 1, 2, 2]
     assert "the newest metrics could not be written" in caplog.text
 
@@ -192,16 +195,7 @@ def test_a_full_disk_at_the_end_costs_old_checkpoints_but_no_training(
 ) -> None:
     """Where removing them is not enough, the last step is kept, and the next start only commits."""
     build_adapter(run.sft, run.base)
-    original: Callable[..., str] = Workspace.commit_folder
-    left = [failures]
-
-    def commit(store: Workspace, local: Path, uri: str, *more: Any) -> str:
-        if uri.endswith("adapter") and left[0]:
-            left[0] -= 1
-            raise DiskFullError(f"{uri}: the disk is full")
-        return original(store, local, uri, *more)
-
-    monkeypatch.setattr(Workspace, "commit_folder", commit)
+    fill_disk(monkeypatch, "commit_folder", "adapter", failures)
     if failures == 2:
         with pytest.raises(DiskFullError):
             run.train(max_steps=3, save_steps=1)
@@ -221,7 +215,7 @@ def test_the_adapters_of_earlier_steps_are_kept_as_they_were(run: Run, monkeypat
     original = CheckpointStore.prune
     monkeypatch.setattr(CheckpointStore, "prune", lambda *args, **more: original(*args, **{**more, "kept": 1}))
     with monkeypatch.context() as broken:
-        broken.setattr(Workspace, "write_manifest", _raise_disk_full)
+        fill_disk(broken, "write_manifest", "", 1)
         with pytest.raises(DiskFullError):
             run.train(checkpoints=3, **settings)
     folder = run.train(checkpoints=3, **settings).folder
@@ -271,10 +265,6 @@ def test_a_training_goes_on_without_a_checkpoint_unless_it_is_to_be_kept(
             run.train(**settings)
     run.train(**settings)
     assert len(list(run.folder.glob("step-000002/adapter/COMMITTED.json"))) == checkpoints / 2
-
-
-def _raise_disk_full(*_: object) -> None:
-    raise DiskFullError("the disk is full")
 
 
 @pytest.mark.parametrize(
