@@ -111,10 +111,10 @@ def record_agreement(evaluation: EvaluationRef) -> Agreement | None:
     settings = store.read_manifest(evaluation).settings(EvaluationConfig)
     rows = store.read_rows(evaluation.sibling("comparisons.jsonl")) if labels else ()
     found = measure_agreement(rows, labels, settings)
-    if found is None:
-        store.delete(evaluation.sibling(AGREEMENT))
-    else:
+    if found is not None:
         store.write_json(evaluation.sibling(AGREEMENT), found.model_dump(mode="json"))
+    elif store.exists(evaluation.sibling(AGREEMENT)):  # who only reads may delete nothing
+        store.delete(evaluation.sibling(AGREEMENT))
     return found
 
 

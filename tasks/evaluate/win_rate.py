@@ -8,7 +8,7 @@ from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig
 from tasks.errors import PreflowError
 from tasks.evaluate.comparisons import Comparison, join_samples, length_controlled, read_comparison, win_rate
 from tasks.evaluate.power import design_of, smallest_detectable
-from tasks.store.measures import Evaluation, SecondOpinion
+from tasks.store.measures import Evaluation, SecondOpinion, percent
 from tasks.store.prompts import import_prompts, split_prompts
 from tasks.store.workspace import (
     AdapterRef,
@@ -24,7 +24,8 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-VERSION = 2
+# A person's labels lie with the samples, and are kept where only the figures change.
+SAMPLES_VERSION, VERSION = 2, 3
 logger = logging.getLogger(__name__)
 
 # Which draw a seed belongs to: the SFT adapter's, the new adapter's, and the SFT adapter's second, for the null test.
@@ -92,7 +93,7 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
     store = Workspace(workspace)
     failures = candidate.sibling("failures.jsonl")
     failed = {row["id"] for row in store.read_rows(failures)} if store.exists(failures) else set()
-    key = stage_key("samples", VERSION, a=baseline.sha256, b=candidate.sha256, failed=sorted(failed))
+    key = stage_key("samples", SAMPLES_VERSION, a=baseline.sha256, b=candidate.sha256, failed=sorted(failed))
     folder = store.uri("samples", key)
     if known := store.find_finished(f"{folder}/manifest.json", CompletionsRef):
         return known
@@ -108,7 +109,7 @@ def pair_samples(baseline: CompletionsRef, candidate: CompletionsRef, workspace:
     artifact = CompletionsRef(uri=f"{folder}/samples.jsonl", manifest=f"{folder}/manifest.json", **out.facts())
     store.write_manifest(
         Manifest(
-            artifact=artifact, stage="samples", version=VERSION, key=key, upstream=(baseline, candidate),
+            artifact=artifact, stage="samples", version=SAMPLES_VERSION, key=key, upstream=(baseline, candidate),
             files={"samples.jsonl": out.file},
         )
     )  # fmt: skip
@@ -188,9 +189,11 @@ def judge_adapter(
 def _log(found: Evaluation) -> None:
     rates = {"SFT against itself": found.null, "length-controlled": found.length_controlled}
     more = "".join(f"; {name} {rate.text()}" for name, rate in rates.items() if rate)
+    least = found.detectable or 1.0
+    shown = f"a true win rate of {percent(least)} or more" if least < 1 else "no true win rate, they are too few"
     logger.info(
-        "win rate %s over %d samples of %d prompts%s; in 4 of 5 runs so many show a true win rate of %.1f %% or more",
-        found.text(), found.samples, found.prompts, more, 100 * (found.detectable or 1),
+        "win rate %s over %d samples of %d prompts%s; in 4 of 5 runs so many show %s",
+        found.text(), found.samples, found.prompts, more, shown,
     )  # fmt: skip
     if found.unreadable or found.silent:
         logger.warning(

@@ -83,12 +83,11 @@ def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: b
     from huggingface_hub import ModelCard, ModelCardData
 
     base, training = base_name(provenance, publishing), provenance.training
-    config, compared_by = (
-        training.settings(TrainingConfig),
-        provenance.evaluation.settings(EvaluationConfig).null_judge(),
-    )
+    config, evaluation = training.settings(TrainingConfig), provenance.evaluation.settings(EvaluationConfig)
     # Pairs that were given have no settings: no judge is known to have made them.
     judging = provenance.preferences.settings(JudgingConfig) if provenance.preferences.config else None
+    compared_by = [judge.model for judge in evaluation.null_judge().judges()]
+    is_same = judging is not None and compared_by == [judge.model for judge in judging.judges()]
     data = ModelCardData(
         base_model=base, library_name="peft", pipeline_tag="text-generation", license=publishing.license,
         tags=["base_model:adapter:" + base, "dpo", "lora", "trl", "preflow"],
@@ -98,7 +97,8 @@ def write_card(provenance: Provenance, publishing: PublishingConfig, evidence: b
         found=provenance.found, choice=provenance.choice,
         evidence=hashlib.sha256(evidence).hexdigest() if evidence else None, has_evidence=publishing.evidence,
         name=publishing.repo.rsplit("/", 1)[-1], repo=publishing.repo,
-        judging=judging, rubric=posixpath.basename((judging and judging.rubric) or ""), compared_by=compared_by,
+        judging=judging, rubric=posixpath.basename((judging and judging.rubric) or ""),
+        compared_by="The same judge" if is_same else ", ".join(compared_by),
         data=_data(training.counts, provenance.preferences.counts), settings=_settings(training),
         versions=", ".join(f"{name} {version}" for name, version in sorted(training.packages.items())),
         sft_adapter=_upstream(training, "sft_adapter"), base=_upstream(training, "base_model"),

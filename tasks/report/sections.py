@@ -266,9 +266,12 @@ def _evaluation_advice(found: Evaluation, bar: float) -> Iterator[str]:
         )
     if found.proven <= bar:
         if found.upper > 0.5 and found.detectable is not None and found.win_rate < found.detectable:
+            finds = "no true win rate in 4 runs of 5"
+            if (least := found.detectable) < 1:
+                finds = f"a true win rate of {percent(least)} or more in 4 runs of 5, and a smaller one seldom"
             yield (
-                f"This evaluation finds a true win rate of {percent(found.detectable)} or more in 4 runs of 5, and a "
-                "smaller one seldom: raise evaluation.num_samples or max_prompts, or give more held-out prompts."
+                f"This evaluation finds {finds}: raise evaluation.num_samples or max_prompts, or give more held-out "
+                "prompts."
             )
         else:
             yield (

@@ -10,16 +10,21 @@ from typing import Any
 
 from tasks.config import EndpointConfig, GenerationConfig, JudgeConfig, JudgingConfig, PipelineConfig, TrainingConfig
 from tasks.errors import PreflowError
+from tasks.evaluate import choice, win_rate
 from tasks.evaluate.choice import check_choice
+from tasks.generate import sampling
 from tasks.generate.sampling import check_same_template, longest_prompts, sampling_identity, try_sampler
+from tasks.judge import asking, elsewhere, pairs
 from tasks.judge.asking import try_judge
 from tasks.judge.elsewhere import import_completions, import_preferences
 from tasks.judge.pairs import is_validation
 from tasks.judge.prompt import read_rubric
 from tasks.llm.chat_template import ChatTemplate, check_prompts, choose_template, fast_tokenizer
 from tasks.llm.client import Endpoint
+from tasks.store import prompts
 from tasks.store.prompts import import_prompts, source_digest
 from tasks.store.workspace import Workspace, digest, folder_digest, server_path
+from tasks.train import spec
 from tasks.train.deployment import check_deployment
 from tasks.train.launch import base_digest, check_training_inputs, token_identity
 
@@ -197,5 +202,10 @@ STAGES = (
 
 
 def fingerprint(config: PipelineConfig) -> dict[str, object]:
-    """Return, for a filled configuration, what a run's win rate depends on; no file is read twice for it."""
-    return {stage.name: stage.identity(config) for stage in STAGES}
+    """Return, for a filled configuration, what a run's win rate depends on; no file is read twice for it.
+
+    The stages' versions are a part of it: a run that an older preflow finished is not one that has nothing left to do.
+    """
+    made_by = (prompts, sampling, elsewhere, asking, pairs, choice, win_rate)
+    versions = [spec.STAGE_VERSION, *(module.VERSION for module in made_by)]
+    return {**{stage.name: stage.identity(config) for stage in STAGES}, "versions": versions}

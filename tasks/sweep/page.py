@@ -152,8 +152,10 @@ async def report_sweep(result: SweepResult, points: Sequence[Point]) -> None:
     for point, run in made:
         uri, promotion = f"{folder}/point-{point.number}.html", result.promotion
         is_served = promotion is not None and promotion.adapter_sha256 == run.adapter.sha256
-        if is_served or not store.exists(uri):
-            became = {"promotion": promotion} if is_served else {"declined": "a sweep promotes no point by itself"}
+        declined = result.declined if point.number == result.ranking[0] else None
+        if is_served or declined or not store.exists(uri):
+            why = declined or "a sweep promotes no point by itself"
+            became = {"promotion": promotion} if is_served else {"declined": why}
             sections = run_sections(point.config, run.model_copy(update=became))
             page = render_html(f"preflow: point {point.number}, {point.name}", sections)
             store.write_bytes(uri, page.encode())

@@ -43,7 +43,7 @@ def workspace(tmp_path: Path) -> str:
     return str(root)
 
 
-def promote(root: Path, weights: bytes, are_judged: bool = True) -> AdapterRef:
+def promote(root: Path, weights: bytes, are_judged: bool = True, judge: str | None = None) -> AdapterRef:
     store = Workspace(root)
     made = root.parent / "made"
     made.mkdir(exist_ok=True)
@@ -59,6 +59,7 @@ def promote(root: Path, weights: bytes, are_judged: bool = True) -> AdapterRef:
                            manifest=store.uri("preferences/k/manifest.json"))  # fmt: skip
     judging = {"model": "judge-1", "panel": [{"model": "judge-2"}], "orders": 2,
                "rubric": "/home/someone/rubrics/house.md", "pair_policy": "unanimous"}  # fmt: skip
+    config = EvaluationConfig(judging=JudgingConfig.model_validate({"model": judge} if judge else judging))
     judging = judging if are_judged else {}
     counts = {"pair": 214, "dropped": 26, "train": 189, "val": 25}
     store.write_manifest(Manifest(artifact=pairs, stage="preferences", config=judging, counts=counts, **common))
@@ -77,7 +78,6 @@ def promote(root: Path, weights: bytes, are_judged: bool = True) -> AdapterRef:
     won = EvaluationRef(uri=store.uri("evaluations/k/win_rate.json"), sha256="0" * 64, size=1, rows=800,
                         adapter_sha256=sha256, win_rate=0.7, lower=0.65, upper=0.75,
                         manifest=store.uri("evaluations/k/manifest.json"))  # fmt: skip
-    config = EvaluationConfig(judging=JudgingConfig(model="judge-3"))
     store.write_manifest(Manifest(artifact=won, stage="evaluation", upstream=(adapter,), config=config, **common))
     move_pointer(adapter, won, install_adapter(adapter, str(root), "mine"), str(root), PromotionConfig(name="mine"))
     return adapter
@@ -113,13 +113,16 @@ async def test_the_adapter_arrives_with_its_card_and_nothing_else(workspace: str
     assert TOKEN not in card
 
 
-async def test_the_card_credits_no_judge_with_pairs_that_were_given(tmp_path: Path, hub: FakeHub) -> None:
-    promote(tmp_path / "workspace", b"weights", are_judged=False)
+@pytest.mark.parametrize("are_judged", [True, False])
+async def test_the_card_credits_each_judge_with_what_it_did_and_none_with_pairs_that_were_given(
+    tmp_path: Path, hub: FakeHub, are_judged: bool
+) -> None:
+    promote(tmp_path / "workspace", b"weights", are_judged, judge="judge-3")
     await published(str(tmp_path / "workspace"))
     card = hub.repos["lab/better"].files["README.md"].decode()
     assert "judge-3 compared 800 samples" in card
-    assert "pairs that were made elsewhere, and given. The data" in card
-    assert "## Judge" not in card
+    assert ("pairs that were made elsewhere, and given. The data" in card) != are_judged
+    assert ("## Judge" in card) == are_judged
 
 
 @pytest.mark.parametrize("uploads", [True, False])

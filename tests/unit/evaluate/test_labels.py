@@ -14,6 +14,7 @@ from tasks.evaluate import labels as person
 from tasks.evaluate.labels import Labelling, choose_rows, measure_agreement, read_labels, record_agreement
 from tasks.promote.pointer import find_disagreement
 from tasks.store.measures import read_evaluation
+from tasks.store.workspace import Workspace
 from tests.fakes.comparisons import ERRING_JUDGES, PlantedJudge, draw_labels
 from tests.fakes.evaluated import evaluated
 
@@ -72,9 +73,10 @@ def test_answers_are_kept_as_they_come_and_outlive_another_judge(tmp_path: Path)
     assert disagreeing.share.value == pytest.approx(0.5 / 12)
 
 
-def test_nothing_to_judge_and_nothing_judged(tmp_path: Path) -> None:
+def test_nothing_to_judge_and_nothing_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = evaluated(tmp_path, lambda identity: [1, 1], prompts=2)
-    assert record_agreement(made) is None
+    monkeypatch.delattr(Workspace, "delete")
+    assert record_agreement(made) is None, "who may only read can write evidence"
     assert not Path(person.labels_uri(made)).exists()
     Path(made.sibling("comparisons.jsonl")).write_text("")
     with pytest.raises(PreflowError, match="asked nothing"):

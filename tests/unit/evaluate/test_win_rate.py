@@ -127,7 +127,8 @@ def test_the_three_draws_differ_and_only_the_candidate_is_loaded(tmp_path: Path)
     sft, again = (draw_settings(evaluation, draw, str(tmp_path)) for draw in (proof.BASELINE, proof.NULL))
     new = draw_settings(evaluation, proof.CANDIDATE, str(tmp_path), adapter)
     assert len({draw.seed for draw in (sft, new, again)}) == 3
-    assert (sft.num_completions, sft.model, sft.adapter, sft.serve_from) == (4, "sft", "/sft", None)
+    assert {draw.num_completions for draw in (sft, new, again)} == {4}
+    assert (sft.model, sft.adapter, sft.serve_from) == ("sft", "/sft", None)
     assert (new.model, new.adapter, new.serve_from) == ("candidate-" + "f" * 12, adapter.uri, adapter.uri)
 
 
@@ -153,9 +154,9 @@ def test_samples_are_paired_once_and_what_the_new_adapter_failed_on_is_lost(tmp_
     assert [one.outcome for one in won] == [1, 0, 0, 0, 1, 1]
     found = win_rate(won, 0.95)
     assert (found.win_rate, found.silent, found.prompts) == (0.5, 3, 3)
-    before = Path(paired.uri).stat()
+    before = Path(paired.uri).stat().st_mtime_ns
     assert pair_samples(a, b, str(tmp_path)) == paired
-    assert Path(paired.uri).stat() == before, "finished pairs are found, not written again"
+    assert Path(paired.uri).stat().st_mtime_ns == before, "finished pairs are found, not written again"
     with pytest.raises(PreflowError, match="share no prompt"):
         pair_samples(a, write_completions(store, "c.jsonl", {"x": ["x"]}), str(tmp_path))
 

@@ -237,6 +237,7 @@ def test_evaluation_that_passes() -> None:
         ({"length_controlled": {**EVEN, "lower": 0.46}}, 0.5, [True, False], "46.0 %, not over the bar",
          "With length taken out the win rate is 50.0 % (46.0-"),
         ({"lower": 0.47, "detectable": 0.7}, 0.5, [False], "47.0 %, not over the bar", "This evaluation finds a true"),
+        ({"lower": 0.47, "detectable": 1.0}, 0.5, [False], "47.0 %", "This evaluation finds no true win rate"),
         (LOST, 0.5, [False], "42.0 %, not over", "The win rate is not proven to be over 50 %"),
         ({}, 0.6, [False], "bar of 60 %", "The win rate is not proven to be over 60 %"),  # better than SFT it is
         ({"null": OFF}, 0.5, [True, False], "58.0 %, over", "Two draws of the SFT adapter come out at 60.0 %"),

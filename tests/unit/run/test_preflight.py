@@ -1,6 +1,7 @@
 """When two runs are the same run: by everything that decides their outcome, and by nothing else."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tasks.config import EvaluationConfig, GenerationConfig, JudgingConfig, Pipe
 from tasks.errors import PreflowError
 from tasks.run.preflight import run_key
 from tasks.run.stages import check_split
+from tests.fakes.process import ROOT
 
 
 @pytest.fixture
@@ -45,6 +47,19 @@ def test_what_changes_the_outcome_makes_another_run(config: PipelineConfig, tmp_
         changed(config, eval_prompts=config.prompts),
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_an_older_version_s_run_is_another_one(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the demo would start no model server for the stages that are made again."""
+    before = run_key(config)
+    for path in (ROOT / "tasks").glob("*/*.py"):
+        if path.parent.name in ("run", "sweep") or not (
+            found := re.search(r"^(?:STAGE_)?VERSION(?= = \d)", path.read_text(), re.MULTILINE)
+        ):
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tasks.{path.parent.name}.{path.stem}.{found[0]}", 99)
+            assert run_key(config) != before, path
 
 
 def test_addresses_keys_and_limits_do_not(config: PipelineConfig) -> None:

@@ -17,15 +17,18 @@ from tasks.config import (
     TrainingConfig,
 )
 from tasks.errors import PreflowError
+from tasks.report.page import ReportSection
 from tasks.run import preflight
 from tasks.run.estimate import Plan, Work
 from tasks.run.estimate_page import plan_lines
 from tasks.store.measures import WinRate
-from tasks.sweep import prepare
+from tasks.store.workspace import EvaluationRef
+from tasks.sweep import page, prepare
 from tasks.sweep.page import conclude, plan_section, ranking_section
 from tasks.sweep.points import apply_change, expand_points, parameter_names
 from tasks.sweep.prepare import check_budget, find_unready, prepare_points, trainings_at_once
 from tasks.sweep.ranking import PointResult, SweepResult, sidak
+from tests.fakes import pages
 
 
 def points(base: PipelineConfig | None = None, **sweep: Any) -> list[tuple[str, PipelineConfig]]:
@@ -220,6 +223,9 @@ RANKED = SweepResult(
     key="k", points=(_result(1, 0.50), _result(2, None), _result(3, 0.54, evaluation_fingerprint="another")),
     ranking=(3, 1), confidence=0.95, widened_confidence=sidak(0.95, 2),
 )  # fmt: skip
+EVALUATED = EvaluationRef(
+    uri="e", sha256="0" * 64, size=1, rows=1, adapter_sha256="a" * 64, win_rate=0.5, lower=0.4, upper=0.6
+)
 BETAS = SweepConfig(grid={"training.beta": [0.1, 0.2, 0.3]})
 
 
@@ -249,6 +255,20 @@ def test_what_stands_against_the_best_point_is_said_though_its_interval_is_over_
         "Point 3 is not served: not approved",
     ]
     assert section.tables[0].rows[-1][-3] == "55.0-65.0 % (99 %)"
+
+
+async def test_a_point_s_page_says_why_the_best_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def keep(*_: ReportSection) -> None: ...
+
+    monkeypatch.setattr(page, "publish", keep)
+    monkeypatch.setattr(page, "run_sections", lambda _, run: [ReportSection("Run", run.declined)])
+    found = [_result(number, 0.5 + number / 100, made=pages.result(EVALUATED)) for number in (1, 2, 3)]
+    result = RANKED.model_copy(update={"points": tuple(found), "ranking": (3, 2, 1)})
+    swept = expand_points(PipelineConfig(workspace=str(tmp_path)), BETAS)
+    for declined in (None, "nobody has labelled"):
+        await page.report_sweep(result.model_copy(update={"declined": declined}), swept)
+        for number, said in ((3, declined or "no point by itself"), (2, "no point by itself")):
+            assert said in (tmp_path / "sweeps" / "k" / f"point-{number}.html").read_text()
 
 
 def test_points_that_train_on_this_machine_run_one_after_another() -> None:
