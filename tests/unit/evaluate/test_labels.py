@@ -114,6 +114,7 @@ def test_a_judge_that_always_agrees_is_left_alone_and_one_that_errs_is_corrected
     assert corrected.upper < 0.5
 
 
+@pytest.mark.slow  # a simulation
 @pytest.mark.parametrize("judge", ERRING_JUDGES, ids=lambda judge: judge.name)
 def test_the_corrected_interval_holds_the_true_rate(judge: PlantedJudge) -> None:
     rng, held = np.random.default_rng(17), 0

@@ -86,6 +86,7 @@ def test_equal_samples_of_a_prompt_count_as_one_and_independent_ones_each() -> N
     assert found.effective_samples > 3200
 
 
+@pytest.mark.slow  # a simulation
 @pytest.mark.parametrize(
     ("groups", "prompts", "icc", "rate", "ties"),
     # With prompts as clusters the interval of the last held in 72 % only.
