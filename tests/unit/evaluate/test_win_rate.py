@@ -155,6 +155,10 @@ def test_samples_are_paired_once_and_what_the_new_adapter_failed_on_is_lost(tmp_
     assert [one.outcome for one in won] == [1, 0, 0, 0, 1, 1]
     found = win_rate(won, 0.95)
     assert (found.win_rate, found.silent, found.prompts) == (0.5, 3, 3)
+    turned = win_rate(
+        [read_comparison({**row, "completions": row["completions"][::-1], "votes": []}) for row in rows], 0.95
+    )
+    assert (turned.silent, turned.sft_silent, turned.samples) == (0, 3, 3)
     before = Path(paired.uri).stat().st_mtime_ns
     assert pair_samples(a, b, str(tmp_path)) == paired
     assert Path(paired.uri).stat().st_mtime_ns == before, "finished pairs are found, not written again"
