@@ -23,6 +23,8 @@ from tasks.store.workspace import Cost, Manifest, Reference, Row, VerdictsRef, W
 
 VERSION = 3
 MOST_TOKENS = 65_536
+# After so many questions that were answered only without a grammar, and none with one, none is sent.
+EMPTY_FIRST = 3
 COUNTED = ("rows", "units", "failed", "passing")
 logger = logging.getLogger(__name__)
 
@@ -157,12 +159,15 @@ class Judge:
 
     def __init__(self, endpoint: Endpoint, judge: JudgeConfig, rubric: str, scored: bool = False) -> None:
         self._endpoint, self._config, self._rubric, self._scored = endpoint, judge, rubric, scored
+        # Whether a verdict in the grammar was ever read, and how many could be read only without it: some servers put
+        # what is written by a grammar where the thinking stands.
+        self._takes_grammar, self._emptied = False, 0
 
     async def judge(self, question: Question) -> Outcome:
         """Return the vote on a row's completions in one order, or what kept it from being read, with what it used."""
         messages, n = build_messages(self._rubric, *question, self._scored), len(question.order)
-        budget, most, plain, usage = self._config.max_tokens, MOST_TOKENS, False, Cost()
-        reason = raw = ""
+        budget, most, usage = self._config.max_tokens, MOST_TOKENS, Cost()
+        plain, reason, raw = self._emptied >= EMPTY_FIRST and not self._takes_grammar, "", ""
         final, left_out = False, tuple[str, ...]()
         for _ in range(self._config.max_attempts):
             try:
@@ -199,11 +204,22 @@ class Judge:
                 plain = not choice.text.strip() or (cut and self._endpoint.allowed_tokens(budget) == allowed)
             else:
                 best, worst = question.order[verdict.best], question.order[verdict.worst]
+                self._note_grammar(plain, reason)
                 vote = {"order": question.order, "best": best, "worst": worst, "confidence": verdict.confidence}
                 scores = {} if verdict.scores is None else {"scores": verdict.scores}
                 return Outcome(row=vote | scores, usage=usage, refused=left_out)
         failure = {"id": question.row["id"], "order": question.order, "reason": reason, "detail": writable(raw)[:2000]}
         return Outcome(final=final or None, error=failure, usage=usage)
+
+    def _note_grammar(self, plain: bool, reason: str) -> None:
+        """Note a verdict that was read, and why an earlier answer to the same question was not."""
+        self._takes_grammar = self._takes_grammar or not plain
+        if plain and reason and "cut" not in reason and not self._takes_grammar:
+            self._emptied += 1
+            if self._emptied == EMPTY_FIRST:
+                logger.warning(
+                    "%s writes nothing by a grammar: it is asked without one from now on", self._config.model
+                )
 
 
 def _reminded(messages: list[dict[str, str]], reason: str) -> list[dict[str, str]]:

@@ -187,11 +187,22 @@ class Endpoint(Administration):
                 doubtful = True
                 continue
             if doubtful:
-                self._dialect.drop("response_format")
+                if (meant := await self._ask_once(request)) is None:
+                    self._dialect.drop("response_format")
+                else:  # the server was down for another reason
+                    body, answer = self._dialect.shape(request.body), replace(meant, usage=meant.usage + answer.usage)
             sent = {name: value for name, value in body.items() if name not in answer.refused}
             self._dialect.took(sent)
             left_out = {*answer.refused, *self._dialect.refused(request.body, sent)}
             return replace(answer, refused=tuple(sorted(left_out)))
+
+    async def _ask_once(self, request: _Request) -> Answer | None:
+        """Return the answer to a request as it is meant; None if there is none at the first attempt."""
+        request.may_wait = False
+        try:
+            return await self._attempt(request, self._dialect.shape(request.body), Attempts())
+        except (Transient, RequestRefused):
+            return None
 
     async def _attempt(self, request: _Request, body: Body, attempts: Attempts) -> Answer:
         # The first answer comes the normal way: what the endpoint does not take is found out by one request.

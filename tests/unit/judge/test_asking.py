@@ -374,6 +374,20 @@ async def test_a_judge_is_asked_until_it_can_be_read_and_no_more(name: str) -> N
     assert outcome.usage.requests == len(answers) - free
 
 
+@pytest.mark.parametrize(
+    ("answers", "asked"), [(["", V, "", V, "", V, V], "+-+-+--"), ([V, "", V, "", V, "", V, "", V], "++-+-+-+-")]
+)
+async def test_a_judge_that_never_answers_by_a_grammar_is_not_paid_twice_for_every_question(
+    answers: list[str], asked: str
+) -> None:
+    """vLLM's reasoning parser takes what a grammar has written for thinking."""
+    endpoint = ScriptedEndpoint(*answers)
+    judge = make_judge(endpoint)
+    while endpoint.answers:
+        assert (await judge.judge(QUESTION)).row is not None
+    assert "".join("+" if settings["response_format"] else "-" for settings in endpoint.asked) == asked
+
+
 async def test_an_unreadable_verdict_is_asked_for_again_with_the_reason_and_recorded_with_its_words() -> None:
     endpoint = ScriptedEndpoint('{"best": 2, "worst": 2}', "no", "never\ud800")
     outcome = await make_judge(endpoint).judge(QUESTION)

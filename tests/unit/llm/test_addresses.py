@@ -10,6 +10,7 @@ from aiohttp.test_utils import TestServer
 
 from tasks.config import EndpointConfig
 from tasks.errors import PreflowError
+from tasks.llm import retries
 from tasks.llm.client import Endpoint
 from tasks.llm.responses import RequestRefused
 
@@ -32,11 +33,11 @@ async def send_on(request: web.Request) -> web.Response:
 
 
 @asynccontextmanager
-async def endpoint_of(routes: list[web.RouteDef], path: str = "/v1") -> AsyncIterator[Endpoint]:
+async def endpoint_of(routes: list[web.RouteDef], path: str = "/v1", outage: int = 0) -> AsyncIterator[Endpoint]:
     application = web.Application()
     application.add_routes(routes)
     async with TestServer(application) as server:
-        config = EndpointConfig(endpoint=str(server.make_url(path)), model="m", max_outage_seconds=0)
+        config = EndpointConfig(endpoint=str(server.make_url(path)), model="m", max_outage_seconds=outage)
         async with Endpoint(config, KEY, {"api-key": HEADER}) as endpoint:
             yield endpoint
 
@@ -123,3 +124,29 @@ async def test_a_proxy_is_taken_without_its_http_and_another_kind_is_named(monke
         monkeypatch.setenv("http_proxy", f"127.0.0.1:{proxy.port}")
         async with Endpoint(config, None) as endpoint:
             assert (await endpoint.check_model()).max_model_len == 4096
+    monkeypatch.setenv("http_proxy", "127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    async with endpoint_of([web.get("/v1/models", list_bare)]) as endpoint:
+        assert (await endpoint.check_model()).max_model_len == 4096, "no_proxy is heeded"
+
+
+@pytest.mark.parametrize(
+    ("for_good", "asked"), [(False, [True] * 3 + [False, True, True]), (True, [True] * 3 + [False, True, False])]
+)
+async def test_only_a_schema_that_goes_on_failing_is_left_out(
+    for_good: bool, asked: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is down at the start fails with the schema, too."""
+    monkeypatch.setattr(retries, "FIRST_BACKOFF_SECONDS", 0.01)
+    has_schema: list[bool] = []
+
+    async def respond(request: web.Request) -> web.Response:
+        has_schema.append("response_format" in await request.json())
+        is_down = has_schema[-1] if for_good else len(has_schema) <= 3
+        return web.json_response({"error": "x"} if is_down else ANSWER, status=500 if is_down else 200)
+
+    async with endpoint_of([web.post("/v1/chat/completions", respond)], outage=60) as endpoint:
+        for _ in range(2):
+            answer = await endpoint.chat(HELLO, response_format={"type": "json_object"})
+            assert answer.refused == (("response_format",) if for_good else ())
+    assert has_schema == asked

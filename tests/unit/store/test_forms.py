@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import PreflowError
-from tasks.store.forms import WrongForm, to_completions, to_pair, to_prompt
+from tasks.store.forms import HEAD, WrongForm, to_completions, to_pair, to_prompt
+from tasks.store.local import LocalStorage
 from tasks.store.prompts import import_prompts
 from tasks.store.records import CompletionsRow, PairRow, PromptRow, number_rows, read_rows
 from tasks.store.workspace import Workspace
@@ -192,6 +193,15 @@ def test_files(tmp_path: Path, name: str) -> None:
     (tmp_path / file).write_bytes(content)
     found = [row.prompt[0].content for row in read_rows(PromptRow, str(tmp_path / file))]
     assert found == [row["prompt"] for row in ROWS]
+
+
+def test_a_file_of_lines_is_read_once_after_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a bucket each time it is opened it is downloaded, and an array of one line is all of the file."""
+    (tmp_path / "p.jsonl").write_text(lines(*ROWS))
+    opened, parts = LocalStorage.open, list[tuple[Any, ...]]()
+    monkeypatch.setattr(LocalStorage, "open", lambda self, *part: parts.append(part[1:]) or opened(self, *part))
+    assert len(list(read_rows(PromptRow, str(tmp_path / "p.jsonl")))) == 3
+    assert parts == [(0, HEAD), (0, None)]
 
 
 def test_a_tsv_of_one_column_may_hold_commas(tmp_path: Path) -> None:
