@@ -24,7 +24,7 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-# A person's labels lie with the samples, and are kept where only the figures change.
+# A person's labels lie with the samples, and stay where only the figures change; with the first the second is raised.
 SAMPLES_VERSION, VERSION = 2, 4
 logger = logging.getLogger(__name__)
 
