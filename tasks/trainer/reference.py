@@ -109,7 +109,7 @@ def save_reference(store: Workspace, key: str, found: Mapping[str, ReferenceLogp
 
 
 class ReferencePart:
-    """What one process has found of a split, micro-batch by micro-batch: kept each minute, so that it need not start over.
+    """What one process has found of a split, by micro-batch: kept each minute, so that it need not start over.
 
     Args:
         store: the workspace.
