@@ -185,6 +185,9 @@ def test_what_runs_here_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch
     assert main(["--version"]) == Exit.DONE
     assert all(map(proxy_bypass, ("127.0.0.1:4200", "localhost", "inside.example")))
     assert not proxy_bypass("outside.example")
+    monkeypatch.setenv("no_proxy", "*")
+    assert main(["--version"]) == Exit.DONE
+    assert proxy_bypass("outside.example"), "no proxy at all is asked for"
 
 
 def test_a_reader_that_has_read_enough_is_no_defect() -> None:
