@@ -103,4 +103,5 @@ def _measure(
         prompts=len({one.prompt for one in read}), clusters=found.clusters, ties=found.ties,
         effective_samples=found.effective_samples, unreadable=len(comparisons) - len(read),
         silent=sum(one.lengths[0] > 0 and not one.lengths[1] for one in read),
+        sft_silent=sum(not one.lengths[0] for one in read),
     )  # fmt: skip

@@ -24,8 +24,8 @@ from tasks.store.workspace import (
     stage_key,
 )
 
-# A person's labels lie with the samples, and are kept where only the figures change.
-SAMPLES_VERSION, VERSION = 2, 3
+# A person's labels lie with the samples, and stay where only the figures change; with the first the second is raised.
+SAMPLES_VERSION, VERSION = 2, 4
 logger = logging.getLogger(__name__)
 
 # Which draw a seed belongs to: the SFT adapter's, the new adapter's, and the SFT adapter's second, for the null test.
@@ -143,7 +143,7 @@ def summarise_evaluation(
         written.write(indented_json(found.model_dump(mode="json", exclude_none=True)))
     artifact = EvaluationRef(
         uri=f"{folder}/win_rate.json", manifest=f"{folder}/manifest.json", adapter_sha256=adapter.sha256,
-        proven=found.proven, null_holds=found.null_holds,
+        proven=found.proven, null_holds=found.null_holds and not found.sft_is_silent,
         **found.model_dump(include={"win_rate", "lower", "upper"}), **{**written.facts(), "rows": verdicts.rows},
     )  # fmt: skip
     store.write_manifest(
@@ -195,8 +195,8 @@ def _log(found: Evaluation) -> None:
         "win rate %s over %d samples of %d prompts%s; in 4 of 5 runs so many show %s",
         found.text(), found.samples, found.prompts, more, shown,
     )  # fmt: skip
-    if found.unreadable or found.silent:
+    if found.unreadable or found.silent or found.sft_silent:
         logger.warning(
-            "evaluation: %d comparisons are left out, no verdict on them could be read; %d are lost by silence",
-            found.unreadable, found.silent,
+            "evaluation: %d comparisons are left out, no verdict on them could be read; %d are lost by silence; in %d "
+            "the SFT adapter wrote nothing", found.unreadable, found.silent, found.sft_silent,
         )  # fmt: skip

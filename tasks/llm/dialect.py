@@ -15,7 +15,7 @@ OPTIONAL = {
     "temperature": r"temperature",
     "top_p": r"\btop_?p\b",
     "frequency_penalty": r"frequency_?penalty",
-    "seed": r"\bseed\b",
+    "seed": r"(?<!-)\bseed\b(?!-)",  # not the models of that name, such as doubao-seed-1-6
     "return_token_ids": r"return_token_ids",
     "chat_template_kwargs": r"chat_template_kwargs",
     # vLLM's words without --trust-request-chat-template.
@@ -26,7 +26,9 @@ OPTIONAL = {
     r"|only one (completion|choice|candidate)|candidate_?count|num_return_sequences|best_of"
     r"|(multiple|number of) (candidates|choices|completions)",
 }
-_LIMIT = re.compile(r"max(imum)?[_ ]?(completion|output|new)?[_ ]?tokens", re.IGNORECASE)
+_LIMIT = re.compile(
+    r"max(imum)?[_ ]?(completion|output|new)?[_ ]?tokens|(completion|output)[_ ]tokens?[_ ]limit", re.IGNORECASE
+)
 _SYSTEM = re.compile(
     r"(system|developer)['\"]? (role|message|prompt|instruction)s?\b.{0,40}\bnot\b|roles must alternate"
     r"|not support (a |the )?['\"]?(system|developer)\b|['\"](system|developer)['\"] is not"

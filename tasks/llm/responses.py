@@ -82,7 +82,8 @@ _OVER_A_LIMIT = _words(
 _CONTEXT_LENGTH = _words(
     r"context[_ -]?(length|window|size|limit)", r"max_model_len", r"maximum model length", r"max_new_tokens",
     r"exceeds? the (maximum number of|configured limit of \d+) tokens", r"(input|prompt) is too long",
-    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length", r"(?<!max[_ ])\btokens?[_ ]limit",
+    r"too many (input )?tokens", r"input (token count|length)", r"reduce the length",
+    r"(?<!max[_ ])(?<!output[_ ])(?<!completion[_ ])\btokens?[_ ]limit",
     r"string[_ ](is )?(too[_ ]long|above[_ ]max)", r"prompt (exceeds|contains \d+ tokens)", r"max message tokens",
 )  # fmt: skip
 _CONTENT_FILTER = _words(

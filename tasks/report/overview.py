@@ -8,7 +8,7 @@ from tasks.config import JudgingConfig
 from tasks.report.page import Cell, Picture, ReportSection, Table
 from tasks.report.plots import RateBar, plot_rates
 from tasks.report.sections import NULL, metric_row, rates_of
-from tasks.store.measures import Evaluation, Health, Metric, QualityReport, percent
+from tasks.store.measures import MOST_SFT_SILENT, Evaluation, Health, Metric, QualityReport, percent
 from tasks.store.workspace import Manifest
 
 Row = Mapping[str, Any]
@@ -27,6 +27,9 @@ def verdict(found: Evaluation, bar: float) -> tuple[str, str]:
     if found.null is not None and not found.null_holds:
         said = f"I{rate[1:]}, but the SFT adapter against itself comes out at {found.null.text()}."
         return "Not to be trusted", said
+    if found.sft_is_silent:
+        said = f"the SFT adapter wrote nothing in {found.sft_silent:,} of {found.samples:,}"
+        return "Not to be trusted", f"I{rate[1:]}, but {said}."
     if found.upper < 0.5:
         return "Worse", f"The new adapter is worse: {rate}, fewer than half."
     if found.lower <= 0.5:
@@ -85,6 +88,9 @@ def win_rate_figures(found: Evaluation, bar: float) -> Iterator[Metric]:
             yield _figure("The same beyond chance, kappa", value, "over 0", kappa.lower > 0)
     if found.silent:
         yield _figure("Lost because the new adapter wrote nothing", f"{found.silent:,}", "0", False)
+    if found.sft_silent:
+        healthy = f"below {percent(MOST_SFT_SILENT, '.0f')} of {found.samples:,}"
+        yield _figure("The SFT adapter wrote nothing", f"{found.sft_silent:,}", healthy, not found.sft_is_silent)
     if found.detectable is not None:
         healthy = "found in 4 runs of 5; more samples find a smaller one"
         value = percent(found.detectable) if found.detectable < 1 else "none: too few comparisons"

@@ -118,7 +118,7 @@ def _why_lost(number: int, made: PipelineResult, against: EvaluationRef | None, 
             continue
         why = f"bar {percent(over, '.3g')}"
         if not found.null_holds:
-            why = "but the SFT adapter against itself does not come out even"
+            why = "but the SFT adapter against itself does not come out even, or it wrote nothing"
         elif found.lower > over and found.proven is not None:
             why = f"but with length taken out the lower bound is {percent(found.proven)}"
         return f"round {number} is not proven to win against {rival} ({_interval(found)}, {why})"

@@ -8,6 +8,8 @@ from tasks.store.refs import EvaluationRef
 from tasks.store.workspace import Workspace
 
 AGREEMENT = "agreement.json"
+# An SFT adapter that is silent in more of the comparisons than this is no adversary.
+MOST_SFT_SILENT = 0.2
 # What is no number is in no range: a gate must not compare with it.
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -106,6 +108,7 @@ class WinRate(BaseModel, frozen=True):
         ties: share of the comparisons that count as 0.5.
         unreadable: comparisons left out because no judge's verdict on them could be read.
         silent: comparisons that the new adapter lost because it wrote nothing, or failed.
+        sft_silent: comparisons in which the SFT adapter wrote nothing.
     """
 
     win_rate: Share
@@ -119,6 +122,7 @@ class WinRate(BaseModel, frozen=True):
     ties: float = 0.0
     unreadable: int = 0
     silent: int = 0
+    sft_silent: int = 0
 
     def text(self) -> str:
         """Return the rate with its interval, in percent."""
@@ -200,6 +204,11 @@ class Evaluation(WinRate):
         return self.null is None or self.null.holds(0.5)
 
     @property
+    def sft_is_silent(self) -> bool:
+        """Whether the SFT adapter wrote nothing so often that it cannot have been sampled as it was trained."""
+        return self.sft_silent > MOST_SFT_SILENT * self.samples
+
+    @property
     def agrees(self) -> bool:
         """Whether a person agrees with the judge more often than by chance; also where nobody has labelled."""
         return self.agreement is None or self.agreement.share.lower > 0.5
@@ -217,6 +226,12 @@ class Evaluation(WinRate):
             min_agreement: what that of the judge's agreement with a person must be over; 0: no labels are needed.
         """
         wanted = f"must be over min_win_rate ({percent(bar, '.3g')})"
+        if self.sft_is_silent:
+            return (
+                f"the SFT adapter wrote nothing in {self.sft_silent} of {self.samples} comparisons, so winning shows "
+                "nothing. Is it sampled as it was trained? Look at the chat template, generation.stop, "
+                "generation.keep_lines and generation.max_tokens."
+            )
         if self.null is not None and not self.null_holds:
             return (
                 f"two draws of the SFT adapter come out at {self.null.text()} against each other, where the interval "

@@ -93,7 +93,9 @@ class EvaluationRef(Reference):
     proven: float | None = Field(
         None, description="Lower bound that the gate looks at: the lower one of raw and length-controlled win rate."
     )
-    null_holds: bool = Field(True, description="Whether the SFT adapter against itself came out even.")
+    null_holds: bool = Field(
+        True, description="Whether the SFT adapter against itself came out even, and wrote something."
+    )
 
     def beats(self, bar: float) -> bool:
         """Tell whether the adapter passes the gate: its lower bounds are over `bar`, and the null test holds."""

@@ -1,16 +1,27 @@
 """What is checked before a sweep spends anything: the points by their files, then the endpoints that are needed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tasks.batch import leaving
-from tasks.config import PipelineConfig, SweepConfig
+from tasks.config import ChatSettings, PipelineConfig, SweepConfig
 from tasks.errors import PreflowError
 from tasks.run.estimate import Plan
 from tasks.run.preflight import Asked, input_checks, service_checks
 from tasks.store.workspace import Workspace, digest, server_path
 from tasks.sweep.points import Point, expand_points
 from tasks.sweep.ranking import point_keys
+
+# The settings that `input_checks`, or `_check_files` itself, look at: of points with equal ones the first is checked.
+CHECKED: Mapping[str, bool | set[str]] = {
+    "prompts": True,
+    "eval_prompts": True,
+    "judging": {"rubric", "val_ratio", "seed"},
+    "training": {"base_model", "base_revision", "sft_adapter", "max_length", "router_aux_loss_coef", "report_to",
+                 *ChatSettings.model_fields},
+    "training_deployment": True,
+    "evaluation": {"checkpoints", "max_prompts", "seed", "adapter_root"},
+}  # fmt: skip
 
 
 class Points(NamedTuple):
@@ -37,9 +48,7 @@ def prepare_points(config: PipelineConfig, sweep: SweepConfig) -> Points:
     Workspace(config.workspace).check_writable()
     by_files, distinct = dict[str, Point](), dict[str, Point]()
     for point in expanded:
-        training = point.config.training.model_dump(mode="json", include={"base_model", "sft_adapter", "report_to"})
-        files = [point.config.prompts, point.config.eval_prompts, point.config.judging.rubric, training]
-        by_files.setdefault(digest(files), point)
+        by_files.setdefault(digest(point.config.model_dump(mode="json", include=CHECKED)), point)
     for point in by_files.values():
         _check_files(point)
     for key, point in zip(point_keys(expanded), expanded, strict=True):

@@ -1,8 +1,10 @@
 """The reference's log-probs: computed once, kept under all that determines them, used by every later run."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from datasets import Dataset
 
@@ -13,6 +15,10 @@ from tasks.train.spec import STAGE_VERSION
 from tasks.trainer.data import TokenPair
 
 LOG = logging.getLogger(__name__)
+# A killed trainer computes at most so much again.
+PART_SECONDS = 60.0
+# Of one micro-batch: row, chosen and rejected of each of its pairs.
+Found = list[tuple[int, float, float]]
 
 
 @dataclass(frozen=True)
@@ -65,24 +71,70 @@ def load_reference(store: Workspace, key: str) -> dict[str, ReferenceLogps] | No
 
     They are kept as `<workspace>/reference-logprobs/<key>.json`, with a digest of their own.
     """
-    uri = store.uri("reference-logprobs", f"{key}.json")
+    uri = _uri(store, key)
+    content = _read(store, uri)
+    if content is None:
+        return None
+    LOG.info("reference log-probs taken from %s", uri)
+    return {name: ReferenceLogps(**logps) for name, logps in content.items()}
+
+
+def _uri(store: Workspace, key: str) -> str:
+    return store.uri("reference-logprobs", f"{key}.json")
+
+
+def _read(store: Workspace, uri: str) -> Any:
+    """Return what was kept in a file with its digest; None where there is none, or it is not whole."""
     if not store.exists(uri):
         return None
     try:
         kept = store.read_json(uri)
         if digest(kept["content"]) != kept["sha256"]:
             raise PreflowError(f"{uri}: differs from its digest")
-        found = {name: ReferenceLogps(**logps) for name, logps in kept["content"].items()}
     except (PreflowError, KeyError, TypeError, OSError) as error:
         LOG.warning("cached reference log-probs are computed again: %s", error)
         return None
-    LOG.info("reference log-probs taken from %s", uri)
-    return found
+    return kept["content"]
+
+
+def _write(store: Workspace, uri: str, content: Any) -> None:
+    store.write_json(uri, {"sha256": digest(content), "content": content})
 
 
 def save_reference(store: Workspace, key: str, found: Mapping[str, ReferenceLogps]) -> None:
-    """Keep the log-probs of all splits, unless another training was faster."""
+    """Keep the log-probs of all splits, unless another training was faster; parts of them go."""
     if load_reference(store, key) is None:
-        content = {name: asdict(logps) for name, logps in found.items()}
-        uri = store.uri("reference-logprobs", f"{key}.json")
-        store.write_json(uri, {"sha256": digest(content), "content": content})
+        _write(store, _uri(store, key), {name: asdict(logps) for name, logps in found.items()})
+    store.delete_folder(store.uri("reference-logprobs", key))
+
+
+class ReferencePart:
+    """What one process has found of a split, by micro-batch: kept each minute, so that it need not start over.
+
+    Args:
+        store: the workspace.
+        key: of the log-probs.
+        name: of the split, and of the process among how many.
+    """
+
+    def __init__(self, store: Workspace, key: str, name: str) -> None:
+        self._store, self._uri = store, store.uri("reference-logprobs", key, f"{name}.json")
+        self.batches: list[Found] = [list(map(tuple, batch)) for batch in _read(store, self._uri) or ()]
+        if self.batches:
+            LOG.info("reference log-probs of %d micro-batches taken from %s", len(self.batches), self._uri)
+        self._kept, self._kept_at = len(self.batches), time.monotonic()
+
+    def add(self, batch: Found) -> None:
+        """Note what was found of the next micro-batch."""
+        self.batches.append(batch)
+        if time.monotonic() - self._kept_at >= PART_SECONDS:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write what was found; without room for it the training goes on."""
+        if self._kept < len(self.batches):
+            try:
+                _write(self._store, self._uri, self.batches)
+            except OSError as error:
+                LOG.warning("reference log-probs could not be kept (%s)", error)
+        self._kept, self._kept_at = len(self.batches), time.monotonic()

@@ -164,7 +164,7 @@ class TrainingRun:
         if found is None:
             count = sum(len(split.pairs) for split in splits)
             self._tell(Progress("reference", f"computing the reference log-probs of {count} pairs"))
-            found = {split.name: trainer.reference_logps(split) for split in splits}
+            found = {split.name: trainer.reference_logps(split, self._store, key) for split in splits}
             if is_main_process():
                 save_reference(self._store, key, found)
         trainer.use_cached_reference(found["train"], found.get("val"))

@@ -23,12 +23,13 @@ from trl.trainer.utils import use_adapter
 
 from tasks.config import TrainingConfig
 from tasks.errors import PreflowError
+from tasks.store.workspace import Workspace
 from tasks.train import invariants
 from tasks.train.spec import MetricsRow, Progress, kept_steps
 from tasks.trainer.checkpoints import Checkpoint, State
 from tasks.trainer.data import MicroBatchSampler, as_dataset
 from tasks.trainer.model import AdapterWeights, adapter_state, has_cuda, trainable_parameters, weights_digest
-from tasks.trainer.reference import ReferenceLogps, Split
+from tasks.trainer.reference import ReferenceLogps, ReferencePart, Split
 from tasks.trainer.stopping import StopFlag, StopTraining
 
 LOG = logging.getLogger(__name__)
@@ -159,16 +160,23 @@ class ExactTrainer(DPOTrainer):  # type: ignore[misc]  # trl has no types
             return None
         return found
 
-    def reference_logps(self, split: Split) -> ReferenceLogps:
-        """Compute the reference's log-probs of a split; of several processes each does its share of micro-batches."""
+    def reference_logps(self, split: Split, store: Workspace, key: str) -> ReferenceLogps:
+        """Compute the reference's log-probs of a split; of several processes each does its share of micro-batches.
+
+        What a killed process has found is taken from the workspace, where it lies under `key`.
+        """
         rank, world = self.args.process_index, self.args.world_size
-        rows = as_dataset(split.pairs)
-        found: list[tuple[int, float, float]] = []
-        for batch in split.micro_batches[rank::world]:
-            self._hooks.stop.check()
-            inputs = self._prepare_inputs(self.data_collator([rows[row] for row in batch]))
-            chosen, rejected = self._live_reference(inputs)
-            found += zip(batch, chosen.tolist(), rejected.tolist(), strict=True)
+        rows, part = as_dataset(split.pairs), ReferencePart(store, key, f"{split.name}-{rank + 1}-of-{world}")
+        try:
+            for batch in split.micro_batches[rank::world][len(part.batches) :]:
+                self._hooks.stop.check()
+                inputs = self._prepare_inputs(self.data_collator([rows[row] for row in batch]))
+                chosen, rejected = self._live_reference(inputs)
+                part.add(list(zip(batch, chosen.tolist(), rejected.tolist(), strict=True)))
+        except StopTraining:
+            part.keep()
+            raise
+        found = [one for batch in part.batches for one in batch]
         if world > 1:
             found = gather_object(found)
         found.sort()

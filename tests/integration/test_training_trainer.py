@@ -33,7 +33,7 @@ from tasks.trainer.model import (
     trainable_parameters,
 )
 from tasks.trainer.reference import ReferenceLogps, Split
-from tasks.trainer.stopping import StopFlag
+from tasks.trainer.stopping import StopFlag, StopTraining
 from tasks.trainer.trainer import ExactTrainer, Hooks
 from tests.fakes.tiny_training import TinyWorld, build_adapter
 
@@ -152,13 +152,33 @@ def test_cached_and_live_reference_give_the_same_bits(world: TinyWorld, tmp_path
     live = fitted(world, tmp_path / "live", training)
     cached = Bench(world, tmp_path / "cached", training)
     cached.trainer.use_cached_reference(
-        cached.trainer.reference_logps(cached.train), cached.trainer.reference_logps(cached.val)
+        *(cached.trainer.reference_logps(split, Workspace(tmp_path), "key") for split in (cached.train, cached.val))
     )
     assert list(cached.trainer.model.peft_config) == ["default"]
     assert not [name for name, _ in cached.trainer.model.named_parameters() if ".ref." in name]
     cached.trainer.fit(None)
     assert cached.rows == live.rows
     assert_equal(adapter_of(cached.trainer), adapter_of(live.trainer))
+
+
+def test_a_preempted_reference_pass_goes_on_where_it_was(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(world, tmp_path / "bench", world.config())
+    whole = bench.trainer.reference_logps(bench.train, Workspace(tmp_path / "whole"), "key")
+    compute, computed, preempted = bench.trainer.compute_ref_log_probs, list[int](), [3]
+
+    def count(model: Any, inputs: Any) -> Any:
+        computed.append(len(computed))
+        if computed[-1] in preempted:
+            raise StopTraining
+        return compute(model, inputs)
+
+    monkeypatch.setattr(bench.trainer, "compute_ref_log_probs", count)
+    with pytest.raises(StopTraining):
+        bench.trainer.reference_logps(bench.train, Workspace(tmp_path), "key")
+    assert bench.trainer.reference_logps(bench.train, Workspace(tmp_path), "key") == whole
+    assert len(computed) == len(bench.train.micro_batches) + len(preempted)
 
 
 def test_gradient_checkpointing_changes_nothing(world: TinyWorld, tmp_path: Path) -> None:
@@ -197,7 +217,7 @@ def test_the_reference_is_that_of_trl_to_the_last_bit(world: TinyWorld, tmp_path
             return dataset
 
     plain = Prepared(model=policy, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    ours = bench.trainer.reference_logps(bench.train)
+    ours = bench.trainer.reference_logps(bench.train, Workspace(tmp_path), "key")
     for batch in bench.train.micro_batches:
         chosen, rejected = plain.compute_ref_log_probs(plain.model, plain.data_collator([rows[row] for row in batch]))
         assert chosen.tolist() == [ours.chosen[row] for row in batch]
@@ -339,7 +359,9 @@ def test_an_adapter_of_another_base_is_named(world: TinyWorld, tmp_path: Path) -
 
 def test_wrong_cached_values_are_caught_at_the_start(world: TinyWorld, tmp_path: Path) -> None:
     bench = Bench(world, tmp_path, world.config())
-    right, val = (bench.trainer.reference_logps(split) for split in (bench.train, bench.val))
+    right, val = (
+        bench.trainer.reference_logps(split, Workspace(tmp_path), "key") for split in (bench.train, bench.val)
+    )
     bench.trainer.use_cached_reference(ReferenceLogps([value + 5 for value in right.chosen], right.rejected), val)
     with pytest.raises(InvariantError, match="first-loss"):
         bench.trainer.fit(None)

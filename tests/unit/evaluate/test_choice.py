@@ -45,6 +45,7 @@ def write_prompts(folder: Path, count: int, per_group: int = 0) -> str:
     return str(folder / "prompts.jsonl")
 
 
+@pytest.mark.slow  # a simulation
 @pytest.mark.parametrize("checkpoints", [2, 3, 5, 8])
 @pytest.mark.parametrize("null_test", [True, False])
 @pytest.mark.parametrize("judges", [(), ({"model": "other"},)])

@@ -14,7 +14,7 @@ from tasks.evaluate import labels as person
 from tasks.evaluate.labels import Labelling, choose_rows, measure_agreement, read_labels, record_agreement
 from tasks.promote.pointer import find_disagreement
 from tasks.store.measures import read_evaluation
-from tasks.store.workspace import Workspace
+from tasks.store.workspace import PromotionRef, Workspace
 from tests.fakes.comparisons import ERRING_JUDGES, PlantedJudge, draw_labels
 from tests.fakes.evaluated import evaluated
 
@@ -114,6 +114,7 @@ def test_a_judge_that_always_agrees_is_left_alone_and_one_that_errs_is_corrected
     assert corrected.upper < 0.5
 
 
+@pytest.mark.slow  # a simulation
 @pytest.mark.parametrize("judge", ERRING_JUDGES, ids=lambda judge: judge.name)
 def test_the_corrected_interval_holds_the_true_rate(judge: PlantedJudge) -> None:
     rng, held = np.random.default_rng(17), 0
@@ -137,6 +138,8 @@ def test_a_run_waits_for_labels_only_if_it_won_and_is_told_to(tmp_path: Path) ->
     assert "nobody has labelled" in (find_disagreement(won, asks) or "")
     assert find_disagreement(won, PromotionConfig()) is None
     assert find_disagreement(won, asks.model_copy(update={"min_win_rate": 0.999})) is None, "it lost"
+    served = PromotionRef(uri="p", sha256="b" * 64, size=1, rows=1, name="mine", adapter_sha256="a" * 64)
+    assert find_disagreement(won, asks, served) is None, "what is served stays so"
     labelling = Labelling(won, 40)
     for number in range(labelling.total):
         labelling.answer(number, "1" if "new" in labelling.show(number)["sides"][0] else "2")

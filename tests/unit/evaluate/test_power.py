@@ -23,6 +23,7 @@ def judged(comparisons: list) -> Evaluation:
     return judge_adapter("0" * 64, comparisons, [], None, EvaluationConfig())
 
 
+@pytest.mark.slow  # a simulation
 @pytest.mark.parametrize(("groups", "prompts", "icc"), [(10, 20, 0.05), (200, 1, 0.0)])
 def test_predicted_power_is_that_of_simulated_gates(groups: int, prompts: int, icc: float) -> None:
     rng = np.random.default_rng(1)

@@ -86,6 +86,7 @@ def test_equal_samples_of_a_prompt_count_as_one_and_independent_ones_each() -> N
     assert found.effective_samples > 3200
 
 
+@pytest.mark.slow  # a simulation
 @pytest.mark.parametrize(
     ("groups", "prompts", "icc", "rate", "ties"),
     # With prompts as clusters the interval of the last held in 72 % only.
@@ -154,6 +155,10 @@ def test_samples_are_paired_once_and_what_the_new_adapter_failed_on_is_lost(tmp_
     assert [one.outcome for one in won] == [1, 0, 0, 0, 1, 1]
     found = win_rate(won, 0.95)
     assert (found.win_rate, found.silent, found.prompts) == (0.5, 3, 3)
+    turned = win_rate(
+        [read_comparison({**row, "completions": row["completions"][::-1], "votes": []}) for row in rows], 0.95
+    )
+    assert (turned.silent, turned.sft_silent, turned.samples) == (0, 3, 3)
     before = Path(paired.uri).stat().st_mtime_ns
     assert pair_samples(a, b, str(tmp_path)) == paired
     assert Path(paired.uri).stat().st_mtime_ns == before, "finished pairs are found, not written again"

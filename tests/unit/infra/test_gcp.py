@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import pytest
+
 from tests.fakes.process import ROOT
 
 GCP = ROOT / "infra" / "gcp"
@@ -39,6 +41,7 @@ def resources() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow  # all of Terraform is parsed
 def test_every_reference_has_its_resource() -> None:
     known = set(resources())
     for reference in re.findall(r"(?<![\w.])(google_\w+\.\w+)", TEXT):

@@ -328,6 +328,7 @@ async def test_every_selector_selects_something_and_every_port_is_open_at_both_e
 
 
 # Names that a deployment of the pool may have; Prefect's worker makes them the pods' app.kubernetes.io/name.
+@pytest.mark.slow  # every policy against every pod
 @pytest.mark.parametrize("deployment", ["l4-spot", "vllm", "postgres", "prefect-server", "prefect-worker", "mine"])
 async def test_training_pods_reach_what_they_need_whatever_their_deployment_is_called(deployment: str) -> None:
     job = await render(deployment=deployment)

@@ -399,6 +399,8 @@ REFUSED: dict[str, list[tuple[int, Any]]] = {
         (422, {"error": "Input validation error: `max_new_tokens` must be <= 1024. Given: 4096", "error_type": "v"}),
         (400, "`max_tokens` must be less than or equal to `8192`, which is less than the `context_window`"),
         (400, "the max tokens limit is 4096"),
+        (400, "max_tokens 8192 exceeds the model's completion token limit (4096)"),
+        (400, "The requested tokens exceed the maximum output tokens limit of 4096"),
         (400, b""),
         (451, {"message": "no"}),
         # The input that a server repeats decides nothing.

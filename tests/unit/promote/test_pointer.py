@@ -57,6 +57,8 @@ def evaluation(of: AdapterRef, lower: float = 0.6, **found: Any) -> EvaluationRe
         (0.57, {"length_controlled": BY_LENGTH}, "with length taken out"),
         (0.58, {"null": UNEVEN}, r"two draws of the SFT adapter come out at 61\.0 %.*99 %"),
         (0.58, {"null": BY_LENGTH, "length_controlled": {**BY_LENGTH, "lower": 0.51}}, None),
+        (0.58, {"samples": 80, "sft_silent": 17}, r"the SFT adapter wrote nothing in 17 of 80.*chat template"),
+        (0.58, {"samples": 80, "sft_silent": 16}, None),
         (0.9, {"adapter_sha256": "f" * 64}, "is of adapter ffffffffffff, not of"),
     ],
 )

@@ -47,6 +47,7 @@ def labelled(lower: float) -> dict[str, Any]:
         ({"length_controlled": {**EVEN, "lower": 0.46}}, 0.5, "Not shown to be better"),
         (LOST, 0.5, "Worse"),
         ({"null": OFF}, 0.5, "Not to be trusted"),
+        ({"samples": 40, "sft_silent": 9}, 0.5, "Not to be trusted"),
         ({"agreement": labelled(0.62)}, 0.5, "Better"),
         ({"agreement": labelled(0.48)}, 0.5, "Better for the judge alone"),
         ({"agreement": labelled(0.48)}, 0.6, "Better, but not by enough"),
@@ -97,7 +98,9 @@ def test_the_first_page_has_advice_only_where_nothing_is_proven() -> None:
 
 def test_win_rates_are_shown_each_against_its_bar() -> None:
     second = {"judges": ["other"], "rate": RATE, "transfer": 0.2}
-    found = evaluated(null=NULL, length_controlled=EVEN, second=second, silent=3, detectable=0.553)
+    found = evaluated(
+        null=NULL, length_controlled=EVEN, second=second, silent=3, sft_silent=9, samples=40, detectable=0.553
+    )
     rows = [(m.title, m.ok, m.text()) for m in win_rate_figures(found, 0.5)]
     assert rows == [
         ("New adapter against SFT", True, "61.0 % (58.0-64.0 %)"),
@@ -106,6 +109,7 @@ def test_win_rates_are_shown_each_against_its_bar() -> None:
         ("SFT against itself", True, "50.0 % (48.0-52.0 %)"),
         ("Gain that the second judge sees too", False, "20 %"),
         ("Lost because the new adapter wrote nothing", False, "3"),
+        ("The SFT adapter wrote nothing", False, "9"),
         ("Smallest true win rate told from 50 %", None, "55.3 %"),
     ]
     assert list(win_rate_figures(evaluated(detectable=1.0), 0.5))[-1].text() == "none: too few comparisons"

@@ -121,10 +121,12 @@ def test_what_a_round_trains_on_is_not_held_out(
     return check_held_out(config, RoundsConfig(rounds=1))
 
 
-@pytest.mark.parametrize("start", ["sft", "previous"])
-def test_the_next_round_samples_from_the_last_adapter_and_is_measured_against_sft(start: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("start", "given"), [("sft", "completions"), ("previous", "preferences")])
+def test_the_next_round_samples_from_the_last_adapter_and_is_measured_against_sft(
+    start: str, given: str, tmp_path: Path
+) -> None:
     config = PipelineConfig.model_validate(
-        {"workspace": str(tmp_path), "training": {"sft_adapter": "/sft"}, "completions": str(tmp_path / "given.jsonl")}
+        {"workspace": str(tmp_path), "training": {"sft_adapter": "/sft"}, given: str(tmp_path / "given.jsonl")}
     ).filled()
     before = Round(number=1, made=made(0.6, str(tmp_path)))
     assert round_config(config, RoundsConfig(start=start), None) == config
@@ -133,7 +135,7 @@ def test_the_next_round_samples_from_the_last_adapter_and_is_measured_against_sf
     assert (then.generation.adapter, then.generation.serve_from) == (adapter, adapter)
     assert then.training.sft_adapter == (config.training.sft_adapter if start == "sft" else adapter)
     assert then.evaluation == config.evaluation
-    assert then.completions is None
+    assert (then.completions, then.preferences) == (None, None)
 
 
 def test_the_page_lies_where_the_command_says(tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from tasks.run.estimate import Plan, Work
 from tasks.run.estimate_page import plan_lines
 from tasks.store.measures import WinRate
 from tasks.store.workspace import EvaluationRef
-from tasks.sweep import page, prepare
+from tasks.sweep import page, prepare, ranking
 from tasks.sweep.page import conclude, plan_section, ranking_section
 from tasks.sweep.points import apply_change, expand_points, parameter_names
 from tasks.sweep.prepare import check_budget, find_unready, prepare_points, trainings_at_once
-from tasks.sweep.ranking import PointResult, SweepResult, sidak
+from tasks.sweep.ranking import PointResult, SweepResult, rank, sidak, winner
 from tests.fakes import pages
+from tests.fakes.evaluated import evaluated
 
 
 def points(base: PipelineConfig | None = None, **sweep: Any) -> list[tuple[str, PipelineConfig]]:
@@ -83,6 +84,37 @@ def test_points_of_equal_content_are_dropped_and_counted(tmp_path: Path, monkeyp
     found = prepare_points(config, SweepConfig(grid=grid, changes=[{}]))
     assert [(point.number, point.config.training.beta) for point in found.points] == [(1, 0.1), (2, 0.2)]
     assert found.duplicates == 5
+
+
+def test_the_inputs_are_checked_once_for_all_points_that_the_checks_cannot_tell_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = list[str]()
+    monkeypatch.setattr(prepare, "_check_files", lambda point: checked.append(point.name))
+    monkeypatch.setattr(prepare, "point_keys", lambda found: [point.name for point in found])
+    told = ["judging.val_ratio=0.5", "judging.rubric=demo", "training.max_length=512", "evaluation.max_prompts=7",
+            "training.base_revision=v2", "training_deployment=train-dpo/pool"]  # fmt: skip
+    changes = [dict([name.split("=")]) for name in ("training.beta=0.3", "judging.model=b", *told)]
+    prepare_points(PipelineConfig(workspace=str(tmp_path)), SweepConfig(changes=changes))
+    assert checked == ["training.beta=0.3", *told]
+
+
+def test_the_best_is_promoted_by_its_bound_that_holds_for_all_points_and_without_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "sweep_key", lambda points: "k")
+    points = expand_points(
+        PipelineConfig(workspace=str(tmp_path), judging=JudgingConfig(model="labeller")),
+        SweepConfig(grid={"training.beta": [0.1]}),
+    )
+    made = pages.result(evaluated(tmp_path, lambda _: [1, 1]))
+    result = rank(points, [PointResult(number=1, change={}, name="one", made=made)])
+    (best,) = result.points
+    assert best.proven < best.widened.lower == best.rate.lower, "all of its samples are longer"
+    for bar, won in ((best.proven - 0.01, True), (best.proven, False)):
+        promotion = points[0].config.promotion.model_copy(update={"min_win_rate": bar})
+        config = points[0].config.model_copy(update={"promotion": promotion})
+        assert (winner(result, [points[0].model_copy(update={"config": config})]) is not None) == won
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,16 @@ import pytest
 
 from tasks.config import TrainingConfig
 from tasks.store.workspace import Workspace
+from tasks.trainer import reference
 from tasks.trainer.data import TokenPair
-from tasks.trainer.reference import ReferenceLogps, Split, load_reference, reference_key, save_reference
+from tasks.trainer.reference import (
+    ReferenceLogps,
+    ReferencePart,
+    Split,
+    load_reference,
+    reference_key,
+    save_reference,
+)
 
 PAIRS = [TokenPair(number, str(number) * 64, [1], [2], [3]) for number in range(3)]
 SPLITS = [Split("train", PAIRS[:2], [[1, 0]]), Split("val", PAIRS[2:], [[0]])]
@@ -43,6 +51,22 @@ def test_damage_is_seen_and_it_is_computed_again(
     assert "computed again" in caplog.text
     save_reference(store, "key", FOUND)
     assert load_reference(store, "key") == FOUND
+
+
+def test_a_part_is_kept_each_minute_and_goes_when_all_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, batches = Workspace(tmp_path), [[(1, -1 / 3, -2.5)], [(0, -1e-9, -3.0), (2, -4.0, -5.0)]]
+    part = ReferencePart(store, "key", "train-1-of-1")
+    part.add(batches[0])
+    assert ReferencePart(store, "key", "train-1-of-1").batches == [], "not a file for each micro-batch"
+    monkeypatch.setattr(reference, "PART_SECONDS", 0.0)
+    part.add(batches[1])
+    assert ReferencePart(store, "key", "train-1-of-1").batches == batches
+    assert ReferencePart(store, "key", "train-1-of-2").batches == []
+    file = tmp_path / "reference-logprobs" / "key" / "train-1-of-1.json"
+    file.write_bytes(file.read_bytes().replace(b"-2.5", b"-2.6"))
+    assert ReferencePart(store, "key", "train-1-of-1").batches == [], "damaged: from the start"
+    save_reference(store, "key", FOUND)
+    assert [path.name for path in (tmp_path / "reference-logprobs").iterdir()] == ["key.json"]
 
 
 def test_beta_learning_rate_epochs_and_loss_share_it_but_content_does_not() -> None:
