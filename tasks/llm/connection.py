@@ -111,7 +111,7 @@ class Connection:
         if isinstance(failure, CreditUsedUp):
             return CreditUsedUp(f"{where}: {which} has no credit left: {failure}. {kept}: top it up, then run again")
         if isinstance(failure, QuotaUsedUp):
-            used = f"{where}: the day's quota of {which} is used up: {failure}"
+            used = f"{where}: the quota of {which} is used up: {failure}"
             return QuotaUsedUp(f"{used}. {kept}: run again after that")
         if not isinstance(failure, KeyRefused):
             return failure

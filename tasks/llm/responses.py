@@ -73,7 +73,9 @@ _CREDIT = _words(
     r"reached your ([\w ]{0,30})?usage limits?",
 )  # fmt: skip
 _PERIOD = _words(r"per(second|minute|hour|day)")
-_PER_DAY = _words(r"per[-_ ]?day", r"daily (limit|quota)", r"\b(rpd|tpd)\b")
+_PER_DAY = _words(
+    r"per[-_ ]?(day|week|month)", r"(daily|weekly|monthly) ([a-z]+ )?(limit|quota|allowance)", r"\b(rpd|tpd)\b"
+)
 _BAD_KEY = _words(r"api[ _]key (not valid|not found|expired)", r"(invalid|incorrect) api[ _]key", r"login fail")
 # Not what was asked for next to a prompt, but a limit of its own.
 _OVER_A_LIMIT = _words(
@@ -456,11 +458,11 @@ def _reason(error: ServerError) -> str:
 
 
 def _reset(error: ServerError, google: bool) -> str:
-    """Say when a day's quota is there again."""
+    """Say when a quota of a day or more is there again."""
     if error.resets_at is not None:
         return f"at {datetime.fromtimestamp(error.resets_at, UTC):%Y-%m-%d %H:%M} UTC"
     if not google:
-        return "after a day (the endpoint does not say when)"
+        return "after a day or more (the endpoint does not say when)"
     try:
         tomorrow = datetime.now(ZoneInfo("America/Los_Angeles")) + timedelta(days=1)
     except ZoneInfoNotFoundError:

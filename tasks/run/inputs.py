@@ -27,7 +27,10 @@ def find_reference(kind: type[Reference], value: object) -> object:
     if uri.endswith("manifest.json"):
         places = [uri]
     store = Workspace.holding(uri)
-    manifest = next((place for place in places if store.exists(place)), None)
+    try:
+        manifest = next((place for place in places if store.exists(place)), None)
+    except OSError as error:
+        raise ValueError(f"{uri}: cannot be read ({error.strerror or error})") from error
     if manifest is None:
         raise ValueError(
             f"there is no {places[0]}: give the folder of finished {wanted} (in the workspace) or its manifest.json"

@@ -91,8 +91,9 @@ def set_up_logs() -> None:
     # All parameters, values that may be keys among them; the run's log has the refusal.
     logging.getLogger("prefect.flows").addFilter(_drop("Parameter validation failed for flow"))
     logging.getLogger("prefect.engine").addFilter(_put_refusal_into_the_run_log)
-    # There are hundreds of shards; the UI shows their states.
+    # There are hundreds of shards; the UI shows their states. An error is no result, and is in the log anyway: that it
+    # cannot be written as JSON says nothing.
     task_runs, plain = logging.getLogger("prefect.task_runs"), _PlainUserErrors()
-    task_runs.addFilter(_drop("Finished in state Completed", "Finished in state Cached"))
+    task_runs.addFilter(_drop("Finished in state Completed", "Finished in state Cached", "Failed to write result:"))
     task_runs.addFilter(plain)
     logging.getLogger("prefect.flow_runs").addFilter(plain)

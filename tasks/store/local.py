@@ -1,5 +1,6 @@
 """Files on a local disk: written next to their place and renamed, compared and swapped under a lock."""
 
+import errno
 import fcntl
 import io
 import os
@@ -15,6 +16,8 @@ from typing import IO
 from tasks.store.storage import DigestWriter, Stat, Storage
 
 SETTLED_SECONDS = 5.0
+# A text that is no path, such as a prompt itself, is too long for one.
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 UNFINISHED = ".writing-"
 
 
@@ -25,7 +28,9 @@ class LocalStorage(Storage):
         """Its times tell two contents apart only once they are older than any clock's step."""
         try:
             found = os.stat(uri)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
             return None
         settled = time.time() - found.st_ctime > SETTLED_SECONDS
         version = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns) if settled else None

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, get_args
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from tasks.config import PipelineConfig, Preset, StageConfig, SweepConfig
+from tasks.config import ChatSettings, PipelineConfig, Preset, StageConfig, SweepConfig
 from tasks.errors import PreflowError
 
 # Dotted parameter names with their values.
@@ -97,6 +97,10 @@ def apply_change(base: PipelineConfig, change: Change) -> PipelineConfig:
         for part in path:
             stage = stage[part]
         stage[last] = value
+        if (
+            path == ["generation"] and last in ChatSettings.model_fields
+        ):  # what a run samples, trains and evaluates with
+            values["training"][last] = values["evaluation"]["generation"][last] = value
     return PipelineConfig.model_validate(values).filled()
 
 

@@ -455,6 +455,8 @@ def test_what_only_another_key_or_money_can_help(kind: type[Exception], status: 
         ({"error": {"message": "Rate limit exceeded: free-models-per-day", "code": 429,
                     "metadata": {"headers": {"X-RateLimit-Reset": "1795737600000"}}}}, "2026-11-27 00:00 UTC"),
         ("Daily limit of 50 requests reached", "does not say when"),
+        ("You have exceeded your monthly request quota", "does not say when"),
+        ("Weekly token limit reached for this key", "does not say when"),
         ({**openai_error("Daily limit"), "X-RateLimit-Reset": "999999999999999"}, "does not say when"),
     ],
 )  # fmt: skip

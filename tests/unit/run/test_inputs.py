@@ -61,11 +61,21 @@ def test_an_adapter_is_named_by_its_folder_or_its_trainings(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("text", "message"),
     [("nowhere", r"there is no .*/nowhere/manifest\.json: give the folder of finished preferences"),
+     ("a text, not a path " * 999, "there is no .*give the folder"), ("/proc/self/mem/\0", "null byte"),
      ("{broken", "property name"), ('{"kind": "adapter"}', "preferences")],
 )  # fmt: skip
 def test_what_names_no_pairs_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         PAIRS.validate_python(text)
+
+
+def test_a_place_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Workspace, uri: str) -> bool:
+        raise PermissionError(13, "not allowed, or no valid credentials (none)", uri)
+
+    monkeypatch.setattr(Workspace, "exists", refuse)
+    with pytest.raises(ValidationError, match=r"/w/preferences/k: cannot be read \(not allowed, or no valid credent"):
+        PAIRS.validate_python("/w/preferences/k")
 
 
 def test_a_flow_says_which_parameter_names_nothing_sees_a_reference_and_takes_text_first(pairs: PreferencesRef) -> None:

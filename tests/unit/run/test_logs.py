@@ -36,6 +36,7 @@ def test_what_the_user_can_fix_is_its_message_alone_and_a_defect_keeps_its_trace
 def test_finished_shards_say_nothing_and_failed_ones_do(lines: pytest.LogCaptureFixture) -> None:
     task_runs = logging.getLogger("prefect.task_runs")
     task_runs.info("Finished in state Completed()")
+    task_runs.warning("Failed to write result: PreflowError is not JSON serializable Execution will continue, ...")
     task_runs.error("Finished in state Failed('the disk is full')")
     said = [record.getMessage() for record in lines.records if record.name == "prefect.task_runs"]
     assert set(said) == {"Finished in state Failed('the disk is full')"}

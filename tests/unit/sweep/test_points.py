@@ -59,6 +59,13 @@ def test_a_grid_is_the_product_and_changes_are_points_of_their_own() -> None:
     assert found[5][1] == PipelineConfig().filled()
 
 
+def test_what_is_sampled_with_is_trained_and_evaluated_with_at_every_point() -> None:
+    ((_, config),) = points(changes=[{"generation.stop": ["END"], "generation.date_string": "01 Jan 2026"}])
+    for stage in (config.generation, config.training, config.evaluation.generation):
+        assert (stage.stop, stage.date_string) == (("END",), "01 Jan 2026")
+    assert "a run samples, trains and evaluates in the same words" in refusal(changes=[{"training.stop": ["END"]}])
+
+
 def test_every_parameter_can_be_named() -> None:
     base = PipelineConfig().filled()
     for name in parameter_names():
