@@ -233,8 +233,9 @@ class Endpoint(Administration):
                 self._gate.settle(counted, answer.usage.prompt_tokens + answer.usage.completion_tokens)
             except (Transient, RequestRefused, StageStopped) as failure:
                 if not getattr(failure, "maybe_billed", False):
-                    cost = 0.0
-                    self._gate.settle(counted, 0)
+                    used = getattr(failure, "usage", Cost())
+                    cost = usd_of(used, self.config)
+                    self._gate.settle(counted, used.prompt_tokens + used.completion_tokens)
                 raise
             finally:
                 self._budget.settle(request.most_usd, cost)
@@ -257,6 +258,10 @@ class Endpoint(Administration):
         except Transient as failure:
             cost = None if failure.maybe_billed else 0.0
             raise
+        except RequestRefused as refused:
+            refused.usage = as_batch(refused.usage)
+            cost = usd_of(refused.usage, self.config)
+            raise
         finally:
             self._budget.settle(most, cost)
         self._stats.sent += 1
@@ -275,8 +280,9 @@ class Endpoint(Administration):
             elif self._dialect.blames_format(body, failure, attempts.failures + 1):
                 raise RequestRefused(failure.status, "bad_request", str(failure)) from failure
             raise
-        except RequestRefused:
+        except RequestRefused as refused:
             self._retries.answered()
+            self._stats.usage += refused.usage
             raise
         self._retries.answered()
         self._window.succeeded()

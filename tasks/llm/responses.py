@@ -248,7 +248,11 @@ def read_answer(body: bytes, prompt_bytes: int) -> Answer:
         text, odd = shorten(body.decode(errors="replace"), 80), streams or not isinstance(data, str)
         raise Transient(f"the answer is {what}: {text}", status=200, maybe_billed=True, odd=odd)
     items = sorted(items, key=lambda item: item["index"] if isinstance(item.get("index"), int) else 0)
-    choices = [_read_choice(item) for item in items]
+    try:
+        choices = [_read_choice(item) for item in items]
+    except RequestRefused as refused:  # what was written before the error is billed
+        refused.usage = _read_usage(data["usage"], prompt_bytes, 0) if data.get("usage") else refused.usage
+        raise
     thoughts = (item["message"].get(name) for item in items for name in _THOUGHTS)
     written = [*(choice.text for choice in choices), *(text for text in thoughts if isinstance(text, str))]
     usage = _read_usage(data.get("usage"), prompt_bytes, sum(map(len, written)))

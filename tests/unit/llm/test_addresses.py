@@ -34,11 +34,16 @@ async def send_on(request: web.Request) -> web.Response:
 
 
 @asynccontextmanager
-async def endpoint_of(routes: list[web.RouteDef], path: str = "/v1", outage: int = 0) -> AsyncIterator[Endpoint]:
+async def endpoint_of(
+    routes: list[web.RouteDef], path: str = "/v1", outage: int = 0, prices: tuple[float, float] = (0.0, 0.0)
+) -> AsyncIterator[Endpoint]:
     application = web.Application()
     application.add_routes(routes)
     async with TestServer(application) as server:
-        config = EndpointConfig(endpoint=str(server.make_url(path)), model="m", max_outage_seconds=outage)
+        config = EndpointConfig(
+            endpoint=str(server.make_url(path)), model="m", max_outage_seconds=outage,
+            prompt_price=prices[0], completion_price=prices[1],
+        )  # fmt: skip
         async with Endpoint(config, KEY, {"api-key": HEADER}) as endpoint:
             yield endpoint
 
@@ -175,3 +180,13 @@ async def test_an_answer_without_the_schema_is_asked_and_paid_for_once(
         assert len(plain) == at_once
         is_out = "response_format" in endpoint._dialect.dropped
         assert is_out == (confirmed == 500), "too many requests, and no credit, say nothing of the schema"
+
+
+async def test_what_was_written_before_an_error_of_the_provider_is_counted() -> None:
+    broken = {"index": 0, "message": {"content": "Hal"}, "finish_reason": "error", "error": {"code": 400}}
+    reply = {"choices": [broken], "usage": {"prompt_tokens": 1000, "completion_tokens": 500}}
+    async with endpoint_of([web.post("/v1/chat/completions", always(200, reply))], prices=(2.0, 4.0)) as endpoint:
+        with pytest.raises(RequestRefused) as caught:
+            await endpoint.chat(HELLO)
+        assert caught.value.usage.completion_tokens == endpoint.stats.usage.completion_tokens == 500
+        assert endpoint.stats.spent_usd == pytest.approx(0.004)
