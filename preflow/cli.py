@@ -82,7 +82,7 @@ def make_app() -> App:
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command and return the exit code; errors are one line on standard error."""
     os.environ.setdefault("DO_NOT_TRACK", "1")  # else Prefect counts its users, and says so in the middle of a run
-    if getproxies():  # no proxy has a way to what runs on this machine
+    if getproxies() and getproxies().get("no") != "*":  # no proxy has a way to what runs on this machine
         os.environ["no_proxy"] = ",".join(filter(None, [getproxies().get("no"), "127.0.0.1", "localhost"]))
     try:
         code = make_app()(arguments, exit_on_error=False, result_action="return_value")

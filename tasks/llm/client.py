@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,7 @@ from openai import AsyncOpenAI
 from tasks.config import EndpointConfig
 from tasks.llm.batches import MOST_REQUESTS, Batches
 from tasks.llm.dialect import CERTAIN, Body, Dialect
-from tasks.llm.limits import Budget, Gate, Window
+from tasks.llm.limits import Budget, BudgetExceeded, Gate, Window
 from tasks.llm.responses import (
     BATCH_PRICE,
     Answer,
@@ -32,6 +33,7 @@ from tasks.store.workspace import Workspace
 
 # Completion tokens assumed for a request without max_tokens when money or tokens are set aside for it.
 UNBOUNDED_COMPLETION = 4096
+log = logging.getLogger(__name__)
 
 
 class Sampling(Template):
@@ -187,22 +189,31 @@ class Endpoint(Administration):
                 doubtful = True
                 continue
             if doubtful:
-                if (meant := await self._ask_once(request)) is None:
-                    self._dialect.drop("response_format")
-                else:  # the server was down for another reason
-                    body, answer = self._dialect.shape(request.body), replace(meant, usage=meant.usage + answer.usage)
+                body, answer = await self._doubt(request, body, answer)
             sent = {name: value for name, value in body.items() if name not in answer.refused}
             self._dialect.took(sent)
             left_out = {*answer.refused, *self._dialect.refused(request.body, sent)}
             return replace(answer, refused=tuple(sorted(left_out)))
 
-    async def _ask_once(self, request: _Request) -> Answer | None:
-        """Return the answer to a request as it is meant; None if there is none at the first attempt."""
-        request.may_wait = False
+    async def _doubt(self, request: _Request, body: Body, answer: Answer) -> tuple[Body, Answer]:
+        """Ask once as it is meant what was answered without the schema, to see whether that is why it failed.
+
+        What is answered is paid for, and kept whatever comes of it.
+        """
+        request.may_wait, meant = False, self._dialect.shape(request.body)
+        if not self._dialect.doubts_format(meant):  # another request has found it out
+            return body, answer
         try:
-            return await self._attempt(request, self._dialect.shape(request.body), Attempts())
-        except (Transient, RequestRefused):
-            return None
+            found = await self._attempt(request, meant, Attempts())
+        except (Transient, RequestRefused) as failure:
+            throttled = isinstance(failure, Transient) and failure.throttled
+            if not throttled and self._dialect.doubts_format(self._dialect.shape(request.body)):
+                self._dialect.drop("response_format")
+        except (StageStopped, BudgetExceeded):
+            log.info("%s: nothing more can be asked now: an answer without the schema is kept", self.config.endpoint)
+        else:  # the server was down for another reason
+            return meant, replace(found, usage=found.usage + answer.usage)
+        return body, answer
 
     async def _attempt(self, request: _Request, body: Body, attempts: Attempts) -> Answer:
         # The first answer comes the normal way: what the endpoint does not take is found out by one request.

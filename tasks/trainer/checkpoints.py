@@ -70,13 +70,13 @@ def os_error(error: SafetensorError, folder: Path) -> OSError:
     return OSError(int(number[1]), os.strerror(int(number[1])), str(folder))
 
 
-def sweep(folder: str) -> None:
+def sweep(store: Workspace, folder: str) -> None:
     """Remove what a killed trainer was just writing below a local folder, which a workspace does not show."""
     for left in list(Path(folder).rglob(f"{UNFINISHED}*")):
         if left.is_dir():
-            shutil.rmtree(left)
+            store.delete_folder(str(left))
         else:
-            left.unlink(missing_ok=True)
+            store.delete(str(left))
 
 
 class CheckpointStore:

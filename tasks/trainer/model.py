@@ -189,6 +189,7 @@ def _check_weights(name: str, base: Any, config: Any, found: Mapping[str, Any]) 
             f"base_model {name}: its weights are not those of the model that its config.json describes: "
             f"{'; '.join(problems[:3])} ({len(problems)} in all). Fetch or save the base again."
         )
+    _check_finite(f"base_model {name}", _float_weights(base))  # NaN differs from itself, also where the head is tied
     tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
     head = base.get_output_embeddings() if tied else None
     if head is not None and not torch.equal(head.weight, base.get_input_embeddings().weight):
@@ -196,7 +197,6 @@ def _check_weights(name: str, base: Any, config: Any, found: Mapping[str, Any]) 
             f"base_model {name}: config.json says tie_word_embeddings, and its lm_head differs from the embeddings: "
             "transformers would train with the lm_head, vLLM serve with the embeddings. Set it to false there."
         )
-    _check_finite(f"base_model {name}", _float_weights(base))
 
 
 def _float_weights(base: Any) -> Iterator[tuple[str, torch.Tensor]]:

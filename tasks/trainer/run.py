@@ -87,7 +87,7 @@ class TrainingRun:
     def execute(self) -> None:
         """Train, check, and commit the adapter; after a `StopTraining` what could be saved is saved."""
         if is_main_process():
-            sweep(self._folder)
+            sweep(self._store, self._folder)
         phase = self._phases.phase
         with phase("reading the SFT adapter"):
             adapter = fetch_adapter(self._training.sft_adapter, self._scratch / "sft", self._spec.sft_sha256)

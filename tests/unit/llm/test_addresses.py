@@ -1,5 +1,6 @@
 """Addresses and lists of models as people and providers have them."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -150,3 +151,27 @@ async def test_only_a_schema_that_goes_on_failing_is_left_out(
             answer = await endpoint.chat(HELLO, response_format={"type": "json_object"})
             assert answer.refused == (("response_format",) if for_good else ())
     assert has_schema == asked
+
+
+@pytest.mark.parametrize(("confirmed", "at_once"), [(500, 4), (402, 1), (429, 1)])
+async def test_an_answer_without_the_schema_is_asked_and_paid_for_once(
+    confirmed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever becomes of asking again with it: the server's failure, its throttle, or an account that is empty."""
+    monkeypatch.setattr(retries, "FIRST_BACKOFF_SECONDS", 0.01)
+    plain: list[bool] = []
+
+    async def respond(request: web.Request) -> web.Response:
+        if "response_format" not in await request.json():
+            plain.append(True)
+            await asyncio.sleep(0.02 * len(plain))  # by when another one has found out that it is the schema
+            return web.json_response(ANSWER)
+        return web.json_response({"error": "x"}, status=confirmed if plain else 500)
+
+    async with endpoint_of([web.post("/v1/chat/completions", respond)], outage=60) as endpoint:
+        asked = (endpoint.chat(HELLO, response_format={"type": "json_object"}) for _ in range(at_once))
+        for answer in await asyncio.gather(*asked):
+            assert (answer.refused, answer.usage.requests) == (("response_format",), 1)
+        assert len(plain) == at_once
+        is_out = "response_format" in endpoint._dialect.dropped
+        assert is_out == (confirmed == 500), "too many requests, and no credit, say nothing of the schema"

@@ -16,7 +16,7 @@ from tasks.trainer.model import as_loaded, load_base, load_tokenizer, precision,
 from tasks.trainer.run import with_fitting_warmup
 from tests.fakes.tiny_training import build_base, large_tokenizer
 
-UP = "model.layers.1.mlp.up_proj.weight"
+UP, EMBEDDINGS = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -86,8 +86,11 @@ def test_a_head_that_is_not_tied_though_the_configuration_says_so_is_refused(bas
     (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with pytest.raises(PreflowError, match="says tie_word_embeddings, and its lm_head differs"):
         load_base(settings(base), 0)
-    edit(base, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    edit(base, lambda weights: weights.update({"lm_head.weight": weights[EMBEDDINGS].clone()}))
     load_base(settings(base), 0)
+    edit(base, lambda weights: (weights.pop("lm_head.weight"), weights[EMBEDDINGS].fill_(torch.nan)))
+    with pytest.raises(PreflowError, match=f"its weight {EMBEDDINGS} holds NaN"):
+        load_base(settings(base), 0)
 
 
 @pytest.mark.parametrize("asked", [{"load_in_4bit": False}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}])

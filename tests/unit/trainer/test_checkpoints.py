@@ -106,10 +106,17 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(store: CheckpointSt
     assert steps(tmp_path) == ["step-000005"]
 
 
+def refuse() -> None:
+    raise PermissionError("another trainer holds the lease")
+
+
 def test_what_a_killed_trainer_was_writing_is_swept(store: CheckpointStore, tmp_path: Path) -> None:
     store.save(checkpoint(5))
     (tmp_path / "checkpoints" / ".writing-abc" / "step-000010").mkdir(parents=True)
     (tmp_path / ".writing-metrics").write_text("{")
-    sweep(str(tmp_path))
+    with pytest.raises(PermissionError):  # another trainer may hold the lease by now, and this be what it writes
+        sweep(Workspace(tmp_path, guard=refuse), str(tmp_path))
+    assert (tmp_path / ".writing-metrics").exists()
+    sweep(Workspace(tmp_path), str(tmp_path))
     assert steps(tmp_path) == ["step-000005"]
     assert {path.name for path in tmp_path.iterdir()} == {"scratch", "checkpoints"}
