@@ -97,9 +97,7 @@ def apply_change(base: PipelineConfig, change: Change) -> PipelineConfig:
         for part in path:
             stage = stage[part]
         stage[last] = value
-        if (
-            path == ["generation"] and last in ChatSettings.model_fields
-        ):  # what a run samples, trains and evaluates with
+        if path == ["generation"] and last in ChatSettings.model_fields:  # a run trains and evaluates with it, too
             values["training"][last] = values["evaluation"]["generation"][last] = value
     return PipelineConfig.model_validate(values).filled()
 
