@@ -15,8 +15,11 @@ _CLOSING = re.compile(
     rf"[<\[◁]/{_THINKING}[>\]▷]|<\|end_(?:of_)?(?:thought|thinking)\|>|<\|channel\|>final[^{{]{{0,60}}<\|message\|>",
     re.IGNORECASE,
 )
+# In square brackets the other words are the heading of a section, such as [Analysis], which nothing closes.
 _OPENING = re.compile(
-    rf"[<\[◁]{_THINKING}[>\]▷]|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|channel\|>analysis", re.IGNORECASE
+    rf"[<◁]{_THINKING}[>▷]|\[(?:think(?:ing)?|thought|reasoning)\]"
+    r"|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|channel\|>analysis",
+    re.IGNORECASE,
 )
 _FENCE = re.compile(r"\s*(?:```\w*\s*)?")
 # An object without another in it; one that is not closed, too, unless the answer was cut.

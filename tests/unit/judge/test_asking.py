@@ -181,6 +181,7 @@ READABLE = {
     "a quoted verdict before and text around": f'So: {{"reason": {json.dumps(QUOTED)}, {V[1:]}. Done.',
     "thinking that the template opened": f'The form is {{"best": 1, "worst": 2}}.\n</think>\n\n{V}',
     "thinking in brackets": f'[THINK]{{"best": 1, "worst": 2}}[/THINK]{V}',
+    "a heading in brackets": f"[Analysis] The second is better. [Verdict] {V}",
     "thinking of gpt-oss": f'<|channel|>analysis<|message|>{{"best": 1, "worst": 2}}<|channel|>final<|message|>{V}',
     "thinking of Kimi": f'◁think▷{{"best": 1, "worst": 2}}◁/think▷{V}',
     "thinking of Seed": f'<seed:think>{{"best": 1, "worst": 2}}</seed:think>{V}',
