@@ -18,7 +18,7 @@ from tasks.store.measures import QualityReport
 from tasks.store.records import Message, PairRow, VerdictsRow, Vote, read_rows
 from tasks.store.workspace import DigestWriter, Manifest, PreferencesRef, VerdictsRef, Workspace, stage_key
 
-VERSION = 6
+VERSION = 7
 TOKENS = {"prompt_token_ids", "token_ids"}
 CUT = "a side did not end by itself"
 LOW = "score of the best"
