@@ -211,11 +211,15 @@ class RowStore:
         """Return where each unit is; `again` reads the files that are new or have changed since they were read."""
         with self._indexing:
             is_whole, self._is_current = self._is_current and not again, True
-            while not is_whole:
-                # Another run may finish a shard meanwhile: then its journals are gone, and its file is found next.
-                files, _ = self.store.storage.scan(self.folder)
-                new = [stat for stat in files.values() if not stat.is_same(self._indexed_files.get(stat.uri))]
-                is_whole = all(self._add_to_index(stat) for stat in new)
+            try:
+                while not is_whole:
+                    # Another run may finish a shard meanwhile: then its journals are gone, and its file is found next.
+                    files, _ = self.store.storage.scan(self.folder)
+                    new = [stat for stat in files.values() if not stat.is_same(self._indexed_files.get(stat.uri))]
+                    is_whole = all(self._add_to_index(stat) for stat in new)
+            except BaseException:
+                self._is_current = False  # what was not read would be paid for again
+                raise
             return self._index
 
     def _add_to_index(self, stat: Stat) -> bool:

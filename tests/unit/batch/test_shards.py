@@ -484,6 +484,20 @@ async def test_a_shard_that_another_run_finishes_while_its_files_are_read_is_fou
     assert mine.find(list(outcomes)) == outcomes
 
 
+@pytest.mark.parametrize("broken", ["scan", "open"])
+async def test_a_bucket_that_fails_while_the_files_are_read_loses_no_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    source = make_source(tmp_path, 6)
+    await run_all(tmp_path, Maker(), source, size=2)
+    again = RowStore(str(tmp_path), "squares", "key")
+    with monkeypatch.context() as patch:
+        patch.setattr(again.store.storage, broken, lambda *_: (_ for _ in ()).throw(ConnectionError("503")))
+        with pytest.raises(ConnectionError):
+            again.find([digest(0)])
+    assert len(again.find([digest(number) for number in range(6)])) == 6
+
+
 def test_a_shard_that_another_run_has_made_again_is_read_where_its_units_are_now(tmp_path: Path) -> None:
     (part,) = slice_rows(Workspace(tmp_path), make_source(tmp_path, 6), 6)
     mine, other = (RowStore(str(tmp_path), "squares", "key") for _ in range(2))
