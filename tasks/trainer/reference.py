@@ -105,7 +105,10 @@ def save_reference(store: Workspace, key: str, found: Mapping[str, ReferenceLogp
     """Keep the log-probs of all splits, unless another training was faster; parts of them go."""
     if load_reference(store, key) is None:
         _write(store, _uri(store, key), {name: asdict(logps) for name, logps in found.items()})
-    store.delete_folder(store.uri("reference-logprobs", key))
+    try:
+        store.delete_folder(store.uri("reference-logprobs", key))
+    except OSError as error:  # another training of a sweep is just keeping its own part
+        LOG.info("parts of the reference log-probs are left (%s)", error)
 
 
 class ReferencePart:

@@ -1,5 +1,6 @@
 """The reference's log-probs as an artifact: taken when everything matches, made again when anything does not."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_a_part_is_kept_each_minute_and_goes_when_all_is_there(tmp_path: Path, m
     assert ReferencePart(store, "key", "train-1-of-1").batches == [], "damaged: from the start"
     save_reference(store, "key", FOUND)
     assert [path.name for path in (tmp_path / "reference-logprobs").iterdir()] == ["key.json"]
+
+
+def test_another_training_that_keeps_a_part_meanwhile_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_tree(uri: str) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", uri)
+
+    store = Workspace(tmp_path)
+    monkeypatch.setattr(store.storage, "remove_tree", remove_tree)
+    save_reference(store, "key", FOUND)
+    assert load_reference(store, "key") == FOUND
 
 
 def test_beta_learning_rate_epochs_and_loss_share_it_but_content_does_not() -> None:
