@@ -220,8 +220,11 @@ class Batches:
 
     async def _download(self, file: str, refused: tuple[str, ...]) -> dict[str, Line]:
         """Return the lines of a file of answers; what is no line of it counts as not answered, as a lost file does."""
-        found = await self._try(partial(self._client.files.content, file), may_be_gone=True)
-        lines = {}
+        found, lines = None, {}
+        for pause in (0.0, FIRST_POLL_SECONDS, 4 * FIRST_POLL_SECONDS):  # a new file may not be known everywhere yet
+            await asyncio.sleep(pause)
+            if found := await self._try(partial(self._client.files.content, file), may_be_gone=True):
+                break
         for text in (found.content if found else b"").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
                 row = json.loads(text)

@@ -72,3 +72,27 @@ async def test_what_the_provider_has_forgotten_or_broken_holds_up_nothing(tmp_pa
             async with asyncio.timeout(20):
                 await second.check_pending()
                 assert await second.ask(NAME, BODY, ()) is None, "it goes the normal way"
+
+
+class LateFiles(dict[str, bytes]):
+    """Files of which one is known only from the second time on that it is asked for."""
+
+    def __init__(self, files: dict[str, bytes], late: bytes) -> None:
+        super().__init__(files)
+        self.late, self.asked = late, 0
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked += name not in self
+        return self.late if self.asked > 1 else super().get(name, default)
+
+
+async def test_a_file_that_is_not_known_at_once_is_asked_for_again_and_its_answers_are_not_paid_twice(
+    tmp_path: Path,
+) -> None:
+    with FakeBatches(late=0.0) as fake:
+        async with process(fake, tmp_path) as first:
+            line = await first.ask(NAME, BODY, ())
+        late = fake.files.pop(fake.batches["batch-0"]["output_file_id"])
+        fake.files = LateFiles(fake.files, late)
+        async with process(fake, tmp_path) as second:
+            assert await second.ask(NAME, BODY, ()) == line
