@@ -100,7 +100,7 @@ _OVER_A_MINUTE = re.compile(r"limit:? ([\d,]+), requested:? ([\d,]+)", re.IGNORE
 _FILTERED = _words(
     r"content_?filter", r"safety", r"recitation", r"prohibited", r"block", r"spii", r"sensitive", r"refus", r"toxic"
 )
-_TIME = r"(\d+(?:\.\d+)?) ?(h|milli|ms|m|s)(?:ours?|in(?:ute)?s?|ec(?:ond)?s?|seconds?)?(?![a-z])"
+_TIME = r"(\d+(?:\.\d+)?) ?(h|milli|ms|m|s)(?:ours?|ins?|inutes?|ecs?|econds?|seconds?)?(?![a-z])"
 _WAIT = re.compile(rf"(?:again|retry|wait)(?: in| after| for)? ((?:{_TIME}(?: and |, | )?)+)", re.IGNORECASE)
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "milli": 0.001}
 
