@@ -211,10 +211,10 @@ def test_nor_an_address_with_a_password_in_it(api: Api) -> None:
         refuse(api, "generate-completions/local", {"generation": {"endpoint": address}}, "hunter2-is-secret")
 
 
-def test_the_file_names_every_flow() -> None:
-    """A flow that is added to the package needs a deployment, or a reason not to have one."""
+def test_the_file_names_every_flow_and_says_which_are_started_again() -> None:
+    """A flow that is added needs a deployment; a training is started again by whoever asked for it."""
     flows = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__", "demo"}
-    deployed = {
-        item["entrypoint"].split(":")[0] for item in yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]
-    }
-    assert deployed == {f"flows/{name}.py" for name in flows}
+    deployments = yaml.safe_load((ROOT / PREFECT_FILE).read_text())["deployments"]
+    assert {item["entrypoint"].split(":")[0] for item in deployments} == {f"flows/{name}.py" for name in flows}
+    left_alone = {item["entrypoint"].split(":")[1] for item in deployments if "restarted" not in item["tags"]}
+    assert left_alone == {"train_dpo", "rollback_adapter", "publish_adapter"}

@@ -29,6 +29,16 @@ def test_what_is_copied_is_there(image: str) -> None:
             assert (ROOT / source).exists(), source
 
 
+def test_only_what_is_copied_is_sent_to_a_build() -> None:
+    """Everything else may hold secrets: .env, .git, a workspace, Terraform's state."""
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*"
+    sent = tuple(line.removeprefix("!") for line in lines if line.startswith("!"))
+    copied = [source for image in IMAGES for value in values(image, "COPY") for source in value.split()[:-1]]
+    assert all(source.startswith(sent) for source in copied)
+    assert not [path for path in sent if not any(source.startswith(path) for source in copied)]
+
+
 @pytest.mark.parametrize("image", IMAGES)
 def test_it_is_no_root_hears_signals_and_starts_from_a_pinned_image(image: str) -> None:
     """A shell as PID 1 would swallow the SIGTERM. `tini -g` would send it past Prefect's supervisor."""
