@@ -62,7 +62,9 @@ async def test_progress_goes_on_after_a_note_that_could_not_be_written_and_hides
 
     async def stage() -> None:
         async with monitor(notes).showing():
-            await asyncio.sleep(0.3)
+            async with asyncio.timeout(30):
+                while len(shown) < 4:
+                    await asyncio.sleep(0.01)
             notes.written = 0  # so that the last one fails
             raise EndpointDown("gone")
 

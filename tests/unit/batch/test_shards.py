@@ -146,7 +146,10 @@ async def test_no_more_shards_are_open_than_memory_allows(tmp_path: Path) -> Non
         return await worker.run(part)
 
     running = asyncio.create_task(worker.run_all(slices, run_one))
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(30):
+        while len(opened) < 6:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
     assert opened == list(range(6)), "8 windows of 4 units are 4 shards, and two for the ends"
     maker.go_on.set()
     await running
@@ -261,8 +264,10 @@ async def test_on_a_bucket_a_unit_is_kept_after_seconds_though_the_next_one_take
 
     async def work(row: Row) -> Outcome:
         if row["number"] == 2:
-            await asyncio.sleep(0.5)
-            kept.append(RowStore(str(tmp_path), "squares", "key").known(map(digest, range(3))))
+            async with asyncio.timeout(30):
+                while len(found := RowStore(str(tmp_path), "squares", "key").known(map(digest, range(3)))) < 2:
+                    await asyncio.sleep(0.05)
+            kept.append(found)
         return await maker.work(row)
 
     worker.work = work
@@ -385,13 +390,19 @@ async def test_units_under_way_are_twice_the_window_and_only_the_first_is_made_a
     tmp_path: Path, window: int, rows: int, size: int, wanted: int
 ) -> None:
     """Those that wait while the first one is made go on together, or a large window would begin one by one."""
-    running = most = 0
+    running = most = begun = 0
+    full = asyncio.Event()
 
     async def work(row: Row) -> Outcome:
-        nonlocal running, most
-        running += 1
+        nonlocal running, most, begun
+        running, begun = running + 1, begun + 1
         most = max(most, running)
-        await asyncio.sleep(0.005)
+        if most >= wanted:
+            full.set()
+        if begun > 1:
+            await asyncio.wait_for(full.wait(), 30)
+        for _ in range(20):  # one too many would begin meanwhile
+            await asyncio.sleep(0)
         running -= 1
         return Outcome(row={"id": row["id"]})
 
