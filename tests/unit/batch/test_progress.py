@@ -12,6 +12,7 @@ from tasks.batch.shards import Tally
 from tasks.config import EndpointConfig
 from tasks.llm.client import Stats
 from tasks.llm.responses import EndpointDown
+from tests.deployed import until
 
 
 class Notes:
@@ -62,9 +63,7 @@ async def test_progress_goes_on_after_a_note_that_could_not_be_written_and_hides
 
     async def stage() -> None:
         async with monitor(notes).showing():
-            async with asyncio.timeout(30):
-                while len(shown) < 4:
-                    await asyncio.sleep(0.01)
+            await asyncio.to_thread(until, lambda: len(shown) >= 4)
             notes.written = 0  # so that the last one fails
             raise EndpointDown("gone")
 

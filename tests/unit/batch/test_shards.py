@@ -18,6 +18,7 @@ from tasks.errors import PreflowError
 from tasks.store import local
 from tasks.store.storage import Stat
 from tasks.store.workspace import PromptsRef, Row, Workspace, digest
+from tests.deployed import until
 
 
 def make_source(folder: Path, count: int, first: int = 0) -> PromptsRef:
@@ -146,9 +147,7 @@ async def test_no_more_shards_are_open_than_memory_allows(tmp_path: Path) -> Non
         return await worker.run(part)
 
     running = asyncio.create_task(worker.run_all(slices, run_one))
-    async with asyncio.timeout(30):
-        while len(opened) < 6:
-            await asyncio.sleep(0.01)
+    await asyncio.to_thread(until, lambda: len(opened) >= 6)
     await asyncio.sleep(0.3)
     assert opened == list(range(6)), "8 windows of 4 units are 4 shards, and two for the ends"
     maker.go_on.set()
@@ -262,12 +261,13 @@ async def test_on_a_bucket_a_unit_is_kept_after_seconds_though_the_next_one_take
     (part,) = slice_rows(Workspace(tmp_path), source, 3)
     kept: list[set[str]] = []
 
+    def both() -> set[str]:
+        found = RowStore(str(tmp_path), "squares", "key").known(map(digest, range(3)))
+        return found if len(found) == 2 else set()
+
     async def work(row: Row) -> Outcome:
         if row["number"] == 2:
-            async with asyncio.timeout(30):
-                while len(found := RowStore(str(tmp_path), "squares", "key").known(map(digest, range(3)))) < 2:
-                    await asyncio.sleep(0.05)
-            kept.append(found)
+            kept.append(await asyncio.to_thread(until, both))
         return await maker.work(row)
 
     worker.work = work
