@@ -40,6 +40,7 @@ class Stage:
     Attributes:
         name: the stage's, and that of its settings.
         identity: what determines its output: settings, and digests of what it reads; JSON-ready, without addresses.
+        versions: those of the modules that make its output.
         checks: look at the files that it reads, before anything is spent; each raises PreflowError.
         endpoints: the endpoints that it asks, each with one real question of its kind.
         service_checks: ask whatever else it depends on.
@@ -47,6 +48,7 @@ class Stage:
 
     name: str
     identity: Callable[[PipelineConfig], Any]
+    versions: Callable[[], Iterable[int]]
     checks: Callable[[PipelineConfig], Iterable[Callable[[], object]]] = lambda config: ()
     endpoints: Callable[[PipelineConfig], Iterable[tuple[EndpointConfig, Trial]]] = lambda config: ()
     service_checks: Callable[[PipelineConfig], Iterable[Callable[[], Awaitable[object]]]] = lambda config: ()
@@ -163,11 +165,13 @@ STAGES = (
     Stage(
         "prompts",
         identity=lambda config: [source_digest(uri) for uri in _prompts(config)],
+        versions=lambda: [prompts.VERSION],
         checks=lambda config: [partial(import_prompts, uri, config.workspace) for uri in _prompts(config)],
     ),
     Stage(
         "generation",
         identity=lambda config: _given(config) or sampling_identity(config.generation),
+        versions=lambda: [sampling.VERSION, elsewhere.VERSION],
         checks=_given_checks,
         endpoints=lambda config: (
             [] if _given(config) else [(config.generation, partial(_try_generation, config=config))]
@@ -176,12 +180,14 @@ STAGES = (
     Stage(
         "judging",
         identity=lambda config: _judge(config.judging),
+        versions=lambda: [asking.VERSION, pairs.VERSION],
         checks=lambda config: [partial(read_rubric, config.judging.rubric), partial(check_split, config)],
         endpoints=lambda config: [] if config.preferences else _judges(config.judging),
     ),
     Stage(
         "training",
         identity=_training,
+        versions=lambda: [spec.STAGE_VERSION],
         checks=lambda config: [
             partial(check_training_inputs, config.training, trains_here=config.training_deployment is None),
             partial(_check_prompts, config),
@@ -195,6 +201,7 @@ STAGES = (
     Stage(
         "evaluation",
         identity=_evaluation,
+        versions=lambda: [choice.VERSION, win_rate.VERSION],
         checks=lambda config: [partial(check_choice, config)],
         endpoints=_evaluation_endpoints,
     ),
@@ -206,6 +213,4 @@ def fingerprint(config: PipelineConfig) -> dict[str, object]:
 
     The stages' versions are a part of it: a run that an older preflow finished is not one that has nothing left to do.
     """
-    made_by = (prompts, sampling, elsewhere, asking, pairs, choice, win_rate)
-    versions = [spec.STAGE_VERSION, *(module.VERSION for module in made_by)]
-    return {**{stage.name: stage.identity(config) for stage in STAGES}, "versions": versions}
+    return {stage.name: [*stage.versions(), stage.identity(config)] for stage in STAGES}
