@@ -58,7 +58,8 @@ def test_an_older_version_s_run_is_another_one(config: PipelineConfig, monkeypat
         ):
             continue
         with monkeypatch.context() as patch:
-            patch.setattr(f"tasks.{path.parent.name}.{path.stem}.{found[0]}", 99)
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            patch.setattr(f"{module}.{found[0]}", 99)
             assert run_key(config) != before, path
 
 
