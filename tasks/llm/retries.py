@@ -128,8 +128,8 @@ class RetryPolicy:
             try:
                 async with asyncio.timeout(PING_SECONDS):
                     await self._ping()
-            except RequestRefused:
-                pass  # a sign of life, too
+            except RequestRefused as refused:
+                log.debug("%s refuses a ping, so it is up: %s", self._config.endpoint, refused)
             except (Transient, TimeoutError):
                 self._ping_failed_at = time.monotonic()
                 return False
